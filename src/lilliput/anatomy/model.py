@@ -1,0 +1,103 @@
+"""What a model is made of. Plain data, found by `lilliput.anatomy.explore` and verified numerically."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "other"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of a block. `name` is relative to the block ("self_attn.q_proj"); its tensor is `name + ".weight"`."""
+
+    name: str
+    role: Role
+    site: str
+    out_features: int
+    in_features: int
+    bias: bool = False
+    transposed: bool = False  # stored as [in, out] (Conv1D)
+    expert: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Site:
+    """An input that one or more linears share; named after the first of them that runs."""
+
+    name: str
+    width: int
+    linears: tuple[str, ...]
+    stage: int  # order of execution within the block; sites of one stage are independent of each other
+
+
+@dataclass(frozen=True)
+class Link:
+    """Channel j read by `readers` is row index[j] of `producer`: a scale may move between them.
+
+    kind "norm": the producer is a norm with gain (offset + weight) and possibly a bias; kind "linear": a linear
+    (rows of its weight, and its bias). `index` is int64 [width]; rows that occur twice share one scale (grouped queries).
+    """
+
+    kind: Literal["norm", "linear"]
+    producer: str
+    readers: tuple[str, ...]
+    site: str
+    index: Tensor
+    offset: float = 0.0  # Gemma stores gain - 1
+    error: float = 0.0  # relative change of the block's output seen when it was verified
+
+    def tie(self, values: Tensor, reduce: Literal["amax", "mean"] = "amax") -> Tensor:
+        """values [width] made equal wherever channels share a producer row."""
+        rows = int(self.index.max()) + 1
+        index = self.index.to(values.device)
+        folded = torch.zeros(rows, dtype=values.dtype, device=values.device)
+        folded = folded.scatter_reduce(0, index, values, reduce, include_self=False)
+        return folded[index]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Things that leave together: a head (with its query group), a hidden channel, an expert."""
+
+    kind: Literal["head", "channel", "expert"]
+    members: tuple[tuple[str, Literal["rows", "columns"], tuple[int, int]], ...]  # linear, axis, [start, stop)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of block: blocks of equal anatomy share this description."""
+
+    linears: tuple[Linear, ...]
+    sites: tuple[Site, ...]  # in order of execution
+    links: tuple[Link, ...]
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...] = ()  # what could not be verified, in words
+
+    def linear(self, name: str) -> Linear:
+        return next(x for x in self.linears if x.name == name)
+
+    def site(self, name: str) -> Site:
+        return next(x for x in self.sites if x.name == name)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A causal language model: names are those of the module tree that `Skeleton` builds."""
+
+    architecture: str
+    embeddings: tuple[str, ...]  # tensors before the blocks
+    block_names: tuple[str, ...]  # "model.layers.0", ...
+    blocks: tuple[Block, ...]  # one per block; equal kinds are the same object
+    final: tuple[str, ...]  # tensors between the last block and the head
+    head: str  # tensor of the output projection
+    tied: bool
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,107 @@
+"""Methods, one file each. The folder fixes the verb; a file is found by its name, there is no list to extend."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lilliput.errors import PlanError
+from lilliput.recipe import nearest
+
+VERBS: Mapping[str, str] = {
+    "weight": "compress",
+    "rewrite": "rewrite",
+    "fit": "fit",
+    "edit": "edit",
+    "allocate": "allocate",
+    "learn": "learn",
+    "objective": "objective",
+    "cache": "cache",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A discovered method file.
+
+    `needs`: names of site statistics; `writes`: "quantized", "support", "fold" or "targets"; `covers`: catalogue id to
+    the recipe that runs it (a list of steps as plain data), or None where the id is an idea and no computation;
+    `rowwise`: each output row is treated by itself, so linears of one site may be stacked; `baseline`: the method
+    whose error this one must beat (None: it is a baseline).
+    """
+
+    name: str
+    family: str
+    verb: str
+    summary: str
+    paper: str
+    needs: frozenset[str]
+    writes: str
+    covers: Mapping[str, list[dict[str, Any]] | None]
+    rowwise: bool
+    baseline: str | None
+    module: ModuleType
+
+    @property
+    def options(self) -> type[BaseModel]:
+        return self.module.Options  # type: ignore[no-any-return]
+
+    def parse(self, options: Mapping[str, Any]) -> BaseModel:
+        """Options as the method's own type. Raises PlanError that names the option, the rule and the nearest name."""
+        known = self.options.model_fields
+        for key in options:
+            if key not in known:
+                raise PlanError(f"method '{self.name}' has no option '{key}'.{nearest(key, known)}")
+        try:
+            return self.options.model_validate(dict(options))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(x) for x in first["loc"])
+            raise PlanError(f"option '{where}' of method '{self.name}': {first['msg']}, got {first['input']!r}") from None
+
+
+def _load(family: str, name: str) -> Method:
+    module = importlib.import_module(f"lilliput.methods.{family}.{name}")
+    public = name.replace("_", "-")
+    return Method(
+        name=public,
+        family=family,
+        verb=VERBS[family],
+        summary=(module.__doc__ or "").strip().splitlines()[0],
+        paper=module.PAPER,
+        needs=frozenset(module.NEEDS),
+        writes=module.WRITES,
+        covers=module.COVERS,
+        rowwise=getattr(module, "ROWWISE", False),
+        baseline=getattr(module, "BASELINE", None),
+        module=module,
+    )
+
+
+@functools.cache
+def discover() -> Mapping[str, Method]:
+    """All methods by name, found by listing the folders."""
+    found: dict[str, Method] = {}
+    for family in VERBS:
+        package = importlib.import_module(f"lilliput.methods.{family}")
+        for info in pkgutil.iter_modules(package.__path__):
+            method = _load(family, info.name)
+            if method.name in found:
+                raise RuntimeError(f"two methods are called {method.name}")
+            found[method.name] = method
+    return found
+
+
+def get(name: str) -> Method:
+    """The method `name`. Raises PlanError with the nearest name."""
+    methods = discover()
+    if name not in methods:
+        raise PlanError(f"unknown method '{name}'.{nearest(name, methods)}")
+    return methods[name]

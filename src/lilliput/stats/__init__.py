@@ -1,0 +1,1 @@
+"""Folds over the inputs of a site: what calibration leaves behind."""

@@ -1,0 +1,144 @@
+"""Statistics as folds over batches of inputs: init, update, merge. A fold owns its buffers and updates them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lilliput.stats.site import SiteStats
+
+NAMES = ("gram", "square", "mean", "absmax", "absmean")
+_PANEL = 512
+
+
+@contextmanager
+def reduced_products(enabled: bool) -> Iterator[None]:
+    """Let float32 matrix products round their factors to bfloat16 (sums stay float32) where the CPU does that fast.
+
+    For inputs that already are bfloat16 values the products are the exact ones.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if enabled:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def init(width: int, names: Iterable[str], device: torch.device | str = "cpu") -> SiteStats:
+    """Empty statistics for a site of `width` channels. Raises ValueError for a name not in NAMES."""
+    wanted = set(names)
+    if wanted - set(NAMES):
+        raise ValueError(f"unknown statistics {sorted(wanted - set(NAMES))}: choose from {NAMES}")
+
+    def zeros(name: str, *shape: int) -> Tensor | None:
+        return torch.zeros(*shape, device=device) if name in wanted else None
+
+    return SiteStats(
+        width,
+        0,
+        gram=zeros("gram", width, width),
+        square=zeros("square", width),
+        mean=zeros("mean", width),
+        absmax=zeros("absmax", width),
+        absmean=zeros("absmean", width),
+    )
+
+
+def update(state: SiteStats, x: Tensor) -> SiteStats:
+    """Fold inputs x [..., width] in; the buffers of `state` are updated in place and belong to the result.
+
+    The Gram matrix is summed panel by panel over its upper half only; `finish` mirrors it.
+    """
+    x = x.reshape(-1, state.width)
+    tokens = x.shape[0]
+    if tokens == 0:
+        return state
+    exact = x.dtype == torch.bfloat16
+    x = x.float()
+    count = state.count + tokens
+    if state.gram is not None:
+        with reduced_products(exact):
+            for a in range(0, state.width, _PANEL):
+                b = min(a + _PANEL, state.width)
+                state.gram[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+    if state.square is not None:
+        state.square.add_((x * x).sum(0))
+    if state.mean is not None:
+        state.mean.mul_(state.count / count).add_(x.sum(0), alpha=1 / count)
+    if state.absmax is not None:
+        torch.maximum(state.absmax, x.abs().amax(0), out=state.absmax)
+    if state.absmean is not None:
+        state.absmean.mul_(state.count / count).add_(x.abs().sum(0), alpha=1 / count)
+    return SiteStats(state.width, count, state.gram, state.square, state.mean, state.absmax, state.absmean)
+
+
+def finish(state: SiteStats) -> SiteStats:
+    """Mirror the upper half of the Gram matrix into the lower one. Idempotent."""
+    if state.gram is not None:
+        for a in range(0, state.width, _PANEL):
+            b = min(a + _PANEL, state.width)
+            corner = state.gram[a:b, a:b]
+            corner.copy_(torch.triu(corner) + torch.triu(corner, 1).T)
+            state.gram[b:, a:b] = state.gram[a:b, b:].T
+    return state
+
+
+def merge(a: SiteStats, b: SiteStats) -> SiteStats:
+    """Statistics of the two sets of tokens together. Raises ValueError when the sites differ."""
+    if a.width != b.width:
+        raise ValueError(f"cannot merge statistics of widths {a.width} and {b.width}")
+    count = a.count + b.count
+    share = torch.tensor([a.count, b.count], dtype=torch.float64) / max(count, 1)
+    wa, wb = float(share[0]), float(share[1])
+
+    def both(name: str) -> tuple[Tensor, Tensor] | None:
+        x, y = getattr(a, name), getattr(b, name)
+        if (x is None) != (y is None):
+            raise ValueError(f"cannot merge: only one side has '{name}'")
+        return None if x is None else (x, y)
+
+    def total(name: str) -> Tensor | None:
+        pair = both(name)
+        return None if pair is None else pair[0] + pair[1]
+
+    def mean(name: str) -> Tensor | None:
+        pair = both(name)
+        return None if pair is None else pair[0] * wa + pair[1] * wb
+
+    pair = both("absmax")
+    return SiteStats(
+        a.width,
+        count,
+        gram=total("gram"),
+        square=total("square"),
+        mean=mean("mean"),
+        absmax=None if pair is None else torch.maximum(*pair),
+        absmean=mean("absmean"),
+    )
+
+
+def all_reduce(state: SiteStats) -> SiteStats:
+    """Merge over the processes of `torch.distributed` (a no-op without a process group)."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return state
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([state.count], dtype=torch.int64))
+    count = int(sum(int(c) for c in counts))
+    share = state.count / max(count, 1)
+    for total in (state.gram, state.square):
+        if total is not None:
+            dist.all_reduce(total)
+    for mean in (state.mean, state.absmean):
+        if mean is not None:
+            dist.all_reduce(mean.mul_(share))
+    if state.absmax is not None:
+        dist.all_reduce(state.absmax, op=dist.ReduceOp.MAX)
+    return SiteStats(state.width, count, state.gram, state.square, state.mean, state.absmax, state.absmean)

@@ -1,0 +1,66 @@
+"""What was seen at one input site: the folded statistics that methods read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """Statistics of the inputs of one site, over `count` tokens. Fields that nobody asked for are None.
+
+    All are float32 on the compute device. `gram` is the plain sum of x xT, [width, width];
+    `square` the sum of x^2, `mean` the mean, `absmax` the largest |x|, `absmean` the mean |x|: all [width].
+    """
+
+    width: int
+    count: int
+    gram: Tensor | None = None
+    square: Tensor | None = None
+    mean: Tensor | None = None
+    absmax: Tensor | None = None
+    absmean: Tensor | None = None
+
+    def need(self, name: str) -> Tensor:
+        """The statistic `name`. Raises RuntimeError where the method that reads it did not declare it in NEEDS."""
+        value = getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise RuntimeError(f"the statistic '{name}' was read but not collected: declare it in NEEDS")
+        return value
+
+    def second_moment(self) -> Tensor:
+        """Mean of x^2 by channel, [width], from whichever of `square` and `gram` was collected."""
+        total = self.square if self.square is not None else self.need("gram").diagonal()
+        return total / max(self.count, 1)
+
+    def scaled(self, factor: Tensor) -> SiteStats:
+        """The statistics of x * factor (factor: [width]), as after a fold into whatever feeds the site."""
+
+        def by(value: Tensor | None, f: Tensor) -> Tensor | None:
+            return None if value is None else value * f
+
+        size = factor.abs()
+        return replace(
+            self,
+            gram=None if self.gram is None else self.gram * factor[:, None] * factor[None, :],
+            square=by(self.square, factor * factor),
+            mean=by(self.mean, factor),
+            absmax=by(self.absmax, size),
+            absmean=by(self.absmean, size),
+        )
+
+    def to(self, device: torch.device | str) -> SiteStats:
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        return replace(
+            self,
+            gram=move(self.gram),
+            square=move(self.square),
+            mean=move(self.mean),
+            absmax=move(self.absmax),
+            absmean=move(self.absmean),
+        )

@@ -1,0 +1,136 @@
+"""The method index: what `lilliput methods` says, from the method files themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from lilliput.errors import PlanError
+from lilliput.methods import Method, discover
+from lilliput.recipe import nearest
+
+Steps = list[dict[str, Any]]
+# What a method is asked for where neither its file nor the user says.
+_DEFAULT_TARGET: Mapping[str, dict[str, Any]] = {"quantized": {"bits": 4}, "support": {"sparsity": 0.5}}
+
+
+def index() -> list[dict[str, Any]]:
+    """One entry per method, as plain data, sorted by name.
+
+    `covers` lists the catalogue ids that the file implements, each with the `recipe` that runs it, or with
+    `documentation: true` where the id is an idea and no computation.
+    """
+    return [entry(method) for _, method in sorted(discover().items())]
+
+
+def entry(method: Method) -> dict[str, Any]:
+    """A method's entry of the index."""
+    return {
+        "name": method.name,
+        "verb": method.verb,
+        "family": method.family,
+        "summary": method.summary,
+        "paper": method.paper,
+        "needs": sorted(method.needs),
+        "writes": method.writes,
+        "baseline": method.baseline,
+        "covers": [
+            {"id": key, "documentation": True} if steps is None else {"id": key, "recipe": {"steps": steps}}
+            for key, steps in method.covers.items()
+        ],
+        "options": options(method),
+    }
+
+
+def options(method: Method) -> list[dict[str, Any]]:
+    """Name, type, default and meaning of each option of a method."""
+    return [
+        {
+            "name": name,
+            "type": _type_name(field.annotation),
+            "default": None if field.default is PydanticUndefined else field.default,
+            "description": field.description or "",
+        }
+        for name, field in method.options.model_fields.items()
+    ]
+
+
+def covering() -> Mapping[str, Method]:
+    """Catalogue id to the method that covers it. Raises RuntimeError where two files claim one id."""
+    found: dict[str, Method] = {}
+    for method in discover().values():
+        for key in method.covers:
+            if key in found:
+                raise RuntimeError(f"both '{found[key].name}' and '{method.name}' cover '{key}'")
+            found[key] = method
+    return found
+
+
+def find(name: str, also: Iterable[str] = ()) -> Method:
+    """The method called `name`, or the one that covers this catalogue id.
+
+    Raises PlanError with the nearest name; `also` are further names to hint at.
+    """
+    name = name.replace("_", "-")
+    methods, ids = discover(), covering()
+    if name not in methods and name not in ids:
+        raise PlanError(f"unknown method, recipe or catalogue id '{name}'.{nearest(name, {*methods, *ids, *also})}")
+    return methods[name] if name in methods else ids[name]
+
+
+def steps_of(name: str, also: Iterable[str] = ()) -> Steps:
+    """Steps that run a catalogue id, or a method as its file says it is run by default. Raises PlanError."""
+    name = name.replace("_", "-")
+    method = find(name, also)
+    steps = method.covers.get(name)
+    if steps is not None:
+        return steps
+    if name != method.name:
+        raise PlanError(f"'{name}' is an idea and no computation: read it with `lilliput methods {method.name}`")
+    target = _DEFAULT_TARGET.get(method.writes)
+    return [{"method": name} if target is None else {"method": name, "target": target}]
+
+
+def page(method: Method) -> str:
+    """A method's page in Markdown: its docstring, what it reads and writes, its options and the ids it covers."""
+    doc = (method.module.__doc__ or "").strip().splitlines()
+    lines = [f"# {method.name}", "", *doc, "", f"Paper: {method.paper}", ""]
+    needs = ", ".join(sorted(method.needs)) or "no statistics"
+    lines += [f"Verb `{method.verb}`; needs {needs}; writes {method.writes}."]
+    if method.baseline is not None:
+        lines[-1] += f" The method to beat is `{method.baseline}`."
+    rows = options(method)
+    lines += ["", "## Options", ""]
+    if rows:
+        lines += ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{r['name']}` | {r['type']} | `{_plain(r['default'])}` | {r['description']} |" for r in rows]
+    else:
+        lines += ["None."]
+    if method.covers:
+        lines += ["", "## Covers", ""]
+        for key, steps in method.covers.items():
+            how = "an idea, described above" if steps is None else f"`lilliput methods {key} --recipe`"
+            lines += [f"- `{key}`: {how}"]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_name(annotation: object) -> str:
+    """`int`, `int or none`, `"a" or "b"`: a type as a reader says it."""
+    from types import NoneType, UnionType
+    from typing import Literal, Union, get_args, get_origin
+
+    if annotation is NoneType:
+        return "none"
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_type_name(x) for x in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return " or ".join(f'"{x}"' if isinstance(x, str) else str(x) for x in get_args(annotation))
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,133 @@
+"""Build the module tree from a config: parameters on the meta device, computed buffers real, experts unrolled."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.anatomy.experts import is_batched, unroll
+from lilliput.errors import SourceError
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model on the meta device, the names of its blocks, its head, and what is worth knowing about them."""
+
+    model: nn.Module
+    blocks: tuple[str, ...]
+    head: nn.Module
+    tied: bool
+    notes: tuple[str, ...]
+
+
+def build(config: Any, dtype: torch.dtype, device: str) -> Built:
+    """The model of a text config, without memory for its parameters. The config itself is not changed."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(config)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # the loss that reads them is not computed here
+
+    def make() -> nn.Module:
+        model: nn.Module
+        with torch.device("meta"), no_init_weights():
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            except ValueError as error:
+                if "scaled_dot_product_attention" not in str(error) and "sdpa" not in str(error):
+                    raise SourceError(
+                        f"transformers cannot build this config as a causal language model: {error}"
+                    ) from error
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+        return model.eval().requires_grad_(False)
+
+    model = make()
+    model.tie_weights()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Module):
+        raise SourceError(
+            f"{type(model).__name__} has no output projection: only causal language models can be compressed"
+        )
+    notes = _unroll_experts(model)
+    _keep_float32(model, dtype)
+    _fill_buffers(model, device)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return Built(model, _find_blocks(model, config), head, head.weight is embedding.weight, tuple(notes))
+
+
+def _unroll_experts(model: nn.Module) -> list[str]:
+    notes: list[str] = []
+    known: dict[tuple[Any, ...], bool] = {}
+    for name, module in list(model.named_modules()):
+        if not is_batched(module):
+            continue
+        kind = (type(module), *(tuple(p.shape) for p in module.parameters(recurse=False)))
+        unrolled = unroll(module) if known.get(kind, True) else None
+        known[kind] = unrolled is not None
+        if unrolled is None:
+            notes.append(f"{name}: 3-D tensors of {type(module).__name__} have an unknown form and stay as they are")
+        else:
+            model.set_submodule(name, unrolled)
+    return notes
+
+
+def _find_blocks(model: nn.Module, config: Any) -> tuple[str, ...]:
+    """Names of the decoder layers: the outermost module list with the most parameters."""
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    if not outer:
+        raise SourceError(f"{type(model).__name__} has no list of blocks: its layers cannot be streamed")
+    name, layers = max(outer, key=lambda x: sum(p.numel() for p in x[1].parameters()))
+    return tuple(f"{name}.{i}" for i in range(len(layers)))
+
+
+def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Tensors that the model wants in float32 whatever the dtype, as transformers' own loader keeps them."""
+    wanted = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        wanted |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for key, value in table.items():
+                parts = set(f"{path}.{key}".split("."))
+                if value is not None and value.is_floating_point() and parts & wanted:
+                    table[key] = _like(value, torch.float32)  # type: ignore[assignment]
+
+
+def _like(value: Tensor, dtype: torch.dtype) -> Tensor:
+    empty = torch.empty(value.shape, dtype=dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
+
+
+def _fill_buffers(model: nn.Module, device: str) -> None:
+    """Compute the buffers that no checkpoint holds, by the model's own initialization, twice over different contents.
+
+    What comes out different was not computed: SourceError, because nothing could load this model whole.
+    """
+    from transformers import PreTrainedModel
+
+    owners: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    for path, module in model.named_modules():
+        keys = [k for k in module._non_persistent_buffers_set if module._buffers.get(k) is not None]
+        if not keys:
+            continue
+        above = [n for n in owners if n == "" or path == n or path.startswith(f"{n}.")]
+        owner = owners[max(above, key=len)]
+        results: list[dict[str, Tensor]] = []
+        for content in (0, 1):
+            for key in keys:
+                old = module._buffers[key]
+                module._buffers[key] = torch.full(old.shape, content, dtype=old.dtype, device=device)  # type: ignore[union-attr]
+            with torch.no_grad():
+                owner._init_weights(module)
+            results.append({k: module._buffers[k].clone() for k in keys})  # type: ignore[union-attr]
+        lost = [k for k in keys if not torch.equal(results[0][k], results[1][k])]
+        if lost:
+            raise SourceError(
+                f"{type(model).__name__} does not recompute the buffers {lost} of '{path}', and no checkpoint holds them"
+            )

@@ -95,12 +95,16 @@ def steps_of(name: str, also: Iterable[str] = ()) -> Steps:
 
 def page(method: Method) -> str:
     """A method's page in Markdown: its docstring, what it reads and writes, its options and the ids it covers."""
-    doc = (method.module.__doc__ or "").strip().splitlines()
-    lines = [f"# {method.name}", "", *doc, "", f"Paper: {method.paper}", ""]
-    needs = ", ".join(sorted(method.needs)) or "no statistics"
-    lines += [f"Verb `{method.verb}`; needs {needs}; writes {method.writes}."]
+    summary, _, body = (method.module.__doc__ or "").strip().partition("\n")
+    lines = [f"# {method.name}", "", summary, "", *(["```text", body.strip(), "```", ""] if body.strip() else [])]
+    lines += [
+        f"- paper: {method.paper}",
+        f"- verb: `{method.verb}`",
+        f"- needs: {', '.join(sorted(method.needs)) or 'no statistics'}",
+        f"- writes: {method.writes}",
+    ]
     if method.baseline is not None:
-        lines[-1] += f" The method to beat is `{method.baseline}`."
+        lines += [f"- has to beat: `{method.baseline}`"]
     rows = options(method)
     lines += ["", "## Options", ""]
     if rows:

@@ -96,7 +96,7 @@ def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
             for key, value in table.items():
                 parts = set(f"{path}.{key}".split("."))
                 if value is not None and value.is_floating_point() and parts & wanted:
-                    table[key] = _like(value, torch.float32)  # type: ignore[assignment]
+                    table[key] = _like(value, torch.float32)
 
 
 def _like(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,12 +122,13 @@ def _fill_buffers(model: nn.Module, device: str) -> None:
         for content in (0, 1):
             for key in keys:
                 old = module._buffers[key]
-                module._buffers[key] = torch.full(old.shape, content, dtype=old.dtype, device=device)  # type: ignore[union-attr]
+                module._buffers[key] = torch.full(old.shape, content, dtype=old.dtype, device=device)
             with torch.no_grad():
                 owner._init_weights(module)
-            results.append({k: module._buffers[k].clone() for k in keys})  # type: ignore[union-attr]
+            results.append({k: module._buffers[k].clone() for k in keys})
         lost = [k for k in keys if not torch.equal(results[0][k], results[1][k])]
         if lost:
             raise SourceError(
-                f"{type(model).__name__} does not recompute the buffers {lost} of '{path}', and no checkpoint holds them"
+                f"{type(model).__name__} does not recompute the buffers {lost} of '{path}', "
+                "and no checkpoint holds them: the model cannot be run"
             )

@@ -44,7 +44,8 @@ class Link:
     """Channel j read by `readers` is row index[j] of `producer`: a scale may move between them.
 
     kind "norm": the producer is a norm with gain (offset + weight) and possibly a bias; kind "linear": a linear
-    (rows of its weight, and its bias). `index` is int64 [width]; rows that occur twice share one scale (grouped queries).
+    (rows of its weight, and its bias). `index` is int64 [width]; rows that occur twice share one scale (grouped
+    queries).
     """
 
     kind: Literal["norm", "linear"]

@@ -153,7 +153,7 @@ class Skeleton:
         def inject(*_: Any, **__: Any) -> Any:
             return given
 
-        forwards: dict[nn.Module, Callable[..., Any]] = {layer: inject for layer in self._layers}
+        forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(self._layers, inject)
         forwards |= {m: self._stub(m) for m in self._before}
         forwards[self.head_module] = stop
         with _forwards(forwards):
@@ -267,8 +267,10 @@ class Skeleton:
         places = self._places[name]
         shared = nn.Parameter(value, requires_grad=False) if places[0].parameter else value
         for place in places:
-            table = place.module._parameters if place.parameter else place.module._buffers
-            table[place.key] = shared
+            if place.parameter:
+                place.module._parameters[place.key] = shared  # type: ignore[assignment]
+            else:
+                place.module._buffers[place.key] = shared
 
 
 @dataclass(frozen=True)

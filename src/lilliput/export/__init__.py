@@ -1,1 +1,78 @@
-""""""
+"""Exporters: one file per layout. Each says early what it cannot hold, describes exact shapes, and packs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lilliput.errors import PlanError
+from lilliput.export.outcome import Outcome
+from lilliput.parts.layer import Layer
+from lilliput.recipe import nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Name = Literal["compressed-tensors", "lilliput"]
+
+
+class Exporter(Protocol):
+    """One layout. Stateless: everything follows from the outcomes and the model's config."""
+
+    @property
+    def name(self) -> str: ...
+
+    def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
+        """Why this layout cannot hold the outcomes, and the nearest that loads; None where it can."""
+        ...
+
+    def describe(self, outcome: Outcome) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Stored tensor name to dtype and shape, exactly as `pack` makes them."""
+        ...
+
+    def pack(self, outcome: Outcome, layer: Layer) -> dict[str, Tensor]:
+        """The described tensors, filled from the layer's parts. ValueError: the layer does not match the outcome."""
+        ...
+
+    def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
+        """The entry `quantization_config` of config.json; None where every linear stays dense."""
+        ...
+
+    def dense_note(self, outcomes: Sequence[Outcome]) -> str | None:
+        """Plain sentences: where an engine will run the file dense, or reads it only to a tolerance."""
+        ...
+
+
+def get(name: str) -> Exporter:
+    """The exporter `name`. Raises PlanError with the nearest name."""
+    from lilliput.export.compressed_tensors import CompressedTensors
+    from lilliput.export.native import Native
+
+    known: dict[str, Exporter] = {x.name: x for x in (CompressedTensors(), Native())}
+    if name not in known:
+        raise PlanError(f"unknown export layout '{name}'.{nearest(name, known)}")
+    return known[name]
+
+
+def choose(outcomes: Sequence[Outcome], config: PretrainedConfig, wanted: str = "auto") -> Exporter:
+    """The layout to write: an engine's own where it holds the outcomes, else the native one.
+
+    Raises PlanError, with the nearest that loads, when `wanted` names a layout that cannot hold them, or none can.
+    """
+    if wanted != "auto":
+        exporter = get(wanted)
+        reason = exporter.refuse(outcomes, config)
+        if reason is not None:
+            raise PlanError(f"the layout '{wanted}' cannot hold this result: {reason}")
+        return exporter
+    reasons: list[str] = []
+    for name in ("compressed-tensors", "lilliput"):
+        exporter = get(name)
+        reason = exporter.refuse(outcomes, config)
+        if reason is None:
+            return exporter
+        reasons.append(f"{name}: {reason}")
+    raise PlanError("no layout can hold this result. " + " ".join(reasons))

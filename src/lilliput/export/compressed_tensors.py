@@ -1,0 +1,213 @@
+"""compressed-tensors, `pack-quantized`: integer codes in 32-bit words, read by transformers, vLLM and SGLang.
+
+Tensors of a linear with b bits (names after the linear's own):
+`weight_packed` int32 [out, ceil(in b / 32)], `weight_scale` [out, groups], `weight_shape` int64 [2] and, asymmetric,
+`weight_zero_point` int32 [ceil(out b / 32), groups], packed along rows. Codes and zero points are signed. A grid per
+tensor is written as one scale per row, which decodes to the same values.
+
+Weight-only 8 bits are packed too: engines take the library's `int-quantized` layout for 8-bit activations.
+What loads, and how exactly, is measured: `capabilities.json`, made by scripts/check_capabilities.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lilliput.export.outcome import Outcome, largest_group
+from lilliput.export.packing import dense, quantized_part
+from lilliput.export.tree import dense_linears
+from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.layer import Layer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CHUNK = 1 << 20  # codes packed at a time: the library widens them to 32 bits, several times over
+Scheme = tuple[int, bool, int]  # bits, symmetric, group size (-1: one per output row)
+
+
+def scheme_of(grid: IntegerFormat) -> Scheme:
+    """What the engine's config tells of a format; a grid per tensor is written per row."""
+    return (grid.bits, grid.symmetric, -1 if grid.group_size == 0 else grid.group_size)
+
+
+class CompressedTensors:
+    """Writes `pack-quantized` folders through the compressed-tensors library."""
+
+    name = "compressed-tensors"
+
+    def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
+        quantized = [x for x in outcomes if x.format is not None]
+        for x in quantized:
+            if x.transposed:
+                return (
+                    f"'{x.name}' is a Conv1D, stored as [in, out], which engines do not look for. "
+                    "Nearest: export 'lilliput', which holds it."
+                )
+            if x.format is not None and x.ragged:
+                group = largest_group(quantized)
+                instead = f"group_size {group} divides every width" if group else "group_size 'channel' always fits"
+                return (
+                    f"groups of {x.format.group_size} do not divide the {x.in_features} inputs of '{x.name}'. "
+                    f"Nearest: {instead}; export 'lilliput' holds the shorter last group."
+                )
+        schemes = {scheme_of(x.format): x.name for x in quantized if x.format is not None}
+        asymmetric = [x for x in quantized if x.format is not None and not x.format.symmetric]
+        experts = [x for x in quantized if x.expert]
+        if asymmetric and experts:
+            return (
+                f"asymmetric grids beside quantized experts ('{experts[0].name}') load in no engine version tested. "
+                "Nearest: symmetric: true; export 'lilliput' holds zero points."
+            )
+        if len(schemes) > 1 and (asymmetric or experts):
+            names = " and ".join(f"'{n}'" for n in list(schemes.values())[:2])
+            what = "asymmetric" if asymmetric else "expert"
+            return (
+                f"{names} differ in bits, symmetry or group, and a loader that decodes {what} linears takes one scheme "
+                "for all. Nearest: one target for all linears, or symmetric: true without experts; "
+                "export 'lilliput' holds mixed schemes."
+            )
+        if experts and any(x.expert for x in outcomes if x.format is None):
+            return (
+                f"'{experts[0].name}' is quantized and another expert is not: engines read all experts by one scheme. "
+                "Nearest: include every expert; export 'lilliput' holds the mixture."
+            )
+        return None
+
+    def describe(self, outcome: Outcome) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        stored, rows, width, fmt = outcome.stored, outcome.out_features, outcome.in_features, outcome.format
+        if fmt is None:
+            return {f"{stored}.weight": (outcome.dtype, outcome.dense_shape)}
+        groups = 1 if fmt.group_size <= 0 else width // fmt.group_size
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            f"{stored}.weight_packed": (torch.int32, (rows, math.ceil(width * fmt.bits / 32))),
+            f"{stored}.weight_scale": (fmt.scale_dtype, (rows, groups)),
+            f"{stored}.weight_shape": (torch.int64, (2,)),
+        }
+        if not fmt.symmetric:
+            tensors[f"{stored}.weight_zero_point"] = (torch.int32, (math.ceil(rows * fmt.bits / 32), groups))
+        return tensors
+
+    def pack(self, outcome: Outcome, layer: Layer) -> dict[str, Tensor]:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        stored, fmt = outcome.stored, outcome.format
+        if fmt is None:
+            return {f"{stored}.weight": dense(outcome, layer)}
+        part = quantized_part(outcome, layer)
+        rows, width = part.codes.shape
+        step = max(1, CHUNK // width)
+        packed = torch.empty(rows, math.ceil(width * fmt.bits / 32), dtype=torch.int32)
+        for start in range(0, rows, step):
+            packed[start : start + step] = pack_to_int32(part.codes[start : start + step], fmt.bits)
+        per_row = fmt.group_size == 0
+        scale = part.grid.scale.expand(rows, -1) if per_row else part.grid.scale
+        tensors = {
+            f"{stored}.weight_packed": packed,
+            f"{stored}.weight_scale": scale.to(fmt.scale_dtype).contiguous(),
+            f"{stored}.weight_shape": torch.tensor([rows, width], dtype=torch.int64),
+        }
+        if part.grid.zero is not None:
+            zero = part.grid.zero.expand(rows, -1) if per_row else part.grid.zero
+            tensors[f"{stored}.weight_zero_point"] = pack_to_int32(zero.contiguous(), fmt.bits, packed_dim=0)
+        return tensors
+
+    def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
+        from compressed_tensors.quantization import (
+            QuantizationArgs,
+            QuantizationConfig,
+            QuantizationScheme,
+            QuantizationStatus,
+        )
+
+        members: dict[Scheme, list[Outcome]] = {}
+        for x in outcomes:
+            if x.format is not None:
+                members.setdefault(scheme_of(x.format), []).append(x)
+        if not members:
+            return None
+        groups = {}
+        for i, ((bits, symmetric, size), of_scheme) in enumerate(members.items()):
+            args = QuantizationArgs(
+                num_bits=bits,
+                type="int",
+                symmetric=symmetric,
+                strategy="channel" if size < 0 else "group",
+                group_size=None if size < 0 else size,
+            )
+            targets = ["Linear"] if len(members) == 1 else exact_targets(of_scheme)
+            groups[f"group_{i}"] = QuantizationScheme(targets=targets, weights=args, format="pack-quantized")
+        built = QuantizationConfig(
+            config_groups=groups,
+            format="pack-quantized",
+            quantization_status=QuantizationStatus.COMPRESSED,
+            ignore=dense_linears(outcomes, config),
+        )
+        entry: dict[str, Any] = built.model_dump(mode="json", exclude_none=True)
+        if any(not symmetric for _, symmetric, _ in members):
+            # transformers 5.23.0 gives an unpacked shape to zero points unless it decodes while loading
+            entry["dequantize"] = True
+        return entry
+
+    def dense_note(self, outcomes: Sequence[Outcome]) -> str | None:
+        quantized = [x for x in outcomes if x.format is not None]
+        zeros = [x for x in outcomes if (x.sparsity or 0) > 0]
+        notes: list[str] = []
+        if quantized:
+            notes.append(
+                "On a CPU transformers decodes every linear at load or at the first forward pass and then runs dense: "
+                "the file is smaller, the running model is not."
+            )
+            notes.extend(_tolerances(quantized))
+        if zeros:
+            notes.append(
+                f"The zeros of {len(zeros)} pruned linears are stored as values: engines run them dense, "
+                "and the file gains nothing from them."
+            )
+        return " ".join(notes) or None
+
+
+def _tolerances(quantized: Sequence[Outcome]) -> list[str]:
+    """Where transformers decodes in the dtype of the scales instead of the model's."""
+    formats = [x.format for x in quantized if x.format is not None]
+    eager = any(not f.symmetric for f in formats) or any(x.expert for x in quantized)
+    notes = []
+    if eager and any(f.scale_dtype != torch.float32 for f in formats):
+        notes.append(
+            "transformers decodes zero points and experts in the dtype of the scales: loaded in a wider dtype, "
+            "each weight is rounded once to that dtype."
+        )
+    bits = {f.bits for f in formats}
+    if not bits <= {4, 8}:
+        notes.append("SGLang reads only 4 and 8 bits; vLLM reads 2 to 8 symmetric, and 4 and 8 asymmetric.")
+    return notes
+
+
+def exact_targets(outcomes: Sequence[Outcome]) -> list[str]:
+    """Anchored patterns that match these linears by module name and by file name, block numbers folded together."""
+    folded: dict[str, set[str]] = {}
+    for x in outcomes:
+        for name in {x.name, x.stored}:
+            shape, number = _split_block(name)
+            folded.setdefault(shape, set()).add(number)
+    targets = []
+    for shape, found in sorted(folded.items()):
+        choice = "|".join(sorted(found, key=lambda n: (len(n), n)))
+        head, _, tail = shape.partition("\0")
+        body = re.escape(head) + (f"(?:{choice})" + re.escape(tail) if choice else "")
+        targets.append(f"re:^{body}$")
+    return targets
+
+
+def _split_block(name: str) -> tuple[str, str]:
+    """("model.layers.\\0.mlp.up", "12") of model.layers.12.mlp.up; no number: (name, "")."""
+    match = re.search(r"\.(\d+)(?=\.)", name)
+    if match is None:
+        return name, ""
+    return f"{name[: match.start(1)]}\0{name[match.end(1) :]}", match.group(1)

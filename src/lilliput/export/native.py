@@ -1,0 +1,83 @@
+"""The native layout, `quant_method: "lilliput"`: holds what no engine's own layout can. See docs/native-format.md.
+
+transformers loads it after `import lilliput`; linears stay packed and are decoded one layer at a time. Without the
+import the load stops at a foreign shape instead of running on random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lilliput.export.outcome import Outcome
+from lilliput.export.packing import dense, quantized_part
+from lilliput.parts.layer import Layer
+from lilliput.runtime.native import DenseSpec, IntegerSpec, LinearSpec, part_prefix, plain_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def spec_of(outcome: Outcome) -> LinearSpec | None:
+    """The native description; None where the linear is a plain tensor. Dense experts are native too: the engine's
+    3-D expert tensors are assembled from all experts of a layer or from none."""
+    if outcome.format is not None:
+        part: IntegerSpec | DenseSpec = IntegerSpec(outcome.format)
+    elif outcome.expert:
+        part = DenseSpec(outcome.dtype)
+    else:
+        return None
+    return LinearSpec(
+        outcome.name, outcome.stored, outcome.out_features, outcome.in_features, (part,), outcome.transposed
+    )
+
+
+class Native:
+    """Writes native folders."""
+
+    name = "lilliput"
+
+    def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
+        for x in outcomes:
+            if x.expert and x.transposed:
+                return f"expert '{x.name}' is stored transposed, which the runtime cannot assemble; leave it dense."
+        return None
+
+    def describe(self, outcome: Outcome) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        spec = spec_of(outcome)
+        if spec is None:
+            return {f"{outcome.stored}.weight": (outcome.dtype, outcome.dense_shape)}
+        return spec.describe()
+
+    def pack(self, outcome: Outcome, layer: Layer) -> dict[str, Tensor]:
+        spec = spec_of(outcome)
+        if spec is None:
+            return {f"{outcome.stored}.weight": dense(outcome, layer)}
+        (part,) = spec.parts
+        prefix = part_prefix(outcome.stored, 0)
+        if isinstance(part, DenseSpec):
+            return {prefix: layer.decode().to(part.dtype).reshape(-1)}
+        quantized = quantized_part(outcome, layer)
+        return part.encode(prefix, quantized.codes, quantized.grid)
+
+    def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
+        specs = {x.stored: spec for x in outcomes if (spec := spec_of(x)) is not None}
+        return plain_config(specs) if specs else None
+
+    def dense_note(self, outcomes: Sequence[Outcome]) -> str | None:
+        notes = []
+        if any(spec_of(x) is not None for x in outcomes):
+            notes.append(
+                "Only transformers reads this folder, after `import lilliput`. Weights stay packed in memory; each "
+                "linear is decoded for its forward pass and multiplied dense, which saves memory and no time."
+            )
+        zeros = sum((x.sparsity or 0) > 0 for x in outcomes)
+        if zeros:
+            notes.append(
+                f"The zeros of {zeros} pruned linears are stored as values: engines run them dense, "
+                "and the file gains nothing from them."
+            )
+        return " ".join(notes) or None

@@ -1,0 +1,49 @@
+"""Outcome: what a linear becomes in the written folder, known from shapes alone before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lilliput.formats.integer import IntegerFormat
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one linear becomes.
+
+    `name` is the canonical name and `stored` the name in the files, both without ".weight"; `format` the integer grid,
+    or None where the linear stays dense; `dtype` that of the dense tensor it was or stays. `sparsity` and `pattern`
+    tell of zeros in it. `transposed`: the file holds [in, out] (Conv1D). `expert`: one of a mixture's experts.
+    """
+
+    name: str
+    stored: str
+    out_features: int
+    in_features: int
+    format: IntegerFormat | None
+    dtype: torch.dtype
+    sparsity: float | None = None
+    pattern: str | None = None
+    transposed: bool = False
+    expert: bool = False
+
+    @property
+    def dense_shape(self) -> tuple[int, int]:
+        """Shape of the dense tensor as the file holds it."""
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last group is shorter than the others."""
+        return self.format is not None and self.format.group_size > 0 and self.in_features % self.format.group_size != 0
+
+
+def largest_group(outcomes: Iterable[Outcome]) -> int | None:
+    """The largest of 128, 64, 32 that divides every quantized linear's inputs; None where none does."""
+    width = math.gcd(*(x.in_features for x in outcomes if x.format is not None))
+    return next((g for g in (128, 64, 32) if width % g == 0), None)

@@ -1,0 +1,58 @@
+"""The module tree that an engine builds from a config: which linears it holds, and where ours sit in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lilliput.export.outcome import Outcome
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that `AutoModelForCausalLM.from_pretrained` builds for this config, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def text_prefix(model: nn.Module, config: PretrainedConfig) -> str:
+    """Module path of the language model's body inside a multimodal wrapper; "" where the model is the language model.
+
+    Canonical names start with the base prefix of the text-only model ("model."), a wrapper puts them deeper
+    ("model.language_model.").
+    """
+    from transformers import PreTrainedModel
+
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return ""
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel) and module.config.model_type == text.model_type:
+            return str(name)
+    return ""
+
+
+def module_name(canonical: str, modules: Iterable[str] | dict[str, nn.Module], prefix: str) -> str:
+    """Where a canonical linear sits: itself, or below the wrapper's `prefix` in place of its first component."""
+    if canonical in modules or not prefix:
+        return canonical
+    return f"{prefix}.{canonical.partition('.')[2]}"
+
+
+def dense_linears(outcomes: Sequence[Outcome], config: PretrainedConfig) -> list[str]:
+    """Every nn.Linear that stays dense, by module name and, where it differs, by file name. Sorted."""
+    model = skeleton(config)
+    prefix = text_prefix(model, config)
+    modules = dict(model.named_modules())
+    quantized = {module_name(x.name, modules, prefix) for x in outcomes if x.format is not None}
+    linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and n not in quantized}
+    files = {x.stored for x in outcomes if x.format is None and module_name(x.name, modules, prefix) in linears}
+    routers = {x.stored for x in outcomes if x.format is None and not x.expert}
+    return sorted(linears | files | routers)

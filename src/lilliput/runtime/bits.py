@@ -1,0 +1,42 @@
+"""Codes of b bits in bytes: eight codes fill b bytes, least significant bits first, each row from a new byte."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def row_bytes(width: int, bits: int) -> int:
+    """Bytes of a row of `width` codes."""
+    return -(-width * bits // 8)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes int8 [rows, width] to uint8 [rows, row_bytes]: code + 2^(bits-1), eight to a little-endian word."""
+    rows, width = codes.shape
+    unsigned = codes.to(torch.int64) + (1 << (bits - 1))
+    if bits == 8:
+        return unsigned.to(torch.uint8)
+    padded = torch.nn.functional.pad(unsigned, (0, -width % 8)).view(rows, -1, 8)
+    words = (padded << (torch.arange(8) * bits)).sum(-1)
+    shifts = torch.arange(bits) * 8
+    parts = (words.unsqueeze(-1) >> shifts) & 0xFF
+    return parts.to(torch.uint8).view(rows, -1)[:, : row_bytes(width, bits)].contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
+    """Undo `pack_bits`: uint8 [rows, row_bytes] to int8 [rows, width]."""
+    rows = packed.shape[0]
+    device = packed.device
+    if bits == 8:
+        return (packed.to(torch.int16) - 128).to(torch.int8)
+    if bits in (2, 4):  # codes that never cross a byte need no wide words
+        per = 8 // bits
+        shifts = torch.arange(per, dtype=torch.uint8, device=device) * bits
+        values = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        return (values.view(rows, -1)[:, :width].to(torch.int8) - (1 << (bits - 1))).contiguous()
+    groups = -(-width // 8)
+    full = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[1])).view(rows, groups, bits)
+    words = (full.to(torch.int64) << (torch.arange(bits, device=device) * 8)).sum(-1)
+    values = (words.unsqueeze(-1) >> (torch.arange(8, device=device) * bits)) & ((1 << bits) - 1)
+    return (values.view(rows, -1)[:, :width] - (1 << (bits - 1))).to(torch.int8)

@@ -1,0 +1,83 @@
+"""Hidden states between blocks, kept in a file: only the batch at hand occupies memory."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Activations:
+    """Hidden states [samples, tokens, hidden] of one dtype in one file, read and written by ranges of samples.
+
+    Plain reads and writes rather than a memory map: mapped pages would count as memory of the process.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, create: bool) -> None:
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self._row = shape[1] * shape[2] * dtype.itemsize
+        flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
+        self._file = os.open(path, flags, 0o600)
+        size = shape[0] * self._row
+        if create:
+            # Reserving the space now turns a full disk into an error before the work, not in the middle of it.
+            try:
+                os.posix_fallocate(self._file, 0, max(size, 1))
+            except OSError:
+                os.close(self._file)
+                path.unlink(missing_ok=True)
+                raise
+        elif os.fstat(self._file).st_size < size:
+            os.close(self._file)
+            raise OSError(f"{path} is shorter than its {size} bytes")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Samples [start, stop) as a new tensor [stop - start, tokens, hidden]."""
+        out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        view = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        done, at = 0, start * self._row
+        while done < len(view):
+            got = os.preadv(self._file, [view[done:]], at + done)
+            if got == 0:
+                raise OSError(f"{self.path} ended early")
+            done += got
+        return out
+
+    def write(self, start: int, hidden: Tensor) -> None:
+        """Store `hidden` [n, tokens, hidden] from sample `start` on."""
+        raw = hidden.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        view = memoryview(raw).cast("B")
+        done, at = 0, start * self._row
+        while done < len(view):
+            done += os.pwrite(self._file, view[done:], at + done)
+
+    def checksum(self) -> int:
+        """CRC-32 of the content: a resumed run starts from it only if it is what was written."""
+        value = 0
+        for start in range(self.shape[0]):
+            value = zlib.crc32(self.read(start, start + 1).view(torch.uint8).numpy().tobytes(), value)
+        return value
+
+    def close(self) -> None:
+        """Close the file and keep it."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def delete(self) -> None:
+        """Close and remove the file."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,110 @@
+"""All calibration batches walk through one block in step, pausing at every input site.
+
+Compressing a block in its true order means that the inputs of each linear come from the already compressed linears
+before it. Running the block anew for every site would cost several forward passes; here each batch's forward pass is
+suspended at a site (its frames stay on a stack of their own), the site's linears are compressed in place, and all
+passes go on. One forward pass per block in all, at the price of holding every batch's live tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import greenlet
+from torch import Tensor, nn
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    """Leaves a forward pass whose remaining part is not needed."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A site to watch: the module whose input it is."""
+
+    site: str
+    module: nn.Module
+
+
+@contextmanager
+def _hooks(taps: Sequence[Tap], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def hook(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def run(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            see(site, inputs[0])
+
+        return run
+
+    handles = [tap.module.register_forward_pre_hook(hook(tap.site)) for tap in taps]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def watch(
+    taps: Sequence[Tap], passes: Sequence[Callable[[], None]], see: Callable[[str, Tensor], None], *, stop_after: bool
+) -> None:
+    """Run the passes one after the other, showing `see` the inputs of the taps.
+
+    With `stop_after` a pass is left as soon as it reached the last tap, so what follows costs nothing.
+    """
+    last = taps[-1].site if taps and stop_after else None
+
+    def look(site: str, x: Tensor) -> None:
+        see(site, x)
+        if site == last:
+            raise _Stop
+
+    with _hooks(taps, look):
+        for run in passes:
+            try:
+                run()
+            except _Stop:
+                continue
+
+
+def walk(
+    taps: Sequence[Tap],
+    passes: Sequence[Callable[[], None]],
+    see: Callable[[str, Tensor], None],
+    arrived: Callable[[str], None],
+) -> None:
+    """Run all passes in step: each site is shown to `see` by every pass, then `arrived(site)` is called, then all go on.
+
+    Sites come in the order of `taps`; a pass that does not visit a site (an expert without tokens) waits at its next.
+    `arrived` is called for every site, also one that no pass visited.
+    """
+    order = {tap.site: n for n, tap in enumerate(taps)}
+    home = greenlet.getcurrent()
+
+    def look(site: str, x: Tensor) -> None:
+        see(site, x)
+        home.switch(order[site])
+
+    walkers = [greenlet.greenlet(run) for run in passes]
+    at: dict[int, int] = {}
+
+    def advance(n: int) -> None:
+        where = walkers[n].switch()
+        if walkers[n].dead:
+            at.pop(n, None)
+        else:
+            if not isinstance(where, int) or where <= at.get(n, -1):
+                raise RuntimeError(f"the sites of a block are not met in their order: {taps[where].site}")
+            at[n] = where
+
+    try:
+        with _hooks(taps, look):
+            for n in range(len(walkers)):
+                advance(n)
+            for number, tap in enumerate(taps):
+                arrived(tap.site)
+                for n in [k for k, place in at.items() if place == number]:
+                    advance(n)
+    finally:
+        for walker in walkers:
+            if not walker.dead and walker:
+                walker.throw()

@@ -1,0 +1,175 @@
+"""What a run occupies, estimated from shapes: an upper bound that is meant to be tight.
+
+Everything counts above a fresh `import lilliput`. The terms were fitted to measured peaks; `benchmarks/memory.py`
+compares the estimate with the measurement.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lilliput.anatomy.model import Block, Linear
+from lilliput.errors import PlanError
+
+MB = 1 << 20
+# The model class's own modules, tokenizer and buffers, allocator slack: measured on SmolLM2 and Llama-shaped models.
+BASE = 70 * MB
+SLACK = 1.06
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run spends its memory: samples per forward pass, and whether all passes pause together at each site."""
+
+    batch: int
+    lockstep: bool
+    bytes: int
+    where: str  # the phase that sets the peak
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that memory depends on."""
+
+    hidden: int
+    vocabulary: int
+    samples: int
+    tokens: int
+    itemsize: int  # of the compute dtype
+    stored: int  # itemsize of the checkpoint
+    outside: int  # bytes of the largest tensor outside the blocks, as stored
+
+
+def live_per_token(block: Block, hidden: int) -> int:
+    """Elements per token that a suspended forward pass holds at its fullest pause."""
+    fullest = 0
+    ran: list[Linear] = []
+    for site in block.sites:
+        names = set(site.linears)
+        before = [x for x in ran if x.name.rsplit(".", 1)[0] == site.linears[0].rsplit(".", 1)[0]]
+        # An activation function has merged gate and up by the time the down projection runs.
+        held = sum(x.out_features for x in before if x.role in {"q", "k", "v", "qkv"})
+        fullest = max(fullest, 2 * hidden + site.width + held)
+        ran += [x for x in block.linears if x.name in names]
+    return fullest
+
+
+def _site_bytes(block: Block, solving: bool) -> int:
+    """The largest site while it is compressed: its weights with the solver's copies, and its Gram matrix likewise."""
+    worst = 0
+    for site in block.sites:
+        rows = sum(block.linear(name).out_features for name in site.linears)
+        weights = 4 * rows * site.width
+        gram = 4 * site.width * site.width
+        worst = max(worst, (6 if solving else 4) * weights + (3 if solving else 1) * gram)
+    return worst
+
+
+def estimate(
+    blocks: Sequence[Block], shape: Shape, *, batch: int, lockstep: bool, needs: frozenset[str], rewriting: bool
+) -> tuple[int, str]:
+    """Upper bound of the peak in bytes, and the phase that sets it."""
+    kinds = {id(block): block for block in blocks}.values()
+    calibrating = bool(needs)
+    phases: dict[str, int] = {}
+    phases["writing what lies outside the blocks"] = shape.outside
+    if calibrating:
+        phases["embedding"] = shape.outside + shape.vocabulary * shape.hidden * shape.itemsize
+    per_block = 0
+    for block in kinds:
+        parameters = sum(x.parameters for x in block.linears)
+        widest = max(max(x.out_features, x.in_features) for x in block.linears)
+        packed = parameters * 2
+        total = packed + _site_bytes(block, "gram" in needs)
+        if calibrating:
+            total += parameters * shape.itemsize
+            total += batch * shape.tokens * (4 * widest + 6 * shape.hidden) * shape.itemsize
+            # The fold of a Gram matrix works in float32.
+            total += batch * shape.tokens * widest * 4
+            if lockstep:
+                total += shape.samples * shape.tokens * live_per_token(block, shape.hidden) * shape.itemsize
+            if rewriting and "gram" in needs:
+                total += sum(4 * site.width**2 for site in block.sites)
+        per_block = max(per_block, total)
+    phases["compressing a block"] = per_block
+    where = max(phases, key=lambda name: phases[name])
+    return int((BASE + phases[where]) * SLACK), where
+
+
+def choose(
+    blocks: Sequence[Block], shape: Shape, *, budget: int | None, needs: frozenset[str], rewriting: bool
+) -> Layout:
+    """The fastest layout within the budget. Raises PlanError that names the smallest budget that would do."""
+    full = max(1, min(shape.samples, 2048 // max(shape.tokens, 1)))
+    batches = [full]
+    while batches[-1] > 1:
+        batches.append(batches[-1] // 2)
+    room = budget if budget is not None else max(available() // 2, 1)
+    options = [(lockstep, batch) for lockstep in (True, False) for batch in batches]
+    smallest: Layout | None = None
+    for lockstep, batch in options:
+        size, where = estimate(blocks, shape, batch=batch, lockstep=lockstep, needs=needs, rewriting=rewriting)
+        layout = Layout(batch, lockstep, size, where)
+        if size <= room:
+            return layout
+        if smallest is None or size < smallest.bytes:
+            smallest = layout
+    if smallest is None:
+        raise PlanError("there is nothing to calibrate on: ask for at least one sample")
+    if budget is None:
+        return smallest
+    raise PlanError(
+        f"--memory {readable(budget)} is too little: {smallest.where} alone needs {readable(smallest.bytes)}; "
+        f"give --memory {readable(smallest.bytes, up=True)} or more"
+    )
+
+
+def available() -> int:
+    """Bytes that this process may still take (physical memory that is free or reclaimable)."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def peak_rss() -> int:
+    """High-water mark of this process's resident memory in bytes, file pages included (VmHWM)."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    import resource
+    import sys
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def readable(size: float, up: bool = False) -> str:
+    """Bytes as a short text such as 1.5GB (decimal units); `up` rounds so that the text is never too small."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            value = size / scale
+            return f"{(int(value * 100) + 1) / 100 if up else value:.2f}{unit}"
+    return f"{int(size)}B"
+
+
+def trim() -> None:
+    """Give freed memory back to the operating system (glibc keeps it otherwise)."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+
+

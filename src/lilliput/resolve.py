@@ -1,0 +1,192 @@
+"""A recipe meets an anatomy: which step does what to which linear, and whether the order makes sense."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from lilliput import methods
+from lilliput.anatomy.model import Anatomy, Linear
+from lilliput.errors import PlanError
+from lilliput.formats.integer import IntegerFormat, from_target
+from lilliput.recipe import Recipe, Step, Target, Where
+
+GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step on one linear, with everything decided."""
+
+    step: int
+    method: methods.Method
+    target: Target
+    options: BaseModel
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What happens to one linear: its tasks in order and what it becomes."""
+
+    block: int
+    linear: Linear
+    name: str  # canonical, without ".weight"
+    tasks: tuple[Task, ...]
+    format: IntegerFormat | None
+    sparsity: float | None
+    pattern: str | None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All linears of all blocks, and the steps that work on more than one linear at a time."""
+
+    recipe: Recipe
+    linears: tuple[LinearPlan, ...]
+    rewrites: Mapping[int, tuple[Task, ...]]  # by block
+    allocations: tuple[Task, ...]
+    learned: tuple[Task, ...]
+    needs: frozenset[str] = field(default=frozenset())
+
+    def of_block(self, block: int) -> tuple[LinearPlan, ...]:
+        return tuple(x for x in self.linears if x.block == block)
+
+
+def matches(where: Where, name: str, linear: Linear) -> bool:
+    """Whether a step's `where` covers a linear: patterns may name it in full, within its block, shortly, or by role."""
+    labels = (name, linear.name, linear.name.rsplit(".", 1)[-1], linear.role)
+
+    def hit(patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(label, pattern) for pattern in patterns for label in labels)
+
+    return hit(where.include) and not hit(where.exclude)
+
+
+def _group(target: Target, widths: Sequence[int]) -> int:
+    if target.group_size == "channel":
+        return -1
+    if target.group_size == "tensor":
+        return 0
+    if target.group_size != "auto":
+        return int(target.group_size)
+    return next((g for g in GROUPS if all(width % g == 0 for width in widths)), -1)
+
+
+def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
+    """Raises PlanError with the reason when the steps cannot follow each other."""
+    touched: tuple[int, str] | None = None
+    for number, (_, method) in enumerate(steps):
+        at = f"step {number + 1} ({method.name})"
+        if method.verb in {"fit", "edit", "objective", "cache"}:
+            raise PlanError(f"{at}: methods of the family '{method.family}' cannot be run by a recipe yet")
+        if method.verb == "allocate":
+            if touched is not None:
+                raise PlanError(f"{at} divides the budget between layers, so it must come before {touched[1]} spends it")
+            continue
+        if method.verb in {"rewrite", "learn"} and touched is not None:
+            raise PlanError(
+                f"{at} rescales or rotates weights, but {touched[1]} before it has already "
+                "decided their values: move it to the front"
+            )
+        if method.verb == "compress":
+            touched = touched or (number, f"step {number + 1} ({method.name})")
+    if all(method.verb == "allocate" for _, method in steps):
+        raise PlanError("the recipe only divides a budget: add a step that prunes or quantizes")
+
+
+def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> LinearPlan:
+    grid: IntegerFormat | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
+    for task in tasks:
+        label = f"step {task.step + 1} ({task.method.name}) on {name}"
+        if task.method.writes == "support":
+            if grid is not None:
+                raise PlanError(f"{label}: pruning after quantization would tear holes into fitted codes: prune first")
+            if sparsity is not None:
+                raise PlanError(f"{label}: an earlier step prunes this layer already; keep one of them")
+            pattern, sparsity = task.target.pattern, task.target.sparsity
+            if pattern is not None:
+                n, _, m = pattern.partition(":")
+                if linear.in_features % int(m):
+                    raise PlanError(
+                        f"{label}: the pattern {pattern} does not divide the width {linear.in_features}: "
+                        "exclude this layer or use unstructured sparsity"
+                    )
+                sparsity = 1 - int(n) / int(m)
+        elif task.method.writes == "quantized":
+            if grid is not None:
+                raise PlanError(f"{label}: an earlier step quantizes this layer already; keep one of them")
+            grid = from_target(task.target)
+    return LinearPlan(block, linear, name, tuple(tasks), grid, sparsity, pattern)
+
+
+def resolve(recipe: Recipe, anatomy: Anatomy, scale_dtype: torch.dtype, only: int | None = None) -> Resolved:
+    """Decide everything about a recipe on a model. Raises PlanError for every mistake that a user can make in it.
+
+    `only` restricts the work to the first so many blocks (the rest stays as it is); the decisions do not depend on it.
+    """
+    steps = [(step, methods.get(step.method)) for step in recipe.steps]
+    parsed = [method.parse(step.options) for step, method in steps]
+    _checked_order(steps)
+    everything = [
+        (number, f"{prefix}.{linear.name}", linear)
+        for number, (prefix, block) in enumerate(zip(anatomy.block_names, anatomy.blocks, strict=True))
+        for linear in block.linears
+    ]
+    targets: list[Target] = []
+    for number, (step, method) in enumerate(steps):
+        target = step.target
+        if method.verb in {"rewrite", "learn"} and target.bits is None:
+            # A rewrite prepares for whoever quantizes after it, so it takes that step's target.
+            later = [s.target for s, m in steps[number + 1 :] if m.writes == "quantized"]
+            target = later[0] if later else target
+        if target.bits is None and (method.writes == "quantized" or method.verb in {"rewrite", "learn"}):
+            target = target.model_copy(update={"bits": 4})
+        if method.writes == "support" and target.pattern is None and target.sparsity is None:
+            target = target.model_copy(update={"sparsity": 0.5})
+        chosen = [x for _, name, x in everything if matches(step.where, name, x)]
+        if not chosen:
+            raise PlanError(
+                f"step {number + 1} ({method.name}) applies to no layer: 'where' includes {list(step.where.include)} "
+                f"and excludes {list(step.where.exclude)}; layers are called like {everything[0][1]}"
+            )
+        group = _group(target, sorted({x.in_features for x in chosen}))
+        scales = str(scale_dtype).removeprefix("torch.") if target.scale_dtype == "auto" else target.scale_dtype
+        targets.append(target.model_copy(update={"group_size": group, "scale_dtype": scales}))
+    tasks = [Task(n, m, targets[n], parsed[n]) for n, (_, m) in enumerate(steps)]
+
+    plans: list[LinearPlan] = []
+    for block, name, linear in everything:
+        mine = [
+            task
+            for task, (step, method) in zip(tasks, steps, strict=True)
+            if method.verb == "compress" and matches(step.where, name, linear)
+        ]
+        plan = _plan_linear(name, linear, block, mine)
+        plans.append(plan if only is None or block < only else replace(plan, tasks=(), format=None, sparsity=None))
+    rewriting = tuple(task for task in tasks if task.method.verb == "rewrite")
+    if rewriting and not any(block.links for block in anatomy.blocks):
+        raise PlanError(
+            f"step {rewriting[0].step + 1} ({rewriting[0].method.name}) moves scales along verified links, but none was "
+            f"found in {anatomy.architecture}: leave the step out"
+        )
+    count = len(anatomy.blocks) if only is None else only
+    return Resolved(
+        recipe=recipe,
+        linears=tuple(plans),
+        rewrites={n: rewriting for n in range(count)} if rewriting else {},
+        allocations=tuple(task for task in tasks if task.method.verb == "allocate"),
+        learned=tuple(task for task in tasks if task.method.verb == "learn"),
+        needs=frozenset().union(*(task.method.needs for task in tasks)),
+    )
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, in a fixed order."""
+    return recipe.model_dump(mode="json")

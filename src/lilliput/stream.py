@@ -1,0 +1,420 @@
+"""The one block loop. One block is resident at a time; a killed run goes on at its first unwritten block."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lilliput import export, lockstep, memory
+from lilliput.activations import Activations
+from lilliput.anatomy.model import Block, Site
+from lilliput.anatomy.skeleton import Calls
+from lilliput.errors import LilliputError
+from lilliput.journal import Work
+from lilliput.methods.view import BlockIO, BlockView
+from lilliput.model import Model
+from lilliput.parts.layer import Layer, split, stack
+from lilliput.plan import METADATA, Plan
+from lilliput.progress import Progress
+from lilliput.resolve import LinearPlan, Task
+from lilliput.stats import fold
+from lilliput.stats.site import SiteStats
+from lilliput.weights import BlockWeights
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Calibration samples cut into forward passes, with the block arguments recorded for each shape."""
+
+    bounds: tuple[tuple[int, int], ...]
+    calls: Mapping[int, Calls]  # by number of samples
+
+
+def embed(model: Model, ids: Tensor, batch: int, into: Activations | None) -> Batches:
+    """Embed ids [N, T] batch by batch into `into` (None: only record the arguments that the blocks are called with)."""
+    skeleton = model.skeleton
+    bounds = tuple((a, min(a + batch, len(ids))) for a in range(0, len(ids), batch))
+    calls: dict[int, Calls] = {}
+    model.load(skeleton.embeddings)
+    try:
+        for start, stop in bounds:
+            if into is None and stop - start in calls:
+                continue
+            hidden, recorded = skeleton.embed(ids[start:stop].to(skeleton.device))
+            calls.setdefault(stop - start, recorded)
+            if into is not None:
+                into.write(start, hidden)
+    finally:
+        model.unload(skeleton.embeddings)
+    memory.trim()
+    return Batches(bounds, calls)
+
+
+def last_hidden(
+    model: Model,
+    ids: Tensor,
+    folder: Path,
+    *,
+    batch: int = 2,
+    progress: Progress | None = None,
+) -> Activations:
+    """Hidden states [N, T, H] after the last block, in the skeleton's dtype, in a file of `folder`; one block resident.
+
+    The caller deletes the result. Memory does not depend on N.
+    """
+    skeleton = model.skeleton
+    shape = (len(ids), ids.shape[1], int(model.source.text_config.hidden_size))
+    store = Activations(folder / f"hidden-{id(model):x}.bin", shape, skeleton.dtype, create=True)
+    try:
+        with torch.no_grad():
+            batches = embed(model, ids, batch, store)
+            for block in range(len(skeleton.block_names)):
+                model.load_block(block)
+                for start, stop in batches.bounds:
+                    hidden = store.read(start, stop).to(skeleton.device)
+                    store.write(start, skeleton.run(block, hidden, batches.calls[stop - start]))
+                model.unload_block(block)
+                memory.trim()
+                if progress is not None:
+                    progress.step(block + 1, len(skeleton.block_names))
+    except BaseException:
+        store.delete()
+        raise
+    return store
+
+
+def _sha256(tensor: Tensor) -> str:
+    raw = tensor.detach().contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(raw).cast("B")).hexdigest()
+
+
+def _save(work: Work, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Write one output file so that it is there whole or not at all; returns the tensors' hashes."""
+    fresh = work.staging / f".{name}.new"
+    save_file(tensors, fresh, metadata=dict(METADATA))
+    with fresh.open("rb+") as file:
+        os.fsync(file.fileno())
+    fresh.replace(work.staging / name)
+    return {key: _sha256(value) for key, value in tensors.items()}
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """What compressing one block needs to know; the fields do not change while it runs."""
+
+    plan: Plan
+    model: Model
+    index: int
+    anatomy: Block
+    weights: BlockWeights
+    exporter: export.Exporter
+
+    @property
+    def plans(self) -> dict[str, LinearPlan]:
+        return {x.linear.name: x for x in self.plan.resolved.of_block(self.index)}
+
+    def needs(self, site: Site) -> frozenset[str]:
+        return frozenset().union(*(task.method.needs for name in site.linears for task in self.plans[name].tasks))
+
+    def tap(self, site: Site) -> lockstep.Tap:
+        block = self.model.skeleton.block(self.index)
+        return lockstep.Tap(site.name, block.get_submodule(site.linears[0]))
+
+
+def _error(layer: Layer, stats: SiteStats | None) -> tuple[float, str]:
+    """Relative error of a finished layer: of its outputs where the Gram matrix is known, else of its weights."""
+    change = layer.decode() - layer.weight
+    if stats is not None and stats.gram is not None and stats.count:
+        lost = float(((change @ stats.gram) * change).sum().clamp(min=0))
+        whole = float(((layer.weight @ stats.gram) * layer.weight).sum())
+        return (lost / whole) ** 0.5 if whole > 0 else 0.0, "output"
+    whole = float(layer.weight.square().sum())
+    return (float(change.square().sum()) / whole) ** 0.5 if whole > 0 else 0.0, "weight"
+
+
+def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[str, Tensor], Rows]:
+    """Apply the compress steps to the linears of a site; the block's modules take over the result.
+
+    Returns the tensors to store (by stored name) and one report row a linear.
+    """
+    skeleton = job.model.skeleton
+    device = torch.device(skeleton.device)
+    empty = SiteStats(site.width, 0)
+    stats = empty if stats is None else stats.to(device)
+    tensors: dict[str, Tensor] = {}
+    rows: Rows = []
+    for names in _stacks(job, site):
+        start = time.perf_counter()
+        plans = [job.plans[name] for name in names]
+        layers = [Layer(p.name, job.weights.linear(p.linear).to(device)) for p in plans]
+        layer = stack(layers)
+        del layers
+        for task in plans[0].tasks:
+            layer = _apply(task, layer, stats)
+        seconds = time.perf_counter() - start
+        pieces = split(layer, [(p.name, p.linear.out_features) for p in plans])
+        for plan, piece in zip(plans, pieces, strict=True):
+            error, of = _error(piece, stats)
+            stored = _stored(job, plan, piece)
+            value = job.weights.to_stored(plan.linear, piece.decode())
+            skeleton.load({f"{plan.name}.weight": value})
+            tensors.update(stored)
+            rows.append(
+                {
+                    "name": plan.name,
+                    "methods": [task.method.name for task in plan.tasks],
+                    "bits": 8 * sum(t.numel() * t.element_size() for t in stored.values()) / plan.linear.parameters,
+                    "error": error,
+                    "error_of": of,
+                    "zeros": float((piece.decode() == 0).float().mean()),
+                    "tokens": stats.count,
+                    "seconds": seconds * plan.linear.parameters / sum(p.linear.parameters for p in plans),
+                }
+            )
+    return tensors, rows
+
+
+def _apply(task: Task, layer: Layer, stats: SiteStats) -> Layer:
+    out: Layer = task.method.module.compress(layer, stats, task.target, task.options)
+    return out
+
+
+def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
+    """Linears of a site that may be treated as one: equal tasks, methods that treat each row by itself."""
+    groups: list[list[str]] = []
+    for name in site.linears:
+        tasks = job.plans[name].tasks
+        if not tasks:
+            continue
+        alone = any(not task.method.rowwise or task.target.group_size == 0 for task in tasks)
+        if groups and not alone and job.plans[groups[-1][0]].tasks == tasks:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _stored(job: BlockJob, plan: LinearPlan, layer: Layer) -> dict[str, Tensor]:
+    packed = job.exporter.pack(job.plan.outcomes[plan.name], layer)
+    return {name: value.cpu().contiguous() for name, value in packed.items()}
+
+
+def _collect(
+    job: BlockJob, batches: Batches, inputs: Activations, sites: Sequence[Site], needs: Callable[[Site], Iterable[str]]
+) -> dict[str, SiteStats]:
+    """Statistics of several sites from one run of the block up to the last of them."""
+    skeleton = job.model.skeleton
+    states = {site.name: fold.init(site.width, needs(site), skeleton.device) for site in sites}
+
+    def see(site: str, x: Tensor) -> None:
+        states[site] = fold.update(states[site], x)
+
+    def one(start: int, stop: int) -> Callable[[], None]:
+        def run() -> None:
+            hidden = inputs.read(start, stop).to(skeleton.device)
+            skeleton.run(job.index, hidden, batches.calls[stop - start])
+
+        return run
+
+    taps = [job.tap(site) for site in sites]
+    # Experts may be skipped by a batch, so only a block without them can be left early.
+    early = all(x.expert is None for x in job.anatomy.linears)
+    lockstep.watch(taps, [one(a, b) for a, b in batches.bounds], see, stop_after=early)
+    return {name: fold.all_reduce(fold.finish(state)) for name, state in states.items()}
+
+
+def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | None) -> None:
+    """Apply the rewrite steps: the function stays the same, the weights become easier to compress."""
+    for task in job.plan.resolved.rewrites.get(job.index, ()):
+        covered = {x.name for x in job.anatomy.linears}
+        sites = [job.anatomy.site(name) for name in dict.fromkeys(link.site for link in job.anatomy.links)]
+        sites = [site for site in job.anatomy.sites if site in sites]
+        if not sites:
+            continue
+        stats: dict[str, SiteStats] = {}
+        if task.method.needs and batches is not None and inputs is not None:
+            stats = _collect(job, batches, inputs, sites, lambda _: task.method.needs)
+        names = sorted({name for link in job.anatomy.links for name in link.readers if name in covered})
+        view = BlockView(job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)) for n in names})
+        folds = task.method.module.rewrite(view, BlockIO(stats), task.target, task.options)
+        job.weights.fold(folds)
+        touched = {name: job.weights.tensor(name) for name in job.weights.names() if job.weights.folded(name)}
+        if batches is not None:
+            job.model.skeleton.load({job.weights.canonical(name): value for name, value in touched.items()})
+
+
+def compress_block(
+    job: BlockJob, batches: Batches | None, inputs: Activations | None, outputs: Activations | None
+) -> tuple[dict[str, Tensor], Rows]:
+    """Compress one block, whose tensors are loaded where there is calibration; run it so that later blocks see its error."""
+    skeleton = job.model.skeleton
+    tensors: dict[str, Tensor] = {}
+    rows: Rows = []
+
+    def take(site: Site, stats: SiteStats | None) -> None:
+        packed, seen = compress_site(job, site, stats)
+        tensors.update(packed)
+        rows.extend(seen)
+
+    rewrite_block(job, batches, inputs)
+    if batches is None or inputs is None or outputs is None:
+        for site in job.anatomy.sites:
+            take(site, None)
+        return tensors, rows
+
+    def one(start: int, stop: int) -> Callable[[], None]:
+        def run() -> None:
+            hidden = inputs.read(start, stop).to(skeleton.device)
+            outputs.write(start, skeleton.run(job.index, hidden, batches.calls[stop - start]))
+
+        return run
+
+    passes = [one(a, b) for a, b in batches.bounds]
+    wanted = [site for site in job.anatomy.sites if any(job.plans[name].tasks for name in site.linears)]
+    if job.plan.layout.lockstep:
+        current: dict[str, SiteStats] = {}
+
+        def see(site: str, x: Tensor) -> None:
+            if site not in current:
+                current[site] = fold.init(x.shape[-1], job.needs(job.anatomy.site(site)), skeleton.device)
+            current[site] = fold.update(current[site], x)
+
+        def arrived(name: str) -> None:
+            site = job.anatomy.site(name)
+            state = current.pop(name, None) or fold.init(site.width, job.needs(site), skeleton.device)
+            take(site, fold.all_reduce(fold.finish(state)))
+
+        lockstep.walk([job.tap(site) for site in wanted], passes, see, arrived)
+    else:
+        for wave in _waves(job, wanted):
+            stats = _collect(job, batches, inputs, wave, job.needs)
+            for site in wave:
+                take(site, stats.pop(site.name))
+        for run in passes:
+            run()
+    return tensors, rows
+
+
+def _waves(job: BlockJob, sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites whose statistics are taken in one run: of one stage, and no more Gram matrices than two of the widest."""
+    room = 2 * max((site.width for site in sites), default=1) ** 2
+    waves: list[list[Site]] = []
+    for site in sites:
+        last = waves[-1] if waves else []
+        if last and last[-1].stage == site.stage and sum(s.width**2 for s in (*last, site)) <= room:
+            last.append(site)
+        else:
+            waves.append([site])
+    return waves
+
+
+def _block_tensors(job: BlockJob, done: Mapping[str, Tensor], shard: int) -> dict[str, Tensor]:
+    """All tensors of a block's file: the compressed ones and the rest as they are, or as folds left them."""
+    out = dict(done)
+    cut = len(job.weights.prefix) + 1
+    untouched = {x.name: x for x in job.plans.values() if not x.tasks}
+    for planned in job.plan.of_shard(shard):
+        if planned.name in out:
+            continue
+        if planned.source in untouched:
+            linear = untouched[planned.source]
+            layer = Layer(linear.name, job.weights.linear(linear.linear))
+            out.update(job.exporter.pack(job.plan.outcomes[linear.name], layer))
+        else:
+            out[planned.name] = job.weights.tensor(planned.source[cut:]).to(planned.dtype).contiguous()
+    return out
+
+
+def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Rows:
+    """Carry out a plan, from its first unwritten block on. Returns the report rows of all blocks, in order."""
+    skeleton = model.skeleton
+    count = len(skeleton.block_names)
+    first = len(plan.shards) - count
+    finished = {int(r["block"]): r for r in work.find("block")}
+    whole = {int(r["shard"]) for r in work.find("outside")}
+    with torch.no_grad():
+        for shard in range(first):
+            if shard not in whole:
+                tensors = {
+                    x.name: (model.source.read(x.source) if x.kind == "carried" else model.read(x.source)).contiguous()
+                    for x in plan.of_shard(shard)
+                }
+                hashes = _save(work, plan.shards[shard], tensors)
+                del tensors
+                memory.trim()
+                work.note({"kind": "outside", "shard": shard, "sha256": hashes})
+        progress.begin(count, len(finished))
+        if len(finished) < count:
+            _blocks(plan, model, ids, work, progress, finished, first)
+    rows: Rows = []
+    for record in sorted(work.find("block"), key=lambda r: int(r["block"])):
+        rows += record["rows"]
+    return rows
+
+
+def _hidden(work: Work, block: int, shape: tuple[int, int, int], dtype: torch.dtype, create: bool) -> Activations:
+    return Activations(work.folder / f"hidden-{block:04d}.bin", shape, dtype, create=create)
+
+
+def _blocks(
+    plan: Plan,
+    model: Model,
+    ids: Tensor | None,
+    work: Work,
+    progress: Progress,
+    finished: Mapping[int, Any],
+    first: int,
+) -> None:
+    anatomy = model.anatomy()
+    skeleton = model.skeleton
+    start = len(finished)
+    batches: Batches | None = None
+    inputs: Activations | None = None
+    shape = (0, 0, 0)
+    if plan.resolved.needs:
+        if ids is None:
+            raise RuntimeError("calibration was planned but there are no tokens")
+        shape = (len(ids), ids.shape[1], int(model.source.text_config.hidden_size))
+        inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
+        if start and inputs.checksum() != finished[start - 1]["hidden"]:
+            raise LilliputError(
+                f"{inputs.path} is not what the unfinished run wrote (a power failure?): "
+                f"delete {work.partial} and start anew"
+            )
+        batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
+    exporter = export.get(plan.exporter)
+    for index in range(start, len(skeleton.block_names)):
+        weights = BlockWeights(model, index, anatomy.blocks[index])
+        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter)
+        outputs = None
+        if batches is not None:
+            model.load_block(index)
+            outputs = _hidden(work, index + 1, shape, plan.dtype, create=True)
+        done, rows = compress_block(job, batches, inputs, outputs)
+        model.unload_block(index)
+        tensors = _block_tensors(job, done, first + index)
+        del done
+        hashes = _save(work, plan.shards[first + index], tensors)
+        del tensors
+        # Only now is the block finished: its file is whole, and so are the inputs of the next one.
+        check = None if outputs is None else outputs.checksum()
+        work.note({"kind": "block", "block": index, "rows": rows, "sha256": hashes, "hidden": check})
+        if inputs is not None:
+            inputs.delete()
+        inputs = outputs
+        memory.trim()
+        worst = max((float(row["error"]) for row in rows), default=0.0)
+        progress.step(index + 1, len(skeleton.block_names), f"error {worst:.4f}")
+    if inputs is not None:
+        inputs.delete()

@@ -29,6 +29,9 @@ class Target(Strict):
         "auto", description="inputs that share a scale; auto: the largest of 128, 64, 32 that divides every width"
     )
     symmetric: bool = Field(True, description="no zero points")
+    scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="type of the scales; auto: bfloat16 for models stored so, else float16"
+    )
     sparsity: float | None = Field(None, ge=0.0, le=1.0, description="share of weights that become zero")
     pattern: str | None = Field(None, description='"N:M" keeps N of every M inputs; None is unstructured')
 

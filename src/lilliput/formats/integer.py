@@ -1,29 +1,203 @@
-"""Integer grids of 2..8 bits (placeholder until the formats room is filled; the signatures hold)."""
+"""Integer grids of 2..8 bits: one scale (and zero point) per tensor, per output row, or per group of inputs.
+
+Codes are signed, -2^(b-1) .. 2^(b-1)-1, and `value = (code - zero) * scale`, computed in float32 from the scale as it is
+stored. Scales are rounded to their stored type before anything is quantized, so a written file holds exactly what was
+measured. When the group size does not divide the width, the last group of each row is shorter; nothing is padded.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lilliput.errors import LilliputError, PlanError
+from lilliput.formats import search as ranges
+from lilliput.recipe import Target
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CHUNK = 1 << 18  # weights worked on at a time: two float32 buffers of this size stay in the cores' second-level caches
+
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales [out, groups] in the format's scale dtype and zero points int8-range [out, groups] (None: symmetric)."""
+    """Where the codes of a matrix lie: scale [out, groups] in the format's scale dtype ([1, 1] for one per tensor), and
+    zero int8 of the same shape, in code units (None: symmetric)."""
 
     scale: Tensor
-    zero: Tensor | None
+    zero: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> Grid: ...
+    def rows(self, start: int, stop: int) -> Grid:
+        """The grid of output rows [start, stop); a grid per tensor serves all rows."""
+        if self.scale.shape == (1, 1):
+            return self
+        return Grid(self.scale[start:stop], None if self.zero is None else self.zero[start:stop])
 
 
 @dataclass(frozen=True)
 class IntegerFormat:
+    """Integers of `bits` bits. `group_size`: -1 one scale per output row, 0 one per tensor, else inputs per group.
+
+    Raises PlanError for bits outside 2..8, a group size below -1 or a scale dtype that is not a float of 16 or 32 bits.
+    """
+
     bits: int
     symmetric: bool
-    group_size: int  # -1: one per output row; 0: one for the tensor; else that many inputs, the last group shorter
-    scale_dtype: torch.dtype
+    group_size: int
+    scale_dtype: torch.dtype = torch.float16
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor: ...
-    def size_bits(self, rows: int, width: int) -> int: ...
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise PlanError(f"{self.bits} bits: integer grids have 2 to 8 bits; choose one of those")
+        if self.group_size < -1:
+            raise PlanError(f"group size {self.group_size}: give a positive number, 0 (per tensor) or -1 (per row)")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise PlanError(f"scales in {self.scale_dtype}: choose float16, bfloat16 or float32")
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def describe(self) -> str:
+        """For tables: "int4 g64 asym"."""
+        unit = {-1: "row", 0: "tensor"}.get(self.group_size, f"g{self.group_size}")
+        return f"int{self.bits} {unit} {'sym' if self.symmetric else 'asym'}"
+
+    def groups(self, width: int) -> int:
+        """Groups in a row of `width` inputs; the last is shorter when the group size does not divide the width."""
+        return 1 if self.group_size <= 0 else -(-width // self.group_size)
+
+    def group_of(self, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """The group of each input, int64 [width]."""
+        return torch.arange(width, device=device) // (self.group_size if self.group_size > 0 else max(width, 1))
+
+    def size_bits(self, rows: int, width: int) -> int:
+        """Exact size: codes, scales, and zero points at `bits` bits each."""
+        units = 1 if self.group_size == 0 else rows * self.groups(width)
+        return rows * width * self.bits + units * (self.scale_dtype.itemsize * 8 + (0 if self.symmetric else self.bits))
+
+    def fit(
+        self,
+        weight: Tensor,
+        *,
+        search: Literal["minmax", "mse"] = "minmax",
+        importance: Tensor | None = None,
+        steps: int = 30,
+        norm: float = 2.0,
+        signed_scale: bool = False,
+    ) -> Grid:
+        """The grid for `weight` [out, in].
+
+        "minmax" covers the range: scale max|w| / (2^(b-1) - 1), or (hi - lo) / (2^b - 1) with lo <= 0 <= hi. "mse"
+        shrinks that range by `steps` factors and keeps, for each unit, the least sum of importance * |error|^norm,
+        then tries neighbouring zero points and the least-squares scale of the codes; it is never worse than minmax
+        under that measure. `importance` [in] or [out, in] is not negative; None counts all alike. `signed_scale` lets
+        a symmetric scale be negative, which puts the one extra code on the side where the longer tail is.
+        A unit of zeros gets scale 1. Scales below the smallest positive value of the scale dtype are raised to it.
+
+        Raises LilliputError for NaN or infinity in the weight or importance, and for a scale above the scale dtype.
+        """
+        rows, width = weight.shape
+        weight = weight.float()
+        if importance is not None:
+            importance = importance.to(weight)
+            if importance.shape not in ((width,), (rows, width)):
+                raise ValueError(f"importance {tuple(importance.shape)} does not fit a weight {tuple(weight.shape)}")
+            if not bool(torch.isfinite(importance.sum())):
+                raise LilliputError("the importance of the inputs holds NaN or infinity: check the calibration data")
+            importance = importance.expand(1 if importance.dim() == 1 else rows, width)
+        rule = ranges.Rule(self.bits, self.symmetric, self.scale_dtype, search, steps, norm, signed_scale)
+        if self.group_size == 0:
+            one = None if importance is None else importance.expand(rows, width).reshape(1, 1, -1)
+            scale, zero = ranges.fit(weight.reshape(1, 1, -1), one, rule)
+        else:
+            units = (rows, self.groups(width))
+            scale, zero = weight.new_empty(units), weight.new_empty(units)
+            step = max(1, _CHUNK // max(width, 1))
+            for columns, groups, size in self._pieces(width):
+                for a in range(0, rows, step):
+                    b = min(a + step, rows)
+                    part = weight[a:b, columns].unflatten(1, (-1, size))
+                    weights = None
+                    if importance is not None:
+                        some = importance if importance.shape[0] == 1 else importance[a:b]
+                        weights = some[:, columns].unflatten(1, (-1, size))
+                    scale[a:b, groups], zero[a:b, groups] = ranges.fit(part, weights, rule)
+        self._check(weight, scale)
+        return Grid(scale.to(self.scale_dtype), None if self.symmetric else zero.to(torch.int8))
+
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        """The nearest codes, int8 [out, in]: round(w / scale) + zero, clipped. Ties go to the even multiple."""
+        rows, width = weight.shape
+        codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
+        for columns, scale, zero, size in self._units(grid, width):
+            value = weight[:, columns].float().unflatten(1, (-1, size)).mul(scale.reciprocal()).round_().add_(zero)
+            codes[:, columns] = value.clamp_(self.lowest, self.highest).flatten(1).to(torch.int8)
+        return codes
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """The values of codes [out, in], float32."""
+        rows, width = codes.shape
+        out = torch.empty(rows, width, dtype=torch.float32, device=codes.device)
+        for columns, scale, zero, size in self._units(grid, width):
+            torch.mul(codes[:, columns].unflatten(1, (-1, size)) - zero, scale, out=out[:, columns].unflatten(1, (-1, size)))
+        return out
+
+    def expand(self, grid: Grid, width: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every weight, float32 [out, in] (a grid per tensor or row is a view; [1, in] per tensor)."""
+        scale = grid.scale.float()
+        zero = torch.zeros(1, 1, device=scale.device) if grid.zero is None else grid.zero.float()
+        if scale.shape[1] == 1:
+            return scale.expand(-1, width), zero.expand(scale.shape[0], width)
+        index = self.group_of(width, scale.device)
+        return scale[:, index], zero.expand_as(scale)[:, index]
+
+    def _pieces(self, width: int) -> Iterator[tuple[slice, slice, int]]:
+        """Columns, their groups and the group size: the even part of a row, and its shorter last group if there is one."""
+        size = width if self.group_size <= 0 else min(self.group_size, width)
+        even = width // size if size else 0
+        if even:
+            yield slice(0, even * size), slice(0, even), size
+        if even * size < width:
+            yield slice(even * size, width), slice(even, even + 1), width - even * size
+
+    def _units(self, grid: Grid, width: int) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
+        for columns, groups, size in self._pieces(width):
+            scale = grid.scale[:, groups].float().unsqueeze(-1)
+            zero = torch.zeros_like(scale) if grid.zero is None else grid.zero[:, groups].float().unsqueeze(-1)
+            yield columns, scale, zero, size
+
+    def _check(self, weight: Tensor, scale: Tensor) -> None:
+        if bool(torch.isfinite(scale).all()):
+            return
+        bad = int((~torch.isfinite(weight)).sum())
+        if bad:
+            raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be quantized")
+        name = str(self.scale_dtype).removeprefix("torch.")
+        raise LilliputError(f"a scale exceeds the range of {name}: set scale_dtype to float32 (or bfloat16) for this layer")
+
+
+def from_target(target: Target, scale_dtype: torch.dtype | None = None) -> IntegerFormat:
+    """The format that a resolved target asks for; scales in `scale_dtype`, or in the one the target names, or float16.
+
+    Raises PlanError when the target names no bits, or its group size still is "auto".
+    """
+    if target.bits is None:
+        raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
+    named = {"channel": -1, "tensor": 0}
+    size = named.get(target.group_size) if isinstance(target.group_size, str) else target.group_size
+    if size is None:
+        raise PlanError("the group size 'auto' has to be resolved against the widths first: give a number")
+    if scale_dtype is None:
+        scale_dtype = getattr(torch, getattr(target, "scale_dtype", None) or "float16")
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    return IntegerFormat(target.bits, target.symmetric, size, dtypes.get(target.scale_dtype, torch.float16))

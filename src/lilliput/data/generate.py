@@ -1,0 +1,87 @@
+"""The model writes its own calibration text: no data needed (after LLM-QAT, Liu et al. 2023, arXiv:2305.17888)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lilliput.data.tokens import Tokens
+from lilliput.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lilliput.model import Model
+
+BATCH = 32
+
+
+def _first(tokenizer: PreTrainedTokenizerBase, vocabulary: int, draws: Tensor) -> Tensor:
+    """First tokens [n] from uniform draws [n]: the beginning-of-text token, or any ordinary one where there is none."""
+    if tokenizer.bos_token_id is not None:
+        return torch.full(draws.shape, int(tokenizer.bos_token_id))
+    ordinary = torch.ones(vocabulary, dtype=torch.bool)
+    ordinary[[x for x in tokenizer.all_special_ids if x < vocabulary]] = False
+    ids = ordinary.nonzero()[:, 0]
+    return ids[(draws * len(ids)).long()]
+
+
+def _sample(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
+    """Ids [n] from logits [n, V] and uniform draws [n] in [0, 1), by inverting the cumulative distribution."""
+    reach = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    # Relative to the actual end of the sum, which rounding leaves a little off 1.
+    picked = torch.searchsorted(reach, (draws * reach[:, -1])[:, None], right=True)[:, 0]
+    return picked.clamp_max(logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    tokens: int,
+    seed: int = 0,
+    *,
+    temperature: float = 1.0,
+    batch: int = BATCH,
+) -> Tokens:
+    """Text that the model writes, int64 [samples, tokens], as calibration windows.
+
+    Each sample begins with the beginning-of-text token (a random ordinary token where the model has none) and is drawn
+    token by token from the model's own distribution. After an end-of-text token the model goes on with what it thinks
+    comes next: no padding. The draws of a sample depend on the seed and its number only; the ids also on the logits,
+    so another batch size or thread count may change them by rounding.
+
+    All blocks are loaded at once, with a cache of keys and values for `batch` samples, and unloaded at the end.
+    Raises DataError when the logits are not finite.
+    """
+    if samples < 1 or tokens < 1:
+        raise DataError(f"{samples} samples of {tokens} tokens: both must be at least 1.")
+    if temperature <= 0:
+        raise DataError(f"temperature {temperature}: it must be above 0.")
+    skeleton = model.skeleton
+    names = tuple(skeleton.shapes)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(samples, tokens, generator=generator, dtype=torch.float64)
+    # Models pad their vocabulary; what the tokenizer does not know must not be written.
+    vocabulary = len(tokenizer)
+    ids = torch.empty(samples, tokens, dtype=torch.int64)
+    model.load(names)
+    try:
+        for start in range(0, samples, batch):
+            stop = min(samples, start + batch)
+            ids[start:stop, 0] = _first(tokenizer, vocabulary, draws[start:stop, 0])
+            cache = None
+            for at in range(1, tokens):
+                last = ids[start:stop, at - 1 : at].to(skeleton.device)
+                out = skeleton.model(input_ids=last, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                logits = out.logits[:, -1, :vocabulary].cpu()
+                if not bool(torch.isfinite(logits.sum(dim=-1)).all()):
+                    raise DataError(f"the model's logits are not finite at token {at}: it cannot write its own text.")
+                ids[start:stop, at] = _sample(logits, draws[start:stop, at], temperature)
+    finally:
+        model.unload(names)
+    return Tokens.of(ids, "self")

@@ -1,0 +1,48 @@
+"""A named source of text as token windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lilliput.data import docs, hub, local
+from lilliput.data.tokens import Tokens, windows
+from lilliput.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokens(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    tokens: int,
+    seed: int | None = None,
+) -> Tokens:
+    """`samples` windows of `tokens` tokens from a source of text.
+
+    `source`: a .txt or .jsonl file; "docs", "docs:reference" or "docs:library" (see `lilliput.data.docs`); or
+    "hub:dataset[:config][:split][:column]". The text is tokenized whole, special tokens only where the text, the chat
+    template or (at the very start) the tokenizer puts them. Windows are consecutive from the first token; with a seed
+    they are drawn from all non-overlapping windows of the first 16 million characters. No padding.
+
+    Raises DataError: unknown source, missing or unreadable file, bad row, too little text. The source "self" needs
+    the model: see `generate_tokens`.
+    """
+    name = str(source)
+    if name == "self":
+        raise DataError("'self' is text that the model writes to calibrate itself; here it cannot be used.")
+    if name in docs.SOURCES:
+        pieces = docs.pieces(name)
+    elif name.startswith(hub.PREFIX):
+        pieces = hub.pieces(name, tokenizer)
+    elif Path(name).suffix or Path(name).exists():
+        pieces = local.pieces(Path(name), tokenizer)
+    else:
+        raise DataError(
+            f"'{name}' is no source of text: give {', '.join(docs.SOURCES)}, self, hub:DATASET, "
+            "or a .txt or .jsonl file."
+        )
+    return windows(pieces, tokenizer, source=name, samples=samples, tokens=tokens, seed=seed)

@@ -1,0 +1,67 @@
+"""Text from local files: .txt as it is, .jsonl row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lilliput.data.rows import render
+from lilliput.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".txt", ".jsonl")
+_CHARACTERS = 1 << 16
+
+
+def _bad_line(path: Path) -> int:
+    """Number of the first line that is not UTF-8 (0 when the file changed meanwhile)."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig") as file:
+        while block := file.read(_CHARACTERS):
+            yield block
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"row {number} of '{path}' is not JSON: {error.msg} at column {error.colno}.") from None
+            yield number, row
+
+
+def pieces(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Pieces of the file's text, read as they are asked for.
+
+    Raises DataError: no such file, not a .txt or .jsonl file, not readable, not UTF-8 (with the line), bad row (with
+    its number).
+    """
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"'{path}': text is read from {' and '.join(SUFFIXES)} files; rename or convert it.")
+    try:
+        if path.suffix == ".txt":
+            yield from _blocks(path)
+        else:
+            yield from render(_rows(path), tokenizer, source=str(path))
+    except FileNotFoundError:
+        raise DataError(f"there is no file '{path}'.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"line {_bad_line(path)} of '{path}' is not UTF-8: convert the file to UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror or error}.") from None

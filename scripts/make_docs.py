@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Write docs/methods/ from the docstrings of the methods.
+
+    python scripts/make_docs.py [--check] [--root CHECKOUT]
+
+--check writes nothing and ends with status 1 where a page is missing, old, or of a method that is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lilliput import catalogue
+from lilliput.methods import discover
+
+
+def pages() -> dict[str, str]:
+    """File name to content."""
+    methods = [method for _, method in sorted(discover().items())]
+    lines = ["# Methods", "", "Written by `scripts/make_docs.py` from the method files; do not edit.", ""]
+    lines += ["| method | verb | writes | what it does |", "| --- | --- | --- | --- |"]
+    lines += [f"| [{m.name}]({m.name}.md) | `{m.verb}` | {m.writes} | {m.summary} |" for m in methods]
+    return {"index.md": "\n".join(lines) + "\n", **{f"{m.name}.md": catalogue.page(m) for m in methods}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are current")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the checkout")
+    given = parser.parse_args()
+    folder = given.root / "docs" / "methods"
+    wanted = pages()
+    there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    old = sorted(name for name in {*wanted, *there} if wanted.get(name) != there.get(name))
+    if given.check:
+        if old:
+            sys.exit(f"error: not current in {folder}: {', '.join(old)}; run python scripts/make_docs.py")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in old:
+        if name in wanted:
+            (folder / name).write_text(wanted[name], encoding="utf-8")
+        else:
+            (folder / name).unlink()
+    print(f"{len(old)} of {len(wanted)} pages changed in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -149,7 +149,9 @@ class IntegerFormat:
         rows, width = codes.shape
         out = torch.empty(rows, width, dtype=torch.float32, device=codes.device)
         for columns, scale, zero, size in self._units(grid, width):
-            torch.mul(codes[:, columns].unflatten(1, (-1, size)) - zero, scale, out=out[:, columns].unflatten(1, (-1, size)))
+            torch.mul(
+                codes[:, columns].unflatten(1, (-1, size)) - zero, scale, out=out[:, columns].unflatten(1, (-1, size))
+            )
         return out
 
     def expand(self, grid: Grid, width: int) -> tuple[Tensor, Tensor]:
@@ -183,11 +185,13 @@ class IntegerFormat:
         if bad:
             raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be quantized")
         name = str(self.scale_dtype).removeprefix("torch.")
-        raise LilliputError(f"a scale exceeds the range of {name}: set scale_dtype to float32 (or bfloat16) for this layer")
+        raise LilliputError(
+            f"a scale exceeds the range of {name}: set scale_dtype to float32 (or bfloat16) for this layer"
+        )
 
 
 def from_target(target: Target, scale_dtype: torch.dtype | None = None) -> IntegerFormat:
-    """The format that a resolved target asks for; scales in `scale_dtype`, or in the one the target names, or float16.
+    """The format that a resolved target asks for; scales in `scale_dtype`, else in the type it names (auto: float16).
 
     Raises PlanError when the target names no bits, or its group size still is "auto".
     """
@@ -198,6 +202,7 @@ def from_target(target: Target, scale_dtype: torch.dtype | None = None) -> Integ
     if size is None:
         raise PlanError("the group size 'auto' has to be resolved against the widths first: give a number")
     if scale_dtype is None:
-        scale_dtype = getattr(torch, getattr(target, "scale_dtype", None) or "float16")
+        named_type = "float16" if target.scale_dtype == "auto" else target.scale_dtype
+        scale_dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[named_type]
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     return IntegerFormat(target.bits, target.symmetric, size, dtypes.get(target.scale_dtype, torch.float16))

@@ -1,0 +1,156 @@
+"""Ranges of integer grids: which scale and zero point a unit of weights gets.
+
+Everything works on "centred" codes c = code - zero, so that value = c * scale and the zero point only moves the window
+of codes that exist: [lowest - zero, highest - zero]. A negative scale mirrors the window of a symmetric grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as a file holds it, in float32: rounded to `dtype`, 0 replaced by 1, too small raised to the smallest."""
+    tiny = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).smallest_normal
+    size = scale.abs()
+    kept = torch.where(size == 0, 1.0, size.clamp(min=tiny)).to(dtype).float()
+    return torch.copysign(kept, scale)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How to choose: see `IntegerFormat.fit`."""
+
+    bits: int
+    symmetric: bool
+    dtype: torch.dtype
+    search: Literal["minmax", "mse"]
+    steps: int
+    norm: float
+    signed: bool
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def shortest(self) -> float:
+        """The smallest share of the range that the search tries: fewer bits clip more."""
+        return min(0.9, 0.1 + 0.1 * self.bits)
+
+    def window(self, scale: Tensor, zero: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Smallest and largest centred code, for positive |scale|."""
+        if not self.symmetric:
+            return self.lowest - zero, self.highest - zero
+        if not self.signed:
+            return self.lowest, self.highest
+        mirrored = scale < 0
+        low = torch.where(mirrored, float(-self.highest), float(self.lowest))
+        return low, low + (self.highest - self.lowest)
+
+
+def fit(w: Tensor, importance: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Scale (as stored) and zero, both float32 [rows, groups], for units w [rows, groups, size].
+
+    `importance` broadcasts to w. NaN or infinity in w gives scales that are not finite.
+    """
+    low, high = w.amin(-1, keepdim=True).clamp_(max=0.0), w.amax(-1, keepdim=True).clamp_(min=0.0)
+    scale, zero = _cover(low, high, rule)
+    if rule.search == "minmax":
+        return scale.squeeze(-1), zero.squeeze(-1)
+    work = _Work(w, importance, rule)
+    best = _Best(scale, zero, work.error(scale, zero))
+    wide = scale
+    for i in range(1, rule.steps):
+        factor = 1.0 - (1.0 - rule.shortest) * i / max(rule.steps - 1, 1)
+        tried = stored(wide * factor, rule.dtype)
+        best.take(tried, zero, work.error(tried, zero))
+    for _ in range(2):
+        tried = work.refit(best.scale, best.zero)
+        best.take(tried, best.zero, work.error(tried, best.zero))
+        for moved in work.neighbours(best.scale, best.zero):
+            tried = work.refit(*moved)
+            best.take(tried, moved[1], work.error(tried, moved[1]))
+    return best.scale.squeeze(-1), best.zero.squeeze(-1)
+
+
+def _cover(low: Tensor, high: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Min-max scale (as stored) and zero for ranges [low, high] that contain 0."""
+    if not rule.symmetric:
+        scale = stored((high - low) / (rule.highest - rule.lowest), rule.dtype)
+        zero = (rule.lowest - torch.round(low / scale)).clamp_(rule.lowest, rule.highest)
+        return scale, zero
+    scale = torch.maximum(high, -low) / rule.highest
+    if rule.signed:  # the extra code belongs to the negative side of the window: mirror it where the top is longer
+        scale = torch.where(high > -low, -scale, scale)
+    return stored(scale, rule.dtype), torch.zeros_like(scale)
+
+
+@dataclass
+class _Best:
+    scale: Tensor
+    zero: Tensor
+    error: Tensor
+
+    def take(self, scale: Tensor, zero: Tensor, error: Tensor) -> None:
+        better = error < self.error
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = torch.where(better, zero, self.zero)
+        self.error = torch.where(better, error, self.error)
+
+
+class _Work:
+    """Two buffers of the size of w, reused by every trial so that they stay in cache."""
+
+    def __init__(self, w: Tensor, importance: Tensor | None, rule: Rule) -> None:
+        self.w, self.importance, self.rule = w, importance, rule
+        self.exact, self.code = torch.empty_like(w), torch.empty_like(w)
+
+    def _round(self, scale: Tensor, zero: Tensor) -> None:
+        torch.mul(self.w, scale.abs().reciprocal(), out=self.exact)
+        torch.round(self.exact, out=self.code)
+        low, high = self.rule.window(scale, zero)
+        if isinstance(low, Tensor):  # two passes: torch clamps by tensors ten times slower
+            torch.maximum(self.code, low, out=self.code)
+            torch.minimum(self.code, torch.as_tensor(high), out=self.code)
+        else:
+            self.code.clamp_(low, high)
+
+    def error(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Sum of importance * |error|^norm, [rows, groups, 1]."""
+        self._round(scale, zero)
+        miss = self.code.sub_(self.exact)
+        if self.rule.norm == 2.0:
+            miss.mul_(miss)
+        else:
+            miss.abs_().pow_(self.rule.norm)
+        if self.importance is not None:
+            miss.mul_(self.importance)
+        return miss.sum(-1, keepdim=True).mul_(scale.abs().pow(self.rule.norm))
+
+    def refit(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """The least-squares scale (as stored) of the codes that (scale, zero) gives."""
+        self._round(scale, zero)
+        self.exact.mul_(self.code)
+        self.code.mul_(self.code)
+        if self.importance is not None:
+            self.exact.mul_(self.importance)
+            self.code.mul_(self.importance)
+        top, bottom = self.exact.sum(-1, keepdim=True), self.code.sum(-1, keepdim=True)
+        factor = torch.where((bottom > 0) & (top > 0), top / bottom, 1.0)
+        return stored(scale * factor, self.rule.dtype)
+
+    def neighbours(self, scale: Tensor, zero: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The same step with the window of codes moved by one."""
+        if not self.rule.symmetric:
+            limits = (self.rule.lowest, self.rule.highest)
+            return [(scale, (zero + move).clamp_(*limits)) for move in (-1, 1)]
+        return [(-scale, zero)] if self.rule.signed else []

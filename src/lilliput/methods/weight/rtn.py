@@ -1,0 +1,79 @@
+"""Round to nearest: every weight to its closest code, by itself.
+
+For each unit u of weights that share a scale (uniform affine quantizer): asymmetric lo = min(0, min u),
+hi = max(0, max u), S = (hi - lo) / (2^b - 1), Z = round(-lo / S); symmetric S = max|u| / (2^(b-1) - 1), Z = 0;
+q = clip(round(w / S) + Z), what is computed with is S (q - Z). Clip search shrinks [lo, hi] and keeps, per unit, the range
+of least sum h_j |w_j - S (q_j - Z)|^p, with h = 1, or h_j = mean x_j^2 over the calibration tokens.
+
+Paper: Jacob et al. 2018, arXiv 1712.05877 (the quantizer); GLM-130B, arXiv 2210.02414 (row-wise int4).
+Cost: O(out * in) for min-max, `steps` times that for the search. Limits: errors of a row's weights are not balanced against each
+other; at 3 bits large models break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from lilliput.formats.integer import from_target
+from lilliput.parts.layer import Layer
+from lilliput.parts.part import QuantizedPart
+from lilliput.recipe import Strict, Target
+from lilliput.stats.site import SiteStats
+
+PAPER = "Jacob et al. 2018, arXiv 1712.05877"
+NEEDS: tuple[str, ...] = ("square",)
+WRITES: Literal["quantized"] = "quantized"
+ROWWISE = True
+BASELINE: str | None = None
+
+
+def _recipe(options: Mapping[str, Any], **target: Any) -> list[dict[str, Any]]:
+    return [{"method": "rtn", "target": {"bits": 4, **target}, "options": dict(options)}]
+
+
+_PLAIN = {"search": "minmax", "importance": False}
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+    "rtn": [{"method": "rtn", "target": {"bits": 4}}],
+    "uniform-affine": _recipe(_PLAIN, symmetric=False),
+    "sym-asym": _recipe({}, symmetric=False),
+    "granularity": _recipe({}, group_size=32),
+    "range-calibration": _recipe({"search": "mse", "importance": False, "norm": 2.4, "steps": 80}),
+    "glm130b-rowwise": _recipe(_PLAIN, group_size="channel"),
+    "zeroquant-v2": [{"method": "rtn", "target": {"bits": 8, "group_size": "channel"}, "options": _PLAIN}],
+    "ptq-vs-qat": None,
+    "wo-vs-wa": None,
+}
+
+
+class Options(Strict):
+    """`search`: range by min-max or by least weighted error; `importance`: weigh errors by the inputs' mean square."""
+
+    search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
+    importance: bool = Field(True, description="in the search, weigh input j by its mean square")
+    steps: int = Field(30, ge=1, le=200, description="shrink factors that the search tries")
+    norm: float = Field(2.0, ge=1.0, le=4.0, description="exponent of the error in the search")
+    signed_scale: bool = Field(
+        False, description="let symmetric scales be negative, so that either side gets the extra code"
+    )
+
+
+def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
+    """Codes for what the layer's parts leave over, on its support. Raises PlanError without bits in the target."""
+    weight = layer.rest()
+    if layer.support is not None:
+        weight = torch.where(layer.support, weight, 0.0)
+    shape = from_target(target)
+    importance = stats.second_moment() if o.importance and o.search == "mse" and stats.count else None
+    grid = shape.fit(
+        weight,
+        search=o.search,
+        importance=importance,
+        steps=o.steps,
+        norm=o.norm,
+        signed_scale=o.signed_scale,
+    )
+    return layer.with_part(QuantizedPart(shape, shape.encode(weight, grid), grid))

@@ -1,0 +1,64 @@
+"""CompressedLinear: a linear that keeps its packed tensors and is decoded while it runs.
+
+The module keeps its class: it becomes a subclass whose `weight` is a property, so its own forward pass computes what it
+always did, and an nn.Linear, a Conv1D or a model's variant of either needs no copy of its arithmetic. Code that reads
+`module.weight` gets the decoded tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.runtime.native import LinearSpec, decode
+
+PREFIX = "packed_"  # the buffers hold bytes, so that casting the model does not touch scales
+MARKER = "packed_dtype"  # an empty tensor that follows `model.to(...)`: the dtype to decode to, and the device
+
+
+class CompressedLinear(nn.Module):
+    """Mixed in before the linear's own class by `compress_`."""
+
+    spec: LinearSpec
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, [out, in] or [in, out] as the linear's class has it, in the dtype of the model."""
+        marker: Tensor = getattr(self, MARKER)
+        dense = decode(self.spec, self.stored, marker.dtype)
+        return dense.T.contiguous() if self.spec.transposed else dense
+
+    def stored(self, name: str) -> Tensor:
+        """A stored tensor by its stored name: a view of its bytes."""
+        described = self.spec.describe()
+        dtype, shape = described[name]
+        raw: Tensor = getattr(self, f"{PREFIX}{list(described).index(name)}")
+        return raw.view(dtype).view(shape)
+
+    def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take the tensors that the description names, onto `device`."""
+        for index, name in enumerate(self.spec.describe()):
+            raw = tensors[name].contiguous().reshape(-1).view(torch.uint8).to(device)
+            self.register_buffer(f"{PREFIX}{index}", raw, persistent=False)
+        marker: Tensor = getattr(self, MARKER)
+        self.register_buffer(MARKER, torch.empty(0, dtype=marker.dtype, device=device), persistent=False)
+
+
+def compress_(module: nn.Module, spec: LinearSpec) -> None:
+    """Turn a linear into a compressed one, in place. It is empty until `fill`; its bias stays as it is."""
+    weight = module._parameters.pop("weight")
+    shape = (spec.in_features, spec.out_features) if spec.transposed else (spec.out_features, spec.in_features)
+    if weight is None or tuple(weight.shape) != shape:
+        found = None if weight is None else tuple(weight.shape)
+        raise ValueError(f"{spec.name} is {found} in the model and {shape} in config.json")
+    module.__class__ = _subclass(type(module))  # type: ignore[arg-type]
+    module.spec = spec  # type: ignore[assignment]
+    module.register_buffer(MARKER, torch.empty(0, dtype=weight.dtype, device="cpu"), persistent=False)
+
+
+@functools.cache
+def _subclass(kind: type) -> type:
+    return type(f"Compressed{kind.__name__}", (CompressedLinear, kind), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -76,6 +77,20 @@ class Recipe(Strict):
     export: Literal["auto", "compressed-tensors", "lilliput"] = "auto"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 2:4 is text, where YAML 1.1 reads a number of base 60, and 1e-3 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
+_DECIMAL = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _DECIMAL, list("-+.0123456789"))
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: ' Did you mean ...?' or the list of what there is."""
     names = sorted(known)
@@ -114,8 +129,8 @@ def named() -> tuple[str, ...]:
 def parse(text: str, source: str = "recipe", name: str = "custom") -> Recipe:
     """YAML text to a Recipe whose methods and options exist. `source` is named in errors, with the line."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f", line {mark.line + 1}"
@@ -146,7 +161,7 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         if not (equals and dot and step and key):
             raise PlanError(f"a setting is written STEP.KEY=VALUE, such as gptq.bits=3, not '{setting}'")
         try:
-            parsed = yaml.safe_load(value)
+            parsed = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError:
             raise PlanError(f"setting '{setting}': the value is not YAML; quote it if it is text") from None
         index = _find(steps, step, setting)

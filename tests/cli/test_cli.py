@@ -19,9 +19,16 @@ from lilliput.errors import PlanError, SourceError
 
 REPORT = {
     "predicted": {"bytes": 100_000_000, "peak_rss_bytes": 400_000_000, "seconds": 90.0},
-    "measured": {"bytes": 100_000_123, "peak_rss_bytes": 390_000_000, "seconds": 95.5},
-    "quality": {"perplexity_ratio": {"value": 1.052, "low": 1.047, "high": 1.058}},
-    "warnings": ["calibration and evaluation overlap"],
+    "measured": {
+        "bytes": 100_000_123,
+        "peak_rss_bytes": 390_000_000,
+        "seconds": 95.5,
+        "perplexity_ratio": {"value": 1.052, "low": 1.047, "high": 1.058},
+    },
+    "recipe": {"name": "w4", "steps": [{"method": "awq"}, {"method": "gptq"}]},
+    "blocks_skipped": 3,
+    "notes": ["calibration and evaluation overlap"],
+    "rows": [{"name": "a"}],
 }
 
 
@@ -130,7 +137,8 @@ def test_tables_are_readable_without_colour(monkeypatch: pytest.MonkeyPatch, cap
     assert "\x1b" not in out
     assert "remark" not in out
     assert "1.052 [1.047, 1.058]" in out
-    assert "warning: calibration and evaluation overlap" in out
+    assert "note: calibration and evaluation overlap" in out
+    assert "w4: awq then gptq" in out
     size = next(x for x in out.splitlines() if x.strip().startswith("size"))
     assert size.split() == ["size", "100.0", "MB", "100.0", "MB"]
 

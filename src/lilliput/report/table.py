@@ -18,6 +18,7 @@ Data = Mapping[str, Any]
 _ROWS = 40  # longer lists are for --json
 _LABELS: Mapping[str, str] = {
     "bytes": "size",
+    "folder_bytes": "size of the folder",
     "bits_per_weight": "bits per weight, compressed linears",
     "model_bits_per_weight": "bits per weight, whole model",
     "peak_rss_bytes": "peak RAM",
@@ -30,11 +31,12 @@ _LABELS: Mapping[str, str] = {
 
 def plan(data: Data) -> RenderableType:
     """What would happen: totals, then bytes by kind of tensor."""
-    shown = {key: value for key, value in data.items() if key != "tensors"}
+    hidden = ("tensors", "by_kind", "recipe")
+    shown = {"recipe": recipe(data.get("recipe")), **{k: v for k, v in data.items() if k not in hidden}}
+    kinds = [{"kind": kind, **row} for kind, row in (data.get("by_kind") or {}).items()]
     parts = [document(shown, "plan")]
-    kinds = _by_kind(data.get("tensors"))
     if kinds:
-        parts.append(rows(kinds, "tensors by kind"))
+        parts.append(rows(sorted(kinds, key=lambda row: -int(row["bytes"])), "tensors by kind"))
     return Group(*parts)
 
 
@@ -45,12 +47,24 @@ def compress(data: Data) -> RenderableType:
     both.add_column("")
     both.add_column("planned", justify="right")
     both.add_column("measured", justify="right")
-    flat = [key for key in {**predicted, **measured} if _flat(predicted.get(key)) and _flat(measured.get(key))]
-    for key in flat:
-        both.add_row(label(key), *(cell(key, side[key]) if key in side else "" for side in (predicted, measured)))
-    left = {key: value for key, value in measured.items() if key not in flat}
-    rest = {key: value for key, value in data.items() if key not in ("predicted", "measured", "tensors", "rows")}
-    return Group(both, document({**left, **rest}, "quality and provenance"))
+    for key, value in predicted.items():
+        both.add_row(*_cells(label(key), cell(key, value), cell(key, measured[key]) if key in measured else ""))
+    hidden = ("predicted", "measured", "rows", "recipe", "notes")
+    rest = {
+        "recipe": recipe(data.get("recipe")),
+        **{key: value for key, value in measured.items() if key not in predicted},
+        **{key: value for key, value in data.items() if key not in hidden},
+        "notes": data.get("notes"),
+    }
+    return Group(both, document(rest, "quality and provenance; in brackets the 95 % interval"))
+
+
+def recipe(data: object) -> str | None:
+    """A recipe in one line: "w4: gptq"."""
+    if not isinstance(data, Mapping):
+        return None if data is None else str(data)
+    steps = " then ".join(str(step["method"]) for step in data.get("steps", ()))
+    return f"{data.get('name', 'recipe')}: {steps}"
 
 
 def evaluation(data: Data) -> RenderableType:
@@ -72,7 +86,7 @@ def methods(entries: Sequence[Data]) -> RenderableType:
         table.add_column(name, overflow="fold", no_wrap=name in ("method", "verb", "writes"))
     for entry in entries:
         needs = ", ".join(entry["needs"]) or "-"
-        table.add_row(entry["name"], entry["verb"], entry["writes"], needs, entry["summary"], entry["paper"])
+        table.add_row(*_cells(entry["name"], entry["verb"], entry["writes"], needs, entry["summary"], entry["paper"]))
     return table
 
 
@@ -86,7 +100,7 @@ def document(data: Data, title: str) -> RenderableType:
         if value is None or (isinstance(value, (list, tuple, Mapping)) and not value):
             continue
         if _flat(value):
-            table.add_row(label(key), cell(key, value))
+            table.add_row(*_cells(label(key), cell(key, value)))
         elif isinstance(value, Mapping):
             below.append(document(value, label(key)))
         elif all(isinstance(x, Mapping) for x in value):
@@ -95,7 +109,7 @@ def document(data: Data, title: str) -> RenderableType:
             if key in ("notes", "warnings", "problems"):
                 below += [Padding(Text(f"{key[:-1]}: {x}"), (0, 0, 0, 2)) for x in value]
             else:
-                table.add_row(label(key), ", ".join(str(x) for x in value))
+                table.add_row(*_cells(label(key), ", ".join(str(x) for x in value)))
     return Group(*([table] if table.row_count else []), *below)
 
 
@@ -109,7 +123,7 @@ def rows(entries: Sequence[Data], title: str) -> RenderableType:
         numeric = all(isinstance(e.get(key), (int, float, type(None))) for e in entries)
         table.add_column(label(key), justify="right" if numeric else "left", overflow="fold")
     for entry in entries[:_ROWS]:
-        table.add_row(*(cell(key, entry[key]) if _flat(entry.get(key)) else "" for key in keys))
+        table.add_row(*_cells(*(cell(key, entry[key]) if _flat(entry.get(key)) else "" for key in keys)))
     if len(entries) <= _ROWS:
         return table
     return Group(table, Padding(f"and {len(entries) - _ROWS} more: --json lists them all", (0, 0, 0, 2)))
@@ -144,21 +158,13 @@ def text(content: RenderableType, width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
+def _cells(*words: str) -> list[Text]:
+    """Cells as they are: names such as [lm_head] or 2:4: are no markup."""
+    return [Text(word) for word in words]
+
+
 def _flat(value: object) -> bool:
     """A scalar or an interval."""
     if isinstance(value, Mapping):
         return {"value", "low", "high"} <= value.keys()
     return not isinstance(value, (list, tuple))
-
-
-def _by_kind(tensors: object) -> list[dict[str, Any]]:
-    """Rows {kind, tensors, bytes} from the plan's tensors: largest first."""
-    if not isinstance(tensors, list) or not all(isinstance(x, Mapping) and "bytes" in x for x in tensors):
-        return []
-    total: dict[str, dict[str, Any]] = {}
-    for tensor in tensors:
-        kind = str(tensor.get("kind") or tensor.get("format") or "dense")
-        row = total.setdefault(kind, {"kind": kind, "tensors": 0, "bytes": 0})
-        row["tensors"] += 1
-        row["bytes"] += int(tensor["bytes"])
-    return sorted(total.values(), key=lambda row: -int(row["bytes"]))

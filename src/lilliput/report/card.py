@@ -1,0 +1,88 @@
+"""The model card: README.md of a written folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure, as the table shows it."""
+
+    name: str
+    compressed: str
+    original: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card tells. `licence`: license, license_name and license_link of the source's card, where it has them."""
+
+    title: str
+    base_model: str
+    layout: str
+    recipe: str
+    figures: tuple[Figure, ...] = ()
+    licence: Mapping[str, str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_licence(folder: Path) -> dict[str, str]:
+    """Licence entries of the source's README.md front matter; empty where it has none or cannot be parsed."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s", path.read_text(encoding="utf-8", errors="replace") + "\n", re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        front = yaml.safe_load(match.group(1))
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(front, dict):
+        return {}
+    return {key: str(front[key]) for key in LICENCE_KEYS if front.get(key)}
+
+
+def render(card: Card) -> str:
+    """The card as Markdown with front matter. A base model that is no hub id is named in the text only."""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lilliput"]}
+    if card.layout != "dense":
+        front["tags"] = ["lilliput", card.layout] if card.layout != "lilliput" else ["lilliput"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", card.base_model) and not card.base_model.startswith("."):
+        front["base_model"] = card.base_model
+        if card.layout != "dense":
+            front["base_model_relation"] = "quantized"
+    front |= dict(card.licence or {})
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {card.title}", ""]
+    lines += [f"Compressed from `{card.base_model}` with Lilliput.", ""]
+    if not card.licence:
+        lines += ["The source names no licence; the licence of the base model applies.", ""]
+    lines += ["## Use", "", "```python", *_usage(card.layout), "```", ""]
+    if card.figures:
+        lines += ["## Measured", "", "| | compressed | original |", "| --- | --- | --- |"]
+        lines += [f"| {f.name} | {f.compressed} | {f.original or '-'} |" for f in card.figures]
+        lines += [""]
+    lines += ["## Recipe", "", "```yaml", card.recipe.strip(), "```", ""]
+    if card.notes:
+        lines += ["## Notes", "", *(f"- {note}" for note in card.notes), ""]
+    lines += ["`lilliput.json` tells bits, error and hash of every tensor; `lilliput verify DIR` checks them.", ""]
+    return "\n".join(lines)
+
+
+def _usage(layout: str) -> list[str]:
+    lines = ["import lilliput  # registers the layout"] if layout == "lilliput" else []
+    return [
+        *lines,
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("DIR")',
+    ]

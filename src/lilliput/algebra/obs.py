@@ -1,14 +1,15 @@
-"""The optimal-brain-surgeon sweep under GPTQ and SparseGPT: quantize or zero one input after the other, and let the inputs
-that are still free take up the error.
+"""The optimal-brain-surgeon sweep under GPTQ and SparseGPT: quantize or zero one input after the other, and let the
+inputs that are still free take up the error.
 
 GPTQ (arXiv 2210.17323) keeps U, the upper Cholesky factor of the inverse Gram matrix, H^-1 = UT U. Here H itself is
 factored, H = R RT with R upper triangular, so that U = R^-1 and nothing is inverted:
-with D = W - What and E the scaled errors of the sweep, D = E U is D R = E, whose column j says that the value to round is
+with D = W - What and E the scaled errors of the sweep, D = E U is D R = E, whose column j says that the value to round
+is
 
     w_j + sum_{i<j} D_i T_ij,    T_ij = R_ij / R_jj,    1 / U_jj = R_jj
 
-(the form of LDLQ, arXiv 2307.13304; equal to GPTQ's in exact arithmetic). Only D is carried along, W is only read, and the
-loss tr(D H DT) is the sum over j of R_jj^2 times the squared rounding error of that value.
+(the form of LDLQ, arXiv 2307.13304; equal to GPTQ's in exact arithmetic). Only D is carried along, W is only read, and
+the loss tr(D H DT) is the sum over j of R_jj^2 times the squared rounding error of that value.
 
 Matrices are held as [in, out] here, so that one input's weights are contiguous.
 """
@@ -31,8 +32,8 @@ _MICRO = 32  # columns between two matrix products inside a block
 class Factor:
     """A factored Gram matrix of width n, in the order of the sweep.
 
-    `coupling` float32 [n, n]: T, strictly upper triangular (the rest is not read); `pivot` float32 [n]: R_jj = 1 / U_jj;
-    `damping`: what was added to the diagonal, as a share of its mean.
+    `coupling` float32 [n, n]: T, strictly upper triangular (the rest is not read); `pivot` float32 [n]: R_jj = 1 /
+    U_jj; `damping`: what was added to the diagonal, as a share of its mean.
     """
 
     coupling: Tensor
@@ -44,8 +45,8 @@ def factorize(gram: Tensor, damping: float = 0.01, order: Tensor | None = None) 
     """Factor `gram` + damping * mean(diagonal) * I, its rows and columns taken in `order` (int64 [n]).
 
     float32 first, then float64, then ten times the damping (from 1e-4 if it was 0), until the matrix is positive
-    definite. A channel that was never active couples to none and is rounded to nearest; an empty Gram matrix gives T = 0.
-    At most two matrices of the size of `gram`, which is left as it is, are alive at a time (in float32).
+    definite. A channel that was never active couples to none and is rounded to nearest; an empty Gram matrix gives T =
+    0. At most two matrices of the size of `gram`, which is left as it is, are alive at a time (in float32).
 
     Raises LilliputError where the Gram matrix holds NaN or infinity.
     """

@@ -1,8 +1,8 @@
 """Integer grids of 2..8 bits: one scale (and zero point) per tensor, per output row, or per group of inputs.
 
-Codes are signed, -2^(b-1) .. 2^(b-1)-1, and `value = (code - zero) * scale`, computed in float32 from the scale as it is
-stored. Scales are rounded to their stored type before anything is quantized, so a written file holds exactly what was
-measured. When the group size does not divide the width, the last group of each row is shorter; nothing is padded.
+Codes are signed, -2^(b-1) .. 2^(b-1)-1, and `value = (code - zero) * scale`, computed in float32 from the scale as it
+is stored. Scales are rounded to their stored type before anything is quantized, so a written file holds exactly what
+was measured. When the group size does not divide the width, the last group of each row is shorter; nothing is padded.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ class IntegerFormat:
             for columns, groups, size in self._pieces(width):
                 for a in range(0, rows, step):
                     b = min(a + step, rows)
-                    part = weight[a:b, columns].unflatten(1, (-1, size))
+                    part = _split(weight[a:b, columns], size)
                     weights = None
                     if importance is not None:
                         some = importance if importance.shape[0] == 1 else importance[a:b]
-                        weights = some[:, columns].unflatten(1, (-1, size))
+                        weights = _split(some[:, columns], size)
                     scale[a:b, groups], zero[a:b, groups] = ranges.fit(part, weights, rule)
         self._check(weight, scale)
         return Grid(scale.to(self.scale_dtype), None if self.symmetric else zero.to(torch.int8))
@@ -140,7 +140,7 @@ class IntegerFormat:
         rows, width = weight.shape
         codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
         for columns, scale, zero, size in self._units(grid, width):
-            value = weight[:, columns].float().unflatten(1, (-1, size)).mul(scale.reciprocal()).round_().add_(zero)
+            value = _split(weight[:, columns].float(), size).mul(scale.reciprocal()).round_().add_(zero)
             codes[:, columns] = value.clamp_(self.lowest, self.highest).flatten(1).to(torch.int8)
         return codes
 
@@ -149,13 +149,12 @@ class IntegerFormat:
         rows, width = codes.shape
         out = torch.empty(rows, width, dtype=torch.float32, device=codes.device)
         for columns, scale, zero, size in self._units(grid, width):
-            torch.mul(
-                codes[:, columns].unflatten(1, (-1, size)) - zero, scale, out=out[:, columns].unflatten(1, (-1, size))
-            )
+            torch.mul(_split(codes[:, columns], size) - zero, scale, out=_split(out[:, columns], size))
         return out
 
     def expand(self, grid: Grid, width: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero of every weight, float32 [out, in] (a grid per tensor or row is a view; [1, in] per tensor)."""
+        """Scale and zero of every weight, float32 [out, in] (a grid per tensor or row is a view; [1, in] per
+        tensor)."""
         scale = grid.scale.float()
         zero = torch.zeros(1, 1, device=scale.device) if grid.zero is None else grid.zero.float()
         if scale.shape[1] == 1:
@@ -164,7 +163,8 @@ class IntegerFormat:
         return scale[:, index], zero.expand_as(scale)[:, index]
 
     def _pieces(self, width: int) -> Iterator[tuple[slice, slice, int]]:
-        """Columns, their groups and the group size: the even part of a row, and its shorter last group if there is one."""
+        """Columns, their groups and the group size: the even part of a row, and its shorter last group if there is
+        one."""
         size = width if self.group_size <= 0 else min(self.group_size, width)
         even = width // size if size else 0
         if even:
@@ -188,6 +188,11 @@ class IntegerFormat:
         raise LilliputError(
             f"a scale exceeds the range of {name}: set scale_dtype to float32 (or bfloat16) for this layer"
         )
+
+
+def _split(rows: Tensor, size: int) -> Tensor:
+    """[rows, columns] seen as [rows, groups, size]."""
+    return rows.view(rows.shape[0], rows.shape[1] // size, size)
 
 
 def from_target(target: Target, scale_dtype: torch.dtype | None = None) -> IntegerFormat:

@@ -46,14 +46,13 @@ class Rule:
         """The smallest share of the range that the search tries: fewer bits clip more."""
         return min(0.9, 0.1 + 0.1 * self.bits)
 
-    def window(self, scale: Tensor, zero: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Smallest and largest centred code, for positive |scale|."""
+    def window(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Smallest and largest centred code of each unit; None where all have [lowest, highest]."""
         if not self.symmetric:
             return self.lowest - zero, self.highest - zero
         if not self.signed:
-            return self.lowest, self.highest
-        mirrored = scale < 0
-        low = torch.where(mirrored, float(-self.highest), float(self.lowest))
+            return None
+        low = torch.where(scale < 0, float(-self.highest), float(self.lowest))
         return low, low + (self.highest - self.lowest)
 
 
@@ -117,12 +116,12 @@ class _Work:
     def _round(self, scale: Tensor, zero: Tensor) -> None:
         torch.mul(self.w, scale.abs().reciprocal(), out=self.exact)
         torch.round(self.exact, out=self.code)
-        low, high = self.rule.window(scale, zero)
-        if isinstance(low, Tensor):  # two passes: torch clamps by tensors ten times slower
-            torch.maximum(self.code, low, out=self.code)
-            torch.minimum(self.code, torch.as_tensor(high), out=self.code)
-        else:
-            self.code.clamp_(low, high)
+        window = self.rule.window(scale, zero)
+        if window is None:
+            self.code.clamp_(self.rule.lowest, self.rule.highest)
+        else:  # two passes: torch clamps by tensors ten times slower
+            torch.maximum(self.code, window[0], out=self.code)
+            torch.minimum(self.code, window[1], out=self.code)
 
     def error(self, scale: Tensor, zero: Tensor) -> Tensor:
         """Sum of importance * |error|^norm, [rows, groups, 1]."""

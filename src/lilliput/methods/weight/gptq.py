@@ -1,21 +1,23 @@
 """GPTQ: quantize input after input, each error pushed onto the inputs that are still free.
 
 Minimises |X WT - X WhatT|^2 = tr(D H DT), D = W - What, H = XT X + damping * mean(diag) * I. With H^-1 = UT U (U upper
-triangular), column by column: q = Q(w_j), e = (w_j - q) / U_jj, w_k -= e U_jk for all k > j; so that D = E U and the loss
-is |E|^2. The order is by decreasing diag(H); scales are fitted before on the original weight (static groups), so groups
-stay contiguous. `algebra.obs` states the equal form that is computed.
+triangular), column by column: q = Q(w_j), e = (w_j - q) / U_jj, w_k -= e U_jk for all k > j; so that D = E U and the
+loss is |E|^2. The order is by decreasing diag(H); scales are fitted before on the original weight (static groups), so
+groups stay contiguous. `algebra.obs` states the equal form that is computed.
 
-Beyond the paper, without gradients: the ranges of the groups are searched under an importance-weighted error, and `refine`
-passes then take each group's scale to its least-squares value given all codes, and each column's codes to their best value
-given all others (cyclic coordinate descent); the loss never rises.
+Beyond the paper, without gradients: the ranges of the groups are searched under an importance-weighted error, and
+`refine` passes then take each group's scale to its least-squares value given all codes, and each column's codes to
+their best value given all others (cyclic coordinate descent); the loss never rises.
 
 Paper: Frantar et al. 2023, arXiv 2210.17323; LDLQ: Chee et al. 2023, arXiv 2307.13304.
-Cost: out * in^2 multiply-adds for the sweep, twice that for each refining pass, in^3 / 3 for the factor. Memory: two matrices [in, in]
-beside the Gram matrix. Limits: H describes the calibration text; with fewer tokens than inputs the damping decides.
+Cost: out * in^2 multiply-adds for the sweep, twice that for each refining pass, in^3 / 3 for the factor. Memory: two
+matrices [in, in] beside the Gram matrix. Limits: H describes the calibration text; with fewer tokens than inputs the
+damping decides.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -60,6 +62,7 @@ class Options(Strict):
 
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "gptq": [{"method": "gptq", "target": {"bits": 4}}],
+    "ldlq": [{"method": "gptq", "target": {"bits": 4}, "options": {"act_order": False}}],
 }
 
 
@@ -153,7 +156,7 @@ def _blocks(groups: list[int] | None, width: int, block: int) -> list[tuple[int,
     if groups is not None:
         cuts |= {j for j in range(1, width) if groups[j] != groups[j - 1]}
     ordered = [*sorted(cuts), width]
-    return list(zip(ordered[:-1], ordered[1:], strict=True))
+    return list(itertools.pairwise(ordered))
 
 
 def _refit(

@@ -2,12 +2,12 @@
 
 For each unit u of weights that share a scale (uniform affine quantizer): asymmetric lo = min(0, min u),
 hi = max(0, max u), S = (hi - lo) / (2^b - 1), Z = round(-lo / S); symmetric S = max|u| / (2^(b-1) - 1), Z = 0;
-q = clip(round(w / S) + Z), what is computed with is S (q - Z). Clip search shrinks [lo, hi] and keeps, per unit, the range
-of least sum h_j |w_j - S (q_j - Z)|^p, with h = 1, or h_j = mean x_j^2 over the calibration tokens.
+q = clip(round(w / S) + Z), what is computed with is S (q - Z). Clip search shrinks [lo, hi] and keeps, per unit, the
+range of least sum h_j |w_j - S (q_j - Z)|^p, with h = 1, or h_j = mean x_j^2 over the calibration tokens.
 
 Paper: Jacob et al. 2018, arXiv 1712.05877 (the quantizer); GLM-130B, arXiv 2210.02414 (row-wise int4).
-Cost: O(out * in) for min-max, `steps` times that for the search. Limits: errors of a row's weights are not balanced against each
-other; at 3 bits large models break.
+Cost: O(out * in) for min-max, `steps` times that for the search. Limits: errors of a row's weights are not balanced
+against each other; at 3 bits large models break.
 """
 
 from __future__ import annotations
@@ -31,19 +31,21 @@ ROWWISE = True
 BASELINE: str | None = None
 
 
-def _recipe(options: Mapping[str, Any], **target: Any) -> list[dict[str, Any]]:
-    return [{"method": "rtn", "target": {"bits": 4, **target}, "options": dict(options)}]
+def _recipe(bits: int = 4, search: str = "minmax", **target: Any) -> list[dict[str, Any]]:
+    options: dict[str, Any] = {"search": search, "importance": False}
+    return [{"method": "rtn", "target": {"bits": bits, **target}, "options": options}]
 
 
-_PLAIN = {"search": "minmax", "importance": False}
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "rtn": [{"method": "rtn", "target": {"bits": 4}}],
-    "uniform-affine": _recipe(_PLAIN, symmetric=False),
-    "sym-asym": _recipe({}, symmetric=False),
-    "granularity": _recipe({}, group_size=32),
-    "range-calibration": _recipe({"search": "mse", "importance": False, "norm": 2.4, "steps": 80}),
-    "glm130b-rowwise": _recipe(_PLAIN, group_size="channel"),
-    "zeroquant-v2": [{"method": "rtn", "target": {"bits": 8, "group_size": "channel"}, "options": _PLAIN}],
+    "uniform-affine": _recipe(symmetric=False),
+    "sym-asym": _recipe(symmetric=True),
+    "granularity": _recipe(symmetric=False, group_size=32),
+    "range-calibration": _recipe(search="mse", symmetric=False),
+    "glm130b-rowwise": _recipe(group_size="channel"),
+    "zeroquant-v2": _recipe(bits=8, group_size="channel"),
+    "code-model-quant": _recipe(bits=8, group_size=32),
+    "edge-quant-apps": _recipe(group_size=32),
     "ptq-vs-qat": None,
     "wo-vs-wa": None,
 }

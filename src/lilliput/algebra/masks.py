@@ -1,0 +1,53 @@
+"""Which weights stay: exact counts, ties to the earlier weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lilliput.errors import LilliputError, PlanError
+from lilliput.recipe import Target
+
+_CHUNK = 1 << 22
+
+
+def largest(score: Tensor, keep: int) -> Tensor:
+    """Boolean mask of the `keep` largest scores of each row [rows, n]; among equals the earlier ones stay.
+
+    Raises LilliputError for scores that are NaN or infinite.
+    """
+    rows, width = score.shape
+    if not bool(torch.isfinite(score.sum(dtype=torch.float64))):
+        raise LilliputError("pruning scores hold NaN or infinity: check the weights and the calibration data")
+    if keep <= 0 or keep >= width:
+        return torch.full_like(score, keep > 0, dtype=torch.bool)
+    mask = torch.empty_like(score, dtype=torch.bool)
+    step = max(1, _CHUNK // width)
+    for a in range(0, rows, step):
+        some = score[a : a + step]
+        least = some.kthvalue(width - keep + 1, dim=1, keepdim=True).values
+        above = some > least
+        ties = some == least
+        room = keep - above.sum(1, keepdim=True)
+        mask[a : a + step] = above | (ties & (ties.cumsum(1) <= room))
+    return mask
+
+
+def choose(score: Tensor, target: Target, scope: str) -> Tensor:
+    """The mask [out, in] that `target` asks for: its pattern N:M, or its sparsity within each row or the whole layer.
+
+    round(sparsity * n) weights of a scope of n leave. Raises PlanError when the target names neither, or M does not
+    divide the width.
+    """
+    rows, width = score.shape
+    if target.pattern is not None:
+        n, m = (int(x) for x in target.pattern.split(":"))
+        if width % m:
+            raise PlanError(f"the pattern {target.pattern} does not divide a width of {width}: leave this layer out")
+        return largest(score.reshape(-1, m), n).view(rows, width)
+    if target.sparsity is None:
+        raise PlanError("a pruning step needs target.sparsity (0 to 1) or target.pattern (such as 2:4)")
+    if scope == "row":
+        return largest(score, width - round(target.sparsity * width))
+    flat = score.reshape(1, -1)
+    return largest(flat, flat.shape[1] - round(target.sparsity * flat.shape[1])).view(rows, width)

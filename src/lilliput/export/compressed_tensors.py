@@ -57,6 +57,12 @@ class CompressedTensors:
                     f"groups of {x.format.group_size} do not divide the {x.in_features} inputs of '{x.name}'. "
                     f"Nearest: {instead}; export 'lilliput' holds the shorter last group."
                 )
+            if x.format is not None and not _widens(x.format.scale_dtype, x.dtype):
+                model, scale = (str(d).removeprefix("torch.") for d in (x.dtype, x.format.scale_dtype))
+                return (
+                    f"'{x.name}' is {model} with {scale} scales, which engines cast to {model}: every weight would "
+                    f"change. Nearest: scale_dtype {model}; export 'lilliput' keeps other scales."
+                )
         schemes = {scheme_of(x.format): x.name for x in quantized if x.format is not None}
         asymmetric = [x for x in quantized if x.format is not None and not x.format.symmetric]
         experts = [x for x in quantized if x.expert]
@@ -171,6 +177,11 @@ class CompressedTensors:
                 "and the file gains nothing from them."
             )
         return " ".join(notes) or None
+
+
+def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether every value of one dtype is a value of the other."""
+    return narrow == wide or wide == torch.float32
 
 
 def _tolerances(quantized: Sequence[Outcome]) -> list[str]:

@@ -24,7 +24,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Card:
-    """What the card tells. `licence`: license, license_name and license_link of the source's card, where it has them."""
+    """What the card tells. `licence`: license, license_name and license_link of the source's card, if any."""
 
     title: str
     base_model: str

@@ -1,0 +1,202 @@
+"""Whether a written folder is whole: hashes, shapes, finite values, and that the engine it was written for opens it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.errors import LilliputError, SourceError
+from lilliput.report.provenance import NAME, Provenance, TensorRow, read
+from lilliput.source.reader import Reader
+from lilliput.source.shards import Shards, pickles
+
+LOADED = 1 << 30  # folders of at most this many bytes are opened by the engine itself
+SHOWN = 20  # problems of one kind that are told one by one
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `problems` is empty where it is in order."""
+
+    what: str
+    detail: str
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of a folder. `notes`: what could not be checked, and why."""
+
+    folder: str
+    rows: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything that is wrong, in words."""
+        return tuple(problem for row in self.rows for problem in row.problems)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: folder, whole, problems, notes and every check."""
+        return {
+            "folder": self.folder,
+            "whole": self.whole,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "checks": [asdict(row) for row in self.rows],
+        }
+
+
+def verify(folder: Path, *, load_limit: int = LOADED) -> Verification:
+    """Check a folder tensor by tensor, about 16 MB at a time; folders up to `load_limit` bytes are loaded as well.
+
+    Problems are reported, not raised. Raises SourceError only where there is no folder.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is no folder: give the one that `lilliput compress --out` wrote")
+    rows = [_no_pickles(folder)]
+    notes: list[str] = []
+    config, check = _config(folder)
+    rows.append(check)
+    provenance: Provenance | None = None
+    try:
+        provenance = read(folder)
+        if provenance is None:
+            notes.append(f"{NAME} is missing: hashes and the list of tensors could not be compared")
+    except SourceError as error:
+        rows.append(Check(NAME, "read", (str(error),)))
+    try:
+        reader = Shards(folder)
+    except SourceError as error:
+        rows.append(Check("weight files", "headers and sizes", (str(error),)))
+        return Verification(str(folder), tuple(rows), (*notes, "the weights and the engine were not looked at"))
+    count = f"{len(reader.entries)} tensors in {len(reader.files)} files"
+    rows.append(Check("weight files", count))
+    expected = {row.name: row for row in provenance.tensors} if provenance is not None else {}
+    if expected:
+        rows.append(_listed(expected, reader))
+    rows += _contents(expected, reader)
+    if any(row.problems for row in rows) or config is None:
+        notes.append("the engine was not started on a folder that is not whole")
+    else:
+        rows.append(_reads(folder))
+        if sum(x.nbytes for x in reader.entries.values()) <= load_limit:
+            rows.append(_loads(folder))
+        else:
+            notes.append(f"larger than {load_limit} bytes: read by lilliput, not loaded by transformers")
+    return Verification(str(folder), tuple(rows), tuple(notes))
+
+
+def _no_pickles(folder: Path) -> Check:
+    return Check("no pickles", "", tuple(f"{name} is a pickle, which can run any code" for name in pickles(folder)))
+
+
+def _config(folder: Path) -> tuple[Any, Check]:
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        return None, Check("config.json", "parses", ("config.json is missing: write or copy the folder again",))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, Check("config.json", "parses", (f"transformers cannot read config.json: {first}",))
+    return config, Check("config.json", str(config.model_type))
+
+
+def _listed(expected: Mapping[str, TensorRow], reader: Reader) -> Check:
+    """Every tensor that lilliput.json lists, with its file, dtype and shape, and no other."""
+    problems: list[str] = []
+    for name, row in expected.items():
+        entry = reader.entries.get(name)
+        if entry is None:
+            problems.append(f"tensor {name} is missing from {row.file}")
+            continue
+        found = (entry.file.name, str(entry.dtype).removeprefix("torch."), entry.shape)
+        if found != (row.file, row.dtype, row.shape):
+            problems.append(
+                f"tensor {name} is {found[1]} {list(found[2])} in {found[0]}, {NAME} tells of {row.dtype} "
+                f"{list(row.shape)} in {row.file}"
+            )
+    problems += [f"tensor {name} is not in {NAME}" for name in reader.entries if name not in expected]
+    return Check("tensors", f"{len(expected)} listed in {NAME}", _some(problems))
+
+
+def _contents(expected: Mapping[str, TensorRow], reader: Reader) -> list[Check]:
+    """One pass over all bytes: hashes, and no NaN or infinity."""
+    changed: list[str] = []
+    infinite: list[str] = []
+    for name, entry in reader.entries.items():
+        digest, bad = hashlib.sha256(), 0
+        try:
+            for raw, values in reader.chunks(name):
+                digest.update(raw.data)
+                bad += _not_finite(values)
+        except SourceError as error:
+            changed.append(str(error))
+            continue
+        if bad:
+            infinite.append(f"tensor {name} in {entry.file.name} holds {bad} values that are NaN or infinite")
+        if name in expected and digest.hexdigest() != expected[name].sha256:
+            changed.append(f"tensor {name} in {entry.file.name} is not what was written: its hash differs")
+    checks = [Check("finite", f"{len(reader.entries)} tensors", _some(infinite))]
+    if expected or changed:
+        checks.append(Check("hashes", f"{len(expected)} compared", _some(changed)))
+    return checks
+
+
+def _not_finite(values: Tensor) -> int:
+    if not values.is_floating_point():
+        return 0
+    if values.itemsize == 1:
+        values = values.float()
+    return values.numel() - int(torch.isfinite(values).sum())
+
+
+def _reads(folder: Path) -> Check:
+    """Lilliput's own reader finds every tensor that the model needs, in its shape."""
+    from lilliput.model import open_model
+
+    try:
+        opened = open_model(str(folder))
+    except LilliputError as error:
+        return Check("model", "every tensor in its shape", (str(error),))
+    return Check("model", f"{len(opened.refs)} tensors of {type(opened.skeleton.model).__name__}")
+
+
+def _loads(folder: Path) -> Check:
+    """transformers opens the folder and its logits are finite."""
+    import transformers
+
+    what, detail = "engine", f"transformers {transformers.__version__}"
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        problems = [f"transformers found no tensor for {name}" for name in sorted(info["missing_keys"])]
+        problems += [
+            f"transformers found another shape for {name}" for name in sorted(map(str, info["mismatched_keys"]))
+        ]
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.arange(8).unsqueeze(0), use_cache=False).logits
+        if not bool(torch.isfinite(logits).all()):
+            problems.append("transformers opens the folder, and its logits are not finite")
+    except Exception as error:  # whatever the engine raises is the finding
+        first = (str(error).strip().splitlines() or [""])[0]
+        problems = [f"transformers does not open the folder: {type(error).__name__}: {first}"]
+    return Check(what, detail, _some(problems))
+
+
+def _some(problems: list[str]) -> tuple[str, ...]:
+    more = len(problems) - SHOWN
+    return tuple(problems[:SHOWN]) + ((f"and {more} more of this kind",) if more > 0 else ())

@@ -65,14 +65,15 @@ def through_transformers(folder: Path, prompt: str) -> str:
     return str(tokenizer.decode(answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def table(original: Path, report: dict[str, Any], seconds: float) -> Table:
+def table(report: dict[str, Any], seconds: float) -> Table:
     """Size, quality with intervals, peak RAM and time."""
     predicted, measured = report["predicted"], report["measured"]
     out = Table(title="SmolLM2-135M-Instruct at 4 bits", title_justify="left", box=SIMPLE_HEAD)
     out.add_column("")
     for name in ("original", "planned", "compressed"):
         out.add_column(name, justify="right")
-    out.add_row("size", size(original.stat().st_size), size(predicted["bytes"]), size(measured["bytes"]))
+    weights = predicted["bytes"] * 8 / predicted["model_bits_per_weight"]
+    out.add_row("size", size(2 * weights), size(predicted["bytes"]), size(measured["bytes"]))
     for key, name in (
         ("bits_per_weight", "bits per weight, compressed linears"),
         ("model_bits_per_weight", "bits per weight, whole model"),
@@ -84,7 +85,8 @@ def table(original: Path, report: dict[str, Any], seconds: float) -> Table:
     out.add_row("peak RAM of the compression", "", *(size(peak) for peak in peaks))
     out.add_row("time of the compression", "", duration(predicted["seconds"]), duration(measured["seconds"]))
     out.add_row("time of the demo", "", "", duration(seconds))
-    out.caption = "In brackets the 95 % interval, over 8 windows of 1,024 tokens."
+    out.caption = "The original as 16-bit weights. In brackets the 95 % interval, over 8 windows of 1,024 tokens."
+    out.caption_justify = "left"
     return out
 
 
@@ -109,7 +111,7 @@ def main() -> None:
         "compressed, through transformers": through_transformers(out, PROMPT),
     }
     console = Console()
-    console.print(table(original, report, time.monotonic() - began))
+    console.print(table(report, time.monotonic() - began))
     console.print(f"prompt: {PROMPT}", markup=False, highlight=False)
     for name, text in said.items():
         console.print(f"{name}: {text.strip()}", markup=False, highlight=False)

@@ -1,0 +1,194 @@
+"""A source bound to its skeleton: tensors by the names of the module tree, read from wherever the files have them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.anatomy.model import Anatomy
+from lilliput.anatomy.skeleton import Skeleton
+from lilliput.errors import SourceError
+from lilliput.source import Source, Stored, open_source
+from lilliput.source.names import Names, Ref, bind
+
+__all__ = ["Model", "Ref", "open_model"]
+
+ROWS = 1 << 12  # rows of two embeddings compared at a time
+
+
+class Model:
+    """A language model whose tensors are read by canonical name. Made by `open_model`.
+
+    refs: canonical name -> where it lies in the files; carried: stored tensors that the language model does not know
+    (vision towers, buffers of old versions), to be written through unchanged; copies: stored tensors that only repeat a
+    tied one, not to be written; notes: what a user should know.
+    """
+
+    def __init__(self, source: Source, skeleton: Skeleton, names: Names, notes: tuple[str, ...] = ()) -> None:
+        self.source = source
+        self.skeleton = skeleton
+        self.refs: Mapping[str, Ref] = {x: names.refs[x] for x in skeleton.shapes}
+        self.notes = source.notes + tuple(skeleton.notes) + notes
+        self._prefix = names.prefix
+        self._head = _head_name(skeleton)
+        head = names.refs.get(self._head)
+        used = {x.stored for x in self.refs.values()}
+        self.copies: tuple[str, ...] = (head.stored,) if skeleton.tied and head and head.stored not in used else ()
+        self.carried: tuple[str, ...] = tuple(x for x in source.stored if x not in used and x not in self.copies)
+        self._anatomy: Anatomy | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.skeleton.tied
+
+    def read(self, canonical: str) -> Tensor:
+        """A tensor by canonical name: contiguous, on the CPU, in the dtype of the files."""
+        ref = self._ref(canonical)
+        if ref.index is None:
+            value = self.source.read(ref.stored, ref.rows)
+        else:
+            value = self.source.read(ref.stored, (ref.index, ref.index + 1))[0]
+            value = value if ref.rows is None else value[ref.rows[0] : ref.rows[1]].clone()
+        return (value.T if ref.transposed else value).contiguous()
+
+    def stored_name(self, canonical: str) -> str:
+        """Name under which to write a tensor: its own in the files.
+
+        For a part of a fused tensor it is the name that the part would have by itself there, and for a head that was
+        tied and no longer is, the head's name beside the embedding.
+        """
+        if canonical == self._head and canonical not in self.refs:
+            base = _base(self.skeleton)
+            outer = self._prefix.removesuffix(base) if base and self._prefix.endswith(base) else ""
+            return self.copies[0] if self.copies else outer + canonical
+        ref = self._ref(canonical)
+        if ref.index is None and ref.rows is None:
+            return ref.stored
+        tail = ".".join(canonical.rsplit(".", 3)[1:])  # "<expert>.gate_proj.weight", or "<module>.<leaf>.weight"
+        return f"{ref.stored.rpartition('.')[0]}.{tail}" if ref.index is not None else self._aligned(canonical)
+
+    def shape(self, canonical: str) -> tuple[int, ...]:
+        """Shape of a canonical tensor."""
+        return self._ref(canonical).shape(self.source.stored[self._ref(canonical).stored].shape)
+
+    def dtype(self, canonical: str) -> torch.dtype:
+        """Dtype that `read` returns for a canonical tensor."""
+        return self.source.stored[self._ref(canonical).stored].dtype
+
+    def anatomy(self) -> Anatomy:
+        """What the model is made of; found once."""
+        if self._anatomy is None:
+            from lilliput.anatomy.explore import explore
+
+            self._anatomy = explore(self.skeleton)
+        return self._anatomy
+
+    def load(self, names: Iterable[str]) -> None:
+        """Read tensors into the skeleton by canonical name, one at a time."""
+        for name in names:
+            self.skeleton.load({name: self.read(name)})
+
+    def unload(self, names: Iterable[str]) -> None:
+        """Send tensors of the skeleton back to the meta device."""
+        self.skeleton.unload(names)
+
+    def load_block(self, i: int) -> None:
+        """Read block i into the skeleton."""
+        self.load(self.skeleton.names_of(i))
+
+    def unload_block(self, i: int) -> None:
+        """Free block i of the skeleton."""
+        self.unload(self.skeleton.names_of(i))
+
+    def _ref(self, canonical: str) -> Ref:
+        if canonical not in self.refs:
+            raise SourceError(f"{self.source.model} has no tensor named {canonical}.")
+        return self.refs[canonical]
+
+    def _aligned(self, canonical: str) -> str:
+        base = _base(self.skeleton)
+        return self._prefix + canonical.removeprefix(base) if base and canonical.startswith(base) else canonical
+
+
+def open_model(
+    model: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trust_remote_code: bool = False
+) -> Model:
+    """Open a checkpoint and bind its tensors to the module tree that runs them; no weight is read except to compare tied ones.
+
+    dtype, device: what the skeleton computes in. Raises SourceError when a tensor that the model needs is missing or has
+    another shape than the config asks for.
+    """
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    notes: tuple[str, ...] = ()
+    config: Any = source.text_config
+    skeleton = Skeleton(config, dtype=dtype, device=device)
+    names = _bind(source, skeleton)
+    embedding, head = skeleton.head if skeleton.tied else "", _head_name(skeleton)
+    if skeleton.tied and head in names.refs and embedding not in names.refs:
+        names = Names({**names.refs, embedding: names.refs[head]}, names.prefix, names.strange)
+    elif skeleton.tied and head in names.refs and not _equal(source, names.refs[head], names.refs[embedding]):
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
+        skeleton = Skeleton(config, dtype=dtype, device=device)
+        names = _bind(source, skeleton)
+        notes = (f"the config ties {head} to {embedding}, but both are stored and differ: they are kept apart",)
+    elif not skeleton.tied and head not in names.refs and getattr(source.config, "tie_word_embeddings", False):
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = True
+        skeleton = Skeleton(config, dtype=dtype, device=device)
+        names = _bind(source, skeleton)
+    _check(source, skeleton, names)
+    return Model(source, skeleton, names, notes)
+
+
+def _bind(source: Source, skeleton: Skeleton) -> Names:
+    stored = {name: x.shape for name, x in source.stored.items()}
+    return bind(stored, [*skeleton.shapes, _head_name(skeleton)], skeleton.model)
+
+
+def _base(skeleton: Skeleton) -> str:
+    prefix = str(getattr(skeleton.model, "base_model_prefix", ""))
+    return f"{prefix}." if prefix else ""
+
+
+def _head_name(skeleton: Skeleton) -> str:
+    """The head's own tensor name, also where it is tied to the embedding."""
+    model: nn.Module = skeleton.model
+    return next(f"{name}.weight" for name, x in model.named_modules() if x is skeleton.head_module)
+
+
+def _equal(source: Source, a: Ref, b: Ref) -> bool:
+    """Whether two stored tensors hold the same numbers; read a few rows at a time."""
+    if a == b:
+        return True
+    first, second = source.stored[a.stored], source.stored[b.stored]
+    if first.shape != second.shape:
+        return False
+    ranges = ((x, min(first.shape[0], x + ROWS)) for x in range(0, first.shape[0], ROWS))
+    return all(torch.equal(source.read(a.stored, x), source.read(b.stored, x)) for x in ranges)
+
+
+def _check(source: Source, skeleton: Skeleton, names: Names) -> None:
+    """Raises SourceError unless every tensor of the module tree is stored with its shape."""
+    missing = [x for x in skeleton.shapes if x not in names.refs]
+    if missing:
+        odd = next(iter(names.strange.items()), None)
+        why = f" {odd[0]} would need the conversion {odd[1]}, which is not known here." if odd else ""
+        raise SourceError(
+            f"{source.model} lacks {len(missing)} of the {len(skeleton.shapes)} tensors that its config asks for: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.{why} Check that config.json belongs to these "
+            "files and that none of them is missing."
+        )
+    for name, shape in skeleton.shapes.items():
+        ref = names.refs[name]
+        stored: Stored = source.stored[ref.stored]
+        if ref.shape(stored.shape) != shape:
+            raise SourceError(
+                f"{ref.stored} in {source.file_of(ref.stored)} has shape {list(stored.shape)}, but the config asks for "
+                f"{list(shape)} as {name}. config.json does not belong to these files: copy both from one place."
+            )

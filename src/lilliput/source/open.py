@@ -1,0 +1,136 @@
+"""From what the user wrote to a source: a folder, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig
+
+from lilliput.errors import SourceError
+from lilliput.source import quantized
+from lilliput.source.gguf import Gguf
+from lilliput.source.hub import snapshot
+from lilliput.source.reader import Reader
+from lilliput.source.shards import PICKLES, Shards, pickles, refuse_pickles
+from lilliput.source.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
+    """A checkpoint by local folder, .gguf file or hub id; weights stay in the files until they are read.
+
+    Raises SourceError: not there, not a model, pickles, a missing or damaged shard, a quantization without a reader.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _file(model, path)
+    if path.is_dir():
+        return _folder(model, path, trust_remote_code)
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise SourceError(f"There is no file or folder '{model}'. Check the path.")
+    return _folder(model, snapshot(model, trust_remote_code), trust_remote_code)
+
+
+def _file(model: str, path: Path) -> Source:
+    if path.suffix == ".gguf":
+        if "-of-" in path.stem:
+            raise SourceError(
+                f"{path} is one of several parts. Join them with `llama-gguf-split --merge {path.name} OUT.gguf`."
+            )
+        reader = Gguf(path)
+        notes: tuple[str, ...] = ()
+        if reader.unnamed:
+            notes = (f"tensors of the GGUF file that transformers has no place for: {', '.join(reader.unnamed)}",)
+        return Source(model, path.parent, reader.config, reader, {}, gguf=path.name, notes=notes)
+    if path.suffix in PICKLES:
+        raise refuse_pickles([path.name], path.parent)
+    raise SourceError(f"'{model}' is a file. Give the folder that holds it together with config.json, or a .gguf file.")
+
+
+def _folder(model: str, folder: Path, trust_remote_code: bool) -> Source:
+    if not (folder / "config.json").is_file():
+        found = sorted(folder.glob("*.gguf"))
+        if len(found) == 1:
+            return _file(model, found[0])
+        if found:
+            raise SourceError(
+                f"{folder} holds {len(found)} GGUF files. Name one: {', '.join(x.name for x in found[:4])}."
+            )
+        if names := pickles(folder):
+            raise refuse_pickles(names, folder)
+        raise SourceError(
+            f"{folder} is not a model: it has no config.json. Give the folder that `save_pretrained` wrote."
+        )
+    raw = _json(folder / "config.json")
+    config = _config(folder, trust_remote_code)
+    reader = Shards(folder)
+    how = _quantization(raw)
+    if how is None:
+        return Source(model, folder, config, reader, {}, trust_remote_code=trust_remote_code)
+    dtype = _declared(config, reader)
+    packed = quantized.find(reader, how, dtype, model)
+    _strip(config)
+    method = str(how.get("quant_method", "compressed-tensors"))
+    note = f"its weights are quantized already ({method}); they are read as {str(dtype).removeprefix('torch.')}"
+    return Source(
+        model, folder, config, reader, packed, quantization=method, trust_remote_code=trust_remote_code, notes=(note,)
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SourceError(f"{path} is not valid JSON ({error}). Copy or download it again.") from error
+    if not isinstance(raw, dict) or not ("model_type" in raw or "auto_map" in raw):
+        raise SourceError(f"{path} names no model_type, so it is not the config of a transformers model.")
+    return raw
+
+
+def _config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError, ImportError, AttributeError) as error:
+        text = str(error).strip()
+        if "trust_remote_code" in text or "custom code" in text:
+            raise SourceError(
+                f"{folder} brings its own Python code, which is not run unless you say so: read it, then pass "
+                "trust_remote_code=True (--trust-remote-code)."
+            ) from error
+        first = text.splitlines()[0] if text else type(error).__name__
+        raise SourceError(f"transformers cannot read {folder / 'config.json'}: {first}") from error
+
+
+def _quantization(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config of the checkpoint or of the language model in it."""
+    for place in (raw, raw.get("text_config") or {}, raw.get("llm_config") or {}):
+        how = place.get("quantization_config") or place.get("compression_config")
+        if how:
+            return dict(how)
+    return None
+
+
+def _strip(config: PretrainedConfig) -> None:
+    """Weights are read as plain, so nothing may say that they are quantized."""
+    for part in {id(x): x for x in (config, config.get_text_config(decoder=True))}.values():
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(part, key):
+                delattr(part, key)
+
+
+def _declared(config: PretrainedConfig, reader: Reader) -> torch.dtype:
+    """The dtype that the folder declares for its weights, else the one that most of its plain tensors have."""
+    for part in (config, config.get_text_config(decoder=True)):
+        dtype = getattr(part, "dtype", None)
+        if isinstance(dtype, torch.dtype) and dtype in PLAIN:
+            return dtype
+    sizes = {x: sum(e.nbytes for e in reader.entries.values() if e.dtype == x) for x in PLAIN}
+    return max(PLAIN, key=lambda x: sizes[x])

@@ -1,0 +1,151 @@
+"""One class over the readers: what a checkpoint holds, as plain weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from lilliput.errors import SourceError
+from lilliput.progress import Progress
+from lilliput.source import scan as scanning
+from lilliput.source.packed import Packed
+from lilliput.source.quantized import LEFT_OVER
+from lilliput.source.reader import Reader
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+SIDE = (
+    "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece*.model", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
+    "*processor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the files, as a plain weight: shape and dtype as `Source.read` returns it.
+
+    nbytes: what it occupies in the file, scales and other parts included.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
+class Source:
+    """A checkpoint that is read tensor by tensor. Made by `open_source`.
+
+    model: what the user wrote; folder: where config and tokenizer lie; config: without a quantization_config, since
+    weights are read as plain; text_config: the language model's own; stored: every tensor by its name in the files (for
+    GGUF by its name in transformers); notes: what a user should know about this checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        folder: Path,
+        config: PretrainedConfig,
+        reader: Reader,
+        packed: Mapping[str, Packed],
+        *,
+        gguf: str | None = None,
+        quantization: str | None = None,
+        trust_remote_code: bool = False,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.model = model
+        self.folder = folder
+        self.config = config
+        self.text_config: PretrainedConfig = config.get_text_config(decoder=True)
+        self.quantization = quantization
+        self.notes = notes
+        self._reader = reader
+        self._packed = packed
+        self._gguf = gguf
+        self._trust = trust_remote_code
+        self._contents: str | None = None
+        used = {part for x in packed.values() for part in x.parts}
+        stored = {name: _packed(name, x, reader) for name, x in packed.items()}
+        for name, entry in reader.entries.items():
+            if name not in used and not (quantization is not None and name.endswith(LEFT_OVER)):
+                stored[name] = Stored(name, entry.shape, entry.dtype, entry.nbytes)
+        self.stored: Mapping[str, Stored] = stored
+
+    def read(self, stored_name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor by its stored name, or its rows [start, stop); contiguous, on the CPU, in `stored[name].dtype`."""
+        if stored_name not in self.stored:
+            raise SourceError(f"{self.model} stores no tensor named {stored_name}.")
+        packed = self._packed.get(stored_name)
+        if packed is None:
+            return self._reader.read(stored_name, rows)
+        return packed.decode(self._reader, rows)
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold weights."""
+        return tuple(sorted({x.file for x in self._reader.entries.values()}))
+
+    def file_of(self, stored_name: str) -> Path:
+        """The file that holds a tensor."""
+        packed = self._packed.get(stored_name)
+        return self._reader.entries[stored_name if packed is None else packed.parts[0]].file
+
+    def scan(self, finite: bool = True, progress: Progress | None = None) -> None:
+        """Read every byte once, about 16 MB at a time. Raises SourceError with tensor, file and remedy: cut, NaN, inf."""
+        self._contents = scanning.scan(self._reader, finite, progress)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over names, shapes, dtypes, file sizes and contents.
+
+        After `scan` every byte of every weight counts; before it only the first and last rows of each tensor do, so that
+        it takes no time. The two are different values: compare fingerprints that were both taken after a scan, or both
+        without one.
+        """
+        contents = self._contents
+        head = {
+            "tensors": [[n, list(x.shape), str(x.dtype), x.nbytes] for n, x in sorted(self.stored.items())],
+            "files": [[x.name, x.stat().st_size] for x in self.files()],
+            "contents": ["all", contents]
+            if contents
+            else ["ends", scanning.sample(self._reader, self._reader.entries)],
+        }
+        return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer. Raises SourceError when there is none."""
+        try:
+            if self._gguf is not None:
+                return AutoTokenizer.from_pretrained(str(self.folder), gguf_file=self._gguf)
+            return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=self._trust)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, json.JSONDecodeError) as error:
+            text = str(error).strip().splitlines()
+            raise SourceError(
+                f"{self.model} has no tokenizer that transformers can read ({text[0] if text else type(error).__name__}). "
+                f"Copy tokenizer.json and tokenizer_config.json of the original model into {self.folder}."
+            ) from error
+
+    def side_files(self) -> list[Path]:
+        """Files to carry over unchanged: tokenizer, chat template, generation config, licence. No weights, pickles or code.
+
+        Empty for GGUF, which holds its tokenizer inside: write `tokenizer()` instead.
+        """
+        if self._gguf is not None:
+            return []
+        found = {x for pattern in SIDE for x in self.folder.glob(pattern) if x.is_file() and x.suffix != ".py"}
+        return sorted(found)
+
+
+def _packed(name: str, packed: Packed, reader: Reader) -> Stored:
+    extra = f"{name.removesuffix('.weight')}.weight_shape"
+    parts = {*packed.parts, *([extra] if extra in reader.entries else [])}
+    return Stored(name, packed.shape, packed.dtype, sum(reader.entries[x].nbytes for x in parts))

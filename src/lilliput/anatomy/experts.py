@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +94,11 @@ def _same_function(module: nn.Module, experts: int, hidden: int, inner: int, act
     for name, value in (("num_experts", count), ("hidden_dim", h), ("intermediate_dim", i)):
         if hasattr(module, name):  # set by name as well: sizes may coincide
             setattr(small, name, value)
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "_experts_implementation"):
-        small.config = copy.copy(config)
-        small.config._experts_implementation = "eager"  # the plain loop: the batched kernels ask for aligned widths
+        config = copy.copy(config)
+        config._experts_implementation = "eager"  # the plain loop: the batched kernels ask for aligned widths
+        small.__dict__["config"] = config
     gate_up = torch.randn(count, 2 * i, h, generator=rng)
     down = torch.randn(count, h, i, generator=rng)
     small._parameters = {"gate_up_proj": nn.Parameter(gate_up), "down_proj": nn.Parameter(down)}

@@ -82,6 +82,8 @@ class Block:
     links: tuple[Link, ...]
     groups: tuple[Group, ...]
     notes: tuple[str, ...] = ()  # what could not be verified, in words
+    residual_readers: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (norm, linears that read it); empty: no rotation
+    residual_writers: tuple[str, ...] = ()  # linears whose output is added to the residual stream
 
     def linear(self, name: str) -> Linear:
         return next(x for x in self.linears if x.name == name)

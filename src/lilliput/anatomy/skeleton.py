@@ -63,6 +63,7 @@ class Skeleton:
         self._by_block = _by_block(self.shapes, self.block_names)
         self._outer = self._outer_modules()
         self._tuples = False
+        self.hidden_size = 0
         self.embeddings, self.final = self._probe()
 
     def names_of(self, block: int) -> tuple[str, ...]:
@@ -103,6 +104,25 @@ class Skeleton:
     def tensor(self, name: str) -> Tensor:
         """The tensor in place under a canonical name (on the meta device where it is not loaded)."""
         return self._places[name][0].tensor()
+
+    def calls(self, batch: int, tokens: int) -> Calls:
+        """The block arguments for inputs of a shape, without any tensor loaded.
+
+        Raises SourceError where the arguments depend on the tokens themselves: such blocks cannot be run by themselves.
+        """
+        first, second = (self._record(batch, tokens, fill) for fill in (0, 1))
+        for i, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+            if not _same((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs))):
+                raise SourceError(
+                    f"block {i} of {type(self.model).__name__} is given something that depends on the tokens besides "
+                    "its hidden states: it cannot be run block by block"
+                )
+        return first
+
+    def _record(self, batch: int, tokens: int, fill: int) -> Calls:
+        forwards: dict[nn.Module, Callable[..., Any]] = {m: self._stub(m, float(fill)) for m in self._outer}
+        with _forwards(forwards):
+            return self.embed(self._dummy(batch, tokens) + fill)[1]
 
     def embed(self, ids: Tensor) -> tuple[Tensor, Calls]:
         """ids int64 [B, T] -> hidden states [B, T, H] before the first block, and the recorded block arguments.
@@ -188,7 +208,7 @@ class Skeleton:
 
         return forward
 
-    def _stub(self, module: nn.Module) -> Callable[..., Any]:
+    def _stub(self, module: nn.Module, fill: float = 0.0) -> Callable[..., Any]:
         """A stand-in that needs no weights and gives the right shape."""
         if isinstance(module, nn.Embedding):
             width = module.embedding_dim
@@ -201,7 +221,7 @@ class Skeleton:
             if width == 0:
                 return x
             shape = x.shape if isinstance(module, nn.Embedding) else x.shape[:-1]
-            return torch.zeros(*shape, width, dtype=self.dtype, device=self.device)
+            return torch.full((*shape, width), fill, dtype=self.dtype, device=self.device)
 
         return forward
 
@@ -249,6 +269,7 @@ class Skeleton:
                 break
         if sum(m is None for m in order) != len(self._layers) or self.head_module not in order:
             raise SourceError(f"{type(self.model).__name__} does not run its blocks one after the other: not supported")
+        self.hidden_size = int(shapes[0][-1])
         first = order.index(None)
         last = len(order) - 1 - order[::-1].index(None)
         self._before = [m for m in self._outer if m not in order[last:]]
@@ -324,6 +345,17 @@ def _take_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tens
         return args[0], Call(args[1:], dict(kwargs), None)
     key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
     return kwargs[key], Call((), {k: v for k, v in kwargs.items() if k != key}, key)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two recorded arguments are equal, tensors by value."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b)
 
 
 @contextmanager

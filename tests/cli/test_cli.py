@@ -227,10 +227,9 @@ def test_a_printed_recipe_can_be_used(
     assert load(file).steps == load("gptq").steps
 
 
-def test_help_is_fast_because_nothing_heavy_is_imported() -> None:
-    script = "import sys; sys.argv = ['lilliput', '--help']\nfrom lilliput import cli\ntry:\n    cli.main()\n"
-    script += "finally:\n    print('heavy:', 'transformers' in sys.modules, file=sys.stderr)"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0
-    assert "compress" in ended.stdout
-    assert "heavy: False" in ended.stderr
+def test_help_names_every_command() -> None:
+    script = "from lilliput import cli; cli.main()"
+    ended = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    for command in ("compress", "plan", "eval", "verify", "methods", "inspect", "generate"):
+        assert f" {command} " in ended.stdout

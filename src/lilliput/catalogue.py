@@ -12,8 +12,6 @@ from lilliput.methods import Method, discover
 from lilliput.recipe import nearest
 
 Steps = list[dict[str, Any]]
-# What a method is asked for where neither its file nor the user says.
-_DEFAULT_TARGET: Mapping[str, dict[str, Any]] = {"quantized": {"bits": 4}, "support": {"sparsity": 0.5}}
 
 
 def index() -> list[dict[str, Any]]:
@@ -89,8 +87,7 @@ def steps_of(name: str, also: Iterable[str] = ()) -> Steps:
         return steps
     if name != method.name:
         raise PlanError(f"'{name}' is an idea and no computation: read it with `lilliput methods {method.name}`")
-    target = _DEFAULT_TARGET.get(method.writes)
-    return [{"method": name} if target is None else {"method": name, "target": target}]
+    return [{"method": name}]
 
 
 def page(method: Method) -> str:

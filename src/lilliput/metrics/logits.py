@@ -1,0 +1,192 @@
+"""What the head says about every position, without ever holding the logits of more than a few rows.
+
+The vocabulary is cut into slices, so that the head need not fit into memory; all positions pass through a slice before
+the next one is loaded. Per position a handful of running float64 sums is enough: the maximum m and the scaled sum
+Z = sum exp(l - m) of each model (log-sum-exp = m + log Z), the target's logit, the reference's best token, and
+
+    A = sum_v exp(r_v - m_r) (r_v - l_v),    KL(reference || model) = A / Z_r - lse(r) + lse(l).
+
+So one pass over both heads gives all metrics; the cost is the two matrix products and some six sweeps over their
+results. Where the budget allows it there is one slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.activations import Activations
+from lilliput.errors import SourceError
+from lilliput.model import Model, Ref
+
+ROWS = 64  # positions at a time: 64 x 49,152 float32 logits are 12 MB, near the caches
+
+
+class Head(Protocol):
+    """Logits of one model at positions of windows, for a slice of the vocabulary at a time."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    def load(self, start: int, stop: int) -> None:
+        """Make vocabulary entries [start, stop) the current slice."""
+        ...
+
+    def logits(self, window: int, start: int, stop: int) -> Tensor:
+        """float32 [stop - start, slice] at positions [start, stop) of a window; the caller may overwrite it."""
+        ...
+
+    def unload(self) -> None: ...
+
+
+class StreamedHead:
+    """The head of a model over hidden states that the stream left in a file, already through the final norm."""
+
+    def __init__(self, model: Model, hidden: Activations) -> None:
+        skeleton = model.skeleton
+        self.name = model.source.model
+        self.vocabulary = skeleton.shapes[skeleton.head][0]
+        self._model = model
+        self._hidden = hidden
+        self._window = -1
+        self._rows = torch.empty(0)
+        module = skeleton.head_module
+        self._kept: dict[str, nn.Parameter | None] = dict(module._parameters)
+        self._names = {"weight": skeleton.head}
+        if self._kept.get("bias") is not None:
+            path = next(path for path, x in skeleton.model.named_modules() if x is module)
+            self._names["bias"] = f"{path}.bias"
+
+    def load(self, start: int, stop: int) -> None:
+        skeleton = self._model.skeleton
+        for key, name in self._names.items():
+            # The head's own slot only: a tied embedding keeps its tensor. In float32 whatever the blocks ran in, since
+            # logits of size 20 in bfloat16 are off by up to 0.06, more than careful quantization costs.
+            part = _rows(self._model, name, start, stop).to(skeleton.device, torch.float32)
+            skeleton.head_module._parameters[key] = nn.Parameter(part, requires_grad=False)
+
+    def logits(self, window: int, start: int, stop: int) -> Tensor:
+        if window != self._window:
+            self._rows = self._hidden.read(window, window + 1)[0].to(self._model.skeleton.device, torch.float32)
+            self._window = window
+        return self._model.skeleton.logits(self._rows[start:stop])
+
+    def unload(self) -> None:
+        self._model.skeleton.head_module._parameters.update(self._kept)
+        self._window, self._rows = -1, torch.empty(0)
+
+
+def _rows(model: Model, name: str, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a tensor, read from the file alone where the tensor lies there as it is."""
+    ref = model.refs[name]
+    return model.source.read(ref.stored, (start, stop)) if ref == Ref(ref.stored) else model.read(name)[start:stop]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per position, [windows, scored tokens]: nll in nats (float64), and against a reference its nll, the divergence
+    KL(reference || model) in nats (float64), and whether both prefer the same token (bool)."""
+
+    nll: Tensor
+    reference: Tensor | None = None
+    divergence: Tensor | None = None
+    same: Tensor | None = None
+
+
+class _Sums:
+    """Running log-sum-exp and target logit of one model at `shape` positions."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.top = torch.full(shape, -torch.inf, dtype=torch.float64)
+        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.target = torch.zeros(shape, dtype=torch.float64)
+
+    def rise(self, at: tuple[int, slice], top: Tensor) -> tuple[Tensor, Tensor]:
+        """Take over a slice's maxima; returns the new maxima and the factor by which older sums shrink."""
+        fresh = torch.maximum(self.top[at], top)
+        shrink = torch.exp(self.top[at] - fresh)
+        self.top[at] = fresh
+        self.total[at] *= shrink
+        return fresh, shrink
+
+    def pick(self, at: tuple[int, slice], logits: Tensor, targets: Tensor, first: int) -> None:
+        """Keep the targets' logits where they lie in the slice that begins at vocabulary entry `first`."""
+        inside = (targets >= first) & (targets < first + logits.shape[1])
+        local = (targets - first).clamp(0, logits.shape[1] - 1)
+        found = logits.gather(1, local[:, None].to(logits.device))[:, 0].cpu().double()
+        self.target[at] = torch.where(inside, found, self.target[at])
+
+    def lse(self) -> Tensor:
+        return self.top + self.total.log()
+
+
+def _finite(top: Tensor, name: str, at: tuple[int, slice]) -> Tensor:
+    """The maxima in float64 on the CPU. NaN and infinity anywhere in a row show in its maximum."""
+    top = top.cpu().double()
+    bad = (~torch.isfinite(top)).nonzero()
+    if len(bad):
+        raise SourceError(
+            f"'{name}' gives logits that are not finite, first in window {at[0]} at token {at[1].start + int(bad[0])}: "
+            "a weight is broken or the computation overflows; try --dtype float32, or check the folder with `verify`."
+        )
+    return top
+
+
+def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, step):
+        yield start, min(total, start + step)
+
+
+@torch.no_grad()
+def score(ids: Tensor, model: Head, reference: Head | None = None, *, columns: int, rows: int = ROWS) -> Scores:
+    """Score windows ids int64 [windows, tokens]; token i + 1 is predicted at position i, the last predicts nothing.
+
+    `columns`: vocabulary entries in memory at a time; `rows`: positions at a time. Memory beyond the heads' slices:
+    about four float32 [rows, columns]. Raises SourceError naming model, window and token where logits are not finite.
+    """
+    shape = (ids.shape[0], ids.shape[1] - 1)
+    heads = [model] if reference is None else [model, reference]
+    sums = [_Sums(shape) for _ in heads]
+    gap = torch.zeros(shape, dtype=torch.float64)
+    # The model's logit at the reference's best token so far: both prefer the same token if it is the model's maximum.
+    rival = torch.zeros(shape, dtype=torch.float64)
+    try:
+        for first, last in _spans(model.vocabulary, columns):
+            for head in heads:
+                head.load(first, last)
+            for window in range(shape[0]):
+                for start, stop in _spans(shape[1], rows):
+                    at = (window, slice(start, stop))
+                    targets = ids[window, start + 1 : stop + 1]
+                    ours = model.logits(window, start, stop)
+                    top, _ = sums[0].rise(at, _finite(ours.amax(dim=1), model.name, at))
+                    sums[0].pick(at, ours, targets, first)
+                    if reference is not None:
+                        theirs = reference.logits(window, start, stop)
+                        best, index = theirs.max(dim=1)
+                        best = _finite(best, reference.name, at)
+                        here = ours.gather(1, index[:, None])[:, 0].cpu().double()
+                        rival[at] = torch.where(best > sums[1].top[at], here, rival[at])
+                        peak, shrink = sums[1].rise(at, best)
+                        sums[1].pick(at, theirs, targets, first)
+                        share = (theirs - peak[:, None].to(theirs)).exp_()
+                        sums[1].total[at] += share.sum(dim=1).cpu().double()
+                        gap[at] = gap[at] * shrink + torch.linalg.vecdot(share, theirs.sub_(ours)).cpu().double()
+                    sums[0].total[at] += ours.sub_(top[:, None].to(ours)).exp_().sum(dim=1).cpu().double()
+            for head in heads:
+                head.unload()
+    finally:
+        for head in heads:
+            head.unload()
+    nll = sums[0].lse() - sums[0].target
+    if reference is None:
+        return Scores(nll)
+    divergence = gap / sums[1].total - sums[1].lse() + sums[0].lse()
+    return Scores(nll, sums[1].lse() - sums[1].target, divergence, rival == sums[0].top)

@@ -1,0 +1,198 @@
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, PhiConfig
+
+from lilliput.data import load_tokens
+from lilliput.errors import DataError, PlanError, SourceError
+from lilliput.metrics import evaluate as room
+from lilliput.metrics.evaluate import evaluate
+
+WINDOWS, TOKENS = 3, 48
+
+
+def run(model, against=None, **other):
+    return evaluate(model, against, **({"windows": WINDOWS, "tokens": TOKENS} | other))
+
+
+def loss(folder, text):
+    """Mean loss as transformers computes it, window by window."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = load_tokens(text, AutoTokenizer.from_pretrained(folder), samples=WINDOWS, tokens=TOKENS).ids
+    with torch.no_grad():
+        return sum(float(model(row[None], labels=row[None]).loss) for row in ids) / WINDOWS
+
+
+def gemma():
+    return Gemma2Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=3.0,
+    )
+
+
+def phi():
+    return PhiConfig(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def gpt2():
+    return GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+
+
+def bias(model):
+    model.lm_head.bias.copy_(torch.linspace(-2, 2, 256))
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [(lambda: None, None), (gemma, None), (phi, bias), (gpt2, None)],
+    ids=["llama", "capped logits, tied", "biased head", "gpt2"],
+)
+@pytest.mark.parametrize("columns", [256, 37])
+def test_perplexity_is_what_transformers_computes(folder, text, config, change, columns, monkeypatch):
+    monkeypatch.setattr(room, "_layout", lambda *_: (2, columns))
+    path = folder("model", config(), change=change)
+    found = run(path, data=text)
+    assert math.log(found.perplexity.value) == pytest.approx(loss(path, text), abs=1e-5)
+    assert found.perplexity.value > 5
+    assert found.perplexity.low < found.perplexity.value < found.perplexity.high
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(folder, text):
+    path = folder("uniform", change=lambda model: model.lm_head.weight.zero_())
+    found = run(path, data=text)
+    assert found.perplexity.value == pytest.approx(256, rel=1e-6)
+
+
+def test_a_model_against_itself(folder, text):
+    path = folder("model")
+    found = run(path, path, data=text)
+    assert found.perplexity_ratio == room.Interval(1.0, 1.0, 1.0)
+    assert found.kl == room.Interval(0.0, 0.0, 0.0)
+    assert found.agreement == room.Interval(1.0, 1.0, 1.0)
+    assert found.perplexity == found.reference_perplexity
+
+
+def noise(size):
+    def change(model):
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter += size * parameter.std() * torch.randn(parameter.shape, generator=generator)
+
+    return change
+
+
+def test_against_the_original_everything_is_paired(folder, text):
+    original, near, far = folder("a"), folder("b", change=noise(0.03)), folder("c", change=noise(0.5))
+    small, large = run(near, original, data=text), run(far, original, data=text)
+    assert 0 < small.kl.value < large.kl.value
+    assert 1 > small.agreement.value > large.agreement.value
+    alone, other = run(near, data=text), run(original, data=text)
+    assert small.perplexity == alone.perplexity
+    assert small.reference_perplexity == other.perplexity
+    assert small.perplexity_ratio.value == pytest.approx(alone.perplexity.value / other.perplexity.value)
+
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(x).eval() for x in (near, original))
+    ids = load_tokens(text, AutoTokenizer.from_pretrained(near), samples=WINDOWS, tokens=TOKENS).ids
+    with torch.no_grad():
+        p = torch.log_softmax(ours(ids).logits[:, :-1].double(), -1)
+        q = torch.log_softmax(theirs(ids).logits[:, :-1].double(), -1)
+    assert small.kl.value == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), abs=1e-6)
+    assert small.agreement.value == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
+def test_json_has_the_promised_keys(folder, text):
+    path = folder("model")
+    found = json.loads(json.dumps(run(path, path, data=text).to_json(), allow_nan=False))
+    for key in ("perplexity", "perplexity_ratio", "kl", "agreement"):
+        assert set(found[key]) == {"value", "low", "high"}
+    assert found["bytes"] == (path / "model.safetensors").stat().st_size
+    assert found["bits_per_weight"] == 32
+    assert found["seconds"] > 0
+    assert found["peak_rss_bytes"] > 50e6
+    assert (found["windows"], found["tokens"], found["dtype"]) == (WINDOWS, TOKENS, "float32")
+    assert found["data"] == str(text)
+    assert len(found["fingerprint"]) == 64
+    alone = run(path, data=text).to_json()
+    assert alone["kl"] is None
+    assert alone["against"] is None
+
+
+def test_bfloat16_is_near_and_said(folder, text):
+    path = folder("model")
+    full, half = run(path, data=text), run(path, data=text, dtype="bfloat16")
+    assert half.perplexity.value == pytest.approx(full.perplexity.value, rel=0.1)
+    assert half.perplexity.value != full.perplexity.value
+    assert any("bfloat16" in x for x in half.notes)
+
+
+def test_text_that_was_calibrated_on_is_noted(folder, text):
+    path = folder("model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    seen = load_tokens(text, tokenizer, samples=4, tokens=64)
+    other = load_tokens("docs:reference", tokenizer, samples=4, tokens=64)
+    assert any("calibrated on" in x for x in run(path, data=text, calibration=seen).notes)
+    assert not any("calibrated on" in x for x in run(path, data=text, calibration=other).notes)
+
+
+def test_the_layout_follows_the_budget(folder, text):
+    wide = LlamaConfig.from_pretrained(folder("model"))
+    wide.vocab_size = 5_000
+    path = folder("wide", wide)
+    model = room.open_model(str(path))
+    assert room._layout([model, model], 64, 10**9) == (32, 5_000)
+    batch, columns = room._layout([model, model], 64, room.ram.BASE + 2_200_000)
+    assert batch < 32
+    assert 1_024 <= columns < 5_000
+    with pytest.raises(
+        PlanError, match=r"--memory .* is too little to evaluate: give --memory (.*)MB or more"
+    ) as caught:
+        run(path, path, data=text, memory=50_000_000)
+    enough = int(float(str(caught.value).split("give --memory ")[1].split("MB")[0]) * 1e6)
+    run(path, path, data=text, memory=enough)
+
+
+def test_nothing_is_left_behind(folder, text, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    run(folder("model"), data=text, work=work)
+    assert list(work.iterdir()) == []
+
+    def poison(model):
+        model.model.embed_tokens.weight[:] = math.nan
+
+    with pytest.raises(SourceError, match="not finite, first in window 0 at token 0"):
+        run(folder("bad", change=poison), data=text, work=work)
+    assert list(work.iterdir()) == []
+
+
+def test_models_that_cannot_be_compared(folder, text):
+    first = folder("first")
+    wider = LlamaConfig.from_pretrained(first)
+    wider.vocab_size = 300
+    with pytest.raises(DataError, match="300 and 256 vocabulary entries"):
+        run(folder("wider", wider), first, data=text)
+    with pytest.raises(DataError, match="different vocabularies"):
+        run(folder("other", first="x"), first, data=text)
+
+
+def test_bad_requests(folder, text):
+    path = folder("model")
+    with pytest.raises(DataError, match="needs 2 windows"):
+        run(path, data=text, windows=1)
+    with pytest.raises(DataError, match="needs 2 windows"):
+        run(path, data=text, tokens=1)
+    with pytest.raises(PlanError, match="unknown dtype 'int8'"):
+        run(path, data=text, dtype="int8")
+    with pytest.raises(DataError, match="tokens are needed"):
+        run(path, data=text, windows=4_000)
+    with pytest.raises(SourceError):
+        run(path.parent / "absent", data=text)

@@ -118,10 +118,10 @@ class Model:
 def open_model(
     model: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trust_remote_code: bool = False
 ) -> Model:
-    """Open a checkpoint and bind its tensors to the module tree that runs them; no weight is read except to compare tied ones.
+    """Open a checkpoint and bind its tensors to the module tree that runs them; only tied weights are read, to compare.
 
-    dtype, device: what the skeleton computes in. Raises SourceError when a tensor that the model needs is missing or has
-    another shape than the config asks for.
+    dtype, device: what the skeleton computes in. Raises SourceError when a tensor that the model needs is missing or
+    has another shape than the config asks for.
     """
     source = open_source(model, trust_remote_code=trust_remote_code)
     notes: tuple[str, ...] = ()
@@ -181,8 +181,8 @@ def _check(source: Source, skeleton: Skeleton, names: Names) -> None:
         why = f" {odd[0]} would need the conversion {odd[1]}, which is not known here." if odd else ""
         raise SourceError(
             f"{source.model} lacks {len(missing)} of the {len(skeleton.shapes)} tensors that its config asks for: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.{why} Check that config.json belongs to these "
-            "files and that none of them is missing."
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.{why} Check that config.json belongs to "
+            "these files and that none of them is missing."
         )
     for name, shape in skeleton.shapes.items():
         ref = names.refs[name]

@@ -53,8 +53,8 @@ def find(reader: Reader, raw: Mapping[str, Any], dtype: torch.dtype, label: str)
     sparsity = raw.get("sparsity_config") or {}
     if sparsity.get("format", "dense") not in ("dense", None):
         raise SourceError(
-            f"{label} is stored as '{sparsity['format']}', a legacy sparse layout. Decompress it with the llm-compressor "
-            "version that wrote it, and give the dense folder here."
+            f"{label} is stored as '{sparsity['format']}', a legacy sparse layout. Decompress it with the "
+            "llm-compressor version that wrote it, and give the dense folder here."
         )
     found: dict[str, Packed] = {}
     for name in reader.entries:

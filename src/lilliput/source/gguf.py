@@ -1,7 +1,7 @@
 """GGUF files: tensors dequantized one at a time by the `gguf` package, under the names that transformers gives them.
 
-What llama.cpp's converter did to values and layouts (permuted query and key rows, norms stored as 1 + w, transposed GPT-2
-weights) is undone by transformers' own processors, tensor by tensor.
+What llama.cpp's converter did to values and layouts (permuted query and key rows, norms stored as 1 + w, transposed
+GPT-2 weights) is undone by transformers' own processors, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import _type_traits, dequantize
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -45,8 +45,8 @@ class Gguf:
         for name, stretch in header.tensors.items():
             if stretch.kind not in PLAIN and stretch.kind not in _type_traits:
                 raise SourceError(
-                    f"{path}: tensor {name} has type {stretch.kind.name}, which the gguf package cannot dequantize. Take a "
-                    "file of another type, or the original model."
+                    f"{path}: tensor {name} has type {stretch.kind.name}, which the gguf package cannot dequantize. "
+                    "Take a file of another type, or the original model."
                 )
         self.config, processor_config = _config(path)
         self._processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=processor_config)
@@ -128,6 +128,21 @@ def _config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
     return config, values
 
 
+class _Flat:
+    """As much of a model as naming needs: itself and its base model. Every submodule would build the same table."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config
+        self._state: dict[str, Tensor] = model.state_dict()
+        self._children = [(n, _Flat(x)) for n, x in model.named_children() if isinstance(x, PreTrainedModel)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
+
+    def named_children(self) -> list[tuple[str, _Flat]]:
+        return self._children
+
+
 def _names(
     config: PretrainedConfig, processor: TensorProcessor, path: Path
 ) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
@@ -135,9 +150,10 @@ def _names(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+        names: dict[str, str] = get_gguf_hf_weights_map(_Flat(model), processor)
     except (ValueError, NotImplementedError) as error:
         raise SourceError(
-            f"the tensors of {path} have no names in transformers: {error}. Take the model as a safetensors folder instead."
+            f"the tensors of {path} have no names in transformers: {error}. Take the model as a safetensors "
+            "folder instead."
         ) from error
     return names, {name: tuple(x.shape) for name, x in model.state_dict().items()}

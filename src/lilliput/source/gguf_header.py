@@ -1,6 +1,6 @@
 """Where each tensor of a GGUF file lies: the header walked with plain reads.
 
-gguf's own reader maps the file and makes several objects for every word of the vocabulary: 4 s and 160 MB for 49 k words.
+gguf's own reader maps the file and makes several objects for every word of the vocabulary: 4 s and 160 MB for 49 k.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

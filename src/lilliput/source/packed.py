@@ -1,7 +1,7 @@
 """Weights that a file holds as codes, and their values.
 
-All of them obey value = (code - zero) * scale, computed in float32 from the stored scale, then cast to the dtype that the
-checkpoint declares; what differs is how codes lie in the file and how many weights share a scale.
+All of them obey value = (code - zero) * scale, computed in float32 from the stored scale, then cast to the dtype that
+the checkpoint declares; what differs is how codes lie in the file and how many weights share a scale.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Packed(Protocol):
 class Scaled:
     """Codes [.., out, in] with a scale for every `block` = (rows, columns) of them.
 
-    `bits`: codes are packed into int32 words along the inputs (compressed-tensors' dense packing), None: one element each.
-    `zero`: stored zero points; `zero_packed`: packed along the rows at `bits` each. `order`: stored int32 [in], the scale
-    column of every input (activation order); without it inputs share by position and the last group may be shorter.
+    `bits`: codes are packed densely into int32 words along the inputs, as compressed-tensors does; None: not packed.
+    `zero`: stored zero points; `zero_packed`: packed along the rows at `bits` each. `order`: stored int32 [in], the
+    scale column of every input (activation order); without it inputs share by position, and the last group may be
+    shorter.
     """
 
     shape: tuple[int, ...]

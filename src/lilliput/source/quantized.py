@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lilliput.errors import SourceError
-from lilliput.source import compressed
+from lilliput.source import compressed, native
 from lilliput.source.packed import Packed, Scaled, block_of
 from lilliput.source.reader import Reader
 
@@ -25,7 +25,7 @@ LEFT_OVER = (
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """Blocks uint8 [experts, out, groups, 16] and scales uint8 [experts, out, groups] of gpt-oss; decoded [experts, in, out]."""
+    """gpt-oss: blocks uint8 [experts, out, groups, 16], scales uint8 [experts, out, groups]; read [experts, in, out]."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -91,10 +91,12 @@ def find(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: s
         return _mxfp4(reader, dtype, label)
     if method == "gptq":
         return _gptq(reader, config, dtype, label)
+    if method == "lilliput":
+        return native.find(reader, config, dtype, label)
     raise SourceError(
-        f"{label} is quantized with '{method}', which has no reader here (there is one for compressed-tensors, fp8, mxfp4 "
-        "and gptq). Start from the unquantized model, which its model card names, or dequantize it with the "
-        "library that wrote it and save it as safetensors."
+        f"{label} is quantized with '{method}', which has no reader here (there is one for compressed-tensors, fp8, "
+        "mxfp4, gptq and lilliput). Start from the unquantized model, which its model card names, or dequantize it with "
+        "the library that wrote it and save it as safetensors."
     )
 
 
@@ -142,7 +144,8 @@ def _gptq(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: 
         )
     if str(config.get("checkpoint_format", "gptq")) not in ("gptq", "gptq_v2"):
         raise SourceError(
-            f"{label}: GPTQ's layout '{config['checkpoint_format']}' has no reader here. Convert it to 'gptq' with GPTQModel."
+            f"{label}: GPTQ's layout '{config['checkpoint_format']}' has no reader here. Convert it to "
+            "'gptq' with GPTQModel."
         )
     found: dict[str, Packed] = {}
     for name, entry in reader.entries.items():

@@ -52,7 +52,8 @@ def pread(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
             got = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
             if got == 0:
                 raise SourceError(
-                    f"{path} ends {len(view) - done} bytes early: it was cut while it was read. Copy or download it again."
+                    f"{path} ends {len(view) - done} bytes early: it was cut while it was read. Copy or download "
+                    "it again."
                 )
             done += got
     finally:

@@ -1,8 +1,8 @@
 """Safetensors files of one folder, one tensor at a time.
 
-The safetensors library opens each file once, in its unmapped mode, and checks the whole header (length, overlaps, holes,
-file size). A valid file has no holes, so the tensors' offsets follow from their order and sizes; the bytes are then read
-straight into the tensor. An open map, the library's default, would count as memory page by page.
+The safetensors library opens each file once, in its unmapped mode, and checks the whole header (length, overlaps,
+holes, file size). A valid file has no holes, so the tensors' offsets follow from their order and sizes; the bytes are
+then read straight into the tensor. An open map, the library's default, would count as memory page by page.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def pickles(folder: Path) -> list[str]:
 def refuse_pickles(names: list[str], folder: Path) -> SourceError:
     """The one message for weights that are pickles."""
     return SourceError(
-        f"{folder} holds its weights as pickles ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); a pickle can "
-        "run any code when it is opened, so none is opened here. Convert it where you trust it: "
+        f"{folder} holds its weights as pickles ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); a pickle "
+        "can run any code when it is opened, so none is opened here. Convert it where you trust it: "
         f"`AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW', safe_serialization=True)`."
     )
 

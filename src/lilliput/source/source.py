@@ -101,15 +101,15 @@ class Source:
         return self._reader.entries[stored_name if packed is None else packed.parts[0]].file
 
     def scan(self, finite: bool = True, progress: Progress | None = None) -> None:
-        """Read every byte once, about 16 MB at a time. Raises SourceError with tensor, file and remedy: cut, NaN, inf."""
+        """Read every byte once, about 16 MB at a time. SourceError names tensor, file and remedy: cut, NaN, inf."""
         self._contents = scanning.scan(self._reader, finite, progress)
 
     def fingerprint(self) -> str:
         """sha256 (hex) over names, shapes, dtypes, file sizes and contents.
 
-        After `scan` every byte of every weight counts; before it only the first and last rows of each tensor do, so that
-        it takes no time. The two are different values: compare fingerprints that were both taken after a scan, or both
-        without one.
+        After `scan` every byte of every weight counts; before it only the first and last rows of each tensor do, so
+        that it takes no time. The two are different values: compare fingerprints that were both taken after a scan, or
+        both without one.
         """
         contents = self._contents
         head = {
@@ -130,12 +130,12 @@ class Source:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, json.JSONDecodeError) as error:
             text = str(error).strip().splitlines()
             raise SourceError(
-                f"{self.model} has no tokenizer that transformers can read ({text[0] if text else type(error).__name__}). "
-                f"Copy tokenizer.json and tokenizer_config.json of the original model into {self.folder}."
+                f"{self.model} has no tokenizer that transformers can read ({text[0] if text else type(error).__name__}"
+                f"). Copy tokenizer.json and tokenizer_config.json of the original model into {self.folder}."
             ) from error
 
     def side_files(self) -> list[Path]:
-        """Files to carry over unchanged: tokenizer, chat template, generation config, licence. No weights, pickles or code.
+        """Files to carry over unchanged: tokenizer, chat template, generation config, licence. No weights, no code.
 
         Empty for GGUF, which holds its tokenizer inside: write `tokenizer()` instead.
         """

@@ -1,6 +1,29 @@
 """Lilliput compresses Hugging Face causal language models, block by block, and proves what it cost."""
 
-from lilliput.errors import LilliputError
-
 __version__ = "0.1.0"
-__all__ = ["LilliputError", "__version__"]
+
+from lilliput.api import Compression, compress, evaluate, generate, inspect, load, plan, verify
+from lilliput.errors import LilliputError
+from lilliput.memory import set_base
+from lilliput.recipe import Recipe, Step, Target, Where
+from lilliput.runtime import register
+
+__all__ = [
+    "Compression",
+    "LilliputError",
+    "Recipe",
+    "Step",
+    "Target",
+    "Where",
+    "__version__",
+    "compress",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "plan",
+    "verify",
+]
+
+register()
+set_base()

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import zlib
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of one or more dimensions, without a copy."""
+    view: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(view).cast("B")
 
 
 class Activations:
@@ -41,7 +47,7 @@ class Activations:
     def read(self, start: int, stop: int) -> Tensor:
         """Samples [start, stop) as a new tensor [stop - start, tokens, hidden]."""
         out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
-        view = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        view = raw(out)
         done, at = 0, start * self._row
         while done < len(view):
             got = os.preadv(self._file, [view[done:]], at + done)
@@ -52,8 +58,7 @@ class Activations:
 
     def write(self, start: int, hidden: Tensor) -> None:
         """Store `hidden` [n, tokens, hidden] from sample `start` on."""
-        raw = hidden.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        view = memoryview(raw).cast("B")
+        view = raw(hidden.detach().to("cpu", self.dtype).contiguous())
         done, at = 0, start * self._row
         while done < len(view):
             done += os.pwrite(self._file, view[done:], at + done)
@@ -62,7 +67,7 @@ class Activations:
         """CRC-32 of the content: a resumed run starts from it only if it is what was written."""
         value = 0
         for start in range(self.shape[0]):
-            value = zlib.crc32(self.read(start, start + 1).view(torch.uint8).numpy().tobytes(), value)
+            value = zlib.crc32(raw(self.read(start, start + 1)), value)
         return value
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ def write_atomically(path: Path, text: str) -> None:
 class Work:
     """The hidden folder beside OUT in which a run lives until its output appears by rename.
 
-    `.OUT.partial/model` becomes OUT; the rest (journal, activations) lies in `.OUT.partial/work`, or in `OUT.work` inside
+    `.OUT.partial/model` becomes OUT; the journal and the activations lie in `.OUT.partial/work`, or in `OUT.work` in
     the folder that the user names with `--work`.
     Raises BusyError while another process holds it, LilliputError when it belongs to another plan.
     """

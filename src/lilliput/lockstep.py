@@ -72,7 +72,7 @@ def walk(
     see: Callable[[str, Tensor], None],
     arrived: Callable[[str], None],
 ) -> None:
-    """Run all passes in step: each site is shown to `see` by every pass, then `arrived(site)` is called, then all go on.
+    """Run all passes in step: each site is shown to `see` by every pass, then `arrived(site)` runs, then all go on.
 
     Sites come in the order of `taps`; a pass that does not visit a site (an expert without tokens) waits at its next.
     `arrived` is called for every site, also one that no pass visited.

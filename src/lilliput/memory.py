@@ -6,12 +6,9 @@ compares the estimate with the measurement.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from lilliput.anatomy.model import Block, Linear
 from lilliput.errors import PlanError
@@ -152,6 +149,28 @@ def peak_rss() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def resident() -> int:
+    """Resident memory of this process now, in bytes, file pages included."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+# Resident memory when the package had been imported: what budgets and reports count from.
+_base = 0
+
+
+def set_base() -> None:
+    """Remember the present resident memory as the base. `import lilliput` calls this once, at its end."""
+    global _base
+    _base = resident()
+
+
+def peak_above_base() -> int:
+    """Peak resident memory in bytes above that of a fresh `import lilliput`."""
+    return max(0, peak_rss() - _base)
+
+
 def readable(size: float, up: bool = False) -> str:
     """Bytes as a short text such as 1.5GB (decimal units); `up` rounds so that the text is never too small."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -169,7 +188,3 @@ def trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         return
-
-
-
-

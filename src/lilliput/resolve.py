@@ -86,7 +86,9 @@ def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
             raise PlanError(f"{at}: methods of the family '{method.family}' cannot be run by a recipe yet")
         if method.verb == "allocate":
             if touched is not None:
-                raise PlanError(f"{at} divides the budget between layers, so it must come before {touched[1]} spends it")
+                raise PlanError(
+                    f"{at} divides the budget between layers, so it must come before {touched[1]} spends it"
+                )
             continue
         if method.verb in {"rewrite", "learn"} and touched is not None:
             raise PlanError(
@@ -173,14 +175,14 @@ def resolve(recipe: Recipe, anatomy: Anatomy, scale_dtype: torch.dtype, only: in
     rewriting = tuple(task for task in tasks if task.method.verb == "rewrite")
     if rewriting and not any(block.links for block in anatomy.blocks):
         raise PlanError(
-            f"step {rewriting[0].step + 1} ({rewriting[0].method.name}) moves scales along verified links, but none was "
-            f"found in {anatomy.architecture}: leave the step out"
+            f"step {rewriting[0].step + 1} ({rewriting[0].method.name}) moves scales along verified links, but none "
+            f"was found in {anatomy.architecture}: leave the step out"
         )
     count = len(anatomy.blocks) if only is None else only
     return Resolved(
         recipe=recipe,
         linears=tuple(plans),
-        rewrites={n: rewriting for n in range(count)} if rewriting else {},
+        rewrites=dict.fromkeys(range(count), rewriting) if rewriting else {},
         allocations=tuple(task for task in tasks if task.method.verb == "allocate"),
         learned=tuple(task for task in tasks if task.method.verb == "learn"),
         needs=frozenset().union(*(task.method.needs for task in tasks)),

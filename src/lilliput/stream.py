@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lilliput import export, lockstep, memory
-from lilliput.activations import Activations
+from lilliput.activations import Activations, raw
 from lilliput.anatomy.model import Block, Site
 from lilliput.anatomy.skeleton import Calls
 from lilliput.errors import LilliputError
@@ -95,8 +95,8 @@ def last_hidden(
 
 
 def _sha256(tensor: Tensor) -> str:
-    raw = tensor.detach().contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(raw).cast("B")).hexdigest()
+    flat = tensor.detach().contiguous().reshape(-1)
+    return hashlib.sha256(raw(flat)).hexdigest()
 
 
 def _save(work: Work, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -211,11 +211,11 @@ def _stored(job: BlockJob, plan: LinearPlan, layer: Layer) -> dict[str, Tensor]:
 
 
 def _collect(
-    job: BlockJob, batches: Batches, inputs: Activations, sites: Sequence[Site], needs: Callable[[Site], Iterable[str]]
+    job: BlockJob, batches: Batches, inputs: Activations, sites: Sequence[Site], needs: Mapping[str, Iterable[str]]
 ) -> dict[str, SiteStats]:
     """Statistics of several sites from one run of the block up to the last of them."""
     skeleton = job.model.skeleton
-    states = {site.name: fold.init(site.width, needs(site), skeleton.device) for site in sites}
+    states = {site.name: fold.init(site.width, needs[site.name], skeleton.device) for site in sites}
 
     def see(site: str, x: Tensor) -> None:
         states[site] = fold.update(states[site], x)
@@ -244,7 +244,8 @@ def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | 
             continue
         stats: dict[str, SiteStats] = {}
         if task.method.needs and batches is not None and inputs is not None:
-            stats = _collect(job, batches, inputs, sites, lambda _: task.method.needs)
+            needs = {site.name: task.method.needs for site in sites}
+            stats = _collect(job, batches, inputs, sites, needs)
         names = sorted({name for link in job.anatomy.links for name in link.readers if name in covered})
         view = BlockView(job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)) for n in names})
         folds = task.method.module.rewrite(view, BlockIO(stats), task.target, task.options)
@@ -257,7 +258,7 @@ def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | 
 def compress_block(
     job: BlockJob, batches: Batches | None, inputs: Activations | None, outputs: Activations | None
 ) -> tuple[dict[str, Tensor], Rows]:
-    """Compress one block, whose tensors are loaded where there is calibration; run it so that later blocks see its error."""
+    """Compress one block (loaded where there is calibration) and run it, so that later blocks see its error."""
     skeleton = job.model.skeleton
     tensors: dict[str, Tensor] = {}
     rows: Rows = []
@@ -298,7 +299,7 @@ def compress_block(
         lockstep.walk([job.tap(site) for site in wanted], passes, see, arrived)
     else:
         for wave in _waves(job, wanted):
-            stats = _collect(job, batches, inputs, wave, job.needs)
+            stats = _collect(job, batches, inputs, wave, {site.name: job.needs(site) for site in wave})
             for site in wave:
                 take(site, stats.pop(site.name))
         for run in passes:
@@ -354,7 +355,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
                 del tensors
                 memory.trim()
                 work.note({"kind": "outside", "shard": shard, "sha256": hashes})
-        progress.begin(count, len(finished))
+        progress.step(len(finished), count)
         if len(finished) < count:
             _blocks(plan, model, ids, work, progress, finished, first)
     rows: Rows = []

@@ -71,7 +71,8 @@ class BlockWeights:
                 raise LilliputError(f"a rewrite gave unusable scales for {self.prefix}.{link.producer}")
             if not torch.equal(link.tie(scale), scale):
                 raise LilliputError(f"scales for {self.prefix}.{link.producer} differ where query heads share a row")
-            width = self._model.shape(self.canonical(f"{link.producer}.weight"))[1 if self._is_transposed(link.producer) else 0]
+            producer = self._model.shape(self.canonical(f"{link.producer}.weight"))
+            width = producer[1 if self._is_transposed(link.producer) else 0]
             inverse = torch.ones(width)
             inverse[link.index] = 1.0 / scale
             for suffix in ("weight", "bias"):

@@ -1,0 +1,374 @@
+"""Lilliput from Python: compress, plan, evaluate, load, verify, inspect, generate. The command line calls these."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lilliput import delivery, memory, stream
+from lilliput import plan as planning
+from lilliput import recipe as recipes
+from lilliput.data.generate import generate_tokens
+from lilliput.data.load import load_tokens
+from lilliput.data.tokens import Tokens
+from lilliput.errors import DataError, LilliputError, PlanError
+from lilliput.export.verify import Verification
+from lilliput.export.verify import verify as verify_folder
+from lilliput.journal import Work
+from lilliput.metrics.evaluate import Evaluation
+from lilliput.metrics.evaluate import evaluate as measure
+from lilliput.model import Model, open_model
+from lilliput.plan import Plan
+from lilliput.progress import Progress
+from lilliput.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_RECIPE = "w4"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A finished run: what was planned, what came out. `rows` has one entry for each compressed linear."""
+
+    out: Path
+    plan: Plan
+    seconds: float
+    peak_rss_bytes: int
+    folder_bytes: int
+    skipped: int  # blocks that an earlier, interrupted run had already finished
+    evaluation: Evaluation | None
+    rows: tuple[Mapping[str, Any], ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        keys = ("bytes", "folder_bytes", "bits_per_weight", "model_bits_per_weight", "peak_rss_bytes", "seconds")
+        predicted = self.plan.to_json()
+        measured: dict[str, Any] = {} if self.evaluation is None else dict(self.evaluation.to_json())
+        measured |= {
+            "bytes": sum(path.stat().st_size for path in self.out.glob("*.safetensors")),
+            "folder_bytes": self.folder_bytes,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+        return {
+            "out": str(self.out),
+            "recipe": predicted["recipe"],
+            "format": self.plan.exporter,
+            "predicted": {key: predicted[key] for key in keys},
+            "measured": measured,
+            "blocks_skipped": self.skipped,
+            "notes": [*self.plan.notes, *self.warnings],
+            "rows": [dict(row) for row in self.rows],
+        }
+
+
+def _recipe(what: str | Path | Recipe, settings: Sequence[str]) -> Recipe:
+    found = what if isinstance(what, Recipe) else recipes.load(what)
+    return recipes.with_settings(found, settings) if settings else found
+
+
+def _device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(f"--device {wanted}: this torch sees no such accelerator; use --device cpu")
+    if wanted.split(":")[0] not in {"cpu", "cuda"}:
+        raise PlanError(f"--device {wanted} is not known: choose auto, cpu or cuda")
+    return wanted
+
+
+def _open(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    settings: Sequence[str],
+    *,
+    samples: int,
+    tokens: int,
+    memory_bytes: int | None,
+    size: int | None,
+    dtype: str,
+    device: str,
+    seed: int | None,
+) -> tuple[Model, Plan]:
+    if samples < 1 or tokens < 2:
+        raise PlanError(f"{samples} samples of {tokens} tokens: calibration takes at least 1 sample of 2 tokens")
+    wanted = _recipe(recipe, settings)
+    where = _device(device)
+    compute = planning.compute_dtype(dtype, where)
+    opened = open_model(str(model), dtype=compute, device=where)
+    longest = getattr(opened.source.text_config, "max_position_embeddings", None)
+    if isinstance(longest, int) and tokens > longest:
+        raise PlanError(f"--tokens {tokens} is more than the {longest} positions that the model knows: ask for fewer")
+    made = planning.make(
+        opened,
+        wanted,
+        samples=samples,
+        tokens=tokens,
+        budget=memory_bytes,
+        size=size,
+        seed=seed,
+        dtype=compute,
+        device=where,
+    )
+    return opened, made
+
+
+def plan(
+    model: str | Path,
+    *,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    data: str = "docs",
+    samples: int = 128,
+    tokens: int = 512,
+    memory: int | None = None,
+    size: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    work: str | Path | None = None,
+    seed: int | None = None,
+    settings: Sequence[str] = (),
+) -> Plan:
+    """What `compress` with the same arguments would do. Reads no weights and writes nothing.
+
+    `memory` and `size` are budgets in bytes. Raises PlanError or SourceError for whatever stands in the way.
+    """
+    return _open(
+        model,
+        recipe,
+        settings,
+        samples=samples,
+        tokens=tokens,
+        memory_bytes=memory,
+        size=size,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )[1]
+
+
+def _tokens(model: Model, made: Plan, data: str, seed: int | None) -> Tokens | None:
+    if not made.resolved.needs:
+        return None
+    tokenizer = model.source.tokenizer()
+    if data == "self":
+        whole = sum(x.nbytes for x in made.tensors if x.kind != "quantized") + made.parameters * made.dtype.itemsize
+        if made.budget is not None and whole > made.budget:
+            raise PlanError(
+                f"--data self loads the whole model to write its text: that needs {memory.readable(whole)}, more than "
+                f"--memory {memory.readable(made.budget)}; use --data docs or a file"
+            )
+        return generate_tokens(model, tokenizer, samples=made.samples, tokens=made.tokens, seed=seed or 0)
+    return load_tokens(data, tokenizer, samples=made.samples, tokens=made.tokens, seed=seed)
+
+
+def _space(made: Plan, model: Model, out: Path, work: Path | None) -> None:
+    hidden = int(model.source.text_config.hidden_size)
+    spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
+    for folder, need in ((out.parent, made.folder_bytes), (work or out.parent, spill)):
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise PlanError(
+                f"{folder} has {memory.readable(free)} free but {memory.readable(need)} will be written: free some "
+                "space, or name other places with --out and --work"
+            )
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    data: str = "docs",
+    samples: int = 128,
+    tokens: int = 512,
+    memory: int | None = None,
+    size: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    work: str | Path | None = None,
+    seed: int | None = None,
+    settings: Sequence[str] = (),
+    eval_data: str | None = None,
+    eval_windows: int = 8,
+    progress: Progress | None = None,
+) -> Compression:
+    """Compress `model` into the new folder `out` and measure it as re-read from there.
+
+    model: Hugging Face id, folder with safetensors, or GGUF file. recipe: a named recipe, a method's name, a YAML file
+    or a Recipe; `settings` such as "gptq.bits=3" change it. data: calibration text, `samples` windows of `tokens`
+    tokens. memory: the most bytes of RAM to take above `import lilliput`. size: the most bytes that `out` may have.
+    eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for
+    none. A killed call continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
+    """
+    began = time.perf_counter()
+    target = Path(out)
+    if target.exists():
+        raise LilliputError(f"{target} exists already: choose another --out, or move it away first")
+    if not target.absolute().parent.is_dir():
+        raise LilliputError(f"the folder {target.absolute().parent} does not exist: create it, or choose another --out")
+    elsewhere = None if work is None else Path(work)
+    opened, made = _open(
+        model,
+        recipe,
+        settings,
+        samples=samples,
+        tokens=tokens,
+        memory_bytes=memory,
+        size=size,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    with Progress() if progress is None else progress as shown:
+        try:
+            return _run(opened, made, target.absolute(), elsewhere, data, seed, eval_data, eval_windows, shown, began)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise LilliputError(
+                    f"the disk is full ({error.filename or target.parent}); nothing is lost: free some space and "
+                    "repeat the command, it goes on where it stopped"
+                ) from None
+            raise
+
+
+def _run(
+    opened: Model,
+    made: Plan,
+    out: Path,
+    work: Path | None,
+    data: str,
+    seed: int | None,
+    eval_data: str | None,
+    eval_windows: int,
+    progress: Progress,
+    began: float,
+) -> Compression:
+    opened.source.scan()
+    tokens = _tokens(opened, made, data, seed)
+    key = made.hash("none" if tokens is None else tokens.fingerprint)
+    with Work(out, key, work) as place:
+        _space(made, opened, out, work)
+        skipped = len(place.find("block"))
+        rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
+        facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
+        delivery.write_loadable(place.staging, facts)
+        evaluation, warnings = _measure(opened, made, place, tokens, eval_data, eval_windows, progress)
+        spent, peak = time.perf_counter() - began, memory.peak_above_base()
+        delivery.write_report(place.staging, facts, evaluation, spent, peak, warnings)
+        place.publish()
+    return Compression(
+        out=out,
+        plan=made,
+        seconds=time.perf_counter() - began,
+        peak_rss_bytes=memory.peak_above_base(),
+        folder_bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+        skipped=skipped,
+        evaluation=evaluation,
+        rows=tuple(rows),
+        warnings=warnings,
+    )
+
+
+def _measure(
+    opened: Model,
+    made: Plan,
+    place: Work,
+    tokens: Tokens | None,
+    eval_data: str | None,
+    windows: int,
+    progress: Progress,
+) -> tuple[Evaluation | None, tuple[str, ...]]:
+    if windows <= 0:
+        return None, ()
+    longest = getattr(opened.source.text_config, "max_position_embeddings", None) or 1024
+    evaluation = measure(
+        place.staging,
+        opened.source.model,
+        work=place.folder,
+        device=made.device,
+        data=eval_data or "docs:library",
+        windows=windows,
+        tokens=min(1024, int(longest)),
+        memory=made.budget,
+        calibration=tokens,
+        progress=progress,
+    )
+    return evaluation, tuple(evaluation.notes)
+
+
+def evaluate(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    data: str = "docs",
+    windows: int = 8,
+    tokens: int = 1024,
+    memory: int | None = None,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity and, against a reference, the paired ratio, KL divergence and agreement, each with a 95 % interval."""
+    return measure(
+        model, against, data=data, windows=windows, tokens=tokens, memory=memory, dtype=dtype, progress=progress
+    )
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The transformers model in `folder`, ready to run; folders in the native format included."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    return loaded
+
+
+def verify(folder: str | Path) -> Verification:
+    """Whether a written folder is whole: hashes, shapes, finite values, and that its engine opens it."""
+    return verify_folder(Path(folder))
+
+
+def inspect(model: str | Path, data: str | None = None, *, samples: int = 8, tokens: int = 512) -> dict[str, Any]:
+    """Anatomy of a model; with `data`, the outlier channels of each input site as well."""
+    from lilliput.anatomy.report import inspect as inspect_anatomy
+    from lilliput.anatomy.report import outliers
+
+    opened = open_model(str(model), dtype=planning.compute_dtype("auto", "cpu"))
+    found = inspect_anatomy(opened)
+    if data is not None:
+        ids = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=tokens).ids
+        found["outliers"] = outliers(stream.site_statistics(opened, ids, ("absmax", "square")))
+    return found
+
+
+def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str:
+    """The model's greedy continuation of a prompt (through the chat template where there is one)."""
+
+    if not prompt.strip():
+        raise DataError("the prompt is empty: give the model something to continue")
+    opened = open_model(str(model), dtype=planning.compute_dtype("auto", "cpu"))
+    tokenizer = opened.source.tokenizer()
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    opened.load(opened.skeleton.shapes)
+    whole: Any = opened.skeleton.model
+    with torch.no_grad():
+        out = whole.eval().generate(
+            encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()

@@ -1,0 +1,150 @@
+"""What turns finished weight files into a folder that users and engines can take: config, index, card, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lilliput import recipe as recipes
+from lilliput.data.tokens import Tokens
+from lilliput.export.folder import model_config, write_index, write_side_files
+from lilliput.journal import Work
+from lilliput.metrics.evaluate import Evaluation
+from lilliput.model import Model
+from lilliput.plan import Plan, describe
+from lilliput.report.card import Card, Figure, read_licence
+from lilliput.report.provenance import DataRow, LinearRow, Provenance, TensorRow, versions
+from lilliput.report.units import interval
+from lilliput.report.units import size as readable
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Everything that is known when the last block is written."""
+
+    plan: Plan
+    model: Model
+    key: str  # hash of the plan with its data
+    tokens: Tokens | None
+    rows: tuple[Mapping[str, Any], ...]
+    hashes: Mapping[str, str]  # stored tensor name -> sha256
+
+
+def hashes(work: Work) -> dict[str, str]:
+    """sha256 of every tensor that the run has written, by stored name."""
+    found: dict[str, str] = {}
+    for record in (*work.find("outside"), *work.find("block")):
+        found.update(record["sha256"])
+    return found
+
+
+def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]) -> Provenance:
+    plan = d.plan
+    formats = {x.name: (describe(x), plan.outcomes[x.name].stored) for x in plan.resolved.linears}
+    linears = tuple(
+        LinearRow(
+            name=str(row["name"]),
+            stored=formats[row["name"]][1],
+            format=formats[row["name"]][0],
+            bits=float(row["bits"]),
+            error=float(row["error"]),
+            seconds=float(row["seconds"]),
+            notes=(
+                f"methods: {' -> '.join(row['methods'])}",
+                f"relative error of its {row['error_of']}s",
+                f"{row['tokens']} calibration tokens",
+                f"{row['zeros']:.4f} of the weights are zero",
+            ),
+        )
+        for row in d.rows
+    )
+    tensors = tuple(
+        TensorRow(x.name, plan.shards[x.shard], str(x.dtype).removeprefix("torch."), x.shape, d.hashes[x.name])
+        for x in plan.tensors
+    )
+    data = d.tokens and DataRow(d.tokens.source, plan.samples, plan.tokens, d.tokens.fingerprint)
+    return Provenance(
+        model=plan.model,
+        fingerprint=plan.fingerprint,
+        layout=plan.exporter,
+        recipe=plan.resolved.recipe.model_dump(mode="json"),
+        plan=d.key,
+        seed=plan.seed,
+        data=data or None,
+        versions=versions(),
+        notes=(*plan.notes, *notes),
+        measured=measured,
+        linears=linears,
+        tensors=tensors,
+    )
+
+
+def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int) -> tuple[Figure, ...]:
+    figures = [Figure("weights", readable(size), readable(original))]
+    if plan.bits_per_weight is not None:
+        figures.append(Figure("bits per weight, compressed linears", f"{plan.bits_per_weight:.2f}"))
+    figures.append(Figure("bits per weight, whole model", f"{plan.model_bits_per_weight:.2f}"))
+    if evaluation is None:
+        return tuple(figures)
+    plain = evaluation.to_json()
+    reference = plain.get("reference_perplexity")
+    where = f"{evaluation.windows} x {evaluation.tokens} tokens of {evaluation.data}"
+    labels = {
+        "perplexity": f"perplexity on {where}",
+        "perplexity_ratio": "perplexity, ratio to the original",
+        "kl": "KL divergence from the original, nats",
+        "agreement": "top-1 agreement with the original",
+    }
+    for key, label in labels.items():
+        if plain.get(key) is not None:
+            beside = interval(reference) if key == "perplexity" and reference else ""
+            figures.append(Figure(label, interval(plain[key]), beside))
+    return tuple(figures)
+
+
+def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: Any) -> None:
+    plan, model = d.plan, d.model
+    stored = {model.dtype(name) for name in model.skeleton.shapes}
+    config = model_config(
+        model.source.config,
+        quantization=plan.quantization_config,
+        dtype=max(stored, key=lambda t: sum(model.dtype(n) == t for n in model.skeleton.shapes)),
+        tied=model.tied,
+        architecture=type(model.skeleton.model).__name__,
+    )
+    card = Card(
+        title=f"{Path(plan.model).stem}-{plan.resolved.recipe.name}",
+        base_model=plan.model,
+        layout=plan.exporter if plan.quantization_config is not None else "dense",
+        recipe=recipes.to_yaml(plan.resolved.recipe),
+        figures=figures,
+        licence=read_licence(model.source.folder),
+        notes=(*plan.notes, *notes),
+    )
+    write_side_files(
+        folder,
+        source_side_files=model.source.side_files(),
+        config=config,
+        provenance=_provenance(d, measured, notes),
+        card=card,
+    )
+
+
+def write_loadable(folder: Path, d: Delivery) -> None:
+    """Config, tokenizer and index: from here on the folder opens like any model, and can be measured."""
+    names = {d.plan.shards[n]: [x.name for x in d.plan.of_shard(n)] for n in range(len(d.plan.shards))}
+    write_index(folder, names, sum(x.nbytes for x in d.plan.tensors))
+    _write(folder, d, {}, (), ())
+
+
+def write_report(
+    folder: Path, d: Delivery, evaluation: Evaluation | None, seconds: float, peak: int, notes: tuple[str, ...]
+) -> None:
+    """The card and lilliput.json again, now with what was measured on the folder as re-read."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    original = sum(x.nbytes for x in d.model.source.stored.values())
+    measured: dict[str, Any] = {} if evaluation is None else evaluation.to_json()
+    measured |= {"bytes": size, "seconds": seconds, "peak_rss_bytes": peak}
+    _write(folder, d, measured, notes, _figures(d.plan, evaluation, size, original))

@@ -63,28 +63,7 @@ class CompressedTensors:
                     f"'{x.name}' is {model} with {scale} scales, which engines cast to {model}: every weight would "
                     f"change. Nearest: scale_dtype {model}; export 'lilliput' keeps other scales."
                 )
-        schemes = {scheme_of(x.format): x.name for x in quantized if x.format is not None}
-        asymmetric = [x for x in quantized if x.format is not None and not x.format.symmetric]
-        experts = [x for x in quantized if x.expert]
-        if asymmetric and experts:
-            return (
-                f"asymmetric grids beside quantized experts ('{experts[0].name}') load in no engine version tested. "
-                "Nearest: symmetric: true; export 'lilliput' holds zero points."
-            )
-        if len(schemes) > 1 and (asymmetric or experts):
-            names = " and ".join(f"'{n}'" for n in list(schemes.values())[:2])
-            what = "asymmetric" if asymmetric else "expert"
-            return (
-                f"{names} differ in bits, symmetry or group, and a loader that decodes {what} linears takes one scheme "
-                "for all. Nearest: one target for all linears, or symmetric: true without experts; "
-                "export 'lilliput' holds mixed schemes."
-            )
-        if experts and any(x.expert for x in outcomes if x.format is None):
-            return (
-                f"'{experts[0].name}' is quantized and another expert is not: engines read all experts by one scheme. "
-                "Nearest: include every expert; export 'lilliput' holds the mixture."
-            )
-        return None
+        return _refuse_together(outcomes, quantized)
 
     def describe(self, outcome: Outcome) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         stored, rows, width, fmt = outcome.stored, outcome.out_features, outcome.in_features, outcome.format
@@ -179,6 +158,36 @@ class CompressedTensors:
         return " ".join(notes) or None
 
 
+def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome]) -> str | None:
+    """What each linear could have by itself and an engine does not load side by side."""
+    schemes = {scheme_of(x.format): x.name for x in quantized if x.format is not None}
+    asymmetric = any(not symmetric for _, symmetric, _ in schemes)
+    experts = [x for x in outcomes if x.expert]
+    if asymmetric and experts:
+        return (
+            f"asymmetric grids in a model with experts ('{experts[0].name}') load in no engine version tested. "
+            "Nearest: symmetric: true; export 'lilliput' holds zero points."
+        )
+    if asymmetric and len(schemes) > 1:
+        first, second = list(schemes.values())[:2]
+        return (
+            f"'{first}' and '{second}' differ in bits, symmetry or group, and a loader that decodes zero points takes "
+            "one scheme for all. Nearest: one target for all linears, or symmetric: true; "
+            "export 'lilliput' holds mixed schemes."
+        )
+    if quantized and len({None if x.format is None else scheme_of(x.format) for x in experts}) > 1:
+        return (
+            f"'{experts[0].name}' and other experts differ in bits or group: engines read all experts by one scheme. "
+            "Nearest: one target for all experts; export 'lilliput' holds mixed schemes."
+        )
+    if quantized and any(x.format is None for x in experts):
+        return (
+            f"expert '{experts[0].name}' stays dense beside quantized linears, and a loader that decodes while loading "
+            "drops it. Nearest: include the experts; export 'lilliput' holds the mixture."
+        )
+    return None
+
+
 def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
     """Whether every value of one dtype is a value of the other."""
     return narrow == wide or wide == torch.float32
@@ -194,14 +203,35 @@ def _tolerances(quantized: Sequence[Outcome]) -> list[str]:
             "transformers decodes zero points and experts in the dtype of the scales: loaded in a wider dtype, "
             "each weight is rounded once to that dtype."
         )
+    split = _split_siblings(quantized)
+    if split is not None:
+        notes.append(f"vLLM runs the linears of {split} as one and needs one scheme for them: it refuses this file.")
     bits = {f.bits for f in formats}
     if not bits <= {4, 8}:
         notes.append("SGLang reads only 4 and 8 bits; vLLM reads 2 to 8 symmetric, and 4 and 8 asymmetric.")
     return notes
 
 
+def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
+    """The first set of linears that vLLM fuses (q/k/v, gate/up) and that differ in scheme, in words."""
+    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        seen: dict[str, Scheme] = {}
+        for x in quantized:
+            parent, _, leaf = x.name.rpartition(".")
+            if (
+                leaf in names
+                and x.format is not None
+                and seen.setdefault(parent, scheme_of(x.format)) != scheme_of(x.format)
+            ):
+                return f"{parent} ({', '.join(names)})"
+    return None
+
+
 def exact_targets(outcomes: Sequence[Outcome]) -> list[str]:
-    """Anchored patterns that match these linears by module name and by file name, block numbers folded together."""
+    """Anchored patterns that match these linears by module name and by file name, block numbers folded together.
+
+    Experts follow one scheme, so their own numbers may be any.
+    """
     folded: dict[str, set[str]] = {}
     for x in outcomes:
         for name in {x.name, x.stored}:
@@ -210,10 +240,10 @@ def exact_targets(outcomes: Sequence[Outcome]) -> list[str]:
     targets = []
     for shape, found in sorted(folded.items()):
         choice = "|".join(sorted(found, key=lambda n: (len(n), n)))
-        head, _, tail = shape.partition("\0")
-        body = re.escape(head) + (f"(?:{choice})" + re.escape(tail) if choice else "")
-        targets.append(f"re:^{body}$")
-    return targets
+        head, _, tail = re.escape(shape).partition("\0")
+        body = head + (f"(?:{choice})" if choice else "") + tail
+        targets.append("re:^" + re.sub(r"(\\\.experts\\\.)\d+(\\\.)", r"\1\\d+\2", body) + "$")
+    return sorted(set(targets))
 
 
 def _split_block(name: str) -> tuple[str, str]:

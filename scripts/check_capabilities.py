@@ -1,0 +1,214 @@
+"""Check what the installed transformers loads from compressed-tensors folders against the committed table.
+
+    python scripts/check_capabilities.py            # compare, exit status 1 where the table is wrong
+    python scripts/check_capabilities.py --write    # measure again and update the installed version's column
+
+Each case writes a tiny random model twice, packed by lilliput's exporter (even where that would refuse) and decoded by
+lilliput, opens both with AutoModelForCausalLM.from_pretrained, and compares logits: "exact" (equal to the bit),
+"tolerance" (within TOLERANCE of the largest logit) or "fails: why".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import compressed_tensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
+
+import lilliput.export
+from lilliput.export.compressed_tensors import CompressedTensors
+from lilliput.export.outcome import Outcome
+from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.layer import Layer
+from lilliput.parts.part import QuantizedPart
+
+TABLE = Path(lilliput.export.__file__).with_name("capabilities.json")
+TOLERANCE = 1e-3
+HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, **HEADS}
+MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, **MOE, decoder_sparse_step=2, tie_word_embeddings=False),
+    "gpt2": lambda: GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `group`: inputs per scale, -1 per output row, 0 per tensor."""
+
+    kind: str
+    model: str
+    bits: int
+    symmetric: bool
+    group: int = 32
+    dtype: str = "float32"
+    scale: str = "float16"
+
+    def format(self, linear: str) -> IntegerFormat | None:
+        """What a linear of the case's model becomes; None: it stays dense."""
+        bits, group = self.bits, self.group
+        expert = ".experts." in linear
+        if linear.endswith(("mlp.gate", "lm_head")) and self.kind != "head":
+            return None
+        if self.kind == "dense experts" and expert:
+            return None
+        if self.kind == "mixed bits" and ".down_proj" in linear:
+            bits = 8
+        if self.kind == "mixed groups" and ".down_proj" in linear:
+            group = -1
+        if self.kind == "mixed experts" and not expert:
+            bits = 8
+        return IntegerFormat(bits, self.symmetric, group, getattr(torch, self.scale))
+
+
+def cases() -> Iterator[Case]:
+    """All rows, in the order of the table."""
+    for symmetric in (True, False):
+        for bits in range(2, 9):
+            for group in (32, -1, 0):
+                yield Case("plain", "llama", bits, symmetric, group)
+    for symmetric in (True, False):
+        for bits in (4, 8):
+            for dtype in ("float16", "bfloat16"):
+                yield Case("plain", "llama", bits, symmetric, 32, dtype, dtype)
+        for dtype, scale in (("float32", "float32"), ("bfloat16", "float16"), ("bfloat16", "float32")):
+            yield Case("other scales", "llama", 4, symmetric, 32, dtype, scale)
+        yield Case("biases, tied head", "qwen2", 4, symmetric)
+        yield Case("head", "llama", 4, symmetric)
+        yield Case("mixed bits", "llama", 4, symmetric)
+        yield Case("mixed groups", "llama", 4, symmetric)
+        yield Case("ragged", "llama", 4, symmetric, 48)
+        yield Case("conv1d", "gpt2", 4, symmetric)
+        for bits in (3, 4, 8):
+            yield Case("experts", "qwen3_moe", bits, symmetric)
+        yield Case("experts", "qwen3_moe", 4, symmetric, -1)
+        yield Case("experts", "qwen3_moe", 4, symmetric, 32, "float32", "float32")
+        yield Case("experts", "qwen3_moe", 4, symmetric, 32, "bfloat16", "bfloat16")
+        yield Case("dense experts", "qwen3_moe", 4, symmetric)
+        yield Case("mixed experts", "qwen3_moe", 4, symmetric)
+
+
+def outcomes(case: Case, weights: dict[str, torch.Tensor]) -> list[Outcome]:
+    """The linears of a stored model, by file name (which these models share with their module trees)."""
+    found = []
+    for name, weight in weights.items():
+        stored = name.removesuffix(".weight")
+        if weight.dim() != 2 or "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
+            continue
+        conv = case.model == "gpt2" and stored != "lm_head"
+        out, width = reversed(weight.shape) if conv else weight.shape
+        expert = ".experts." in stored
+        found.append(
+            Outcome(stored, stored, out, width, case.format(stored), weight.dtype, transposed=conv, expert=expert)
+        )
+    return found
+
+
+def stored_weights(case: Case, config: PretrainedConfig, folder: Path | None = None) -> dict[str, torch.Tensor]:
+    """The random model of a case as `save_pretrained` stores it, in `folder` or for a moment."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as place:
+            return stored_weights(case, config, Path(place))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).save_pretrained(folder)
+    weights: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return weights
+
+
+def write(case: Case, exporter: lilliput.export.Exporter, folder: Path) -> tuple[Path, Path, list[Outcome]]:
+    """The case's model as `exporter` packs it and as lilliput decodes it: two folders, and the outcomes."""
+    config = CONFIGS[case.model]()
+    dense, packed = folder / "dense", folder / "packed"
+    weights = stored_weights(case, config, dense)
+    found = outcomes(case, weights)
+    tensors = dict(weights)
+    for x in found:
+        weight = tensors.pop(f"{x.stored}.weight").float()
+        layer = Layer(x.name, weight.T.contiguous() if x.transposed else weight)
+        if x.format is not None:
+            grid = x.format.fit(layer.weight)
+            layer = layer.with_part(QuantizedPart(x.format, x.format.encode(layer.weight, grid), grid))
+        decoded = layer.decode().to(x.dtype)
+        weights[f"{x.stored}.weight"] = (decoded.T if x.transposed else decoded).contiguous()
+        tensors |= exporter.pack(x, layer)
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    packed.mkdir()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    plain = json.loads((dense / "config.json").read_text())
+    plain["quantization_config"] = exporter.config(found, config)
+    (packed / "config.json").write_text(json.dumps(plain))
+    return dense, packed, found
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """What transformers computes from a folder, in the dtype that its config names."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(32).unsqueeze(0), use_cache=False).logits.float()
+    return found
+
+
+def measure(case: Case, exporter: lilliput.export.Exporter | None = None) -> str:
+    """ "exact", "tolerance" or "fails: why" with the installed transformers."""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            dense, packed, _ = write(case, exporter or CompressedTensors(), Path(place))
+            reference, found = logits(dense), logits(packed)
+        except Exception as error:  # whatever the engine raises is the finding
+            return f"fails: {type(error).__name__}"
+    if torch.equal(reference, found):
+        return "exact"
+    apart = float((reference - found).abs().max() / reference.abs().max())
+    return "tolerance" if apart <= TOLERANCE else "fails: wrong logits"
+
+
+def read_table() -> dict[str, Any]:
+    """The committed table."""
+    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.is_file() else {"cases": []}
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="update the table instead of comparing")
+    writing = parser.parse_args().write
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    version = transformers.__version__
+    table = read_table()
+    known = {json.dumps(row["case"]): row["transformers"] for row in table["cases"]}
+    rows, wrong = [], 0
+    for case in cases():
+        plain = asdict(case)
+        found = measure(case)
+        before = known.get(json.dumps(plain), {})
+        rows.append({"case": plain, "transformers": dict(sorted({**before, version: found}.items()))})
+        if before.get(version) != found:
+            wrong += 1
+            print(f"{plain}: the table says {before.get(version)}, transformers {version} gives {found}")
+    if writing:
+        versions = {**table.get("compressed-tensors", {}), version: compressed_tensors.__version__}
+        body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        head = json.dumps({"tolerance": TOLERANCE, "compressed-tensors": dict(sorted(versions.items()))})
+        TABLE.write_text(f'{head[:-1]}, "cases": [\n{body}\n]}}\n')
+        return 0
+    print(f"{len(rows)} cases, {wrong} differ from the table" if wrong else f"{len(rows)} cases, as the table says")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The committed table is what the installed transformers does, and the exporter refuses exactly what does not load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lilliput.export.compressed_tensors import CompressedTensors
+
+CHECKED = ("5.22.2", "5.23.0")
+
+
+def rows(capabilities: ModuleType) -> dict[str, dict[str, str]]:
+    table: dict[str, Any] = capabilities.read_table()
+    return {json.dumps(row["case"]): row["transformers"] for row in table["cases"]}
+
+
+def test_the_table_has_every_case_and_both_versions(capabilities: ModuleType) -> None:
+    known = rows(capabilities)
+    assert [json.dumps(asdict(case)) for case in capabilities.cases()] == list(known)
+    assert all(set(CHECKED) <= set(found) for found in known.values())
+
+
+def test_the_exporter_refuses_exactly_what_some_version_does_not_load(capabilities: ModuleType) -> None:
+    known = rows(capabilities)
+    wrong = []
+    for case in capabilities.cases():
+        config = capabilities.CONFIGS[case.model]()
+        model = capabilities.stored_weights(case, config)
+        reason = CompressedTensors().refuse(capabilities.outcomes(case, model), config)
+        loads = all(known[json.dumps(asdict(case))][v] in ("exact", "tolerance") for v in CHECKED)
+        if loads != (reason is None):
+            wrong.append((case, reason))
+        if reason is not None:
+            assert "Nearest:" in reason
+    assert wrong == []
+
+
+@pytest.mark.skipif(transformers.__version__ not in CHECKED, reason="the table has no column for this version")
+@pytest.mark.parametrize("part", range(4))
+def test_the_installed_version_does_what_the_table_says(capabilities: ModuleType, part: int) -> None:
+    known = rows(capabilities)
+    for case in list(capabilities.cases())[part::4]:
+        expected = known[json.dumps(asdict(case))][transformers.__version__]
+        if expected.startswith("fails"):
+            continue  # refused by the plan; the script measures these too
+        assert capabilities.measure(case) == expected, case
+
+
+def test_a_broken_grid_is_seen(capabilities: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = CompressedTensors.pack
+
+    def broken(self: CompressedTensors, outcome: Any, layer: Any) -> dict[str, torch.Tensor]:
+        return {n: t * 2 if n.endswith("scale") else t for n, t in whole(self, outcome, layer).items()}
+
+    monkeypatch.setattr(CompressedTensors, "pack", broken)
+    assert capabilities.measure(next(capabilities.cases())) == "fails: wrong logits"

@@ -20,7 +20,6 @@ from lilliput.metrics.agreement import agreement
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.kl import kl
 from lilliput.metrics.logits import ROWS, Scores, StreamedHead, score
-from lilliput.metrics.memory import peak_rss
 from lilliput.metrics.perplexity import perplexity
 from lilliput.metrics.perplexity_ratio import perplexity_ratio
 from lilliput.metrics.size import Size, measure
@@ -41,7 +40,7 @@ class Evaluation:
     """What `evaluate` found. Metrics against a reference are None where there was none.
 
     bytes, bits_per_weight, model_bits_per_weight: see `lilliput.metrics.size.Size`; seconds: wall time of the
-    evaluation; peak_rss_bytes: high-water mark of this process since it began; fingerprint: of the token windows.
+    evaluation; peak_rss_bytes: this process's peak so far above a fresh import; fingerprint: of the token windows.
     """
 
     model: str
@@ -239,7 +238,7 @@ def evaluate(
         bits_per_weight=size.bits_per_weight,
         model_bits_per_weight=size.model_bits_per_weight,
         seconds=time.monotonic() - began,
-        peak_rss_bytes=peak_rss(),
+        peak_rss_bytes=ram.peak_above_base(),
         data=text.source,
         fingerprint=text.fingerprint,
         windows=windows,

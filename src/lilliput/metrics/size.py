@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
-from lilliput.errors import SourceError
 from lilliput.model import Model
-
-RECORD = "lilliput.json"
+from lilliput.report import provenance
 
 
 @dataclass(frozen=True)
@@ -25,30 +21,18 @@ class Size:
     compressed: int
 
 
-def _recorded(folder: Path) -> frozenset[str] | None:
-    """Stored weight names of the linears that lilliput.json lists as touched by a step; None without such a file."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-        return frozenset(f"{row['stored'].removesuffix('.weight')}.weight" for row in rows if row.get("steps"))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{path} is damaged ({type(error).__name__}: {error}): write the folder anew.") from None
-
-
 def measure(model: Model) -> Size:
     """The size of an opened model. Reads headers and lilliput.json only.
 
     Compressed linears are those that lilliput.json lists, else the tensors of the blocks that take another number of
-    bytes than their plain form, else all matrices of the blocks.
+    bytes than their plain form, else all matrices of the blocks. Raises SourceError for a damaged lilliput.json.
     """
     stored = model.source.stored
     skeleton = model.skeleton
     blocks = [name for i in range(len(skeleton.block_names)) for name in skeleton.names_of(i)]
     matrices = {model.refs[name].stored for name in blocks if len(skeleton.shapes[name]) == 2}
-    recorded = _recorded(model.source.folder)
-    chosen = matrices & recorded if recorded else set()
+    record = provenance.read(model.source.folder)
+    chosen = matrices & {f"{row.stored}.weight" for row in record.linears} if record is not None else set()
     if not chosen:
         chosen = {n for n in matrices if stored[n].nbytes != prod(stored[n].shape) * stored[n].dtype.itemsize}
     counted = chosen or matrices

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lilliput import catalogue
@@ -25,11 +26,11 @@ def pages() -> dict[str, str]:
     return {"index.md": "\n".join(lines) + "\n", **{f"{m.name}.md": catalogue.page(m) for m in methods}}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the pages are current")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the checkout")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     folder = given.root / "docs" / "methods"
     wanted = pages()
     there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 WEIGHT = '''"""replace: one line that says what NAME does. Now: round to nearest on a narrowed range.
@@ -233,12 +234,12 @@ def write(root: Path, family: str, name: str) -> tuple[Path, Path]:
     return files
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", help="weight or rewrite")
     parser.add_argument("name", help="what recipes call it, such as my-method")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the checkout")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     method, test = write(given.root, given.family, given.name)
     print(f"wrote {method}\nwrote {test}\nrun: pytest {test}")
 

@@ -6,40 +6,50 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "new_method.py"
+FOUND = """
+from lilliput.catalogue import index
+from lilliput.recipe import load
 
 
-def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+def test_both_are_found() -> None:
+    assert {"my-rounding", "my-evening"} <= {entry["name"] for entry in index()}
+    assert load("my-rounding").steps[0].method == "my-rounding"
+"""
 
 
-def test_generated_methods_pass_their_tests_and_are_found(tmp_path: Path) -> None:
+def test_generated_methods_pass_their_tests_and_are_found(
+    tmp_path: Path, script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for family, name in (("weight", "my-rounding"), ("rewrite", "my-evening")):
-        wrote = generate(family, name, "--root", str(tmp_path))
-        assert wrote.returncode == 0, wrote.stderr
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "tests" / "reference")]
-    ended = subprocess.run(tests, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        script("new_method").main([family, name, "--root", str(tmp_path)])
+    tests = tmp_path / "tests" / "reference"
+    assert str(tests / "test_my_evening.py") in capsys.readouterr().out
+    (tests / "test_found.py").write_text(FOUND)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-B", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout
-    assert "7 passed" in ended.stdout
-    found = "from lilliput.catalogue import index; print(*[x['name'] for x in index()])"
-    names = subprocess.run([sys.executable, "-c", found], env=environment, capture_output=True, text=True, check=True)
-    assert {"my-rounding", "my-evening"} <= set(names.stdout.split())
-    ruff = shutil.which("ruff", path=Path(sys.executable).parent)
-    if ruff is not None:
-        written = [*tmp_path.glob("src/lilliput/methods/*/my_*.py"), *tmp_path.glob("tests/reference/*.py")]
-        for command in (["check"], ["format", "--check"]):
-            tidy = subprocess.run(
-                [ruff, *command, *map(str, written)], cwd=tmp_path, capture_output=True, text=True, check=False
-            )
-            assert tidy.returncode == 0, tidy.stdout + tidy.stderr
+    assert "8 passed" in ended.stdout
+
+
+@pytest.mark.parametrize("family", ["weight", "rewrite"])
+def test_generated_files_are_tidy(tmp_path: Path, script: Callable[[str], ModuleType], family: str) -> None:
+    ruff = Path(sys.executable).parent / "ruff"
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "src" / "lilliput" / "methods").mkdir(parents=True)
+    files = [str(path) for path in script("new_method").write(tmp_path, family, "my-method")]
+    for command in (["check"], ["format", "--check"]):
+        tidy = subprocess.run([ruff, *command, *files], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert tidy.returncode == 0, tidy.stdout + tidy.stderr
 
 
 @pytest.mark.parametrize(
@@ -51,8 +61,8 @@ def test_generated_methods_pass_their_tests_and_are_found(tmp_path: Path) -> Non
         (("weight", "mine", "--root", "/nowhere"), "is no checkout"),
     ],
 )
-def test_what_cannot_be_written_is_refused(arguments: tuple[str, ...], said: str) -> None:
-    ended = generate(*arguments)
-    assert ended.returncode != 0
-    assert said in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_what_cannot_be_written_is_refused(
+    script: Callable[[str], ModuleType], arguments: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(SystemExit, match=said):
+        script("new_method").main(arguments)

@@ -45,7 +45,7 @@ def test_generated_methods_pass_their_tests_and_are_found(
 def test_generated_files_are_tidy(tmp_path: Path, script: Callable[[str], ModuleType], family: str) -> None:
     ruff = Path(sys.executable).parent / "ruff"
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "src" / "lilliput" / "methods").mkdir(parents=True)
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     files = [str(path) for path in script("new_method").write(tmp_path, family, "my-method")]
     for command in (["check"], ["format", "--check"]):
         tidy = subprocess.run([ruff, *command, *files], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -144,12 +144,21 @@ def evaluate(
 
     def run() -> Any:
         from lilliput import api
+        from lilliput.progress import Progress
         from lilliput.report.units import parse_size
 
         budget = None if memory is None else parse_size(memory, "--memory")
-        return api.evaluate(
-            model, against, data=data, windows=windows, tokens=tokens, memory=budget, dtype=dtype
-        ).to_json()
+        with Progress() as progress:
+            return api.evaluate(
+                model,
+                against,
+                data=data,
+                windows=windows,
+                tokens=tokens,
+                memory=budget,
+                dtype=dtype,
+                progress=progress,
+            ).to_json()
 
     _answer(run, "evaluation", as_json)
 

@@ -26,8 +26,15 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, [out, in] or [in, out] as the linear's class has it, in the dtype of the model."""
+        """The decoded weight, [out, in] or [in, out] as the linear's class has it, in the dtype of the model.
+
+        Empty until `fill`, and marked so that transformers draws no random weights into it.
+        """
         marker: Tensor = getattr(self, MARKER)
+        if f"{PREFIX}0" not in self._buffers:
+            empty = torch.empty(0, dtype=marker.dtype)
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            return empty
         dense = decode(self.spec, self.stored, marker.dtype)
         return dense.T.contiguous() if self.spec.transposed else dense
 

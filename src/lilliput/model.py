@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lilliput.anatomy.explore import explore
 from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
@@ -64,7 +65,7 @@ class Model:
         """
         if canonical == self._head and canonical not in self.refs:
             base = _base(self.skeleton)
-            outer = self._prefix.removesuffix(base) if base and self._prefix.endswith(base) else ""
+            outer = self._prefix.removesuffix(base) if base and f".{self._prefix}".endswith(f".{base}") else ""
             return self.copies[0] if self.copies else outer + canonical
         ref = self._ref(canonical)
         if ref.index is None and ref.rows is None:
@@ -83,8 +84,6 @@ class Model:
     def anatomy(self) -> Anatomy:
         """What the model is made of; found once."""
         if self._anatomy is None:
-            from lilliput.anatomy.explore import explore
-
             self._anatomy = explore(self.skeleton)
         return self._anatomy
 

@@ -25,7 +25,7 @@ LEFT_OVER = (
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """gpt-oss: blocks uint8 [experts, out, groups, 16], scales uint8 [experts, out, groups]; read [experts, in, out]."""
+    """gpt-oss blocks uint8 [experts, out, groups, 16], scales uint8 [experts, out, groups]; read [experts, in, out]."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -94,9 +94,9 @@ def find(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: s
     if method == "lilliput":
         return native.find(reader, config, dtype, label)
     raise SourceError(
-        f"{label} is quantized with '{method}', which has no reader here (there is one for compressed-tensors, fp8, "
-        "mxfp4, gptq and lilliput). Start from the unquantized model, which its model card names, or dequantize it with "
-        "the library that wrote it and save it as safetensors."
+        f"{label} is quantized with '{method}', which has no reader here (compressed-tensors, fp8, "
+        "mxfp4, gptq and lilliput have one). Start from the unquantized model, which its model card names, or "
+        "dequantize it with the library that wrote it and save it as safetensors."
     )
 
 

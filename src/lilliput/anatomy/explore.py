@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from lilliput.anatomy.groups import channel_groups, expert_groups, head_groups
 from lilliput.anatomy.links import linear_links, norm_links
-from lilliput.anatomy.model import Anatomy, Block, Linear, Site
+from lilliput.anatomy.miniature import enlarge, miniature
+from lilliput.anatomy.model import Anatomy, Block, Groups, Linear, Site
 from lilliput.anatomy.probe import Probe, differs
 from lilliput.anatomy.roles import flow, roles
 from lilliput.anatomy.rotation import residual
@@ -22,29 +24,45 @@ SMALL = 4_000_000  # parameters of a block that is explored in float64
 def explore(skeleton: Skeleton, seed: int = 0) -> Anatomy:
     """The anatomy of a skeleton's model, verified numerically with random weights; nothing of the skeleton changes.
 
-    Blocks of one class, with equal tensor shapes and the same layer type, are one kind and share a description.
-    Raises SourceError where a block cannot be run by itself.
+    Blocks of one class, with equal tensor shapes and the same layer type, are one kind and share a description. A kind
+    is looked at in a miniature with narrower layers where its config allows one, else at its own size. Raises
+    SourceError where a block cannot be run by itself.
     """
-    sizes = [sum(_numel(skeleton.shapes[n]) for n in skeleton.names_of(i)) for i in range(len(skeleton.block_names))]
-    dtype = torch.float64 if max(sizes) <= SMALL else torch.float32
-    own = Skeleton(skeleton.config, dtype=dtype)
+    own = _Lazy(skeleton.config)
+    small = miniature(skeleton)
     kinds: dict[Any, Block] = {}
     blocks: list[Block] = []
-    for i in range(len(own.block_names)):
-        kind = _kind(own, i)
+    for i in range(len(skeleton.block_names)):
+        kind = _kind(skeleton, i)
         if kind not in kinds:
-            kinds[kind] = explore_block(own, i, seed)
+            shapes = {n: skeleton.shapes[n] for n in skeleton.names_of(i)}
+            block = enlarge(explore_block(small, i, seed), skeleton.block_names[i], shapes) if small else None
+            kinds[kind] = block or explore_block(own.get(shapes), i, seed)
         blocks.append(kinds[kind])
     return Anatomy(
-        architecture=type(own.model).__name__,
-        embeddings=own.embeddings,
-        block_names=own.block_names,
+        architecture=type(skeleton.model).__name__,
+        embeddings=skeleton.embeddings,
+        block_names=skeleton.block_names,
         blocks=tuple(blocks),
-        final=own.final,
-        head=own.head,
-        tied=own.tied,
-        notes=own.notes,
+        final=skeleton.final,
+        head=skeleton.head,
+        tied=skeleton.tied,
+        notes=skeleton.notes,
     )
+
+
+class _Lazy:
+    """A skeleton of the model's own size, built once and only where it is needed."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.built: Skeleton | None = None
+
+    def get(self, shapes: Mapping[str, Sequence[int]]) -> Skeleton:
+        if self.built is None:
+            large = sum(math.prod(s) for s in shapes.values()) > SMALL
+            self.built = Skeleton(self.config, dtype=torch.float32 if large else torch.float64)
+        return self.built
 
 
 def explore_block(skeleton: Skeleton, index: int, seed: int) -> Block:
@@ -68,23 +86,21 @@ def _look(probe: Probe) -> Block:
     links = (*norms.links, *between.links)
     found = flow(probe, sites)
     role = roles(probe, sites, links, found)
-    groups = [
-        channel_groups(probe, sites, role, links),
-        head_groups(probe, sites, role, found),
-        expert_groups(probe, role),
-    ]
+    channels, channel_notes = channel_groups(probe, sites, role, links)
+    heads, head_notes = head_groups(probe, sites, role, found)
+    experts, expert_notes = expert_groups(probe, role)
     stream = residual(probe, links, role)
     site_of = {n: s.name for s in sites for n in s.linears}
     linears = tuple(
         Linear(n, role[n], site_of[n], f.out_features, f.in_features, f.bias, f.transposed, f.expert)
         for n, f in ((n, probe.linears[n]) for s in sites for n in s.linears)
     )
-    notes += [*norms.notes, *between.notes, *(x for g in groups for x in g.notes), *stream.notes]
+    notes += [*norms.notes, *between.notes, *channel_notes, *head_notes, *expert_notes, *stream.notes]
     return Block(
         linears=linears,
         sites=tuple(sites),
         links=links,
-        groups=tuple(x for g in groups for x in g.groups),
+        groups=Groups((*heads, *experts), channels),
         notes=tuple(notes),
         residual_readers=stream.readers,
         residual_writers=stream.writers,
@@ -125,10 +141,3 @@ def _kind(skeleton: Skeleton, i: int) -> Any:
     shapes = tuple((n.removeprefix(prefix), skeleton.shapes[n]) for n in skeleton.names_of(i))
     types = getattr(skeleton.config, "layer_types", None)
     return type(skeleton.block(i)), shapes, types[i] if types and i < len(types) else None
-
-
-def _numel(shape: Sequence[int]) -> int:
-    out = 1
-    for size in shape:
-        out *= size
-    return out

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lilliput.anatomy.links import channel_rows
-from lilliput.anatomy.model import Group, Link, Role, Site
+from lilliput.anatomy.model import Channels, Group, Link, Role, Site
 from lilliput.anatomy.probe import Probe, changed_channels
 from lilliput.anatomy.roles import Flow
 
 Member = tuple[str, Literal["rows", "columns"], tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Groups:
-    groups: tuple[Group, ...]
-    notes: tuple[str, ...]
-
-
-def channel_groups(probe: Probe, sites: Sequence[Site], roles: Mapping[str, Role], links: Sequence[Link]) -> Groups:
-    """One group per hidden channel of every MLP: its rows in gate and up, its column in down."""
-    groups: list[Group] = []
+def channel_groups(
+    probe: Probe, sites: Sequence[Site], roles: Mapping[str, Role], links: Sequence[Link]
+) -> tuple[list[Channels], list[str]]:
+    """The hidden channels of every MLP: their rows in gate and up, their columns in down; and notes."""
+    out: list[Channels] = []
     notes: list[str] = []
     linked = {(x.producer, x.site): x.index for x in links if x.kind == "linear"}
     maps: dict[tuple[str, ...], list[Tensor] | None] = {}
@@ -40,16 +35,14 @@ def channel_groups(probe: Probe, sites: Sequence[Site], roles: Mapping[str, Role
         if index is None:
             notes.append(f"{site.name}: no single row of {', '.join(feeders)} makes up each of its channels")
             continue
-        for j in range(site.width):
-            members: list[Member] = []
-            for name, rows in zip([n for n in feeders for _ in range(_fused(roles[n]))], index, strict=True):
-                members.append((name, "rows", (int(rows[j]), int(rows[j]) + 1)))
-            members += [(n, "columns", (j, j + 1)) for n in site.linears]
-            groups.append(Group("channel", tuple(members)))
-    return Groups(tuple(groups), tuple(notes))
+        names = [n for n in feeders for _ in range(2 if roles[n] == "gate_up" else 1)]
+        out.append(Channels(tuple(zip(names, index, strict=True)), site.linears, site.width))
+    return out, notes
 
 
-def head_groups(probe: Probe, sites: Sequence[Site], roles: Mapping[str, Role], found: Flow) -> Groups:
+def head_groups(
+    probe: Probe, sites: Sequence[Site], roles: Mapping[str, Role], found: Flow
+) -> tuple[list[Group], list[str]]:
     """One group per key-value head: its rows in q, k and v, the columns of its queries in o.
 
     Rows are taken in chunks of a head's size; a chunk belongs to the heads whose channels change with it.
@@ -66,10 +59,10 @@ def head_groups(probe: Probe, sites: Sequence[Site], roles: Mapping[str, Role], 
             notes.append(f"{site.name}: its heads could not be told apart")
         else:
             groups += [_head(site, members, columns) for members, columns in parts]
-    return Groups(tuple(groups), tuple(notes))
+    return groups, notes
 
 
-def expert_groups(probe: Probe, roles: Mapping[str, Role]) -> Groups:
+def expert_groups(probe: Probe, roles: Mapping[str, Role]) -> tuple[list[Group], list[str]]:
     """One group per expert: all its linears, and its row in the router."""
     groups: list[Group] = []
     notes: list[str] = []
@@ -89,11 +82,7 @@ def expert_groups(probe: Probe, roles: Mapping[str, Role]) -> Groups:
                         (name, "columns" if down else "rows", (0, found.in_features if down else found.out_features))
                     )
             groups.append(Group("expert", tuple(members)))
-    return Groups(tuple(groups), tuple(notes))
-
-
-def _fused(role: Role) -> int:
-    return 2 if role == "gate_up" else 1
+    return groups, notes
 
 
 def _feeders(probe: Probe, site: Site, roles: Mapping[str, Role]) -> list[str]:

@@ -42,7 +42,8 @@ def norm_links(probe: Probe, sites: Sequence[Site]) -> Links:
             links.append(Link("norm", norm, readers, first, torch.arange(width), offset, errors[offset]))
         else:
             notes.append(f"{norm}: its output is used by more than {_some(readers)}, so no scale can move into it")
-    return Links(tuple(links), tuple(notes))
+    order = {s.name: i for i, s in enumerate(sites)}
+    return Links(tuple(sorted(links, key=lambda x: order[x.site])), tuple(notes))
 
 
 def linear_links(probe: Probe, sites: Sequence[Site]) -> Links:
@@ -55,8 +56,11 @@ def linear_links(probe: Probe, sites: Sequence[Site]) -> Links:
         if not producers:
             continue
         later = [s for s in sites if s.stage > stage[producers[0]]]
-        for producer, site, index in _candidates(probe, producers, later):
-            error = _try_linear(probe, producer, site, index)
+        found = _candidates(probe, producers, later)
+        together = _try_linear(probe, found) if len(found) > 1 and len(found) == len(producers) else float("inf")
+        for one in found:  # experts at once, and one by one only where that fails
+            producer, site, index = one
+            error = together if together <= TOLERANCE else _try_linear(probe, [one])
             if error <= TOLERANCE:
                 links.append(Link("linear", producer, site.linears, site.name, index, 0.0, error))
             else:
@@ -124,14 +128,16 @@ def _try_norm(probe: Probe, norm: str, readers: Sequence[str], width: int, offse
     return probe.error(probe.look(changes))
 
 
-def _try_linear(probe: Probe, producer: str, site: Site, index: Tensor) -> float:
-    rows = torch.ones(probe.linears[producer].out_features, dtype=probe.skeleton.dtype)
-    scale = probe.uniform(len(rows))
-    used = torch.zeros(len(rows), dtype=torch.bool)
-    used[index] = True
-    changes = probe.rows(producer, torch.where(used, 1 / scale, rows))
-    for reader in site.linears:
-        changes |= probe.columns(reader, scale[index])
+def _try_linear(probe: Probe, found: Sequence[tuple[str, Site, Tensor]]) -> float:
+    changes: dict[str, Tensor] = {}
+    for producer, site, index in found:
+        rows = torch.ones(probe.linears[producer].out_features, dtype=probe.skeleton.dtype)
+        scale = probe.uniform(len(rows))
+        used = torch.zeros(len(rows), dtype=torch.bool)
+        used[index] = True
+        changes |= probe.rows(producer, torch.where(used, 1 / scale, rows))
+        for reader in site.linears:
+            changes |= probe.columns(reader, scale[index])
     return probe.error(probe.look(changes))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -74,13 +75,66 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """The hidden channels of one MLP: channel j is row index[j] of each producer and column j of each reader."""
+
+    rows: tuple[tuple[str, Tensor], ...]  # producer, index int64 [width]
+    readers: tuple[str, ...]
+    width: int
+
+    def group(self, j: int) -> Group:
+        """Channel j as a group."""
+        index = [(name, int(rows[j])) for name, rows in self.rows]
+        rows: list[tuple[str, Literal["rows", "columns"], tuple[int, int]]] = [
+            (n, "rows", (r, r + 1)) for n, r in index
+        ]
+        return Group("channel", (*rows, *((name, "columns", (j, j + 1)) for name in self.readers)))
+
+
+class Groups(Sequence[Group]):
+    """All groups of a block: heads and experts, then every hidden channel, made when it is asked for."""
+
+    def __init__(self, listed: Sequence[Group] = (), channels: Sequence[Channels] = ()) -> None:
+        self.listed = tuple(listed)
+        self.channels = tuple(channels)
+
+    def __len__(self) -> int:
+        return len(self.listed) + sum(c.width for c in self.channels)
+
+    @overload
+    def __getitem__(self, i: int) -> Group: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Group, ...]: ...
+    def __getitem__(self, i: int | slice) -> Group | tuple[Group, ...]:
+        if isinstance(i, slice):
+            return tuple(self[j] for j in range(*i.indices(len(self))))
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"group {i} of {len(self)}")
+        i %= len(self)
+        if i < len(self.listed):
+            return self.listed[i]
+        i -= len(self.listed)
+        for channels in self.channels:
+            if i < channels.width:
+                return channels.group(i)
+            i -= channels.width
+        raise IndexError("unreachable: lengths were checked")
+
+    def count(self, value: object) -> int:
+        """How many groups there are of a kind ("head", "channel", "expert"), or how often a group occurs."""
+        if value == "channel":
+            return sum(c.width for c in self.channels)
+        return sum(g.kind == value or g == value for g in self.listed)
+
+
+@dataclass(frozen=True)
 class Block:
     """One kind of block: blocks of equal anatomy share this description."""
 
     linears: tuple[Linear, ...]
     sites: tuple[Site, ...]  # in order of execution
     links: tuple[Link, ...]
-    groups: tuple[Group, ...]
+    groups: Groups
     notes: tuple[str, ...] = ()  # what could not be verified, in words
     residual_readers: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (norm, linears that read it); empty: no rotation
     residual_writers: tuple[str, ...] = ()  # linears whose output is added to the residual stream

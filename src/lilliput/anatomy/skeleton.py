@@ -51,7 +51,7 @@ class Skeleton:
         self.device = device
         built = build(config, dtype, device)
         self.model: nn.Module = built.model
-        self.config = built.model.config
+        self.config: Any = built.model.config
         self.notes: tuple[str, ...] = built.notes
         self.head_module: nn.Module = built.head
         self.block_names: tuple[str, ...] = built.blocks

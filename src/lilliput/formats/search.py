@@ -18,7 +18,7 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     tiny = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).smallest_normal
     size = scale.abs()
     kept = torch.where(size == 0, 1.0, size.clamp(min=tiny)).to(dtype).float()
-    return torch.copysign(kept, scale)
+    return torch.where(scale < 0, -kept, kept)
 
 
 @dataclass(frozen=True)

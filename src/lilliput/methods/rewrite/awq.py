@@ -6,7 +6,10 @@ s folds into the producer. The error is exact over the calibration tokens, from 
 sum over readers of tr((W - What) G (W - What)T). a = 0 is no change, so that error never rises. Inputs that share a
 producer row (grouped queries) share the mean of their m.
 
-With `duo` each a is also tried with s = m^a / w^(1-a), w_j = mean over rows of |W_oj| / max of the row.
+Beyond the paper: `even` first tries s = w^-b, b = 1/4 ... 1, with w_j the root mean square of column j over all
+readers, which evens out the columns that share a scale, and then the exponents a on top of the best b. `judge` "sweep"
+prepares for GPTQ instead of rounding to nearest: the sweep pays R_jj^2 / s_j^2 for the squared rounding error of column
+j (`algebra.obs`), so the sum of that is compared; it needs no product with G.
 
 Paper: Lin et al. 2024, arXiv 2306.00978.
 Cost: n * out * in^2 multiply-adds for each reader. Limits: needs verified links; the choice supposes rounding to
@@ -15,13 +18,14 @@ nearest, and a later GPTQ gains less from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from lilliput.algebra import obs
 from lilliput.anatomy.model import Link
 from lilliput.formats.integer import IntegerFormat, from_target
 from lilliput.methods.fold import ScaleFold
@@ -35,20 +39,22 @@ ROWWISE = False
 BASELINE: str | None = "rtn"
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "awq": [
-        {"method": "awq", "target": {"bits": 4}},
+        {"method": "awq", "target": {"bits": 4}, "options": {"even": False}},
         {"method": "rtn", "target": {"bits": 4}},
     ],
 }
 
 
 class Options(Strict):
-    """How the exponent is searched."""
+    """How the scales are searched."""
 
-    grid: int = Field(20, ge=2, le=100, description="exponents tried: 0, 1/grid, ..., (grid - 1)/grid")
-    duo: bool = Field(False, description="also try scales that even out the weights")
+    grid: int = Field(20, ge=2, le=100, description="exponents of the inputs tried: 0, 1/grid, ..., (grid - 1)/grid")
+    even: bool = Field(True, description="also try scales that even out the weights' columns")
+    judge: Literal["rounding", "sweep"] = Field("rounding", description="what quantizes later: rtn, or gptq's sweep")
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group in the trial quantization")
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")
     rows: int = Field(0, ge=0, description="judge by so many rows of each linear, evenly spaced (0: all)")
+    damping: float = Field(0.01, ge=0.0, le=10.0, description="judge sweep: damping of the sweep to come")
 
 
 def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequence[ScaleFold]:
@@ -67,48 +73,68 @@ def _search(link: Link, block: BlockView, io: BlockIO, grid_of: IntegerFormat, o
     if stats is None or stats.count == 0:
         return None
     readers: list[tuple[Tensor, Tensor]] = []
+    grams: dict[str, Tensor] = {}
+    square = torch.zeros(stats.width, dtype=torch.float64)
     for name in link.readers:
         linear = block.anatomy.linear(name)
         own = io.stats.get(linear.site, stats)
-        if name in block.weights and linear.role != "router" and own.count:
-            weight = block.weights[name]
-            step = 1 if not o.rows else max(1, weight.shape[0] // o.rows)
-            readers.append((weight[::step], own.need("gram")))
+        if name not in block.weights or linear.role == "router" or not own.count:
+            continue
+        weight = block.weights[name]
+        square += weight.square().sum(0, dtype=torch.float64).cpu()
+        step = 1 if not o.rows else max(1, weight.shape[0] // o.rows)
+        if linear.site not in grams:
+            grams[linear.site] = own.need("gram") if o.judge == "rounding" else _price(own.need("gram"), o)
+        readers.append((weight[::step], grams[linear.site]))
     if not readers:
         return None
-    best: Tensor | None = None
-    least = sum(_error(w, gram, None, grid_of, o) for w, gram in readers)
-    for scale in _candidates(link.tie(stats.need("absmean"), "mean"), link, [w for w, _ in readers], o):
-        error = sum(_error(w, gram, scale, grid_of, o) for w, gram in readers)
-        if error < least:
-            best, least = scale, error
-    return best
+    flat = torch.ones(stats.width, device=readers[0][0].device)
+    best, least = flat, _error(readers, flat, grid_of, o)
+    spread = link.tie(square.sqrt().to(flat), "mean").clamp(min=1e-12)
+    for exponent in (0.25, 0.5, 0.75, 1.0) if o.even else ():
+        best, least = _better(_centred(spread.pow(-exponent)), best, least, readers, grid_of, o)
+    start = best
+    size = link.tie(stats.need("absmean"), "mean")
+    for i in range(1, o.grid):
+        best, least = _better(_centred(start * size.pow(i / o.grid)), best, least, readers, grid_of, o)
+    return None if best is flat else best
 
 
-def _candidates(size: Tensor, link: Link, weights: Sequence[Tensor], o: Options) -> Iterator[Tensor]:
-    share = None
-    if o.duo:
-        relative = [w.abs() / w.abs().amax(1, keepdim=True).clamp(min=1e-12) for w in weights]
-        share = link.tie(torch.cat(relative).mean(0), "mean")
-    for i in range(o.grid):
-        alpha = i / o.grid
-        if i:
-            yield _centred(size.pow(alpha))
-        if share is not None:
-            yield _centred(size.pow(alpha) / share.pow(1.0 - alpha).clamp(min=1e-4))
+def _price(gram: Tensor, o: Options) -> Tensor:
+    """What the sweep pays for a squared rounding error of each column: R_jj^2 [in]."""
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    pivot = obs.factorize(gram, o.damping, order).pivot
+    return torch.empty_like(pivot).index_copy_(0, order, pivot.square())
 
 
 def _centred(scale: Tensor) -> Tensor:
-    scale = scale.float().clamp(min=1e-4)
+    scale = (scale / scale.max()).clamp(min=1e-4).float()
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _error(weight: Tensor, gram: Tensor, scale: Tensor | None, grid_of: IntegerFormat, o: Options) -> float:
-    scaled = weight if scale is None else weight * scale
-    size = gram.diagonal() if scale is None else gram.diagonal() / scale.square()
-    grid = grid_of.fit(scaled, search=o.search, importance=size if o.search == "mse" else None, steps=o.steps)
-    miss = grid_of.decode(grid_of.encode(scaled, grid), grid)
-    if scale is not None:
-        miss /= scale
-    miss = weight - miss
-    return float(((miss @ gram) * miss).sum(dtype=torch.float64))
+def _better(
+    scale: Tensor,
+    best: Tensor,
+    least: float,
+    readers: Sequence[tuple[Tensor, Tensor]],
+    grid_of: IntegerFormat,
+    o: Options,
+) -> tuple[Tensor, float]:
+    error = _error(readers, scale, grid_of, o)
+    return (scale, error) if error < least else (best, least)
+
+
+def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: IntegerFormat, o: Options) -> float:
+    """The error that `judge` names, summed over readers (weight [out, in], Gram matrix [in, in] or price [in])."""
+    total = 0.0
+    for weight, cost in readers:
+        scaled = weight * scale
+        price = (cost.diagonal() if cost.dim() == 2 else cost) / scale.square()
+        grid = grid_of.fit(scaled, search=o.search, importance=price if o.search == "mse" else None, steps=o.steps)
+        miss = scaled.sub_(grid_of.decode(grid_of.encode(scaled, grid), grid))
+        if cost.dim() == 2:
+            miss.div_(scale)
+            total += float(((miss @ cost) * miss).sum(dtype=torch.float64))
+        else:
+            total += float((miss.square().sum(0) * price).sum(dtype=torch.float64))
+    return total

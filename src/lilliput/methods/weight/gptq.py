@@ -49,7 +49,7 @@ class Options(Strict):
     block: int = Field(obs.BLOCK, ge=1, description="columns between two large products; changes speed only")
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
     importance: Literal["none", "gram", "pivot"] = Field(
-        "gram", description="weight of input j in the search: 1, H_jj, or 1 / U_jj^2"
+        "pivot", description="weight of input j in the search: 1, H_jj, or 1 / U_jj^2, what its rounding really costs"
     )
     steps: int = Field(30, ge=1, le=200, description="shrink factors that the search tries")
     norm: float = Field(2.0, ge=1.0, le=4.0, description="exponent of the error in the search")
@@ -77,10 +77,11 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     kept = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
     factor = obs.factorize(gram, o.damping, order)
+    importance = _importance(gram, factor, order, o)
     grid = grid_of.fit(
         kept,
         search=o.search,
-        importance=_importance(gram, factor, order, o) if o.search == "mse" else None,
+        importance=importance,
         steps=o.steps,
         norm=o.norm,
         signed_scale=o.signed_scale,
@@ -92,12 +93,12 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         b = min(a + _ROWS, rows)
         support = None if layer.support is None else layer.support[a:b]
         part = Grid(scale, zero).rows(a, b)  # views: what the sweep changes, it changes here
-        codes[a:b] = _sweep(weight[a:b], support, gram, factor, order, grid_of, part, o)
+        codes[a:b] = _sweep(weight[a:b], support, gram, factor, order, importance, grid_of, part, o)
     return layer.with_part(QuantizedPart(grid_of, codes, Grid(scale, zero)))
 
 
 def _importance(gram: Tensor, factor: obs.Factor, order: Tensor | None, o: Options) -> Tensor | None:
-    if o.importance == "none":
+    if o.importance == "none" or o.search == "minmax":
         return None
     if o.importance == "gram":
         diagonal = gram.diagonal()
@@ -112,6 +113,7 @@ def _sweep(
     gram: Tensor,
     factor: obs.Factor,
     order: Tensor | None,
+    importance: Tensor | None,
     grid_of: IntegerFormat,
     grid: Grid,
     o: Options,
@@ -129,7 +131,9 @@ def _sweep(
     for a, b in _blocks(groups if dynamic else None, width, o.block):
         if dynamic and (a == 0 or groups[a] != groups[a - 1]):
             stop = next((j for j in range(a, width) if groups[j] != groups[a]), width)
-            _refit(obs.reach(turned, deviation, factor, a, stop), mask, gram, a, stop, grid_of, grid, groups[a], o)
+            values = obs.reach(turned, deviation, factor, a, stop)
+            values = values if mask is None else values * mask[a:stop]
+            _refit(values, None if importance is None else importance[a:stop], grid_of, grid, groups[a], o)
             rounding = obs.Rounding.of(grid.scale, grid.zero, grid_of.bits, rows, visits)
         aim = obs.reach(turned, deviation, factor, a, b)
         some = None if mask is None else mask[a:b]
@@ -160,19 +164,9 @@ def _blocks(groups: list[int] | None, width: int, block: int) -> list[tuple[int,
 
 
 def _refit(
-    aim: Tensor,
-    mask: Tensor | None,
-    gram: Tensor,
-    a: int,
-    b: int,
-    grid_of: IntegerFormat,
-    grid: Grid,
-    group: int,
-    o: Options,
+    values: Tensor, importance: Tensor | None, grid_of: IntegerFormat, grid: Grid, group: int, o: Options
 ) -> None:
-    """Fit one group's scale and zero on what its columns should become."""
-    values = aim if mask is None else aim * mask[a:b]
-    importance = None if o.importance == "none" or o.search == "minmax" else gram.diagonal()[a:b]
+    """Fit one group's scale and zero on what its columns should become, [columns, rows]; written into `grid`."""
     unit = IntegerFormat(grid_of.bits, grid_of.symmetric, -1, grid_of.scale_dtype)
     fitted = unit.fit(
         values.T.contiguous(),

@@ -111,6 +111,28 @@ def test_mixtral_keeps_its_own_names(tmp_path: Path) -> None:
     assert model.stored_name(f"{at}.down_proj.weight") == f"{file}.w2.weight"
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "phimoe"])
+def test_experts_stored_as_one_tensor(kind: str, tmp_path: Path) -> None:
+    """As `save_pretrained(save_original_format=False)` writes them; what is written back one by one loads."""
+    state = save(CONFIGS[kind](), tmp_path)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
+    model = open_model(str(tmp_path))
+    check(model, state)
+    assert any(x.rows for x in model.refs.values())
+    assert model.fused == ()
+    values = {model.stored_name(x): model.read(x) for x in model.refs}
+    save_file(values, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[k], v) for k, v in state.items())
+
+
+def test_experts_that_load_only_together_are_named(tmp_path: Path) -> None:
+    save(CONFIGS["granitemoe"](), tmp_path)
+    model = open_model(str(tmp_path))
+    assert set(model.fused) == {x for x in model.refs if ".experts." in x}
+    assert "loads experts only as one 3-D tensor" in model.notes[-1]
+
+
 def test_blocks_go_into_the_skeleton_and_out(tmp_path: Path) -> None:
     state = save(CONFIGS["mixtral"](), tmp_path)
     model = open_model(str(tmp_path), dtype=torch.bfloat16)

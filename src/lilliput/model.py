@@ -14,7 +14,7 @@ from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 from lilliput.source import Source, Stored, open_source
-from lilliput.source.names import Names, Ref, bind
+from lilliput.source.names import Names, Ref, bind, single_name
 
 __all__ = ["Model", "Ref", "open_model"]
 
@@ -26,7 +26,8 @@ class Model:
 
     refs: canonical name -> where it lies in the files; carried: stored tensors that the language model does not know
     (vision towers, buffers of old versions), to be written through unchanged; copies: stored tensors that only repeat a
-    tied one, not to be written; notes: what a user should know.
+    tied one, not to be written; fused: experts that transformers loads only as part of a 3-D tensor; notes: what a user
+    should know.
     """
 
     def __init__(self, source: Source, skeleton: Skeleton, names: Names, notes: tuple[str, ...] = ()) -> None:
@@ -41,6 +42,13 @@ class Model:
         self.copies: tuple[str, ...] = (head.stored,) if skeleton.tied and head and head.stored not in used else ()
         self.carried: tuple[str, ...] = tuple(x for x in source.stored if x not in used and x not in self.copies)
         self._anatomy: Anatomy | None = None
+        parts = [x for x, ref in self.refs.items() if ref.index is not None]
+        self.fused: tuple[str, ...] = tuple(x for x in parts if single_name(x, skeleton.model) is None)
+        if self.fused:
+            self.notes += (
+                f"{type(skeleton.model).__name__} loads experts only as one 3-D tensor "
+                f"({self.refs[self.fused[0]].stored}): single experts can be written in the native format alone",
+            )
 
     @property
     def tied(self) -> bool:
@@ -60,8 +68,8 @@ class Model:
     def stored_name(self, canonical: str) -> str:
         """Name under which to write a tensor: its own in the files.
 
-        For a part of a fused tensor it is the name that the part would have by itself there, and for a head that was
-        tied and no longer is, the head's name beside the embedding.
+        For a part of a fused tensor it is a name under which transformers loads the part by itself (see `fused`), and
+        for a head that was tied and no longer is, the head's name beside the embedding.
         """
         if canonical == self._head and canonical not in self.refs:
             base = _base(self.skeleton)
@@ -70,8 +78,7 @@ class Model:
         ref = self._ref(canonical)
         if ref.index is None and ref.rows is None:
             return ref.stored
-        tail = ".".join(canonical.rsplit(".", 3)[1:])  # "<expert>.gate_proj.weight", or "<module>.<leaf>.weight"
-        return f"{ref.stored.rpartition('.')[0]}.{tail}" if ref.index is not None else self._aligned(canonical)
+        return self._aligned(single_name(canonical, self.skeleton.model) or canonical)
 
     def shape(self, canonical: str) -> tuple[int, ...]:
         """Shape of a canonical tensor."""

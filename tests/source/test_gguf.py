@@ -17,7 +17,7 @@ from lilliput.errors import SourceError
 from lilliput.source import open_source
 from lilliput.source.gguf_header import read_header
 
-HIDDEN, INNER, HEADS, KV, VOCAB = 64, 96, 4, 2, 40
+HIDDEN, INNER, HEADS, KV, VOCAB, EXPERTS = 64, 96, 4, 2, 40, 3
 KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.F16, Kind.BF16]
 
 
@@ -36,6 +36,11 @@ def write(path: Path, arch: str = "llama", **changes: np.ndarray) -> Path:
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{i}" for i in range(VOCAB)])
+    if arch == "qwen3moe":
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(32)
+        writer.add_key_length(HIDDEN // HEADS)
     if arch == "gemma2":
         writer.add_key_length(HIDDEN // HEADS)
         writer.add_value_length(HIDDEN // HEADS)
@@ -54,11 +59,22 @@ def write(path: Path, arch: str = "llama", **changes: np.ndarray) -> Path:
             f"blk.{i}.ffn_up.weight": (INNER, HIDDEN),
             f"blk.{i}.ffn_down.weight": (HIDDEN, INNER),
         }
+        if arch == "qwen3moe":
+            for name in ("gate", "up", "down"):
+                del shapes[f"blk.{i}.ffn_{name}.weight"]
+            shapes |= {
+                f"blk.{i}.attn_q_norm.weight": (HIDDEN // HEADS,),
+                f"blk.{i}.attn_k_norm.weight": (HIDDEN // HEADS,),
+                f"blk.{i}.ffn_gate_inp.weight": (EXPERTS, HIDDEN),
+                f"blk.{i}.ffn_gate_exps.weight": (EXPERTS, 32, HIDDEN),
+                f"blk.{i}.ffn_up_exps.weight": (EXPERTS, 32, HIDDEN),
+                f"blk.{i}.ffn_down_exps.weight": (EXPERTS, HIDDEN, 32),
+            }
         if arch == "gemma2":
             shapes |= {f"blk.{i}.post_{x}_norm.weight": (HIDDEN,) for x in ("attention", "ffw")}
     for n, (name, shape) in enumerate(shapes.items()):
         value = changes.get(name, rng.standard_normal(shape, dtype=np.float32))
-        kind = KINDS[n % len(KINDS)] if len(shape) == 2 else Kind.F32
+        kind = KINDS[n % len(KINDS)] if len(shape) > 1 else Kind.F32
         data = value if kind in (Kind.F32,) else gguf.quants.quantize(value, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -69,14 +85,23 @@ def write(path: Path, arch: str = "llama", **changes: np.ndarray) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3moe"])
 def test_as_transformers_reads_it(tmp_path: Path, arch: str) -> None:
     file = write(tmp_path / "tiny.gguf", arch)
     source = open_source(str(file))
     assert source.text_config.hidden_size == HIDDEN
-    theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file=file.name, dtype=torch.float32).state_dict()
-    tied = {"lm_head.weight"} if arch == "gemma2" else set()
-    assert set(source.stored) == set(theirs) - tied
+    theirs = AutoModelForCausalLM.from_pretrained(
+        str(tmp_path), gguf_file=file.name, dtype=torch.float32, config=source.config
+    ).state_dict()
+    if arch != "llama":
+        del theirs["lm_head.weight"]  # tied
+    for name in [x for x in theirs if ".experts." in x]:
+        base, _, leaf = name.rpartition(".")
+        for e, value in enumerate(theirs.pop(name)):
+            halves = zip(("gate", "up"), value.chunk(2), strict=True)
+            named = halves if leaf == "gate_up_proj" else [("down", value)]
+            theirs |= {f"{base}.{e}.{part}_proj.weight": x for part, x in named}
+    assert set(source.stored) == set(theirs)
     kinds = set()
     for name, stored in source.stored.items():
         got = source.read(name)

@@ -49,11 +49,17 @@ class Gguf:
                     "Take a file of another type, or the original model."
                 )
         self.config, processor_config = _config(path)
+        experts = next((x for n, x in header.tensors.items() if "ffn_gate_exps." in n), None)
+        if experts is not None and hasattr(self.config, "moe_intermediate_size"):
+            self.config.moe_intermediate_size = experts.shape[1]  # transformers leaves it at the class's default
         self._processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=processor_config)
         names, shapes = _names(self.config, self._processor, path)
         self._stretches = header.tensors
         self._from: dict[str, tuple[str, int | None]] = {}
         self.entries: dict[str, Entry] = {}
+        for name in header.tensors:
+            if "_exps." in name and name not in names and (fused := names.get(name.removesuffix(".weight"))):
+                names[name] = fused  # a 3-D parameter has no ".weight" of its own
         self.unnamed: tuple[str, ...] = tuple(x for x in header.tensors if x not in names)
         for name, stretch in header.tensors.items():
             if name not in names:

@@ -79,6 +79,22 @@ def bind(stored: Mapping[str, tuple[int, ...]], wanted: Iterable[str], module: n
     return Names(refs, prefix, strange)
 
 
+def single_name(canonical: str, module: nn.Module) -> str | None:
+    """A name under which transformers loads this expert's tensor by itself; None where it only takes them fused."""
+    match = re.match(r"^(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$", canonical)
+    if match is None:
+        return None
+    base, expert, leaf = match.groups()
+    fused = f"{base}.{'down_proj' if leaf == 'down' else 'gate_up_proj'}"
+    for converter in get_model_conversion_mapping(module):
+        if not isinstance(converter, WeightConverter) or type(converter.operations[0]) is not MergeModulelist:
+            continue
+        (target, *more), sources = converter.target_patterns, converter.source_patterns
+        if not more and fused.endswith(target) and len(sources) == (1 if leaf == "down" else 2):
+            return fused.removesuffix(target) + str(sources[leaf == "up"].replace("*", expert))
+    return None
+
+
 def _renamed(stored: Mapping[str, tuple[int, ...]], module: nn.Module) -> tuple[dict[str, Ref], dict[str, str]]:
     """Names that transformers would give the stored tensors, experts one by one."""
     mapping = get_model_conversion_mapping(module)

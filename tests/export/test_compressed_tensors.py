@@ -8,7 +8,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from transformers import GPT2Config, LlamaConfig
+from transformers import Gemma3Config, GPT2Config, LlamaConfig
 
 from lilliput import export
 from lilliput.errors import PlanError
@@ -92,6 +92,7 @@ def test_a_layer_that_is_not_what_was_planned_is_an_error() -> None:
         ([outcome(fmt=int4(symmetric=False)), outcome(DOWN, int4(-1, False))], "one scheme for all"),
         ([outcome("m.experts.0.up_proj", int4(symmetric=False), expert=True)], "asymmetric grids in a model with"),
         ([outcome(fmt=int4()), outcome("m.experts.0.up_proj", expert=True)], "stays dense beside quantized"),
+        ([outcome("m.experts.0.up_proj", int4(), expert=True)], "part of a tensor that engines read whole"),
         (
             [outcome(f"m.experts.{i}.up_proj", int4(g), expert=True) for i, g in enumerate((32, 64))],
             "other experts differ",
@@ -128,6 +129,20 @@ def test_config_ignores_every_other_linear_by_name() -> None:
     assert with_zeros is not None
     assert with_zeros["dequantize"] is True
     assert CompressedTensors().config([outcome()], CONFIG) is None
+
+
+def test_a_wrappers_other_linears_are_ignored_by_both_names() -> None:
+    config = Gemma3Config(
+        text_config={"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1},
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    x = outcome(UP, int4(), stored=f"language_model.{UP}")
+    entry = CompressedTensors().config([x], config)
+    assert entry is not None
+    assert "model.vision_tower.encoder.layers.0.mlp.fc1" in entry["ignore"]
+    assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1" in entry["ignore"]
+    assert "model.language_model.layers.0.mlp.down_proj" in entry["ignore"]
+    assert not any(name.endswith("up_proj") for name in entry["ignore"])
 
 
 def test_mixed_schemes_name_their_linears() -> None:

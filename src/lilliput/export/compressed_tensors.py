@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lilliput.export.outcome import Outcome, largest_group
 from lilliput.export.packing import dense, quantized_part
-from lilliput.export.tree import dense_linears
+from lilliput.export.tree import dense_linears, skeleton
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
+from lilliput.source.names import single_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,7 +64,7 @@ class CompressedTensors:
                     f"'{x.name}' is {model} with {scale} scales, which engines cast to {model}: every weight would "
                     f"change. Nearest: scale_dtype {model}; export 'lilliput' keeps other scales."
                 )
-        return _refuse_together(outcomes, quantized)
+        return _refuse_together(outcomes, quantized) or _refuse_fused(outcomes, config)
 
     def describe(self, outcome: Outcome) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         stored, rows, width, fmt = outcome.stored, outcome.out_features, outcome.in_features, outcome.format
@@ -186,6 +187,16 @@ def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome]) 
             "drops it. Nearest: include the experts; export 'lilliput' holds the mixture."
         )
     return None
+
+
+def _refuse_fused(outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
+    expert = next((x for x in outcomes if x.expert), None)
+    if expert is None or single_name(f"{expert.name}.weight", skeleton(config)) is not None:
+        return None
+    return (
+        f"'{expert.name}' is part of a tensor that engines read whole: no file name of its own is known for it. "
+        "Nearest: leave the experts out of every step; export 'lilliput' holds them one by one."
+    )
 
 
 def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:

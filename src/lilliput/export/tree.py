@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config))  # building writes into the config
 
 
 def text_prefix(model: nn.Module, config: PretrainedConfig) -> str:
@@ -47,12 +48,26 @@ def module_name(canonical: str, modules: Iterable[str] | dict[str, nn.Module], p
 
 
 def dense_linears(outcomes: Sequence[Outcome], config: PretrainedConfig) -> list[str]:
-    """Every nn.Linear that stays dense, by module name and, where it differs, by file name. Sorted."""
+    """Every linear that stays dense, by module name and, where it differs, by file name; routers included. Sorted."""
     model = skeleton(config)
     prefix = text_prefix(model, config)
     modules = dict(model.named_modules())
     quantized = {module_name(x.name, modules, prefix) for x in outcomes if x.format is not None}
     linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and n not in quantized}
-    files = {x.stored for x in outcomes if x.format is None and module_name(x.name, modules, prefix) in linears}
-    routers = {x.stored for x in outcomes if x.format is None and not x.expert}
-    return sorted(linears | files | routers)
+    told = {x.stored for x in outcomes if x.format is None and not x.expert}
+    return sorted(linears | file_names(model, linears) | told)
+
+
+def file_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """The names that transformers gives these modules in files; engines of their own match by those."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    found: set[str] = set()
+    back = [x.reverse_transform() for x in reversed(get_model_conversion_mapping(model, add_legacy=False))]
+    for name in names:
+        key = f"{name}.weight"
+        for transform in back:
+            renamed, matched = transform.rename_source_key(key)
+            key = renamed if matched is not None else key
+        found.add(key.removesuffix(".weight"))
+    return found

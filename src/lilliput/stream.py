@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from lilliput import export, lockstep, memory
 from lilliput.activations import Activations, raw
 from lilliput.anatomy.model import Block, Site
-from lilliput.anatomy.skeleton import Calls
 from lilliput.errors import LilliputError
+from lilliput.forward import Batches, embed
+from lilliput.forward import last_hidden as last_hidden
 from lilliput.journal import Work
 from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
@@ -31,67 +31,6 @@ from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
 
 Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Calibration samples cut into forward passes, with the block arguments recorded for each shape."""
-
-    bounds: tuple[tuple[int, int], ...]
-    calls: Mapping[int, Calls]  # by number of samples
-
-
-def embed(model: Model, ids: Tensor, batch: int, into: Activations | None) -> Batches:
-    """Embed ids [N, T] batch by batch into `into` (None: only record the arguments that the blocks are called with)."""
-    skeleton = model.skeleton
-    bounds = tuple((a, min(a + batch, len(ids))) for a in range(0, len(ids), batch))
-    calls: dict[int, Calls] = {}
-    model.load(skeleton.embeddings)
-    try:
-        for start, stop in bounds:
-            if into is None and stop - start in calls:
-                continue
-            hidden, recorded = skeleton.embed(ids[start:stop].to(skeleton.device))
-            calls.setdefault(stop - start, recorded)
-            if into is not None:
-                into.write(start, hidden)
-    finally:
-        model.unload(skeleton.embeddings)
-    memory.trim()
-    return Batches(bounds, calls)
-
-
-def last_hidden(
-    model: Model,
-    ids: Tensor,
-    folder: Path,
-    *,
-    batch: int = 2,
-    progress: Progress | None = None,
-) -> Activations:
-    """Hidden states [N, T, H] after the last block, in the skeleton's dtype, in a file of `folder`; one block resident.
-
-    The caller deletes the result. Memory does not depend on N.
-    """
-    skeleton = model.skeleton
-    shape = (len(ids), ids.shape[1], int(model.source.text_config.hidden_size))
-    store = Activations(folder / f"hidden-{id(model):x}.bin", shape, skeleton.dtype, create=True)
-    try:
-        with torch.no_grad():
-            batches = embed(model, ids, batch, store)
-            for block in range(len(skeleton.block_names)):
-                model.load_block(block)
-                for start, stop in batches.bounds:
-                    hidden = store.read(start, stop).to(skeleton.device)
-                    store.write(start, skeleton.run(block, hidden, batches.calls[stop - start]))
-                model.unload_block(block)
-                memory.trim()
-                if progress is not None:
-                    progress.step(block + 1, len(skeleton.block_names))
-    except BaseException:
-        store.delete()
-        raise
-    return store
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -1,0 +1,109 @@
+"""Forward passes over a model, one block resident: hidden states between blocks, and what its sites see on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lilliput import lockstep, memory
+from lilliput.activations import Activations
+from lilliput.anatomy.model import Site
+from lilliput.anatomy.skeleton import Calls
+from lilliput.model import Model
+from lilliput.progress import Progress
+from lilliput.stats import fold
+from lilliput.stats.site import SiteStats
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Calibration samples cut into forward passes, with the block arguments recorded for each shape."""
+
+    bounds: tuple[tuple[int, int], ...]
+    calls: Mapping[int, Calls]  # by number of samples
+
+
+def embed(model: Model, ids: Tensor, batch: int, into: Activations | None) -> Batches:
+    """Embed ids [N, T] batch by batch into `into` (None: only record the arguments that the blocks are called with)."""
+    skeleton = model.skeleton
+    bounds = tuple((a, min(a + batch, len(ids))) for a in range(0, len(ids), batch))
+    calls: dict[int, Calls] = {}
+    model.load(skeleton.embeddings)
+    try:
+        for start, stop in bounds:
+            if into is None and stop - start in calls:
+                continue
+            hidden, recorded = skeleton.embed(ids[start:stop].to(skeleton.device))
+            calls.setdefault(stop - start, recorded)
+            if into is not None:
+                into.write(start, hidden)
+    finally:
+        model.unload(skeleton.embeddings)
+    memory.trim()
+    return Batches(bounds, calls)
+
+
+def observe(
+    model: Model,
+    index: int,
+    batches: Batches,
+    inputs: Activations,
+    outputs: Activations,
+    sites: Sequence[Site] = (),
+    needs: frozenset[str] = frozenset(),
+) -> dict[str, SiteStats]:
+    """Run a loaded block over all samples, from `inputs` to `outputs` (which may be the same file).
+
+    Returns the statistics `needs` of the inputs of `sites`, by site name.
+    """
+    skeleton = model.skeleton
+    states = {site.name: fold.init(site.width, needs, skeleton.device) for site in sites}
+    taps = [lockstep.Tap(s.name, skeleton.block(index).get_submodule(s.linears[0])) for s in sites if needs]
+
+    def see(site: str, x: Tensor) -> None:
+        states[site] = fold.update(states[site], x)
+
+    def one(start: int, stop: int) -> Callable[[], None]:
+        def run() -> None:
+            hidden = inputs.read(start, stop).to(skeleton.device)
+            outputs.write(start, skeleton.run(index, hidden, batches.calls[stop - start]))
+
+        return run
+
+    lockstep.watch(taps, [one(a, b) for a, b in batches.bounds], see, stop_after=False)
+    return {name: fold.all_reduce(fold.finish(state)) for name, state in states.items()}
+
+
+def last_hidden(
+    model: Model,
+    ids: Tensor,
+    folder: Path,
+    *,
+    batch: int = 2,
+    progress: Progress | None = None,
+) -> Activations:
+    """Hidden states [N, T, H] after the last block, in the skeleton's dtype, in a file of `folder`; one block resident.
+
+    The caller deletes the result. Memory does not depend on N.
+    """
+    skeleton = model.skeleton
+    shape = (len(ids), ids.shape[1], skeleton.hidden_size)
+    store = Activations(folder / f"hidden-{id(model):x}.bin", shape, skeleton.dtype, create=True)
+    try:
+        with torch.no_grad():
+            batches = embed(model, ids, batch, store)
+            for block in range(len(skeleton.block_names)):
+                model.load_block(block)
+                observe(model, block, batches, store, store)
+                model.unload_block(block)
+                memory.trim()
+                if progress is not None:
+                    progress.step(block + 1, len(skeleton.block_names))
+    except BaseException:
+        store.delete()
+        raise
+    return store

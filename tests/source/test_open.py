@@ -127,6 +127,34 @@ def test_a_hub_id_without_a_network() -> None:
         open_source("lilliput-tests/no-such-model")
 
 
+def cached(folder: Path, cache: Path) -> None:
+    """The folder's files as the hub's cache holds them: links to blobs elsewhere."""
+    snapshot, blobs = cache / "models--org--tiny" / "snapshots" / "abc", cache / "models--org--tiny" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (cache / "models--org--tiny" / "refs").mkdir()
+    (cache / "models--org--tiny" / "refs" / "main").write_text("abc")
+    for i, file in enumerate(sorted(folder.glob("*.*"))):
+        (blobs / f"{i}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blobs / f"{i}")
+
+
+def test_a_hub_id_in_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(folder, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    source = open_source("org/tiny")
+    assert torch.equal(source.read(NAME), load_file(folder / "model.safetensors")[NAME])
+    assert source.folder.name == "abc"
+
+
+def test_a_hub_model_with_pickles_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    cached(folder, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SourceError, match=r"pytorch_model\.bin"):
+        open_source("org/tiny")
+
+
 def test_what_can_be_no_hub_id() -> None:
     with pytest.raises(SourceError, match="neither an existing folder"):
         open_source("what is this?")

@@ -28,10 +28,15 @@ def snapshot(model: str, trust_remote_code: bool) -> Path:
             f"There is no folder '{model}', and as a hub id it is not in the local cache and the hub cannot be "
             f"reached. Check the path, or run `hf download {model}` where there is a network and give the folder here."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError as error:
         raise SourceError(
             f"There is no folder '{model}', and the hub refused the id: {str(error).strip().splitlines()[0]}. Check "
             f"the spelling; for a gated or private model, log in with `hf auth login` and accept its terms on its page."
+        ) from error
+    except OSError as error:
+        raise SourceError(
+            f"'{model}' could not be downloaded: {error}. Check the disk's free space and the network, and run it "
+            "again: what is there already is kept."
         ) from error
     if not any(folder.glob("*.safetensors")):
         names = pickles(folder) or _remote_pickles(model)

@@ -29,7 +29,7 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     rows = packed.shape[0]
     device = packed.device
     if bits == 8:
-        return (packed.to(torch.int16) - 128).to(torch.int8)
+        return (packed ^ 0x80).view(torch.int8)
     if bits in (2, 4):  # codes that never cross a byte need no wide words
         per = 8 // bits
         shifts = torch.arange(per, dtype=torch.uint8, device=device) * bits

@@ -6,7 +6,7 @@ import errno
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +253,7 @@ def _run(
     began: float,
 ) -> Compression:
     opened.source.scan()
+    made = replace(made, fingerprint=opened.source.fingerprint())  # now that every byte has been read
     tokens = _tokens(opened, made, data, seed)
     key = made.hash("none" if tokens is None else tokens.fingerprint)
     with Work(out, key, work) as place:

@@ -55,9 +55,9 @@ def bias(model):
     [(lambda: None, None), (gemma, None), (phi, bias), (gpt2, None)],
     ids=["llama", "capped logits, tied", "biased head", "gpt2"],
 )
-@pytest.mark.parametrize("columns", [256, 37])
-def test_perplexity_is_what_transformers_computes(folder, text, config, change, columns, monkeypatch):
-    monkeypatch.setattr(room, "_layout", lambda *_: (2, columns))
+@pytest.mark.parametrize(("columns", "tile"), [(256, 256), (100, 37)])
+def test_perplexity_is_what_transformers_computes(folder, text, config, change, columns, tile, monkeypatch):
+    monkeypatch.setattr(room, "_layout", lambda *_: room.Layout(2, columns, tile))
     path = folder("model", config(), change=change)
     found = run(path, data=text)
     assert math.log(found.perplexity.value) == pytest.approx(loss(path, text), abs=1e-5)
@@ -148,10 +148,10 @@ def test_the_layout_follows_the_budget(folder, text):
     wide.vocab_size = 5_000
     path = folder("wide", wide)
     model = room.open_model(str(path))
-    assert room._layout([model, model], 64, 10**9) == (32, 5_000)
-    batch, columns = room._layout([model, model], 64, room.ram.BASE + 2_200_000)
-    assert batch < 32
-    assert 1_024 <= columns < 5_000
+    assert room._layout([model, model], 64, 10**9) == room.Layout(32, 5_000, 4_096)
+    tight = room._layout([model, model], 64, int((room.ram.BASE + 2_200_000) * room.ram.SLACK))
+    assert tight.batch < 32
+    assert tight.tile < tight.columns < 5_000
     with pytest.raises(
         PlanError, match=r"--memory .* is too little to evaluate: give --memory (.*)MB or more"
     ) as caught:

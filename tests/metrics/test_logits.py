@@ -20,8 +20,9 @@ class Table:
         assert self.slice is None, "the last slice must be unloaded first"
         self.slice = (start, stop)
 
-    def logits(self, window, start, stop):
-        return self.values[window, start:stop, slice(*self.slice)].clone()
+    def logits(self, window, start, stop, first, last):
+        assert self.slice[0] <= first < last <= self.slice[1]
+        return self.values[window, start:stop, first:last].clone()
 
     def unload(self):
         self.slice = None
@@ -44,17 +45,20 @@ def reference_scores(ours, theirs):
     return -p.gather(-1, targets)[..., 0], -q.gather(-1, targets)[..., 0], divergence, same
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(VOCABULARY, 64), (VOCABULARY, 7), (50, 1), (17, 20), (1, 64), (999, 5)])
-def test_slices_and_rows_give_what_the_whole_matrix_gives(columns, rows):
+@pytest.mark.parametrize(
+    ("columns", "rows", "tile"),
+    [(50, 64, 50), (50, 7, 50), (50, 1, 8), (17, 20, 17), (17, 20, 6), (1, 64, 9), (999, 5, 999), (999, 5, 49)],
+)
+def test_slices_and_tiles_give_what_the_whole_matrix_gives(columns, rows, tile):
     ours, theirs = random_table(0), random_table(0) + 0.5 * random_table(1)
     nll, reference, divergence, same = reference_scores(ours, theirs)
-    found = score(ids(), Table(ours), Table(theirs), columns=columns, rows=rows)
+    found = score(ids(), Table(ours), Table(theirs), columns=columns, rows=rows, tile=tile)
     assert torch.allclose(found.nll, nll, atol=1e-6)
     assert torch.allclose(found.reference, reference, atol=1e-6)
     assert torch.allclose(found.divergence, divergence, atol=1e-5)
     assert torch.equal(found.same, same)
     assert 0 < int(same.sum()) < same.numel()
-    assert torch.allclose(score(ids(), Table(ours), columns=columns, rows=rows).nll, nll, atol=1e-6)
+    assert torch.allclose(score(ids(), Table(ours), columns=columns, rows=rows, tile=tile).nll, nll, atol=1e-6)
 
 
 def test_uniform_model_scores_the_log_of_its_vocabulary():

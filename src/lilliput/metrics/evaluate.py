@@ -19,7 +19,7 @@ from lilliput.errors import DataError, PlanError
 from lilliput.metrics.agreement import agreement
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.kl import kl
-from lilliput.metrics.logits import ROWS, Scores, StreamedHead, score
+from lilliput.metrics.logits import ROWS, TILE, Scores, StreamedHead, score
 from lilliput.metrics.perplexity import perplexity
 from lilliput.metrics.perplexity_ratio import perplexity_ratio
 from lilliput.metrics.size import Size, measure
@@ -99,29 +99,38 @@ def _block(model: Model, batch: int, tokens: int) -> int:
     return (weights + live) * skeleton.dtype.itemsize
 
 
-def _per_column(models: list[Model]) -> int:
-    """Bytes that one more vocabulary entry in memory costs: its row of each head twice while cast, and its logits."""
-    hidden = int(models[0].source.text_config.hidden_size)
-    return len(models) * hidden * 8 + 4 * ROWS * 4
+@dataclass(frozen=True)
+class Layout:
+    """How an evaluation spends its memory: windows per forward pass, and vocabulary entries of the heads and of the
+    logits at a time."""
+
+    batch: int
+    columns: int
+    tile: int
 
 
-def _layout(models: list[Model], tokens: int, budget: int | None) -> tuple[int, int]:
-    """Windows per forward pass and vocabulary entries at a time within the budget.
-
-    Raises PlanError that names the smallest budget that would do.
-    """
-    room = (budget if budget is not None else max(ram.available() // 2, 1)) - ram.BASE
+def _layout(models: list[Model], tokens: int, budget: int | None) -> Layout:
+    """The fastest layout within the budget. Raises PlanError that names the smallest budget that would do."""
+    room = int((budget if budget is not None else max(ram.available() // 2, 1)) / ram.SLACK) - ram.BASE
     vocabulary = max(_vocabulary(m) for m in models)
-    column = _per_column(models)
-    fewest = min(vocabulary, 1024)
-    floor = max(max(_outside(m) for m in models), max(_block(m, 1, tokens) for m in models), fewest * column)
+    # A vocabulary entry costs its row of each head (twice while it is cast), and four columns of logits.
+    row = len(models) * int(models[0].source.text_config.hidden_size) * 8
+    logits = 4 * 4 * min(ROWS, tokens)
+    fewest = min(vocabulary, 256)
+    floor = max(
+        max(_outside(m) for m in models),
+        max(_block(m, 1, tokens) for m in models),
+        4 * fewest * row,
+        fewest * logits * 2,
+    )
     if budget is not None and floor > room:
-        need = ram.readable(floor + ram.BASE, up=True)
+        need = ram.readable((floor + ram.BASE) * ram.SLACK, up=True)
         raise PlanError(f"--memory {ram.readable(budget)} is too little to evaluate: give --memory {need} or more.")
     batch = max(1, 2048 // tokens)
     while batch > 1 and max(_block(m, batch, tokens) for m in models) > room:
         batch //= 2
-    return batch, min(vocabulary, max(fewest, room // column))
+    tile = min(vocabulary, TILE, max(fewest, room // 2 // logits))
+    return Layout(batch, min(vocabulary, max(fewest, (room - tile * logits) // row)), tile)
 
 
 def _same_vocabulary(model: Model, against: Model, ours: PreTrainedTokenizerBase, data: Tokens, source: str) -> None:
@@ -157,17 +166,18 @@ def _finished(model: Model, ids: torch.Tensor, folder: Path, batch: int, progres
 def _scores(
     models: list[Model], ids: torch.Tensor, work: Path | None, budget: int | None, progress: Progress | None
 ) -> Scores:
-    batch, columns = _layout(models, ids.shape[1], budget)
+    layout = _layout(models, ids.shape[1], budget)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work)))
         heads = []
         for number, model in enumerate(models):
             place = folder / str(number)
             place.mkdir()
-            hidden = _finished(model, ids, place, batch, progress)
+            hidden = _finished(model, ids, place, layout.batch, progress)
             stack.callback(hidden.delete)
             heads.append(StreamedHead(model, hidden))
-        found = score(ids, heads[0], heads[1] if len(heads) > 1 else None, columns=columns)
+        reference = heads[1] if len(heads) > 1 else None
+        found = score(ids, heads[0], reference, columns=layout.columns, tile=layout.tile)
     ram.trim()
     return found
 

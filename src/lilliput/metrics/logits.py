@@ -6,8 +6,8 @@ Z = sum exp(l - m) of each model (log-sum-exp = m + log Z), the target's logit, 
 
     A = sum_v exp(r_v - m_r) (r_v - l_v),    KL(reference || model) = A / Z_r - lse(r) + lse(l).
 
-So one pass over both heads gives all metrics; the cost is the two matrix products and some six sweeps over their
-results. Where the budget allows it there is one slice.
+So one pass over both heads gives all metrics; the cost is the two matrix products and some eight sweeps over their
+results, which come in tiles of a few megabytes. Where the budget allows it there is one slice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from lilliput.activations import Activations
 from lilliput.errors import SourceError
 from lilliput.model import Model, Ref
 
-ROWS = 64  # positions at a time: 64 x 49,152 float32 logits are 12 MB, near the caches
+# A tile of logits, 8 MB in float32: wide and high enough for the matrix product, and small enough for the allocator to
+# use the same memory again.
+ROWS = 512
+TILE = 4096
 
 
 class Head(Protocol):
@@ -39,8 +42,9 @@ class Head(Protocol):
         """Make vocabulary entries [start, stop) the current slice."""
         ...
 
-    def logits(self, window: int, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, slice] at positions [start, stop) of a window; the caller may overwrite it."""
+    def logits(self, window: int, start: int, stop: int, first: int, last: int) -> Tensor:
+        """float32 [stop - start, last - first]: positions [start, stop) of a window, entries [first, last) of the
+        vocabulary, which lie in the current slice. The caller may overwrite it."""
         ...
 
     def unload(self) -> None: ...
@@ -56,7 +60,9 @@ class StreamedHead:
         self._model = model
         self._hidden = hidden
         self._window = -1
-        self._rows = torch.empty(0)
+        self._hidden_rows = torch.empty(0)
+        self._slice: dict[str, Tensor] = {}
+        self._first = 0
         module = skeleton.head_module
         self._kept: dict[str, nn.Parameter | None] = dict(module._parameters)
         self._names = {"weight": skeleton.head}
@@ -65,22 +71,26 @@ class StreamedHead:
             self._names["bias"] = f"{path}.bias"
 
     def load(self, start: int, stop: int) -> None:
-        skeleton = self._model.skeleton
-        for key, name in self._names.items():
-            # The head's own slot only: a tied embedding keeps its tensor. In float32 whatever the blocks ran in, since
-            # logits of size 20 in bfloat16 are off by up to 0.06, more than careful quantization costs.
-            part = _rows(self._model, name, start, stop).to(skeleton.device, torch.float32)
-            skeleton.head_module._parameters[key] = nn.Parameter(part, requires_grad=False)
+        device = self._model.skeleton.device
+        # In float32 whatever the blocks ran in: logits of size 20 in bfloat16 are off by up to 0.06, which is more than
+        # careful quantization costs.
+        self._slice = {k: _rows(self._model, n, start, stop).to(device, torch.float32) for k, n in self._names.items()}
+        self._first = start
 
-    def logits(self, window: int, start: int, stop: int) -> Tensor:
+    def logits(self, window: int, start: int, stop: int, first: int, last: int) -> Tensor:
+        skeleton = self._model.skeleton
         if window != self._window:
-            self._rows = self._hidden.read(window, window + 1)[0].to(self._model.skeleton.device, torch.float32)
+            self._hidden_rows = self._hidden.read(window, window + 1)[0].to(skeleton.device, torch.float32)
             self._window = window
-        return self._model.skeleton.logits(self._rows[start:stop])
+        for key, value in self._slice.items():
+            # The head's own slot only: a tied embedding keeps its tensor.
+            part = value[first - self._first : last - self._first]
+            skeleton.head_module._parameters[key] = nn.Parameter(part, requires_grad=False)
+        return skeleton.logits(self._hidden_rows[start:stop])
 
     def unload(self) -> None:
         self._model.skeleton.head_module._parameters.update(self._kept)
-        self._window, self._rows = -1, torch.empty(0)
+        self._slice = {}
 
 
 def _rows(model: Model, name: str, start: int, stop: int) -> Tensor:
@@ -139,17 +149,20 @@ def _finite(top: Tensor, name: str, at: tuple[int, slice]) -> Tensor:
     return top
 
 
-def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, total, step):
-        yield start, min(total, start + step)
+def _spans(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(begin, end, step):
+        yield start, min(end, start + step)
 
 
 @torch.no_grad()
-def score(ids: Tensor, model: Head, reference: Head | None = None, *, columns: int, rows: int = ROWS) -> Scores:
+def score(
+    ids: Tensor, model: Head, reference: Head | None = None, *, columns: int, rows: int = ROWS, tile: int = TILE
+) -> Scores:
     """Score windows ids int64 [windows, tokens]; token i + 1 is predicted at position i, the last predicts nothing.
 
-    `columns`: vocabulary entries in memory at a time; `rows`: positions at a time. Memory beyond the heads' slices:
-    about four float32 [rows, columns]. Raises SourceError naming model, window and token where logits are not finite.
+    `columns`: vocabulary entries of each head in memory at a time; `rows`, `tile`: positions and vocabulary entries of
+    the logits at a time. Memory beyond the heads' slices: about four float32 [rows, tile]. Raises SourceError naming
+    model, window and token where logits are not finite.
     """
     shape = (ids.shape[0], ids.shape[1] - 1)
     heads = [model] if reference is None else [model, reference]
@@ -157,31 +170,35 @@ def score(ids: Tensor, model: Head, reference: Head | None = None, *, columns: i
     gap = torch.zeros(shape, dtype=torch.float64)
     # The model's logit at the reference's best token so far: both prefer the same token if it is the model's maximum.
     rival = torch.zeros(shape, dtype=torch.float64)
+
+    def take(window: int, start: int, stop: int, first: int, last: int) -> None:
+        at = (window, slice(start, stop))
+        targets = ids[window, start + 1 : stop + 1]
+        ours = model.logits(window, start, stop, first, last)
+        top, _ = sums[0].rise(at, _finite(ours.amax(dim=1), model.name, at))
+        sums[0].pick(at, ours, targets, first)
+        if reference is not None:
+            theirs = reference.logits(window, start, stop, first, last)
+            best, index = theirs.max(dim=1)
+            best = _finite(best, reference.name, at)
+            here = ours.gather(1, index[:, None])[:, 0].cpu().double()
+            rival[at] = torch.where(best > sums[1].top[at], here, rival[at])
+            peak, shrink = sums[1].rise(at, best)
+            sums[1].pick(at, theirs, targets, first)
+            share = (theirs - peak[:, None].to(theirs)).exp_()
+            sums[1].total[at] += share.sum(dim=1).cpu().double()
+            gap[at] = gap[at] * shrink + torch.linalg.vecdot(share, theirs.sub_(ours)).cpu().double()
+        sums[0].total[at] += ours.sub_(top[:, None].to(ours)).exp_().sum(dim=1).cpu().double()
+
     try:
-        for first, last in _spans(model.vocabulary, columns):
-            for head in heads:
-                head.load(first, last)
-            for window in range(shape[0]):
-                for start, stop in _spans(shape[1], rows):
-                    at = (window, slice(start, stop))
-                    targets = ids[window, start + 1 : stop + 1]
-                    ours = model.logits(window, start, stop)
-                    top, _ = sums[0].rise(at, _finite(ours.amax(dim=1), model.name, at))
-                    sums[0].pick(at, ours, targets, first)
-                    if reference is not None:
-                        theirs = reference.logits(window, start, stop)
-                        best, index = theirs.max(dim=1)
-                        best = _finite(best, reference.name, at)
-                        here = ours.gather(1, index[:, None])[:, 0].cpu().double()
-                        rival[at] = torch.where(best > sums[1].top[at], here, rival[at])
-                        peak, shrink = sums[1].rise(at, best)
-                        sums[1].pick(at, theirs, targets, first)
-                        share = (theirs - peak[:, None].to(theirs)).exp_()
-                        sums[1].total[at] += share.sum(dim=1).cpu().double()
-                        gap[at] = gap[at] * shrink + torch.linalg.vecdot(share, theirs.sub_(ours)).cpu().double()
-                    sums[0].total[at] += ours.sub_(top[:, None].to(ours)).exp_().sum(dim=1).cpu().double()
+        for begin, end in _spans(0, model.vocabulary, columns):
             for head in heads:
                 head.unload()
+                head.load(begin, end)
+            for window in range(shape[0]):
+                for first, last in _spans(begin, end, tile):
+                    for start, stop in _spans(0, shape[1], rows):
+                        take(window, start, stop, first, last)
     finally:
         for head in heads:
             head.unload()

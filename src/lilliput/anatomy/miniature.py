@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,21 +29,41 @@ def miniature(skeleton: Skeleton) -> Skeleton | None:
     taken = {size for names in skeleton.names_of(0) for size in skeleton.shapes[names]}
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     sizes: dict[str, int] = {}
-    if heads and any(isinstance(getattr(config, w, None), int) for w in _HEAD_WORDS):
+    if heads and (hasattr(config, "num_key_value_heads") or any(hasattr(config, w) for w in _HEAD_WORDS)):
+        if getattr(config, "head_dim", None) is None:
+            config.head_dim = config.hidden_size // heads  # or heads would shrink with the residual stream
         sizes["hidden_size"] = _fresh(taken, heads * -(-HIDDEN // heads), heads)
     for name, value in config.to_dict().items():
         if isinstance(value, int) and not isinstance(value, bool) and any(w in name for w in _INNER_WORDS):
             sizes[name] = _fresh(taken, INNER, 8)
     sizes = {n: size for n, size in sizes.items() if size * 2 <= int(getattr(config, n, 0) or 0)}
-    if not sizes:
-        return None
+    for chosen in (sizes, {n: size for n, size in sizes.items() if n != "hidden_size"}):
+        small = _build(config, chosen) if chosen else None
+        if small is not None and _shrunk(skeleton, small, config, chosen):
+            return small
+    return None
+
+
+def _build(config: Any, sizes: Mapping[str, int]) -> Skeleton | None:
+    config = copy.deepcopy(config)
     try:
         for name, size in sizes.items():
             setattr(config, name, size)
-        small = Skeleton(config, dtype=torch.float64)
+        return Skeleton(config, dtype=torch.float64)
     except (SourceError, ValueError, TypeError, RuntimeError, ZeroDivisionError):
         return None  # this make of model does not come narrower: it is looked at in its own size
-    return small if small.shapes.keys() == skeleton.shapes.keys() else None
+
+
+def _shrunk(large: Skeleton, small: Skeleton, config: Any, sizes: Mapping[str, int]) -> bool:
+    """Whether exactly the dimensions that are multiples of a shrunk size have become so many times the new size."""
+    if large.shapes.keys() != small.shapes.keys():
+        return False
+    for name in {n for i in range(len(large.block_names)) for n in large.names_of(i)}:
+        for old, new in zip(large.shapes[name], small.shapes[name], strict=True):
+            fits = [old * size == new * int(getattr(config, n)) for n, size in sizes.items()]
+            if old != new and not any(fits):
+                return False
+    return True
 
 
 def enlarge(block: Block, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Block | None:

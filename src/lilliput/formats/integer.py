@@ -114,6 +114,9 @@ class IntegerFormat:
                 raise ValueError(f"importance {tuple(importance.shape)} does not fit a weight {tuple(weight.shape)}")
             if not bool(torch.isfinite(importance.sum())):
                 raise LilliputError("the importance of the inputs holds NaN or infinity: check the calibration data")
+            top = importance.max() if importance.numel() else importance.new_tensor(0.0)
+            # Relative to the largest, so that equal importance is exactly none; if nothing counts, all count alike.
+            importance = importance / top if bool(top > 0) else torch.ones_like(importance)
             importance = importance.expand(1 if importance.dim() == 1 else rows, width)
         rule = ranges.Rule(self.bits, self.symmetric, self.scale_dtype, search, steps, norm, signed_scale)
         if self.group_size == 0:
@@ -195,8 +198,8 @@ def _split(rows: Tensor, size: int) -> Tensor:
     return rows.view(rows.shape[0], rows.shape[1] // size, size)
 
 
-def from_target(target: Target, scale_dtype: torch.dtype | None = None) -> IntegerFormat:
-    """The format that a resolved target asks for; scales in `scale_dtype`, else in the type it names (auto: float16).
+def from_target(target: Target) -> IntegerFormat:
+    """The format that a resolved target asks for; scales in the type it names ("auto": float16).
 
     Raises PlanError when the target names no bits, or its group size still is "auto".
     """
@@ -206,8 +209,5 @@ def from_target(target: Target, scale_dtype: torch.dtype | None = None) -> Integ
     size = named.get(target.group_size) if isinstance(target.group_size, str) else target.group_size
     if size is None:
         raise PlanError("the group size 'auto' has to be resolved against the widths first: give a number")
-    if scale_dtype is None:
-        named_type = "float16" if target.scale_dtype == "auto" else target.scale_dtype
-        scale_dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[named_type]
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     return IntegerFormat(target.bits, target.symmetric, size, dtypes.get(target.scale_dtype, torch.float16))

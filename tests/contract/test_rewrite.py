@@ -1,0 +1,137 @@
+"""What every method that rewrites a block owes its callers: the block computes what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lilliput import methods
+from lilliput.errors import PlanError
+from lilliput.methods.fold import ScaleFold
+from lilliput.methods.view import BlockIO, BlockView
+from lilliput.methods.weight import rtn
+from lilliput.parts.layer import Layer
+from lilliput.recipe import Target
+from lilliput.stats import fold
+
+REWRITE = sorted(n for n, m in methods.discover().items() if m.verb == "rewrite")
+TARGET = Target(bits=3, group_size=16, symmetric=False)
+
+
+def _rewrite(name: str, view: BlockView, io: BlockIO, target: Target = TARGET, **options: Any) -> Sequence[ScaleFold]:
+    method = methods.get(name)
+    folds = method.module.rewrite(view, io, target, method.parse(options))
+    assert all(isinstance(f, ScaleFold) for f in folds)
+    return list(folds)
+
+
+def _apply(tensors: dict[str, Tensor], folds: Sequence[ScaleFold]) -> dict[str, Tensor]:
+    """Producer rows divided, reader columns multiplied: straight from what a fold promises."""
+    out = {n: t.clone() for n, t in tensors.items()}
+    for f in folds:
+        rows = torch.ones(out[f.link.producer].shape[0])
+        rows[f.link.index] = f.scale
+        out[f.link.producer] /= rows if f.link.kind == "norm" else rows[:, None]
+        for reader in f.link.readers:
+            out[reader] *= f.scale
+    return out
+
+
+@pytest.mark.parametrize("name", REWRITE)
+def test_the_block_computes_what_it_did(name: str, toy: Any) -> None:
+    """To 1e-5 of the output's largest value."""
+    tensors = {n: t.clone() for n, t in toy.tensors.items()}
+    folds = _rewrite(name, toy.view(), toy.io())
+    assert folds
+    assert all(torch.equal(toy.tensors[n], t) for n, t in tensors.items())
+    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(5))
+    before, after = toy.forward(tensors, x), toy.forward(_apply(tensors, folds), x)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("name", REWRITE)
+def test_scales_are_positive_shared_where_rows_are_shared_and_repeatable(name: str, toy: Any) -> None:
+    folds, again = (_rewrite(name, toy.view(), toy.io(), **_everywhere(name)) for _ in range(2))
+    assert {f.link.kind for f in folds} == {"norm", "linear"}
+    for f, g in zip(folds, again, strict=True):
+        assert torch.equal(f.scale, g.scale)
+        assert f.scale.dtype == torch.float32
+        assert bool(((f.scale > 0) & torch.isfinite(f.scale)).all())
+        assert torch.equal(f.scale, f.link.tie(f.scale))
+
+
+def _everywhere(name: str) -> dict[str, Any]:
+    return {"links": "all"} if name == "smoothquant" else {}
+
+
+@pytest.mark.parametrize("name", REWRITE)
+def test_a_site_without_tokens_is_left_alone(name: str, toy: Any) -> None:
+    empty = BlockIO({s.name: fold.init(s.width, fold.NAMES) for s in toy.block.sites})
+    assert _rewrite(name, toy.view(), empty) == []
+    assert _rewrite(name, toy.view(), BlockIO({})) == []
+
+
+@pytest.mark.parametrize("name", REWRITE)
+def test_dead_channels_and_zero_weights_give_usable_scales(name: str, toy: Any) -> None:
+    inputs = {n: x.clone() for n, x in toy.inputs.items()}
+    for x in inputs.values():
+        x[:, :3] = 0
+    tensors = {n: t.clone() for n, t in toy.tensors.items()}
+    for n in ("q", "k", "v", "up", "o", "down"):
+        tensors[n][:, 2:5] = 0
+    other = type(toy)(tensors, inputs, toy.block)
+    for f in _rewrite(name, other.view(), other.io(), **_everywhere(name)):
+        assert bool(((f.scale > 0) & torch.isfinite(f.scale)).all())
+
+
+def _rounded(tensors: dict[str, Tensor], folds: Sequence[ScaleFold], toy: Any, options: rtn.Options) -> float:
+    """Summed output error of all linears after rounding to nearest, in float64."""
+    total = 0.0
+    stats = dict(toy.io().stats)
+    for f in folds:
+        stats[f.link.site] = stats[f.link.site].scaled(1 / f.scale)
+    scaled = {x.name: toy.tensors[x.name].clone() for x in toy.block.linears}
+    for f in folds:
+        for reader in f.link.readers:
+            scaled[reader] *= f.scale
+    for linear in toy.block.linears:
+        w = scaled[linear.name]
+        d = (w - rtn.compress(Layer("x", w), stats[linear.site], TARGET, options).decode()).double()
+        total += float(((d @ stats[linear.site].need("gram").double()) * d).sum())
+    return total
+
+
+@pytest.mark.parametrize("options", [{"even": False}, {}, {"judge": "sweep"}, {"rows": 16}])
+def test_awq_lowers_the_error_of_rounding(options: dict[str, Any], toy: Any) -> None:
+    nearest = rtn.Options(steps=8)
+    folds = _rewrite("awq", toy.view(), toy.io(), **options)
+    assert _rounded(toy.tensors, folds, toy, nearest) < _rounded(toy.tensors, [], toy, nearest)
+
+
+def test_awq_with_even_inputs_and_weights_changes_nothing_by_input_size(toy: Any) -> None:
+    """Inputs of one size: m^a is constant, so s = 1 and nothing is gained."""
+    g = torch.Generator().manual_seed(0)
+    signs = {n: (torch.randint(0, 2, x.shape, generator=g) * 2 - 1).float() for n, x in toy.inputs.items()}
+    other = type(toy)(toy.tensors, signs, toy.block)
+    assert _rewrite("awq", other.view(), other.io(), even=False) == []
+
+
+def test_awq_needs_bits(toy: Any) -> None:
+    with pytest.raises(PlanError, match="bits"):
+        _rewrite("awq", toy.view(), toy.io(), Target(group_size=16))
+
+
+def test_smoothquant_is_the_printed_formula(toy: Any) -> None:
+    """s = max|X|^a / max|W|^(1-a); with a = 1 all inputs reach exactly 1."""
+    io = toy.io()
+    for alpha in (0.0, 0.3, 1.0):
+        for f in _rewrite("smoothquant", toy.view(), io, alpha=alpha):
+            x = toy.inputs[f.link.site].double().abs().amax(0)
+            w = torch.stack([toy.tensors[r].double().abs().amax(0) for r in f.link.readers]).amax(0)
+            torch.testing.assert_close(f.scale.double(), x**alpha / w ** (1 - alpha), rtol=1e-5, atol=0)
+            if alpha == 1.0:
+                torch.testing.assert_close(x / f.scale.double(), torch.ones_like(x), rtol=1e-5, atol=0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+
+from lilliput.anatomy.explore import explore
+from lilliput.anatomy.model import Anatomy
+from lilliput.anatomy.skeleton import Skeleton
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS = 64, 32, 40, 2, 4
 LLAMA: dict[str, Any] = {
@@ -134,3 +138,17 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", params=CONFIGS)
 def random_model(request: pytest.FixtureRequest) -> Random:
     return Random(CONFIGS[request.param]())
+
+
+@pytest.fixture(scope="session")
+def explored() -> Callable[[str], tuple[Random, Anatomy]]:
+    """A random model by name, and its anatomy; each made once."""
+    known: dict[str, tuple[Random, Anatomy]] = {}
+
+    def get(name: str) -> tuple[Random, Anatomy]:
+        if name not in known:
+            model = Random(CONFIGS[name]())
+            known[name] = (model, explore(Skeleton(model.config)))
+        return known[name]
+
+    return get

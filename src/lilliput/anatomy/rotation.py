@@ -27,10 +27,9 @@ def residual(probe: Probe, links: Sequence[Link], roles: Mapping[str, Role]) -> 
     must turn h R into (its output for h) R.
     """
     width = probe.hidden.shape[-1]
-    inner = {_head_rows(probe, n) for n in probe.linears}
     norms = [x for x in links if x.kind == "norm" and len(x.index) == width and x.producer not in _behind_linear(probe)]
     writers = tuple(n for n in probe.linears if roles[n] in ("o", "down") and probe.linears[n].out_features == width)
-    if not norms or not writers or not inner:
+    if not norms or not writers:
         return Residual((), (), ("no norm-to-linear links from the residual stream: it cannot be rotated",))
     rotation = torch.linalg.qr(torch.randn(width, width, generator=probe.rng, dtype=torch.float64))[0]
     rotation = rotation.to(probe.skeleton.dtype)
@@ -53,10 +52,6 @@ def residual(probe: Probe, links: Sequence[Link], roles: Mapping[str, Role]) -> 
     if not error <= TOLERANCE:
         return Residual((), (), (f"the residual stream cannot be rotated: the block's output changes by {error:.1e}",))
     return Residual(tuple((x.producer, x.readers) for x in norms), writers, ())
-
-
-def _head_rows(probe: Probe, name: str) -> int:
-    return probe.linears[name].out_features
 
 
 def _behind_linear(probe: Probe) -> set[str]:

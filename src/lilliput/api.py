@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput import delivery, memory, stream
+from lilliput import delivery, memory, rotated, stream
 from lilliput import plan as planning
 from lilliput import recipe as recipes
 from lilliput.data.generate import generate_tokens
@@ -104,7 +104,7 @@ def _open(
     wanted = _recipe(recipe, settings)
     where = _device(device)
     compute = planning.compute_dtype(dtype, where)
-    opened = open_model(str(model), dtype=compute, device=where)
+    opened = rotated.prepared(open_model(str(model), dtype=compute, device=where), wanted)
     longest = getattr(opened.source.text_config, "max_position_embeddings", None)
     if isinstance(longest, int) and tokens > longest:
         raise PlanError(f"--tokens {tokens} is more than the {longest} positions that the model knows: ask for fewer")
@@ -156,7 +156,7 @@ def plan(
 
 
 def _tokens(model: Model, made: Plan, data: str, seed: int | None) -> Tokens | None:
-    if not made.resolved.needs:
+    if not made.resolved.reads_tokens:
         return None
     tokenizer = model.source.tokenizer()
     if data == "self":

@@ -40,6 +40,8 @@ class Shape:
     itemsize: int  # of the compute dtype
     stored: int  # itemsize of the checkpoint
     outside: int  # bytes of the largest tensor outside the blocks, as stored
+    resident: int = 0  # bytes that stay all the time, such as a rotation
+    phases: tuple[tuple[str, int], ...] = ()  # further phases of the recipe, and what they take
 
 
 def live_per_token(block: Block, hidden: int) -> int:
@@ -73,7 +75,7 @@ def estimate(
     """Upper bound of the peak in bytes, and the phase that sets it."""
     kinds = {id(block): block for block in blocks}.values()
     calibrating = bool(needs)
-    phases: dict[str, int] = {}
+    phases: dict[str, int] = dict(shape.phases)
     phases["writing what lies outside the blocks"] = shape.outside
     if calibrating:
         phases["embedding"] = shape.outside + shape.vocabulary * shape.hidden * shape.itemsize
@@ -95,7 +97,7 @@ def estimate(
         per_block = max(per_block, total)
     phases["compressing a block"] = per_block
     where = max(phases, key=lambda name: phases[name])
-    return int((BASE + phases[where]) * SLACK), where
+    return int((BASE + shape.resident + phases[where]) * SLACK), where
 
 
 def choose(

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import lilliput
-from lilliput import export, memory
+from lilliput import backward, export, memory, rotated
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
@@ -111,7 +111,7 @@ class Plan:
         """Parameters of the original model (quantization's own tensors do not count)."""
         linears = {x.name: x.linear.parameters for x in self.resolved.linears}
         quantized = {x.source for x in self.tensors if x.kind == "quantized"}
-        dense = sum(x.nbytes // x.dtype.itemsize for x in self.tensors if x.kind != "quantized")
+        dense = sum(x.nbytes // x.dtype.itemsize for x in self.tensors if x.kind not in {"quantized", "untied head"})
         return dense + sum(linears[name] for name in quantized)
 
     def hash(self, data_fingerprint: str) -> str:
@@ -190,6 +190,8 @@ def _kind(name: str, model: Model) -> str:
     skeleton = model.skeleton
     if name in skeleton.embeddings:
         return "embedding"
+    if name == skeleton.head and any(model.refs[name] == model.refs[x] for x in skeleton.embeddings):
+        return "untied head"  # stored once before, twice from now on
     if name == skeleton.head or name.startswith(skeleton.head.rsplit(".", 1)[0] + "."):
         return "head"
     if "norm" in name.rsplit(".", 2)[-2].lower() or name in skeleton.final:
@@ -281,6 +283,18 @@ def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype:
     return seconds + weights / 25e6
 
 
+def _phases(model: Model, resolved: Resolved, tokens: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """What the passes before the main one hold at their fullest."""
+    if not resolved.learned:
+        return ()
+    width, vocabulary = model.skeleton.hidden_size, model.skeleton.shapes[model.skeleton.head][0]
+    turning = rotated.resident(width) * 5
+    if not any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
+        return (("turning the model", turning),)
+    held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
+    return (("learning a rotation", turning + held),)
+
+
 def make(
     model: Model,
     recipe: Recipe,
@@ -295,7 +309,7 @@ def make(
 ) -> Plan:
     """Resolve `recipe` on `model`. Raises PlanError for whatever cannot be carried out; reads no weights."""
     anatomy = model.anatomy()
-    resolved = resolve(recipe, anatomy, scale_dtype(model))
+    resolved = resolve(recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size)
     outcomes = {
         x.name: Outcome(
             name=x.name,
@@ -316,7 +330,7 @@ def make(
     tensors, shards = _tensors(model, exporter, outcomes)
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
-    sizes = [x.nbytes for x in tensors if x.kind in {"embedding", "head", "carried"}]
+    sizes = [x.nbytes for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]
     layout = memory.choose(
         anatomy.blocks,
         memory.Shape(
@@ -327,6 +341,8 @@ def make(
             itemsize=dtype.itemsize,
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max(sizes, default=0),
+            resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
+            phases=_phases(model, resolved, tokens, dtype),
         ),
         budget=budget,
         needs=resolved.needs,

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from lilliput import methods
 from lilliput.anatomy.model import Anatomy, Linear
-from lilliput.errors import PlanError
+from lilliput.errors import LilliputError, PlanError
 from lilliput.formats.integer import IntegerFormat, from_target
 from lilliput.recipe import Recipe, Step, Target, Where
 
@@ -51,10 +51,40 @@ class Resolved:
     rewrites: Mapping[int, tuple[Task, ...]]  # by block
     allocations: tuple[Task, ...]
     learned: tuple[Task, ...]
-    needs: frozenset[str] = field(default=frozenset())
+    needs: frozenset[str] = field(default=frozenset())  # statistics
+    reads_tokens: bool = False  # whether any step looks at calibration samples
 
     def of_block(self, block: int) -> tuple[LinearPlan, ...]:
         return tuple(x for x in self.linears if x.block == block)
+
+    def governed(self, task: Task) -> dict[str, Task]:
+        """By linear, the step whose target the allocation `task` decides: the next one that compresses it."""
+        found: dict[str, Task] = {}
+        for plan in self.linears:
+            later = [x for x in plan.tasks if x.step > task.step]
+            if later and matches(self.recipe.steps[task.step].where, plan.name, plan.linear):
+                found[plan.name] = later[0]
+        return found
+
+    def quantized(self) -> dict[str, Target]:
+        """By linear, the target of the step that quantizes it."""
+        return {x.name: t.target for x in self.linears for t in x.tasks if t.method.writes == "quantized"}
+
+    def with_targets(self, task: Task, targets: Mapping[str, Target]) -> Resolved:
+        """What it becomes when `task` has decided. Raises LilliputError for a linear that it does not govern."""
+        governed = self.governed(task)
+        if targets.keys() - governed.keys():
+            name = min(targets.keys() - governed.keys())
+            raise LilliputError(f"{task.method.name} decided about {name}, which no later step compresses")
+
+        def one(plan: LinearPlan) -> LinearPlan:
+            if plan.name not in targets:
+                return plan
+            after = replace(governed[plan.name], target=targets[plan.name])
+            tasks = [after if x.step == after.step else x for x in plan.tasks]
+            return _plan_linear(plan.name, plan.linear, plan.block, tasks)
+
+        return replace(self, linears=tuple(one(plan) for plan in self.linears))
 
 
 def matches(where: Where, name: str, linear: Linear) -> bool:
@@ -82,8 +112,18 @@ def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
     touched: tuple[int, str] | None = None
     for number, (_, method) in enumerate(steps):
         at = f"step {number + 1} ({method.name})"
-        if method.verb in {"fit", "edit", "objective", "cache"}:
+        if method.verb == "edit":
+            raise PlanError(
+                f"{at} changes the structure of the model: the transforms that it puts between blocks have no place in "
+                "any layout that is written here; leave the step out"
+            )
+        if method.verb in {"fit", "objective", "cache"}:
             raise PlanError(f"{at}: methods of the family '{method.family}' cannot be run by a recipe yet")
+        if method.verb == "learn" and any(earlier.verb != "learn" for _, earlier in steps[:number]):
+            raise PlanError(
+                f"{at} turns the whole model before any block is looked at: move it in front of "
+                f"step {number} ({steps[number - 1][1].name})"
+            )
         if method.verb == "allocate":
             if touched is not None:
                 raise PlanError(
@@ -128,10 +168,13 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
     return LinearPlan(block, linear, name, tuple(tasks), grid, sparsity, pattern)
 
 
-def resolve(recipe: Recipe, anatomy: Anatomy, scale_dtype: torch.dtype, only: int | None = None) -> Resolved:
+def resolve(
+    recipe: Recipe, anatomy: Anatomy, scale_dtype: torch.dtype, only: int | None = None, *, width: int = 0
+) -> Resolved:
     """Decide everything about a recipe on a model. Raises PlanError for every mistake that a user can make in it.
 
     `only` restricts the work to the first so many blocks (the rest stays as it is); the decisions do not depend on it.
+    `width` is that of the residual stream, for methods that rotate it.
     """
     steps = [(step, methods.get(step.method)) for step in recipe.steps]
     parsed = [method.parse(step.options) for step, method in steps]
@@ -179,14 +222,35 @@ def resolve(recipe: Recipe, anatomy: Anatomy, scale_dtype: torch.dtype, only: in
             f"was found in {anatomy.architecture}: leave the step out"
         )
     count = len(anatomy.blocks) if only is None else only
-    return Resolved(
+    resolved = Resolved(
         recipe=recipe,
         linears=tuple(plans),
         rewrites=dict.fromkeys(range(count), rewriting) if rewriting else {},
         allocations=tuple(task for task in tasks if task.method.verb == "allocate"),
         learned=tuple(task for task in tasks if task.method.verb == "learn"),
         needs=frozenset().union(*(task.method.needs for task in tasks)),
+        reads_tokens=any(task.method.needs or getattr(task.method.module, "TOKENS", False) for task in tasks),
     )
+    _refused(resolved, width)
+    return resolved
+
+
+def _refused(resolved: Resolved, width: int) -> None:
+    """Raises PlanError where a method says that it cannot do what its step asks for on this model."""
+    for task in (*resolved.allocations, *resolved.learned):
+        at = f"step {task.step + 1} ({task.method.name})"
+        refuse = getattr(task.method.module, "refuse", None)
+        reasons: list[str | None] = []
+        if task.method.verb == "learn":
+            reasons = [refuse(width, resolved.quantized(), task.options)] if refuse else []
+        else:
+            targets = {x.target for x in resolved.governed(task).values()}
+            if not targets:
+                raise PlanError(f"{at} divides a budget, but no step behind it compresses the layers that it covers")
+            reasons = [refuse(target, task.options) for target in targets] if refuse else []
+        for reason in reasons:
+            if reason is not None:
+                raise PlanError(f"{at}: {reason}")
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from torch import Tensor
 from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import LilliputError, PlanError, SourceError
+from lilliput.methods import get
 from lilliput.model import Model
+from lilliput.recipe import Recipe
 from lilliput.source.names import Names
 
 TOLERANCE = 1e-4  # relative change of logits in float32
@@ -129,6 +131,19 @@ class RotatedModel(Model):
     def change(self, canonical: str) -> Change | None:
         """How a rotation enters a tensor, None where it does not."""
         return self._changes.get(canonical)
+
+
+def prepared(model: Model, recipe: Recipe) -> Model:
+    """The model as a recipe's steps need it: ready to be rotated where one of them learns a rotation.
+
+    Raises PlanError where that cannot be.
+    """
+    return RotatedModel(model) if any(get(step.method).verb == "learn" for step in recipe.steps) else model
+
+
+def resident(width: int) -> int:
+    """Bytes that a rotation of the residual stream keeps: in float64 to compose it, in float32 to apply it."""
+    return 12 * width * width
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lilliput import export, lockstep, memory
+from lilliput import export, lockstep, memory, passes
 from lilliput.activations import Activations, raw
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
@@ -283,6 +283,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
     first = len(plan.shards) - count
     finished = {int(r["block"]): r for r in work.find("block")}
     whole = {int(r["shard"]) for r in work.find("outside")}
+    model = passes.learned(plan, model, ids, work)
     with torch.no_grad():
         for shard in range(first):
             if shard not in whole:
@@ -296,6 +297,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
                 work.note({"kind": "outside", "shard": shard, "sha256": hashes})
         progress.step(len(finished), count)
         if len(finished) < count:
+            plan = passes.allocated(plan, model, ids, work, progress)
             _blocks(plan, model, ids, work, progress, finished, first)
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):

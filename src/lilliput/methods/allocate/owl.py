@@ -1,0 +1,102 @@
+"""OWL: layers whose scores hold more outliers are pruned less, at the same sparsity of the whole model.
+
+Outlier share D_l = share of entries of |W_ij| * |X_j|_2 above m times their mean, over the linears of a block together
+(or over each linear by itself). Sparsities fall linearly with it, p_l = p + t - 2 lambda (D_l - mean D) / (max D -
+min D), clipped to [p - lambda, p + lambda]; the shift t makes their mean over all weights exactly p. Equal shares give
+equal sparsities. p is the sparsity of the pruning step that comes next.
+
+Paper: Yin et al. 2024, arXiv 2310.05175; m = 5, lambda = 0.08.
+Cost: one more forward pass of the calibration samples through the dense model, one block resident. Limits: no N:M
+pattern, which leaves nothing to divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput.methods.scores import Budget, Scores
+from lilliput.methods.view import BlockIO, BlockView
+from lilliput.recipe import Strict, Target
+
+PAPER = "Yin et al. 2024, arXiv 2310.05175"
+NEEDS: tuple[str, ...] = ("square",)
+WRITES: Literal["targets"] = "targets"
+BASELINE: str | None = None
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+    "owl": [{"method": "owl"}, {"method": "wanda", "target": {"sparsity": 0.7}}],
+}
+
+
+class Options(Strict):
+    """`per`: what shares one sparsity, a whole block as in the paper or each linear."""
+
+    multiple: float = Field(5.0, gt=0.0, description="an outlier is this many times the mean score")
+    spread: float = Field(0.08, ge=0.0, le=0.5, description="largest distance from the mean sparsity")
+    per: Literal["block", "linear"] = Field("block", description="what shares one sparsity")
+
+
+def refuse(target: Target, o: Options) -> str | None:
+    """Why a step with this target cannot have its sparsity divided."""
+    if target.pattern is not None:
+        return f"the pattern {target.pattern} fixes the sparsity of every layer: use a sparsity without a pattern"
+    if target.sparsity is None:
+        return "the step that follows has no sparsity to divide: put the step that prunes behind it"
+    return None
+
+
+def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
+    """For each linear: entries above the threshold, and all entries."""
+    scores = {name: w.abs() * _size(block, io, name).to(w) for name, w in block.weights.items()}
+    entries = sum(s.numel() for s in scores.values())
+    joint = sum(float(s.sum(dtype=torch.float64)) for s in scores.values()) / max(entries, 1)
+    found: dict[str, tuple[float, ...]] = {}
+    for name, s in scores.items():
+        mean = joint if o.per == "block" else float(s.mean(dtype=torch.float64))
+        found[name] = (float((s > o.multiple * mean).sum()), float(s.numel()))
+    return found
+
+
+def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]:
+    """Sparsities whose mean over all weights is the recipe's."""
+    unit = {name: str(share.block) if o.per == "block" else name for name, share in budget.items()}
+    units = list(dict.fromkeys(unit.values()))
+    place = {u: i for i, u in enumerate(units)}
+    above, entries, weights, wanted = (torch.zeros(len(units), dtype=torch.float64) for _ in range(4))
+    for name, share in budget.items():
+        i = place[unit[name]]
+        above[i] += scores[name][0]
+        entries[i] += scores[name][1]
+        weights[i] += share.weights
+        wanted[i] += share.weights * float(share.target.sparsity or 0.0)
+    mean = float(wanted.sum() / weights.sum())
+    sparsities = divide(above / entries, weights, mean, min(o.spread, mean, 1.0 - mean))
+    return {
+        name: share.target.model_copy(update={"sparsity": float(sparsities[place[unit[name]]])})
+        for name, share in budget.items()
+    }
+
+
+def divide(shares: Tensor, weights: Tensor, mean: float, spread: float) -> Tensor:
+    """Sparsities [n], float64: falling with `shares`, within `spread` of `mean`, whose weighted mean is `mean`."""
+    width = float(shares.max() - shares.min())
+    if width == 0.0 or spread == 0.0:
+        return torch.full_like(shares, mean)
+    weights = weights / weights.sum()
+    line = mean - 2.0 * spread * (shares - (weights * shares).sum()) / width
+    low, high = -2.0 * spread, 2.0 * spread
+    for _ in range(100):  # the mean rises with the shift, so halving finds it to the last bit
+        shift = (low + high) / 2
+        clipped = (line + shift).clamp(mean - spread, mean + spread)
+        low, high = (shift, high) if float((weights * clipped).sum()) < mean else (low, shift)
+    return (line + (low + high) / 2).clamp(mean - spread, mean + spread)
+
+
+def _size(block: BlockView, io: BlockIO, name: str) -> Tensor:
+    """Norm of each input of a linear over the calibration tokens, up to a factor that all inputs share."""
+    stats = io.stats[block.anatomy.linear(name).site]
+    return stats.second_moment().sqrt() if stats.count else torch.ones(stats.width)

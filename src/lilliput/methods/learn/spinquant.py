@@ -1,0 +1,141 @@
+"""SpinQuant's R1: a rotation of the residual stream, learned on the loss of the quantized model.
+
+min over orthogonal R of the cross-entropy with weights Q(W R), Q(RT W): round-to-nearest on the grids of the step that
+quantizes later, gradients straight through the rounding. Cayley steps R <- (I + a/2 Y)^-1 (I - a/2 Y) R from a random
+Hadamard matrix, with the rate falling by a cosine; of all rotations seen, the one with the least loss is returned.
+
+Paper: Liu et al. 2024, arXiv 2405.16406.
+Cost: for each step two forward passes and one backward pass of `sequences` samples, one block resident, and one file of
+hidden states for each block. Limits: R1 only, for weights only: no R2 inside the heads, no Hadamard transforms at run
+time (R3, R4), no quantized inputs. RMS norms without post-norms only. A killed run learns anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput import backward
+from lilliput.algebra import hadamard
+from lilliput.algebra.rotations import cayley, orthogonal
+from lilliput.backward import Samples
+from lilliput.errors import PlanError
+from lilliput.formats.integer import from_target
+from lilliput.methods.fold import ResidualRotation
+from lilliput.recipe import Strict, Target
+from lilliput.rotated import RotatedModel
+
+PAPER = "Liu et al. 2024, arXiv 2405.16406"
+NEEDS: tuple[str, ...] = ()
+TOKENS = True
+WRITES: Literal["fold"] = "fold"
+BASELINE: str | None = None
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {}
+
+
+class Options(Strict):
+    """The paper takes 100 steps on 800 sequences; a few steps on a few already lower the loss."""
+
+    steps: int = Field(4, ge=0, description="descent steps")
+    rate: float = Field(1.5, gt=0.0, description="length of the first step")
+    sequences: int = Field(8, ge=1, description="calibration samples that the loss is taken over")
+    kind: Literal["hadamard", "orthogonal"] = Field("hadamard", description="family of the random start")
+    seed: int = Field(0, ge=0, description="seed of the start")
+
+
+def refuse(width: int, targets: Mapping[str, Target], o: Options) -> str | None:
+    """Why there is nothing to learn, or nothing to start from."""
+    if not targets:
+        return "no later step quantizes, so every rotation has the same loss: add one, or use hadamard"
+    try:
+        if o.kind == "hadamard":
+            hadamard.factor(width)
+    except PlanError as error:
+        return f"{error} (spinquant.kind=orthogonal)"
+    return None
+
+
+def learn(
+    model: RotatedModel, samples: Samples | None, targets: Mapping[str, Target], o: Options
+) -> Sequence[ResidualRotation]:
+    """One rotation. `targets`: what later steps make of each linear, by its full name."""
+    if samples is None:
+        raise RuntimeError("the rotation is learned from samples, and none were given")
+    few = replace(samples, ids=samples.ids[: o.sequences])
+    width = model.skeleton.hidden_size
+    rotation = hadamard.matrix(width, o.seed) if o.kind == "hadamard" else orthogonal(width, o.seed)
+    best, least = rotation, math.inf
+    for step in range(o.steps):
+        loss, slope = gradient(model, few, targets, rotation)
+        best, least = (rotation, loss) if loss < least else (best, least)
+        rotation = cayley(rotation, slope, o.rate * (1 + math.cos(math.pi * step / o.steps)) / 2)
+    if o.steps and backward.loss(model.skeleton, _read(model, targets, rotation), few) < least:
+        best = rotation
+    return (ResidualRotation(best),)
+
+
+def gradient(
+    model: RotatedModel, samples: Samples, targets: Mapping[str, Target], rotation: Tensor
+) -> tuple[float, Tensor]:
+    """Loss of the rotated and quantized model, and its gradient [hidden, hidden] by the rotation, float64."""
+    total = torch.zeros_like(rotation)
+    loss = math.nan
+    for part in backward.backward(model.skeleton, _read(model, targets, rotation), samples):
+        loss = part.loss
+        for name, slope in part.tensors.items():
+            change = model.change(name)
+            if change is None or change.kind == "gain":
+                continue
+            weight = model.read(name).to(slope)
+            # W' = W R for readers, head and bias, W' = RT W for writers; a transposed tensor swaps the two.
+            if (change.kind == "writer") != change.transposed:
+                total += (weight @ slope.T).double().cpu()
+            else:
+                rows = (weight, slope) if weight.dim() == 2 else (weight[None], slope[None])
+                total += (rows[0].T @ rows[1]).double().cpu()
+        if part.block == 0:
+            total += _embedding(model, samples, part)
+    return loss, total
+
+
+def _embedding(model: RotatedModel, samples: Samples, part: backward.Gradients) -> Tensor:
+    """The embedding's share: hidden states h' = h R before the first block."""
+    skeleton = model.skeleton
+    total = torch.zeros(skeleton.hidden_size, skeleton.hidden_size, dtype=torch.float64)
+    model.load(skeleton.embeddings)
+    for n in range(len(samples.ids)):
+        hidden = skeleton.embed(samples.ids[n : n + 1])[0][0].float().cpu()
+        total += (hidden.T @ part.hidden.read(n, n + 1)[0]).double()
+    model.unload(skeleton.embeddings)
+    return total
+
+
+def _read(model: RotatedModel, targets: Mapping[str, Target], rotation: Tensor) -> backward.Read:
+    """Tensors as the loss sees them: rotated, and rounded to the grid of a later step."""
+    turned = model.rotated(rotation)
+    flipped = {
+        f"{prefix}.{x.name}"
+        for prefix, block in zip(model.anatomy().block_names, model.anatomy().blocks, strict=True)
+        for x in block.linears
+        if x.transposed
+    }
+
+    def read(name: str) -> Tensor:
+        value = turned.read(name)
+        linear = name.removesuffix(".weight")
+        target = targets.get(linear) if name.endswith(".weight") else None
+        if target is None:
+            return value
+        weight = value.float().T.contiguous() if linear in flipped else value.float()
+        form = from_target(target)
+        grid = form.fit(weight)
+        rounded = form.decode(form.encode(weight, grid), grid)
+        return rounded.T.contiguous() if linear in flipped else rounded
+
+    return read

@@ -1,0 +1,173 @@
+"""Passes before the main one: rotations that are learned for the whole model, and scores behind global decisions.
+
+Each is journalled, so a killed run takes up what is finished: a learned rotation is a file of the work folder, scores
+are records of the journal, block by block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lilliput import memory
+from lilliput.activations import Activations, raw
+from lilliput.backward import Samples
+from lilliput.errors import LilliputError
+from lilliput.forward import Batches, embed, observe
+from lilliput.journal import Work
+from lilliput.methods.fold import ResidualRotation
+from lilliput.methods.scores import Scores, Share
+from lilliput.methods.view import BlockIO, BlockView
+from lilliput.model import Model
+from lilliput.plan import Plan
+from lilliput.progress import Progress
+from lilliput.resolve import Task
+from lilliput.rotated import RotatedModel
+from lilliput.stats.site import SiteStats
+from lilliput.weights import BlockWeights
+
+
+def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work) -> Model:
+    """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did."""
+    for task in plan.resolved.learned:
+        if not isinstance(model, RotatedModel):
+            raise RuntimeError("a rotation was planned for a model that was not prepared for one")
+        path = work.folder / f"rotation-{task.step:02d}.safetensors"
+        records = [r for r in work.find("rotation") if r["step"] == task.step]
+        if not records:
+            samples = None if ids is None else Samples(ids, work.folder)
+            targets = plan.resolved.quantized()
+            with torch.enable_grad():
+                folds = task.method.module.learn(model, samples, targets, task.options)
+            matrix = _product(folds, model.skeleton.hidden_size)
+            _save(path, matrix)
+            work.note({"kind": "rotation", "step": task.step, "sha256": _sha256(matrix)})
+        else:
+            matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
+            if _sha256(matrix) != records[0]["sha256"]:
+                raise LilliputError(
+                    f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and start "
+                    "anew"
+                )
+        model = model.rotated(matrix)
+        memory.trim()
+    return model
+
+
+def _product(folds: Any, width: int) -> Tensor:
+    out = torch.eye(width, dtype=torch.float64)
+    for fold in folds:
+        if not isinstance(fold, ResidualRotation):
+            raise RuntimeError(f"a learned fold is a ResidualRotation, not a {type(fold).__name__}")
+        out = out @ fold.matrix.to("cpu", torch.float64)
+    return out
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(raw(tensor.contiguous().reshape(-1))).hexdigest()
+
+
+def _save(path: Path, matrix: Tensor) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    save_file({"rotation": matrix.contiguous()}, fresh)
+    with fresh.open("rb+") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
+    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks."""
+    for task in plan.resolved.allocations:
+        governed = plan.resolved.governed(task)
+        scores = _scores(plan, task, model, ids, work, progress)
+        budget = {
+            x.name: Share(x.block, x.linear.parameters, governed[x.name].target)
+            for x in plan.resolved.linears
+            if x.name in governed
+        }
+        targets = task.method.module.allocate(scores, budget, task.options)
+        plan = replace(plan, resolved=plan.resolved.with_targets(task, targets))
+    return plan
+
+
+def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Scores:
+    """Scores of all linears that the step governs, by full name, from the first block without a record on."""
+    done = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
+    count = len(model.skeleton.block_names)
+    if len(done) < count:
+        with torch.no_grad():
+            _score_blocks(plan, task, model, ids, work, progress, done)
+        done = [r for r in work.find("score") if r["step"] == task.step]
+    return {name: tuple(values) for record in done for name, values in record["scores"].items()}
+
+
+def _score_blocks(
+    plan: Plan,
+    task: Task,
+    model: Model,
+    ids: Tensor | None,
+    work: Work,
+    progress: Progress,
+    done: list[dict[str, Any]],
+) -> None:
+    count, start = len(model.skeleton.block_names), len(done)
+    batches: Batches | None = None
+    inputs: Activations | None = None
+    if task.method.needs:
+        if ids is None:
+            raise RuntimeError("scores were planned from calibration, but there are no tokens")
+        inputs = _states(plan, task, model, ids, work, start, create=start == 0)
+        if start and inputs.checksum() != done[-1]["hidden"]:
+            raise LilliputError(
+                f"{inputs.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
+                "start anew"
+            )
+        batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
+    governed = plan.resolved.governed(task)
+    progress.step(start, count, "scoring")
+    for index in range(start, count):
+        anatomy = model.anatomy().blocks[index]
+        prefix = model.skeleton.block_names[index]
+        names = [x.name for x in anatomy.linears if f"{prefix}.{x.name}" in governed]
+        stats: Mapping[str, SiteStats] = {}
+        outputs: Activations | None = None
+        if batches is not None and inputs is not None and ids is not None:
+            model.load_block(index)
+            outputs = _states(plan, task, model, ids, work, index + 1, create=True)
+            sites = [site for site in anatomy.sites if set(site.linears) & set(names)]
+            stats = observe(model, index, batches, inputs, outputs, sites, task.method.needs)
+            model.unload_block(index)
+        weights = BlockWeights(model, index, anatomy)
+        view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})
+        scores = task.method.module.score(view, BlockIO(stats), task.options)
+        del view
+        work.note(
+            {
+                "kind": "score",
+                "step": task.step,
+                "block": index,
+                "scores": {f"{prefix}.{name}": list(values) for name, values in scores.items()},
+                "hidden": None if outputs is None else outputs.checksum(),
+            }
+        )
+        if inputs is not None:
+            inputs.delete()
+        inputs = outputs
+        memory.trim()
+        progress.step(index + 1, count, "scoring")
+    if inputs is not None:
+        inputs.delete()
+
+
+def _states(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, block: int, *, create: bool) -> Activations:
+    """Hidden states that enter a block, under names that the main pass does not use."""
+    shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
+    return Activations(work.folder / f"score-{task.step:02d}-{block:04d}.bin", shape, plan.dtype, create=create)

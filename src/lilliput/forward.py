@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lilliput import lockstep, memory
 from lilliput.activations import Activations
@@ -17,6 +19,8 @@ from lilliput.model import Model
 from lilliput.progress import Progress
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
+
+ROWS = 4096  # rows of the token table read at a time
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,52 @@ def embed(model: Model, ids: Tensor, batch: int, into: Activations | None) -> Ba
     skeleton = model.skeleton
     bounds = tuple((a, min(a + batch, len(ids))) for a in range(0, len(ids), batch))
     calls: dict[int, Calls] = {}
-    model.load(skeleton.embeddings)
-    try:
+    with _embeddings(model, ids) as mapped:
         for start, stop in bounds:
             if into is None and stop - start in calls:
                 continue
-            hidden, recorded = skeleton.embed(ids[start:stop].to(skeleton.device))
+            hidden, recorded = skeleton.embed(mapped[start:stop].to(skeleton.device))
             calls.setdefault(stop - start, recorded)
             if into is not None:
                 into.write(start, hidden)
-    finally:
-        model.unload(skeleton.embeddings)
     memory.trim()
     return Batches(bounds, calls)
+
+
+@contextmanager
+def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
+    """The embeddings in place while the context lasts, of the token table only the rows that `ids` [N, T] name.
+
+    Gives ids renumbered to those rows: a vocabulary of 128,000 would otherwise be the largest thing in memory.
+    """
+    skeleton = model.skeleton
+    table: Any = cast(Any, skeleton.model).get_input_embeddings()
+    name = next((n for n in skeleton.embeddings if skeleton.tensor(n) is getattr(table, "weight", None)), None)
+    if name is None or not isinstance(table, nn.Embedding):
+        model.load(skeleton.embeddings)
+        try:
+            yield ids
+        finally:
+            model.unload(skeleton.embeddings)
+        return
+    used, mapped = ids.unique(return_inverse=True)
+    rows = torch.empty(len(used), table.weight.shape[1], dtype=skeleton.dtype_of(name), device=skeleton.device)
+    for a in range(0, model.shape(name)[0], ROWS):
+        here = (used >= a) & (used < a + ROWS)
+        if bool(here.any()):
+            piece = model.read_rows(name, a, min(a + ROWS, model.shape(name)[0]))
+            rows[here] = piece[used[here] - a].to(rows)
+    padding, table.padding_idx = table.padding_idx, None
+    others = [n for n in skeleton.embeddings if n != name]
+    model.load(others)
+    whole = table.weight
+    try:
+        table.weight = nn.Parameter(rows, requires_grad=False)
+        yield mapped
+    finally:
+        table.weight = whole
+        table.padding_idx = padding
+        model.unload(others)
 
 
 def observe(

@@ -65,6 +65,13 @@ class Model:
             value = value if ref.rows is None else value[ref.rows[0] : ref.rows[1]].clone()
         return (value.T if ref.transposed else value).contiguous()
 
+    def read_rows(self, canonical: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor that is stored whole; contiguous, on the CPU, in the dtype of the files."""
+        ref = self._ref(canonical)
+        if ref.index is not None or ref.rows is not None or ref.transposed:
+            return self.read(canonical)[start:stop].contiguous()
+        return self.source.read(ref.stored, (start, stop))
+
     def stored_name(self, canonical: str) -> str:
         """Name under which to write a tensor: its own in the files.
 

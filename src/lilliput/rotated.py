@@ -119,8 +119,19 @@ class RotatedModel(Model):
             return value
         return turn(value, self._factors[change.place], change.kind, change.transposed).contiguous()
 
+    def read_rows(self, canonical: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, rotated."""
+        change = self._changes.get(canonical)
+        if change is None:
+            return super().read_rows(canonical, start, stop)
+        if change.kind != "outside":
+            return self.read(canonical)[start:stop].contiguous()
+        return self._turn_rows(super().read_rows(canonical, start, stop), change)
+
     def _read_rows(self, canonical: str, change: Change) -> Tensor:
-        value = super().read(canonical)
+        return self._turn_rows(super().read(canonical), change)
+
+    def _turn_rows(self, value: Tensor, change: Change) -> Tensor:
         gain = None if change.gain is None else super().read(change.gain).float() + change.offset
         for start in range(0, len(value), ROWS):
             part = value[start : start + ROWS].float()

@@ -64,7 +64,7 @@ def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
         finally:
             model.unload(skeleton.embeddings)
         return
-    used, mapped = ids.unique(return_inverse=True)
+    used, mapped = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     rows = torch.empty(len(used), table.weight.shape[1], dtype=skeleton.dtype_of(name), device=skeleton.device)
     for a in range(0, model.shape(name)[0], ROWS):
         here = (used >= a) & (used < a + ROWS)

@@ -241,5 +241,6 @@ def peak(blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, ite
         largest = max(x.parameters for x in block.linears)
         held = sum(x.out_features + x.in_features for x in block.linears if x.expert is None or x.expert < 2)
         widest = max(widest, weights * (itemsize + 4) + 12 * largest + 3 * tokens * (held + 8 * hidden) * 4)
-    head = vocabulary * hidden * (2 * itemsize + 8) + 4 * 4 * max(LOGITS, vocabulary) + 8 * tokens * hidden * 4
+    logits = min(max(LOGITS, vocabulary), tokens * vocabulary)
+    head = vocabulary * hidden * (2 * itemsize + 8) + 4 * 4 * logits + 8 * tokens * hidden * 4
     return max(widest, head)

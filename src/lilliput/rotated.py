@@ -124,9 +124,9 @@ class RotatedModel(Model):
         change = self._changes.get(canonical)
         if change is None:
             return super().read_rows(canonical, start, stop)
-        if change.kind != "outside":
+        if change.kind != "outside" or canonical not in self.inner.refs:
             return self.read(canonical)[start:stop].contiguous()
-        return self._turn_rows(super().read_rows(canonical, start, stop), change)
+        return self._turn_rows(self.inner.read_rows(canonical, start, stop), change)
 
     def _read_rows(self, canonical: str, change: Change) -> Tensor:
         return self._turn_rows(super().read(canonical), change)

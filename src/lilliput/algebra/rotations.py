@@ -10,7 +10,8 @@ def orthogonal(width: int, seed: int) -> Tensor:
     """A random orthogonal matrix [width, width], float64, uniform over all of them."""
     rng = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(width, width, generator=rng, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    out: Tensor = q * r.diagonal().sign()
+    return out
 
 
 def cayley(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
@@ -26,7 +27,8 @@ def cayley(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
     size = float(skew.abs().sum(0).max())
     step = rate if size == 0.0 else min(rate, 1.0 / size)
     eye = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
-    return torch.linalg.solve(eye + (step / 2) * skew, rotation - (step / 2) * (skew @ rotation))
+    out: Tensor = torch.linalg.solve(eye + (step / 2) * skew, rotation - (step / 2) * (skew @ rotation))
+    return out
 
 
 def principal(gram: Tensor) -> Tensor:

@@ -31,17 +31,20 @@ ROWWISE = True
 BASELINE: str | None = None
 
 
-def _recipe(bits: int = 4, search: str = "minmax", **target: Any) -> list[dict[str, Any]]:
-    options: dict[str, Any] = {"search": search, "importance": False}
-    return [{"method": "rtn", "target": {"bits": bits, **target}, "options": options}]
+def _recipe(
+    bits: int = 4, group_size: str | int = "auto", symmetric: bool = True, search: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    target = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    options = {"importance": False, **(search or {"search": "minmax"})}
+    return [{"method": "rtn", "target": target, "options": options}]
 
 
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "rtn": [{"method": "rtn", "target": {"bits": 4}}],
     "uniform-affine": _recipe(symmetric=False),
     "sym-asym": _recipe(symmetric=True),
-    "granularity": _recipe(symmetric=False, group_size=32),
-    "range-calibration": _recipe(search="mse", symmetric=False),
+    "granularity": _recipe(symmetric=False, group_size="channel"),
+    "range-calibration": _recipe(symmetric=False, search={"search": "mse", "norm": 2.4, "steps": 80}),
     "glm130b-rowwise": _recipe(group_size="channel"),
     "zeroquant-v2": _recipe(bits=8, group_size="channel"),
     "code-model-quant": _recipe(bits=8, group_size=32),

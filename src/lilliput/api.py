@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -310,7 +311,7 @@ def evaluate(
     model: str | Path,
     against: str | Path | None = None,
     *,
-    data: str = "docs",
+    data: str = "docs:library",
     windows: int = 8,
     tokens: int = 1024,
     memory: int | None = None,
@@ -345,7 +346,9 @@ def inspect(model: str | Path, data: str | None = None, *, samples: int = 8, tok
     found = inspect_anatomy(opened)
     if data is not None:
         ids = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=tokens).ids
-        found["outliers"] = outliers(stream.site_statistics(opened, ids, ("absmax", "square")))
+        with tempfile.TemporaryDirectory() as folder:
+            seen = forward.site_statistics(opened, ids, Path(folder), frozenset({"absmax", "square"}))
+        found["outliers"] = outliers(seen)
     return found
 
 

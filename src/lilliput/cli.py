@@ -133,7 +133,7 @@ def plan(
 def evaluate(
     model: ModelArg,
     against: Annotated[str | None, typer.Option(help="The original: adds ratio, KL divergence and agreement.")] = None,
-    data: DataOpt = "docs",
+    data: DataOpt = "docs:library",
     windows: Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     memory: MemoryOpt = None,

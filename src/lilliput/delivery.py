@@ -106,11 +106,11 @@ def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int
 
 def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: Any) -> None:
     plan, model = d.plan, d.model
-    stored = {model.dtype(name) for name in model.skeleton.shapes}
+    stored = {model.written_dtype(name) for name in model.skeleton.shapes}
     config = model_config(
         model.source.config,
         quantization=plan.quantization_config,
-        dtype=max(stored, key=lambda t: sum(model.dtype(n) == t for n in model.skeleton.shapes)),
+        dtype=max(stored, key=lambda t: sum(model.written_dtype(n) == t for n in model.skeleton.shapes)),
         tied=model.tied,
         architecture=type(model.skeleton.model).__name__,
     )
@@ -123,6 +123,8 @@ def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[
         licence=read_licence(model.source.folder),
         notes=(*plan.notes, *notes),
     )
+    if model.source.from_gguf:
+        model.source.tokenizer().save_pretrained(folder)
     write_side_files(
         folder,
         source_side_files=model.source.side_files(),

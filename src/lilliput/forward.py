@@ -144,3 +144,26 @@ def last_hidden(
         store.delete()
         raise
     return store
+
+
+def site_statistics(
+    model: Model, ids: Tensor, folder: Path, needs: frozenset[str], *, batch: int = 4, progress: Progress | None = None
+) -> dict[str, SiteStats]:
+    """Statistics of the inputs of every site of every block, by its full name; ids int64 [N, T]."""
+    skeleton = model.skeleton
+    blocks = model.anatomy().blocks
+    found: dict[str, SiteStats] = {}
+    store = Activations(folder / "sites.bin", (*ids.shape, skeleton.hidden_size), skeleton.dtype, create=True)
+    try:
+        with torch.no_grad():
+            batches = embed(model, ids, batch, store)
+            for index, name in enumerate(skeleton.block_names):
+                model.load_block(index)
+                seen = observe(model, index, batches, store, store, blocks[index].sites, needs)
+                found.update({f"{name}.{site}": stats for site, stats in seen.items()})
+                model.unload_block(index)
+                if progress is not None:
+                    progress.step(index + 1, len(blocks))
+    finally:
+        store.delete()
+    return found

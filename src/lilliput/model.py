@@ -95,6 +95,11 @@ class Model:
         """Dtype that `read` returns for a canonical tensor."""
         return self.source.stored[self._ref(canonical).stored].dtype
 
+    def written_dtype(self, canonical: str) -> torch.dtype:
+        """Dtype in which a dense tensor is written: its own, but float16 for what a GGUF file held in blocks."""
+        dtype = self.dtype(canonical)
+        return torch.float16 if self.source.from_gguf and dtype == torch.float32 else dtype
+
     def anatomy(self) -> Anatomy:
         """What the model is made of; found once."""
         if self._anatomy is None:

@@ -208,7 +208,8 @@ def _tensors(
     blocks = {name: n for n in range(len(skeleton.block_names)) for name in skeleton.names_of(n)}
     outside = [name for name in skeleton.shapes if name not in blocks]
     loose: list[tuple[str, str, torch.dtype, tuple[int, ...], str]] = [
-        (model.stored_name(name), _kind(name, model), model.dtype(name), model.shape(name), name) for name in outside
+        (model.stored_name(name), _kind(name, model), model.written_dtype(name), model.shape(name), name)
+        for name in outside
     ]
     stored = model.source.stored
     loose += [(name, "carried", stored[name].dtype, stored[name].shape, name) for name in model.carried]
@@ -230,7 +231,8 @@ def _tensors(
             for name, (dtype, shape) in exporter.describe(outcome).items():
                 planned.append(TensorPlan(name, kind, dtype, tuple(shape), first + block, linear))
         else:
-            stored_name, dtype, shape = model.stored_name(canonical), model.dtype(canonical), model.shape(canonical)
+            stored_name, shape = model.stored_name(canonical), model.shape(canonical)
+            dtype = model.written_dtype(canonical)
             planned.append(TensorPlan(stored_name, _kind(canonical, model), dtype, shape, first + block, canonical))
     count = first + len(skeleton.block_names)
     return tuple(planned), tuple(f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count))
@@ -238,7 +240,7 @@ def _tensors(
 
 def scale_dtype(model: Model) -> torch.dtype:
     """Scales are stored in the model's own half precision; float32 models take float16."""
-    stored = {model.dtype(name) for name in model.skeleton.names_of(0) if name.endswith(".weight")}
+    stored = {model.written_dtype(name) for name in model.skeleton.names_of(0) if name.endswith(".weight")}
     return torch.bfloat16 if torch.bfloat16 in stored else torch.float16
 
 
@@ -251,7 +253,7 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
         return known[wanted]
     if device != "cpu":
         return torch.bfloat16
-    flags = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()  # type: ignore[attr-defined]
+    flags = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if flags else torch.float32
 
 
@@ -317,7 +319,7 @@ def make(
             out_features=x.linear.out_features,
             in_features=x.linear.in_features,
             format=x.format,
-            dtype=model.dtype(f"{x.name}.weight"),
+            dtype=model.written_dtype(f"{x.name}.weight"),
             sparsity=x.sparsity,
             pattern=x.pattern,
             transposed=x.linear.transposed,

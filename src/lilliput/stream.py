@@ -288,7 +288,9 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
         for shard in range(first):
             if shard not in whole:
                 tensors = {
-                    x.name: (model.source.read(x.source) if x.kind == "carried" else model.read(x.source)).contiguous()
+                    x.name: (
+                        model.source.read(x.source) if x.kind == "carried" else model.read(x.source).to(x.dtype)
+                    ).contiguous()
                     for x in plan.of_shard(shard)
                 }
                 hashes = _save(work, plan.shards[shard], tensors)

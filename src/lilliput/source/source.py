@@ -82,6 +82,11 @@ class Source:
                 stored[name] = Stored(name, entry.shape, entry.dtype, entry.nbytes)
         self.stored: Mapping[str, Stored] = stored
 
+    @property
+    def from_gguf(self) -> bool:
+        """Whether the weights come from a GGUF file, where types are the file's own and say nothing of the model's."""
+        return self._gguf is not None
+
     def read(self, stored_name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor by its stored name, or its rows [start, stop); contiguous, on the CPU, in `stored[name].dtype`."""
         if stored_name not in self.stored:

@@ -1,0 +1,118 @@
+"""Perplexity, time and memory of recipes on one model, each compressed in a fresh process.
+
+    python benchmarks/quality.py MODEL --calibration VALID.txt --text test=TEST.txt --text c4=C4.jsonl \
+        --run "gptq-4=gptq gptq.bits=4 gptq.group_size=64 gptq.symmetric=false" --out results.json
+
+Calibration: 32 x 512 tokens from the start. Perplexity: 16 windows of 1,024 tokens, float32, on the folder as re-read.
+A run named `original` is the model itself. Times are wall-clock seconds of the whole call, `forwards` the same in
+bfloat16 forward passes of the calibration tokens through the model (blocks and head), timed in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def compress(model: str, calibration: str, out: str, words: list[str]) -> dict[str, Any]:
+    """In this process: one recipe, timed with the forward pass beside it."""
+    import time
+
+    import torch
+
+    import lilliput
+    from lilliput import memory
+
+    began = time.perf_counter()
+    result = lilliput.compress(
+        model, out, recipe=words[0], settings=words[1:], data=calibration, samples=32, tokens=512, eval_windows=0
+    )
+    seconds = time.perf_counter() - began
+    peak = memory.peak_above_base()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with open(calibration, encoding="utf-8") as file:
+        ids = torch.tensor(tokenizer(file.read(400_000), verbose=False).input_ids[: 32 * 512]).view(32, 512)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    times = []
+    with torch.no_grad():
+        whole(ids[:4])
+        for _ in range(3):
+            start = time.perf_counter()
+            for a in range(0, 32, 4):
+                whole(ids[a : a + 4])
+            times.append(time.perf_counter() - start)
+    forward = sorted(times)[1]
+    return {
+        "seconds": seconds,
+        "forward_bf16": forward,
+        "forwards": seconds / forward,
+        "peak_rss_bytes": peak,
+        "predicted_peak_rss_bytes": result.plan.layout.bytes,
+        "bytes": result.to_json()["measured"]["bytes"],
+        "predicted_bytes": result.plan.bytes,
+        "folder_bytes": result.folder_bytes,
+        "predicted_folder_bytes": result.plan.folder_bytes,
+        "bits_per_weight": result.plan.bits_per_weight,
+        "model_bits_per_weight": result.plan.model_bits_per_weight,
+    }
+
+
+def fresh(arguments: list[str]) -> dict[str, Any]:
+    """The same script in a fresh process, which prints one JSON object last."""
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", action="append", default=[], help="NAME=FILE to measure perplexity on")
+    parser.add_argument("--run", action="append", default=[], help="NAME=RECIPE [STEP.KEY=VALUE ...]")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--out")
+    parser.add_argument("--keep", help="folder that keeps the compressed models")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(compress(options.model, options.calibration, options.child, options.run[0].split())))
+        return
+    import lilliput
+
+    results: dict[str, Any] = {}
+    if options.out and Path(options.out).exists():
+        results = json.loads(Path(options.out).read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(options.keep or scratch)
+        base.mkdir(parents=True, exist_ok=True)
+        for run in options.run:
+            name, _, words = run.partition("=")
+            row: dict[str, Any] = {"recipe": words}
+            folder = options.model
+            if words != "original":
+                folder = str(base / name)
+                shared = ["--calibration", options.calibration]
+                row |= fresh([options.model, *shared, "--child", folder, "--run", words])
+            for text in options.text:
+                label, _, file = text.partition("=")
+                against = None if words == "original" else options.model
+                found = lilliput.evaluate(folder, against, data=file, windows=options.windows, tokens=1024).to_json()
+                keys = ("perplexity", "perplexity_ratio", "kl", "agreement")
+                row[label] = {key: found[key] for key in keys if found.get(key)}
+            results[name] = row
+            print(name, json.dumps(row), file=sys.stderr, flush=True)
+            if options.out:
+                Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

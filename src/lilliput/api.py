@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput import delivery, memory, rotated, stream
+from lilliput import delivery, forward, memory, rotated, stream
 from lilliput import plan as planning
 from lilliput import recipe as recipes
 from lilliput.data.generate import generate_tokens

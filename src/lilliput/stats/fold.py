@@ -1,4 +1,4 @@
-"""Statistics as folds over batches of inputs: init, update, merge. A fold owns its buffers and updates them in place."""
+"""Statistics as folds over batches of inputs: init, update, merge. A fold owns its buffers, updated in place."""
 
 from __future__ import annotations
 

@@ -102,6 +102,10 @@ def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
     """Scores of all linears that the step governs, by full name, from the first block without a record on."""
     done = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
     count = len(model.skeleton.block_names)
+    for path in work.folder.glob(f"score-{task.step:02d}-*.bin"):
+        # A run killed between a record and its tidying leaves the states of a finished block behind.
+        if path != _states_path(work, task, len(done)) or len(done) == count:
+            path.unlink()
     if len(done) < count:
         with torch.no_grad():
             _score_blocks(plan, task, model, ids, work, progress, done)
@@ -170,4 +174,8 @@ def _score_blocks(
 def _states(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, block: int, *, create: bool) -> Activations:
     """Hidden states that enter a block, under names that the main pass does not use."""
     shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
-    return Activations(work.folder / f"score-{task.step:02d}-{block:04d}.bin", shape, plan.dtype, create=create)
+    return Activations(_states_path(work, task, block), shape, plan.dtype, create=create)
+
+
+def _states_path(work: Work, task: Task, block: int) -> Path:
+    return work.folder / f"score-{task.step:02d}-{block:04d}.bin"

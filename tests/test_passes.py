@@ -1,0 +1,187 @@
+"""Passes before the main one: a run stopped at any record goes on and ends with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lilliput import stream
+from lilliput.errors import LilliputError
+from lilliput.forward import last_hidden
+from lilliput.journal import Work
+from lilliput.methods.allocate import owl
+from lilliput.methods.learn import spinquant
+from lilliput.model import Model, open_model
+from lilliput.plan import Plan, make
+from lilliput.progress import Quiet
+from lilliput.recipe import Recipe, Step, Target
+from lilliput.rotated import prepared
+
+LAYERS = 3
+RECIPES: Mapping[str, tuple[Step, ...]] = {
+    "owl, wanda": (Step(method="owl", options={"multiple": 2.0}), Step(method="wanda", target=Target(sparsity=0.6))),
+    "spinquant, owl, wanda, gptq": (
+        Step(method="spinquant", options={"steps": 1, "sequences": 2}),
+        Step(method="owl", options={"multiple": 2.0}),
+        Step(method="wanda", target=Target(sparsity=0.5)),
+        Step(method="gptq", target=Target(bits=4, group_size="channel")),
+    ),
+    "hadamard, wanda 2:4, gptq": (
+        Step(method="hadamard"),
+        Step(method="wanda", target=Target(pattern="2:4")),
+        Step(method="gptq", target=Target(bits=4, group_size=8)),
+    ),
+}
+IDS = torch.randint(0, 48, (3, 10), generator=torch.Generator().manual_seed(1))
+
+
+class KilledError(Exception):
+    """Stands for kill -9: nothing of ours gets to run after it."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    whole = tf.AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for value in whole.parameters():
+            value.add_(torch.randn(value.shape) * 0.2)
+    folder = tmp_path_factory.mktemp("model")
+    whole.save_pretrained(folder)
+    return open_model(str(folder))
+
+
+def planned(source: Model, steps: tuple[Step, ...]) -> tuple[Plan, Model]:
+    recipe = Recipe(steps=steps)
+    model = prepared(source, recipe)
+    made = make(model, recipe, samples=3, tokens=10, budget=None, size=None, seed=None, dtype=torch.float32)
+    return made, model
+
+
+def run(made: Plan, model: Model, out: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The journal's records and the hashes of the files."""
+    with Work(out, "key") as work:
+        stream.run(made, model, IDS, work, Quiet())
+        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in work.staging.glob("*.safetensors")}
+        left = [*work.folder.glob("score-*.bin"), *work.folder.glob("backward-*.bin")]
+        assert not left, "hidden states do not outlive the run"
+        return work.records, files
+
+
+def stopping(after: int, before: bool) -> Callable[[Work, Mapping[str, Any]], None]:
+    """Work.note that dies at its record number `after`: before or behind writing it."""
+    seen: list[None] = []
+    note = Work.note
+
+    def stopped(self: Work, record: Mapping[str, Any]) -> None:
+        seen.append(None)
+        if len(seen) <= after:
+            note(self, record)
+            return
+        if not before:
+            note(self, record)
+        raise KilledError
+
+    return stopped
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
+    name: str, source: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, model = planned(source, RECIPES[name])
+    records, expected = run(made, model, tmp_path / "whole")
+    kinds = [r["kind"] for r in records]
+    learning, scoring = ("spinquant" in name or "hadamard" in name), "owl" in name
+    assert kinds.count("rotation") == learning
+    assert kinds.count("score") == scoring * LAYERS
+    assert kinds.count("block") == LAYERS
+    scored: list[None] = []
+    learned: list[None] = []
+    score, learn = owl.score, spinquant.learn
+    monkeypatch.setattr(owl, "score", lambda *a: (scored.append(None), score(*a))[1])
+    monkeypatch.setattr(spinquant, "learn", lambda *a: (learned.append(None), learn(*a))[1])
+    for after in range(len(records)):
+        for before in (True, False):
+            out = tmp_path / f"{after}-{before}"
+            scored.clear()
+            learned.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(Work, "note", stopping(after, before))
+                with pytest.raises(KilledError):
+                    run(made, model, out)
+            again, files = run(made, model, out)
+            assert files == expected
+            assert [r["kind"] for r in again] == kinds
+            # At most the one block, or the one rotation, that had no record yet is done twice.
+            assert len(scored) <= scoring * LAYERS + 1
+            assert len(learned) <= ("spinquant" in name) + (before and kinds[after] == "rotation")
+
+
+def test_another_rotation_in_the_work_folder_is_noticed(source: Model, tmp_path: Path) -> None:
+    made, model = planned(source, RECIPES["hadamard, wanda 2:4, gptq"])
+    with Work(tmp_path / "out", "key") as work, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "note", stopping(2, before=False))
+        with pytest.raises(KilledError):
+            stream.run(made, model, IDS, work, Quiet())
+    path = work.folder / "rotation-00.safetensors"
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(LilliputError, match="not what the unfinished run wrote"):
+        run(made, model, tmp_path / "out")
+
+
+def test_other_hidden_states_in_the_work_folder_are_noticed(source: Model, tmp_path: Path) -> None:
+    made, model = planned(source, RECIPES["owl, wanda"])
+    shards = len(made.shards) - LAYERS
+    with Work(tmp_path / "out", "key") as work, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "note", stopping(shards, before=False))
+        with pytest.raises(KilledError):
+            stream.run(made, model, IDS, work, Quiet())
+    (state,) = work.folder.glob("score-00-0001.bin")
+    state.write_bytes(bytes(state.stat().st_size))
+    with pytest.raises(LilliputError, match="not what the unfinished run wrote"):
+        run(made, model, tmp_path / "out")
+
+
+def test_zeros_of_two_in_four_stay_through_rotation_and_gptq(source: Model, tmp_path: Path) -> None:
+    made, model = planned(source, RECIPES["hadamard, wanda 2:4, gptq"])
+    run(made, model, tmp_path / "out")
+    checked = 0
+    for x in made.resolved.linears:
+        stored = load_file(tmp_path / ".out.partial" / "model" / made.shards[len(made.shards) - LAYERS + x.block])
+        shape = (x.linear.out_features, x.linear.in_features)
+        codes = unpack_from_int32(stored[f"{x.name}.weight_packed"], 4, torch.Size(shape))
+        assert bool(((codes.reshape(-1, 4) != 0).sum(1) <= 2).all()), x.name
+        assert float((codes != 0).float().mean()) > 0.3
+        checked += 1
+    assert checked == 7 * LAYERS
+
+
+def test_the_last_hidden_states_are_the_rotated_models(source: Model, tmp_path: Path) -> None:
+    """A rotation turns the hidden states and nothing else."""
+    made, model = planned(source, RECIPES["hadamard, wanda 2:4, gptq"])
+    (task,) = made.resolved.learned
+    (fold,) = task.method.module.learn(model, None, {}, task.options)
+
+    def states(of: Model) -> Tensor:
+        store = last_hidden(of, IDS, tmp_path)
+        try:
+            return store.read(0, 3)
+        finally:
+            store.delete()
+
+    plain, turned = states(source), states(model.rotated(fold.matrix))  # type: ignore[attr-defined]
+    torch.testing.assert_close(turned, plain @ fold.matrix.float(), rtol=1e-3, atol=1e-4)

@@ -10,6 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lilliput.errors import LilliputError
+
+# What to do when the files of an unfinished run are not what it wrote.
+START_ANEW = "delete the folder of the unfinished run, .NAME.partial beside the output NAME, and start anew"
+
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of one or more dimensions, without a copy."""
@@ -27,19 +32,24 @@ class Activations:
         self.path, self.shape, self.dtype = path, shape, dtype
         self._row = shape[1] * shape[2] * dtype.itemsize
         flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
-        self._file = os.open(path, flags, 0o600)
+        try:
+            self._file = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            if create:
+                raise
+            raise LilliputError(f"{path} is gone: the unfinished run cannot go on without it; {START_ANEW}") from None
         size = shape[0] * self._row
         if create:
             # Reserving the space now turns a full disk into an error before the work, not in the middle of it.
             try:
                 os.posix_fallocate(self._file, 0, max(size, 1))
-            except OSError:
+            except OSError as error:
                 os.close(self._file)
                 path.unlink(missing_ok=True)
-                raise
+                raise OSError(error.errno, error.strerror, str(path)) from None
         elif os.fstat(self._file).st_size < size:
             os.close(self._file)
-            raise OSError(f"{path} is shorter than its {size} bytes")
+            raise LilliputError(f"{path} is shorter than its {size} bytes (a power failure?); {START_ANEW}")
 
     def __len__(self) -> int:
         return self.shape[0]

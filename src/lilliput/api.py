@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import shutil
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput import delivery, forward, memory, rotated, stream
+from lilliput import delivery, forward, journal, memory, rotated, stream
 from lilliput import plan as planning
 from lilliput import recipe as recipes
 from lilliput.data.generate import generate_tokens
@@ -171,16 +171,12 @@ def _tokens(model: Model, made: Plan, data: str, seed: int | None) -> Tokens | N
     return load_tokens(data, tokenizer, samples=made.samples, tokens=made.tokens, seed=seed)
 
 
-def _space(made: Plan, model: Model, out: Path, work: Path | None) -> None:
+def _space(made: Plan, model: Model, place: Work, eval_windows: int) -> None:
     hidden = int(model.source.text_config.hidden_size)
     spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
-    for folder, need in ((out.parent, made.folder_bytes), (work or out.parent, spill)):
-        free = shutil.disk_usage(folder).free
-        if free < need:
-            raise PlanError(
-                f"{folder} has {memory.readable(free)} free but {memory.readable(need)} will be written: free some "
-                "space, or name other places with --out and --work"
-            )
+    if eval_windows:
+        spill = max(spill, 2 * eval_windows * _window(model) * hidden * 4)
+    place.need(made.folder_bytes, spill)
 
 
 def compress(
@@ -212,11 +208,13 @@ def compress(
     """
     began = time.perf_counter()
     target = Path(out)
-    if target.exists():
+    elsewhere = None if work is None else Path(work).absolute()
+    if os.path.lexists(target) and not journal.published(target.absolute(), elsewhere):
         raise LilliputError(f"{target} exists already: choose another --out, or move it away first")
     if not target.absolute().parent.is_dir():
         raise LilliputError(f"the folder {target.absolute().parent} does not exist: create it, or choose another --out")
-    elsewhere = None if work is None else Path(work)
+    if eval_windows == 1:
+        raise DataError("one window gives no interval: measure on 2 or more, or on 0 for no measurement")
     opened, made = _open(
         model,
         recipe,
@@ -233,7 +231,7 @@ def compress(
         try:
             return _run(opened, made, target.absolute(), elsewhere, data, seed, eval_data, eval_windows, shown, began)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise LilliputError(
                     f"the disk is full ({error.filename or target.parent}); nothing is lost: free some space and "
                     "repeat the command, it goes on where it stopped"
@@ -256,9 +254,18 @@ def _run(
     opened.source.scan()
     made = replace(made, fingerprint=opened.source.fingerprint())  # now that every byte has been read
     tokens = _tokens(opened, made, data, seed)
+    if eval_data is not None and eval_windows:
+        # Text that is missing or too short is found now, not after the work.
+        load_tokens(eval_data, opened.source.tokenizer(), samples=eval_windows, tokens=_window(opened))
+    if made.budget is None:
+        # The layout follows the free memory of the moment; a run that goes on keeps the one that it began with.
+        before = journal.begun(out, work)
+        kept = {k: before[k] for k in ("batch", "lockstep") if k in before}
+        made = replace(made, layout=replace(made.layout, **kept))
     key = made.hash("none" if tokens is None else tokens.fingerprint)
-    with Work(out, key, work) as place:
-        _space(made, opened, out, work)
+    layout = {"batch": made.layout.batch, "lockstep": made.layout.lockstep}
+    with Work(out, key, work, layout) as place:
+        _space(made, opened, place, eval_windows)
         skipped = len(place.find("block"))
         rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
         facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
@@ -280,6 +287,11 @@ def _run(
     )
 
 
+def _window(model: Model) -> int:
+    """Tokens in a window of the closing evaluation: 1,024, or as many as the model knows positions."""
+    return min(1024, int(getattr(model.source.text_config, "max_position_embeddings", None) or 1024))
+
+
 def _measure(
     opened: Model,
     made: Plan,
@@ -291,7 +303,6 @@ def _measure(
 ) -> tuple[Evaluation | None, tuple[str, ...]]:
     if windows <= 0:
         return None, ()
-    longest = getattr(opened.source.text_config, "max_position_embeddings", None) or 1024
     evaluation = measure(
         place.staging,
         opened.source.model,
@@ -299,7 +310,7 @@ def _measure(
         device=made.device,
         data=eval_data or "docs:library",
         windows=windows,
-        tokens=min(1024, int(longest)),
+        tokens=_window(opened),
         memory=made.budget,
         calibration=tokens,
         progress=progress,

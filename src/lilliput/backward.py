@@ -18,6 +18,7 @@ from lilliput import memory
 from lilliput.activations import Activations
 from lilliput.anatomy.model import Block
 from lilliput.anatomy.skeleton import Skeleton
+from lilliput.progress import Progress
 
 LOGITS = 1 << 22  # logits at a time, at least one token's
 
@@ -31,6 +32,7 @@ class Samples:
 
     ids: Tensor
     folder: Path
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -242,5 +244,5 @@ def peak(blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, ite
         held = sum(x.out_features + x.in_features for x in block.linears if x.expert is None or x.expert < 2)
         widest = max(widest, weights * (itemsize + 4) + 12 * largest + 3 * tokens * (held + 8 * hidden) * 4)
     logits = min(max(LOGITS, vocabulary), tokens * vocabulary)
-    head = vocabulary * hidden * (2 * itemsize + 8) + 4 * 4 * logits + 8 * tokens * hidden * 4
+    head = vocabulary * hidden * (2 * itemsize + 10) + 4 * 4 * logits + 8 * tokens * hidden * 4
     return max(widest, head)

@@ -34,7 +34,7 @@ from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
 
 
-def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work) -> Model:
+def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
     """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did."""
     for task in plan.resolved.learned:
         if not isinstance(model, RotatedModel):
@@ -42,7 +42,7 @@ def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work) -> Model:
         path = work.folder / f"rotation-{task.step:02d}.safetensors"
         records = [r for r in work.find("rotation") if r["step"] == task.step]
         if not records:
-            samples = None if ids is None else Samples(ids, work.folder)
+            samples = None if ids is None else Samples(ids, work.folder, progress)
             targets = plan.resolved.quantized()
             with torch.enable_grad():
                 folds = task.method.module.learn(model, samples, targets, task.options)

@@ -285,16 +285,21 @@ def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype:
     return seconds + weights / 25e6
 
 
-def _phases(model: Model, resolved: Resolved, tokens: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-    """What the passes before the main one hold at their fullest."""
+def _phases(
+    model: Model, resolved: Resolved, tensors: Sequence[TensorPlan], tokens: int, dtype: torch.dtype
+) -> tuple[tuple[str, int], ...]:
+    """What turning the model takes at its fullest, where a recipe does that."""
     if not resolved.learned:
         return ()
     width, vocabulary = model.skeleton.hidden_size, model.skeleton.shapes[model.skeleton.head][0]
     turning = rotated.resident(width) * 5
-    if not any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
-        return (("turning the model", turning),)
-    held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
-    return (("learning a rotation", turning + held),)
+    outside = [x for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]
+    shard = max(sum(x.nbytes for x in outside if x.shard == n) for n in {x.shard for x in outside})
+    phases = [("turning the model", turning), ("writing the turned head", 2 * shard + 2 * 4 * rotated.ROWS * width)]
+    if any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
+        held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
+        phases.append(("learning a rotation", turning + held))
+    return tuple(phases)
 
 
 def make(
@@ -344,7 +349,7 @@ def make(
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max(sizes, default=0),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
-            phases=_phases(model, resolved, tokens, dtype),
+            phases=_phases(model, resolved, tensors, tokens, dtype),
         ),
         budget=budget,
         needs=resolved.needs,

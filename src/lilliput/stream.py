@@ -280,7 +280,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
     for name in (plan.shards[n] for n in (*whole, *(first + n for n in finished))):
         if not (work.staging / name).is_file():
             raise LilliputError(f"{work.staging / name} was written by the unfinished run and is gone; {START_ANEW}")
-    model = passes.learned(plan, model, ids, work)
+    model = passes.learned(plan, model, ids, work, progress)
     with torch.no_grad():
         for shard in range(first):
             if shard not in whole:

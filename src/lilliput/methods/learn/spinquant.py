@@ -74,6 +74,8 @@ def learn(
     for step in range(o.steps):
         loss, slope = gradient(model, few, targets, rotation)
         best, least = (rotation, loss) if loss < least else (best, least)
+        if samples.progress is not None:
+            samples.progress.step(step + 1, o.steps, f"learning a rotation, loss {loss:.4f}")
         rotation = cayley(rotation, slope, o.rate * (1 + math.cos(math.pi * step / o.steps)) / 2)
     if o.steps and backward.loss(model.skeleton, _read(model, targets, rotation), few) < least:
         best = rotation

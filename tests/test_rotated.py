@@ -15,7 +15,7 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.model import Model, open_model
 from lilliput.plan import Plan, make
 from lilliput.recipe import Recipe, Step, Target
-from lilliput.rotated import RotatedModel, prepared
+from lilliput.rotated import RotatedModel, prepared, turn
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 48,
@@ -160,6 +160,14 @@ def test_the_plan_counts_the_head_that_is_no_longer_tied(tmp_path: Path) -> None
     assert untied.bytes - tied.bytes >= 48 * 24 * 4
     assert untied.parameters == tied.parameters
     assert untied.layout.bytes > tied.layout.bytes
+
+
+@pytest.mark.parametrize("kind", ["reader", "writer"])
+def test_a_transposed_linear_turns_like_its_transpose(kind: str) -> None:
+    weight, matrix = torch.randn(24, 24, dtype=torch.float64), rotation(24)
+    straight = turn(weight, matrix, kind, transposed=False)
+    torch.testing.assert_close(turn(weight.T, matrix, kind, transposed=True).T, straight)
+    torch.testing.assert_close(straight, weight @ matrix if kind == "reader" else matrix.T @ weight)
 
 
 def test_unusable_matrices_are_refused(tmp_path: Path) -> None:

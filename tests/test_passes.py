@@ -14,7 +14,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import stream
+from lilliput import passes, stream
+from lilliput.activations import Activations
+from lilliput.backward import Samples, backward
 from lilliput.errors import LilliputError
 from lilliput.forward import last_hidden
 from lilliput.journal import Work
@@ -129,6 +131,24 @@ def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
             # At most the one block, or the one rotation, that had no record yet is done twice.
             assert len(scored) <= scoring * LAYERS + 1
             assert len(learned) <= ("spinquant" in name) + (before and kinds[after] == "rotation")
+
+
+def test_what_learning_spills_is_known_before(source: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, model = planned(source, RECIPES["spinquant, owl, wanda, gptq"])
+    sizes: list[int] = []
+    real = Activations.__init__
+
+    def counted(
+        self: Activations, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, create: bool
+    ) -> None:
+        real(self, path, shape, dtype, create=create)
+        sizes.append(path.stat().st_size)
+
+    monkeypatch.setattr(Activations, "__init__", counted)
+    parts = backward(model.skeleton, model.read, Samples(IDS[:2], tmp_path))
+    next(parts)
+    assert passes.spill(made, model) == sum(sizes)
+    assert passes.spill(*planned(source, RECIPES["owl, wanda"])) == 0
 
 
 def test_another_rotation_in_the_work_folder_is_noticed(source: Model, tmp_path: Path) -> None:

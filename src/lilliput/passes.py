@@ -34,6 +34,18 @@ from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
 
 
+def spill(plan: Plan, model: Model) -> int:
+    """Bytes of hidden states that learning keeps on disk at once: those that enter every place, and the gradient."""
+    skeleton = model.skeleton
+    sizes = [0]
+    for task in plan.resolved.learned:
+        if getattr(task.method.module, "TOKENS", False):
+            samples = min(plan.samples, getattr(task.options, "sequences", plan.samples))
+            states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + torch.float32.itemsize
+            sizes.append(samples * plan.tokens * skeleton.hidden_size * states)
+    return max(sizes)
+
+
 def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
     """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did."""
     for task in plan.resolved.learned:

@@ -1,12 +1,78 @@
-"""For all tests: one thread, no network, nothing fetched."""
-
-from __future__ import annotations
+"""For all tests: one thread, no network, nothing fetched; small models that several rooms share."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lilliput.data import docs
 
 torch.set_num_threads(1)
+
+_VOCABULARY = 512
+_SIZES = {"vocab_size": _VOCABULARY, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 256}
+_TINY: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tf.LlamaConfig(
+        **_SIZES, num_hidden_layers=4, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "qwen2": lambda: tf.Qwen2Config(**_SIZES, num_hidden_layers=2, intermediate_size=128, num_key_value_heads=2),
+    "mixtral": lambda: tf.MixtralConfig(
+        **_SIZES,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "gpt2": lambda: tf.GPT2Config(vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256),
+    # Large enough that the weights outweigh the files beside them.
+    "wide": lambda: tf.LlamaConfig(
+        **{**_SIZES, "hidden_size": 256},
+        num_hidden_layers=8,
+        intermediate_size=1024,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a small random model, by name (see _TINY), with a BPE tokenizer of 512 tokens. Read it only."""
+    root = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(islice(docs.pieces("docs:reference"), 20), trainer)
+    whole = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+    def make(name: str) -> Path:
+        folder = root / name
+        if not folder.exists():
+            torch.manual_seed(0)
+            model = tf.AutoModelForCausalLM.from_config(_TINY[name]()).float()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() >= 2:
+                        parameter.mul_(4.0)  # predictions far from uniform
+            model.save_pretrained(folder)
+            whole.save_pretrained(folder)
+        return folder
+
+    return make

@@ -82,8 +82,14 @@ def _device(wanted: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise PlanError(f"--device {wanted}: this torch sees no such accelerator; use --device cpu")
-    if wanted.split(":")[0] not in {"cpu", "cuda"}:
+    try:
+        found = torch.device(wanted)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in {"cpu", "cuda"}:
         raise PlanError(f"--device {wanted} is not known: choose auto, cpu or cuda")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise PlanError(f"--device {wanted}: there are {torch.cuda.device_count()} accelerators, counted from 0")
     return wanted
 
 
@@ -312,7 +318,7 @@ def _measure(
         data=eval_data or "docs:library",
         windows=windows,
         tokens=_window(opened),
-        memory=made.budget,
+        memory=made.layout.bytes if made.budget is None else made.budget,
         calibration=tokens,
         progress=progress,
     )

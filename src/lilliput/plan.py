@@ -302,6 +302,14 @@ def _phases(
     return tuple(phases)
 
 
+def _measuring(model: Model) -> int:
+    """The least that the closing evaluation takes: 8 windows of the result and the original, in float32."""
+    from lilliput.metrics.evaluate import least  # which streams models, as this module's users do
+
+    window = min(1024, int(getattr(model.source.text_config, "max_position_embeddings", None) or 1024))
+    return least([model, model], window, 8 * window, torch.float32.itemsize)
+
+
 def make(
     model: Model,
     recipe: Recipe,
@@ -349,7 +357,7 @@ def make(
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max(sizes, default=0),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
-            phases=_phases(model, resolved, tensors, tokens, dtype),
+            phases=(*_phases(model, resolved, tensors, tokens, dtype), ("measuring the result", _measuring(model))),
         ),
         budget=budget,
         needs=resolved.needs,

@@ -97,12 +97,18 @@ def matches(where: Where, name: str, linear: Linear) -> bool:
     return hit(where.include) and not hit(where.exclude)
 
 
-def _group(target: Target, widths: Sequence[int]) -> int:
+def _group(target: Target, widths: Sequence[int], at: str) -> int:
     if target.group_size == "channel":
         return -1
     if target.group_size == "tensor":
         return 0
     if target.group_size != "auto":
+        if target.group_size > max(widths):
+            # In a narrower layer among wide ones a group simply ends early; in all of them it is a slip.
+            raise PlanError(
+                f"{at}: a group of {target.group_size} inputs is more than any of its layers has (at most "
+                f"{max(widths)}): give a smaller group, or 'channel' for one per output"
+            )
         return int(target.group_size)
     return next((g for g in GROUPS if all(width % g == 0 for width in widths)), -1)
 
@@ -201,7 +207,7 @@ def resolve(
                 f"step {number + 1} ({method.name}) applies to no layer: 'where' includes {list(step.where.include)} "
                 f"and excludes {list(step.where.exclude)}; layers are called like {everything[0][1]}"
             )
-        group = _group(target, sorted({x.in_features for x in chosen}))
+        group = _group(target, sorted({x.in_features for x in chosen}), f"step {number + 1} ({step.method})")
         scales = str(scale_dtype).removeprefix("torch.") if target.scale_dtype == "auto" else target.scale_dtype
         targets.append(target.model_copy(update={"group_size": group, "scale_dtype": scales}))
     tasks = [Task(n, m, targets[n], parsed[n]) for n, (_, m) in enumerate(steps)]

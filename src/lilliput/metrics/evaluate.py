@@ -6,12 +6,13 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lilliput import forward as embedding
 from lilliput import memory as ram
 from lilliput.activations import Activations
 from lilliput.data import Tokens, load_tokens, overlap
@@ -76,17 +77,17 @@ def _vocabulary(model: Model) -> int:
     return model.skeleton.shapes[model.skeleton.head][0]
 
 
-def _outside(model: Model) -> int:
-    """Bytes of the embeddings in the compute dtype and, while they are cast, as they are stored."""
+def _outside(model: Model, seen: int, itemsize: int) -> int:
+    """Bytes of the embeddings in the compute dtype, of the token table the rows of at most `seen` tokens, and of the
+    rows at hand as they are stored."""
     shapes = model.skeleton.shapes
-    sizes = [torch.Size(shapes[name]).numel() for name in model.skeleton.embeddings]
-    stored = max(
-        (torch.Size(shapes[n]).numel() * model.dtype(n).itemsize for n in model.skeleton.embeddings), default=0
-    )
-    return sum(sizes) * model.skeleton.dtype.itemsize + stored
+    rows = {n: min(shapes[n][0], max(seen, embedding.ROWS)) for n in model.skeleton.embeddings}
+    sizes = {n: rows[n] * prod(shapes[n][1:]) for n in rows}
+    stored = max((sizes[n] * model.dtype(n).itemsize for n in sizes), default=0)
+    return sum(sizes.values()) * itemsize + min(stored, embedding.ROWS * model.skeleton.hidden_size * 4)
 
 
-def _block(model: Model, batch: int, tokens: int) -> int:
+def _block(model: Model, batch: int, tokens: int, itemsize: int) -> int:
     """Bytes of the largest block with the forward pass of one batch through it."""
     skeleton = model.skeleton
     weights, widest = 0, 0
@@ -96,7 +97,7 @@ def _block(model: Model, batch: int, tokens: int) -> int:
         widest = max(widest, *(max(x) for x in shapes if x))
     hidden = int(model.source.text_config.hidden_size)
     live = batch * tokens * (4 * widest + 6 * hidden)
-    return (weights + live) * skeleton.dtype.itemsize
+    return (weights + live) * itemsize
 
 
 @dataclass(frozen=True)
@@ -109,25 +110,35 @@ class Layout:
     tile: int
 
 
-def _layout(models: list[Model], tokens: int, budget: int | None) -> Layout:
+def least(models: list[Model], tokens: int, seen: int, itemsize: int) -> int:
+    """Bytes, beside ram.BASE, without which these models cannot be measured on `seen` tokens in windows of `tokens`.
+
+    itemsize: of the dtype that blocks are computed in.
+    """
+    fewest = min(256, *(_vocabulary(m) for m in models))
+    return max(
+        max(_outside(m, seen, itemsize) for m in models),
+        max(_block(m, 1, tokens, itemsize) for m in models),
+        4 * fewest * len(models) * models[0].skeleton.hidden_size * 8,
+        fewest * 4 * 4 * min(ROWS, tokens) * 2,
+    )
+
+
+def _layout(models: list[Model], tokens: int, budget: int | None, windows: int = 8) -> Layout:
     """The fastest layout within the budget. Raises PlanError that names the smallest budget that would do."""
-    room = int((budget if budget is not None else max(ram.available() // 2, 1)) / ram.SLACK) - ram.BASE
+    room = ceil((budget if budget is not None else max(ram.available() // 2, 1)) / ram.SLACK) - ram.BASE
     vocabulary = max(_vocabulary(m) for m in models)
     # A vocabulary entry costs its row of each head (twice while it is cast), and four columns of logits.
     row = len(models) * int(models[0].source.text_config.hidden_size) * 8
     logits = 4 * 4 * min(ROWS, tokens)
     fewest = min(vocabulary, 256)
-    floor = max(
-        max(_outside(m) for m in models),
-        max(_block(m, 1, tokens) for m in models),
-        4 * fewest * row,
-        fewest * logits * 2,
-    )
+    itemsize = models[0].skeleton.dtype.itemsize
+    floor = least(models, tokens, windows * tokens, itemsize)
     if budget is not None and floor > room:
         need = ram.readable((floor + ram.BASE) * ram.SLACK, up=True)
         raise PlanError(f"--memory {ram.readable(budget)} is too little to evaluate: give --memory {need} or more.")
     batch = max(1, 2048 // tokens)
-    while batch > 1 and max(_block(m, batch, tokens) for m in models) > room:
+    while batch > 1 and max(_block(m, batch, tokens, itemsize) for m in models) > room:
         batch //= 2
     tile = min(vocabulary, TILE, max(fewest, room // 2 // logits))
     return Layout(batch, min(vocabulary, max(fewest, (room - tile * logits) // row)), tile)
@@ -166,7 +177,7 @@ def _finished(model: Model, ids: torch.Tensor, folder: Path, batch: int, progres
 def _scores(
     models: list[Model], ids: torch.Tensor, work: Path | None, budget: int | None, progress: Progress | None
 ) -> Scores:
-    layout = _layout(models, ids.shape[1], budget)
+    layout = _layout(models, ids.shape[1], budget, len(ids))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work)))
         heads = []

@@ -35,6 +35,8 @@ _TINY: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=2,
     ),
     "gpt2": lambda: tf.GPT2Config(vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256),
+    # Attention and MLP side by side.
+    "neox": lambda: tf.GPTNeoXConfig(**_SIZES, num_hidden_layers=2, intermediate_size=128, use_parallel_residual=True),
     # Large enough that the weights outweigh the files beside them.
     "wide": lambda: tf.LlamaConfig(
         **{**_SIZES, "hidden_size": 256},

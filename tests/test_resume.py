@@ -20,6 +20,7 @@ from lilliput import api
 
 BLOCKS = 4
 SAME: dict[str, Any] = {"samples": 4, "tokens": 32, "device": "cpu", "dtype": "float32", "eval_windows": 0}
+MANY = {"samples": 16, "tokens": 128}  # enough that suspended forward passes weigh more than an evaluation
 # Searches are shortened: what they find does not matter here.
 QUICK = {
     "gptq": ("gptq.search=minmax",),
@@ -70,7 +71,7 @@ def weights(folder: Path) -> dict[str, str]:
 
 def squeezed(model: Path, recipe: str) -> int:
     """A memory budget under which the sites of a block are reached by running it again, not all at once."""
-    room = {key: SAME[key] for key in ("samples", "tokens", "device", "dtype")}
+    room = {key: (SAME | MANY)[key] for key in ("samples", "tokens", "device", "dtype")}
     plan = api.plan(model, recipe=recipe, **room)
     while plan.layout.lockstep:
         plan = api.plan(model, recipe=recipe, memory=plan.layout.bytes - 1, **room)
@@ -96,7 +97,7 @@ def unbroken(tiny: Tiny, driver: Driver, tmp_path_factory: pytest.TempPathFactor
             out = tmp_path_factory.mktemp("unbroken") / "out"
             args = {"model": tiny("llama"), "recipe": recipe, **SAME, "settings": QUICK[recipe]}
             if tight:
-                args["memory"] = squeezed(tiny("llama"), recipe)
+                args |= {**MANY, "memory": squeezed(tiny("llama"), recipe)}
             done = driver(args={**args, "out": out})
             assert done["code"] == 0, done["stderr"]
             assert done["lockstep"] is not tight or recipe == "magnitude"
@@ -111,18 +112,18 @@ KILLS: list[tuple[str, bool, str, int, str, int]] = [
     # reading
     ("gptq", False, "lilliput.source.source:Source.scan", 1, "before", 0),
     ("gptq", False, "lilliput.model:Model.read", 25, "before", 1),
-    ("magnitude", False, "lilliput.model:Model.read", 12, "after", 0),
+    ("magnitude", False, "lilliput.model:Model.read", 12, "after", 1),
     # calibrating
     ("gptq", False, "lilliput.stats.fold:update", 6, "before", 1),
-    ("gptq", True, "lilliput.stats.fold:update", 14, "after", 1),
+    ("gptq", True, "lilliput.stats.fold:update", 20, "after", 1),
     ("awq-gptq", False, "lilliput.stats.fold:update", 9, "before", 1),
     ("gptq", False, "lilliput.activations:Activations.write", 3, "before", 1),
-    ("gptq", True, "lilliput.activations:Activations.write", 7, "after", 2),
+    ("gptq", True, "lilliput.activations:Activations.write", 14, "after", 2),
     # solving
     ("gptq", False, "lilliput.methods.weight.gptq:compress", 16, "before", 3),
     ("gptq", True, "lilliput.methods.weight.gptq:compress", 7, "after", 1),
     ("awq-gptq", False, "lilliput.methods.rewrite.awq:rewrite", 3, "before", 2),
-    ("magnitude", False, "lilliput.methods.weight.magnitude:compress", 13, "after", 3),
+    ("magnitude", False, "lilliput.methods.weight.magnitude:compress", 24, "after", 3),
     # writing a shard: the first call writes what lies outside the blocks
     ("gptq", False, "lilliput.journal:save_file", 1, "torn", 0),
     ("gptq", False, "lilliput.journal:save_file", 3, "torn", 1),

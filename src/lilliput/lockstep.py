@@ -49,17 +49,19 @@ def watch(
 ) -> None:
     """Run the passes one after the other, showing `see` the inputs of the taps.
 
-    With `stop_after` a pass is left as soon as it reached the last tap, so what follows costs nothing.
+    With `stop_after` a pass is left as soon as it has met all taps, so what follows costs nothing.
     """
-    last = taps[-1].site if taps and stop_after else None
+    left: set[str] = set()
 
     def look(site: str, x: Tensor) -> None:
         see(site, x)
-        if site == last:
+        left.discard(site)
+        if stop_after and not left:
             raise _Stop
 
     with _hooks(taps, look):
         for run in passes:
+            left = {tap.site for tap in taps}
             try:
                 run()
             except _Stop:
@@ -74,35 +76,40 @@ def walk(
 ) -> None:
     """Run all passes in step: each site is shown to `see` by every pass, then `arrived(site)` runs, then all go on.
 
-    Sites come in the order of `taps`; a pass that does not visit a site (an expert without tokens) waits at its next.
-    `arrived` is called for every site, also one that no pass visited.
+    Sites come in the order of `taps`, which is that in which a pass meets them; a pass that does not visit a site (an
+    expert without tokens) waits at its next. `arrived` is called for every site, also one that no pass visited.
     """
     order = {tap.site: n for n, tap in enumerate(taps)}
     home = greenlet.getcurrent()
 
     def look(site: str, x: Tensor) -> None:
-        see(site, x)
-        home.switch(order[site])
+        home.switch((order[site], x))
 
     walkers = [greenlet.greenlet(run) for run in passes]
     at: dict[int, int] = {}
+    shown: dict[int, Tensor] = {}
 
     def advance(n: int) -> None:
         where = walkers[n].switch()
         if walkers[n].dead:
             at.pop(n, None)
         else:
-            if not isinstance(where, int) or where <= at.get(n, -1):
-                raise RuntimeError(f"the sites of a block are not met in their order: {taps[where].site}")
-            at[n] = where
+            number, shown[n] = where
+            if number <= at.get(n, -1):
+                raise RuntimeError(f"the sites of a block are not met in their order: {taps[number].site}")
+            at[n] = number
 
     try:
         with _hooks(taps, look):
             for n in range(len(walkers)):
                 advance(n)
             for number, tap in enumerate(taps):
+                # Shown only now, so that the passes come in their order also where some left a site out.
+                here = sorted(k for k, place in at.items() if place == number)
+                for n in here:
+                    see(tap.site, shown.pop(n))
                 arrived(tap.site)
-                for n in [k for k, place in at.items() if place == number]:
+                for n in here:
                     advance(n)
     finally:
         for walker in walkers:

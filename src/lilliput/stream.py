@@ -229,7 +229,8 @@ def compress_block(
             state = current.pop(name, None) or fold.init(site.width, job.needs(site), skeleton.device)
             take(site, fold.all_reduce(fold.finish(state)))
 
-        lockstep.walk([job.tap(site) for site in wanted], passes, see, arrived)
+        order = _as_met(job, batches, inputs, wanted)
+        lockstep.walk([job.tap(site) for site in order], passes, see, arrived)
     else:
         for wave in _waves(job, wanted):
             stats = _collect(job, batches, inputs, wave, {site.name: job.needs(site) for site in wave})
@@ -237,7 +238,39 @@ def compress_block(
                 take(site, stats.pop(site.name))
         for run in passes:
             run()
-    return tensors, rows
+    number = {name: n for n, name in enumerate(name for site in job.anatomy.sites for name in site.linears)}
+    return tensors, sorted(rows, key=lambda row: number[row["name"].removeprefix(f"{job.weights.prefix}.")])
+
+
+def _as_met(job: BlockJob, batches: Batches, inputs: Activations, sites: Sequence[Site]) -> Sequence[Site]:
+    """Sites in the order in which a forward pass meets them.
+
+    A chain of stages leaves no choice. Elsewhere, where attention and MLP run side by side or among experts, the first
+    batch shows it; experts that it leaves out stand by their number, as all of them run one after the other.
+    """
+    if len({site.stage for site in sites}) == len(sites):
+        return sites
+    met: dict[str, int] = {}
+    start, stop = batches.bounds[0]
+    skeleton = job.model.skeleton
+
+    def run() -> None:
+        skeleton.run(job.index, inputs.read(start, stop).to(skeleton.device), batches.calls[stop - start])
+
+    def see(site: str, _: Tensor) -> None:
+        met.setdefault(site, len(met))
+
+    lockstep.watch([job.tap(site) for site in sites], [run], see, stop_after=False)
+    expert = {site.name: job.anatomy.linear(site.linears[0]).expert for site in sites}
+    first = min((n for name, n in met.items() if expert[name] is not None), default=len(met))
+
+    def place(site: Site) -> tuple[int, int, int]:
+        number = expert[site.name]
+        if number is not None:
+            return first, number, site.stage
+        return met.get(site.name, len(met)), -1, site.stage
+
+    return sorted(sites, key=place)
 
 
 def _waves(job: BlockJob, sites: Sequence[Site]) -> list[list[Site]]:

@@ -71,7 +71,7 @@ def test_equals_the_printed_algorithm(bits: int, group: int | str, symmetric: bo
     """Same codes but for ties of rounding: at most 2 in 1,000 differ, and the loss agrees to 1e-3."""
     w, stats = _case()
     target = _target(bits, group, symmetric)
-    layer = gptq.compress(Layer("x", w), stats, target, gptq.Options(act_order=act_order))
+    layer = gptq.compress(Layer("x", w), stats, target, gptq.Options(act_order=act_order, shrinkage=0.0))
     part = _part(layer)
     gram = stats.need("gram")
     order = gram.diagonal().argsort(descending=True, stable=True).tolist() if act_order else list(range(80))
@@ -91,7 +91,7 @@ def test_equals_the_printed_algorithm_on_a_support() -> None:
     mask = torch.rand(24, 80, generator=torch.Generator().manual_seed(1)) < 0.5
     for symmetric in (True, False):
         layer = gptq.compress(
-            Layer("x", w, support=mask), stats, _target(4, 16, symmetric), gptq.Options(act_order=False)
+            Layer("x", w, support=mask), stats, _target(4, 16, symmetric), gptq.Options(act_order=False, shrinkage=0.0)
         )
         part = _part(layer)
         step, zero = part.format.expand(part.grid, 80)
@@ -107,7 +107,7 @@ def test_a_gram_matrix_of_equal_channels_gives_rtn_bit_for_bit(act_order: bool, 
     stats = SiteStats(80, 100, gram=torch.eye(80) * 7.0, square=torch.full((80,), 7.0))
     for symmetric in (True, False):
         target = _target(3, 24, symmetric)
-        options = gptq.Options(act_order=act_order, refine=refine, rescale=False)
+        options = gptq.Options(act_order=act_order, shrinkage=0.0, refine=refine, rescale=False)
         a = _part(gptq.compress(Layer("x", w), stats, target, options))
         b = _part(rtn.compress(Layer("x", w), stats, target, rtn.Options()))
         assert torch.equal(a.codes, b.codes)
@@ -117,7 +117,7 @@ def test_a_gram_matrix_of_equal_channels_gives_rtn_bit_for_bit(act_order: bool, 
 def test_without_tokens_it_is_rtn() -> None:
     w, _ = _case()
     stats = SiteStats(80, 0, gram=torch.zeros(80, 80), square=torch.zeros(80))
-    a = _part(gptq.compress(Layer("x", w), stats, _target(), gptq.Options(refine=2, rescale=False)))
+    a = _part(gptq.compress(Layer("x", w), stats, _target(), gptq.Options(shrinkage=0.0, refine=2, rescale=False)))
     b = _part(rtn.compress(Layer("x", w), stats, _target(), rtn.Options()))
     assert torch.equal(a.codes, b.codes)
 
@@ -156,7 +156,7 @@ def test_every_refining_pass_lowers_the_loss() -> None:
             losses = []
             for passes in range(4):
                 target = _target(3, group, symmetric)
-                layer = gptq.compress(Layer("x", w), stats, target, gptq.Options(refine=passes))
+                layer = gptq.compress(Layer("x", w), stats, target, gptq.Options(shrinkage=0.0, refine=passes))
                 losses.append(lattice.loss(damped, (w - layer.decode()).T))
             assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(losses))
             assert losses[1] < losses[0]
@@ -167,7 +167,7 @@ def test_a_converged_refinement_is_a_local_optimum() -> None:
     w, stats = _case(rows=4, width=32)
     gram = stats.need("gram").double()
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
-    layer = gptq.compress(Layer("x", w), stats, _target(4, 16, False), gptq.Options(refine=50))
+    layer = gptq.compress(Layer("x", w), stats, _target(4, 16, False), gptq.Options(shrinkage=0.0, refine=50))
     part = _part(layer)
 
     def losses(codes: Tensor) -> Tensor:
@@ -193,8 +193,24 @@ def test_beats_rtn_and_its_options_pay(bits: int) -> None:
 
     target = _target(bits, 32, True)
     nearest = loss(rtn.compress(Layer("x", w), stats, target, rtn.Options()))
-    plain = loss(gptq.compress(Layer("x", w), stats, target, gptq.Options(act_order=False)))
-    ordered = loss(gptq.compress(Layer("x", w), stats, target, gptq.Options()))
-    refined = loss(gptq.compress(Layer("x", w), stats, target, gptq.Options(refine=3)))
-    signed = loss(gptq.compress(Layer("x", w), stats, target, gptq.Options(refine=3, signed_scale=True)))
+    plain = loss(gptq.compress(Layer("x", w), stats, target, gptq.Options(act_order=False, shrinkage=0.0)))
+    ordered = loss(gptq.compress(Layer("x", w), stats, target, gptq.Options(shrinkage=0.0)))
+    refined = loss(gptq.compress(Layer("x", w), stats, target, gptq.Options(shrinkage=0.0, refine=3)))
+    signed = loss(gptq.compress(Layer("x", w), stats, target, gptq.Options(shrinkage=0.0, refine=3, signed_scale=True)))
     assert nearest > plain > ordered > refined > signed
+
+
+def test_shrinkage_is_the_printed_algorithm_on_shrunken_correlations() -> None:
+    w, stats = _case()
+    shrunken = stats.need("gram").clone()
+    shrunken.diagonal().mul_(1.3)
+    other = SiteStats(stats.width, stats.count, gram=shrunken)
+
+    def codes(of: SiteStats, shrinkage: float, damping: float) -> Tensor:
+        options = gptq.Options(shrinkage=shrinkage, damping=damping, search="minmax")
+        return _part(gptq.compress(Layer("x", w), of, _target(), options)).codes
+
+    # Damping is a share of the plain diagonal's mean in both.
+    expected = codes(other, 0.0, 0.01 / 1.3)
+    assert (codes(stats, 0.3, 0.01) != expected).double().mean() < 2e-3
+    assert (codes(stats, 0.0, 0.01) != expected).double().mean() > 2e-2

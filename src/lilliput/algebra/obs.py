@@ -41,8 +41,11 @@ class Factor:
     damping: float
 
 
-def factorize(gram: Tensor, damping: float = 0.01, order: Tensor | None = None) -> Factor:
-    """Factor `gram` + damping * mean(diagonal) * I, its rows and columns taken in `order` (int64 [n]).
+def factorize(gram: Tensor, damping: float = 0.01, order: Tensor | None = None, shrinkage: float = 0.0) -> Factor:
+    """Factor `gram` + shrinkage * diag(gram) + damping * mean(diagonal) * I, rows and columns in `order` (int64 [n]).
+
+    Shrinkage takes every correlation between inputs down by 1 / (1 + shrinkage): what the calibration text shows of
+    them is partly its own. Unlike damping it does so alike for strong and for weak inputs.
 
     float32 first, then float64, then ten times the damping (from 1e-4 if it was 0), until the matrix is positive
     definite. A channel that was never active couples to none and is rounded to nearest; an empty Gram matrix gives T =
@@ -59,7 +62,7 @@ def factorize(gram: Tensor, damping: float = 0.01, order: Tensor | None = None) 
     reverse = torch.arange(len(diagonal) - 1, -1, -1, device=gram.device) if order is None else order.flip(0)
     while damping < 1e6:
         for dtype in (torch.float32, torch.float64):
-            lower = _cholesky(gram, reverse, damping * mean, dtype)
+            lower = _cholesky(gram, reverse, damping * mean, shrinkage, dtype)
             if lower is None:
                 continue
             upper = lower.flip(0, 1)
@@ -71,10 +74,10 @@ def factorize(gram: Tensor, damping: float = 0.01, order: Tensor | None = None) 
     raise LilliputError("the Gram matrix of a layer's inputs is not positive definite at any damping: check the data")
 
 
-def _cholesky(gram: Tensor, order: Tensor, ridge: float, dtype: torch.dtype) -> Tensor | None:
+def _cholesky(gram: Tensor, order: Tensor, ridge: float, shrinkage: float, dtype: torch.dtype) -> Tensor | None:
     matrix = gram[order][:, order].to(dtype) if dtype is not torch.float32 else gram[order].float()[:, order]
     diagonal = matrix.diagonal()
-    diagonal.add_(ridge)
+    diagonal.mul_(1.0 + shrinkage).add_(ridge)
     diagonal.add_((diagonal == 0) * matrix.new_tensor(1.0))
     lower, info = torch.linalg.cholesky_ex(matrix)
     usable = int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()) and bool((lower.diagonal() > 0).all())

@@ -64,7 +64,9 @@ class Method:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(x) for x in first["loc"])
-            raise PlanError(f"option '{where}' of method '{self.name}': {first['msg']}, got {first['input']!r}") from None
+            raise PlanError(
+                f"option '{where}' of method '{self.name}': {first['msg']}, got {first['input']!r}"
+            ) from None
 
 
 def _load(family: str, name: str) -> Method:

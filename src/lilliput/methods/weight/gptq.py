@@ -5,9 +5,11 @@ triangular), column by column: q = Q(w_j), e = (w_j - q) / U_jj, w_k -= e U_jk f
 loss is |E|^2. The order is by decreasing diag(H); scales are fitted before on the original weight (static groups), so
 groups stay contiguous. `algebra.obs` states the equal form that is computed.
 
-Beyond the paper, without gradients: the ranges of the groups are searched under an importance-weighted error, and
-`refine` passes then take each group's scale to its least-squares value given all codes, and each column's codes to
-their best value given all others (cyclic coordinate descent); the loss never rises.
+Beyond the paper, without gradients: `shrinkage` adds to each H_jj a share of itself, so that correlations which a short
+calibration text only seems to show move no weights (damping, a share of the mean, does this to weak inputs only); the
+ranges of the groups are searched under an importance-weighted error; and `refine` passes take each group's scale to its
+least-squares value given all codes, and each column's codes to their best value given all others (cyclic coordinate
+descent): the loss on the calibration text never rises.
 
 Paper: Frantar et al. 2023, arXiv 2210.17323; LDLQ: Chee et al. 2023, arXiv 2307.13304.
 Cost: out * in^2 multiply-adds for the sweep, twice that for each refining pass, in^3 / 3 for the factor. Memory: two
@@ -46,10 +48,13 @@ class Options(Strict):
     act_order: bool = Field(True, description="quantize inputs by decreasing mean square; scales are fitted before")
     static_groups: bool = Field(True, description="without act_order only: false fits each group on the updated weight")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
+    shrinkage: float = Field(
+        0.2, ge=0.0, le=10.0, description="added to each Gram diagonal entry, as a share of itself; 0 is the paper's"
+    )
     block: int = Field(obs.BLOCK, ge=1, description="columns between two large products; changes speed only")
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
     importance: Literal["none", "gram", "pivot"] = Field(
-        "pivot", description="weight of input j in the search: 1, H_jj, or 1 / U_jj^2, what its rounding really costs"
+        "gram", description="weight of input j in the search: 1, H_jj, or 1 / U_jj^2"
     )
     steps: int = Field(30, ge=1, le=200, description="shrink factors that the search tries")
     norm: float = Field(2.0, ge=1.0, le=4.0, description="exponent of the error in the search")
@@ -76,7 +81,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     gram = stats.need("gram")
     kept = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
-    factor = obs.factorize(gram, o.damping, order)
+    factor = obs.factorize(gram, o.damping, order, o.shrinkage)
     importance = _importance(gram, factor, order, o)
     grid = grid_of.fit(
         kept,
@@ -143,7 +148,9 @@ def _sweep(
         deviation = torch.empty_like(deviation).index_copy_(0, order, deviation)
         rounding = obs.Rounding.of(grid.scale, grid.zero, grid_of.bits, rows, groups)
     if o.refine:
-        ridge = factor.damping * float(gram.diagonal().mean())
+        gram = gram.clone()
+        gram.diagonal().mul_(1.0 + o.shrinkage)
+        ridge = factor.damping * float(gram.diagonal().mean()) / (1.0 + o.shrinkage)
         dtype = grid_of.scale_dtype if o.rescale and grid_of.group_size != 0 else None
         for _ in range(o.refine):
             lattice.polish(codes, deviation, gram, ridge, rounding, dtype, held)

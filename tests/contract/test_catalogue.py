@@ -1,0 +1,82 @@
+"""Every catalogue id that a method covers runs as its printed recipe says, and is not its parent under another name."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lilliput import api, catalogue, cli
+from lilliput.progress import Quiet
+
+Tiny = Callable[[str], Path]
+IDS = [key for key, method in catalogue.covering().items() if method.covers[key] is not None]
+
+
+def compress(model: Path, recipe: str, out: Path) -> str:
+    """sha256 over all weights that the recipe writes."""
+    api.compress(
+        model,
+        out,
+        recipe=recipe,
+        samples=2,
+        tokens=32,
+        device="cpu",
+        dtype="float32",
+        eval_windows=0,
+        progress=Quiet(),
+    )
+    digest = hashlib.sha256()
+    for path in sorted(out.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def parents(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """What each method writes by default, made once."""
+    found: dict[str, str] = {}
+
+    def make(name: str) -> str:
+        if name not in found:
+            found[name] = compress(tiny("qwen2"), name, tmp_path_factory.mktemp("parent") / "out")
+        return found[name]
+
+    return make
+
+
+@pytest.mark.parametrize("key", IDS)
+def test_the_recipe_runs_and_differs(
+    tiny: Tiny,
+    parents: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    key: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lilliput", "methods", key, "--recipe"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(capfd.readouterr().out, encoding="utf-8")
+    method = catalogue.find(key)
+    written = compress(tiny("qwen2"), str(recipe), tmp_path / "out")
+    parent = method.name if key != method.name else method.baseline
+    if parent is not None:
+        assert written != parents(parent)
+
+
+def test_every_id_of_the_index_prints_or_explains(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ideas = [key for key, method in catalogue.covering().items() if method.covers[key] is None]
+    for key in ideas:
+        monkeypatch.setattr(sys, "argv", ["lilliput", "methods", key, "--recipe"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2
+        assert "is an idea and no computation" in capfd.readouterr().err

@@ -258,6 +258,7 @@ def _run(
     progress: Progress,
     began: float,
 ) -> Compression:
+    memory.steady()
     opened.source.scan()
     made = replace(made, fingerprint=opened.source.fingerprint())  # now that every byte has been read
     tokens = _tokens(opened, made, data, seed)

@@ -182,6 +182,22 @@ def readable(size: float, up: bool = False) -> str:
     return f"{int(size)}B"
 
 
+def steady() -> None:
+    """Let glibc map every large tensor by itself, so that freeing it gives its memory back at once.
+
+    By default the threshold grows with use, large tensors end up on the heap, and what a run holds at its fullest stays
+    with the process: on SmolLM2 that took 370 MB where 230 do.
+    """
+    import ctypes
+
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        return
+
+
 def trim() -> None:
     """Give freed memory back to the operating system (glibc keeps it otherwise)."""
     import ctypes

@@ -231,6 +231,7 @@ def evaluate(
     SourceError (a model that cannot be read, logits that are not finite), PlanError (budget too small, unknown dtype).
     """
     began = time.monotonic()
+    ram.steady()
     if windows < 2 or tokens < 2:
         raise DataError(f"{windows} windows of {tokens} tokens: an interval needs 2 windows, a prediction 2 tokens.")
     if dtype not in DTYPES:

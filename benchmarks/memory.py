@@ -99,7 +99,7 @@ def measure(model: Path, out: Path, text: Path, arguments: list[str]) -> dict[st
     """One compress process: what it planned, took and wrote."""
     command = [sys.executable, "-c", CHILD, "compress", str(model), "--out", str(out), "--data", str(text), "--json"]
     began = time.perf_counter()
-    done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     seen = json.loads(done.stderr.strip().splitlines()[-1])
@@ -134,7 +134,7 @@ def main() -> None:
             model = folder / f"deep-{layers}"
             if not model.exists():
                 write_model(model, layers=layers, hidden=1024, inner=2816, heads=16, kv=4, vocabulary=8192)
-            shared = ["--recipe", "gptq", "--samples", "16", "--tokens", "512"]
+            shared = ["--recipe", "gptq", "--samples", "16", "--tokens", "512", "--eval-windows", "2"]
             results[f"{layers} blocks"] = measure(model, folder / f"out-{layers}-{time.time_ns()}", text, shared)
         peaks = [row["peak_above_base"] for row in results.values()]
         results["ratio"] = peaks[1] / peaks[0]
@@ -143,6 +143,7 @@ def main() -> None:
         if not model.exists():
             write_model(model, layers=16, hidden=2048, inner=8192, heads=32, kv=8, vocabulary=128256)
         shared = ["--recipe", "gptq", "--samples", "16", "--tokens", "512", "--memory", options.memory]
+        shared += ["--eval-windows", "2"]
         results["billion"] = measure(model, folder / f"out-billion-{time.time_ns()}", text, shared)
     print(json.dumps(results, indent=1))
     if options.out:

@@ -59,6 +59,8 @@ def compress(
     work: WorkOpt = None,
     settings: SetOpt = None,
     seed: SeedOpt = None,
+    eval_data: Annotated[str | None, typer.Option(help="Text to measure on [docs:library].")] = None,
+    eval_windows: Annotated[int, typer.Option(min=0, help="Windows of 1,024 tokens to measure on; 0: none.")] = 8,
     as_json: JsonOpt = False,
 ) -> None:
     """Compress MODEL into a folder that engines load, and report what it cost."""
@@ -83,6 +85,8 @@ def compress(
                 work=work,
                 seed=seed,
                 settings=tuple(settings or ()),
+                eval_data=eval_data,
+                eval_windows=eval_windows,
                 progress=progress,
             ).to_json()
 

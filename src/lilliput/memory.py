@@ -17,6 +17,7 @@ MB = 1 << 20
 # The model class's own modules, tokenizer and buffers, allocator slack: measured on SmolLM2 and Llama-shaped models.
 BASE = 70 * MB
 SLACK = 1.06
+EMBEDDED = 4096  # rows of the token table read at a time
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Shape:
     itemsize: int  # of the compute dtype
     stored: int  # itemsize of the checkpoint
     outside: int  # bytes of the largest tensor outside the blocks, as stored
+    packed: int = 0  # bytes of the largest block's output file
     resident: int = 0  # bytes that stay all the time, such as a rotation
     phases: tuple[tuple[str, int], ...] = ()  # further phases of the recipe, and what they take
 
@@ -78,23 +80,28 @@ def estimate(
     phases: dict[str, int] = dict(shape.phases)
     phases["writing what lies outside the blocks"] = shape.outside
     if calibrating:
-        phases["embedding"] = shape.outside + shape.vocabulary * shape.hidden * shape.itemsize
+        rows = min(shape.vocabulary, shape.samples * shape.tokens)
+        phases["embedding"] = (rows * shape.itemsize + EMBEDDED * shape.stored) * shape.hidden
     per_block = 0
     for block in kinds:
         parameters = sum(x.parameters for x in block.linears)
         widest = max(max(x.out_features, x.in_features) for x in block.linears)
-        packed = parameters * 2
-        total = packed + _site_bytes(block, "gram" in needs)
+        # A site is solved while no forward pass runs, and the other way round.
+        solving = _site_bytes(block, "gram" in needs)
+        total = shape.packed
         if calibrating:
             total += parameters * shape.itemsize
-            total += batch * shape.tokens * (4 * widest + 6 * shape.hidden) * shape.itemsize
-            # The fold of a Gram matrix works in float32.
-            total += batch * shape.tokens * widest * 4
             if lockstep:
                 total += shape.samples * shape.tokens * live_per_token(block, shape.hidden) * shape.itemsize
             if rewriting and "gram" in needs:
                 total += sum(4 * site.width**2 for site in block.sites)
-        per_block = max(per_block, total)
+            running = batch * shape.tokens * (4 * widest + 6 * shape.hidden) * shape.itemsize
+            # The fold of a Gram matrix works in float32.
+            running += (
+                batch * shape.tokens * widest * 4 + ("gram" in needs) * 4 * max(s.width for s in block.sites) ** 2
+            )
+            solving = max(solving, running)
+        per_block = max(per_block, total + solving)
     phases["compressing a block"] = per_block
     where = max(phases, key=lambda name: phases[name])
     return int((BASE + shape.resident + phases[where]) * SLACK), where

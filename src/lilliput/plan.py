@@ -346,6 +346,9 @@ def make(
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
     sizes = [x.nbytes for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]
+    by_file: Counter[int] = Counter()
+    for tensor in tensors:
+        by_file[tensor.shard] += tensor.nbytes
     layout = memory.choose(
         anatomy.blocks,
         memory.Shape(
@@ -356,6 +359,7 @@ def make(
             itemsize=dtype.itemsize,
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max(sizes, default=0),
+            packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
             phases=(*_phases(model, resolved, tensors, tokens, dtype), ("measuring the result", _measuring(model))),
         ),

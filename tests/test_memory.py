@@ -22,7 +22,8 @@ def test_the_estimate_grows(tiny: Tiny) -> None:
     def size(shape: memory.Shape = SHAPE, batch: int = 1, lockstep: bool = True, needs: frozenset[str] = GRAM) -> int:
         return memory.estimate(blocks, shape, batch=batch, lockstep=lockstep, needs=needs, rewriting=False)[0]
 
-    assert size(batch=2) > size()
+    # A small batch hides behind the solver, which works while no forward pass runs; a large one does not.
+    assert size(batch=64) > size(batch=32) > size()
     assert size(lockstep=False) < size()
     assert size(replace(SHAPE, samples=128)) > size()
     assert size(replace(SHAPE, samples=128), lockstep=False) == size(lockstep=False)
@@ -51,12 +52,16 @@ def test_the_fastest_layout_that_fits(tiny: Tiny) -> None:
     assert best.lockstep
     assert best.batch == 8
     seen = [best]
-    while seen[-1].lockstep or seen[-1].batch > 1:
-        seen.append(choose(seen[-1].bytes - 1))
-        assert seen[-1].bytes < seen[-2].bytes
-    with pytest.raises(PlanError) as refused:
-        choose(seen[-1].bytes - 1)
-    named = re.search(r"give --memory ([\d.]+)MB", str(refused.value))
+    refused: PlanError | None = None
+    while refused is None:
+        try:
+            seen.append(choose(seen[-1].bytes - 1))
+        except PlanError as error:
+            refused = error
+        else:
+            assert seen[-1].bytes < seen[-2].bytes
+    assert not seen[-1].lockstep
+    named = re.search(r"give --memory ([\d.]+)MB", str(refused))
     assert named is not None
     assert choose(int(float(named[1]) * 1e6)) == seen[-1]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -282,6 +284,8 @@ def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype:
         sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
         seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
         seconds += sum(6 * x.linear.parameters * x.linear.in_features for x in resolved.linears if x.tasks) / slow
+    # The closing evaluation: 8 windows of 1,024 tokens through both models in float32.
+    seconds += 2 * 2 * 1.5 * weights * 8 * 1024 / slow
     return seconds + weights / 25e6
 
 
@@ -308,6 +312,20 @@ def _measuring(model: Model) -> int:
 
     window = min(1024, int(getattr(model.source.text_config, "max_position_embeddings", None) or 1024))
     return least([model, model], window, 8 * window, torch.float32.itemsize)
+
+
+def _side_bytes(model: Model) -> int:
+    """Bytes of the files beside the weights; a GGUF file has none, so its tokenizer is written out to see."""
+    if not model.source.from_gguf:
+        return sum(path.stat().st_size for path in model.source.side_files())
+    with tempfile.TemporaryDirectory() as folder:
+        model.source.tokenizer().save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _opening(model: Model) -> tuple[tuple[str, int], ...]:
+    """transformers reads the whole metadata of a GGUF file, vocabulary and merges, into Python objects (measured)."""
+    return (("opening the GGUF file", 250 * memory.MB),) if model.source.from_gguf else ()
 
 
 def make(
@@ -361,7 +379,11 @@ def make(
             outside=max(sizes, default=0),
             packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
-            phases=(*_phases(model, resolved, tensors, tokens, dtype), ("measuring the result", _measuring(model))),
+            phases=(
+                *_phases(model, resolved, tensors, tokens, dtype),
+                ("measuring the result", _measuring(model)),
+                *_opening(model),
+            ),
         ),
         budget=budget,
         needs=resolved.needs,
@@ -387,7 +409,7 @@ def make(
         seed=seed,
         seconds=_seconds(model, resolved, samples, tokens, dtype, loading=3.0),
         notes=tuple(x for x in (note, *anatomy.notes) if x),
-        side_bytes=sum(path.stat().st_size for path in model.source.side_files()),
+        side_bytes=_side_bytes(model),
     )
     if size is not None and plan.folder_bytes > size:
         over = plan.folder_bytes - size

@@ -65,14 +65,14 @@ class BlockJob:
         return lockstep.Tap(site.name, block.get_submodule(site.linears[0]))
 
 
-def _error(layer: Layer, stats: SiteStats | None) -> tuple[float, str]:
+def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None) -> tuple[float, str]:
     """Relative error of a finished layer: of its outputs where the Gram matrix is known, else of its weights."""
-    change = layer.decode() - layer.weight
+    change = decoded - weight
     if stats is not None and stats.gram is not None and stats.count:
         lost = float(((change @ stats.gram) * change).sum().clamp(min=0))
-        whole = float(((layer.weight @ stats.gram) * layer.weight).sum())
+        whole = float(((weight @ stats.gram) * weight).sum())
         return (lost / whole) ** 0.5 if whole > 0 else 0.0, "output"
-    whole = float(layer.weight.square().sum())
+    whole = float(weight.square().sum())
     return (float(change.square().sum()) / whole) ** 0.5 if whole > 0 else 0.0, "weight"
 
 
@@ -98,9 +98,10 @@ def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[d
         seconds = time.perf_counter() - start
         pieces = split(layer, [(p.name, p.linear.out_features) for p in plans])
         for plan, piece in zip(plans, pieces, strict=True):
-            error, of = _error(piece, stats)
+            decoded = piece.decode()
+            error, of = _error(piece.weight, decoded, stats)
             stored = _stored(job, plan, piece)
-            value = job.weights.to_stored(plan.linear, piece.decode())
+            value = job.weights.to_stored(plan.linear, decoded)
             skeleton.load({f"{plan.name}.weight": value})
             tensors.update(stored)
             rows.append(
@@ -110,7 +111,7 @@ def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[d
                     "bits": 8 * sum(t.numel() * t.element_size() for t in stored.values()) / plan.linear.parameters,
                     "error": error,
                     "error_of": of,
-                    "zeros": float((piece.decode() == 0).float().mean()),
+                    "zeros": float((decoded == 0).float().mean()),
                     "tokens": stats.count,
                     "seconds": seconds * plan.linear.parameters / sum(p.linear.parameters for p in plans),
                 }

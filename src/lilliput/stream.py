@@ -29,6 +29,7 @@ from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
 
 Rows = list[dict[str, Any]]
+_CHUNK = 1 << 21  # weights whose error is measured at a time
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -65,15 +66,26 @@ class BlockJob:
         return lockstep.Tap(site.name, block.get_submodule(site.linears[0]))
 
 
-def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None) -> tuple[float, str]:
-    """Relative error of a finished layer: of its outputs where the Gram matrix is known, else of its weights."""
-    change = decoded - weight
-    if stats is not None and stats.gram is not None and stats.count:
-        lost = float(((change @ stats.gram) * change).sum().clamp(min=0))
-        whole = float(((weight @ stats.gram) * weight).sum())
-        return (lost / whole) ** 0.5 if whole > 0 else 0.0, "output"
-    whole = float(weight.square().sum())
-    return (float(change.square().sum()) / whole) ** 0.5 if whole > 0 else 0.0, "weight"
+def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool) -> tuple[float, str]:
+    """Relative error of a finished layer: of its outputs where the Gram matrix is known, else of its weights.
+
+    `rough`: the outputs' whole energy, a sum without cancellation, may round its factors to bfloat16.
+    """
+    gram = stats.gram if stats is not None and stats.count else None
+    lost = whole = 0.0
+    step = max(1, _CHUNK // weight.shape[1])
+    for a in range(0, len(weight), step):
+        some = weight[a : a + step]
+        change = decoded[a : a + step] - some
+        if gram is None:
+            lost += float(change.square().sum())
+            whole += float(some.square().sum())
+            continue
+        lost += float((change @ gram).mul_(change).sum())
+        with fold.reduced_products(rough):
+            whole += float((some @ gram).mul_(some).sum())
+    ratio = (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+    return ratio, "weight" if gram is None else "output"
 
 
 def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[str, Tensor], Rows]:
@@ -99,7 +111,7 @@ def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[d
         pieces = split(layer, [(p.name, p.linear.out_features) for p in plans])
         for plan, piece in zip(plans, pieces, strict=True):
             decoded = piece.decode()
-            error, of = _error(piece.weight, decoded, stats)
+            error, of = _error(piece.weight, decoded, stats, job.plan.dtype is torch.bfloat16)
             stored = _stored(job, plan, piece)
             value = job.weights.to_stored(plan.linear, decoded)
             skeleton.load({f"{plan.name}.weight": value})

@@ -98,7 +98,8 @@ class IntegerFormat:
         """The grid for `weight` [out, in].
 
         "minmax" covers the range: scale max|w| / (2^(b-1) - 1), or (hi - lo) / (2^b - 1) with lo <= 0 <= hi. "mse"
-        shrinks that range by `steps` factors and keeps, for each unit, the least sum of importance * |error|^norm,
+        shrinks that range on a scale of `steps` factors, every third and then the best one's neighbours, and keeps,
+        for each unit, the least sum of importance * |error|^norm,
         then tries neighbouring zero points and the least-squares scale of the codes; it is never worse than minmax
         under that measure. `importance` [in] or [out, in] is not negative; None counts all alike. `signed_scale` lets
         a symmetric scale be negative, which puts the one extra code on the side where the longer tail is.

@@ -50,7 +50,7 @@ def test_the_fastest_layout_that_fits(tiny: Tiny) -> None:
 
     best = choose(10**12)
     assert best.lockstep
-    assert best.batch == 8
+    assert best.batch == 4
     seen = [best]
     refused: PlanError | None = None
     while refused is None:

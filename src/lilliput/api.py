@@ -23,7 +23,7 @@ from lilliput.errors import DataError, LilliputError, PlanError
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.journal import Work
-from lilliput.metrics.evaluate import Evaluation
+from lilliput.metrics.evaluate import Evaluation, window
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.model import Model, open_model
 from lilliput.plan import Plan
@@ -182,7 +182,7 @@ def _space(made: Plan, model: Model, place: Work, eval_windows: int) -> None:
     spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
     spill = max(spill, passes.spill(made, model))
     if eval_windows:
-        spill = max(spill, 2 * eval_windows * _window(model) * hidden * 4)
+        spill = max(spill, 2 * eval_windows * window(model) * hidden * 4)
     place.need(made.folder_bytes, spill)
 
 
@@ -264,7 +264,7 @@ def _run(
     tokens = _tokens(opened, made, data, seed)
     if eval_data is not None and eval_windows:
         # Text that is missing or too short is found now, not after the work.
-        load_tokens(eval_data, opened.source.tokenizer(), samples=eval_windows, tokens=_window(opened))
+        load_tokens(eval_data, opened.source.tokenizer(), samples=eval_windows, tokens=window(opened))
     if made.budget is None:
         # The layout follows the free memory of the moment; a run that goes on keeps the one that it began with.
         before = journal.begun(out, work)
@@ -295,11 +295,6 @@ def _run(
     )
 
 
-def _window(model: Model) -> int:
-    """Tokens in a window of the closing evaluation: 1,024, or as many as the model knows positions."""
-    return min(1024, int(getattr(model.source.text_config, "max_position_embeddings", None) or 1024))
-
-
 def _measure(
     opened: Model,
     made: Plan,
@@ -318,7 +313,7 @@ def _measure(
         device=made.device,
         data=eval_data or "docs:library",
         windows=windows,
-        tokens=_window(opened),
+        tokens=window(opened),
         memory=made.layout.bytes if made.budget is None else made.budget,
         calibration=tokens,
         progress=progress,

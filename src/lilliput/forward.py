@@ -20,8 +20,6 @@ from lilliput.progress import Progress
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 
-ROWS = 4096  # rows of the token table read at a time
-
 
 @dataclass(frozen=True)
 class Batches:
@@ -66,10 +64,10 @@ def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
         return
     used, mapped = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     rows = torch.empty(len(used), table.weight.shape[1], dtype=skeleton.dtype_of(name), device=skeleton.device)
-    for a in range(0, model.shape(name)[0], ROWS):
-        here = (used >= a) & (used < a + ROWS)
+    for a in range(0, model.shape(name)[0], memory.TABLE_ROWS):
+        here = (used >= a) & (used < a + memory.TABLE_ROWS)
         if bool(here.any()):
-            piece = model.read_rows(name, a, min(a + ROWS, model.shape(name)[0]))
+            piece = model.read_rows(name, a, min(a + memory.TABLE_ROWS, model.shape(name)[0]))
             rows[here] = piece[used[here] - a].to(rows)
     padding, table.padding_idx = table.padding_idx, None
     others = [n for n in skeleton.embeddings if n != name]
@@ -82,6 +80,23 @@ def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
         table.weight = whole
         table.padding_idx = padding
         model.unload(others)
+
+
+def through(
+    model: Model, index: int, batches: Batches, inputs: Activations, outputs: Activations | None
+) -> list[Callable[[], None]]:
+    """One forward pass of a loaded block for each batch, to be run in this order; without `outputs` nothing is kept."""
+    skeleton = model.skeleton
+
+    def one(start: int, stop: int) -> Callable[[], None]:
+        def run() -> None:
+            hidden = skeleton.run(index, inputs.read(start, stop).to(skeleton.device), batches.calls[stop - start])
+            if outputs is not None:
+                outputs.write(start, hidden)
+
+        return run
+
+    return [one(a, b) for a, b in batches.bounds]
 
 
 def observe(
@@ -99,19 +114,13 @@ def observe(
     """
     skeleton = model.skeleton
     states = {site.name: fold.init(site.width, needs, skeleton.device) for site in sites}
+    runs = through(model, index, batches, inputs, outputs)
     taps = [lockstep.Tap(s.name, skeleton.block(index).get_submodule(s.linears[0])) for s in sites if needs]
 
     def see(site: str, x: Tensor) -> None:
         states[site] = fold.update(states[site], x)
 
-    def one(start: int, stop: int) -> Callable[[], None]:
-        def run() -> None:
-            hidden = inputs.read(start, stop).to(skeleton.device)
-            outputs.write(start, skeleton.run(index, hidden, batches.calls[stop - start]))
-
-        return run
-
-    lockstep.watch(taps, [one(a, b) for a, b in batches.bounds], see, stop_after=False)
+    lockstep.watch(taps, runs, see, stop_after=False)
     return {name: fold.all_reduce(fold.finish(state)) for name, state in states.items()}
 
 

@@ -17,7 +17,7 @@ MB = 1 << 20
 # The model class's own modules, tokenizer and buffers, allocator slack: measured on SmolLM2 and Llama-shaped models.
 BASE = 160 * MB
 SLACK = 1.06
-EMBEDDED = 4096  # rows of the token table read at a time
+TABLE_ROWS = 4096  # rows of the token table read at a time
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def estimate(
     phases["writing what lies outside the blocks"] = shape.outside
     if calibrating:
         rows = min(shape.vocabulary, shape.samples * shape.tokens)
-        phases["embedding"] = (rows * shape.itemsize + EMBEDDED * shape.stored) * shape.hidden
+        phases["embedding"] = (rows * shape.itemsize + TABLE_ROWS * shape.stored) * shape.hidden
     per_block = 0
     for block in kinds:
         parameters = sum(x.parameters for x in block.linears)

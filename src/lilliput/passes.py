@@ -132,7 +132,7 @@ def _score_blocks(
     count, start = len(model.skeleton.block_names), len(done)
     batches: Batches | None = None
     inputs: Activations | None = None
-    if task.method.needs:
+    if task.needs:
         if ids is None:
             raise RuntimeError("scores were planned from calibration, but there are no tokens")
         inputs = _states(plan, task, model, ids, work, start, create=start == 0)
@@ -154,7 +154,7 @@ def _score_blocks(
             model.load_block(index)
             outputs = _states(plan, task, model, ids, work, index + 1, create=True)
             sites = [site for site in anatomy.sites if set(site.linears) & set(names)]
-            stats = observe(model, index, batches, inputs, outputs, sites, task.method.needs)
+            stats = observe(model, index, batches, inputs, outputs, sites, task.needs)
             model.unload_block(index)
         weights = BlockWeights(model, index, anatomy)
         view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})

@@ -21,33 +21,10 @@ from lilliput import backward, export, memory, rotated
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
+from lilliput.inventory import METADATA, TensorPlan, lay_out
 from lilliput.model import Model
 from lilliput.recipe import Recipe
 from lilliput.resolve import LinearPlan, Resolved, as_json, resolve
-
-METADATA = {"format": "pt"}
-# Tensors outside the blocks share files of at most this size; each block has a file of its own, so that a finished
-# block is never touched again.
-SHARD = 512 * memory.MB
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the output: stored name, what it is, and its exact place."""
-
-    name: str
-    kind: str  # "quantized", "linear", "norm", "embedding", "head", "carried", ...
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    shard: int
-    source: str  # canonical (or, for carried ones, stored) name it comes from
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -188,58 +165,6 @@ def describe(plan: LinearPlan) -> str:
     return " + ".join(words) or "dense"
 
 
-def _kind(name: str, model: Model) -> str:
-    skeleton = model.skeleton
-    if name in skeleton.embeddings:
-        return "embedding"
-    if name == skeleton.head and any(model.refs[name] == model.refs[x] for x in skeleton.embeddings):
-        return "untied head"  # stored once before, twice from now on
-    if name == skeleton.head or name.startswith(skeleton.head.rsplit(".", 1)[0] + "."):
-        return "head"
-    if "norm" in name.rsplit(".", 2)[-2].lower() or name in skeleton.final:
-        return "norm"
-    if name.endswith(".bias"):
-        return "bias"
-    return "linear"
-
-
-def _tensors(
-    model: Model, exporter: export.Exporter, outcomes: Mapping[str, Outcome]
-) -> tuple[tuple[TensorPlan, ...], tuple[str, ...]]:
-    skeleton = model.skeleton
-    blocks = {name: n for n in range(len(skeleton.block_names)) for name in skeleton.names_of(n)}
-    outside = [name for name in skeleton.shapes if name not in blocks]
-    loose: list[tuple[str, str, torch.dtype, tuple[int, ...], str]] = [
-        (model.stored_name(name), _kind(name, model), model.written_dtype(name), model.shape(name), name)
-        for name in outside
-    ]
-    stored = model.source.stored
-    loose += [(name, "carried", stored[name].dtype, stored[name].shape, name) for name in model.carried]
-    shard, filled = 0, 0
-    planned: list[TensorPlan] = []
-    for name, kind, dtype, shape, source in loose:
-        tensor = TensorPlan(name, kind, dtype, shape, shard, source)
-        if filled and filled + tensor.nbytes > SHARD:
-            shard, filled = shard + 1, 0
-            tensor = TensorPlan(name, kind, dtype, shape, shard, source)
-        filled += tensor.nbytes
-        planned.append(tensor)
-    first = shard + 1 if planned else 0
-    for canonical, block in blocks.items():
-        linear = canonical.removesuffix(".weight")
-        outcome = outcomes.get(linear) if canonical.endswith(".weight") else None
-        if outcome is not None:
-            kind = "linear" if outcome.format is None else "quantized"
-            for name, (dtype, shape) in exporter.describe(outcome).items():
-                planned.append(TensorPlan(name, kind, dtype, tuple(shape), first + block, linear))
-        else:
-            stored_name, shape = model.stored_name(canonical), model.shape(canonical)
-            dtype = model.written_dtype(canonical)
-            planned.append(TensorPlan(stored_name, _kind(canonical, model), dtype, shape, first + block, canonical))
-    count = first + len(skeleton.block_names)
-    return tuple(planned), tuple(f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count))
-
-
 def scale_dtype(model: Model) -> torch.dtype:
     """Scales are stored in the model's own half precision; float32 models take float16."""
     stored = {model.written_dtype(name) for name in model.skeleton.names_of(0) if name.endswith(".weight")}
@@ -308,10 +233,10 @@ def _phases(
 
 def _measuring(model: Model) -> int:
     """The least that the closing evaluation takes: 8 windows of the result and the original, in float32."""
-    from lilliput.metrics.evaluate import least  # which streams models, as this module's users do
+    from lilliput.metrics.evaluate import least, window  # which streams models, as this module's users do
 
-    window = min(1024, int(getattr(model.source.text_config, "max_position_embeddings", None) or 1024))
-    return least([model, model], window, 8 * window, torch.float32.itemsize)
+    tokens = window(model)
+    return least([model, model], tokens, 8 * tokens, torch.float32.itemsize)
 
 
 def _side_bytes(model: Model) -> int:
@@ -360,7 +285,7 @@ def make(
     }
     ordered: Sequence[Outcome] = tuple(outcomes.values())
     exporter = export.choose(ordered, model.source.config, recipe.export)
-    tensors, shards = _tensors(model, exporter, outcomes)
+    tensors, shards = lay_out(model, exporter, outcomes)
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
     sizes = [x.nbytes for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]

@@ -28,6 +28,12 @@ class Task:
     target: Target
     options: BaseModel
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the step reads with these options; a method may need fewer than it declares."""
+        narrowed = getattr(self.method.module, "needs", None)
+        return self.method.needs if narrowed is None else frozenset(narrowed(self.options))
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -234,8 +240,8 @@ def resolve(
         rewrites=dict.fromkeys(range(count), rewriting) if rewriting else {},
         allocations=tuple(task for task in tasks if task.method.verb == "allocate"),
         learned=tuple(task for task in tasks if task.method.verb == "learn"),
-        needs=frozenset().union(*(task.method.needs for task in tasks)),
-        reads_tokens=any(task.method.needs or getattr(task.method.module, "TOKENS", False) for task in tasks),
+        needs=frozenset().union(*(task.needs for task in tasks)),
+        reads_tokens=any(task.needs or getattr(task.method.module, "TOKENS", False) for task in tasks),
     )
     _refused(resolved, width)
     return resolved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,13 @@ from lilliput import export, lockstep, memory, passes
 from lilliput.activations import START_ANEW, Activations, raw
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
-from lilliput.forward import Batches, embed
-from lilliput.forward import last_hidden as last_hidden
+from lilliput.forward import Batches, embed, through
+from lilliput.inventory import METADATA
 from lilliput.journal import Work, save_atomically
 from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
 from lilliput.parts.layer import Layer, split, stack
-from lilliput.plan import METADATA, Plan
+from lilliput.plan import Plan
 from lilliput.progress import Progress
 from lilliput.resolve import LinearPlan, Task
 from lilliput.stats import fold
@@ -59,7 +59,7 @@ class BlockJob:
         return {x.linear.name: x for x in self.plan.resolved.of_block(self.index)}
 
     def needs(self, site: Site) -> frozenset[str]:
-        return frozenset().union(*(task.method.needs for name in site.linears for task in self.plans[name].tasks))
+        return frozenset().union(*(task.needs for name in site.linears for task in self.plans[name].tasks))
 
     def tap(self, site: Site) -> lockstep.Tap:
         block = self.model.skeleton.block(self.index)
@@ -166,17 +166,10 @@ def _collect(
     def see(site: str, x: Tensor) -> None:
         states[site] = fold.update(states[site], x)
 
-    def one(start: int, stop: int) -> Callable[[], None]:
-        def run() -> None:
-            hidden = inputs.read(start, stop).to(skeleton.device)
-            skeleton.run(job.index, hidden, batches.calls[stop - start])
-
-        return run
-
     taps = [job.tap(site) for site in sites]
     # Experts may be skipped by a batch, so only a block without them can be left early.
     early = all(x.expert is None for x in job.anatomy.linears)
-    lockstep.watch(taps, [one(a, b) for a, b in batches.bounds], see, stop_after=early)
+    lockstep.watch(taps, through(job.model, job.index, batches, inputs, None), see, stop_after=early)
     return {name: fold.all_reduce(fold.finish(state)) for name, state in states.items()}
 
 
@@ -189,8 +182,8 @@ def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | 
         if not sites:
             continue
         stats: dict[str, SiteStats] = {}
-        if task.method.needs and batches is not None and inputs is not None:
-            needs = {site.name: task.method.needs for site in sites}
+        if task.needs and batches is not None and inputs is not None:
+            needs = {site.name: task.needs for site in sites}
             stats = _collect(job, batches, inputs, sites, needs)
         names = sorted({name for link in job.anatomy.links for name in link.readers if name in covered})
         view = BlockView(job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)) for n in names})
@@ -220,14 +213,7 @@ def compress_block(
             take(site, None)
         return tensors, rows
 
-    def one(start: int, stop: int) -> Callable[[], None]:
-        def run() -> None:
-            hidden = inputs.read(start, stop).to(skeleton.device)
-            outputs.write(start, skeleton.run(job.index, hidden, batches.calls[stop - start]))
-
-        return run
-
-    passes = [one(a, b) for a, b in batches.bounds]
+    runs = through(job.model, job.index, batches, inputs, outputs)
     wanted = [site for site in job.anatomy.sites if any(job.plans[name].tasks for name in site.linears)]
     if job.plan.layout.lockstep:
         current: dict[str, SiteStats] = {}
@@ -243,13 +229,13 @@ def compress_block(
             take(site, fold.all_reduce(fold.finish(state)))
 
         order = _as_met(job, batches, inputs, wanted)
-        lockstep.walk([job.tap(site) for site in order], passes, see, arrived)
+        lockstep.walk([job.tap(site) for site in order], runs, see, arrived)
     else:
         for wave in _waves(job, wanted):
             stats = _collect(job, batches, inputs, wave, {site.name: job.needs(site) for site in wave})
             for site in wave:
                 take(site, stats.pop(site.name))
-        for run in passes:
+        for run in runs:
             run()
     number = {name: n for n, name in enumerate(name for site in job.anatomy.sites for name in site.linears)}
     return tensors, sorted(rows, key=lambda row: number[row["name"].removeprefix(f"{job.weights.prefix}.")])
@@ -264,16 +250,12 @@ def _as_met(job: BlockJob, batches: Batches, inputs: Activations, sites: Sequenc
     if len({site.stage for site in sites}) == len(sites):
         return sites
     met: dict[str, int] = {}
-    start, stop = batches.bounds[0]
-    skeleton = job.model.skeleton
-
-    def run() -> None:
-        skeleton.run(job.index, inputs.read(start, stop).to(skeleton.device), batches.calls[stop - start])
+    first_pass = through(job.model, job.index, batches, inputs, None)[:1]
 
     def see(site: str, _: Tensor) -> None:
         met.setdefault(site, len(met))
 
-    lockstep.watch([job.tap(site) for site in sites], [run], see, stop_after=False)
+    lockstep.watch([job.tap(site) for site in sites], first_pass, see, stop_after=False)
     expert = {site.name: job.anatomy.linear(site.linears[0]).expert for site in sites}
     first = min((n for name, n in met.items() if expert[name] is not None), default=len(met))
 

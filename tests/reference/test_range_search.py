@@ -34,7 +34,8 @@ def test_min_max_rounding_is_the_printed_quantizer() -> None:
 
 
 def test_the_exponent_of_the_error_is_used() -> None:
-    """Against a plain loop over the same shrink factors, before the scale is refined: never worse under |e|^2.4."""
+    """Against a plain loop over the same shrink factors, before the scale is refined: under |e|^2.4 no unit is over 1 %
+    worse for trying a third of them and the best one's neighbours, and all together not 0.1 %."""
     w = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     form = IntegerFormat(3, True, -1, torch.float32)
     top = w.double().abs().amax(1, keepdim=True) / 3
@@ -44,6 +45,7 @@ def test_the_exponent_of_the_error_is_used() -> None:
 
     best = torch.stack([error((top * (1 - 0.6 * i / 79)).float()) for i in range(80)]).amin(0)
     ours = error(form.fit(w, search="mse", norm=2.4, steps=80).scale)
-    assert bool((ours <= best * (1 + 1e-5)).all())
+    assert bool((ours <= best * 1.01).all())
+    assert float(ours.sum()) <= float(best.sum()) * 1.001
     square = error(form.fit(w, search="mse", norm=2.0, steps=80).scale)
     assert float(ours.sum()) < float(square.sum())

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput import forward as embedding
 from lilliput import memory as ram
 from lilliput.activations import Activations
 from lilliput.data import Tokens, load_tokens, overlap
 from lilliput.errors import DataError, PlanError
+from lilliput.forward import last_hidden
 from lilliput.metrics.agreement import agreement
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.kl import kl
@@ -25,7 +25,6 @@ from lilliput.metrics.perplexity import perplexity
 from lilliput.metrics.perplexity_ratio import perplexity_ratio
 from lilliput.metrics.size import Size, measure
 from lilliput.model import Model, open_model
-from lilliput.stream import last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +72,11 @@ class Evaluation:
         return out
 
 
+def window(model: Model) -> int:
+    """Tokens in a window where nobody says otherwise: 1,024, or as many as the model knows positions."""
+    return min(1024, int(getattr(model.source.text_config, "max_position_embeddings", None) or 1024))
+
+
 def _vocabulary(model: Model) -> int:
     return model.skeleton.shapes[model.skeleton.head][0]
 
@@ -81,10 +85,10 @@ def _outside(model: Model, seen: int, itemsize: int) -> int:
     """Bytes of the embeddings in the compute dtype, of the token table the rows of at most `seen` tokens, and of the
     rows at hand as they are stored."""
     shapes = model.skeleton.shapes
-    rows = {n: min(shapes[n][0], max(seen, embedding.ROWS)) for n in model.skeleton.embeddings}
+    rows = {n: min(shapes[n][0], max(seen, ram.TABLE_ROWS)) for n in model.skeleton.embeddings}
     sizes = {n: rows[n] * prod(shapes[n][1:]) for n in rows}
     stored = max((sizes[n] * model.dtype(n).itemsize for n in sizes), default=0)
-    return sum(sizes.values()) * itemsize + min(stored, embedding.ROWS * model.skeleton.hidden_size * 4)
+    return sum(sizes.values()) * itemsize + min(stored, ram.TABLE_ROWS * model.skeleton.hidden_size * 4)
 
 
 def _block(model: Model, batch: int, tokens: int, itemsize: int) -> int:

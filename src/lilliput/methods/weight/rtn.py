@@ -66,13 +66,18 @@ class Options(Strict):
     )
 
 
+def needs(o: Options) -> tuple[str, ...]:
+    """Only an error that is weighted by the inputs takes calibration."""
+    return NEEDS if o.importance and o.search == "mse" else ()
+
+
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """Codes for what the layer's parts leave over, on its support. Raises PlanError without bits in the target."""
     weight = layer.rest()
     if layer.support is not None:
         weight = torch.where(layer.support, weight, 0.0)
     shape = from_target(target)
-    importance = stats.second_moment() if o.importance and o.search == "mse" and stats.count else None
+    importance = stats.second_moment() if needs(o) and stats.count else None
     grid = shape.fit(
         weight,
         search=o.search,

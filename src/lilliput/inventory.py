@@ -1,0 +1,90 @@
+"""Every tensor of the output before it exists: its name, kind, exact size and file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lilliput import export, memory
+from lilliput.export.outcome import Outcome
+from lilliput.model import Model
+
+METADATA = {"format": "pt"}
+# Tensors outside the blocks share files of at most this size; each block has a file of its own, so that a finished
+# block is never touched again.
+SHARD = 512 * memory.MB
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output: stored name, what it is, and its exact place."""
+
+    name: str
+    kind: str  # "quantized", "linear", "norm", "embedding", "head", "carried", ...
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    shard: int
+    source: str  # canonical (or, for carried ones, stored) name it comes from
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * self.dtype.itemsize
+
+
+def kind_of(name: str, model: Model) -> str:
+    """What a tensor that is not quantized is: "embedding", "head", "untied head", "norm", "bias" or "linear"."""
+    skeleton = model.skeleton
+    if name in skeleton.embeddings:
+        return "embedding"
+    if name == skeleton.head and any(model.refs[name] == model.refs[x] for x in skeleton.embeddings):
+        return "untied head"  # stored once before, twice from now on
+    if name == skeleton.head or name.startswith(skeleton.head.rsplit(".", 1)[0] + "."):
+        return "head"
+    if "norm" in name.rsplit(".", 2)[-2].lower() or name in skeleton.final:
+        return "norm"
+    if name.endswith(".bias"):
+        return "bias"
+    return "linear"
+
+
+def lay_out(
+    model: Model, exporter: export.Exporter, outcomes: Mapping[str, Outcome]
+) -> tuple[tuple[TensorPlan, ...], tuple[str, ...]]:
+    """All tensors of the output, and the names of its files: those outside the blocks first, then one file a block."""
+    skeleton = model.skeleton
+    blocks = {name: n for n in range(len(skeleton.block_names)) for name in skeleton.names_of(n)}
+    outside = [name for name in skeleton.shapes if name not in blocks]
+    loose: list[tuple[str, str, torch.dtype, tuple[int, ...], str]] = [
+        (model.stored_name(name), kind_of(name, model), model.written_dtype(name), model.shape(name), name)
+        for name in outside
+    ]
+    stored = model.source.stored
+    loose += [(name, "carried", stored[name].dtype, stored[name].shape, name) for name in model.carried]
+    shard, filled = 0, 0
+    planned: list[TensorPlan] = []
+    for name, kind, dtype, shape, source in loose:
+        tensor = TensorPlan(name, kind, dtype, shape, shard, source)
+        if filled and filled + tensor.nbytes > SHARD:
+            shard, filled = shard + 1, 0
+            tensor = TensorPlan(name, kind, dtype, shape, shard, source)
+        filled += tensor.nbytes
+        planned.append(tensor)
+    first = shard + 1 if planned else 0
+    for canonical, block in blocks.items():
+        linear = canonical.removesuffix(".weight")
+        outcome = outcomes.get(linear) if canonical.endswith(".weight") else None
+        if outcome is not None:
+            kind = "linear" if outcome.format is None else "quantized"
+            for name, (dtype, shape) in exporter.describe(outcome).items():
+                planned.append(TensorPlan(name, kind, dtype, tuple(shape), first + block, linear))
+        else:
+            stored_name, shape = model.stored_name(canonical), model.shape(canonical)
+            dtype = model.written_dtype(canonical)
+            planned.append(TensorPlan(stored_name, kind_of(canonical, model), dtype, shape, first + block, canonical))
+    count = first + len(skeleton.block_names)
+    return tuple(planned), tuple(f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count))

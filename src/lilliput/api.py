@@ -23,8 +23,9 @@ from lilliput.errors import DataError, LilliputError, PlanError
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.journal import Work
-from lilliput.metrics.evaluate import Evaluation, window
+from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
+from lilliput.metrics.layout import window
 from lilliput.model import Model, open_model
 from lilliput.plan import Plan
 from lilliput.progress import Progress

@@ -90,7 +90,8 @@ def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int
         return tuple(figures)
     plain = evaluation.to_json()
     reference = plain.get("reference_perplexity")
-    where = f"{evaluation.windows} x {evaluation.tokens} tokens of {evaluation.data}"
+    text = evaluation.texts[0]
+    where = f"{text.windows} x {text.tokens} tokens of {text.data}"
     labels = {
         "perplexity": f"perplexity on {where}",
         "perplexity_ratio": "perplexity, ratio to the original",

@@ -233,7 +233,7 @@ def _phases(
 
 def _measuring(model: Model) -> int:
     """The least that the closing evaluation takes: 8 windows of the result and the original, in float32."""
-    from lilliput.metrics.evaluate import least, window  # which streams models, as this module's users do
+    from lilliput.metrics.layout import least, window
 
     tokens = window(model)
     return least([model, model], tokens, 8 * tokens, torch.float32.itemsize)

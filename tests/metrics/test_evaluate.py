@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2
 from lilliput.data import load_tokens
 from lilliput.errors import DataError, PlanError, SourceError
 from lilliput.metrics import evaluate as room
+from lilliput.metrics import layout
 from lilliput.metrics.evaluate import evaluate
 
 WINDOWS, TOKENS = 3, 48
@@ -57,7 +58,7 @@ def bias(model):
 )
 @pytest.mark.parametrize(("columns", "tile"), [(256, 256), (100, 37)])
 def test_perplexity_is_what_transformers_computes(folder, text, config, change, columns, tile, monkeypatch):
-    monkeypatch.setattr(room, "_layout", lambda *_: room.Layout(2, columns, tile))
+    monkeypatch.setattr(layout, "choose", lambda *_: layout.Layout(2, columns, tile))
     path = folder("model", config(), change=change)
     found = run(path, data=text)
     assert math.log(found.perplexity.value) == pytest.approx(loss(path, text), abs=1e-5)
@@ -148,8 +149,8 @@ def test_the_layout_follows_the_budget(folder, text):
     wide.vocab_size = 5_000
     path = folder("wide", wide)
     model = room.open_model(str(path))
-    assert room._layout([model, model], 64, 10**9) == room.Layout(32, 5_000, 4_096)
-    tight = room._layout([model, model], 64, int((room.ram.BASE + 2_200_000) * room.ram.SLACK))
+    assert layout.choose([model, model], 64, 10**9) == layout.Layout(32, 5_000, 4_096)
+    tight = layout.choose([model, model], 64, int((layout.ram.BASE + 2_200_000) * layout.ram.SLACK))
     assert tight.batch < 32
     assert tight.tile < tight.columns < 5_000
     with pytest.raises(
@@ -196,3 +197,38 @@ def test_bad_requests(folder, text):
         run(path, data=text, windows=4_000)
     with pytest.raises(SourceError):
         run(path.parent / "absent", data=text)
+
+
+def test_several_texts_are_measured_as_each_by_itself(folder, text, tmp_path):
+    path, other = folder("model"), folder("other", seed=1)
+    second = tmp_path / "second.txt"
+    second.write_text(text.read_text()[400:])
+    both = run(path, other, data=[text, second], detail=True)
+    for at, source in enumerate((text, second)):
+        alone = run(path, other, data=source, detail=True)
+        assert both.texts[at] == alone.texts[0]
+    assert both.perplexity == both.texts[0].perplexity
+    plain = both.to_json()
+    assert [x["data"] for x in plain["texts"]] == [str(text), str(second)]
+    assert plain["kl"] == plain["texts"][0]["kl"]
+    assert 0 < both.texts[0].kl_p95.value <= both.texts[0].kl_p99.value
+    assert both.texts[0].classes
+    assert both.texts[0].worst[0]["kl"] >= both.texts[0].kl_p99.value
+    assert 0 <= both.texts[0].flips.value <= 1 - both.agreement.value
+
+
+def test_strided_windows_score_their_last_tokens(folder, text):
+    path = folder("model")
+    found = run(path, data=text, stride=16).texts[0]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    long = load_tokens(text, AutoTokenizer.from_pretrained(path), samples=1, tokens=TOKENS + 2 * 16).ids[0]
+    losses = []
+    for n in range(WINDOWS):
+        row = long[16 * n : 16 * n + TOKENS]
+        with torch.no_grad():
+            logits = model(row[None]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[-17:-1], row[-16:]))
+    assert math.log(found.perplexity.value) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    assert found.stride == 16
+    with pytest.raises(DataError, match="stride"):
+        run(path, data=text, stride=TOKENS + 1)

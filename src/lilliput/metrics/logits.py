@@ -101,13 +101,20 @@ def _rows(model: Model, name: str, start: int, stop: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per position, [windows, scored tokens]: nll in nats (float64), and against a reference its nll, the divergence
-    KL(reference || model) in nats (float64), and whether both prefer the same token (bool)."""
+    """Per position, [windows, scored tokens]: nll in nats (float64) and the preferred token (int64), and against a
+    reference its nll, its preferred token, the divergence KL(reference || model) in nats (float64), and whether both
+    prefer the same token (bool)."""
 
     nll: Tensor
+    choice: Tensor
     reference: Tensor | None = None
+    reference_choice: Tensor | None = None
     divergence: Tensor | None = None
     same: Tensor | None = None
+
+    def of(self, rows: slice, columns: slice) -> Scores:
+        """The same for some windows and positions."""
+        return Scores(*(None if x is None else x[rows, columns] for x in vars(self).values()))  # type: ignore[arg-type]
 
 
 class _Sums:
@@ -117,9 +124,12 @@ class _Sums:
         self.top = torch.full(shape, -torch.inf, dtype=torch.float64)
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.target = torch.zeros(shape, dtype=torch.float64)
+        self.choice = torch.zeros(shape, dtype=torch.int64)
 
-    def rise(self, at: tuple[int, slice], top: Tensor) -> tuple[Tensor, Tensor]:
-        """Take over a slice's maxima; returns the new maxima and the factor by which older sums shrink."""
+    def rise(self, at: tuple[int, slice], top: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Take over a slice's maxima and the tokens that have them; returns the new maxima and the factor by which
+        older sums shrink."""
+        self.choice[at] = torch.where(top > self.top[at], index.cpu(), self.choice[at])
         fresh = torch.maximum(self.top[at], top)
         shrink = torch.exp(self.top[at] - fresh)
         self.top[at] = fresh
@@ -175,7 +185,8 @@ def score(
         at = (window, slice(start, stop))
         targets = ids[window, start + 1 : stop + 1]
         ours = model.logits(window, start, stop, first, last)
-        top, _ = sums[0].rise(at, _finite(ours.amax(dim=1), model.name, at))
+        most, place = ours.max(dim=1)
+        top, _ = sums[0].rise(at, _finite(most, model.name, at), place + first)
         sums[0].pick(at, ours, targets, first)
         if reference is not None:
             theirs = reference.logits(window, start, stop, first, last)
@@ -183,7 +194,7 @@ def score(
             best = _finite(best, reference.name, at)
             here = ours.gather(1, index[:, None])[:, 0].cpu().double()
             rival[at] = torch.where(best > sums[1].top[at], here, rival[at])
-            peak, shrink = sums[1].rise(at, best)
+            peak, shrink = sums[1].rise(at, best, index + first)
             sums[1].pick(at, theirs, targets, first)
             share = (theirs - peak[:, None].to(theirs)).exp_()
             sums[1].total[at] += share.sum(dim=1).cpu().double()
@@ -204,6 +215,7 @@ def score(
             head.unload()
     nll = sums[0].lse() - sums[0].target
     if reference is None:
-        return Scores(nll)
+        return Scores(nll, sums[0].choice)
     divergence = gap / sums[1].total - sums[1].lse() + sums[0].lse()
-    return Scores(nll, sums[1].lse() - sums[1].target, divergence, rival == sums[0].top)
+    theirs = sums[1].lse() - sums[1].target
+    return Scores(nll, sums[0].choice, theirs, sums[1].choice, divergence, rival == sums[0].top)

@@ -1,0 +1,88 @@
+"""How much of two models and of their logits an evaluation holds at a time, so that it stays within a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from lilliput import memory as ram
+from lilliput.errors import PlanError
+from lilliput.metrics.logits import ROWS, TILE
+from lilliput.model import Model
+
+
+def window(model: Model) -> int:
+    """Tokens in a window where nobody says otherwise: 1,024, or as many as the model knows positions."""
+    return min(1024, int(getattr(model.source.text_config, "max_position_embeddings", None) or 1024))
+
+
+def vocabulary(model: Model) -> int:
+    """Entries of the head, which may be more than the tokenizer's."""
+    return model.skeleton.shapes[model.skeleton.head][0]
+
+
+def _outside(model: Model, seen: int, itemsize: int) -> int:
+    """Bytes of the embeddings in the compute dtype, of the token table the rows of at most `seen` tokens, and of the
+    rows at hand as they are stored."""
+    shapes = model.skeleton.shapes
+    rows = {n: min(shapes[n][0], max(seen, ram.TABLE_ROWS)) for n in model.skeleton.embeddings}
+    sizes = {n: rows[n] * prod(shapes[n][1:]) for n in rows}
+    stored = max((sizes[n] * model.dtype(n).itemsize for n in sizes), default=0)
+    return sum(sizes.values()) * itemsize + min(stored, ram.TABLE_ROWS * model.skeleton.hidden_size * 4)
+
+
+def _block(model: Model, batch: int, tokens: int, itemsize: int) -> int:
+    """Bytes of the largest block with the forward pass of one batch through it."""
+    skeleton = model.skeleton
+    weights, widest = 0, 0
+    for i in range(len(skeleton.block_names)):
+        shapes = [skeleton.shapes[name] for name in skeleton.names_of(i)]
+        weights = max(weights, sum(prod(x) for x in shapes))
+        widest = max(widest, *(max(x) for x in shapes if x))
+    hidden = int(model.source.text_config.hidden_size)
+    live = batch * tokens * (4 * widest + 6 * hidden)
+    return (weights + live) * itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an evaluation spends its memory: windows per forward pass, and vocabulary entries of the heads and of the
+    logits at a time."""
+
+    batch: int
+    columns: int
+    tile: int
+
+
+def least(models: list[Model], tokens: int, seen: int, itemsize: int) -> int:
+    """Bytes, beside ram.BASE, without which these models cannot be measured on `seen` tokens in windows of `tokens`.
+
+    itemsize: of the dtype that blocks are computed in.
+    """
+    fewest = min(256, *(vocabulary(m) for m in models))
+    return max(
+        max(_outside(m, seen, itemsize) for m in models),
+        max(_block(m, 1, tokens, itemsize) for m in models),
+        4 * fewest * len(models) * models[0].skeleton.hidden_size * 8,
+        fewest * 4 * 4 * min(ROWS, tokens) * 2,
+    )
+
+
+def choose(models: list[Model], tokens: int, budget: int | None, windows: int = 8) -> Layout:
+    """The fastest layout within the budget. Raises PlanError that names the smallest budget that would do."""
+    room = ceil((budget if budget is not None else max(ram.available() // 2, 1)) / ram.SLACK) - ram.BASE
+    entries = max(vocabulary(m) for m in models)
+    # A vocabulary entry costs its row of each head (twice while it is cast), and four columns of logits.
+    row = len(models) * int(models[0].source.text_config.hidden_size) * 8
+    logits = 4 * 4 * min(ROWS, tokens)
+    fewest = min(entries, 256)
+    itemsize = models[0].skeleton.dtype.itemsize
+    floor = least(models, tokens, windows * tokens, itemsize)
+    if budget is not None and floor > room:
+        need = ram.readable((floor + ram.BASE) * ram.SLACK, up=True)
+        raise PlanError(f"--memory {ram.readable(budget)} is too little to evaluate: give --memory {need} or more.")
+    batch = max(1, 2048 // tokens)
+    while batch > 1 and max(_block(m, batch, tokens, itemsize) for m in models) > room:
+        batch //= 2
+    tile = min(entries, TILE, max(fewest, room // 2 // logits))
+    return Layout(batch, min(entries, max(fewest, (room - tile * logits) // row)), tile)

@@ -1,0 +1,39 @@
+"""Quantiles of the divergence over all positions: what the worst tokens suffer, which a mean hides."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lilliput.errors import DataError
+from lilliput.metrics.interval import Interval, clip, t_quantile
+
+_DRAWS = 400
+
+
+def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
+    """The `share` quantile of the divergence at all positions [windows, scored tokens], nats per token.
+
+    Interval: Student's t times the standard deviation over bootstrap draws of whole windows (a fixed seed), stretched
+    by sqrt(n / (n - 1)) as the bootstrap is too narrow for few windows. Raises DataError for fewer than two windows.
+    """
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"no quantile at {share}")
+    count = divergence.shape[0]
+    if count < 2:
+        raise DataError(f"{count} window gives no interval: evaluate at least 2 windows.")
+    values = divergence.double()
+    value = float(_quantile(values.reshape(1, -1), share))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(count, (_DRAWS, count), generator=generator)
+    found = torch.cat([_quantile(values[draw].reshape(1, -1), share) for draw in draws])
+    half = t_quantile(count - 1) * float(found.std(correction=1)) * math.sqrt(count / (count - 1))
+    return clip(Interval(value, value - half, value + half), 0.0, math.inf)
+
+
+def _quantile(rows: Tensor, share: float) -> Tensor:
+    # torch.quantile refuses more than 16 million values; a k-th value does not.
+    rank = min(rows.shape[1], math.ceil(share * rows.shape[1]))
+    return rows.kthvalue(max(rank, 1), dim=1).values

@@ -96,6 +96,11 @@ class Source:
             return self._reader.read(stored_name, rows)
         return packed.decode(self._reader, rows)
 
+    def parts(self, stored_name: str) -> tuple[str, ...]:
+        """Names in the files of what a tensor is stored as: its codes first, then scales and the like."""
+        packed = self._packed.get(stored_name)
+        return (stored_name,) if packed is None else tuple(packed.parts)
+
     def files(self) -> tuple[Path, ...]:
         """The files that hold weights."""
         return tuple(sorted({x.file for x in self._reader.entries.values()}))

@@ -1,0 +1,225 @@
+"""Which block, linear and technique the loss comes from, and which stored tensor looks broken."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lilliput import memory as ram
+from lilliput.attribution.restore import Restored, restore
+from lilliput.attribution.suspects import Suspect, find
+from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, turned
+from lilliput.data import load_tokens
+from lilliput.errors import DataError
+from lilliput.model import Model, open_model
+from lilliput.weights import BlockWeights
+
+if TYPE_CHECKING:
+    from lilliput.progress import Progress
+
+TOP = 8  # linears that are restored one by one
+_SPARSE = 0.4  # share of zeros that no rounding to 3 bits or more leaves
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What `attribute` found.
+
+    total_kl: KL(original || compressed) on its text, nats per token. blocks: rows {block, output_error, output_snr_db,
+    drift, share}; linears: rows {name, block, role, weight_error, output_error, snr_db, share, exact, zeros}, where
+    `share` of the KL is what restoring that part alone gives back: by running it where `exact`, else its block's share
+    divided by squared output errors. techniques: rows {name, kl, share}. suspects: tensors that look broken.
+    """
+
+    total_kl: float
+    blocks: tuple[dict[str, Any], ...]
+    linears: tuple[dict[str, Any], ...]
+    techniques: tuple[dict[str, Any], ...]
+    suspects: tuple[Suspect, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "total_kl": self.total_kl,
+            "blocks": list(self.blocks),
+            "linears": list(self.linears),
+            "techniques": list(self.techniques),
+            "suspects": [x.to_json() for x in self.suspects],
+            "note": " ".join(self.notes),
+            "seconds": self.seconds,
+        }
+
+
+def decibel(error: float) -> float | None:
+    """Signal-to-noise ratio of a relative error, in dB; None where there is no noise."""
+    return -20.0 * math.log10(error) if error > 0 else None
+
+
+def attribute(
+    model: str | Path,
+    against: str | Path,
+    *,
+    data: str | Path = "docs:library",
+    windows: int = 2,
+    tokens: int = 256,
+    top: int = TOP,
+    memory: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    work: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Attribution:
+    """Where a compressed model's divergence from its original comes from.
+
+    Every block is restored by itself, exactly, and so are the `top` linears that the errors point to; the shares of the
+    other linears are estimates. Costs about blocks / 2 forward passes of `windows` x `tokens` tokens, and as many
+    products with the head. Tensors are compared first, by weights alone: a suspect is found without any checksum.
+    Raises DataError for models of different shapes.
+    """
+    began = time.monotonic()
+    ours, base = open_model(str(model), dtype=dtype), open_model(str(against), dtype=dtype)
+    if ours.skeleton.shapes.keys() - {ours.skeleton.head} != base.skeleton.shapes.keys() - {base.skeleton.head}:
+        raise DataError(f"'{model}' and '{against}' are made of different tensors: they cannot be compared one by one.")
+    count = len(base.skeleton.block_names)
+    losses = [x for i in range(count) for x in compare(ours, base, i)]
+    suspects = tuple(find(losses, partial(_stored, ours)))
+    notes: list[str] = []
+    if turned(losses):
+        notes.append(
+            "The compressed model works in turned coordinates: its blocks cannot take the original's place one by one, "
+            "so shares are not given."
+        )
+        return Attribution(0.0, (), _rows(losses, None, {}, {}), (), (), tuple(notes), time.monotonic() - began)
+    ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens).ids
+    levels = {x.linear: math.log(x.factor) for x in suspects if x.factor > 0 and x.factor != 1.0}
+    with tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work) as name:
+        run = partial(restore, ours, base, ids, Path(name), memory_bytes=memory, progress=progress)
+        seen = run(blocks=range(count), outputs=True)
+        shares = {i: _share(seen.total, left) for i, left in seen.blocks.items()}
+        estimated = _estimates(losses, seen, shares)
+        chosen = sorted(estimated, key=lambda n: (-estimated[n], n))[:top]
+        sparse = [x.name for x in _block_linears(losses) if x.zeros >= _SPARSE]
+        again = run(linears=_weights(ours, base, [n for n in chosen if estimated[n] > 0], levels))
+        techniques: tuple[dict[str, Any], ...] = ()
+        if sparse:
+            every = [x.name for x in _block_linears(losses)]
+            pruned = run(everywhere=_weights(ours, base, every, levels, pruned=True)).everywhere
+            techniques = _techniques(seen.total, pruned if pruned is not None else 0.0)
+    exact = {n: _share(again.total, left) for n, left in again.linears.items()}
+    notes.append(f"Measured on {windows} x {tokens} tokens of {data}.")
+    ram.trim()
+    return Attribution(
+        total_kl=seen.total,
+        blocks=tuple(
+            {
+                "block": i,
+                "output_error": seen.block_outputs[i].error,
+                "output_snr_db": decibel(seen.block_outputs[i].error),
+                "drift": seen.drift[i].error,
+                "share": shares[i],
+            }
+            for i in range(count)
+        ),
+        linears=_rows(losses, seen, estimated, exact),
+        techniques=techniques,
+        suspects=suspects,
+        notes=tuple(notes),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _share(total: float, left: float) -> float:
+    return (total - left) / total if total > 0 else 0.0
+
+
+def _techniques(total: float, pruned: float) -> tuple[dict[str, Any], ...]:
+    """The zeros alone, put into the original, against what the other values add to that."""
+    share = pruned / total if total > 0 else 0.0
+    return (
+        {"name": "zeros (pruning)", "kl": pruned, "share": share},
+        {"name": "values (quantization)", "kl": total - pruned, "share": 1.0 - share},
+    )
+
+
+def _stored(model: Model, name: str, part: str) -> str:
+    """Stored name of a tensor's scales or codes; of the tensor itself where it is stored as it is."""
+    canonical = name if name in model.refs else f"{name}.weight"
+    parts = model.source.parts(model.refs[canonical].stored)
+    scales = [x for x in parts if "scale" in x.rsplit(".", 1)[-1]]
+    return scales[0] if part == "scale" and scales else parts[0]
+
+
+def _block_linears(losses: list[WeightLoss]) -> list[WeightLoss]:
+    return [x for x in losses if not x.name.endswith(f".{x.role}")]
+
+
+def _estimates(losses: list[WeightLoss], seen: Restored, shares: Mapping[int, float]) -> dict[str, float]:
+    """A block's share, divided among its linears by their squared output errors (weight errors where they were not
+    run)."""
+    linears = _block_linears(losses)
+    energy = {
+        x.name: (seen.linear_outputs[x.name].error if x.name in seen.linear_outputs else x.error) ** 2 for x in linears
+    }
+    whole: dict[int, float] = {}
+    for x in linears:
+        whole[x.block] = whole.get(x.block, 0.0) + energy[x.name]
+    return {
+        x.name: max(shares[x.block], 0.0) * energy[x.name] / whole[x.block] if whole[x.block] > 0 else 0.0
+        for x in linears
+    }
+
+
+def _weights(
+    ours: Model, base: Model, names: list[str], levels: Mapping[str, float], pruned: bool = False
+) -> dict[int, dict[str, Callable[[], Tensor]]]:
+    """Makers of the original's weights in the compressed model's coordinates and orientation, by block and linear."""
+    blocks = base.anatomy().blocks
+
+    @cache
+    def aligned(index: int) -> dict[str, Alignment]:
+        theirs, mine = BlockWeights(base, index, blocks[index]), BlockWeights(ours, index, blocks[index])
+        local = {k.removeprefix(f"{mine.prefix}."): v for k, v in levels.items() if k.startswith(f"{mine.prefix}.")}
+        return align(blocks[index], mine, theirs, local)
+
+    def make(index: int, name: str) -> Tensor:
+        theirs, mine = BlockWeights(base, index, blocks[index]), BlockWeights(ours, index, blocks[index])
+        linear = blocks[index].linear(name)
+        weight = aligned(index)[name].apply(theirs.linear(linear))
+        if pruned:
+            weight = weight * (mine.linear(linear) != 0)
+        return mine.to_stored(linear, weight)
+
+    out: dict[int, dict[str, Callable[[], Tensor]]] = {}
+    for name in names:
+        index = next(i for i, p in enumerate(base.skeleton.block_names) if name.startswith(f"{p}."))
+        local = name.removeprefix(f"{base.skeleton.block_names[index]}.")
+        out.setdefault(index, {})[local] = partial(make, index, local)
+    return out
+
+
+def _rows(
+    losses: list[WeightLoss], seen: Restored | None, estimated: Mapping[str, float], exact: Mapping[str, float]
+) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {
+            "name": x.name,
+            "block": x.block,
+            "role": x.role,
+            "weight_error": x.error,
+            "output_error": seen.linear_outputs[x.name].error if seen and x.name in seen.linear_outputs else None,
+            "snr_db": decibel(x.error),
+            "share": exact.get(x.name, estimated.get(x.name)),
+            "exact": x.name in exact,
+            "zeros": x.zeros,
+        }
+        for x in _block_linears(losses)
+    )

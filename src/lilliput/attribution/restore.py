@@ -1,0 +1,234 @@
+"""What the final divergence would be if one block, or one linear, were the original's: by running it so.
+
+The compressed model runs once; for each thing to restore, a second stream of hidden states branches off where that
+thing lies, passes it in its original form, and goes on through the compressed blocks behind it. All streams advance
+together, so that every block is loaded once. The share that a restoration gives back, 1 - KL(restored) / KL, is exact
+for the text at hand; shares do not add up to 1, since errors amplify and cancel each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lilliput import memory
+from lilliput.activations import Activations
+from lilliput.forward import Batches, embed, through
+from lilliput.metrics.layout import choose
+from lilliput.metrics.logits import StreamedHead, score
+from lilliput.model import Model
+from lilliput.progress import Progress
+
+Swap = Mapping[str, Callable[[], Tensor]]  # by linear of a block: makes the weight [out, in] to put there
+
+
+@dataclass
+class OutputLoss:
+    """Energies summed over tokens: of the original's outputs, and of the difference of the compressed block's."""
+
+    whole: float = 0.0
+    lost: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative error of the outputs."""
+        return (max(self.lost, 0.0) / self.whole) ** 0.5 if self.whole > 0 else 0.0
+
+
+@dataclass
+class Restored:
+    """total: KL(original || compressed), nats per token; blocks: by restored block, the KL that is left; linears: the
+    same by name; everywhere: the KL with all those weights put in; block_outputs: each compressed block on the
+    original's own inputs; linear_outputs: likewise of each linear, by name; drift: how far the compressed stream is
+    from the original's after each block."""
+
+    total: float = 0.0
+    blocks: dict[int, float] = field(default_factory=dict)
+    linears: dict[str, float] = field(default_factory=dict)
+    everywhere: float | None = None
+    block_outputs: list[OutputLoss] = field(default_factory=list)
+    linear_outputs: dict[str, OutputLoss] = field(default_factory=dict)
+    drift: list[OutputLoss] = field(default_factory=list)
+
+
+class _Streams:
+    """Hidden states by stream, in files of a folder."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, stack: ExitStack) -> None:
+        self._folder, self._shape, self._dtype, self._stack = folder, shape, dtype, stack
+        self.open: dict[str, Activations] = {}
+
+    def new(self, name: str) -> Activations:
+        path = self._folder / f"stream-{len(self.open):04d}.bin"
+        states = Activations(path, self._shape, self._dtype, create=True)
+        self._stack.callback(states.delete)
+        self.open[name] = states
+        return states
+
+
+def restore(
+    model: Model,
+    against: Model,
+    ids: Tensor,
+    folder: Path,
+    *,
+    blocks: Sequence[int] = (),
+    linears: Mapping[int, Swap] | None = None,
+    everywhere: Mapping[int, Swap] | None = None,
+    outputs: bool = False,
+    batch: int = 2,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Restored:
+    """Run ids int64 [N, T] through both models with the streams asked for.
+
+    `blocks`: which to restore; `linears`: by block and name relative to it, the weight [out, in] to restore, already in
+    the compressed model's coordinates; `everywhere`: one stream with all of these weights put in; `outputs`: also
+    measure the outputs of blocks and linears. Two blocks are resident, and one file of hidden states for each stream
+    lies in `folder`.
+    """
+    wanted = linears or {}
+    found = Restored()
+    with ExitStack() as stack, torch.no_grad():
+        shape = (*ids.shape, against.skeleton.hidden_size)
+        streams = _Streams(folder, (shape[0], shape[1], shape[2]), torch.float32, stack)
+        base, ours = streams.new("original"), streams.new("compressed")
+        base_batches, batches = embed(against, ids, batch, base), embed(model, ids, batch, ours)
+        if everywhere is not None:
+            embed(model, ids, batch, streams.new("everywhere"))
+        count = len(model.skeleton.block_names)
+        for index in range(count):
+            model.load_block(index)
+            against.load_block(index)
+            if outputs:
+                _outputs(model, against, index, base, base_batches, batches, found)
+            fresh: list[str] = []
+            if index in blocks:
+                fresh.append(f"block {index}")
+                for run in through(against, index, base_batches, ours, streams.new(fresh[-1])):
+                    run()
+            for name, weight in wanted.get(index, {}).items():
+                fresh.append(f"{model.skeleton.block_names[index]}.{name}")
+                _swapped(model, index, {name: weight}, batches, ours, streams.new(fresh[-1]))
+            if everywhere is not None:
+                fresh.append("everywhere")
+                changed = streams.open["everywhere"]
+                _swapped(model, index, everywhere.get(index, {}), batches, changed, changed)
+            for name, states in streams.open.items():
+                if name != "original" and name not in fresh:
+                    for run in through(model, index, batches, states, states):
+                        run()
+            for run in through(against, index, base_batches, base, base):
+                run()
+            if outputs:
+                found.drift.append(_distance(ours, base))
+            model.unload_block(index)
+            against.unload_block(index)
+            memory.trim()
+            if progress is not None:
+                progress.step(index + 1, count, "finding what was lost")
+        left = _divergences(model, against, ids, streams.open, memory_bytes)
+    found.total = left.pop("compressed")
+    found.everywhere = left.pop("everywhere", None)
+    for name, value in left.items():
+        number = name.removeprefix("block ")
+        if number != name:
+            found.blocks[int(number)] = value
+        else:
+            found.linears[name] = value
+    return found
+
+
+def _swapped(
+    model: Model, index: int, weights: Swap, batches: Batches, inputs: Activations, outputs: Activations
+) -> None:
+    """Run a block with some weights put in for its own."""
+    skeleton = model.skeleton
+    names = {name: f"{skeleton.block_names[index]}.{name}.weight" for name in weights}
+    kept = {tensor: skeleton.tensor(tensor) for tensor in names.values()}
+    for name, make in weights.items():
+        skeleton.load({names[name]: make().to(kept[names[name]].dtype)})
+    for run in through(model, index, batches, inputs, outputs):
+        run()
+    skeleton.load(kept)
+
+
+def _outputs(
+    model: Model,
+    against: Model,
+    index: int,
+    inputs: Activations,
+    base_batches: Batches,
+    batches: Batches,
+    found: Restored,
+) -> None:
+    """Outputs of block `index` and of its linears, both models on the original's hidden states, batch by batch."""
+    block = against.anatomy().blocks[index]
+    prefix = against.skeleton.block_names[index]
+    whole = OutputLoss()
+    for start, stop in base_batches.bounds:
+        seen: list[dict[str, Tensor]] = []
+        ends = []
+        for side, calls in ((against, base_batches), (model, batches)):
+            outs: dict[str, Tensor] = {}
+            with ExitStack() as stack:
+                for linear in block.linears:
+                    module: nn.Module = side.skeleton.block(index).get_submodule(linear.name)
+                    stack.callback(module.register_forward_hook(_keep(outs, linear.name)).remove)
+                hidden = inputs.read(start, stop).to(side.skeleton.device)
+                ends.append(side.skeleton.run(index, hidden, calls.calls[stop - start]).float() - hidden.float())
+            seen.append(outs)
+        _add(whole, ends[1], ends[0])
+        for name, theirs in seen[0].items():
+            if name in seen[1] and seen[1][name].shape == theirs.shape:
+                _add(found.linear_outputs.setdefault(f"{prefix}.{name}", OutputLoss()), seen[1][name], theirs)
+    found.block_outputs.append(whole)
+
+
+def _keep(outs: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, Tensor], None]:
+    def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+        outs[name] = output.detach().float()
+
+    return hook
+
+
+def _add(loss: OutputLoss, ours: Tensor, theirs: Tensor) -> None:
+    loss.whole += float(theirs.double().square().sum())
+    loss.lost += float((ours - theirs).double().square().sum())
+
+
+def _distance(ours: Activations, base: Activations) -> OutputLoss:
+    loss = OutputLoss()
+    for i in range(len(base)):
+        _add(loss, ours.read(i, i + 1).float(), base.read(i, i + 1).float())
+    return loss
+
+
+def _divergences(
+    model: Model, against: Model, ids: Tensor, streams: Mapping[str, Activations], budget: int | None
+) -> dict[str, float]:
+    """Mean KL of the original to every other stream, nats per token."""
+    for side, names in ((against, ("original",)), (model, tuple(n for n in streams if n != "original"))):
+        skeleton = side.skeleton
+        side.load(skeleton.final)
+        for name in names:
+            states = streams[name]
+            for i in range(len(states)):
+                states.write(i, skeleton.finish(states.read(i, i + 1).to(skeleton.device)))
+        side.unload(skeleton.final)
+    shape = choose([model, against], ids.shape[1], budget, len(ids))
+    reference = StreamedHead(against, streams["original"])
+    out: dict[str, float] = {}
+    for name, states in streams.items():
+        if name == "original":
+            continue
+        scores = score(ids, StreamedHead(model, states), reference, columns=shape.columns, tile=shape.tile)
+        if scores.divergence is None:
+            raise RuntimeError("a reference was given, but no divergence came back")
+        out[name] = float(scores.divergence.mean())
+    return out

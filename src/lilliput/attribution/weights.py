@@ -1,0 +1,168 @@
+"""Every stored weight against the original's, one block of each at a time.
+
+A rewrite such as AWQ moves scales between tensors without changing what the block computes, so weights are compared in
+the compressed model's own coordinates: a compressed linear stands for diag(r) W diag(c), where c follows exactly from
+the gain of the norm before it, and where two linears are linked (v and o, up and down) r and c are fitted to the
+producer's rows. What is left beyond that is error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lilliput.anatomy.model import Block, Link
+from lilliput.model import Model
+from lilliput.weights import BlockWeights
+
+_FOLDED = 0.05  # |log| of a gain or row factor from which on it is a fold and no rounding
+_SAMPLE = 1 << 16
+_TURNED = 0.5  # cosine between weights under which the model's coordinates are other ones altogether
+
+
+@dataclass(frozen=True)
+class WeightLoss:
+    """A linear (or another tensor of a block) of the compressed model beside the original's.
+
+    error: Frobenius norm of the difference over that of the weight, coordinates aligned; level: median of
+    log(compressed / original) over the larger weights, near 0 unless something scaled the tensor as a whole; cosine:
+    between both, before alignment; zeros: share of exact zeros. Where a fold moves scales between two linears, only
+    their product can be held against the original: both then have its level, `partner` names the other one, and `raw`
+    is the level of each by itself, fold included.
+    """
+
+    name: str
+    block: int
+    role: str
+    error: float
+    level: float
+    cosine: float
+    zeros: float
+    raw: float
+    partner: str | None = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Factors of a linear's rows and columns [out], [in] that folds account for; None where there is no fold."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The original's weight [out, in] in the compressed model's coordinates."""
+        if self.rows is not None:
+            weight = weight * self.rows[:, None]
+        return weight if self.columns is None else weight * self.columns
+
+
+def _gain(weights: BlockWeights, link: Link) -> Tensor:
+    return (weights.tensor(f"{link.producer}.weight").float() + link.offset)[link.index]
+
+
+def _row_factors(ours: Tensor, base: Tensor) -> Tensor:
+    """Least-squares factor of each row: ours ~ a * base; 1 for rows of zeros."""
+    energy = base.square().sum(1)
+    factor = (ours * base).sum(1) / energy.clamp(min=1e-30)
+    return torch.where((energy > 0) & (factor > 0), factor, 1.0)
+
+
+def align(block: Block, ours: BlockWeights, base: BlockWeights, levels: dict[str, float]) -> dict[str, Alignment]:
+    """How the linears of a block are folded. `levels`: by linear, a level beyond doubt wrong, which is no fold."""
+    columns: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    for link in block.links:
+        if link.kind == "norm":
+            factor = _gain(base, link) / _gain(ours, link)
+            if bool(torch.isfinite(factor).all()) and float(factor.abs().log().abs().max()) > 1e-3:
+                for reader in link.readers:
+                    columns[reader] = columns[reader] * factor if reader in columns else factor
+    for link in block.links:
+        if link.kind == "linear":
+            producer = block.linear(link.producer)
+            weight = base.linear(producer)
+            if link.producer in columns:
+                weight = weight * columns[link.producer]
+            factor = _row_factors(ours.linear(producer), weight) / torch.tensor(levels.get(link.producer, 0.0)).exp()
+            used = factor[link.index]
+            # Rounding leaves every row near 1; a fold moves many of them.
+            if float((used.log().abs() > _FOLDED).float().mean()) > 0.1:
+                rows[link.producer] = factor
+                for reader in link.readers:
+                    columns[reader] = 1.0 / used
+    return {x.name: Alignment(rows.get(x.name), columns.get(x.name)) for x in block.linears}
+
+
+def level_of(ours: Tensor, base: Tensor) -> float:
+    """Median of log(ours / base) over the larger half of the weights, of at most 65,536 of them."""
+    a, b = ours.reshape(-1), base.reshape(-1)
+    step = max(1, len(a) // _SAMPLE)
+    a, b = a[::step], b[::step]
+    large = b.abs() >= b.abs().median()
+    ratio = a[large] / b[large]
+    ratio = ratio[torch.isfinite(ratio) & (ratio > 0)]
+    return float(ratio.log().median()) if len(ratio) else 0.0
+
+
+def compare(model: Model, against: Model, index: int, levels: dict[str, float] | None = None) -> list[WeightLoss]:
+    """The tensors of block `index`: its linears, then its other tensors."""
+    block = against.anatomy().blocks[index]
+    ours, base = BlockWeights(model, index, block), BlockWeights(against, index, block)
+    aligned = align(block, ours, base, levels or {})
+    out: list[WeightLoss] = []
+    linears = {f"{x.name}.weight" for x in block.linears}
+    for linear in block.linears:
+        w, v = base.linear(linear), ours.linear(linear)
+        out.append(_loss(f"{base.prefix}.{linear.name}", index, linear.role, v, w, aligned[linear.name].apply(w)))
+    out = _linked(out, block, base.prefix, aligned)
+    gains = {f"{link.producer}.weight" for link in block.links if link.kind == "norm"}
+    for name in base.names():
+        if name in linears or base.tensor(name).numel() < 2:
+            continue
+        w, v = base.tensor(name).float(), ours.tensor(name).float()
+        # A folded gain is accounted for in the linears behind it; only its level can look wrong.
+        out.append(_loss(f"{base.prefix}.{name}", index, name, v, w, v if name in gains else w))
+    return out
+
+
+def _loss(name: str, block: int, role: str, ours: Tensor, base: Tensor, aligned: Tensor) -> WeightLoss:
+    a, b = ours.reshape(-1), base.reshape(-1)
+    norm = float(a.norm() * b.norm())
+    whole = float(aligned.norm())
+    level = level_of(ours, aligned if ours is not aligned else base)
+    return WeightLoss(
+        name=name,
+        block=block,
+        role=role,
+        error=float((ours - aligned).norm()) / whole if whole > 0 else float(a.norm() > 0),
+        level=level,
+        cosine=float(a @ b) / norm if norm > 0 else 1.0,
+        zeros=float((ours == 0).float().mean()),
+        raw=level,
+    )
+
+
+def _linked(losses: list[WeightLoss], block: Block, prefix: str, aligned: Mapping[str, Alignment]) -> list[WeightLoss]:
+    """The same with linears that share a fold paired off."""
+    named = {x.name: x for x in losses}
+    for link in block.links:
+        rows = aligned[link.producer].rows if link.kind == "linear" else None
+        if rows is None:
+            continue
+        raw = float(rows[link.index].log().median())
+        producer = f"{prefix}.{link.producer}"
+        for reader in (f"{prefix}.{x}" for x in link.readers):
+            product = named[reader].level
+            named[producer] = replace(named[producer], level=product, raw=raw, partner=reader)
+            named[reader] = replace(named[reader], raw=product - raw, partner=producer)
+    return list(named.values())
+
+
+def turned(losses: list[WeightLoss]) -> bool:
+    """Whether the residual stream of the compressed model has other coordinates, as after a rotation."""
+    linears = [x for x in losses if x.role != x.name and x.cosine == x.cosine]
+    low = sum(abs(x.cosine) < _TURNED for x in linears)
+    return low > len(linears) / 2

@@ -45,8 +45,8 @@ def test_rounds_are_interleaved_and_warm_up_is_left_out():
 
 
 def test_median_and_tail_of_known_times():
-    found = timing([float(x) for x in range(101)])
-    assert (found.median, found.p95) == (50.0, 95.0)
+    found = timing([float(x) for x in range(101, 0, -1)])
+    assert (found.median, found.p95, found.best) == (51.0, 96.0, 1.0)
 
 
 def test_drift_that_meets_both_leaves_the_ratio():
@@ -91,7 +91,7 @@ def test_a_model_beside_itself(folder):
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     keys = {"runs", "prefill", "decode", "throughput", "peak_rss_bytes", "base_peak_rss_bytes", "mfu", "peak_flops"}
     assert keys <= plain.keys()
-    assert plain["decode"]["base_seconds"] == {"median": 0.5, "p95": 0.5}
+    assert plain["decode"]["base_seconds"] == {"median": 0.5, "p95": 0.5, "best": 0.5}
     assert plain["peak_rss_bytes"] is None
 
 

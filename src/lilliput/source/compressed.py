@@ -65,7 +65,7 @@ def find(reader: Reader, raw: Mapping[str, Any], dtype: torch.dtype, label: str)
 
 
 def _one(reader: Reader, base: str, leaf: str, config: QuantizationConfig, dtype: torch.dtype, label: str) -> Packed:
-    scheme = _scheme(base, config)
+    scheme = scheme_for(base, config)
     if scheme is None or scheme.weights is None:
         raise SourceError(
             f"{label}: no group of its quantization_config names {base}, whose weight is stored as codes."
@@ -114,7 +114,7 @@ def _one(reader: Reader, base: str, leaf: str, config: QuantizationConfig, dtype
     return Scaled(shape, dtype, f"{base}.{leaf}", scale, block, bits, zero, packed, order)
 
 
-def _scheme(name: str, config: QuantizationConfig) -> QuantizationScheme | None:
+def scheme_for(name: str, config: QuantizationConfig) -> QuantizationScheme | None:
     """The group that names this module: exactly, else by pattern, else by class, as the library ranks them."""
     best: tuple[int, QuantizationScheme] | None = None
     for scheme in config.config_groups.values():

@@ -1,0 +1,130 @@
+"""Devices as a roofline sees them: peak arithmetic, memory bandwidth, memory. Named ones from devices.yaml; this one
+measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+
+import torch
+import yaml
+
+from lilliput.efficiency.serving import ARITHMETIC, Runtime
+from lilliput.errors import PlanError
+from lilliput.recipe import nearest
+
+THIS = "this-cpu"
+_HALF = ("bf16", "fp16", "fp32")
+_WIDER = {"int8": _HALF, "fp8": _HALF, "bf16": ("fp32",), "fp16": ("fp32",)}
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Device:
+    """name: as in devices.yaml; title: as a sentence says it; peaks: FLOP/s (int8: OP/s) by arithmetic ("fp32", "bf16",
+    "fp16", "fp8", "int8"); bandwidth: bytes/s; memory: bytes; runtime: what serves models on it, see
+    `lilliput.efficiency.serving.servings`."""
+
+    name: str
+    title: str
+    peaks: Mapping[str, float] = field(hash=False)
+    bandwidth: float
+    memory: float
+    runtime: Runtime = "kernels"
+
+    def arithmetic(self, wanted: str) -> str:
+        """The arithmetic that a product runs in: the wanted one, else what engines widen its operands to."""
+        for name in (wanted, *_WIDER.get(wanted, ())):
+            if name in self.peaks:
+                return name
+        raise PlanError(f"{self.name} has no peak for {wanted} arithmetic: known are {', '.join(self.peaks)}")
+
+
+def devices() -> tuple[Device, ...]:
+    """The named devices of devices.yaml, in its order."""
+    text = resources.files("lilliput.efficiency").joinpath("devices.yaml").read_text(encoding="utf-8")
+    return tuple(
+        Device(
+            name,
+            str(x["title"]),
+            {k: float(v) for k, v in x["peaks"].items()},
+            float(x["bandwidth"]),
+            float(x["memory"]),
+        )
+        for name, x in yaml.safe_load(text).items()
+    )
+
+
+def device(name: str) -> Device:
+    """A device by name; "this-cpu" is measured now. Raises PlanError with the nearest name."""
+    if name == THIS:
+        return measure_device()
+    known = {x.name: x for x in devices()}
+    if name not in known:
+        raise PlanError(f"unknown device '{name}': one of {', '.join(known)}, {THIS}.{nearest(name, known)}")
+    return known[name]
+
+
+def measure_device(
+    *, side: int = 1536, buffer: int = 1 << 29, repeats: int = 5, clock: Clock = time.perf_counter
+) -> Device:
+    """This machine's CPU with torch's present number of threads, in about ten seconds.
+
+    Arithmetic: the best of `repeats` products of two square matrices of `side`, in float32 and bfloat16. Bandwidth:
+    the best of `repeats` sums over `buffer` bytes of float32 and as many copies, bytes read and written counted (as in
+    STREAM, McCalpin 1995), whichever is faster; a buffer well beyond the caches, or it measures them. Memory: physical.
+    """
+    import psutil
+
+    peaks = {
+        ARITHMETIC[x]: matmul_peak(x, side=side, repeats=repeats, clock=clock) for x in (torch.float32, torch.bfloat16)
+    }
+    memory = float(psutil.virtual_memory().total)
+    threads = torch.get_num_threads()
+    title = f"this CPU ({threads} thread{'s' if threads > 1 else ''})"
+    bandwidth = memory_bandwidth(buffer, repeats=repeats, clock=clock)
+    return Device(THIS, title, peaks, bandwidth, memory, runtime="transformers")
+
+
+def matmul_peak(
+    dtype: torch.dtype,
+    *,
+    side: int = 1536,
+    repeats: int = 5,
+    where: str = "cpu",
+    clock: Clock = time.perf_counter,
+) -> float:
+    """FLOP/s of a square matrix product [side, side] in `dtype` on a torch device: the best of `repeats`."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(side, side, generator=generator).to(dtype).to(where)
+    return 2 * side**3 / _best(lambda: a @ a, where, repeats, clock)
+
+
+def memory_bandwidth(buffer: int, *, repeats: int = 5, where: str = "cpu", clock: Clock = time.perf_counter) -> float:
+    """Bytes/s: the better of summing `buffer` bytes of float32 and of copying them."""
+    a = torch.zeros(buffer // 4, device=where).fill_(1.0)
+    b = torch.zeros_like(a).fill_(1.0)
+    read = 4 * a.numel() / _best(lambda: a.sum(), where, repeats, clock)
+    return max(read, 8 * a.numel() / _best(lambda: b.copy_(a), where, repeats, clock))
+
+
+def synchronize(where: str) -> None:
+    """Wait until an accelerator has finished what it was given; nothing on a CPU."""
+    if torch.device(where).type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+def _best(work: Callable[[], object], where: str, repeats: int, clock: Clock) -> float:
+    """Seconds of the fastest of `repeats` runs after one that is not counted."""
+    least = float("inf")
+    for i in range(repeats + 1):
+        synchronize(where)
+        began = clock()
+        work()
+        synchronize(where)
+        least = min(least, clock() - began) if i else least
+    if least <= 0:
+        raise PlanError("the clock did not advance while this device was measured: measure with larger sizes")
+    return least

@@ -1,0 +1,222 @@
+"""Predicted time of a model on a device, from config and format alone: no weights are read, nothing is run.
+
+Williams et al. 2009, "Roofline: an insightful visual performance model". Every operator takes the longer of its
+arithmetic at the device's peak and its bytes at the device's bandwidth; operators run one after the other:
+
+    seconds = sum over operators of max(flops / peak, bytes / bandwidth)
+
+Each operand is counted once: weights once a pass, inputs and outputs of each matrix, keys and values written once and
+read once (fused attention). What that leaves out (kernel launches, caches, Python, imperfect kernels) only adds time:
+predictions are lower bounds, and speed-ups are what a perfect engine would show.
+
+A prefill computes logits at the last token of each sequence only, as generation does. A decoding step adds one token to
+each sequence and attends to `context` tokens, itself included. With experts, a pass over t tokens reads each expert
+with probability 1 - (1 - k / E)^t: tokens are taken to choose evenly and independently.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from lilliput.efficiency.counts import served_dtype, weight_bytes
+from lilliput.efficiency.devices import Device
+from lilliput.efficiency.sentences import sentence
+from lilliput.efficiency.serving import ARITHMETIC, Serving, servings
+from lilliput.efficiency.shapes import Matrix, Shapes, shapes_of
+from lilliput.errors import PlanError
+from lilliput.model import Model
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """All operators of one kind in one pass: operations, bytes moved, seconds, and which of the two takes longer."""
+
+    name: str
+    flops: float
+    bytes: float
+    seconds: float
+    bound: Literal["arithmetic", "memory"]
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model as an engine holds it: shapes, how each matrix is served, the dtype of everything else, the bytes of
+    all weights in memory."""
+
+    shapes: Shapes
+    served: Mapping[str, Serving]
+    dtype: torch.dtype
+    memory: int
+
+    def groups(self) -> Mapping[tuple[Matrix, Serving], int]:
+        """Equal matrices served equally, and how often they occur."""
+        return Counter(
+            (Matrix(x.role, x.role, 0, x.out_features, x.in_features, x.active, x.copies), self.served[x.tensor])
+            for x in self.shapes.matrices
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prediction, the base's beside it where there is one. Seconds are of one prefill of batch x context tokens, or
+    of one decoding step of batch tokens; bound: what most of the time goes to; fits: whether weights and cache find
+    room in the device's memory."""
+
+    device: str
+    batch: int
+    context: int
+    phase: Phase
+    seconds: float
+    bound: str
+    fits: bool
+    operators: tuple[Operator, ...]
+    sentence: str
+    base_seconds: float | None = None
+    base_bound: str | None = None
+    base_fits: bool | None = None
+    base_operators: tuple[Operator, ...] = ()
+    speedup: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: a row of the report's "roofline"."""
+        out: dict[str, Any] = dict(vars(self))
+        out["operators"] = [x.to_json() for x in self.operators]
+        out["base_operators"] = [x.to_json() for x in self.base_operators]
+        return out
+
+
+def workload(
+    model: Model, device: Device, *, dtype: torch.dtype | None = None, what_if: Serving | None = None
+) -> Workload:
+    """An opened model as the device's runtime serves it. Reads headers and config.json only.
+
+    dtype: of plain tensors; by default the folder's own, but bfloat16 where a float32 folder goes to an engine with
+    kernels (vLLM and SGLang serve 16 bits). what_if: how every linear of the blocks would be served instead, routers
+    excepted. Raises PlanError for another dtype than a float of 16 or 32 bits.
+    """
+    shapes = shapes_of(model)
+    own = dtype or served_dtype(model)
+    if dtype is None and device.runtime == "kernels" and own == torch.float32:
+        own = torch.bfloat16
+    served = servings(model, [x.tensor for x in shapes.matrices], own, device.runtime)
+    if what_if is not None:
+        served |= {x.tensor: what_if for x in shapes.matrices if x.compressible}
+    return Workload(shapes, served, own, weight_bytes(model, served, own))
+
+
+def operators(work: Workload, device: Device, phase: Phase, batch: int, context: int) -> tuple[Operator, ...]:
+    """What one pass consists of, in the order of a block; equal roles of all blocks are one operator."""
+    shapes, item = work.shapes, work.dtype.itemsize
+    tokens = batch * context if phase == "prefill" else batch
+    rows: dict[str, list[float]] = {}
+
+    def add(name: str, arithmetic: str, flops: float, moved: float) -> None:
+        entry = rows.setdefault(name, [0.0, 0.0, 0.0, 0.0])
+        compute = flops / device.peaks[device.arithmetic(arithmetic)]
+        transfer = moved / device.bandwidth
+        entry[0] += flops
+        entry[1] += moved
+        entry[2] += max(compute, transfer)
+        entry[3] += max(compute, transfer) if compute > transfer else 0.0
+
+    plain = ARITHMETIC[work.dtype]
+    add("embedding", plain, 0.0, 2.0 * tokens * shapes.hidden * item)
+    for (matrix, held), times in work.groups().items():
+        seen = batch if matrix.role == "head" else tokens
+        active = float(matrix.active)
+        touched = 1.0 if active == 1 else 1.0 - (1.0 - active) ** seen
+        weights = matrix.weights * touched * (held.bits / 8 + held.decoded)
+        through = matrix.copies * active * seen * (matrix.in_features * held.inputs + matrix.out_features * item)
+        add(matrix.role, held.arithmetic, times * float(matrix.flops) * held.keep * seen, times * (weights + through))
+    for x in shapes.attention:
+        pairs = x.pairs(context) if phase == "prefill" else x.seen(context)
+        queries = tokens * x.heads * (x.key_width + x.value_width) * item
+        add("attention", plain, float(batch * x.flops(pairs)), float(queries))
+        written = tokens * x.cached * item
+        add("kv cache", plain, 0.0, float(written + batch * x.seen(context) * x.cached * item))
+    # A norm reads and writes; two additions to the residual stream read twice and write; so does a gated activation.
+    elements = 2 * sum(shapes.norms) + 6 * shapes.hidden * shapes.blocks + 3 * float(shapes.inner)
+    add("norms and activations", plain, elements * tokens, elements * tokens * item)
+    return tuple(
+        Operator(name, flops, moved, seconds, "arithmetic" if computing > seconds / 2 else "memory")
+        for name, (flops, moved, seconds, computing) in rows.items()
+    )
+
+
+def bound_of(found: Sequence[Operator]) -> Literal["arithmetic", "memory"]:
+    """What more than half of the time goes to."""
+    computing = sum(x.seconds for x in found if x.bound == "arithmetic")
+    return "arithmetic" if computing > sum(x.seconds for x in found) / 2 else "memory"
+
+
+def rooflines(
+    model: Model,
+    base: Model | None,
+    devices: Sequence[Device],
+    *,
+    batches: Sequence[int] = (1, 16),
+    contexts: Sequence[int] = (512, 4096),
+    dtype: torch.dtype | None = None,
+    what_if: Serving | None = None,
+) -> tuple[Row, ...]:
+    """A row for each device, batch, context and phase; contexts beyond a model's positions are left out.
+
+    dtype, what_if: see `workload`; `what_if` changes the compressed model only. Raises PlanError where a batch or
+    context is below 1, or no context is left.
+    """
+    if any(x < 1 for x in (*batches, *contexts)):
+        raise PlanError("batches and contexts of a roofline are 1 or more")
+    rows: list[Row] = []
+    for device in devices:
+        own = workload(model, device, dtype=dtype, what_if=what_if)
+        theirs = None if base is None else workload(base, device, dtype=dtype)
+        longest = min(x.shapes.positions or max(contexts) for x in (own, theirs) if x is not None)
+        fitting = [x for x in contexts if x <= longest]
+        if not fitting:
+            raise PlanError(f"the model knows {longest} positions, and every context asked for is longer: give less")
+        rows += [
+            _row(own, theirs, device, phase, batch, context)
+            for batch in batches
+            for context in fitting
+            for phase in PHASES
+        ]
+    return tuple(rows)
+
+
+def _row(own: Workload, base: Workload | None, device: Device, phase: Phase, batch: int, context: int) -> Row:
+    found = operators(own, device, phase, batch, context)
+    theirs = () if base is None else operators(base, device, phase, batch, context)
+    seconds = sum(x.seconds for x in found)
+    before = None if base is None else sum(x.seconds for x in theirs)
+    row = Row(
+        device=device.name,
+        batch=batch,
+        context=context,
+        phase=phase,
+        seconds=seconds,
+        bound=bound_of(found),
+        fits=_fits(own, device, batch, context),
+        operators=found,
+        sentence="",
+        base_seconds=before,
+        base_bound=None if base is None else bound_of(theirs),
+        base_fits=None if base is None else _fits(base, device, batch, context),
+        base_operators=theirs,
+        speedup=None if before is None else before / seconds,
+    )
+    return replace(row, sentence=sentence(row, own, base, device))
+
+
+def _fits(work: Workload, device: Device, batch: int, context: int) -> bool:
+    return work.memory + batch * work.shapes.cached(context) * work.dtype.itemsize <= device.memory

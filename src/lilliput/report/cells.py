@@ -14,11 +14,18 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """`text` as it is shown; `value` sorts it, where it is a number; `tone` is a level of the verdict, or empty."""
+    """`text` as it is shown, `below` it its interval, if any; `value` sorts it, where it is a number; `tone` is a level
+    of the verdict, or empty."""
 
     text: str
     value: float | None = None
     tone: str = ""
+    below: str = ""
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        return f"{self.text} {self.below}".strip()
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,24 @@ def size(x: float | None) -> Cell:
     return Cell(MISSING) if x is None else Cell(units.size(x), float(x))
 
 
+def count(x: float | None) -> Cell:
+    """Operations, with the prefix that fits: "6.6 M", "110 G"."""
+    if x is None:
+        return Cell(MISSING)
+    power = next((i for i in (4, 3, 2, 1) if abs(x) >= 1000**i), 0)
+    return Cell(f"{x / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}".strip(), float(x))
+
+
 def share(x: float | None, digits: int = 3) -> Cell:
     """0.052 as 5.2 %."""
     return Cell(MISSING) if x is None else Cell(f"{100 * x:.{digits}g} %", float(x))
 
 
 def interval(x: Data | None, digits: int = 4) -> Cell:
-    return Cell(MISSING) if not x else Cell(units.interval(x, digits), float(x["value"]))
+    if not x:
+        return Cell(MISSING)
+    value, below = units.interval(x, digits).split(" ", 1)
+    return Cell(value, float(x["value"]), below=below)
 
 
 def shares(x: Data | None, digits: int = 3) -> Cell:
@@ -72,14 +90,14 @@ def shares(x: Data | None, digits: int = 3) -> Cell:
     if not x:
         return Cell(MISSING)
     value, low, high = (f"{100 * x[key]:.{digits}g}" for key in ("value", "low", "high"))
-    return Cell(f"{value} % [{low}, {high}]", float(x["value"]))
+    return Cell(f"{value} %", float(x["value"]), below=f"[{low}, {high}]")
 
 
 def times(x: Data | None) -> Cell:
     """An interval of a ratio of speeds: "1.31× [1.28, 1.34]"."""
     if not x:
         return Cell(MISSING)
-    return Cell(f"{x['value']:.3g}× [{x['low']:.3g}, {x['high']:.3g}]", float(x["value"]))
+    return Cell(f"{x['value']:.3g}×", float(x["value"]), below=f"[{x['low']:.3g}, {x['high']:.3g}]")
 
 
 def brief(seconds: float | None) -> Cell:

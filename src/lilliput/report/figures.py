@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,9 +57,10 @@ def bars(
             for j, (length, text, colour) in enumerate(group):
                 y = i + (j - (len(group) - 1) / 2) * step
                 axes.barh(y, length, height=step * 0.82, color=COLOUR[colour])
-                axes.text(length + longest * 0.01, y, f" {clean(text)}", va="center", size=11)
+                box = {"facecolor": COLOUR["surface"], "edgecolor": "none", "pad": 1}
+                axes.text(length + longest * 0.015, y, clean(text), va="center", size=11, bbox=box)
         if reference is not None:
-            axes.axvline(reference, color=COLOUR["muted"], linewidth=1, zorder=3)
+            axes.axvline(reference, color=COLOUR["muted"], linewidth=1, zorder=2.5)
         _names(canvas, [label for label, _ in rows])
         axes.set_xlim(0, longest * (1.35 if canvas.narrow else 1.18))
         axes.set_xticks([])
@@ -105,11 +107,13 @@ def curve(name: str, points: Sequence[tuple[float, float, float, float]], x_axis
     return draw(name, paint, (250, 220))
 
 
-def columns(name: str, values: Sequence[tuple[int, float, str]], y_axis: str) -> Drawn:
-    """One upright bar per block: (block, value, tooltip). The largest is emphasised."""
+def columns(name: str, values: Sequence[tuple[int, float, str]], y_axis: str, shares: bool) -> Drawn:
+    """One upright bar per block: (block, value, tooltip). The largest is emphasised. shares: the axis is in percent."""
     most = max((value for _, value, _ in values), default=0.0)
 
     def paint(canvas: Canvas) -> None:
+        from matplotlib.ticker import PercentFormatter
+
         axes = canvas.axes
         for block, value, text in values:
             colour = COLOUR["loss"] if value == most and most > 0 else COLOUR["ours"]
@@ -117,6 +121,8 @@ def columns(name: str, values: Sequence[tuple[int, float, str]], y_axis: str) ->
         axes.set_ylim(min(0.0, *(v for _, v, _ in values)), most * 1.08 or 1)
         axes.grid(axis="y")
         axes.set_ylabel(y_axis, size=11)
+        if shares:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         _scale(axes, "block", canvas.narrow, whole=True)
         axes.grid(axis="x", visible=False)
         axes.tick_params(axis="y", labelsize=11, labelcolor=COLOUR["muted"])
@@ -140,7 +146,7 @@ def heat(name: str, cells: Mapping[tuple[int, str], tuple[float, str, bool]], ro
             colour = COLOUR[f"heat{level}"]
             axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=colour, lw=0, gid=tip(clean(text))))
             if marked:
-                axes.plot([x], [y], marker="o", markersize=4, color=COLOUR["ink"], markeredgecolor=COLOUR["surface"])
+                axes.plot([x], [y], marker="o", markersize=7, color=COLOUR["surface"], markeredgecolor=COLOUR["ink"])
         names = [_short(clean(role), 14) for role in roles]
         every = math.ceil(len(blocks) / 40)
         ticks = list(range(0, len(blocks), every))
@@ -208,6 +214,14 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3 - 1]}…{text[len(text) - most // 3 :]}"
 
 
+def _lines(text: str) -> str:
+    """The text in at most two lines."""
+    if len(text) <= _LABEL:
+        return text
+    lines = textwrap.wrap(text, _LABEL)
+    return _short(lines[0], _LABEL) + "\n" + _short(" ".join(lines[1:]), _LABEL)
+
+
 def _names(canvas: Canvas, labels: Sequence[str]) -> None:
     """Names of rows: beside them, or above them where the drawing is narrow. The first row is at the top."""
     axes = canvas.axes
@@ -217,7 +231,7 @@ def _names(canvas: Canvas, labels: Sequence[str]) -> None:
         for i, label in enumerate(labels):
             axes.text(0, i - 0.42, _short(clean(label), 44), transform=axes.get_yaxis_transform(), va="center", size=12)
     else:
-        axes.set_yticks(range(len(labels)), [_short(clean(label), _LABEL) for label in labels])
+        axes.set_yticks(range(len(labels)), [_lines(clean(label)) for label in labels])
 
 
 def _note(canvas: Canvas, row: int, text: str) -> None:
@@ -242,4 +256,4 @@ def _scale(axes: Axes, label: str, narrow: bool, whole: bool = False) -> None:
 
     axes.grid(axis="x")
     axes.set_xlabel(label, size=11)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if narrow else 8, integer=whole))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if narrow else 8, integer=whole, steps=[1, 2, 5, 10]))

@@ -78,6 +78,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters["kind"] = kind
+    made.filters["whole"] = lambda text: str(text).replace(" %", "\u00a0%")  # no line ends before a unit
     made.filters["drawn"] = Markup  # matplotlib has escaped what it wrote
     return made
 
@@ -107,7 +108,7 @@ def headline_figures(evidence: Data) -> list[Figure]:
     for phase in ("decode", "prefill"):
         gain = (speed.get(phase) or {}).get("speedup")
         if gain:
-            found.append(Figure(f"{phase} speed, × original", f"{gain['value']:.2f}×", _span(gain, 3, "")))
+            found.append(Figure(f"{phase} speed, × original", f"{gain['value']:.2f}×", _span(gain, 3, ""), sections.faster(gain)))
             break
     if size.get("bits_per_weight") is not None:
         whole = size.get("model_bits_per_weight")

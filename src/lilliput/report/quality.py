@@ -67,12 +67,12 @@ def _data(rows: Sequence[Data]) -> list[Block]:
             Row(
                 str(x["name"]),
                 *(float(x["perplexity_ratio"][key]) for key in ("value", "low", "high")),
-                cells.interval(x["perplexity_ratio"]).text,
+                cells.interval(x["perplexity_ratio"]).line,
                 ratio_tone(x["perplexity_ratio"]),
             )
             for x in paired
         ]
-        caption = "Perplexity of the compressed model over the original's on the same windows, 95 % intervals."
+        caption = "Perplexity over the original's, on the same windows."
         drawn = figures.forest("ratio", lines, "perplexity ratio (1: no change)", 1.0)
         blocks.append(Picture(*drawn, label(caption, data), caption, data))
     columns = ("data", "perplexity", "original's", "KL, nats", "KL, 95th percentile", "KL, 99th", "top-1 agreement")
@@ -97,10 +97,10 @@ def _classes(rows: Sequence[Data]) -> list[Block]:
         ],
     )
     lines = [
-        Row(str(x["name"]), x["kl"]["value"], x["kl"]["low"], x["kl"]["high"], cells.interval(x["kl"], 3).text)
+        Row(str(x["name"]), x["kl"]["value"], x["kl"]["low"], x["kl"]["high"], cells.interval(x["kl"], 3).line)
         for x in known
     ]
-    caption = "KL divergence from the original by class of token, 95 % intervals: what kind of text suffers."
+    caption = "KL divergence from the original by class of token: what kind of text suffers."
     drawn = figures.forest("classes", lines, "KL, nats", 0.0)
     return [Picture(*drawn, label(caption, data), caption, data)]
 
@@ -114,7 +114,7 @@ def _positions(rows: Sequence[Data]) -> list[Block]:
         [(cells.number(x["from"]), cells.number(x["to"]), cells.interval(x["kl"], 3)) for x in known],
     )
     points = [((x["from"] + x["to"]) / 2, x["kl"]["value"], x["kl"]["low"], x["kl"]["high"]) for x in known]
-    caption = "KL divergence by position in the window, with its 95 % interval: whether long contexts suffer more."
+    caption = "KL divergence by position in the window: whether long contexts suffer more."
     drawn = figures.curve("positions", points, "position, tokens", "KL, nats")
     return [Picture(*drawn, label(caption, data), caption, data)]
 
@@ -125,18 +125,18 @@ def _tasks(rows: Sequence[Data]) -> list[Block]:
     shown = [
         (
             words(x["name"]),
-            words(x.get("metric")),
-            cells.number(x.get("items")),
+            words(_said(x), TONES.get(_level(x), "")),
+            _points(x.get("difference")),
             cells.shares(x.get("base")),
             cells.shares(x.get("ours")),
-            _points(x.get("difference")),
+            cells.number(x.get("items")),
+            words(x.get("metric")),
             cells.number(x.get("p_corrected"), 2),
             _points_of(x.get("detectable")),
-            words(_said(x), TONES.get(_level(x), "")),
         )
         for x in rows
     ]
-    columns = ("task", "metric", "items", "original", "compressed", "difference", "p (Holm)", "could show", "verdict")
+    columns = ("task", "verdict", "difference", "original", "compressed", "items", "metric", "p (Holm)", "could show")
     note = (
         "Differences in percentage points on the same items. Could show: the smallest loss that these items would "
         "have shown with 80 % probability."
@@ -149,12 +149,12 @@ def _tasks(rows: Sequence[Data]) -> list[Block]:
         Row(
             str(x["name"]),
             *(100 * float(x["difference"][key]) for key in ("value", "low", "high")),
-            _points(x["difference"]).text,
+            _points(x["difference"]).line,
             TONES.get(_level(x), "ours"),
         )
         for x in known
     ]
-    caption = "Tasks: compressed less original in percentage points, 95 % intervals; left of the line is a loss."
+    caption = "Tasks: compressed less original; left of the line is a loss."
     data = table(
         ("task", "difference", "verdict"),
         [(words(x["name"]), _points(x["difference"]), words(_said(x))) for x in known],
@@ -175,7 +175,7 @@ def _points(difference: Data | None) -> Cell:
     if not difference:
         return Cell(cells.MISSING)
     value, low, high = (f"{100 * difference[key]:+.1f}".replace("-", "−") for key in ("value", "low", "high"))
-    return Cell(f"{value} [{low}, {high}]", float(difference["value"]))
+    return Cell(value, float(difference["value"]), below=f"[{low}, {high}]")
 
 
 def _points_of(share: float | None) -> Cell:
@@ -187,10 +187,10 @@ def _generation(found: Data) -> list[Block]:
         return []
     lines = []
     if found.get("first_difference"):
-        words_of = cells.interval(found["first_difference"], 3).text
+        words_of = cells.interval(found["first_difference"], 3).line
         lines.append(f"Greedy continuations first differ after {words_of} tokens, over {found.get('prompts')} prompts.")
     if found.get("identical"):
-        lines.append(f"Continuations that do not differ: {cells.shares(found['identical']).text}.")
+        lines.append(f"Continuations that do not differ: {cells.shares(found['identical']).line}.")
     blocks: list[Block] = [Prose(tuple(lines))] if lines else []
     rows = tuple(
         example(

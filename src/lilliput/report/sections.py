@@ -14,6 +14,8 @@ from lilliput.report.svg import Picture
 Data = Mapping[str, Any]
 TENSORS = 3000  # rows of the per-tensor table; more make a page that phones cannot open
 OPERATORS = 600
+_SENTENCES = 6
+_FASTER = 1.05  # less is not felt
 BARS = (("base", "original"), ("ours", "compressed"))
 
 
@@ -75,8 +77,8 @@ def _sizes(found: Data) -> Table:
         ("bits per weight, compressed linears", Cell(""), count(found.get("bits_per_weight"), 3)),
         ("bits per weight, whole model", Cell(""), count(found.get("model_bits_per_weight"), 3)),
         ("times smaller", Cell(""), Cell(cells.MISSING) if ratio is None else Cell(f"{ratio:.2f}×", ratio)),
-        ("FLOPs per token, prefill", count(base.get("prefill")), count(flops.get("prefill"))),
-        ("FLOPs per token, decode", count(base.get("decode")), count(flops.get("decode"))),
+        ("FLOPs per token, prefill", cells.count(base.get("prefill")), cells.count(flops.get("prefill"))),
+        ("FLOPs per token, decode", cells.count(base.get("decode")), cells.count(flops.get("decode"))),
         ("multiplications saved", Cell(""), cells.share(found.get("macs_saved"))),
         ("KV cache per token", Cell(""), cells.size(found.get("kv_bytes_per_token"))),
     ]
@@ -105,8 +107,8 @@ def speed(evidence: Data) -> Section | None:
     blocks: list[Block] = []
     lines = [(name, x["speedup"]) for name, x in phases if x.get("speedup")]
     if lines:
-        caption = "Measured speed-up over the original, 95 % intervals; right of the line is faster."
-        rows = [Row(name, x["value"], x["low"], x["high"], cells.times(x).text, _faster(x)) for name, x in lines]
+        caption = "Measured speed-up over the original; right of the line is faster."
+        rows = [Row(name, x["value"], x["low"], x["high"], cells.times(x).line, faster(x)) for name, x in lines]
         drawn = figures.forest("speed", rows, "times as fast as the original", 1.0)
         blocks.append(Picture(*drawn, label(caption, data), caption, data))
     elif phases:
@@ -116,7 +118,7 @@ def speed(evidence: Data) -> Section | None:
         ("peak memory", cells.size(found.get("peak_rss_bytes"))),
         ("peak memory, original", cells.size(found.get("base_peak_rss_bytes"))),
         ("model FLOPs utilisation", cells.share(found.get("mfu"))),
-        ("measured peak of this machine, FLOP/s", cells.number(found.get("peak_flops"), 3)),
+        ("measured peak of this machine, FLOP/s", cells.count(found.get("peak_flops"))),
     ]
     blocks.append(table(("", "measured"), [(words(k), x) for k, x in rest if x.value is not None]))
     runs = found.get("runs")
@@ -135,7 +137,7 @@ def roofline(evidence: Data) -> Section | None:
         (place, [(float(x["speedup"]), f"{x['speedup']:.2f}×", colours[x["phase"]]) for x in found])
         for place, found in places.items()
     ]
-    columns = ("device", "batch", "context", "phase", "original", "compressed", "speed-up", "bound by")
+    columns = ("device", "batch", "context", "phase", "original", "compressed", "speed-up", "bound by", "in words")
     data = table(
         columns,
         [
@@ -148,6 +150,7 @@ def roofline(evidence: Data) -> Section | None:
                 cells.brief(x.get("seconds")),
                 Cell(f"{x['speedup']:.2f}×", x["speedup"]),
                 words(x.get("bound")),
+                words(x.get("sentence")),
             )
             for x in rows
         ],
@@ -156,15 +159,16 @@ def roofline(evidence: Data) -> Section | None:
     legend = (("second", "prefill"), ("ours", "decode"))
     drawn = figures.bars("roofline", groups, 1.0)
     blocks: list[Block] = [Picture(*drawn, label(caption, data), caption, data, legend)]
-    said = dict.fromkeys(str(x["sentence"]) for x in rows if x.get("sentence"))
+    slow = [x for x in rows if x["speedup"] < _FASTER] or rows[:_SENTENCES]
+    said = tuple(dict.fromkeys(str(x["sentence"]) for x in slow if x.get("sentence")))
     if said:
-        blocks.append(Prose(tuple(said)))
+        blocks.append(Prose(said[:_SENTENCES]))
     operators = [
         (
             words(x["device"]),
             words(f"{x['phase']}, batch {x['batch']}, context {x['context']:,}"),
             words(o["name"]),
-            cells.number(o.get("flops"), 3),
+            cells.count(o.get("flops")),
             cells.size(o.get("bytes")),
             cells.brief(o.get("seconds")),
             words(o.get("bound")),
@@ -267,7 +271,7 @@ def _blocks(rows: Sequence[Data]) -> Picture:
         ],
     )
     caption = f"{name.capitalize()} by block; the largest stands out."
-    return Picture(*figures.columns("blocks", values, name), label(caption, data), caption, data)
+    return Picture(*figures.columns("blocks", values, name, key == "share"), label(caption, data), caption, data)
 
 
 def tensors(evidence: Data) -> Section | None:
@@ -314,11 +318,11 @@ def _amount(key: str, value: float) -> str:
     return f"{100 * value:.3g} %" if key == "share" else f"{value:.3g}"
 
 
-def _faster(speedup: Data) -> str:
+def faster(speedup: Data) -> str:
     return "ok" if speedup["low"] > 1 else "bad" if speedup["high"] < 1 else "unsure"
 
 
 def label(caption: str, data: Table) -> str:
     """What a figure shows, for those who hear the page: its caption and its first rows."""
-    rows = ["; ".join(cell.text for cell in row if cell.text != cells.MISSING) for row in data.rows[:4]]
+    rows = ["; ".join(cell.line for cell in row if cell.text != cells.MISSING) for row in data.rows[:4]]
     return f"{caption} {'. '.join(rows)}."

@@ -93,7 +93,9 @@ def example(prompt: str, ours: str, theirs: str, below: str, most: int = 600) ->
         if a != b:
             break
         same += 1
-    return Example(_cut(prompt, most), ours[:same][:most].lstrip(), *(_cut(x[same:], most) for x in (ours, theirs)), below)
+    return Example(
+        _cut(prompt, most), ours[:same][:most].lstrip(), *(_cut(x[same:], most) for x in (ours, theirs)), below
+    )
 
 
 def _cut(text: str, most: int) -> str:

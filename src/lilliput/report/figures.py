@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Data = Mapping[str, Any]
 Drawn = tuple[str, str]
 _LABEL = 30  # characters of a row's name beside its bar
+_PLAIN = {"facecolor": COLOUR["surface"], "edgecolor": "none", "pad": 1.0}  # behind words that lines may cross
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ def bars(
             for j, (length, text, colour) in enumerate(group):
                 y = i + (j - (len(group) - 1) / 2) * step
                 axes.barh(y, length, height=step * 0.82, color=COLOUR[colour])
-                box = {"facecolor": COLOUR["surface"], "edgecolor": "none", "pad": 1}
-                axes.text(length + longest * 0.015, y, clean(text), va="center", size=11, bbox=box)
+                axes.text(length + longest * 0.015, y, clean(text), va="center", size=11, bbox=_PLAIN)
         if reference is not None:
             axes.axvline(reference, color=COLOUR["muted"], linewidth=1, zorder=2.5)
         _names(canvas, [label for label, _ in rows])
@@ -112,8 +112,6 @@ def columns(name: str, values: Sequence[tuple[int, float, str]], y_axis: str, sh
     most = max((value for _, value, _ in values), default=0.0)
 
     def paint(canvas: Canvas) -> None:
-        from matplotlib.ticker import PercentFormatter
-
         axes = canvas.axes
         for block, value, text in values:
             colour = COLOUR["loss"] if value == most and most > 0 else COLOUR["ours"]
@@ -122,7 +120,7 @@ def columns(name: str, values: Sequence[tuple[int, float, str]], y_axis: str, sh
         axes.grid(axis="y")
         axes.set_ylabel(y_axis, size=11)
         if shares:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g} %")
         _scale(axes, "block", canvas.narrow, whole=True)
         axes.grid(axis="x", visible=False)
         axes.tick_params(axis="y", labelsize=11, labelcolor=COLOUR["muted"])
@@ -172,6 +170,8 @@ def pareto(name: str, points: Sequence[Point], x_axis: str, y_axis: str, upwards
     """Models by cost and loss; the best are filled and joined by a staircase. upwards: a larger x is better."""
 
     def paint(canvas: Canvas) -> None:
+        from matplotlib.ticker import LogLocator
+
         axes = canvas.axes
         front = sorted((p for p in points if p.best), key=lambda p: p.x)
         if len(front) > 1:
@@ -196,6 +196,8 @@ def pareto(name: str, points: Sequence[Point], x_axis: str, y_axis: str, upwards
             )
         if all(p.y > 0 for p in points) and max(p.y for p in points) > 20 * min(p.y for p in points):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             axes.minorticks_off()
         axes.grid(axis="y")
         axes.set_ylabel(y_axis, size=11)
@@ -229,17 +231,23 @@ def _names(canvas: Canvas, labels: Sequence[str]) -> None:
     if canvas.narrow:
         axes.set_yticks([])
         for i, label in enumerate(labels):
-            axes.text(0, i - 0.42, _short(clean(label), 44), transform=axes.get_yaxis_transform(), va="center", size=12)
+            where: dict[str, Any] = {
+                "transform": axes.get_yaxis_transform(),
+                "va": "center",
+                "size": 12,
+                "bbox": _PLAIN,
+            }
+            axes.text(0, i - 0.45, _short(clean(label), 44), **where)
     else:
         axes.set_yticks(range(len(labels)), [_lines(clean(label)) for label in labels])
 
 
 def _note(canvas: Canvas, row: int, text: str) -> None:
     """The figures of a row in words, at the right end of its line, or of its name's line."""
-    y = row - 0.42 if canvas.narrow else row
-    where = {"transform": canvas.axes.get_yaxis_transform(), "va": "center", "size": 11}
+    y = row - 0.45 if canvas.narrow else row
+    where: dict[str, Any] = {"transform": canvas.axes.get_yaxis_transform(), "va": "center", "size": 11}
     if canvas.narrow:
-        canvas.axes.text(1, y, clean(text), ha="right", color=COLOUR["muted"], **where)
+        canvas.axes.text(1, y, clean(text), ha="right", color=COLOUR["muted"], bbox=_PLAIN, **where)
     else:
         canvas.axes.text(1.02, y, clean(text), ha="left", **where)
 

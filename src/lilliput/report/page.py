@@ -51,7 +51,7 @@ def render(evidence: Data) -> str:
         verdict=answer,
         badge=BADGES[answer["level"]],
         figures=headline_figures(evidence),
-        gates=_gates(evidence),
+        gates=gates(evidence),
         model=evidence.get("model"),
         against=evidence.get("against"),
         created=evidence.get("created"),
@@ -91,7 +91,9 @@ def headline_figures(evidence: Data) -> list[Figure]:
     found = []
     if worst.get("perplexity_ratio"):
         ratio = worst["perplexity_ratio"]
-        found.append(Figure("perplexity, × original", f"{ratio['value']:.3f}", _span(ratio, 3, where), ratio_tone(ratio)))
+        found.append(
+            Figure("perplexity, × original", f"{ratio['value']:.3f}", _span(ratio, 3, where), ratio_tone(ratio))
+        )
     elif worst.get("perplexity"):
         found.append(Figure("perplexity", f"{worst['perplexity']['value']:.4g}", where))
     if worst.get("kl"):
@@ -108,7 +110,9 @@ def headline_figures(evidence: Data) -> list[Figure]:
     for phase in ("decode", "prefill"):
         gain = (speed.get(phase) or {}).get("speedup")
         if gain:
-            found.append(Figure(f"{phase} speed, × original", f"{gain['value']:.2f}×", _span(gain, 3, ""), sections.faster(gain)))
+            found.append(
+                Figure(f"{phase} speed, × original", f"{gain['value']:.2f}×", _span(gain, 3, ""), sections.faster(gain))
+            )
             break
     if size.get("bits_per_weight") is not None:
         whole = size.get("model_bits_per_weight")
@@ -121,7 +125,8 @@ def _span(x: Data, digits: int, where: str) -> str:
     return f"{x['low']:.{digits + 1}g} to {x['high']:.{digits + 1}g} {where}".strip()
 
 
-def _gates(evidence: Data) -> cells.Table | None:
+def gates(evidence: Data) -> cells.Table | None:
+    """The stated limits, one row each; None where none was stated."""
     rows = evidence.get("gates") or ()
     if not rows:
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from lilliput.report import cells, figures
 from lilliput.report.blocks import Block, Examples, Prose, Section, example
-from lilliput.report.cells import Cell, table, words
+from lilliput.report.cells import Cell, Table, table, words
 from lilliput.report.figures import Row
 from lilliput.report.sections import label
 from lilliput.report.svg import Picture
@@ -75,14 +75,25 @@ def _data(rows: Sequence[Data]) -> list[Block]:
         caption = "Perplexity over the original's, on the same windows."
         drawn = figures.forest("ratio", lines, "perplexity ratio (1: no change)", 1.0)
         blocks.append(Picture(*drawn, label(caption, data), caption, data))
-    columns = ("data", "perplexity", "original's", "KL, nats", "KL, 95th percentile", "KL, 99th", "top-1 agreement")
-    metrics = ("perplexity", "reference_perplexity", "kl", "kl_p95", "kl_p99")
+    return [*blocks, data_table(rows)]
+
+
+def data_table(rows: Sequence[Data]) -> Table:
+    """Every figure of every data set."""
+    columns = ("data", "perplexity, × original", "KL, nats", "KL, 95th percentile", "KL, 99th")
+    metrics = ("perplexity_ratio", "kl", "kl_p95", "kl_p99")
+    alone = ("perplexity", "reference_perplexity")
     shown = [
-        (words(x["name"]), *(cells.interval(x.get(key)) for key in metrics), cells.shares(x.get("agreement")))
+        (
+            words(x["name"]),
+            *(cells.interval(x.get(key)) for key in metrics),
+            cells.shares(x.get("agreement")),
+            *(cells.interval(x.get(key)) for key in alone),
+        )
         for x in rows
     ]
-    blocks.append(table(columns, shown, "Figures by data set; in brackets the 95 % interval."))
-    return blocks
+    columns = (*columns, "same top token", "perplexity", "original's perplexity")
+    return table(columns, shown, "Figures by data set; in brackets the 95 % interval.")
 
 
 def _classes(rows: Sequence[Data]) -> list[Block]:
@@ -92,7 +103,12 @@ def _classes(rows: Sequence[Data]) -> list[Block]:
     data = table(
         ("tokens of class", "count", "KL, nats", "top-1 agreement"),
         [
-            (words(x["name"]), cells.number(x.get("tokens")), cells.interval(x["kl"], 3), cells.shares(x.get("agreement")))
+            (
+                words(x["name"]),
+                cells.number(x.get("tokens")),
+                cells.interval(x["kl"], 3),
+                cells.shares(x.get("agreement")),
+            )
             for x in known
         ],
     )
@@ -122,26 +138,7 @@ def _positions(rows: Sequence[Data]) -> list[Block]:
 def _tasks(rows: Sequence[Data]) -> list[Block]:
     if not rows:
         return []
-    shown = [
-        (
-            words(x["name"]),
-            words(_said(x), TONES.get(_level(x), "")),
-            _points(x.get("difference")),
-            cells.shares(x.get("base")),
-            cells.shares(x.get("ours")),
-            cells.number(x.get("items")),
-            words(x.get("metric")),
-            cells.number(x.get("p_corrected"), 2),
-            _points_of(x.get("detectable")),
-        )
-        for x in rows
-    ]
-    columns = ("task", "verdict", "difference", "original", "compressed", "items", "metric", "p (Holm)", "could show")
-    note = (
-        "Differences in percentage points on the same items. Could show: the smallest loss that these items would "
-        "have shown with 80 % probability."
-    )
-    whole = table(columns, shown, "Tasks.", note=note)
+    whole = task_table(rows)
     known = [x for x in rows if x.get("difference")]
     if not known:
         return [whole]
@@ -161,6 +158,30 @@ def _tasks(rows: Sequence[Data]) -> list[Block]:
     )
     drawn = figures.forest("tasks", lines, "percentage points", 0.0)
     return [Picture(*drawn, label(caption, data), caption, data), whole]
+
+
+def task_table(rows: Sequence[Data]) -> Table:
+    """Every task with its verdict in words."""
+    shown = [
+        (
+            words(x["name"]),
+            words(_said(x), TONES.get(_level(x), "")),
+            _points(x.get("difference")),
+            cells.shares(x.get("base")),
+            cells.shares(x.get("ours")),
+            cells.number(x.get("items")),
+            words(x.get("metric")),
+            cells.number(x.get("p_corrected"), 2),
+            _points_of(x.get("detectable")),
+        )
+        for x in rows
+    ]
+    columns = ("task", "verdict", "difference", "original", "compressed", "items", "metric", "p (Holm)", "could show")
+    note = (
+        "Differences in percentage points on the same items. Could show: the smallest loss that these items would "
+        "have shown with 80 % probability."
+    )
+    return table(columns, shown, "Tasks.", note=note)
 
 
 def _level(row: Data) -> str:

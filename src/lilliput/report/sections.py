@@ -91,19 +91,7 @@ def speed(evidence: Data) -> Section | None:
     if not found:
         return None
     phases = [(name, found[name]) for name in ("prefill", "decode") if found.get(name)]
-    columns = ("phase", "tokens", "original, median", "p95", "compressed, median", "p95 ", "speed-up")
-    data = table(
-        columns,
-        [
-            (
-                words(name),
-                cells.number(x.get("tokens")),
-                *(cells.brief((x.get(key) or {}).get(q)) for key in ("base_seconds", "seconds") for q in ("median", "p95")),
-                cells.times(x.get("speedup")),
-            )
-            for name, x in phases
-        ],
-    )
+    data = speed_table(found)
     blocks: list[Block] = []
     lines = [(name, x["speedup"]) for name, x in phases if x.get("speedup")]
     if lines:
@@ -123,6 +111,25 @@ def speed(evidence: Data) -> Section | None:
     blocks.append(table(("", "measured"), [(words(k), x) for k, x in rest if x.value is not None]))
     runs = found.get("runs")
     return Section("speed", "Speed", blocks, f"{runs} runs of each, interleaved." if runs else "")
+
+
+def speed_table(found: Data) -> Table:
+    """Measured times of each phase."""
+    columns = ("phase", "tokens", "original, median", "original, p95", "compressed, median", "compressed, p95")
+    keys = [(key, q) for key in ("base_seconds", "seconds") for q in ("median", "p95")]
+    return table(
+        (*columns, "speed-up"),
+        [
+            (
+                words(name),
+                cells.number(found[name].get("tokens")),
+                *(cells.brief((found[name].get(key) or {}).get(q)) for key, q in keys),
+                cells.times(found[name].get("speedup")),
+            )
+            for name in ("prefill", "decode")
+            if found.get(name)
+        ],
+    )
 
 
 def roofline(evidence: Data) -> Section | None:
@@ -209,7 +216,11 @@ def loss(evidence: Data) -> Section | None:
 
 def _measure(rows: Sequence[Data]) -> tuple[str, str]:
     """Key and words of what the rows tell best."""
-    told = {"share": "share of the loss", "output_error": "error of the outputs", "weight_error": "error of the weights"}
+    told = {
+        "share": "share of the loss",
+        "output_error": "error of the outputs",
+        "weight_error": "error of the weights",
+    }
     return next(((k, v) for k, v in told.items() if any(x.get(k) is not None for x in rows)), ("share", told["share"]))
 
 

@@ -46,10 +46,14 @@ def verdict(evidence: Data) -> dict[str, Any]:
     if bad:
         return _answer("bad", f"Do not ship this: {_lower(bad[0])}", bad[1:] + _facts(evidence, data))
     if not data:
-        return _answer("unsure", "Not compared with an original, so nothing can be said about a loss.", _alone(evidence))
+        return _answer(
+            "unsure", "Not compared with an original, so nothing can be said about a loss.", _alone(evidence)
+        )
     facts = _facts(evidence, data)
     ratio = data[0]["perplexity_ratio"]
-    certain = [row for row in data if row["perplexity_ratio"]["low"] > 1 and row["perplexity_ratio"]["high"] >= OK_RATIO]
+    certain = [
+        row for row in data if row["perplexity_ratio"]["low"] > 1 and row["perplexity_ratio"]["high"] >= OK_RATIO
+    ]
     if certain:
         ratio = certain[0]["perplexity_ratio"]
         return _answer("loss", f"Perplexity rises by {span(ratio)}{_gain(evidence)}.", facts)

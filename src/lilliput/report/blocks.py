@@ -93,9 +93,8 @@ def example(prompt: str, ours: str, theirs: str, below: str, most: int = 600) ->
         if a != b:
             break
         same += 1
-    return Example(
-        _cut(prompt, most), ours[:same][:most].lstrip(), *(_cut(x[same:], most) for x in (ours, theirs)), below
-    )
+    rests = _cut(ours[same:], most), _cut(theirs[same:], most)
+    return Example(_cut(prompt, most), _cut(ours[:same], most).lstrip(), *rests, below)
 
 
 def _cut(text: str, most: int) -> str:

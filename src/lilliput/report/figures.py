@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lilliput.report.svg import COLOUR, HEATS, Canvas, clean, draw, tip
 
@@ -175,7 +175,7 @@ def pareto(name: str, points: Sequence[Point], x_axis: str, y_axis: str, upwards
         axes = canvas.axes
         front = sorted((p for p in points if p.best), key=lambda p: p.x)
         if len(front) > 1:
-            where = "pre" if upwards else "post"
+            where: Literal["pre", "post"] = "pre" if upwards else "post"
             axes.step([p.x for p in front], [p.y for p in front], where=where, color=COLOUR["grid"], lw=2)
         for p in points:
             colour = COLOUR["ours" if p.best else "muted"]

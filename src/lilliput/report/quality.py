@@ -66,7 +66,7 @@ def _data(rows: Sequence[Data]) -> list[Block]:
         lines = [
             Row(
                 str(x["name"]),
-                *(float(x["perplexity_ratio"][key]) for key in ("value", "low", "high")),
+                *_ends(x["perplexity_ratio"]),
                 cells.interval(x["perplexity_ratio"]).line,
                 ratio_tone(x["perplexity_ratio"]),
             )
@@ -92,8 +92,8 @@ def data_table(rows: Sequence[Data]) -> Table:
         )
         for x in rows
     ]
-    columns = (*columns, "same top token", "perplexity", "original's perplexity")
-    return table(columns, shown, "Figures by data set; in brackets the 95 % interval.")
+    names = (*columns, "same top token", "perplexity", "original's perplexity")
+    return table(names, shown, "Figures by data set; in brackets the 95 % interval.")
 
 
 def _classes(rows: Sequence[Data]) -> list[Block]:
@@ -139,22 +139,23 @@ def _tasks(rows: Sequence[Data]) -> list[Block]:
     if not rows:
         return []
     whole = task_table(rows)
-    known = [x for x in rows if x.get("difference")]
+    # One axis of percentage points: scores of another kind have only their row in the table.
+    known = [x for x in rows if x.get("difference") and x.get("flips")]
     if not known:
         return [whole]
     lines = [
         Row(
             str(x["name"]),
-            *(100 * float(x["difference"][key]) for key in ("value", "low", "high")),
-            _points(x["difference"]).line,
-            TONES.get(_level(x), "ours"),
+            *_ends(x["difference"], 100.0),
+            _difference(x).line,
+            TONES.get(str(x.get("level")), "ours"),
         )
         for x in known
     ]
     caption = "Tasks: compressed less original; left of the line is a loss."
     data = table(
         ("task", "difference", "verdict"),
-        [(words(x["name"]), _points(x["difference"]), words(_said(x))) for x in known],
+        [(words(x["name"]), _difference(x), words(x.get("verdict"))) for x in known],
     )
     drawn = figures.forest("tasks", lines, "percentage points", 0.0)
     return [Picture(*drawn, label(caption, data), caption, data), whole]
@@ -165,42 +166,52 @@ def task_table(rows: Sequence[Data]) -> Table:
     shown = [
         (
             words(x["name"]),
-            words(_said(x), TONES.get(_level(x), "")),
-            _points(x.get("difference")),
-            cells.shares(x.get("base")),
-            cells.shares(x.get("ours")),
+            words(x.get("verdict"), TONES.get(str(x.get("level")), "")),
+            _difference(x),
+            _score(x, "base"),
+            _score(x, "ours"),
             cells.number(x.get("items")),
+            _flips(x),
             words(x.get("metric")),
-            cells.number(x.get("p_corrected"), 2),
-            _points_of(x.get("detectable")),
+            cells.number(x.get("p_holm"), 2),
+            _points(x.get("detectable")),
         )
         for x in rows
     ]
-    columns = ("task", "verdict", "difference", "original", "compressed", "items", "metric", "p (Holm)", "could show")
+    columns = ("task", "verdict", "difference", "original", "compressed", "items", "answers", "metric")
     note = (
         "Differences in percentage points on the same items. Could show: the smallest loss that these items would "
         "have shown with 80 % probability."
     )
-    return table(columns, shown, "Tasks.", note=note)
+    return table((*columns, "p (Holm)", "could show"), shown, "Tasks.", note=note)
 
 
-def _level(row: Data) -> str:
-    return str((row.get("verdict") or {}).get("level", ""))
+def _ends(interval: Data, factor: float = 1.0) -> tuple[float, float, float]:
+    return factor * interval["value"], factor * interval["low"], factor * interval["high"]
 
 
-def _said(row: Data) -> str:
-    return str((row.get("verdict") or {}).get("text", ""))
+def _score(row: Data, key: str) -> Cell:
+    """A task's score: in percent where items are right or wrong, else as it is."""
+    return cells.shares(row.get(key)) if row.get("flips") else cells.interval(row.get(key))
 
 
-def _points(difference: Data | None) -> Cell:
-    if not difference:
+def _difference(row: Data) -> Cell:
+    """A task's difference: in percentage points where items are right or wrong, else as it is."""
+    found = row.get("difference")
+    if not found:
         return Cell(cells.MISSING)
-    value, low, high = (f"{100 * difference[key]:+.1f}".replace("-", "−") for key in ("value", "low", "high"))
-    return Cell(value, float(difference["value"]), below=f"[{low}, {high}]")
+    factor, form = (100.0, "+.1f") if row.get("flips") else (1.0, "+.3g")
+    value, low, high = (f"{x:{form}}".replace("-", "−") for x in _ends(found, factor))
+    return Cell(value, float(found["value"]), below=f"[{low}, {high}]")
 
 
-def _points_of(share: float | None) -> Cell:
+def _points(share: float | None) -> Cell:
     return Cell(cells.MISSING) if share is None else Cell(f"{100 * share:.1f}", share)
+
+
+def _flips(row: Data) -> Cell:
+    found = row.get("flips")
+    return words(f"{found['right_to_wrong']} lost, {found['wrong_to_right']} won" if found else None)
 
 
 def _generation(found: Data) -> list[Block]:

@@ -136,15 +136,27 @@ def roofline(evidence: Data) -> Section | None:
     rows: Sequence[Data] = (evidence.get("roofline") or {}).get("rows") or ()
     if not rows:
         return None
+    compared = [row for row in rows if row.get("speedup") is not None]
     places: dict[str, list[Data]] = {}
-    for row in rows:
+    for row in compared:
         places.setdefault(f"{row['device']}, batch {row['batch']}, context {row['context']:,}", []).append(row)
     colours = {"prefill": "second", "decode": "ours"}
     groups = [
-        (place, [(float(x["speedup"]), f"{x['speedup']:.2f}×", colours[x["phase"]]) for x in found])
+        (place, [(float(x["speedup"]), f"{x['speedup']:.2f}×{_unfit(x)}", colours[x["phase"]]) for x in found])
         for place, found in places.items()
     ]
-    columns = ("device", "batch", "context", "phase", "original", "compressed", "speed-up", "bound by", "in words")
+    columns = (
+        "device",
+        "batch",
+        "context",
+        "phase",
+        "original",
+        "compressed",
+        "speed-up",
+        "bound by",
+        "memory",
+        "in words",
+    )
     data = table(
         columns,
         [
@@ -155,8 +167,9 @@ def roofline(evidence: Data) -> Section | None:
                 words(x["phase"]),
                 cells.brief(x.get("base_seconds")),
                 cells.brief(x.get("seconds")),
-                Cell(f"{x['speedup']:.2f}×", x["speedup"]),
+                Cell(cells.MISSING) if x.get("speedup") is None else Cell(f"{x['speedup']:.2f}×", x["speedup"]),
                 words(x.get("bound")),
+                words(_unfit(x).strip()),
                 words(x.get("sentence")),
             )
             for x in rows
@@ -164,9 +177,11 @@ def roofline(evidence: Data) -> Section | None:
     )
     caption = "Predicted speed-up by device and phase; the line is the original's speed."
     legend = (("second", "prefill"), ("ours", "decode"))
-    drawn = figures.bars("roofline", groups, 1.0)
-    blocks: list[Block] = [Picture(*drawn, label(caption, data), caption, data, legend)]
-    slow = [x for x in rows if x["speedup"] < _FASTER] or rows[:_SENTENCES]
+    blocks: list[Block] = [data]
+    if groups:
+        drawn = figures.bars("roofline", groups, 1.0)
+        blocks = [Picture(*drawn, label(caption, data), caption, data, legend)]
+    slow = [x for x in compared if x["speedup"] < _FASTER] or rows
     said = tuple(dict.fromkeys(str(x["sentence"]) for x in slow if x.get("sentence")))
     if said:
         blocks.append(Prose(said[:_SENTENCES]))
@@ -188,6 +203,13 @@ def roofline(evidence: Data) -> Section | None:
         names = ("device", "phase", "operator", "FLOPs", "bytes", "time", "bound by")
         blocks.append(Fold("Operators", table(names, operators[:OPERATORS], note=note)))
     return Section("roofline", "Roofline", blocks, "What the shapes and the format allow on each device; not measured.")
+
+
+def _unfit(row: Data) -> str:
+    """What a prediction is worth where the device's memory is too small."""
+    if row.get("fits") is False:
+        return " does not fit"
+    return " original does not fit" if row.get("base_fits") is False else ""
 
 
 def loss(evidence: Data) -> Section | None:

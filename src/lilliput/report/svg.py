@@ -116,17 +116,19 @@ def _draw(name: str, paint: Paint, width: float, height: float) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     out = io.StringIO()
     with matplotlib.rc_context(), warnings.catch_warnings():
         # Names in scripts that DejaVu lacks are measured wrong and shown right, by the reader's own font.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_settings(name))
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        parameters: Any = matplotlib.rcParams
+        parameters.update(_settings(name))
+        layout = ConstrainedLayoutEngine(w_pad=4 / 72, h_pad=4 / 72)
+        figure = Figure(figsize=(width / 72, height / 72), layout=layout)
         FigureCanvasSVG(figure)
         figure.patch.set_visible(False)
-        figure.get_layout_engine().set(w_pad=4 / 72, h_pad=4 / 72)  # type: ignore[union-attr]
         paint(Canvas(figure.add_subplot(), narrow=width == NARROW))
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(out.getvalue(), name, width)

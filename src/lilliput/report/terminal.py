@@ -1,7 +1,7 @@
 """The report and the comparison for a terminal: the verdict first, then what supports it. Readable without colour.
 
-Levels are words with a sign, colour only repeats them. Whether colour is used is rich's decision: not with NO_COLOR set,
-not into a file or a pipe.
+Levels are words with a sign, colour only repeats them. Whether colour is used is rich's decision: not with NO_COLOR
+set, not into a file or a pipe.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MODELS = ("model", "verdict", "perplexity, × original", "KL, nats", "size", "s
 
 
 def evaluation(evidence: Data) -> RenderableType:
-    """The evidence of one model: badge and sentence, large numbers, gates, data sets, tasks, speed, where the loss is."""
+    """The evidence of one model: badge, sentence, large numbers, gates, data sets, tasks, speed, where the loss is."""
     answer = evidence.get("verdict") or verdict(evidence)
     level = str(answer["level"])
     parts: list[RenderableType] = [

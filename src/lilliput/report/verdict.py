@@ -50,14 +50,11 @@ def verdict(evidence: Data) -> dict[str, Any]:
             "unsure", "Not compared with an original, so nothing can be said about a loss.", _alone(evidence)
         )
     facts = _facts(evidence, data)
-    ratio = data[0]["perplexity_ratio"]
-    certain = [
-        row for row in data if row["perplexity_ratio"]["low"] > 1 and row["perplexity_ratio"]["high"] >= OK_RATIO
-    ]
-    if certain:
-        ratio = certain[0]["perplexity_ratio"]
+    ratios = [row["perplexity_ratio"] for row in data]
+    ratio = next((x for x in ratios if x["low"] > 1 and x["high"] >= OK_RATIO), None)
+    if ratio is not None:
         return _answer("loss", f"Perplexity rises by {span(ratio)}{_gain(evidence)}.", facts)
-    tasks = [row for row in evidence.get("tasks") or () if (row.get("verdict") or {}).get("level") == "loss"]
+    tasks = [row for row in evidence.get("tasks") or () if row.get("level") == "loss"]
     if tasks:
         names = ", ".join(str(row["name"]) for row in tasks)
         return _answer("loss", f"A loss on {names}, though perplexity shows none{_gain(evidence)}.", facts)
@@ -65,14 +62,14 @@ def verdict(evidence: Data) -> dict[str, Any]:
     if changed:
         headline = "Perplexity stays, but the predictions are others: a KL divergence of "
         return _answer("loss", f"{headline}{changed[0]['kl']['value']:.2g} nats.", facts)
-    if all(row["perplexity_ratio"]["high"] < OK_RATIO for row in data):
-        worst = max((row["perplexity_ratio"] for row in data), key=lambda x: float(x["high"]))
+    if all(x["high"] < OK_RATIO for x in ratios):
+        worst = max(ratios, key=lambda x: float(x["high"]))
         most = "no higher" if worst["high"] <= 1 else f"higher by at most {percent(worst['high'] - 1)}"
         return _answer("ok", f"No loss worth naming: perplexity is {most}{_gain(evidence)}.", facts)
     open_rows = [row for row in data if row["perplexity_ratio"]["high"] >= OK_RATIO]
     more = max((further_windows(row["perplexity_ratio"], int(row["windows"])) for row in open_rows), default=0)
     settle = f"about {more:,} more windows would settle it" if more < _MOST else "more text will hardly settle it"
-    wide = max((row["perplexity_ratio"] for row in open_rows), key=lambda x: float(x["high"]) - float(x["low"]))
+    wide = max((x for x in ratios if x["high"] >= OK_RATIO), key=lambda x: float(x["high"]) - float(x["low"]))
     span_of = f"between {signed(wide['low'] - 1)} and {signed(wide['high'] - 1)}"
     return _answer("unsure", f"Not settled: perplexity changes by {span_of}; {settle}.", facts)
 
@@ -184,8 +181,8 @@ def _facts(evidence: Data, data: Sequence[Data]) -> list[str]:
         change = f"{signed(ratio['value'] - 1)}, between {signed(ratio['low'] - 1)} and {signed(ratio['high'] - 1)}"
         facts.append(f"Perplexity on {row['name']}: {change} (95 %, {row['windows']} windows).")
     for row in evidence.get("tasks") or ():
-        if (row.get("verdict") or {}).get("level") == "loss":
-            facts.append(f"{row['name']}: {row['verdict']['text']}.")
+        if row.get("level") == "loss":
+            facts.append(f"{row['name']}: {row['verdict']}.")
     found = evidence.get("size") or {}
     if found.get("bytes") and found.get("base_bytes"):
         facts.append(f"{size(found['bytes'])} instead of {size(found['base_bytes'])} on disk.")

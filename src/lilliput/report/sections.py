@@ -73,13 +73,14 @@ def _sizes(found: Data) -> Table:
     rows = [
         ("bytes on disk", cells.size(found.get("base_bytes")), cells.size(found.get("bytes"))),
         ("bytes in RAM", cells.size(found.get("base_ram_bytes")), cells.size(found.get("ram_bytes"))),
-        ("parameters", Cell(""), count(found.get("parameters"))),
+        ("parameters", count(found.get("base_parameters")), count(found.get("parameters"))),
         ("bits per weight, compressed linears", Cell(""), count(found.get("bits_per_weight"), 3)),
         ("bits per weight, whole model", Cell(""), count(found.get("model_bits_per_weight"), 3)),
         ("times smaller", Cell(""), Cell(cells.MISSING) if ratio is None else Cell(f"{ratio:.2f}×", ratio)),
         ("FLOPs per token, prefill", cells.count(base.get("prefill")), cells.count(flops.get("prefill"))),
         ("FLOPs per token, decode", cells.count(base.get("decode")), cells.count(flops.get("decode"))),
-        ("multiplications saved", Cell(""), cells.share(found.get("macs_saved"))),
+        ("multiplications saved per token", Cell(""), cells.count(found.get("macs_saved"))),
+        ("share of multiplications saved", Cell(""), cells.share(found.get("macs_saved_share"))),
         ("KV cache per token", Cell(""), cells.size(found.get("kv_bytes_per_token"))),
     ]
     known = [(words(name), a, b) for name, a, b in rows if a.value is not None or b.value is not None]
@@ -101,16 +102,17 @@ def speed(evidence: Data) -> Section | None:
         blocks.append(Picture(*drawn, label(caption, data), caption, data))
     elif phases:
         blocks.append(data)
-    rest = [
-        ("tokens per second", cells.number(found.get("throughput"))),
-        ("peak memory", cells.size(found.get("peak_rss_bytes"))),
-        ("peak memory, original", cells.size(found.get("base_peak_rss_bytes"))),
-        ("model FLOPs utilisation", cells.share(found.get("mfu"))),
-        ("measured peak of this machine, FLOP/s", cells.count(found.get("peak_flops"))),
-    ]
-    blocks.append(table(("", "measured"), [(words(k), x) for k, x in rest if x.value is not None]))
-    runs = found.get("runs")
-    return Section("speed", "Speed", blocks, f"{runs} runs of each, interleaved." if runs else "")
+    pairs = (("tokens per second", "throughput", cells.number), ("peak memory", "peak_rss_bytes", cells.size))
+    rows = [(words(name), show(found.get(f"base_{key}")), show(found.get(key))) for name, key, show in pairs]
+    rows.append((words("model FLOPs utilisation"), cells.share(found.get("base_mfu")), cells.share(found.get("mfu"))))
+    rows.append((words("measured peak of the device, FLOP/s"), Cell(""), cells.count(found.get("peak_flops"))))
+    rows = [row for row in rows if row[2].value is not None]
+    if rows:
+        blocks.append(table(("", "original", "compressed"), rows))
+    runs = f"{found['runs']} runs of each, interleaved" if found.get("runs") else ""
+    how = [(key, found.get(key)) for key in ("batch", "dtype", "device", "threads")]
+    said = ", ".join([x for x in [runs] if x] + [f"{key} {value}" for key, value in how if value is not None])
+    return Section("speed", "Speed", blocks, f"{said}." if said else "")
 
 
 def speed_table(found: Data) -> Table:

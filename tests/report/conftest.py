@@ -20,6 +20,12 @@ _SAMPLE = json.loads((Path(__file__).parent / "sample.json").read_text(encoding=
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
+@pytest.fixture(scope="session")
+def evidence() -> dict[str, Any]:
+    """Evidence with every part; read it only."""
+    return _SAMPLE
+
+
 @pytest.fixture
 def sample() -> dict[str, Any]:
     """Evidence with every part; a copy that a test may change."""
@@ -81,9 +87,8 @@ class Browser:
     def open(self, page: Path, width: int, dark: bool) -> None:
         """Shows a page at a width in CSS pixels; `events` then holds what happened meanwhile."""
         self.events.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
-        )
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="screen", features=[scheme])
         self.call("Page.navigate", url=page.as_uri())
@@ -106,10 +111,6 @@ class Browser:
         """Addresses asked for since `open`."""
         sent = (event for event in self.events if event.get("method") == "Network.requestWillBeSent")
         return [event["params"]["request"]["url"] for event in sent]
-
-    def screenshot(self, path: Path, whole: bool = True) -> None:
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        path.write_bytes(base64.b64decode(data))
 
     def pdf(self) -> bytes:
         return base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"])

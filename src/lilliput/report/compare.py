@@ -144,7 +144,8 @@ def _common(evidences: Sequence[Data], evidence: Data) -> Data:
         return {}
     shared = next((key for key in every[0] if all(key in found for found in every)), None)
     if shared is None:
-        named = "; ".join(", ".join(str(row["name"]) for row in found.values()) or "none" for found in every)
+        texts = [", ".join(str(row["name"]) for row in found.values()) or "none" for found in every]
+        named = "; ".join(f"{x.get('model')} on {text}" for x, text in zip(evidences, texts, strict=True))
         raise DataError(f"these models were measured on no text in common ({named}): evaluate all on the same --data.")
     return next(found[shared] for x, found in zip(evidences, every, strict=True) if x is evidence)
 

@@ -103,12 +103,14 @@ def speed(evidence: Data) -> Section | None:
     elif phases:
         blocks.append(data)
     pairs = (("tokens per second", "throughput", cells.number), ("peak memory", "peak_rss_bytes", cells.size))
-    rows = [(words(name), show(found.get(f"base_{key}")), show(found.get(key))) for name, key, show in pairs]
-    rows.append((words("model FLOPs utilisation"), cells.share(found.get("base_mfu")), cells.share(found.get("mfu"))))
-    rows.append((words("measured peak of the device, FLOP/s"), Cell(""), cells.count(found.get("peak_flops"))))
-    rows = [row for row in rows if row[2].value is not None]
-    if rows:
-        blocks.append(table(("", "original", "compressed"), rows))
+    measured = [(words(name), show(found.get(f"base_{key}")), show(found.get(key))) for name, key, show in pairs]
+    measured.append(
+        (words("model FLOPs utilisation"), cells.share(found.get("base_mfu")), cells.share(found.get("mfu")))
+    )
+    measured.append((words("measured peak of the device, FLOP/s"), Cell(""), cells.count(found.get("peak_flops"))))
+    measured = [line for line in measured if line[2].value is not None]
+    if measured:
+        blocks.append(table(("", "original", "compressed"), measured))
     runs = f"{found['runs']} runs of each, interleaved" if found.get("runs") else ""
     how = [(key, found.get(key)) for key in ("batch", "dtype", "device", "threads")]
     said = ", ".join([x for x in [runs] if x] + [f"{key} {value}" for key, value in how if value is not None])

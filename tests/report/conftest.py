@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from lilliput.report.page import render
+
 _SAMPLE = json.loads((Path(__file__).parent / "sample.json").read_text(encoding="utf-8"))
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -24,6 +26,12 @@ _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 def evidence() -> dict[str, Any]:
     """Evidence with every part; read it only."""
     return _SAMPLE
+
+
+@pytest.fixture(scope="session")
+def rendered() -> str:
+    """The page of `evidence`."""
+    return render(_SAMPLE)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from lilliput.report.compare import render_comparison
-from lilliput.report.page import render
 
 pytestmark = pytest.mark.browser
 
@@ -32,7 +31,7 @@ _CONTRAST = """(() => {
   const rgb = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
   const behind = node => { for (; node; node = node.parentElement) {
     const found = getComputedStyle(node).backgroundColor;
-    if (!/, 0\\)$/.test(found)) return rgb(found);
+    if (!/^rgba.*, 0\\)$/.test(found)) return rgb(found);
   } return [255, 255, 255]; };
   const worst = {};
   for (const node of document.querySelectorAll('p, td, th, li, dt, dd, a, summary, small, .badge, .drawn text')) {
@@ -46,13 +45,13 @@ _CONTRAST = """(() => {
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory, evidence: dict[str, Any]) -> dict[str, Path]:
+def pages(tmp_path_factory: pytest.TempPathFactory, evidence: dict[str, Any], rendered: str) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     other = copy.deepcopy(evidence) | {"model": "out/sample-lm-w8"}
     other["size"]["bytes"] *= 2
     for row in other["quality"]["data"]:
         row["kl"] = {"value": 0.002, "low": 0.001, "high": 0.003}
-    written = {"report": render(evidence), "compare": render_comparison([evidence, other])}
+    written = {"report": rendered, "compare": render_comparison([evidence, other])}
     for name, text in written.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in written}

@@ -103,8 +103,10 @@ def test_so_many_windows_more_settle_it() -> None:
 def test_what_no_text_settles_is_said() -> None:
     edge = math.log(1.01) / 2
     found = interval(math.exp(edge - 3), math.exp(edge), math.exp(edge + 3))
-    assert further_windows(found, 2) == 100_000
-    assert "more text will hardly settle it" in verdict(evidence(found))["headline"]
+    assert further_windows(found, 1000) == 100_000
+    whole = evidence(found)
+    whole["quality"]["data"][0]["windows"] = 1000
+    assert "more text will hardly settle it" in verdict(whole)["headline"]
 
 
 def test_gates_take_the_worst_data_set_and_fail_without_a_figure() -> None:

@@ -44,7 +44,8 @@ def verdict(evidence: Data) -> dict[str, Any]:
     data = [row for row in measured(evidence) if row.get("perplexity_ratio")]
     bad = _bad(evidence, data)
     if bad:
-        return _answer("bad", f"Do not ship this: {_lower(bad[0])}", bad[1:] + _facts(evidence, data))
+        reasons = [sentence for _, sentence in bad]
+        return _answer("bad", f"Do not ship this: {bad[0][0]}.", reasons + _facts(evidence, data))
     if not data:
         return _answer(
             "unsure", "Not compared with an original, so nothing can be said about a loss.", _alone(evidence)
@@ -148,29 +149,28 @@ def _answer(level: str, headline: str, reasons: Sequence[str]) -> dict[str, Any]
     return {"level": level, "headline": headline, "reasons": list(reasons)}
 
 
-def _lower(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:]
-
-
 def _gain(evidence: Data) -> str:
     ratio = (evidence.get("size") or {}).get("compression_ratio")
     return f", for a model {ratio:.2g} times smaller" if ratio and ratio > 1 else ""
 
 
-def _bad(evidence: Data, data: Sequence[Data]) -> list[str]:
-    reasons = []
+def _bad(evidence: Data, data: Sequence[Data]) -> list[tuple[str, str]]:
+    """What forbids shipping: in short for the headline, and as a sentence."""
+    found = []
     for row in (evidence.get("loss") or {}).get("suspects") or ():
         factor = f" (off by a factor of {row['factor']:.3g})" if row.get("factor") is not None else ""
-        reasons.append(f"Tensor {row['tensor']} looks damaged: {row['reason']}{factor}.")
+        found.append((f"{row['tensor']} looks damaged", f"{row['tensor']}: {row['reason']}{factor}."))
     for gate in evidence.get("gates") or ():
         if not gate["passed"]:
             value = "was not measured" if gate["value"] is None else f"is {gate['value']:.4g}"
-            reasons.append(f"The gate {gate['name']} {gate['limit']:.4g} is missed: it {value}.")
+            said = f"the gate {gate['name']} {gate['limit']:.4g} is missed: it {value}"
+            found.append((said, f"T{said[1:]}."))
     for row in data:
         ratio = row["perplexity_ratio"]
         if ratio["low"] > BAD_RATIO:
-            reasons.append(f"Perplexity on {row['name']} is {ratio['value']:.3g} times the original's.")
-    return reasons
+            said = f"perplexity on {row['name']} is {ratio['value']:.3g} times the original's"
+            found.append((said, f"P{said[1:]}."))
+    return found
 
 
 def _facts(evidence: Data, data: Sequence[Data]) -> list[str]:

@@ -131,13 +131,13 @@ def gates(evidence: Data) -> cells.Table | None:
     if not rows:
         return None
     return cells.table(
-        ("gate", "limit", "measured", ""),
+        ("gate", "result", "limit", "measured"),
         [
             (
                 cells.words(x["name"]),
+                cells.words("passed" if x["passed"] else "missed", "ok" if x["passed"] else "bad"),
                 cells.number(x["limit"]),
                 cells.number(x["value"]),
-                cells.words("passed" if x["passed"] else "missed", "ok" if x["passed"] else "bad"),
             )
             for x in rows
         ],

@@ -25,10 +25,10 @@ def recipe(evidence: Data) -> Section | None:
         return None
     steps = found.get("steps") or ()
     rows = [
-        (words(i), words(x.get("method")), words(x.get("target")), words(x.get("options")), words(x.get("where")))
+        (words(f"{i}. {x.get('method')}"), words(x.get("target")), words(x.get("options")), words(x.get("where")))
         for i, x in enumerate(steps, 1)
     ]
-    blocks: list[Block] = [table(("step", "method", "target", "options", "where"), rows)] if rows else []
+    blocks: list[Block] = [table(("step", "target", "options", "where"), rows)] if rows else []
     if found.get("text"):
         blocks.append(Code("As YAML", str(found["text"])))
     return Section("recipe", "Recipe", blocks, " then ".join(str(x.get("method")) for x in steps))

@@ -1,0 +1,258 @@
+"""The quality section of the page: data sets, token classes, positions, tasks, continuations, worst tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lilliput.report import cells, figures
+from lilliput.report.blocks import Block, Examples, Prose, Section, example
+from lilliput.report.cells import Cell, Table, table, words
+from lilliput.report.figures import Row
+from lilliput.report.sections import label
+from lilliput.report.svg import Picture
+
+Data = Mapping[str, Any]
+_WORST = 40
+_EXAMPLES = 8
+# A task's verdict is about one task; the tones are those of the page.
+TONES: Mapping[str, str] = {"ok": "ok", "gain": "ok", "loss": "bad", "unsure": "unsure"}
+
+
+def quality(evidence: Data) -> Section | None:
+    found = evidence.get("quality") or {}
+    blocks = [
+        *_data(found.get("data") or ()),
+        *_classes(found.get("classes") or ()),
+        *_positions(found.get("positions") or ()),
+        *_tasks(evidence.get("tasks") or ()),
+        *_generation(found.get("generation") or {}),
+        *_worst(found.get("worst") or ()),
+    ]
+    return Section("quality", "Quality", blocks) if blocks else None
+
+
+def ratio_tone(ratio: Data) -> str:
+    """The colour of a perplexity ratio, by the same limits as the verdict."""
+    from lilliput.report.verdict import BAD_RATIO, OK_RATIO
+
+    if ratio["low"] > BAD_RATIO:
+        return "bad"
+    if ratio["high"] < OK_RATIO:
+        return "ok"
+    return "loss" if ratio["low"] > 1 else "unsure"
+
+
+def _data(rows: Sequence[Data]) -> list[Block]:
+    if not rows:
+        return []
+    blocks: list[Block] = []
+    paired = [x for x in rows if x.get("perplexity_ratio")]
+    if paired:
+        data = table(
+            ("data", "windows", "tokens", "perplexity ratio", "text", "fingerprint"),
+            [
+                (
+                    words(x["name"]),
+                    cells.number(x.get("windows")),
+                    cells.number(x.get("tokens")),
+                    cells.interval(x["perplexity_ratio"]),
+                    words(x.get("source")),
+                    words(str(x.get("fingerprint") or "")[:16]),
+                )
+                for x in paired
+            ],
+        )
+        lines = [
+            Row(
+                str(x["name"]),
+                *_ends(x["perplexity_ratio"]),
+                cells.interval(x["perplexity_ratio"]).line,
+                ratio_tone(x["perplexity_ratio"]),
+            )
+            for x in paired
+        ]
+        caption = "Perplexity over the original's, on the same windows."
+        drawn = figures.forest("ratio", lines, "perplexity ratio (1: no change)", 1.0)
+        blocks.append(Picture(*drawn, label(caption, data), caption, data))
+    return [*blocks, data_table(rows)]
+
+
+def data_table(rows: Sequence[Data]) -> Table:
+    """Every figure of every data set."""
+    columns = ("data", "perplexity, × original", "KL, nats", "KL, 95th percentile", "KL, 99th")
+    metrics = ("perplexity_ratio", "kl", "kl_p95", "kl_p99")
+    alone = ("perplexity", "reference_perplexity")
+    shown = [
+        (
+            words(x["name"]),
+            *(cells.interval(x.get(key)) for key in metrics),
+            cells.shares(x.get("agreement")),
+            *(cells.interval(x.get(key)) for key in alone),
+        )
+        for x in rows
+    ]
+    names = (*columns, "same top token", "perplexity", "original's perplexity")
+    return table(names, shown, "Figures by data set; in brackets the 95 % interval.")
+
+
+def _classes(rows: Sequence[Data]) -> list[Block]:
+    known = [x for x in rows if x.get("kl")]
+    if not known:
+        return []
+    data = table(
+        ("tokens of class", "count", "KL, nats", "top-1 agreement"),
+        [
+            (
+                words(x["name"]),
+                cells.number(x.get("tokens")),
+                cells.interval(x["kl"], 3),
+                cells.shares(x.get("agreement")),
+            )
+            for x in known
+        ],
+    )
+    lines = [
+        Row(str(x["name"]), x["kl"]["value"], x["kl"]["low"], x["kl"]["high"], cells.interval(x["kl"], 3).line)
+        for x in known
+    ]
+    caption = "KL divergence from the original by class of token: what kind of text suffers."
+    drawn = figures.forest("classes", lines, "KL, nats", 0.0)
+    return [Picture(*drawn, label(caption, data), caption, data)]
+
+
+def _positions(rows: Sequence[Data]) -> list[Block]:
+    known = [x for x in rows if x.get("kl")]
+    if len(known) < 2:
+        return []
+    data = table(
+        ("from", "to", "KL, nats"),
+        [(cells.number(x["from"]), cells.number(x["to"]), cells.interval(x["kl"], 3)) for x in known],
+    )
+    points = [((x["from"] + x["to"]) / 2, x["kl"]["value"], x["kl"]["low"], x["kl"]["high"]) for x in known]
+    caption = "KL divergence by position in the window: whether long contexts suffer more."
+    drawn = figures.curve("positions", points, "position, tokens", "KL, nats")
+    return [Picture(*drawn, label(caption, data), caption, data)]
+
+
+def _tasks(rows: Sequence[Data]) -> list[Block]:
+    if not rows:
+        return []
+    whole = task_table(rows)
+    # One axis of percentage points: scores of another kind have only their row in the table.
+    known = [x for x in rows if x.get("difference") and x.get("flips")]
+    if not known:
+        return [whole]
+    lines = [
+        Row(
+            str(x["name"]),
+            *_ends(x["difference"], 100.0),
+            _difference(x).line,
+            TONES.get(str(x.get("level")), "ours"),
+        )
+        for x in known
+    ]
+    caption = "Tasks: compressed less original; left of the line is a loss."
+    data = table(
+        ("task", "difference", "verdict"),
+        [(words(x["name"]), _difference(x), words(x.get("verdict"))) for x in known],
+    )
+    drawn = figures.forest("tasks", lines, "percentage points", 0.0)
+    return [Picture(*drawn, label(caption, data), caption, data), whole]
+
+
+def task_table(rows: Sequence[Data]) -> Table:
+    """Every task with its verdict in words."""
+    shown = [
+        (
+            words(x["name"]),
+            words(x.get("verdict"), TONES.get(str(x.get("level")), "")),
+            _difference(x),
+            _score(x, "base"),
+            _score(x, "ours"),
+            cells.number(x.get("items")),
+            _flips(x),
+            words(x.get("metric")),
+            cells.number(x.get("p_holm"), 2),
+            _points(x.get("detectable")),
+        )
+        for x in rows
+    ]
+    columns = ("task", "verdict", "difference", "original", "compressed", "items", "answers", "metric")
+    note = (
+        "Differences in percentage points on the same items. Could show: the smallest loss that these items would "
+        "have shown with 80 % probability."
+    )
+    return table((*columns, "p (Holm)", "could show"), shown, "Tasks.", note=note)
+
+
+def _ends(interval: Data, factor: float = 1.0) -> tuple[float, float, float]:
+    return factor * interval["value"], factor * interval["low"], factor * interval["high"]
+
+
+def _score(row: Data, key: str) -> Cell:
+    """A task's score: in percent where items are right or wrong, else as it is."""
+    return cells.shares(row.get(key)) if row.get("flips") else cells.interval(row.get(key))
+
+
+def _difference(row: Data) -> Cell:
+    """A task's difference: in percentage points where items are right or wrong, else as it is."""
+    found = row.get("difference")
+    if not found:
+        return Cell(cells.MISSING)
+    factor, form = (100.0, "+.1f") if row.get("flips") else (1.0, "+.3g")
+    value, low, high = (f"{x:{form}}".replace("-", "−") for x in _ends(found, factor))
+    return Cell(value, float(found["value"]), below=f"[{low}, {high}]")
+
+
+def _points(share: float | None) -> Cell:
+    return Cell(cells.MISSING) if share is None else Cell(f"{100 * share:.1f}", share)
+
+
+def _flips(row: Data) -> Cell:
+    found = row.get("flips")
+    return words(f"{found['right_to_wrong']} lost, {found['wrong_to_right']} won" if found else None)
+
+
+def _generation(found: Data) -> list[Block]:
+    if not found:
+        return []
+    lines = []
+    if found.get("first_difference"):
+        words_of = cells.interval(found["first_difference"], 3).line
+        lines.append(f"Greedy continuations first differ after {words_of} tokens, over {found.get('prompts')} prompts.")
+    if found.get("identical"):
+        lines.append(f"Continuations that do not differ: {cells.shares(found['identical']).line}.")
+    blocks: list[Block] = [Prose(tuple(lines))] if lines else []
+    rows = tuple(
+        example(
+            str(x["prompt"]),
+            str(x["ours"]),
+            str(x["theirs"]),
+            "no difference" if x.get("first_difference") is None else f"first differs at token {x['first_difference']}",
+        )
+        for x in (found.get("examples") or ())[:_EXAMPLES]
+    )
+    return [*blocks, Examples(rows)] if rows else blocks
+
+
+def _worst(rows: Sequence[Data]) -> list[Block]:
+    if not rows:
+        return []
+    shown = [
+        (
+            words(f"…{str(x.get('text') or '')[-90:]}"),
+            words(_visible(x.get("token"))),
+            words(_visible(x.get("theirs"))),
+            words(_visible(x.get("ours"))),
+            cells.number(x.get("kl"), 3),
+        )
+        for x in rows[:_WORST]
+    ]
+    columns = ("after", "came", "original preferred", "compressed preferred", "KL, nats")
+    return [table(columns, shown, "The tokens on which both models differ most.")]
+
+
+def _visible(token: object) -> str | None:
+    """A token with its white space made visible."""
+    return None if token is None else str(token).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

@@ -1,5 +1,5 @@
 """What was lost, and where: the original streamed beside the compressed model."""
 
-from lilliput.attribution.attribute import Attribution, attribute
+from lilliput.attribution.attribute import Attribution, attribute, suspects
 
-__all__ = ["Attribution", "attribute"]
+__all__ = ["Attribution", "attribute", "suspects"]

@@ -65,6 +65,23 @@ def decibel(error: float) -> float | None:
     return -20.0 * math.log10(error) if error > 0 else None
 
 
+def suspects(model: str | Path, against: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Suspect, ...]:
+    """Tensors of `model` that look damaged beside the original's, by their weights alone. Raises as `attribute` does."""
+    ours, base = _pair(model, against, dtype)
+    return tuple(find(_losses(ours, base), partial(_stored, ours)))
+
+
+def _pair(model: str | Path, against: str | Path, dtype: torch.dtype) -> tuple[Model, Model]:
+    ours, base = open_model(str(model), dtype=dtype), open_model(str(against), dtype=dtype)
+    if ours.skeleton.shapes.keys() - {ours.skeleton.head} != base.skeleton.shapes.keys() - {base.skeleton.head}:
+        raise DataError(f"'{model}' and '{against}' are made of different tensors: they cannot be compared one by one.")
+    return ours, base
+
+
+def _losses(ours: Model, base: Model) -> list[WeightLoss]:
+    return [x for i in range(len(base.skeleton.block_names)) for x in compare(ours, base, i)]
+
+
 def attribute(
     model: str | Path,
     against: str | Path,
@@ -86,21 +103,19 @@ def attribute(
     Raises DataError for models of different shapes.
     """
     began = time.monotonic()
-    ours, base = open_model(str(model), dtype=dtype), open_model(str(against), dtype=dtype)
-    if ours.skeleton.shapes.keys() - {ours.skeleton.head} != base.skeleton.shapes.keys() - {base.skeleton.head}:
-        raise DataError(f"'{model}' and '{against}' are made of different tensors: they cannot be compared one by one.")
+    ours, base = _pair(model, against, dtype)
     count = len(base.skeleton.block_names)
-    losses = [x for i in range(count) for x in compare(ours, base, i)]
-    suspects = tuple(find(losses, partial(_stored, ours)))
+    losses = _losses(ours, base)
+    damaged = tuple(find(losses, partial(_stored, ours)))
     notes: list[str] = []
     if turned(losses):
         notes.append(
             "The compressed model works in turned coordinates: its blocks cannot take the original's place one by one, "
             "so shares are not given."
         )
-        return Attribution(0.0, (), _rows(losses, None, {}, {}), (), (), tuple(notes), time.monotonic() - began)
+        return Attribution(0.0, (), _rows(losses, None, {}, {}), (), damaged, tuple(notes), time.monotonic() - began)
     ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens).ids
-    levels = {x.linear: math.log(x.factor) for x in suspects if x.factor > 0 and x.factor != 1.0}
+    levels = {x.linear: math.log(x.factor) for x in damaged if x.factor > 0 and x.factor != 1.0}
     with tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work) as name:
         run = partial(restore, ours, base, ids, Path(name), memory_bytes=memory, progress=progress)
         seen = run(blocks=range(count), outputs=True)
@@ -131,7 +146,7 @@ def attribute(
         ),
         linears=_rows(losses, seen, estimated, exact),
         techniques=techniques,
-        suspects=suspects,
+        suspects=damaged,
         notes=tuple(notes),
         seconds=time.monotonic() - began,
     )

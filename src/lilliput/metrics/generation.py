@@ -1,0 +1,122 @@
+"""Generation divergence: after how many tokens greedy continuations of both models part.
+
+Perplexity scores every token after the true ones before it; in use a model follows its own. Two models that agree on
+95 % of the next tokens part after some 20 of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput import memory as ram
+from lilliput.data import load_tokens
+from lilliput.metrics.interval import Interval, clip, mean_interval
+from lilliput.model import Model, open_model
+
+CONTEXT = 32  # tokens of a prompt
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """prompts: how many; new_tokens: length of each continuation; first_difference: tokens before the continuations
+    part (new_tokens where they never do), mean and interval over prompts; identical: share that never part; examples:
+    {prompt, ours, theirs, first_difference}, the earliest partings first."""
+
+    prompts: int
+    new_tokens: int
+    first_difference: Interval
+    identical: Interval
+    examples: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts,
+            "new_tokens": self.new_tokens,
+            "first_difference": self.first_difference.to_json(),
+            "identical": self.identical.to_json(),
+            "examples": list(self.examples),
+        }
+
+
+def first_differences(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Tokens before the first difference, int64 [prompts], from continuations int64 [prompts, new]; new for none."""
+    differs = ours != theirs
+    first = differs.int().argmax(dim=1)
+    return torch.where(differs.any(dim=1), first, ours.shape[1])
+
+
+def continuations(model: Model, prompts: Tensor, new_tokens: int) -> Tensor:
+    """Greedy continuations int64 [prompts, new_tokens] of prompts int64 [prompts, tokens]; the whole model is loaded.
+
+    Generation goes on past an end-of-text token, so that all continuations have one length.
+    """
+    model.load(model.skeleton.shapes)
+    try:
+        whole: Any = model.skeleton.model
+        ids = prompts.to(model.skeleton.device)
+        with torch.no_grad():
+            out = whole.eval().generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                pad_token_id=0,
+            )
+    finally:
+        model.unload(model.skeleton.shapes)
+        ram.trim()
+    found: Tensor = out[:, ids.shape[1] :].cpu()
+    return found
+
+
+def generation(
+    model: str | Path,
+    against: str | Path,
+    *,
+    data: str | Path = "docs:library",
+    prompts: int = 16,
+    new_tokens: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    examples: int = 4,
+) -> GenerationResult:
+    """Continue the first 32 tokens of `prompts` consecutive stretches of `data` with both models, one after the other.
+
+    The whole of one model is in memory at a time. Raises DataError for too little text or fewer than two prompts.
+    """
+    ids: Tensor | None = None
+    found = []
+    tokenizer = None
+    for name in (model, against):
+        opened = open_model(str(name), dtype=dtype, device=device)
+        if ids is None:
+            tokenizer = opened.source.tokenizer()
+            ids = load_tokens(data, tokenizer, samples=prompts, tokens=2 * CONTEXT).ids[:, :CONTEXT]
+        found.append(continuations(opened, ids, new_tokens))
+        del opened
+    if ids is None or tokenizer is None:
+        raise RuntimeError("no model was opened")
+    first = first_differences(found[0], found[1])
+    order = first.argsort(stable=True).tolist()[:examples]
+    return GenerationResult(
+        prompts=prompts,
+        new_tokens=new_tokens,
+        first_difference=clip(mean_interval(first.double()), 0.0, float(new_tokens)),
+        identical=clip(mean_interval((first == new_tokens).double()), 0.0, 1.0),
+        examples=tuple(_example(tokenizer, ids[i], found[0][i], found[1][i], int(first[i])) for i in order),
+    )
+
+
+def _example(tokenizer: Any, prompt: Tensor, ours: Tensor, theirs: Tensor, first: int) -> dict[str, Any]:
+    texts: Sequence[str] = [tokenizer.decode(x.tolist()) for x in (prompt, ours, theirs)]
+    return {"prompt": texts[0], "ours": texts[1], "theirs": texts[2], "first_difference": first}

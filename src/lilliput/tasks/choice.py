@@ -16,7 +16,7 @@ from lilliput.tasks.shapes import Row, Shape
 
 @dataclass(frozen=True)
 class Choice:
-    """contexts and continuations, one of each for a choice; lengths: characters of the choices; label: the right one."""
+    """contexts, continuations: one for each choice; lengths: of the choices in characters; label: the right one."""
 
     contexts: tuple[str, ...]
     continuations: tuple[str, ...]

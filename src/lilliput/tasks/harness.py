@@ -152,11 +152,11 @@ def run(
         )
     except LilliputError:
         raise
-    # The harness, data set scripts and the hub's client raise many unrelated classes; all mean that the task cannot run.
+    # The harness, data set scripts and the hub's client raise many unrelated classes; all mean that it cannot run.
     except Exception as error:
         raise DataError(
-            f"the evaluation harness cannot run {', '.join(names)} ({type(error).__name__}: {error}). Its data sets come "
-            f"from the Hugging Face hub: check the network, or give a local file, {names[0]}=FILE.jsonl."
+            f"the evaluation harness cannot run {', '.join(names)} ({type(error).__name__}: {error}). Its data "
+            f"sets come from the Hugging Face hub: check the network, or give a local file, {names[0]}=FILE.jsonl."
         ) from error
     out: dict[str, HarnessScores] = {}
     for name, samples in found["samples"].items():

@@ -70,7 +70,9 @@ def loaded(
         memory.trim()
 
 
-def _same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, tasks: Sequence[Task], names: str) -> None:
+def _same_tokens(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, tasks: Sequence[Task], names: str
+) -> None:
     """Raises DataError where two tokenizers do not cut the items alike."""
     if ours.get_vocab() != theirs.get_vocab():
         raise DataError(f"{names} cannot be compared: their tokenizers have different vocabularies.")
@@ -98,7 +100,12 @@ def overlap_note(task: Task, tokenizer: PreTrainedTokenizerBase, calibration: To
 
 
 def _answers(
-    model: Loaded, specs: Sequence[Spec], tasks: Mapping[str, Task], limit: int | None, shots: int | None, shown: Progress
+    model: Loaded,
+    specs: Sequence[Spec],
+    tasks: Mapping[str, Task],
+    limit: int | None,
+    shots: int | None,
+    shown: Progress,
 ) -> dict[str, _Answers]:
     """Answers by name, in the order of the specifications; a harness group gives one for each of its tasks."""
     found: dict[str, _Answers] = {}

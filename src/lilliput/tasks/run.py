@@ -70,12 +70,17 @@ def loaded(
         memory.trim()
 
 
+def same_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, names: str) -> None:
+    """Raises DataError where two tokenizers do not share a vocabulary; names: of both models, for the message."""
+    if ours.get_vocab() != theirs.get_vocab():
+        raise DataError(f"{names} cannot be compared: their tokenizers have different vocabularies.")
+
+
 def _same_tokens(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, tasks: Sequence[Task], names: str
 ) -> None:
     """Raises DataError where two tokenizers do not cut the items alike."""
-    if ours.get_vocab() != theirs.get_vocab():
-        raise DataError(f"{names} cannot be compared: their tokenizers have different vocabularies.")
+    same_vocabulary(ours, theirs, names)
     for task in tasks:
         for item in task.items:
             text = task.kind.text(item)

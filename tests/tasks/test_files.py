@@ -15,8 +15,21 @@ SHAG = {
 }  # fmt: skip
 GRANDE = {"sentence": "Ann thanked Eve as _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"}
 BOOLQ = {"question": "is ice cold", "passage": "Ice is cold.", "answer": True}
-COPA = {"premise": "It rained.", "question": "effect", "choice1": "He sang.", "choice2": "The road got wet.", "label": 1}
-SCIQ = {"question": "Who?", "distractor1": "a", "distractor2": "b", "distractor3": "c", "correct_answer": "d", "support": " S"}
+COPA = {
+    "premise": "It rained.",
+    "question": "effect",
+    "choice1": "He sang.",
+    "choice2": "The road got wet.",
+    "label": 1,
+}
+SCIQ = {
+    "question": "Who?",
+    "distractor1": "a",
+    "distractor2": "b",
+    "distractor3": "c",
+    "correct_answer": "d",
+    "support": " S",
+}
 GSM = {"question": "1+1?", "answer": "It is 2.\n#### 2"}
 CSQA = {"question": "Where? ", "choices": ["bank", "mall"], "labels": ["A", "B"], "label": 1}
 SIQA = {"context": "C.", "question": "Q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"}
@@ -78,9 +91,7 @@ def test_examples_from_the_file_itself_are_not_scored(jsonl):
     task = load_task(parse(f"bbh:mine={jsonl('b.jsonl', *rows)}"), limit=2)
     assert (task.name, task.shots) == ("bbh:mine", 3)
     assert [x.answer for x in task.items] == ["out 3", "out 4"]
-    assert task.items[1].prompt == (
-        "Q: in 0\nA: out 0\n\nQ: in 1\nA: out 1\n\nQ: in 2\nA: out 2\n\nQ: in 4\nA:"
-    )
+    assert task.items[1].prompt == ("Q: in 0\nA: out 0\n\nQ: in 1\nA: out 1\n\nQ: in 2\nA: out 2\n\nQ: in 4\nA:")
     with pytest.raises(DataError, match="too few rows for 6 worked examples"):
         load_task(parse(f"bbh={jsonl('b.jsonl', *rows)}"), shots=6)
 
@@ -107,7 +118,7 @@ def test_specifications(tmp_path):
 @pytest.mark.parametrize(
     ("name", "row", "said"),
     [
-        ("piqa", {k: v for k, v in PIQA.items() if k != "sol2"}, "row 2 of '.*': there is no field 'sol2', only 'goal'"),
+        ("piqa", {k: v for k, v in PIQA.items() if k != "sol2"}, "row 2 of .*: there is no field 'sol2', only 'goal'"),
         ("piqa", {**PIQA, "label": 2}, "row 2 .* 'label' is 2, which is none of the 2 choices"),
         ("piqa", {**PIQA, "label": "x"}, "row 2 .* 'label' must be a whole number, not 'x'"),
         ("piqa", {**PIQA, "goal": 3}, "row 2 .* 'goal' must be text, not 3"),
@@ -142,7 +153,7 @@ def test_bad_files(jsonl, tmp_path):
         load_task(parse(f"piqa={jsonl('empty.jsonl')}"))
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"goal": "caf\xe9"}\n')
-    with pytest.raises(DataError, match="row 1 .* not UTF-8"):
+    with pytest.raises(DataError, match=r"row 1 .* not UTF-8"):
         load_task(parse(f"piqa={latin}"))
     with pytest.raises(DataError, match="names no file"):
         load_task(parse("piqa"))
@@ -154,7 +165,11 @@ def test_every_shape_of_the_table_is_whole():
             assert shape.kind in KINDS, name
             assert set(KINDS) == set(files.KINDS)
             used = " ".join((shape.context, shape.contexts, shape.choices, shape.target, shape.prompt, shape.shown))
-            unused = [x for x in shape.fields if not re.search(rf"\b{x}\b", f"{used} {shape.answer} {shape.label} {shape.pattern}")]
+            unused = [
+                x
+                for x in shape.fields
+                if not re.search(rf"\b{x}\b", f"{used} {shape.answer} {shape.label} {shape.pattern}")
+            ]
             assert unused == [], name
             if shape.patterns:
                 assert shape.metric in shape.patterns, name

@@ -30,7 +30,9 @@ def test_yes_and_no_of_strategyqa(monkeypatch):
 
 def test_whole_answers_and_patterns_of_items(monkeypatch):
     assert graded(monkeypatch, "bbh", [(" (B)", "(B)", ""), (" (B) it is", "(B)", "")])["exact_match"] == [1.0, 0.0]
-    own = graded(monkeypatch, "generate", [("It is blue, I think", "blue", r"It is (\w+)"), ("?", "blue", r"It is (\w+)")])
+    own = graded(
+        monkeypatch, "generate", [("It is blue, I think", "blue", r"It is (\w+)"), ("?", "blue", r"It is (\w+)")]
+    )
     assert own["exact_match"] == [1.0, 0.0]
 
 

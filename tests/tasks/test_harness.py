@@ -56,3 +56,10 @@ def test_the_adapter_answers_as_we_do(llama):
 def test_a_name_that_the_harness_does_not_know(llama):
     with pytest.raises(DataError, match=r"no task 'piqaa'.* piqa"):
         harness.run(llama, ["piqaa"])
+
+
+@needed
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_network_the_remedy_is_said(llama):
+    with pytest.raises(DataError, match=r"cannot run piqa .* check the network, or give a local file, piqa=FILE"):
+        harness.run(llama, ["piqa"], limit=2)

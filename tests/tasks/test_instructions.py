@@ -20,7 +20,11 @@ def test_rows_of_the_known_sets():
     assert instruction(row, "row 1") == "Rewrite.\n\nA b."
     assert instruction({"instruction": "Rewrite.", "input": ""}, "row 1") == "Rewrite."
     assert instruction({"prompt": "Hello"}, "row 1") == "Hello"
-    for bad, said in [({"turns": []}, "'turns'"), ({"instruction": 3}, "'instruction'"), ({"x": 1}, "no field 'turns'")]:
+    for bad, said in [
+        ({"turns": []}, "'turns'"),
+        ({"instruction": 3}, "'instruction'"),
+        ({"x": 1}, "no field 'turns'"),
+    ]:
         with pytest.raises(DataError, match=f"row 7: .*{said}"):
             instruction(bad, "row 7")
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 
@@ -16,10 +17,10 @@ WORDS = ["names", "objects", "statement", "class", "value", "module", "assignmen
 @pytest.fixture
 def specs(jsonl):
     piqa = [
-        {"goal": f"Bind {a}", "sol1": f"Use the {b} of a {a}.", "sol2": f"Drop {a} {b}.", "label": i % 2}
-        for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS[:4])
+        {"goal": f"Bind {a}", "sol1": f"Use the {b}.", "sol2": f"Use the {c}.", "label": i % 2}
+        for i, (a, b, c) in enumerate((a, b, c) for a in WORDS for b, c in pairwise(WORDS[:5]))
     ]
-    lambada = [{"context": f"The {a} of the", "target": b} for a, b in zip(WORDS, WORDS[1:], strict=False)]
+    lambada = [{"context": f"The {a} of the", "target": b} for a, b in pairwise(WORDS)]
     own = [{"prompt": f"Say {a}:", "answer": a} for a in WORDS[:4]]
     files = {"piqa": piqa, "lambada": lambada, "my": own}
     return [f"{name}={jsonl(f'{name}.jsonl', *rows)}" for name, rows in files.items()]
@@ -56,11 +57,9 @@ def test_a_model_against_itself_has_no_flips(tiny, specs):
         assert row.level == "unsure"
 
 
-def test_an_interrupted_run_goes_on_at_the_item(tiny, specs, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_at_the_item(tiny, specs, tmp_path):
     whole = run_tasks(tiny("llama"), None, specs)
     passes = []
-    real = run.Loaded.model.fget if hasattr(run.Loaded, "model") else None
-    assert real is None
 
     class Cut(Progress):
         def step(self, done, total, note=""):
@@ -103,7 +102,10 @@ def test_models_with_different_tokenizers_are_refused(tiny, tmp_path, specs):
 
 def test_calibration_text_among_the_items_is_said(tiny, jsonl):
     seen = "The assignment statement binds names to objects in the namespace, and it evaluates the expression list"
-    rows = [{"context": seen, "target": "first"}, {"context": "Nothing of this was ever in there, or so", "target": "it"}]
+    rows = [
+        {"context": seen, "target": "first"},
+        {"context": "Nothing of this was ever in there, or so", "target": "it"},
+    ]
     path = jsonl("l.jsonl", *rows)
     task = load_task(parse(f"lambada={path}"))
     with loaded(tiny("llama")) as model:

@@ -6,9 +6,11 @@ from the Hugging Face hub. Local files need neither: see `files.load_task`.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from lilliput.errors import DataError, LilliputError
@@ -87,13 +89,17 @@ def adapter(loaded: Loaded, step: Callable[[int, int], None] = lambda done, tota
     return Adapter()
 
 
-def _known(names: Sequence[str]) -> Any:
-    """The harness's task manager. Raises DataError for a name that it does not know."""
-    import difflib
-
+@cache
+def _manager() -> Any:
+    """The harness's index of its tasks; made once, because that takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    return TaskManager()
+
+
+def _known(names: Sequence[str]) -> Any:
+    """The harness's task manager. Raises DataError for a name that it does not know."""
+    manager = _manager()
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)

@@ -16,7 +16,7 @@ import torch
 
 from lilliput.errors import DataError
 from lilliput.metrics import paired
-from lilliput.metrics.interval import Interval, clip
+from lilliput.metrics.interval import Interval, clip, mean_interval
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
 from lilliput.tasks.decode import greedy
@@ -105,7 +105,7 @@ def _prompts(model: Loaded, asked: Sequence[str]) -> list[str]:
 
 
 def _interval(values: Sequence[float], low: float = 0.0, high: float = float("inf")) -> Interval:
-    return clip(paired.bootstrap(torch.tensor(values, dtype=torch.float64)), low, high)
+    return clip(mean_interval(torch.tensor(values, dtype=torch.float64)), low, high)
 
 
 def _mean_likelihoods(model: Loaded, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:

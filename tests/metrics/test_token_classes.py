@@ -44,7 +44,7 @@ def test_a_class_has_the_mean_over_its_tokens() -> None:
 def test_positions_cover_the_window() -> None:
     divergence = torch.arange(10.0).repeat(3, 1)
     rows = by_position(divergence, bins=4)
-    assert [(r["from"], r["to"]) for r in rows] == [(1, 2), (3, 5), (6, 8), (9, 10)]
+    assert [(r["from"], r["to"]) for r in rows] == [(1, 3), (3, 6), (6, 9), (9, 11)]
     assert rows[-1]["kl"]["value"] == 8.5
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lilliput.data.tokens import Tokens
 
@@ -35,3 +38,16 @@ def overlap(a: Tokens, b: Tokens, n: int = 13) -> float:
     """
     seen, asked = _hashes(a, n), _hashes(b, n)
     return float(np.isin(asked, seen).mean()) if asked.size else 0.0
+
+
+def items_seen(a: Tokens, items: Sequence[Sequence[int]], n: int = 13) -> list[bool]:
+    """For each item (token ids of any length) whether any of its n-grams occurs anywhere in a.
+
+    Items shorter than n hold no n-gram and count as not seen.
+    """
+    seen = np.unique(_hashes(a, n))
+    found = []
+    for ids in items:
+        asked = _hashes(Tokens.of(torch.tensor([list(ids)], dtype=torch.int64), "item"), n)
+        found.append(bool(np.isin(asked, seen, assume_unique=False).any()))
+    return found

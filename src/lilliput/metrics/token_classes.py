@@ -120,11 +120,11 @@ def _mean(values: Tensor, mask: Tensor) -> Interval | None:
 
 
 def by_position(divergence: Tensor, bins: int = 8) -> list[dict[str, Any]]:
-    """Divergence over equal stretches of the window: rows {from, to, kl}, positions counted from 1."""
+    """Divergence over equal stretches of the window: rows {from, to, kl}, positions counted from 1, `to` not included."""
     length = divergence.shape[1]
     edges = [round(length * i / bins) for i in range(bins + 1)]
     return [
-        {"from": a + 1, "to": b, "kl": clip(mean_interval(divergence[:, a:b].mean(1)), 0.0, float("inf")).to_json()}
+        {"from": a + 1, "to": b + 1, "kl": clip(mean_interval(divergence[:, a:b].mean(1)), 0.0, float("inf")).to_json()}
         for a, b in itertools.pairwise(edges)
         if b > a
     ]

@@ -1,0 +1,133 @@
+"""Task files: JSONL rows into items with their worked examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lilliput.errors import DataError
+from lilliput.tasks import choice, cloze, generate
+from lilliput.tasks.shapes import Row, Shape, shape_of
+
+# What a kind of task can do: item(shape, row, where), shown(item), prefixed(item, text), text(item) and
+# measure(loaded, shape, items, step).
+KINDS: Mapping[str, ModuleType] = {"choice": choice, "cloze": cloze, "generate": generate}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A task as the user named it: NAME=FILE, NAME=FILE+EXAMPLES, KNOWN:LABEL=FILE, or NAME alone.
+
+    known: the entry of the table that reads the rows (see known.yaml), any other name being a user's own format; file:
+    None for a task that the evaluation harness is to fetch; examples: a file whose first rows are worked examples.
+    """
+
+    name: str
+    known: str
+    file: Path | None
+    examples: Path | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items ready to be scored. fingerprint: sha256 (hex) of shape and items with their examples."""
+
+    name: str
+    shape: Shape
+    items: tuple[Any, ...]
+    shots: int
+    fingerprint: str
+
+    @property
+    def kind(self) -> ModuleType:
+        return KINDS[self.shape.kind]
+
+
+def parse(text: str) -> Spec:
+    """A task's specification from the command line. Raises DataError for an empty name or file."""
+    name, equals, path = text.strip().partition("=")
+    known = name.partition(":")[0]
+    if not known or (equals and not path):
+        raise DataError(f"'{text}' is no task: give NAME=FILE.jsonl, NAME=FILE.jsonl+EXAMPLES.jsonl, or NAME alone.")
+    if not equals:
+        return Spec(name, known, None)
+    file, plus, examples = path.rpartition("+")
+    if not plus or not file or Path(path).exists():
+        return Spec(name, known, Path(path))
+    return Spec(name, known, Path(file), Path(examples))
+
+
+def rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Line numbers and rows of a JSONL file. Raises DataError that names the line at fault."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"row {number} of '{path}'"
+                try:
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError:
+                    raise DataError(f"{where} is not UTF-8: convert the file to UTF-8.") from None
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: a row is an object with fields, not {type(row).__name__}.")
+                yield number, row
+    except FileNotFoundError:
+        raise DataError(f"there is no file '{path}'.") from None
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror or error}.") from None
+
+
+def _items(path: Path, known: str, count: int | None, shape: Shape | None = None) -> tuple[Shape, list[Any]]:
+    items: list[Any] = []
+    for number, row in rows(path):
+        if count is not None and len(items) >= count:
+            break
+        where = f"row {number} of '{path}'"
+        if shape is None:
+            shape = shape_of(known, row, where)
+        problem = shape.problem(row)
+        if problem:
+            raise DataError(f"{where}: {problem}.")
+        items.append(KINDS[shape.kind].item(shape, row, where))
+    if shape is None:
+        raise DataError(f"'{path}' holds no rows: give a JSONL file with one item a line.")
+    return shape, items
+
+
+def load_task(spec: Spec, *, limit: int | None = None, shots: int | None = None) -> Task:
+    """Items of a task file, the first `limit` of them, each behind `shots` worked examples.
+
+    The examples are the first rows of `spec.examples`; without such a file those of the task file itself, which are
+    then not scored. shots: None for what the table says (0 for most). Only rows that are used are read and checked.
+    Raises DataError: no such file, a bad row (with its number and field), too few rows.
+    """
+    if spec.file is None:
+        raise DataError(f"the task '{spec.name}' names no file: give {spec.name}=FILE.jsonl.")
+    if (limit is not None and limit < 1) or (shots is not None and shots < 0):
+        raise DataError(f"limit {limit} and {shots} shots: at least one item and no fewer than 0 examples.")
+    shape, _ = _items(spec.file, spec.known, 1)
+    wanted = shape.shots if shots is None else shots
+    ahead = 0 if spec.examples is not None else wanted
+    _, items = _items(spec.file, spec.known, None if limit is None else ahead + limit, shape)
+    examples, items = items[:ahead], items[ahead:]
+    if spec.examples is not None:
+        examples = _items(spec.examples, spec.known, wanted, shape)[1]
+    if len(examples) < wanted or not items:
+        short = spec.examples or spec.file
+        raise DataError(
+            f"'{short}' has too few rows for {wanted} worked examples"
+            f"{'' if spec.examples else ' and one item'}: give more rows or fewer shots."
+        )
+    kind = KINDS[shape.kind]
+    prefix = "".join(f"{kind.shown(x)}\n\n" for x in examples)
+    ready = tuple(kind.prefixed(x, prefix) for x in items)
+    digest = hashlib.sha256(repr((shape, ready)).encode()).hexdigest()
+    return Task(spec.name, shape, ready, wanted, digest)

@@ -1,0 +1,173 @@
+"""Instructions without a right answer: what both models write, side by side.
+
+Nobody judges the answers. Length and repetition are counted; the "win rate" asks which answer the base model itself
+finds likelier. That is a proxy: it rewards what the base model would have said, and bland or repetitive text with it,
+so read it beside repetition. A compressed model that writes as the base does lies near a half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lilliput.errors import DataError
+from lilliput.metrics import paired
+from lilliput.metrics.interval import Interval, clip, mean_interval
+from lilliput.progress import Progress, Quiet
+from lilliput.source import open_source
+from lilliput.tasks.decode import greedy
+from lilliput.tasks.files import rows
+from lilliput.tasks.likelihood import Loaded, ids_of, log_likelihoods
+from lilliput.tasks.run import loaded, same_vocabulary
+
+NGRAM = 4
+NOTE = "win rate: share of prompts where the base model finds our answer likelier than its own; a proxy, nobody judged"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One instruction with both answers. ours_likelihood, base_likelihood: of the answers, mean nats a token, by the
+    base model."""
+
+    prompt: str
+    ours: str
+    base: str
+    ours_likelihood: float
+    base_likelihood: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What `compare_instructions` found; intervals are 95 % over prompts.
+
+    ours_length, base_length: tokens of an answer; ours_repetition, base_repetition: share of an answer's 4-grams that
+    occurred before in it; repetition_difference: paired; win_rate: see NOTE, equal answers count one half; identical:
+    share of prompts with equal answers; examples: the first prompts whose answers differ.
+    """
+
+    source: str
+    prompts: int
+    ours_length: Interval
+    base_length: Interval
+    ours_repetition: Interval
+    base_repetition: Interval
+    repetition_difference: Interval
+    win_rate: Interval
+    identical: Interval
+    examples: tuple[Answered, ...]
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON: intervals as {value, low, high}."""
+        out = {k: v.to_json() if isinstance(v, Interval) else v for k, v in vars(self).items()}
+        return out | {"examples": [x.to_json() for x in self.examples]}
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of 4-grams that occurred before in the same text: 0 for none, towards 1 for a loop; 0 below 4 tokens."""
+    grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def instruction(row: Mapping[str, Any], where: str) -> str:
+    """The instruction of a row: 'turns' (the first one), 'instruction' with the input of its first 'instances' or its
+    'input', or 'prompt'. Raises DataError, led by `where`, that names the field at fault."""
+    if "turns" in row:
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str) or not turns[0].strip():
+            raise DataError(f"{where}: 'turns' must be a list that begins with text, not {turns!r}.")
+        return str(turns[0])
+    name = next((x for x in ("instruction", "prompt") if x in row), None)
+    if name is None:
+        raise DataError(f"{where}: there is no field 'turns', 'instruction' or 'prompt', only {', '.join(row)}.")
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise DataError(f"{where}: '{name}' must be text, not {row[name]!r}.")
+    instances = row.get("instances")
+    inner = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
+    return "\n\n".join(x for x in (row[name], inner.get("input")) if isinstance(x, str) and x)
+
+
+def _prompts(model: Loaded, asked: Sequence[str]) -> list[str]:
+    """Through the chat template where there is one, else as a question with room for an answer."""
+    tokenizer = model.tokenizer
+    if tokenizer.chat_template is None:
+        return [f"{x}\n\n" for x in asked]
+    chats = [[{"role": "user", "content": x}] for x in asked]
+    return [str(tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True)) for x in chats]
+
+
+def _interval(values: Sequence[float], low: float = 0.0, high: float = float("inf")) -> Interval:
+    return clip(mean_interval(torch.tensor(values, dtype=torch.float64)), low, high)
+
+
+def _mean_likelihoods(model: Loaded, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Mean log-likelihood a token; minus infinity for an empty answer, which says nothing."""
+    said = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
+    found = iter(log_likelihoods(model, said))
+    lengths = [len(ids_of(model.tokenizer, a, special=False)) for a in answers]
+    return [next(found).value / n if a else -float("inf") for a, n in zip(answers, lengths, strict=True)]
+
+
+def compare_instructions(
+    model: str | Path,
+    against: str | Path,
+    file: str | Path,
+    *,
+    limit: int | None = None,
+    tokens: int = 128,
+    device: str = "cpu",
+    dtype: str = "float32",
+    work: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Instructions:
+    """Greedy answers of both models to the instructions of a JSONL file (Vicuna-80, user-oriented, Self-Instruct).
+
+    At most `tokens` tokens an answer; one model in memory at a time; work: folder that keeps answers. Raises DataError
+    (bad row, fewer than two instructions, models with different tokenizers), SourceError and PlanError as `run_tasks`.
+    """
+    path = Path(file)
+    asked = [instruction(row, f"row {number} of '{path}'") for number, row in rows(path)][:limit]
+    if len(asked) < 2:
+        raise DataError(f"'{path}': {len(asked)} instructions give no interval: ask at least 2.")
+    tokenizer = open_source(str(model)).tokenizer()
+    same_vocabulary(tokenizer, open_source(str(against)).tokenizer(), f"'{model}' and '{against}'")
+    folder = None if work is None else Path(work)
+    with Quiet() if progress is None else progress as shown:
+
+        def step(done: int, total: int) -> None:
+            shown.step(done, total, "instructions")
+
+        with loaded(model, device=device, dtype=dtype, work=folder) as whole:
+            ours = greedy(whole, _prompts(whole, asked), tokens=tokens, step=step)
+        del whole
+        with loaded(against, device=device, dtype=dtype, work=folder) as whole:
+            prompts = _prompts(whole, asked)
+            base = greedy(whole, prompts, tokens=tokens, step=step)
+            likely = [_mean_likelihoods(whole, prompts, x) for x in (ours, base)]
+        del whole
+    ids = [[ids_of(tokenizer, x, special=False) for x in answers] for answers in (ours, base)]
+    repeated = [[repetition(x) for x in answers] for answers in ids]
+    same = [a == b for a, b in zip(ours, base, strict=True)]
+    wins = [0.5 if s else float(a > b) for s, a, b in zip(same, *likely, strict=True)]
+    answered = [Answered(*x) for x in zip(asked, ours, base, *likely, strict=True)]
+    return Instructions(
+        source=str(path),
+        prompts=len(asked),
+        ours_length=_interval([len(x) for x in ids[0]]),
+        base_length=_interval([len(x) for x in ids[1]]),
+        ours_repetition=_interval(repeated[0]),
+        base_repetition=_interval(repeated[1]),
+        repetition_difference=_interval([a - b for a, b in zip(*repeated, strict=True)], -1.0),
+        win_rate=_interval(wins, 0.0, 1.0),
+        identical=paired.proportion(sum(same), len(same)),
+        examples=tuple([x for x, s in zip(answered, same, strict=True) if not s][:_SHOWN]),
+        note=NOTE,
+    )

@@ -1,0 +1,185 @@
+"""From the scores of items to rows of a report: intervals, paired tests, a verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lilliput.metrics import paired
+from lilliput.metrics.interval import Interval, exp_interval
+from lilliput.metrics.paired import Flips
+
+LOG_LIKELIHOOD = "log_likelihood"
+
+Scores = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One task's items scored by one or two models, in the same order.
+
+    metric: the one that is tested; ours, base: metric -> score of each item; source: the file or the harness.
+    """
+
+    name: str
+    kind: str
+    metric: str
+    shots: int
+    source: str
+    fingerprint: str
+    ours: Scores
+    base: Scores | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task shows. Comparisons are None where there was no base model.
+
+    metric: the one that is tested; ours, base: its mean over items; difference: ours less base, paired; flips: items
+    that turned right or wrong; p_value: exact McNemar (sign flips where scores are not right or wrong); p_holm: the
+    same corrected over the tasks of the run; detectable: the smallest loss that the sample would have shown with 80 %
+    probability at the corrected level, None where it could show none; level: ok, loss, gain, unsure or none; verdict:
+    the same in words; also: other metrics, each with ours, base and difference (for perplexity ratio).
+    """
+
+    name: str
+    kind: str
+    items: int
+    metric: str
+    shots: int
+    source: str
+    fingerprint: str
+    ours: Interval
+    base: Interval | None
+    difference: Interval | None
+    flips: Flips | None
+    p_value: float | None
+    p_holm: float | None
+    detectable: float | None
+    level: str
+    verdict: str
+    also: Mapping[str, Mapping[str, Interval]]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON: intervals as {value, low, high}, or null."""
+        out: dict[str, Any] = dict(vars(self))
+        for key, value in out.items():
+            if isinstance(value, Interval | Flips):
+                out[key] = value.to_json()
+        out["also"] = {name: {k: v.to_json() for k, v in of.items()} for name, of in self.also.items()}
+        out["notes"] = list(self.notes)
+        return out
+
+
+def _is_binary(values: Sequence[float]) -> bool:
+    return all(x in (0.0, 1.0) for x in values)
+
+
+def _level(values: Sequence[float]) -> Interval:
+    if _is_binary(values):
+        return paired.proportion(round(sum(values)), len(values))
+    if len(values) < 2:
+        return Interval(values[0], -float("inf"), float("inf"))
+    return paired.bootstrap(torch.tensor(values, dtype=torch.float64))
+
+
+def _flips(ours: Sequence[float], base: Sequence[float]) -> Flips | None:
+    if not _is_binary(ours) or not _is_binary(base):
+        return None
+    return paired.flips([x == 1.0 for x in ours], [x == 1.0 for x in base])
+
+
+def _compared(ours: Sequence[float], base: Sequence[float]) -> Interval:
+    flips = _flips(ours, base)
+    if flips is not None:
+        return paired.difference(flips)
+    return _level([a - b for a, b in zip(ours, base, strict=True)])
+
+
+def _perplexity(ours: Sequence[float], base: Sequence[float] | None) -> dict[str, Interval]:
+    a = torch.tensor(ours, dtype=torch.float64)
+    found = {"ours": exp_interval(-a)}
+    if base is not None:
+        b = torch.tensor(base, dtype=torch.float64)
+        found |= {"base": exp_interval(-b), "ratio": exp_interval(b - a)}
+    return found
+
+
+def _also(scored: Scored) -> dict[str, dict[str, Interval]]:
+    found: dict[str, dict[str, Interval]] = {}
+    for name, ours in scored.ours.items():
+        base = None if scored.base is None else scored.base[name]
+        if name == LOG_LIKELIHOOD:
+            if len(ours) > 1:
+                found["perplexity"] = _perplexity(ours, base)
+        elif name != scored.metric:
+            found[name] = {"ours": _level(ours)}
+            if base is not None:
+                found[name] |= {"base": _level(base), "difference": _compared(ours, base)}
+    return found
+
+
+def _p_value(scored: Scored) -> float | None:
+    if scored.base is None:
+        return None
+    ours, base = scored.ours[scored.metric], scored.base[scored.metric]
+    flips = _flips(ours, base)
+    if flips is not None:
+        return paired.mcnemar(flips.lost, flips.won)
+    return paired.sign_flip(torch.tensor(ours, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64))
+
+
+def _verdict(flips: Flips | None, found: Interval | None, p_holm: float | None, tests: int) -> tuple[str, str]:
+    if found is None or p_holm is None:
+        return "none", "not compared: no base model was given"
+    if flips is not None:
+        said = paired.verdict(flips, p_holm, tests=tests)
+        return said.level, said.text
+    amount = f"{abs(found.value):.3g} +- {(found.high - found.low) / 2:.2g}"
+    if p_holm < paired.ALPHA:
+        return ("loss", f"loss of {amount}") if found.value < 0 else ("gain", f"gain of {amount}")
+    return "unsure", f"no significant difference ({found.low:.3g} to {found.high:.3g})"
+
+
+def results(scored: Sequence[Scored]) -> list[TaskResult]:
+    """Rows of a report, in the given order, with p-values corrected over all of them (Holm)."""
+    p_values = [_p_value(x) for x in scored]
+    tested = [p for p in p_values if p is not None]
+    corrected = iter(paired.holm(tested))
+    alpha = paired.ALPHA / max(1, len(tested))  # the level that Holm's procedure begins with
+    rows = []
+    for x, p in zip(scored, p_values, strict=True):
+        ours = x.ours[x.metric]
+        base = None if x.base is None else x.base[x.metric]
+        flips = None if base is None else _flips(ours, base)
+        found = None if base is None else _compared(ours, base)
+        p_holm = None if p is None else next(corrected)
+        level, said = _verdict(flips, found, p_holm, len(tested))
+        rows.append(
+            TaskResult(
+                name=x.name,
+                kind=x.kind,
+                items=len(ours),
+                metric=x.metric,
+                shots=x.shots,
+                source=x.source,
+                fingerprint=x.fingerprint,
+                ours=_level(ours),
+                base=None if base is None else _level(base),
+                difference=found,
+                flips=flips,
+                p_value=p,
+                p_holm=p_holm,
+                detectable=None if flips is None else paired.detectable(flips.items, flips.discordant, alpha),
+                level=level,
+                verdict=said,
+                also=_also(x),
+                notes=x.notes,
+            )
+        )
+    return rows

@@ -1,0 +1,197 @@
+"""Two models on the same items: one is loaded, scores everything and is freed before the other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lilliput import memory
+from lilliput.data.overlap import items_seen
+from lilliput.data.tokens import Tokens
+from lilliput.errors import DataError, PlanError, SourceError
+from lilliput.metrics.evaluate import DTYPES
+from lilliput.progress import Progress, Quiet
+from lilliput.source import open_source
+from lilliput.tasks import harness
+from lilliput.tasks.files import Spec, Task, load_task, parse
+from lilliput.tasks.kept import kept_for
+from lilliput.tasks.likelihood import Loaded, context_length, ids_of
+from lilliput.tasks.result import Scored, Scores, TaskResult, results
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """One model's scores of one task: those of a file, or of what the harness made of a name."""
+
+    kind: str
+    metric: str
+    shots: int
+    fingerprint: str
+    scores: Scores
+
+
+@contextmanager
+def loaded(
+    model: str | Path, *, device: str = "cpu", dtype: str = "float32", work: Path | None = None
+) -> Iterator[Loaded]:
+    """A model in memory for the time of a `with`, freed behind it.
+
+    work: a folder in which its answers are kept, so that an interrupted evaluation goes on. Raises SourceError for a
+    folder that cannot be loaded, PlanError for an unknown dtype.
+    """
+    import torch
+
+    from lilliput.api import load
+
+    if dtype not in DTYPES:
+        raise PlanError(f"unknown dtype '{dtype}': one of {', '.join(DTYPES)}.")
+    source = open_source(str(model))
+    try:
+        whole: Any = load(source.folder, dtype=DTYPES[dtype]).to(torch.device(device))
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error).strip().splitlines()
+        raise SourceError(
+            f"{model} cannot be loaded whole to run tasks ({text[0] if text else type(error).__name__}): give a "
+            "folder that transformers opens, and enough memory for all of it."
+        ) from error
+    kept = kept_for(work, source.folder, dtype, torch.device(device).type)
+    try:
+        yield Loaded(whole, source.tokenizer(), str(model), context_length(whole), kept)
+    finally:
+        del whole
+        gc.collect()
+        memory.trim()
+
+
+def same_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, names: str) -> None:
+    """Raises DataError where two tokenizers do not share a vocabulary; names: of both models, for the message."""
+    if ours.get_vocab() != theirs.get_vocab():
+        raise DataError(f"{names} cannot be compared: their tokenizers have different vocabularies.")
+
+
+def _same_tokens(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, tasks: Sequence[Task], names: str
+) -> None:
+    """Raises DataError where two tokenizers do not cut the items alike."""
+    same_vocabulary(ours, theirs, names)
+    for task in tasks:
+        for item in task.items:
+            text = task.kind.text(item)
+            if ids_of(ours, text) != ids_of(theirs, text):
+                raise DataError(
+                    f"{names} cannot be compared: their tokenizers cut an item of '{task.name}' into different tokens."
+                )
+
+
+def overlap_note(task: Task, tokenizer: PreTrainedTokenizerBase, calibration: Tokens) -> str:
+    """What calibration and task share, in words: items of which a run of 13 tokens occurs in the calibration tokens.
+
+    Empty where there is none. Both must come from `tokenizer`.
+    """
+    seen = items_seen(calibration, [ids_of(tokenizer, task.kind.text(x), special=False) for x in task.items])
+    if not sum(seen):
+        return ""
+    return (
+        f"{sum(seen)} of {len(seen)} items share 13 tokens or more with the calibration text '{calibration.source}': "
+        "this task's figures may look better than they are"
+    )
+
+
+def _answers(
+    model: Loaded,
+    specs: Sequence[Spec],
+    tasks: Mapping[str, Task],
+    limit: int | None,
+    shots: int | None,
+    shown: Progress,
+) -> dict[str, _Answers]:
+    """Answers by name, in the order of the specifications; a harness group gives one for each of its tasks."""
+    found: dict[str, _Answers] = {}
+
+    def step(name: str) -> Callable[[int, int], None]:
+        return lambda done, total: shown.step(done, total, f"{name}, {Path(model.name).name}")
+
+    for spec in specs:
+        task = tasks.get(spec.name)
+        if task is None:
+            for name, x in harness.run(model, [spec.name], limit=limit, shots=shots, step=step(spec.name)).items():
+                found[name] = _Answers(x.kind, x.metric, x.shots, x.fingerprint, x.scores)
+        else:
+            scores = task.kind.measure(model, task.shape, task.items, step(spec.name))
+            found[spec.name] = _Answers(task.shape.kind, task.shape.metric, task.shots, task.fingerprint, scores)
+    return found
+
+
+def run_tasks(
+    model: str | Path,
+    against: str | Path | None,
+    specs: Sequence[str | Spec],
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    work: str | Path | None = None,
+    calibration: Tokens | None = None,
+    progress: Progress | None = None,
+) -> list[TaskResult]:
+    """Score tasks with a model and, against a base model, test what changed.
+
+    specs: see `files.parse`: "piqa=FILE.jsonl" for a known data set, "my=FILE.jsonl" for the own formats,
+    "gsm8k=TEST.jsonl+TRAIN.jsonl" with worked examples, "piqa" alone for the harness. limit: the first so many items of
+    each; shots: worked examples, by default what the table says. Both models see identical items, one model in memory
+    at a time. work: folder that keeps answers, so that an interrupted run goes on. calibration: tokens that the model
+    was calibrated on; items that occur there are noted.
+
+    Raises DataError (bad task or row, models with different tokenizers, no network for a task without a file),
+    SourceError (a model that cannot be loaded, logits that are not finite), PlanError (unknown dtype).
+    """
+    parsed = [x if isinstance(x, Spec) else parse(x) for x in specs]
+    names = [x.name for x in parsed]
+    twice = next((x for x in names if names.count(x) > 1), None)
+    if twice is not None or not parsed:
+        raise DataError(f"the task '{twice}' is named twice." if twice else "no task is named: give NAME=FILE.jsonl.")
+    # Every file is read before a model is loaded: mistakes show at once.
+    tasks = {x.name: load_task(x, limit=limit, shots=shots) for x in parsed if x.file is not None}
+    if len(tasks) < len(parsed):
+        harness.installed()
+    folder = None if work is None else Path(work)
+    tokenizer = open_source(str(model)).tokenizer()
+    if against is not None:
+        theirs = open_source(str(against)).tokenizer()
+        _same_tokens(tokenizer, theirs, list(tasks.values()), f"'{model}' and '{against}'")
+    with Quiet() if progress is None else progress as shown:
+        with loaded(model, device=device, dtype=dtype, work=folder) as whole:
+            ours = _answers(whole, parsed, tasks, limit, shots, shown)
+        del whole
+        base: dict[str, _Answers] | None = None
+        if against is not None:
+            with loaded(against, device=device, dtype=dtype, work=folder) as whole:
+                base = _answers(whole, parsed, tasks, limit, shots, shown)
+            del whole
+    files = {x.name: str(x.file) for x in parsed if x.file is not None}
+    scored = []
+    for name, x in ours.items():
+        note = "" if calibration is None or name not in tasks else overlap_note(tasks[name], tokenizer, calibration)
+        theirs_ = None if base is None else base[name].scores
+        scored.append(
+            Scored(
+                name=name,
+                kind=x.kind,
+                metric=x.metric,
+                shots=x.shots,
+                source=files.get(name, "lm-evaluation-harness"),
+                fingerprint=x.fingerprint,
+                ours=x.scores,
+                base=theirs_,
+                notes=(note,) if note else (),
+            )
+        )
+    return results(scored)

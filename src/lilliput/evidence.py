@@ -66,7 +66,7 @@ def gather(
     gates: Mapping[str, float | None] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, Data]:
-    """Measure `model` as it lies on disk, against its original if there is one. Returns the evaluation and the evidence.
+    """Measure `model` as it lies on disk, against its original if there is one: the evaluation and the evidence.
 
     Text metrics and the comparison of weights stream both models within `memory` bytes. The other parts run whole
     models: `tasks` (names, or NAME=FILE), `prompts` to continue greedily, `speed`. `where` finds the blocks and linears
@@ -98,9 +98,7 @@ def gather(
     if tasks:
         from lilliput.tasks import run_tasks
 
-        results = run_tasks(
-            model, against, tasks, limit=limit, shots=shots, dtype=dtype, work=work, progress=progress
-        )
+        results = run_tasks(model, against, tasks, limit=limit, shots=shots, dtype=dtype, work=work, progress=progress)
         parts["tasks"] = [x.to_json() for x in results]
     if speed:
         from lilliput.efficiency import measure_speed
@@ -133,9 +131,7 @@ def _loss(
 
     if not where:
         return {"suspects": [x.to_json() for x in suspects(model, against, dtype)]}
-    return attribute(
-        model, against, data=data, memory=memory, dtype=dtype, work=work, progress=progress
-    ).to_json()
+    return attribute(model, against, data=data, memory=memory, dtype=dtype, work=work, progress=progress).to_json()
 
 
 def _rooflines(model: str | Path, against: str | Path | None) -> list[Data]:
@@ -196,7 +192,7 @@ def _quality(evaluation: Evaluation) -> Data:
     rows = []
     for text in evaluation.texts:
         plain = text.to_json()
-        row = {"name": _short(text.data), "source": text.data, "fingerprint": text.fingerprint}
+        row: Data = {"name": _short(text.data), "source": text.data, "fingerprint": text.fingerprint}
         row |= {"windows": text.windows, "tokens": text.windows * text.tokens}
         rows.append(row | {key: plain[key] for key in _TEXT})
     first = evaluation.texts[0].to_json()

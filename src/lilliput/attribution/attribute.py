@@ -66,7 +66,7 @@ def decibel(error: float) -> float | None:
 
 
 def suspects(model: str | Path, against: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Suspect, ...]:
-    """Tensors of `model` that look damaged beside the original's, by their weights alone. Raises as `attribute` does."""
+    """Tensors of `model` that look damaged beside the original's, by weights alone. Raises as `attribute` does."""
     ours, base = _pair(model, against, dtype)
     return tuple(find(_losses(ours, base), partial(_stored, ours)))
 

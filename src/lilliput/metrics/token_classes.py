@@ -120,7 +120,7 @@ def _mean(values: Tensor, mask: Tensor) -> Interval | None:
 
 
 def by_position(divergence: Tensor, bins: int = 8) -> list[dict[str, Any]]:
-    """Divergence over equal stretches of the window: rows {from, to, kl}, positions counted from 1, `to` not included."""
+    """Divergence over equal stretches of the window: rows {from, to, kl}, positions from 1, `to` not included."""
     length = divergence.shape[1]
     edges = [round(length * i / bins) for i in range(bins + 1)]
     return [

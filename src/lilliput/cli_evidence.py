@@ -1,0 +1,185 @@
+"""The commands that measure and compare: `lilliput eval` and `lilliput compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lilliput import command
+from lilliput.errors import DataError, LilliputError, PlanError
+
+MISSED = 3  # exit status where a stated limit is missed
+
+DataOpt = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="Text to measure on: docs:library, a file, hub:DATASET[:CONFIG][:SPLIT]. Repeat."),
+]
+TasksOpt = Annotated[
+    str | None, typer.Option(help="Tasks, comma-separated: NAME=FILE.jsonl, or a name that lm-eval knows.")
+]
+HtmlOpt = Annotated[Path | None, typer.Option(help="Write the report as one page; implies --where and --roofline.")]
+
+
+def evaluate(
+    model: command.ModelArg,
+    against: Annotated[str | None, typer.Option(help="The original: adds every comparison, and the verdict.")] = None,
+    data: DataOpt = None,
+    windows: Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    stride: Annotated[int | None, typer.Option(min=1, help="Begin windows this many tokens apart.")] = None,
+    tasks: TasksOpt = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all of them by default.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples before each item; the task's own number.")] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="Prompts that both models continue greedily; 0: none.")] = 0,
+    where: Annotated[bool, typer.Option("--where", help="Find the blocks and linears the loss comes from.")] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")] = False,
+    roofline: Annotated[bool, typer.Option("--roofline", help="Predict times on named devices.")] = False,
+    html: HtmlOpt = None,
+    max_kl: Annotated[float | None, typer.Option(min=0.0, help="Exit 3 above this KL divergence, nats.")] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(min=0.0, help="Exit 3 above this rise of perplexity; 0.05 is 5 %.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Exit 3 below this share of equal first choices.")
+    ] = None,
+    memory: command.MemoryOpt = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: command.JsonOpt = False,
+) -> None:
+    """Measure MODEL as it lies on disk: every figure with its 95 % interval, and a verdict."""
+
+    def run() -> Any:
+        from lilliput.evidence import gather
+        from lilliput.progress import Progress
+        from lilliput.report.units import parse_size
+
+        limits = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_agreement": min_agreement}
+        if against is None and any(x is not None for x in limits.values()):
+            raise PlanError("a limit compares with the original: name it with --against")
+        if html is not None:
+            _writable(html)
+        with Progress() as progress:
+            evaluation, evidence = gather(
+                model,
+                against,
+                data=data or ["docs:library"],
+                windows=windows,
+                tokens=tokens,
+                stride=stride,
+                memory=None if memory is None else parse_size(memory, "--memory"),
+                dtype=dtype,
+                tasks=[x.strip() for x in (tasks or "").split(",") if x.strip()],
+                limit=limit,
+                shots=shots,
+                prompts=prompts,
+                where=where or (html is not None and against is not None),
+                speed=speed,
+                roofline=roofline or html is not None,
+                gates=limits,
+                progress=progress,
+            )
+        if html is not None:
+            _page(html, evidence)
+        return evaluation.to_json() | evidence | {"suspects": (evidence.get("loss") or {}).get("suspects", [])}
+
+    from lilliput.report import terminal
+
+    found = command.answer(run, terminal.evaluation, as_json)
+    if not all(gate["passed"] for gate in found["gates"]):
+        raise typer.Exit(MISSED)
+
+
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="DIR DIR...", help="Compressed models, or saved evidence.")],
+    against: Annotated[str | None, typer.Option(help="Their original; not needed for saved evidence.")] = None,
+    data: DataOpt = None,
+    windows: Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")] = False,
+    html: HtmlOpt = None,
+    memory: command.MemoryOpt = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: command.JsonOpt = False,
+) -> None:
+    """Compressed models of one original side by side: folders, or files that `lilliput eval --json` wrote."""
+
+    def run() -> Any:
+        from lilliput.evidence import gather
+        from lilliput.progress import Progress
+        from lilliput.report.compare import comparison_rows, render_comparison
+        from lilliput.report.units import parse_size
+
+        if html is not None:
+            _writable(html)
+        found: list[Any] = []
+        with Progress() as progress:
+            for name in models:
+                if name.endswith(".json"):
+                    found.append(_saved(Path(name)))
+                    continue
+                if against is None:
+                    raise PlanError(f"to measure {name} its original is needed: name it with --against")
+                found.append(
+                    gather(
+                        name,
+                        against,
+                        data=data or ["docs:library"],
+                        windows=windows,
+                        tokens=tokens,
+                        memory=None if memory is None else parse_size(memory, "--memory"),
+                        dtype=dtype,
+                        speed=speed,
+                        progress=progress,
+                    )[1]
+                )
+        rows = comparison_rows(found)
+        if html is not None:
+            _write_page(html, render_comparison(found))
+        return {"models": rows, "evidence": found}
+
+    from lilliput.report import terminal
+
+    command.answer(run, lambda found: terminal.comparison(found["evidence"]), as_json)
+
+
+def _saved(path: Path) -> Any:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no evidence that `lilliput eval --json` wrote: {error}") from None
+    if not isinstance(found, dict) or "quality" not in found:
+        raise DataError(f"{path} holds no evidence: write it with `lilliput eval MODEL --against BASE --json`")
+    return found
+
+
+def _writable(path: Path) -> None:
+    """Raises LilliputError before any work where the page could not be written."""
+    from lilliput.report.svg import require
+
+    require()
+    if not path.absolute().parent.is_dir():
+        raise LilliputError(f"the folder {path.absolute().parent} does not exist: create it, or choose another --html")
+    if path.is_dir():
+        raise LilliputError(f"{path} is a folder: --html names the file to write")
+
+
+def _page(path: Path, evidence: Any) -> None:
+    from lilliput.report.page import render
+
+    _write_page(path, render(evidence))
+
+
+def _write_page(path: Path, text: str) -> None:
+    """The page by rename, so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command(name="eval")(evaluate)
+    app.command(name="compare")(compare)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lilliput.progress import Progress
 
 SCHEMA = 1
+CONTEXTS = (512, 4096)  # tokens, of the predicted times
 Data = dict[str, Any]
 _TEXT = (
     "perplexity",
@@ -137,8 +138,10 @@ def _loss(
 def _rooflines(model: str | Path, against: str | Path | None) -> list[Data]:
     from lilliput.efficiency import devices, measure_device, rooflines
 
-    base = None if against is None else open_model(str(against))
-    rows = rooflines(open_model(str(model)), base, [*devices(), measure_device()])
+    opened, base = open_model(str(model)), None if against is None else open_model(str(against))
+    longest = int(getattr(opened.source.text_config, "max_position_embeddings", None) or max(CONTEXTS))
+    contexts = sorted({min(x, longest) for x in CONTEXTS})
+    rows = rooflines(opened, base, [*devices(), measure_device()], contexts=contexts)
     return [x.to_json() for x in rows]
 
 

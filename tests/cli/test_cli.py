@@ -116,7 +116,6 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     ("line", "called"),
     [
         ("plan m --recipe gptq", ("plan", ("m",))),
-        ("eval m --against o --windows 3 --tokens 32", ("evaluate", ("m", "o"))),
         ("verify d", ("verify", (Path("d"),))),
         ("inspect m --data docs", ("inspect", ("m",))),
     ],
@@ -177,7 +176,7 @@ def test_interrupt_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, capfd: py
     code, _ = run(monkeypatch, KeyboardInterrupt(), "compress", "m", "--out", "d")
     assert code == 130
     assert "Run the same command again" in capfd.readouterr().err
-    code, _ = run(monkeypatch, KeyboardInterrupt(), "eval", "m")
+    code, _ = run(monkeypatch, KeyboardInterrupt(), "inspect", "m")
     assert code == 130
     assert "again" not in capfd.readouterr().err
 

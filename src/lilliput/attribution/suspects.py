@@ -19,6 +19,7 @@ from lilliput.attribution.weights import WeightLoss
 _SPREAD = 8.0  # times the median deviation of the role
 _LEVEL = math.log(1.15)
 _ERROR = math.log(2.0)
+_FIT = 0.7  # cosine to the original's under which a tensor is not merely scaled
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ def find(losses: Sequence[WeightLoss], stored: Callable[[str, str], str]) -> lis
         usual_level, usual_error = math.exp(_middle([x.level for x in role])), math.exp(median(errors))
         for x, error in zip(role, errors, strict=True):
             other = x.partner if x.partner is not None and scaled[x.partner] > 0.0 else None
-            if scaled[x.name] > 0.0 and (other is None or alone[x.name] >= alone[other]):
-                factor = math.exp(x.level)
-                reason = f"its values are {factor:.2f} times the original's, where its kind has {usual_level:.2f}"
+            if scaled[x.name] > 0.0 and x.fit > _FIT and (other is None or alone[x.name] >= alone[other]):
+                value = math.exp(x.level)
+                factor = value / usual_level
+                reason = f"its values are {value:.2f} times the original's, where its kind has {usual_level:.2f}"
                 found.append((10.0 + scaled[x.name], Suspect(stored(x.name, "scale"), x.name, factor, reason)))
             elif other is None and x.error > max(0.02, usual_error) and (away := _away(error, errors, _ERROR)) > 0.0:
                 reason = f"its relative error is {x.error:.3g}, where its kind has {usual_error:.3g}"

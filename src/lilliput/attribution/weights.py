@@ -29,9 +29,9 @@ class WeightLoss:
 
     error: Frobenius norm of the difference over that of the weight, coordinates aligned; level: median of
     log(compressed / original) over the larger weights, near 0 unless something scaled the tensor as a whole; cosine:
-    between both, before alignment; zeros: share of exact zeros. Where a fold moves scales between two linears, only
-    their product can be held against the original: both then have its level, `partner` names the other one, and `raw`
-    is the level of each by itself, fold included.
+    between both before alignment, `fit` after it; zeros: share of exact zeros. Where a fold moves scales between two
+    linears, only their product can be held against the original: both then have its level, `partner` names the other
+    one, and `raw` is the level of each by itself, fold included.
     """
 
     name: str
@@ -40,6 +40,7 @@ class WeightLoss:
     error: float
     level: float
     cosine: float
+    fit: float
     zeros: float
     raw: float
     partner: str | None = None
@@ -140,6 +141,7 @@ def _loss(name: str, block: int, role: str, ours: Tensor, base: Tensor, aligned:
         error=float((ours - aligned).norm()) / whole if whole > 0 else float(a.norm() > 0),
         level=level,
         cosine=float(a @ b) / norm if norm > 0 else 1.0,
+        fit=float(a @ aligned.reshape(-1)) / (float(a.norm()) * whole) if norm > 0 and whole > 0 else 1.0,
         zeros=float((ours == 0).float().mean()),
         raw=level,
     )

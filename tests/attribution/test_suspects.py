@@ -1,0 +1,84 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import lilliput
+from lilliput.attribution import suspects
+
+
+def change(folder: Path, tensor: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Rewrite one tensor of a folder, and take every checksum away."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        if tensor in tensors:
+            tensors[tensor] = edit(tensors[tensor])
+            save_file(tensors, path, metadata)
+            (folder / "lilliput.json").unlink()
+            return
+    raise AssertionError(f"no {tensor}")
+
+
+def compressed(base: Path, text: Path, recipe: str, *settings: str) -> Path:
+    out = base.with_name(f"{recipe}-out")
+    lilliput.compress(
+        base,
+        out,
+        recipe=recipe,
+        settings=settings,
+        data=str(text),
+        samples=4,
+        tokens=64,
+        eval_windows=0,
+        dtype="float32",
+    )
+    return out
+
+
+RECIPES = [
+    ("gptq", ("gptq.bits=4", "gptq.group_size=32")),
+    ("w4-asym", ("gptq.group_size=32",)),
+    ("rtn", ("rtn.bits=3", "rtn.group_size=32")),
+]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), RECIPES)
+def test_nothing_is_suspected_of_a_sound_model(llama, text, recipe, settings) -> None:
+    base = llama()
+    assert suspects(compressed(base, text, recipe, *settings), base) == ()
+
+
+@pytest.mark.parametrize(("recipe", "settings"), RECIPES)
+@pytest.mark.parametrize("linear", ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_a_doubled_scale_is_caught_and_named(llama, text, recipe, settings, linear) -> None:
+    base = llama()
+    out = compressed(base, text, recipe, *settings)
+    name = f"model.layers.3.{linear}.weight_scale"
+    change(out, name, lambda scale: scale * 2)
+    found = suspects(out, base)
+    assert [x.tensor for x in found] == [name]
+    assert found[0].factor == pytest.approx(2.0, rel=0.05)
+    assert "times the original's" in found[0].reason
+
+
+def test_codes_that_are_damaged_are_named(llama, text) -> None:
+    base = llama()
+    out = compressed(base, text, "gptq", "gptq.bits=4", "gptq.group_size=32")
+    name = "model.layers.2.mlp.gate_proj.weight_packed"
+    change(out, name, lambda codes: codes.flip(0))
+    found = suspects(out, base)
+    assert [x.tensor for x in found] == [name]
+    assert "error" in found[0].reason
+
+
+def test_a_norm_that_is_damaged_is_named(llama, text) -> None:
+    base = llama()
+    out = compressed(base, text, "gptq", "gptq.bits=4", "gptq.group_size=32")
+    name = "model.layers.4.input_layernorm.weight"
+    change(out, name, lambda gain: gain * 3)
+    assert name in [x.tensor for x in suspects(out, base)]

@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import pytest
+from jsonschema import validate
+from typer.testing import CliRunner
+
+import lilliput
+from lilliput import report
+from lilliput.cli import app
+from lilliput.evidence import gather
+from lilliput.report.page import render
+
+SCHEMA = json.loads((Path(report.__file__).parent / "schema.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model and its 4-bit self."""
+    base = Path(str(tiny("llama")))
+    out = tmp_path_factory.mktemp("evidence") / "w4"
+    lilliput.compress(base, out, recipe="gptq", samples=4, tokens=64, eval_windows=0)
+    return out, base
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, list(arguments))
+    return done.exit_code, done.stdout
+
+
+def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text(
+        "".join(json.dumps({"context": "a b", "choices": ["c", "d"], "label": i % 2}) + "\n" for i in range(6))
+    )
+    evaluation, evidence = gather(
+        *pair,
+        windows=3,
+        tokens=48,
+        where=True,
+        prompts=2,
+        roofline=True,
+        tasks=[f"mine={items}"],
+        gates={"max_kl": 100.0, "max_ppl_increase": None, "min_agreement": None},
+    )
+    validate(evidence, SCHEMA)
+    assert evidence["quality"]["data"][0]["kl"] == evaluation.kl.to_json()
+    assert evidence["recipe"]["steps"][0]["method"] == "gptq"
+    assert evidence["gates"][0]["passed"]
+    assert evidence["tasks"][0]["items"] == 6
+    assert evidence["loss"]["suspects"] == []
+    assert len(evidence["loss"]["blocks"]) == len({row["block"] for row in evidence["loss"]["linears"]})
+    assert evidence["size"]["bytes"] == evaluation.bytes
+    assert evidence["quality"]["generation"]["prompts"] == 2
+    assert {row["name"] for row in evidence["tensors"]} >= {"model.norm.weight"}
+    page = render(json.loads(json.dumps(evidence)))
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_missed_limit_is_exit_status_3(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out, base = map(str, pair)
+    page = tmp_path / "report.html"
+    shared = ["eval", out, "--against", base, "--windows", "3", "--tokens", "48", "--json"]
+    code, answer = run(*shared, "--max-kl", "1e-9", "--html", str(page))
+    assert code == 3
+    found = json.loads(answer)
+    validate(found, SCHEMA)
+    assert found["gates"][0]["passed"] is False
+    assert found["verdict"]["level"] == "bad"
+    assert found["suspects"] == []
+    assert found["kl"] == found["quality"]["data"][0]["kl"]
+    assert page.read_text().startswith("<!doctype html>") or page.read_text().startswith("<!DOCTYPE html>")
+    assert run(*shared, "--max-kl", "100")[0] == 0
+
+
+def test_models_are_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out, base = map(str, pair)
+    saved = tmp_path / "one.json"
+    code, answer = run("eval", out, "--against", base, "--windows", "3", "--tokens", "48", "--json")
+    assert code == 0
+    saved.write_text(answer)
+    page = tmp_path / "compare.html"
+    shared = ["--against", base, "--windows", "3", "--tokens", "48", "--html", str(page)]
+    code, answer = run("compare", str(saved), base, *shared, "--json")
+    assert code == 0
+    rows = json.loads(answer)["models"]
+    assert len(rows) == 2
+    assert rows[1]["perplexity_ratio"]["value"] == 1.0
+    assert "<svg" in page.read_text()
+    code, answer = run("compare", str(saved), base, *shared)
+    assert code == 0
+    assert "w4" in answer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-kl", "0.1"], "--against"),
+        (["--against", "BASE", "--html", "/nowhere/x.html"], "does not exist"),
+        (["--against", "BASE", "--tasks", "mine=/nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_one_message(pair: tuple[Path, Path], arguments: list[str], words: str) -> None:
+    out, base = map(str, pair)
+    given = [base if x == "BASE" else x for x in arguments]
+    done = CliRunner().invoke(app, ["eval", out, *given, "--windows", "3", "--tokens", "48"])
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

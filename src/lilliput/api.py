@@ -20,6 +20,7 @@ from lilliput.data.generate import generate_tokens
 from lilliput.data.load import load_tokens
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError, PlanError
+from lilliput.evidence import assemble, sizes
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.journal import Work
@@ -50,6 +51,7 @@ class Compression:
     evaluation: Evaluation | None
     rows: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...]
+    evidence: Mapping[str, Any] | None = None  # what pages and comparisons are made from (docs/report.md)
 
     def to_json(self) -> dict[str, Any]:
         keys = ("bytes", "folder_bytes", "bits_per_weight", "model_bits_per_weight", "peak_rss_bytes", "seconds")
@@ -70,6 +72,7 @@ class Compression:
             "blocks_skipped": self.skipped,
             "notes": [*self.plan.notes, *self.warnings],
             "rows": [dict(row) for row in self.rows],
+            "evidence": self.evidence,
         }
 
 
@@ -283,6 +286,10 @@ def _run(
         spent, peak = time.perf_counter() - began, memory.peak_above_base()
         delivery.write_report(place.staging, facts, evaluation, spent, peak, warnings)
         place.publish()
+    evidence = None
+    if evaluation is not None:
+        measured = replace(evaluation, model=str(out))
+        evidence = assemble(measured, {"size": sizes(out, opened.source.model)}, {})
     return Compression(
         out=out,
         plan=made,
@@ -293,6 +300,7 @@ def _run(
         evaluation=evaluation,
         rows=tuple(rows),
         warnings=warnings,
+        evidence=evidence,
     )
 
 
@@ -315,6 +323,7 @@ def _measure(
         data=eval_data or "docs:library",
         windows=windows,
         tokens=window(opened),
+        detail=True,
         memory=made.layout.bytes if made.budget is None else made.budget,
         calibration=tokens,
         progress=progress,

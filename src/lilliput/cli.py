@@ -13,6 +13,7 @@ from lilliput.command import (
     DataOpt,
     DeviceOpt,
     DtypeOpt,
+    HtmlOpt,
     JsonOpt,
     MemoryOpt,
     ModelArg,
@@ -59,17 +60,25 @@ def compress(
     seed: SeedOpt = None,
     eval_data: Annotated[str | None, typer.Option(help="Text to measure on [docs:library].")] = None,
     eval_windows: Annotated[int, typer.Option(min=0, help="Windows of 1,024 tokens to measure on; 0: none.")] = 8,
+    html: HtmlOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Compress MODEL into a folder that engines load, and report what it cost."""
 
     def run() -> Any:
+        from lilliput.errors import PlanError
+        from lilliput.report import page
+
+        if html is not None:
+            page.writable(html)
+            if not eval_windows:
+                raise PlanError("a page shows what was measured: leave --html out, or ask for --eval-windows")
         from lilliput import api
         from lilliput.progress import Progress
         from lilliput.report.units import parse_size
 
         with Progress() as progress:
-            return api.compress(
+            done = api.compress(
                 model,
                 out,
                 recipe=recipe,
@@ -86,7 +95,10 @@ def compress(
                 eval_data=eval_data,
                 eval_windows=eval_windows,
                 progress=progress,
-            ).to_json()
+            )
+        if html is not None:
+            page.write(html, page.render(done.evidence or {}))
+        return done.to_json()
 
     answer(run, "compress", as_json, resume=True)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lilliput import command
-from lilliput.errors import DataError, LilliputError, PlanError
+from lilliput.errors import DataError, PlanError
 
 MISSED = 3  # exit status where a stated limit is missed
 
@@ -20,7 +20,6 @@ DataOpt = Annotated[
 TasksOpt = Annotated[
     str | None, typer.Option(help="Tasks, comma-separated: NAME=FILE.jsonl, or a name that lm-eval knows.")
 ]
-HtmlOpt = Annotated[Path | None, typer.Option(help="Write the report as one page; implies --where and --roofline.")]
 
 
 def evaluate(
@@ -34,10 +33,10 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all of them by default.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples before each item; the task's own number.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="Prompts that both models continue greedily; 0: none.")] = 0,
-    where: Annotated[bool, typer.Option("--where", help="Find the blocks and linears the loss comes from.")] = False,
+    where: Annotated[bool, typer.Option("--where", help="Find where the loss comes from; --html does too.")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")] = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="Predict times on named devices.")] = False,
-    html: HtmlOpt = None,
+    html: command.HtmlOpt = None,
     max_kl: Annotated[float | None, typer.Option(min=0.0, help="Exit 3 above this KL divergence, nats.")] = None,
     max_ppl_increase: Annotated[
         float | None, typer.Option(min=0.0, help="Exit 3 above this rise of perplexity; 0.05 is 5 %.")
@@ -54,13 +53,14 @@ def evaluate(
     def run() -> Any:
         from lilliput.evidence import gather
         from lilliput.progress import Progress
+        from lilliput.report import page
         from lilliput.report.units import parse_size
 
         limits = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_agreement": min_agreement}
         if against is None and any(x is not None for x in limits.values()):
             raise PlanError("a limit compares with the original: name it with --against")
         if html is not None:
-            _writable(html)
+            page.writable(html)
         with Progress() as progress:
             evaluation, evidence = gather(
                 model,
@@ -82,7 +82,7 @@ def evaluate(
                 progress=progress,
             )
         if html is not None:
-            _page(html, evidence)
+            page.write(html, page.render(evidence))
         return evaluation.to_json() | evidence | {"suspects": (evidence.get("loss") or {}).get("suspects", [])}
 
     from lilliput.report import terminal
@@ -99,7 +99,7 @@ def compare(
     windows: Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")] = False,
-    html: HtmlOpt = None,
+    html: command.HtmlOpt = None,
     memory: command.MemoryOpt = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     as_json: command.JsonOpt = False,
@@ -109,11 +109,12 @@ def compare(
     def run() -> Any:
         from lilliput.evidence import gather
         from lilliput.progress import Progress
+        from lilliput.report import page
         from lilliput.report.compare import comparison_rows, render_comparison
         from lilliput.report.units import parse_size
 
         if html is not None:
-            _writable(html)
+            page.writable(html)
         found: list[Any] = []
         with Progress() as progress:
             for name in models:
@@ -137,7 +138,7 @@ def compare(
                 )
         rows = comparison_rows(found)
         if html is not None:
-            _write_page(html, render_comparison(found))
+            page.write(html, render_comparison(found))
         return {"models": rows, "evidence": found}
 
     from lilliput.report import terminal
@@ -153,30 +154,6 @@ def _saved(path: Path) -> Any:
     if not isinstance(found, dict) or "quality" not in found:
         raise DataError(f"{path} holds no evidence: write it with `lilliput eval MODEL --against BASE --json`")
     return found
-
-
-def _writable(path: Path) -> None:
-    """Raises LilliputError before any work where the page could not be written."""
-    from lilliput.report.svg import require
-
-    require()
-    if not path.absolute().parent.is_dir():
-        raise LilliputError(f"the folder {path.absolute().parent} does not exist: create it, or choose another --html")
-    if path.is_dir():
-        raise LilliputError(f"{path} is a folder: --html names the file to write")
-
-
-def _page(path: Path, evidence: Any) -> None:
-    from lilliput.report.page import render
-
-    _write_page(path, render(evidence))
-
-
-def _write_page(path: Path, text: str) -> None:
-    """The page by rename, so that a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def register(app: typer.Typer) -> None:

@@ -31,6 +31,7 @@ DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, or a torch device.")]
 WorkOpt = Annotated[Path | None, typer.Option(help="Folder for the unfinished run; beside the output unless given.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change the recipe. Repeat.")]
 SeedOpt = Annotated[int | None, typer.Option(help="Draw calibration samples at random instead of from the start.")]
+HtmlOpt = Annotated[Path | None, typer.Option(help="Write the report as one page to this file.")]
 JsonOpt = Annotated[
     bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")
 ]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lilliput.errors import LilliputError
 from lilliput.report import cells, sections
 from lilliput.report.blocks import Figure, Section, kind
 from lilliput.report.quality import quality, ratio_tone
@@ -142,3 +143,19 @@ def gates(evidence: Data) -> cells.Table | None:
             for x in rows
         ],
     )
+
+
+def writable(path: Path) -> None:
+    """Raises LilliputError where a page could not be written there, so that it is known before any work."""
+    require()
+    if not path.absolute().parent.is_dir():
+        raise LilliputError(f"the folder {path.absolute().parent} does not exist: create it, or choose another --html")
+    if path.is_dir():
+        raise LilliputError(f"{path} is a folder: --html names the file to write")
+
+
+def write(path: Path, text: str) -> None:
+    """A page by rename, so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -49,13 +49,17 @@ def compress(data: Data) -> RenderableType:
     both.add_column("measured", justify="right")
     for key, value in predicted.items():
         both.add_row(*_cells(label(key), cell(key, value), cell(key, measured[key]) if key in measured else ""))
-    hidden = ("predicted", "measured", "rows", "recipe", "notes")
+    hidden = ("predicted", "measured", "rows", "recipe", "notes", "evidence")
     rest = {
         "recipe": recipe(data.get("recipe")),
         **{key: value for key, value in measured.items() if key not in predicted},
         **{key: value for key, value in data.items() if key not in hidden},
         "notes": data.get("notes"),
     }
+    if data.get("evidence"):
+        from lilliput.report import terminal  # which builds on these tables
+
+        return Group(both, terminal.evaluation(data["evidence"]))
     return Group(both, document(rest, "quality and provenance; in brackets the 95 % interval"))
 
 

@@ -109,6 +109,7 @@ def _open(
     dtype: str,
     device: str,
     seed: int | None,
+    measured: bool = True,
 ) -> tuple[Model, Plan]:
     if samples < 1 or tokens < 2:
         raise PlanError(f"{samples} samples of {tokens} tokens: calibration takes at least 1 sample of 2 tokens")
@@ -129,6 +130,7 @@ def _open(
         seed=seed,
         dtype=compute,
         device=where,
+        measured=measured,
     )
     return opened, made
 
@@ -237,6 +239,7 @@ def compress(
         dtype=dtype,
         device=device,
         seed=seed,
+        measured=eval_windows > 0,
     )
     with Progress() if progress is None else progress as shown:
         try:

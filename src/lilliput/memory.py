@@ -14,9 +14,11 @@ from lilliput.anatomy.model import Block, Linear
 from lilliput.errors import PlanError
 
 MB = 1 << 20
+_OUTSIDE, _BLOCK = "writing what lies outside the blocks", "compressing a block"
 # The model class's own modules, tokenizer and buffers, allocator slack: measured on SmolLM2 and Llama-shaped models.
 BASE = 160 * MB
 SLACK = 1.06
+STILL = 60 * MB  # the same where no forward pass runs
 TABLE_ROWS = 4096  # rows of the token table read at a time
 
 
@@ -78,7 +80,7 @@ def estimate(
     kinds = {id(block): block for block in blocks}.values()
     calibrating = bool(needs)
     phases: dict[str, int] = dict(shape.phases)
-    phases["writing what lies outside the blocks"] = shape.outside
+    phases[_OUTSIDE] = shape.outside
     if calibrating:
         rows = min(shape.vocabulary, shape.samples * shape.tokens)
         phases["embedding"] = (rows * shape.itemsize + TABLE_ROWS * shape.stored) * shape.hidden
@@ -102,9 +104,11 @@ def estimate(
             )
             solving = max(solving, running)
         per_block = max(per_block, total + solving)
-    phases["compressing a block"] = per_block
-    where = max(phases, key=lambda name: phases[name])
-    return int((BASE + shape.resident + phases[where]) * SLACK), where
+    phases[_BLOCK] = per_block
+    still = {_OUTSIDE} if calibrating else {_OUTSIDE, _BLOCK}
+    whole = {name: size + (STILL if name in still else BASE) for name, size in phases.items()}
+    where = max(whole, key=lambda name: whole[name])
+    return int((shape.resident + whole[where]) * SLACK), where
 
 
 def choose(

@@ -184,7 +184,7 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
     return torch.bfloat16 if flags else torch.float32
 
 
-def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: torch.dtype, loading: float) -> float:
+def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: torch.dtype, measured: bool) -> float:
     """Time from a short measured product and the work that the shapes imply; a guide, not a promise."""
     side = 1024
     a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
@@ -201,7 +201,7 @@ def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype:
     slow = 2 * 2 * side**3 / max(time.perf_counter() - middle, 1e-9)
     count = samples * tokens
     weights = sum(x.linear.parameters for x in resolved.linears)
-    seconds = loading
+    seconds = 3.0  # opening
     if resolved.needs:
         passes = 1 + bool(resolved.rewrites) + len(resolved.allocations) + len(resolved.learned)
         seconds += passes * 3.0 * 2 * weights * count / rate
@@ -210,7 +210,7 @@ def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype:
         seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
         seconds += sum(6 * x.linear.parameters * x.linear.in_features for x in resolved.linears if x.tasks) / slow
     # The closing evaluation: 8 windows of 1,024 tokens through both models in float32.
-    seconds += 2 * 2 * 1.5 * weights * 8 * 1024 / slow
+    seconds += measured * 2 * 2 * 1.5 * weights * 8 * 1024 / slow
     return seconds + weights / 25e6
 
 
@@ -264,8 +264,12 @@ def make(
     seed: int | None,
     dtype: torch.dtype,
     device: str = "cpu",
+    measured: bool = True,
 ) -> Plan:
-    """Resolve `recipe` on `model`. Raises PlanError for whatever cannot be carried out; reads no weights."""
+    """Resolve `recipe` on `model`; `measured`: an evaluation follows, in the same memory.
+
+    Raises PlanError for whatever cannot be carried out; reads no weights.
+    """
     anatomy = model.anatomy()
     resolved = resolve(recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size)
     outcomes = {
@@ -306,7 +310,7 @@ def make(
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
             phases=(
                 *_phases(model, resolved, tensors, tokens, dtype),
-                ("measuring the result", _measuring(model)),
+                *([("measuring the result", _measuring(model))] if measured else []),
                 *_opening(model),
             ),
         ),
@@ -332,7 +336,7 @@ def make(
         threads=torch.get_num_threads(),
         budget=budget,
         seed=seed,
-        seconds=_seconds(model, resolved, samples, tokens, dtype, loading=3.0),
+        seconds=_seconds(model, resolved, samples, tokens, dtype, measured=measured),
         notes=tuple(x for x in (note, *anatomy.notes) if x),
         side_bytes=_side_bytes(model),
     )

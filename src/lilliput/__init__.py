@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from lilliput.api import Compression, compress, evaluate, generate, inspect, load, plan, verify
+from lilliput.api import compress, evaluate, generate, inspect, load, plan, verify
+from lilliput.compression import Compression
 from lilliput.errors import LilliputError
 from lilliput.memory import set_base
 from lilliput.recipe import Recipe, Step, Target, Where

@@ -250,7 +250,7 @@ def _side_bytes(model: Model) -> int:
 
 def _opening(model: Model) -> tuple[tuple[str, int], ...]:
     """transformers reads the whole metadata of a GGUF file, vocabulary and merges, into Python objects (measured)."""
-    return (("opening the GGUF file", 250 * memory.MB),) if model.source.from_gguf else ()
+    return (("opening the GGUF file", 230 * memory.MB),) if model.source.from_gguf else ()
 
 
 def make(

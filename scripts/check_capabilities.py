@@ -30,7 +30,8 @@ from lilliput.export.compressed_tensors import CompressedTensors
 from lilliput.export.outcome import Outcome
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.scheme import quantized
 
 TABLE = Path(lilliput.export.__file__).with_name("capabilities.json")
 TOLERANCE = 1e-3
@@ -112,7 +113,9 @@ def outcomes(case: Case, weights: dict[str, torch.Tensor]) -> list[Outcome]:
         out, width = reversed(weight.shape) if conv else weight.shape
         expert = ".experts." in stored
         found.append(
-            Outcome(stored, stored, out, width, case.format(stored), weight.dtype, transposed=conv, expert=expert)
+            Outcome(
+                stored, stored, out, width, quantized(case.format(stored)), weight.dtype, transposed=conv, expert=expert
+            )
         )
     return found
 

@@ -34,7 +34,7 @@ from pydantic import Field
 
 from lilliput.formats.integer import from_target
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
@@ -74,7 +74,7 @@ import torch
 
 from lilliput.methods.weight.MODULE import Options, compress
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Target
 from lilliput.stats.site import SiteStats
 

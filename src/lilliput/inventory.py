@@ -79,7 +79,7 @@ def lay_out(
         linear = canonical.removesuffix(".weight")
         outcome = outcomes.get(linear) if canonical.endswith(".weight") else None
         if outcome is not None:
-            kind = "linear" if outcome.format is None else "quantized"
+            kind = "quantized" if outcome.scheme.parts else "linear"
             for name, (dtype, shape) in exporter.describe(outcome).items():
                 planned.append(TensorPlan(name, kind, dtype, tuple(shape), first + block, linear))
         else:

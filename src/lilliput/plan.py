@@ -157,7 +157,7 @@ class Plan:
 
 def describe(plan: LinearPlan) -> str:
     """What a linear becomes, in a few words."""
-    words = [plan.format.describe()] if plan.format is not None else []
+    words = [plan.scheme.describe()] if plan.scheme.parts else []
     if plan.pattern is not None:
         words.append(f"{plan.pattern} sparse")
     elif plan.sparsity:
@@ -278,7 +278,7 @@ def make(
             stored=model.stored_name(f"{x.name}.weight").removesuffix(".weight"),
             out_features=x.linear.out_features,
             in_features=x.linear.in_features,
-            format=x.format,
+            scheme=x.scheme,
             dtype=model.written_dtype(f"{x.name}.weight"),
             sparsity=x.sparsity,
             pattern=x.pattern,

@@ -25,6 +25,7 @@ class Strict(BaseModel):
 class Target(Strict):
     """What is wanted of a layer. None means: not asked for."""
 
+    format: str = Field("int", description="the numeric grid; `lilliput methods --formats` lists them")
     bits: int | None = Field(None, ge=2, le=8, description="bits of a weight")
     group_size: int | Literal["auto", "channel", "tensor"] = Field(
         "auto", description="inputs that share a scale; auto: the largest of 128, 64, 32 that divides every width"
@@ -35,6 +36,10 @@ class Target(Strict):
     )
     sparsity: float | None = Field(None, ge=0.0, le=1.0, description="share of weights that become zero")
     pattern: str | None = Field(None, description='"N:M" keeps N of every M inputs; None is unstructured')
+    rank: int | None = Field(None, ge=0, description="rank of a low-rank part")
+    ratio: float | None = Field(
+        None, gt=0.0, le=1.0, description="parameters of the low-rank factors as a share of the weight's own"
+    )
 
     @field_validator("group_size")
     @classmethod

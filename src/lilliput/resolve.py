@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from lilliput import methods
 from lilliput.anatomy.model import Anatomy, Linear
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats.integer import IntegerFormat, from_target
+from lilliput.parts.scheme import Scheme
 from lilliput.recipe import Recipe, Step, Target, Where
 
 GROUPS = (128, 64, 32)
@@ -43,7 +43,7 @@ class LinearPlan:
     linear: Linear
     name: str  # canonical, without ".weight"
     tasks: tuple[Task, ...]
-    format: IntegerFormat | None
+    scheme: Scheme
     sparsity: float | None
     pattern: str | None
 
@@ -154,13 +154,14 @@ def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
 
 
 def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> LinearPlan:
-    grid: IntegerFormat | None = None
+    scheme = Scheme()
+    quantized = False
     sparsity: float | None = None
     pattern: str | None = None
     for task in tasks:
         label = f"step {task.step + 1} ({task.method.name}) on {name}"
         if task.method.writes == "support":
-            if grid is not None:
+            if scheme.parts:
                 raise PlanError(f"{label}: pruning after quantization would tear holes into fitted codes: prune first")
             if sparsity is not None:
                 raise PlanError(f"{label}: an earlier step prunes this layer already; keep one of them")
@@ -173,11 +174,20 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
                         "exclude this layer or use unstructured sparsity"
                     )
                 sparsity = 1 - int(n) / int(m)
-        elif task.method.writes == "quantized":
-            if grid is not None:
+        else:
+            if task.method.writes == "quantized" and quantized:
                 raise PlanError(f"{label}: an earlier step quantizes this layer already; keep one of them")
-            grid = from_target(task.target)
-    return LinearPlan(block, linear, name, tuple(tasks), grid, sparsity, pattern)
+            quantized = quantized or task.method.writes == "quantized"
+            added = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
+            if (added.inputs or added.outputs) and (scheme.parts or sparsity is not None):
+                raise PlanError(
+                    f"{label}: it turns the weight, and an earlier step has already decided its parts or zeros: "
+                    "move it to the front"
+                )
+            scheme = Scheme(
+                (*scheme.parts, *added.parts), (*scheme.inputs, *added.inputs), (*scheme.outputs, *added.outputs)
+            )
+    return LinearPlan(block, linear, name, tuple(tasks), scheme, sparsity, pattern)
 
 
 def resolve(
@@ -226,7 +236,7 @@ def resolve(
             if method.verb == "compress" and matches(step.where, name, linear)
         ]
         plan = _plan_linear(name, linear, block, mine)
-        plans.append(plan if only is None or block < only else replace(plan, tasks=(), format=None, sparsity=None))
+        plans.append(plan if only is None or block < only else replace(plan, tasks=(), scheme=Scheme(), sparsity=None))
     rewriting = tuple(task for task in tasks if task.method.verb == "rewrite")
     if rewriting and not any(block.links for block in anatomy.blocks):
         raise PlanError(

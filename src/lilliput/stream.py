@@ -132,7 +132,7 @@ def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[d
 
 
 def _apply(task: Task, layer: Layer, stats: SiteStats) -> Layer:
-    out: Layer = task.method.module.compress(layer, stats, task.target, task.options)
+    out: Layer = task.method.module.compress(layer, stats.through(layer.inputs), task.target, task.options)
     return out
 
 

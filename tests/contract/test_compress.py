@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lilliput import methods
 from lilliput.parts.layer import Layer, split, stack
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Target
 from lilliput.stats.site import SiteStats
 

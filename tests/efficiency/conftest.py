@@ -63,7 +63,8 @@ def packed(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     from lilliput.export.outcome import Outcome
     from lilliput.formats.integer import IntegerFormat
     from lilliput.parts.layer import Layer
-    from lilliput.parts.part import QuantizedPart
+    from lilliput.parts.quantized import QuantizedPart
+    from lilliput.parts.scheme import quantized
 
     grid = IntegerFormat(bits=4, symmetric=True, group_size=16, scale_dtype=torch.float32)
     root = tmp_path_factory.mktemp("packed")
@@ -78,7 +79,7 @@ def packed(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
         outcomes = []
         for name in [n for n in tensors if n.startswith("model.layers.") and tensors[n].dim() == 2]:
             weight, linear = tensors.pop(name), name.removesuffix(".weight")
-            outcome = Outcome(linear, linear, weight.shape[0], weight.shape[1], grid, torch.float32)
+            outcome = Outcome(linear, linear, weight.shape[0], weight.shape[1], quantized(grid), torch.float32)
             scales = grid.fit(weight)
             layer = Layer(linear, weight).with_part(QuantizedPart(grid, grid.encode(weight, scales), scales))
             tensors |= exporter.pack(outcome, layer)

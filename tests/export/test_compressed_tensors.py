@@ -15,8 +15,10 @@ from lilliput.errors import PlanError
 from lilliput.export.compressed_tensors import CompressedTensors, exact_targets
 from lilliput.export.outcome import Outcome, largest_group
 from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import DensePart, QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.scheme import quantized
 
 CONFIG = LlamaConfig(
     vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
@@ -28,7 +30,7 @@ UP, DOWN, HEAD = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "
 def outcome(name: str = UP, fmt: IntegerFormat | None = None, **more: object) -> Outcome:
     shape = {UP: (96, 64), DOWN: (64, 96), HEAD: (32, 64)}.get(name, (96, 64))
     plain: dict[str, object] = {"name": name, "stored": name, "dtype": torch.float32} | more
-    return Outcome(out_features=shape[0], in_features=shape[1], format=fmt, **plain)  # type: ignore[arg-type]
+    return Outcome(out_features=shape[0], in_features=shape[1], scheme=quantized(fmt), **plain)  # type: ignore[arg-type]
 
 
 def int4(group: int = 32, symmetric: bool = True, **more: object) -> IntegerFormat:

@@ -12,7 +12,8 @@ from lilliput.formats.integer import IntegerFormat
 from lilliput.metrics.size import measure
 from lilliput.model import open_model
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.scheme import quantized
 from lilliput.report.provenance import LinearRow, Provenance
 
 GRID = IntegerFormat(bits=4, symmetric=False, group_size=16, scale_dtype=torch.float32)
@@ -27,7 +28,7 @@ def quantize(path):
     for name in [n for n in tensors if n.startswith("model.layers.") and tensors[n].dim() == 2]:
         weight = tensors.pop(name)
         linear = name.removesuffix(".weight")
-        outcome = Outcome(linear, linear, *weight.shape, GRID, torch.float32)
+        outcome = Outcome(linear, linear, *weight.shape, quantized(GRID), torch.float32)
         grid = GRID.fit(weight)
         layer = Layer(linear, weight).with_part(QuantizedPart(GRID, GRID.encode(weight, grid), grid))
         tensors |= exporter.pack(outcome, layer)

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer, split, stack
-from lilliput.parts.part import DensePart, LowRankPart, QuantizedPart
+from lilliput.parts.lowrank import plain_factors
+from lilliput.parts.quantized import QuantizedPart
 
 
 def _weight(rows: int = 6, width: int = 20, seed: int = 0) -> torch.Tensor:
@@ -20,7 +22,7 @@ def test_parts_add_up_and_a_step_fits_the_rest() -> None:
     w = _weight()
     first = Layer("x", w).with_part(_quantized(w))
     u, s, v = torch.linalg.svd(first.rest())
-    second = first.with_part(LowRankPart(u[:, :2] * s[:2], v[:2]))
+    second = first.with_part(plain_factors(u[:, :2] * s[:2], v[:2]))
     assert float(second.rest().norm()) < float(first.rest().norm())
     torch.testing.assert_close(second.decode() + second.rest(), w, rtol=0, atol=1e-6)
     assert second.weight is w
@@ -29,7 +31,7 @@ def test_parts_add_up_and_a_step_fits_the_rest() -> None:
 def test_sizes() -> None:
     assert DensePart(_weight(), torch.bfloat16).bits() == 120 * 16
     assert _quantized(_weight()).bits() == 120 * 3 + 6 * 3 * (16 + 3)
-    assert LowRankPart(torch.zeros(6, 2), torch.zeros(2, 20)).bits() == 52 * 16
+    assert plain_factors(torch.zeros(6, 2), torch.zeros(2, 20)).bits() == 52 * 16
 
 
 def test_dense_parts_round_to_their_dtype() -> None:
@@ -63,5 +65,5 @@ def test_stack_and_split_are_inverse() -> None:
 
 def test_rows_of_every_kind_of_part() -> None:
     w = _weight()
-    for part in (DensePart(w), _quantized(w), LowRankPart(_weight(6, 2), _weight(2, 20))):
+    for part in (DensePart(w), _quantized(w), plain_factors(_weight(6, 2), _weight(2, 20))):
         assert torch.equal(part.rows(2, 5).decode(), part.decode()[2:5])

@@ -9,7 +9,7 @@ from torch import Tensor
 from lilliput.algebra import lattice, obs
 from lilliput.methods.weight import gptq, rtn
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Target
 from lilliput.stats.site import SiteStats
 

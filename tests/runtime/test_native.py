@@ -10,7 +10,14 @@ import torch
 
 from lilliput.errors import SourceError
 from lilliput.formats.integer import Grid, IntegerFormat
-from lilliput.runtime.native import DenseSpec, IntegerSpec, LinearSpec, decode, parse_config, plain_config, read_linear
+from lilliput.parts.dense import DenseSpec
+from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
+from lilliput.parts.scheme import Scheme, quantized
+from lilliput.runtime.native import LinearSpec, decode, parse_config, plain_config, read_linear
+
+
+def packed(name: str, fmt: IntegerFormat, codes: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
+    return {name + suffix: x for suffix, x in QuantizedPart(fmt, codes, grid).pack().items()}
 
 
 def made(
@@ -19,8 +26,8 @@ def made(
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
     grid = fmt.fit(weight)
     codes = fmt.encode(weight, grid)
-    spec = LinearSpec("a.b", "a.b", rows, width, (IntegerSpec(fmt),))
-    return spec, IntegerSpec(fmt).encode("a.b.weight", codes, grid), fmt.decode(codes, grid)
+    spec = LinearSpec("a.b", "a.b", rows, width, quantized(fmt))
+    return spec, packed("a.b.weight", fmt, codes, grid), fmt.decode(codes, grid)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
@@ -35,15 +42,15 @@ def test_reads_back_what_was_decoded(bits: int, symmetric: bool, group: int) -> 
 
 def test_many_rows_are_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, tensors, expected = made(IntegerFormat(4, False, 32, torch.float16), rows=37)
-    monkeypatch.setattr("lilliput.runtime.native.CHUNK", 200)
+    monkeypatch.setattr("lilliput.parts.quantized.CHUNK", 200)
     assert torch.equal(read_linear(tensors, spec), expected)
 
 
 def test_parts_add_up_before_rounding() -> None:
     fmt = IntegerFormat(4, True, -1, torch.float32)
     codes, grid = torch.ones(2, 3, dtype=torch.int8), Grid(torch.ones(2, 1))
-    spec = LinearSpec("x", "x", 2, 3, (IntegerSpec(fmt), DenseSpec(torch.float32)), transposed=True)
-    tensors = IntegerSpec(fmt).encode("x.weight", codes, grid)
+    spec = LinearSpec("x", "x", 2, 3, Scheme((QuantizedSpec(fmt), DenseSpec(torch.float32))), transposed=True)
+    tensors = packed("x.weight", fmt, codes, grid)
     tensors["x.weight_1"] = torch.full((6,), 2.0**-9)
     assert torch.equal(read_linear(tensors, spec), torch.full((3, 2), 1 + 2.0**-9))
     assert torch.equal(
@@ -54,9 +61,9 @@ def test_parts_add_up_before_rounding() -> None:
 def test_config_round_trip_shares_schemes() -> None:
     fmt = IntegerFormat(4, False, 48, torch.bfloat16)
     specs = {
-        "h.0": LinearSpec("t.h.0", "h.0", 4, 6, (IntegerSpec(fmt),), transposed=True),
-        "h.1": LinearSpec("h.1", "h.1", 4, 6, (IntegerSpec(fmt),)),
-        "h.2": LinearSpec("h.2", "h.2", 4, 6, (DenseSpec(torch.float16),)),
+        "h.0": LinearSpec("t.h.0", "h.0", 4, 6, quantized(fmt), transposed=True),
+        "h.1": LinearSpec("h.1", "h.1", 4, 6, quantized(fmt)),
+        "h.2": LinearSpec("h.2", "h.2", 4, 6, Scheme((DenseSpec(torch.float16),))),
     }
     plain = plain_config(specs)
     assert len(plain["schemes"]) == 2
@@ -66,7 +73,7 @@ def test_config_round_trip_shares_schemes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"schemes": [{"parts": [{"kind": "tree"}]}]}, "newer than this lilliput"),
         ({"schemes": []}, "damaged"),
         ({"linears": {"x": {}}}, "damaged"),

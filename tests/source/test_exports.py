@@ -15,7 +15,8 @@ from lilliput.export.outcome import Outcome
 from lilliput.formats.integer import IntegerFormat
 from lilliput.model import open_model
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.scheme import quantized
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(
@@ -70,7 +71,7 @@ def test_exact(tmp_path: Path, name: str, kind: str, bits: int, symmetric: bool,
             canonical.removesuffix(".weight"),
             stored.removesuffix(".weight"),
             *weight.shape,
-            format=form,
+            scheme=quantized(form),
             dtype=dtype,
             transposed=kind == "gpt2",
             expert=".experts." in canonical,

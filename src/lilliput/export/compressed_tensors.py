@@ -44,6 +44,12 @@ class CompressedTensors:
     name = "compressed-tensors"
 
     def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
+        for x in outcomes:
+            if x.scheme.parts and x.format is None:
+                return (
+                    f"'{x.name}' becomes {x.scheme.describe()}, and engines read one integer grid for a linear. "
+                    "Nearest: rtn or gptq with format int; export 'lilliput' holds it."
+                )
         quantized = [x for x in outcomes if x.format is not None]
         for x in quantized:
             if x.transposed:

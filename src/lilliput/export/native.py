@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from lilliput.export.outcome import Outcome
-from lilliput.export.packing import dense, quantized_part
+from lilliput.export.packing import dense
+from lilliput.parts.dense import DensePart, DenseSpec
 from lilliput.parts.layer import Layer
-from lilliput.runtime.native import DenseSpec, IntegerSpec, LinearSpec, part_prefix, plain_config
+from lilliput.parts.scheme import Scheme
+from lilliput.runtime.native import LinearSpec, plain_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,14 +26,13 @@ if TYPE_CHECKING:
 def spec_of(outcome: Outcome) -> LinearSpec | None:
     """The native description; None where the linear is a plain tensor. Dense experts are native too: the engine's
     3-D expert tensors are assembled from all experts of a layer or from none."""
-    if outcome.format is not None:
-        part: IntegerSpec | DenseSpec = IntegerSpec(outcome.format)
-    elif outcome.expert:
-        part = DenseSpec(outcome.dtype)
-    else:
-        return None
+    scheme = outcome.scheme
+    if not scheme.parts:
+        if not outcome.expert:
+            return None
+        scheme = Scheme((DenseSpec(outcome.dtype),))
     return LinearSpec(
-        outcome.name, outcome.stored, outcome.out_features, outcome.in_features, (part,), outcome.transposed
+        outcome.name, outcome.stored, outcome.out_features, outcome.in_features, scheme, outcome.transposed
     )
 
 
@@ -56,12 +57,9 @@ class Native:
         spec = spec_of(outcome)
         if spec is None:
             return {f"{outcome.stored}.weight": dense(outcome, layer)}
-        (part,) = spec.parts
-        prefix = part_prefix(outcome.stored, 0)
-        if isinstance(part, DenseSpec):
-            return {prefix: layer.decode().to(part.dtype).reshape(-1)}
-        quantized = quantized_part(outcome, layer)
-        return part.encode(prefix, quantized.codes, quantized.grid)
+        if not outcome.scheme.parts:
+            layer = layer.with_part(DensePart(layer.decode(), outcome.dtype))
+        return {spec.payload + suffix: x for suffix, x in spec.scheme.pack(layer).items()}
 
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
         specs = {x.stored: spec for x in outcomes if (spec := spec_of(x)) is not None}

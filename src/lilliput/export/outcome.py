@@ -9,27 +9,33 @@ from dataclasses import dataclass
 import torch
 
 from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.scheme import Scheme
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one linear becomes.
 
-    `name` is the canonical name and `stored` the name in the files, both without ".weight"; `format` the integer grid,
-    or None where the linear stays dense; `dtype` that of the dense tensor it was or stays. `sparsity` and `pattern`
-    tell of zeros in it. `transposed`: the file holds [in, out] (Conv1D). `expert`: one of a mixture's experts.
+    `name` is the canonical name and `stored` the name in the files, both without ".weight"; `scheme` its parts and
+    transforms, none where the linear stays dense; `dtype` that of the dense tensor it was or stays. `sparsity` and
+    `pattern` tell of zeros in it. `transposed`: the file holds [in, out] (Conv1D). `expert`: one of many experts.
     """
 
     name: str
     stored: str
     out_features: int
     in_features: int
-    format: IntegerFormat | None
+    scheme: Scheme
     dtype: torch.dtype
     sparsity: float | None = None
     pattern: str | None = None
     transposed: bool = False
     expert: bool = False
+
+    @property
+    def format(self) -> IntegerFormat | None:
+        """The integer grid of a linear that is nothing else."""
+        return self.scheme.integer
 
     @property
     def dense_shape(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lilliput.export.outcome import Outcome
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
 
 
 def quantized_part(outcome: Outcome, layer: Layer) -> QuantizedPart:

@@ -7,15 +7,17 @@ was measured. When the group size does not divide the width, the last group of e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import search as ranges
+from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
+from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
 from lilliput.recipe import Target
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -156,6 +158,48 @@ class IntegerFormat:
             torch.mul(_split(codes[:, columns], size) - zero, scale, out=_split(out[:, columns], size))
         return out
 
+    def stored(self, rows: int, width: int) -> Stored:
+        """See docs/native-format.md, kind "int"."""
+        grid = (1, 1) if self.group_size == 0 else (rows, self.groups(width))
+        tensors: Stored = {
+            "": (torch.uint8, (rows * row_bytes(width, self.bits),)),
+            "_scale": (self.scale_dtype, grid),
+        }
+        if not self.symmetric:
+            tensors["_zero"] = (torch.uint8, (row_bytes(grid[0] * grid[1], self.bits),))
+        return tensors
+
+    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """The tensors that `stored` describes."""
+        rows, width = codes.shape
+        packed = torch.empty(rows, row_bytes(width, self.bits), dtype=torch.uint8)
+        step = max(1, CHUNK // width)
+        for a in range(0, rows, step):
+            packed[a : a + step] = pack_bits(codes[a : a + step], self.bits)
+        tensors = {"": packed.view(-1), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
+        if grid.zero is not None:
+            tensors["_zero"] = pack_bits(grid.zero.reshape(1, -1), self.bits).view(-1)
+        return tensors
+
+    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+        """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
+        scale = get("_scale")
+        zero = None
+        if not self.symmetric:
+            zero = unpack_bits(get("_zero").view(1, -1), self.bits, scale.numel()).view(scale.shape)
+        packed = get("").view(rows, -1)[start:stop]
+        return unpack_bits(packed, self.bits, width), Grid(scale, zero).rows(start, stop)
+
+    def plain(self) -> dict[str, Any]:
+        """The entry of config.json."""
+        return {
+            "kind": "int",
+            "bits": self.bits,
+            "symmetric": self.symmetric,
+            "group_size": self.group_size,
+            "scale_dtype": dtype_name(self.scale_dtype),
+        }
+
     def expand(self, grid: Grid, width: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of every weight, float32 [out, in] (a grid per tensor or row is a view; [1, in] per
         tensor)."""
@@ -199,16 +243,29 @@ def _split(rows: Tensor, size: int) -> Tensor:
     return rows.view(rows.shape[0], rows.shape[1] // size, size)
 
 
-def from_target(target: Target) -> IntegerFormat:
-    """The format that a resolved target asks for; scales in the type it names ("auto": float16).
+def from_plain(plain: Mapping[str, Any]) -> IntegerFormat:
+    """Undo `IntegerFormat.plain`."""
+    return IntegerFormat(plain["bits"], plain["symmetric"], plain["group_size"], dtype_of(plain["scale_dtype"]))
 
-    Raises PlanError when the target names no bits, or its group size still is "auto".
-    """
-    if target.bits is None:
-        raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
+
+def group_of(target: Target) -> int:
+    """The group size of a resolved target: -1 per row, 0 per tensor. Raises PlanError while it is "auto"."""
     named = {"channel": -1, "tensor": 0}
     size = named.get(target.group_size) if isinstance(target.group_size, str) else target.group_size
     if size is None:
         raise PlanError("the group size 'auto' has to be resolved against the widths first: give a number")
+    return size
+
+
+def from_target(target: Target) -> IntegerFormat:
+    """The integers that a resolved target asks for; scales in the type it names ("auto": float16).
+
+    Raises PlanError when the target names another format or no bits, or its group size still is "auto".
+    """
+    if target.format != "int":
+        raise PlanError(f"only integer grids are possible here, not '{target.format}': leave out target.format")
+    if target.bits is None:
+        raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    return IntegerFormat(target.bits, target.symmetric, size, dtypes.get(target.scale_dtype, torch.float16))
+    dtype = dtypes.get(target.scale_dtype, torch.float16)
+    return IntegerFormat(target.bits, target.symmetric, group_of(target), dtype)

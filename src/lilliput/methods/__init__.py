@@ -13,7 +13,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lilliput.errors import PlanError
-from lilliput.recipe import nearest
+from lilliput.formats.known import from_target
+from lilliput.parts.quantized import QuantizedSpec
+from lilliput.parts.scheme import Scheme
+from lilliput.recipe import Target, nearest
 
 VERBS: Mapping[str, str] = {
     "weight": "compress",
@@ -31,9 +34,10 @@ VERBS: Mapping[str, str] = {
 class Method:
     """A discovered method file.
 
-    `needs`: names of site statistics; `writes`: "quantized", "support", "fold" or "targets"; `covers`: catalogue id to
-    the recipe that runs it (a list of steps as plain data), or None where the id is an idea and no computation;
-    `rowwise`: each output row is treated by itself, so linears of one site may be stacked; `baseline`: the method
+    `needs`: names of site statistics; `writes`: "quantized", "parts", "support", "fold" or "targets"; `covers`:
+    catalogue id to the recipe that runs it (a list of steps as plain data), or None where the id is an idea and no
+    computation; `formats`: the target's formats that it can have (None: every one); `rowwise`: each output
+    row is treated by itself, so linears of one site may be stacked; `baseline`: the method
     whose error this one must beat (None: it is a baseline).
     """
 
@@ -45,6 +49,7 @@ class Method:
     needs: frozenset[str]
     writes: str
     covers: Mapping[str, list[dict[str, Any]] | None]
+    formats: tuple[str, ...] | None
     rowwise: bool
     baseline: str | None
     module: ModuleType
@@ -52,6 +57,18 @@ class Method:
     @property
     def options(self) -> type[BaseModel]:
         return self.module.Options  # type: ignore[no-any-return]
+
+    def scheme(self, target: Target, options: BaseModel, rows: int, width: int) -> Scheme:
+        """What the step adds to a [rows, width] linear: the module's own `scheme`, or one part of the target's format.
+
+        Raises PlanError where the method or format cannot have this target.
+        """
+        if self.formats is not None and target.format not in self.formats:
+            raise PlanError(f"'{self.name}' has no format '{target.format}': choose {', '.join(self.formats)}, or rtn")
+        own = getattr(self.module, "scheme", None)
+        if own is not None:
+            return own(target, options, rows, width)  # type: ignore[no-any-return]
+        return Scheme((QuantizedSpec(from_target(target)),)) if self.writes == "quantized" else Scheme()
 
     def parse(self, options: Mapping[str, Any]) -> BaseModel:
         """Options as the method's own type. Raises PlanError that names the option, the rule and the nearest name."""
@@ -81,6 +98,7 @@ def _load(family: str, name: str) -> Method:
         needs=frozenset(module.NEEDS),
         writes=module.WRITES,
         covers=module.COVERS,
+        formats=getattr(module, "FORMATS", None),
         rowwise=getattr(module, "ROWWISE", False),
         baseline=getattr(module, "BASELINE", None),
         module=module,

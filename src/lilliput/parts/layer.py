@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput.parts.part import Part
+from lilliput.parts.transform import Transform, turn, turn_back
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,21 @@ class Layer:
 
     `weight` is the weight to approximate, float32 [out, in]; `parts` the terms so far; `support` a boolean
     [out, in] mask outside of which no step may write (None: everywhere). A step fits `rest()` and adds a part.
+    `inputs` and `outputs` are run-time transforms: the parts add up to T_out W T_in^-1. `fisher` [out, in] is the mean
+    square of the loss's gradient for each weight, where a method needs it.
     """
 
     name: str
     weight: Tensor
     parts: tuple[Part, ...] = ()
     support: Tensor | None = None
+    inputs: tuple[Transform, ...] = ()
+    outputs: tuple[Transform, ...] = ()
+    fisher: Tensor | None = None
 
     def rest(self) -> Tensor:
-        """What the parts leave over, float32 [out, in]."""
-        left = self.weight
+        """What the parts leave over, float32 [out, in], between the transforms."""
+        left = turn(self.weight, self.inputs, self.outputs)
         for part in self.parts:
             left = left - part.decode()
         return left
@@ -37,37 +43,58 @@ class Layer:
             total = self.parts[0].decode()
             for part in self.parts[1:]:
                 total = total + part.decode()
-            return total
+            return turn_back(total, self.inputs, self.outputs)
         return self.weight if self.support is None else torch.where(self.support, self.weight, 0.0)
 
-    def with_part(self, part: Part) -> Layer:
-        return replace(self, parts=(*self.parts, part))
+    def with_part(self, *parts: Part) -> Layer:
+        return replace(self, parts=(*self.parts, *parts))
 
     def with_support(self, mask: Tensor) -> Layer:
         return replace(self, support=mask if self.support is None else self.support & mask)
 
+    def between(self, inputs: Sequence[Transform] = (), outputs: Sequence[Transform] = ()) -> Layer:
+        """The layer with further transforms around its parts.
+
+        Raises ValueError where parts or a support exist: they were made for the weight as it was.
+        """
+        if self.parts or self.support is not None:
+            raise ValueError("transforms come before all parts, and a mask does not survive them")
+        return replace(self, inputs=(*self.inputs, *inputs), outputs=(*self.outputs, *outputs))
+
     def rows(self, start: int, stop: int, name: str) -> Layer:
-        """Output rows [start, stop) as a layer of their own."""
-        support = None if self.support is None else self.support[start:stop]
-        return Layer(name, self.weight[start:stop], tuple(p.rows(start, stop) for p in self.parts), support)
+        """Output rows [start, stop) as a layer of their own. Raises ValueError where outputs are mixed."""
+        if self.outputs:
+            raise ValueError("the rows of a layer whose outputs are transformed belong together")
+        return replace(
+            self,
+            name=name,
+            weight=self.weight[start:stop],
+            parts=tuple(p.rows(start, stop) for p in self.parts),
+            support=None if self.support is None else self.support[start:stop],
+            fisher=None if self.fisher is None else self.fisher[start:stop],
+        )
 
 
 def stack(layers: Sequence[Layer]) -> Layer:
     """Layers that read one site, as one layer with their rows below each other (before any has parts)."""
     if len(layers) == 1:
         return layers[0]
-    if any(layer.parts for layer in layers):
-        raise ValueError("only layers without parts can be stacked")
+    if any(layer.parts or layer.inputs or layer.outputs for layer in layers):
+        raise ValueError("only layers without parts and transforms can be stacked")
     name = "+".join(layer.name for layer in layers)
     support = None
     if any(layer.support is not None for layer in layers):
         ones = [torch.ones_like(x.weight, dtype=torch.bool) if x.support is None else x.support for x in layers]
         support = torch.cat(ones)
-    return Layer(name, torch.cat([layer.weight for layer in layers]), support=support)
+    known = [layer.fisher for layer in layers if layer.fisher is not None]
+    fisher = torch.cat(known) if len(known) == len(layers) else None
+    return Layer(name, torch.cat([layer.weight for layer in layers]), support=support, fisher=fisher)
 
 
 def split(layer: Layer, sizes: Sequence[tuple[str, int]]) -> list[Layer]:
-    """Undo `stack`: (name, rows) pairs in order."""
+    """Undo `stack`: (name, rows) pairs in order. One layer stays as it is."""
+    if len(sizes) == 1:
+        return [replace(layer, name=sizes[0][0])]
     out: list[Layer] = []
     start = 0
     for name, rows in sizes:

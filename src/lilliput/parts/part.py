@@ -1,67 +1,70 @@
-"""Parts: the terms of a compressed linear layer. Each decodes to float32 [out, in] and knows its exact size."""
+"""What a term of a compressed linear layer is to the rest: values, an exact size, and the tensors that a file holds.
+
+A spec is known from shapes alone, before any weight is read: the plan counts its bytes and config.json describes it. A
+part is a spec with its values, the result of a step.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor
 
-from lilliput.formats.integer import Grid, IntegerFormat
+from lilliput.formats.format import Stored
+
+Get = Callable[[str], Tensor]  # a stored tensor by the suffix of its name
 
 
-@dataclass(frozen=True)
-class DensePart:
-    """Plain values [out, in], stored in `dtype`."""
+class PartSpec(Protocol):
+    """A part before its values; frozen and comparable."""
 
-    weight: Tensor
-    dtype: torch.dtype = torch.float32
+    def describe(self) -> str:
+        """For tables, in a few words."""
+        ...
 
-    def decode(self) -> Tensor:
-        return self.weight.to(self.dtype).float()
+    def size_bits(self, rows: int, width: int) -> int:
+        """Exact size of a [rows, width] part, without padding to bytes."""
+        ...
 
-    def bits(self) -> int:
-        return self.weight.numel() * self.dtype.itemsize * 8
+    def stored(self, rows: int, width: int) -> Stored:
+        """Tensors in the file, by suffix: "" is the payload, one-dimensional."""
+        ...
 
-    def rows(self, start: int, stop: int) -> DensePart:
-        return replace(self, weight=self.weight[start:stop])
+    def add_to(self, out: Tensor, get: Get) -> None:
+        """Add the values of the stored tensors to `out` [rows, width], any float dtype, in place."""
+        ...
 
-
-@dataclass(frozen=True)
-class QuantizedPart:
-    """Integer codes [out, in] (int8) on a grid."""
-
-    format: IntegerFormat
-    codes: Tensor
-    grid: Grid
-
-    def decode(self) -> Tensor:
-        return self.format.decode(self.codes, self.grid)
-
-    def bits(self) -> int:
-        rows, width = self.codes.shape
-        return self.format.size_bits(rows, width)
-
-    def rows(self, start: int, stop: int) -> QuantizedPart:
-        return replace(self, codes=self.codes[start:stop], grid=self.grid.rows(start, stop))
+    def plain(self) -> dict[str, Any]:
+        """The entry of config.json, with the part's `kind`; `parts.known.from_plain` reads it back."""
+        ...
 
 
-@dataclass(frozen=True)
-class LowRankPart:
-    """left [out, rank] times right [rank, in], stored in `dtype`."""
+class Part(Protocol):
+    """One term of the sum."""
 
-    left: Tensor
-    right: Tensor
-    dtype: torch.dtype = torch.float16
+    @property
+    def spec(self) -> PartSpec:
+        """What the plan knew of it."""
+        ...
 
     def decode(self) -> Tensor:
-        return self.left.to(self.dtype).float() @ self.right.to(self.dtype).float()
+        """Its values, float32 [out, in]."""
+        ...
 
     def bits(self) -> int:
-        return (self.left.numel() + self.right.numel()) * self.dtype.itemsize * 8
+        """Exact size, without padding to bytes."""
+        ...
 
-    def rows(self, start: int, stop: int) -> LowRankPart:
-        return replace(self, left=self.left[start:stop])
+    def pack(self) -> dict[str, Tensor]:
+        """The tensors that `spec.stored` describes."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Output rows [start, stop)."""
+        ...
 
 
-Part = DensePart | QuantizedPart | LowRankPart
+def below(get: Get, prefix: str) -> Get:
+    """The tensors of a part within a part: their suffixes follow `prefix`."""
+    return lambda suffix: get(prefix + suffix)

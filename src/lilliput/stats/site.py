@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from lilliput.parts.transform import Scale, Transform
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,27 @@ class SiteStats:
             absmax=by(self.absmax, size),
             absmean=by(self.absmean, size),
         )
+
+    def through(self, transforms: Sequence[Transform]) -> SiteStats:
+        """The statistics of T x: what the parts of a layer with these input transforms read.
+
+        Absolute values do not survive a rotation: they become None, and `square` follows from the Gram matrix if it was
+        collected.
+        """
+        seen = self
+        for t in transforms:
+            if isinstance(t, Scale):
+                seen = seen.scaled(t.factor.float())
+                continue
+            gram = None if seen.gram is None else t.apply(t.apply(seen.gram).T)
+            seen = SiteStats(
+                seen.width,
+                seen.count,
+                gram=gram,
+                square=None if gram is None or seen.square is None else gram.diagonal().clone(),
+                mean=None if seen.mean is None else t.apply(seen.mean),
+            )
+        return seen
 
     def to(self, device: torch.device | str) -> SiteStats:
         def move(value: Tensor | None) -> Tensor | None:

@@ -30,13 +30,14 @@ from torch import Tensor
 from lilliput.algebra import lattice, obs
 from lilliput.formats.integer import Grid, IntegerFormat, from_target
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
 PAPER = "Frantar et al. 2023, arXiv 2210.17323"
 NEEDS: tuple[str, ...] = ("gram",)
 WRITES: Literal["quantized"] = "quantized"
+FORMATS = ("int",)
 ROWWISE = True
 BASELINE: str | None = "rtn"
 _ROWS = 2048  # outputs swept together: their working matrices stay small and one block of them in cache

@@ -20,13 +20,14 @@ from pydantic import Field
 
 from lilliput.formats.integer import from_target
 from lilliput.parts.layer import Layer
-from lilliput.parts.part import QuantizedPart
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
 PAPER = "Jacob et al. 2018, arXiv 1712.05877"
 NEEDS: tuple[str, ...] = ("square",)
 WRITES: Literal["quantized"] = "quantized"
+FORMATS = ("int",)
 ROWWISE = True
 BASELINE: str | None = None
 

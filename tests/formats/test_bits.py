@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lilliput.runtime.bits import pack_bits, row_bytes, unpack_bits
+from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
 
 
 def slow(row: list[int], bits: int) -> bytes:

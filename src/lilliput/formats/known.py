@@ -1,0 +1,43 @@
+"""All formats: from what a recipe asks for, and from what config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lilliput.errors import PlanError, SourceError
+from lilliput.formats import integer
+from lilliput.formats.format import Format
+from lilliput.recipe import Target, nearest
+
+# The name in a target's `format` to what makes the format of it.
+_WANTED: Mapping[str, Callable[[Target], Format]] = {
+    "int": integer.from_target,
+}
+# The kind in config.json to what reads it.
+_WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
+    "int": integer.from_plain,
+}
+
+
+def from_target(target: Target) -> Format:
+    """The format that a resolved target asks for.
+
+    Raises PlanError for an unknown name (with the nearest), and where the format cannot have the target's settings.
+    """
+    if target.format not in _WANTED:
+        raise PlanError(f"unknown format '{target.format}'.{nearest(target.format, _WANTED)}")
+    return _WANTED[target.format](target)
+
+
+def from_plain(plain: Mapping[str, Any]) -> Format:
+    """The format that config.json describes. Raises SourceError for a kind that this code does not know."""
+    kind = plain["kind"]
+    if kind not in _WRITTEN:
+        raise SourceError(f"a part of kind {kind!r} is newer than this lilliput: install the one that wrote it")
+    return _WRITTEN[kind](plain)
+
+
+def names() -> tuple[str, ...]:
+    """The names that a target's `format` may have."""
+    return tuple(_WANTED)

@@ -1,0 +1,97 @@
+"""What a linear becomes, known before any weight is read: the specs of its parts and of the transforms around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lilliput.formats.format import Format, Stored
+from lilliput.formats.integer import IntegerFormat
+from lilliput.parts import known, transform
+from lilliput.parts.layer import Layer
+from lilliput.parts.part import PartSpec
+from lilliput.parts.quantized import QuantizedSpec
+from lilliput.parts.transform import TransformSpec
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """y = outputs^-1 (sum of parts) inputs x. No parts: the linear stays a plain tensor."""
+
+    parts: tuple[PartSpec, ...] = ()
+    inputs: tuple[TransformSpec, ...] = ()
+    outputs: tuple[TransformSpec, ...] = ()
+
+    @property
+    def integer(self) -> IntegerFormat | None:
+        """The format of a linear that is one integer grid and nothing else: what engines' own layouts hold."""
+        if len(self.parts) != 1 or self.inputs or self.outputs:
+            return None
+        (part,) = self.parts
+        form = part.format if isinstance(part, QuantizedSpec) else None
+        return form if isinstance(form, IntegerFormat) and form.plain()["kind"] == "int" else None
+
+    def describe(self) -> str:
+        """For tables: "int4 g64 asym + rank 8 (float16)"."""
+        around = dict.fromkeys(x.describe() for x in (*self.inputs, *self.outputs))
+        words = " + ".join(x.describe() for x in self.parts)
+        return f"{words} in {', '.join(around)}" if around else words
+
+    def size_bits(self, rows: int, width: int) -> int:
+        """Exact size of a [rows, width] linear, without padding to bytes; transforms' stored tensors included."""
+        around = transform.names("in", self.inputs, width) | transform.names("out", self.outputs, rows)
+        stored = sum(dtype.itemsize * 8 * shape[0] for dtype, shape in around.values())
+        return stored + sum(part.size_bits(rows, width) for part in self.parts)
+
+    def stored(self, rows: int, width: int) -> Stored:
+        """All tensors of a [rows, width] linear by suffix of its payload's name; part i > 0 begins with "_i"."""
+        tensors: Stored = {}
+        for i, part in enumerate(self.parts):
+            tensors |= {prefix(i) + suffix: x for suffix, x in part.stored(rows, width).items()}
+        return tensors | transform.names("in", self.inputs, width) | transform.names("out", self.outputs, rows)
+
+    def pack(self, layer: Layer) -> dict[str, Tensor]:
+        """The tensors that `stored` describes. ValueError: the layer has other parts or transforms."""
+        held = of(layer)
+        if held != self:
+            raise ValueError(f"{layer.name} was planned as {self.describe()} and is {held.describe()}")
+        tensors: dict[str, Tensor] = {}
+        for i, part in enumerate(layer.parts):
+            tensors |= {prefix(i) + suffix: x for suffix, x in part.pack().items()}
+        return tensors | transform.pack("in", layer.inputs) | transform.pack("out", layer.outputs)
+
+    def plain(self) -> dict[str, Any]:
+        """The entry of config.json."""
+        entry: dict[str, Any] = {"parts": [part.plain() for part in self.parts]}
+        for side, specs in (("in", self.inputs), ("out", self.outputs)):
+            if specs:
+                entry[side] = [x.plain() for x in specs]
+        return entry
+
+
+def quantized(form: Format | None) -> Scheme:
+    """One part on the grid of a format; None: a plain tensor."""
+    return Scheme() if form is None else Scheme((QuantizedSpec(form),))
+
+
+def prefix(index: int) -> str:
+    """What a part's number adds to the name of the linear's payload."""
+    return f"_{index}" if index else ""
+
+
+def of(layer: Layer) -> Scheme:
+    """The scheme that a layer has."""
+    return Scheme(
+        tuple(part.spec for part in layer.parts),
+        tuple(t.spec for t in layer.inputs),
+        tuple(t.spec for t in layer.outputs),
+    )
+
+
+def from_plain(plain: Mapping[str, Any]) -> Scheme:
+    """Undo `Scheme.plain`. Raises SourceError for a kind that this code does not know."""
+    inputs, outputs = (tuple(transform.from_plain(x) for x in plain.get(side, ())) for side in ("in", "out"))
+    return Scheme(tuple(known.from_plain(x) for x in plain["parts"]), inputs, outputs)

@@ -11,6 +11,7 @@ from lilliput.errors import DataError
 from lilliput.metrics.interval import Interval, clip, t_quantile
 
 _DRAWS = 400
+_ROOM = 1 << 20  # values of several draws held at a time
 
 
 def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
@@ -28,7 +29,8 @@ def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
     value = float(_quantile(values.reshape(1, -1), share))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(count, (_DRAWS, count), generator=generator)
-    found = torch.cat([_quantile(values[draw].reshape(1, -1), share) for draw in draws])
+    at_once = max(1, _ROOM // values.numel())
+    found = torch.cat([_quantile(values[some].flatten(1), share) for some in draws.split(at_once)])
     half = t_quantile(count - 1) * float(found.std(correction=1)) * math.sqrt(count / (count - 1))
     return clip(Interval(value, value - half, value + half), 0.0, math.inf)
 

@@ -7,6 +7,7 @@ Reads one JSON job a line from standard input, answers each with one JSON line: 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import kill_driver
-
 from lilliput import cli
-from lilliput.model import Model, open_model
+from lilliput.model import Model
 
 LIMIT = 60  # seconds after which a rank that hangs is ended
 plain = Model.anatomy
@@ -66,6 +66,7 @@ def main() -> None:
         Model.anatomy = plain  # type: ignore[method-assign]
         if "model" in job:  # every rank finds the anatomy ready, and does not time the machine for the plan
             kill_driver.warm(job["model"])
+            importlib.import_module("lilliput.report.table")
         where = port()
         with tempfile.TemporaryDirectory() as name:
             pids = []

@@ -226,10 +226,14 @@ class Work:
                 path.unlink()
 
     def publish(self) -> None:
-        """The output appears, whole, by rename; the rest goes. All ranks leave together."""
-        with ranks.together():
-            if ranks.lead():
-                self._publish()
+        """The output appears, whole, by rename; the rest goes. The other ranks leave when it is there."""
+        if ranks.lead():
+            self._publish()
+        try:
+            ranks.agreed(None)
+        except LilliputError:
+            if not ranks.lead():  # to whom it does not matter any more who is gone
+                raise
 
     def _publish(self) -> None:
         for path in self.staging.glob(".*.new"):

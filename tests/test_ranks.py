@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lilliput import api, ranks
 from lilliput.errors import LilliputError
+from lilliput.journal import Work
 from lilliput.progress import Quiet
 
 Tiny = Callable[[str], Path]
@@ -251,11 +252,23 @@ def test_what_several_processes_cannot_do(tiny: Tiny, together: Together, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+def test_folders_of_other_ranks_without_a_journal_are_in_nobodys_way(tmp_path: Path) -> None:
+    """They are left where the first process ended while the others were still beginning."""
+    left = tmp_path / ".out.partial" / "work" / "rank-1"
+    left.mkdir(parents=True)
+    (left / "hidden-0000.bin").write_bytes(b"0")
+    with Work(tmp_path / "out", "key") as work:
+        assert not left.exists()
+        assert work.records == []
+
+
 def test_the_plan_is_said_once(tiny: Tiny, together: Together) -> None:
     args = ["plan", str(tiny("llama")), "--recipe", "gptq", "--samples", "4", "--tokens", "32", "--json"]
     done = together(line=args, model=tiny("llama"))
     assert done["code"] == [0, 0], done["stderr"]
-    assert json.loads(done["stdout"][0])["batch"] == 2
+    said = json.loads(done["stdout"][0])
+    assert said["batch"] == 2
+    assert any("2 processes share the calibration samples" in x for x in said["notes"])
     assert done["stdout"][1] == ""
 
 

@@ -250,6 +250,12 @@ def _side_bytes(model: Model) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
+def _divided(processes: int) -> str:
+    if processes == 1:
+        return ""
+    return f"{processes} processes share the calibration samples; --memory and the planned peak are those of each"
+
+
 def _opening(model: Model) -> tuple[tuple[str, int], ...]:
     """transformers reads the whole metadata of a GGUF file, vocabulary and merges, into Python objects (measured)."""
     return (("opening the GGUF file", 230 * memory.MB),) if model.source.from_gguf else ()
@@ -346,7 +352,7 @@ def make(
         budget=budget,
         seed=seed,
         seconds=_seconds(model, resolved, samples, tokens, dtype, measured=measured),
-        notes=tuple(x for x in (note, *anatomy.notes) if x),
+        notes=tuple(x for x in (note, *anatomy.notes, _divided(processes)) if x),
         side_bytes=_side_bytes(model),
         processes=processes,
     )

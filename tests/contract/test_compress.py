@@ -23,8 +23,6 @@ QUANTIZE = [n for n in COMPRESS if methods.get(n).writes == "quantized"]
 INTEGERS = [
     n for n in QUANTIZE if "int" in (methods.get(n).formats or ()) and not hasattr(methods.get(n).module, "scheme")
 ]
-    n for n in QUANTIZE if "int" in (methods.get(n).formats or ()) and not hasattr(methods.get(n).module, "scheme")
-]
 PRUNE = [n for n in COMPRESS if methods.get(n).writes == "support"]
 
 

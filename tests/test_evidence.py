@@ -58,6 +58,15 @@ def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+def test_a_compression_carries_what_its_plan_noted(tiny, tmp_path: Path) -> None:
+    done = lilliput.compress(tiny("gpt2"), tmp_path / "w4", recipe="rtn", tokens=64, eval_windows=2)
+    assert done.plan.notes
+    assert done.evaluation is not None
+    assert done.evidence is not None
+    assert done.evidence["notes"] == [*done.plan.notes, *done.evaluation.notes]
+    validate(done.evidence, SCHEMA)
+
+
 def test_a_missed_limit_is_exit_status_3(pair: tuple[Path, Path], tmp_path: Path) -> None:
     out, base = map(str, pair)
     page = tmp_path / "report.html"

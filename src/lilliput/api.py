@@ -255,7 +255,8 @@ def _run(
     evidence = None
     if evaluation is not None:
         measured = replace(evaluation, model=str(out))
-        evidence = assemble(measured, {"size": sizes(out, opened.source.model)}, {})
+        notes = [*made.notes, *evaluation.notes]
+        evidence = assemble(measured, {"size": sizes(out, opened.source.model), "notes": notes}, {})
     return Compression(
         out=out,
         plan=made,

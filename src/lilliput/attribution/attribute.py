@@ -17,7 +17,7 @@ from torch import Tensor
 from lilliput import memory as ram
 from lilliput.attribution.restore import Restored, restore
 from lilliput.attribution.suspects import Suspect, find
-from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, turned
+from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, producers, turned
 from lilliput.data import load_tokens
 from lilliput.errors import DataError
 from lilliput.model import Model, open_model
@@ -174,7 +174,7 @@ def _stored(model: Model, name: str, part: str) -> str:
 
 
 def _block_linears(losses: list[WeightLoss]) -> list[WeightLoss]:
-    return [x for x in losses if not x.name.endswith(f".{x.role}")]
+    return [x for x in losses if x.linear]
 
 
 def _estimates(losses: list[WeightLoss], seen: Restored, shares: Mapping[int, float]) -> dict[str, float]:
@@ -203,7 +203,7 @@ def _weights(
     def aligned(index: int) -> dict[str, Alignment]:
         theirs, mine = BlockWeights(base, index, blocks[index]), BlockWeights(ours, index, blocks[index])
         local = {k.removeprefix(f"{mine.prefix}."): v for k, v in levels.items() if k.startswith(f"{mine.prefix}.")}
-        return align(blocks[index], mine, theirs, local)
+        return align(blocks[index], mine, theirs, producers(blocks[index], mine, theirs), local)
 
     def make(index: int, name: str) -> Tensor:
         theirs, mine = BlockWeights(base, index, blocks[index]), BlockWeights(ours, index, blocks[index])

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lilliput import memory as ram
-from lilliput.activations import Activations
 from lilliput.data import Tokens, load_tokens, overlap
 from lilliput.errors import DataError, PlanError
-from lilliput.forward import last_hidden
+from lilliput.forward import finish, last_hidden
 from lilliput.metrics import layout
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.layout import vocabulary
@@ -105,23 +104,6 @@ def _load(source: str, tokenizer: PreTrainedTokenizerBase, windows: int, tokens:
     return Tokens.of(whole.ids[0].unfold(0, tokens, stride).contiguous(), whole.source)
 
 
-def _finished(model: Model, ids: torch.Tensor, folder: Path, batch: int, progress: Progress | None) -> Activations:
-    """Hidden states as the head reads them, in a file."""
-    hidden = last_hidden(model, ids, folder, batch=batch, progress=progress)
-    skeleton = model.skeleton
-    model.load(skeleton.final)
-    try:
-        with torch.no_grad():
-            for i in range(len(hidden)):
-                hidden.write(i, skeleton.finish(hidden.read(i, i + 1).to(skeleton.device)))
-    except BaseException:
-        hidden.delete()
-        raise
-    finally:
-        model.unload(skeleton.final)
-    return hidden
-
-
 def _scores(
     models: list[Model], ids: torch.Tensor, work: Path | None, budget: int | None, progress: Progress | None
 ) -> Scores:
@@ -132,8 +114,9 @@ def _scores(
         for number, model in enumerate(models):
             place = folder / str(number)
             place.mkdir()
-            hidden = _finished(model, ids, place, shape.batch, progress)
+            hidden = last_hidden(model, ids, place, batch=shape.batch, progress=progress)
             stack.callback(hidden.delete)
+            finish(model, hidden)
             heads.append(StreamedHead(model, hidden))
         reference = heads[1] if len(heads) > 1 else None
         found = score(ids, heads[0], reference, columns=shape.columns, tile=shape.tile)

@@ -65,16 +65,21 @@ def decibel(error: float) -> float | None:
     return -20.0 * math.log10(error) if error > 0 else None
 
 
-def suspects(model: str | Path, against: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Suspect, ...]:
+def suspects(
+    model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype = torch.float32
+) -> tuple[Suspect, ...]:
     """Tensors of `model` that look damaged beside the original's, by weights alone. Raises as `attribute` does."""
     ours, base = _pair(model, against, dtype)
     return tuple(find(_losses(ours, base), partial(_stored, ours)))
 
 
-def _pair(model: str | Path, against: str | Path, dtype: torch.dtype) -> tuple[Model, Model]:
-    ours, base = open_model(str(model), dtype=dtype), open_model(str(against), dtype=dtype)
+def _pair(model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype) -> tuple[Model, Model]:
+    ours, base = open_model(model, dtype=dtype), open_model(against, dtype=dtype)
     if ours.skeleton.shapes.keys() - {ours.skeleton.head} != base.skeleton.shapes.keys() - {base.skeleton.head}:
-        raise DataError(f"'{model}' and '{against}' are made of different tensors: they cannot be compared one by one.")
+        raise DataError(
+            f"'{ours.source.model}' and '{base.source.model}' are made of different tensors: they cannot be compared "
+            "one by one."
+        )
     return ours, base
 
 
@@ -83,8 +88,8 @@ def _losses(ours: Model, base: Model) -> list[WeightLoss]:
 
 
 def attribute(
-    model: str | Path,
-    against: str | Path,
+    model: str | Path | Model,
+    against: str | Path | Model,
     *,
     data: str | Path = "docs:library",
     windows: int = 2,
@@ -100,7 +105,7 @@ def attribute(
     Every block is restored by itself, exactly, and so are the `top` linears that the errors point to; the shares of the
     other linears are estimates. Costs about blocks / 2 forward passes of `windows` x `tokens` tokens, and as many
     products with the head. Tensors are compared first, by weights alone: a suspect is found without any checksum.
-    Raises DataError for models of different shapes.
+    `dtype` is what models are opened in that are not open yet. Raises DataError for models of different shapes.
     """
     began = time.monotonic()
     ours, base = _pair(model, against, dtype)

@@ -33,6 +33,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OVERLAP = 0.01  # share of 13-grams from which on evaluation text counts as seen
 
 
+def compute_dtype(name: str) -> torch.dtype:
+    """The dtype that blocks are computed in, by name. Raises PlanError for an unknown one."""
+    if name not in DTYPES:
+        raise PlanError(f"unknown dtype '{name}': one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` found: one `TextResult` for every text, the first of which is the headline.
@@ -74,11 +81,9 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON: the headline's figures, each metric as {value, low, high} or null, and all `texts`."""
-        first = self.texts[0].to_json()
-        detail = {k: first.pop(k) for k in ("classes", "positions", "worst")}
         own = {k: v for k, v in vars(self).items() if k not in {"texts", "notes"}}
         texts = [x.to_json() for x in self.texts]
-        return own | first | detail | {"texts": texts if len(texts) > 1 else [], "notes": list(self.notes)}
+        return own | texts[0] | {"texts": texts if len(texts) > 1 else [], "notes": list(self.notes)}
 
 
 def _same_vocabulary(
@@ -137,8 +142,8 @@ def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float]) ->
 
 
 def evaluate(
-    model: str | Path,
-    against: str | Path | None = None,
+    model: str | Path | Model,
+    against: str | Path | Model | None = None,
     *,
     data: str | Path | Sequence[str | Path] = "docs:library",
     windows: int = 8,
@@ -160,8 +165,9 @@ def evaluate(
     that many tokens apart and only their last `stride` tokens are scored, so that each has a long context. `detail`
     adds, against a reference, token classes, positions and the worst tokens. Both models are streamed block by block,
     the head in slices; hidden states lie in a file under `work` (the system's temporary folder by default). `memory`:
-    bytes above a fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64.
-    `calibration`: windows that the model was calibrated on; text that occurs in both is noted.
+    bytes above a fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64. A model
+    that is open already keeps its own dtype, and its device. `calibration`: windows that the model was calibrated on;
+    text that occurs in both is noted.
 
     Raises DataError (text too short, fewer than 2 windows or tokens, models that do not share a tokenizer),
     SourceError (a model that cannot be read, logits that are not finite), PlanError (budget too small, unknown dtype).
@@ -173,15 +179,16 @@ def evaluate(
     step = tokens if stride is None else stride
     if not 1 <= step <= tokens:
         raise DataError(f"a stride of {stride} does not fit windows of {tokens} tokens: give 1 to {tokens}.")
-    if dtype not in DTYPES:
-        raise PlanError(f"unknown dtype '{dtype}': one of {', '.join(DTYPES)}.")
+    compute = compute_dtype(dtype)
     sources = [str(x) for x in ([data] if isinstance(data, str | Path) else data)]
     if not sources:
         raise DataError("there is no text to measure on: name at least one.")
-    names = [str(model)] + ([str(against)] if against is not None else [])
     models = [
-        open_model(name, dtype=DTYPES[dtype], device=device, trust_remote_code=trust_remote_code) for name in names
+        open_model(x, dtype=compute, device=device, trust_remote_code=trust_remote_code)
+        for x in (model, against)
+        if x is not None
     ]
+    used = str(models[0].skeleton.dtype).removeprefix("torch.")
     tokenizer = models[0].source.tokenizer()
     loaded = [_load(source, tokenizer, windows, tokens, step) for source in sources]
     if len(models) > 1:
@@ -197,14 +204,14 @@ def evaluate(
         for n, text in enumerate(loaded)
     )
     return Evaluation(
-        model=names[0],
-        against=names[1] if len(names) > 1 else None,
+        model=models[0].source.model,
+        against=models[1].source.model if len(models) > 1 else None,
         texts=texts,
         bytes=size.bytes,
         bits_per_weight=size.bits_per_weight,
         model_bits_per_weight=size.model_bits_per_weight,
         seconds=time.monotonic() - began,
         peak_rss_bytes=ram.peak_above_base(),
-        dtype=dtype,
-        notes=_notes(size, dtype, windows, shared),
+        dtype=used,
+        notes=_notes(size, used, windows, shared),
     )

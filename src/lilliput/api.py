@@ -80,9 +80,10 @@ def _open(
     where = _device(device)
     compute = planning.compute_dtype(dtype, where)
     opened = rotated.prepared(open_model(model, dtype=compute, device=where), wanted)
-    longest = getattr(opened.source.text_config, "max_position_embeddings", None)
-    if isinstance(longest, int) and tokens > longest:
-        raise PlanError(f"--tokens {tokens} is more than the {longest} positions that the model knows: ask for fewer")
+    if opened.positions is not None and tokens > opened.positions:
+        raise PlanError(
+            f"--tokens {tokens} is more than the {opened.positions} positions that the model knows: ask for fewer"
+        )
     made = planning.make(
         opened,
         wanted,

@@ -37,25 +37,15 @@ JsonOpt = Annotated[
 ]
 
 
-def answer(
-    run: Callable[[], Any], view: str | Callable[[Any], RenderableType], as_json: bool, resume: bool = False
-) -> Any:
-    """Run, then print the plain data that came back: a table, or one JSON object. Returns it."""
+def answer(run: Callable[[], Any], view: Callable[[Any], RenderableType], as_json: bool, resume: bool = False) -> Any:
+    """Run, then print the plain data that came back: as `view` shows it, or as one JSON object. Returns it."""
     with guarded(resume):
         with redirected():
             data = run()
         if as_json:
             write(dump(data))
         else:
-            from lilliput.report import table
-
-            views: dict[str, Callable[[Any], RenderableType]] = {
-                "compress": table.compress,
-                "plan": table.plan,
-                "verify": table.verify,
-                "inspect": table.inspect,
-            }
-            Console().print((views[view] if isinstance(view, str) else view)(data))
+            Console().print(view(data))
     return data
 
 

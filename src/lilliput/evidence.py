@@ -138,7 +138,7 @@ def _loss(
 def _rooflines(model: Model, against: Model | None) -> list[Data]:
     from lilliput.efficiency import devices, measure_device, rooflines
 
-    longest = int(getattr(model.source.text_config, "max_position_embeddings", None) or max(CONTEXTS))
+    longest = model.positions or max(CONTEXTS)
     contexts = sorted({min(x, longest) for x in CONTEXTS})
     rows = rooflines(model, against, [*devices(), measure_device()], contexts=contexts)
     return [x.to_json() for x in rows]

@@ -56,6 +56,11 @@ class Model:
         """Whether the head is the embedding."""
         return self.skeleton.tied
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest context that the model knows; None where its config names no limit."""
+        return self.skeleton.positions
+
     def read(self, canonical: str) -> Tensor:
         """A tensor by canonical name: contiguous, on the CPU, in the dtype of the files."""
         ref = self._ref(canonical)

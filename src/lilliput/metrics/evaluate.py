@@ -14,6 +14,7 @@ import torch
 
 from lilliput import memory as ram
 from lilliput.data import Tokens, load_tokens, overlap
+from lilliput.data.tokens import same_vocabulary
 from lilliput.errors import DataError, PlanError
 from lilliput.forward import finish, last_hidden
 from lilliput.metrics import layout
@@ -86,19 +87,20 @@ class Evaluation:
         return own | texts[0] | {"texts": texts if len(texts) > 1 else [], "notes": list(self.notes)}
 
 
-def _same_vocabulary(
-    model: Model, against: Model, ours: PreTrainedTokenizerBase, data: Tokens, source: str, stride: int
+def _same_tokens(
+    model: Model, against: Model, ours: PreTrainedTokenizerBase, texts: Sequence[Tokens], stride: int
 ) -> None:
     """Raises DataError where the two models do not read and predict the same tokens."""
-    where = f"'{model.source.model}' and '{against.source.model}' cannot be compared token by token"
+    names = f"'{model.source.model}' and '{against.source.model}'"
     if vocabulary(model) != vocabulary(against):
-        raise DataError(f"{where}: {vocabulary(model)} and {vocabulary(against)} vocabulary entries.")
+        sizes = f"{vocabulary(model)} and {vocabulary(against)}"
+        raise DataError(f"{names} cannot be compared: their heads have {sizes} vocabulary entries.")
     theirs = against.source.tokenizer()
-    if ours.get_vocab() != theirs.get_vocab():
-        raise DataError(f"{where}: their tokenizers have different vocabularies.")
-    samples, tokens = data.ids.shape
-    if _load(source, theirs, samples, tokens, stride).fingerprint != data.fingerprint:
-        raise DataError(f"{where}: their tokenizers cut '{source}' into different tokens.")
+    same_vocabulary(ours, theirs, names)
+    for text in texts:
+        windows, tokens = text.ids.shape
+        if _load(text.source, theirs, windows, tokens, stride).fingerprint != text.fingerprint:
+            raise DataError(f"{names} cannot be compared: their tokenizers cut '{text.source}' into different tokens.")
 
 
 def _load(source: str, tokenizer: PreTrainedTokenizerBase, windows: int, tokens: int, stride: int) -> Tokens:
@@ -192,8 +194,7 @@ def evaluate(
     tokenizer = models[0].source.tokenizer()
     loaded = [_load(source, tokenizer, windows, tokens, step) for source in sources]
     if len(models) > 1:
-        for source, text in zip(sources, loaded, strict=True):
-            _same_vocabulary(models[0], models[1], tokenizer, text, source, step)
+        _same_tokens(models[0], models[1], tokenizer, loaded, step)
     size = measure(models[0])
     ids = torch.cat([text.ids for text in loaded])
     scores = _scores(models, ids, Path(work) if work is not None else None, memory, progress)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lilliput import memory
 from lilliput.data.overlap import items_seen
-from lilliput.data.tokens import Tokens
+from lilliput.data.tokens import Tokens, same_vocabulary
 from lilliput.errors import DataError, SourceError
 from lilliput.metrics.evaluate import compute_dtype
 from lilliput.progress import Progress, Quiet
@@ -67,12 +67,6 @@ def loaded(
         del whole
         gc.collect()
         memory.trim()
-
-
-def same_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, names: str) -> None:
-    """Raises DataError where two tokenizers do not share a vocabulary; names: of both models, for the message."""
-    if ours.get_vocab() != theirs.get_vocab():
-        raise DataError(f"{names} cannot be compared: their tokenizers have different vocabularies.")
 
 
 def _same_tokens(

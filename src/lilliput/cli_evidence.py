@@ -15,7 +15,9 @@ MISSED = 3  # exit status where a stated limit is missed
 
 DataOpt = Annotated[
     list[str] | None,
-    typer.Option("--data", help="Text to measure on: docs:library, a file, hub:DATASET[:CONFIG][:SPLIT]. Repeat."),
+    typer.Option(
+        "--data", help="Text to measure on: docs:library, a file, wikitext2, c4, hub:DATASET[:CONFIG][:SPLIT]. Repeat."
+    ),
 ]
 WindowsOpt = Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")]
 TokensOpt = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]

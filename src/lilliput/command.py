@@ -20,7 +20,8 @@ from lilliput.errors import LilliputError
 ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
 RecipeOpt = Annotated[str, typer.Option(help="A named recipe, a method, a catalogue id, or a .yaml file.")]
 DataOpt = Annotated[
-    str, typer.Option(help="docs, self, a .txt or .jsonl file, or hub:DATASET[:CONFIG][:SPLIT][:COLUMN].")
+    str,
+    typer.Option(help="docs, self, a .txt or .jsonl file, wikitext2:train, or hub:DATASET[:CONFIG][:SPLIT][:COLUMN]."),
 ]
 SamplesOpt = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 TokensOpt = Annotated[int, typer.Option(min=2, help="Tokens in a calibration sample.")]

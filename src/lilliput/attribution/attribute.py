@@ -17,6 +17,7 @@ from torch import Tensor
 from lilliput import memory as ram
 from lilliput.attribution.restore import Restored, restore
 from lilliput.attribution.suspects import Suspect, find
+from lilliput.attribution.turn import turned_like
 from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, producers, turned
 from lilliput.data import load_tokens
 from lilliput.errors import DataError
@@ -70,7 +71,7 @@ def suspects(
 ) -> tuple[Suspect, ...]:
     """Tensors of `model` that look damaged beside the original's, by weights alone. Raises as `attribute` does."""
     ours, base = _pair(model, against, dtype)
-    return tuple(find(_losses(ours, base), partial(_stored, ours)))
+    return tuple(find(_aligned(ours, base)[1], partial(_stored, ours)))
 
 
 def _pair(model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype) -> tuple[Model, Model]:
@@ -85,6 +86,13 @@ def _pair(model: str | Path | Model, against: str | Path | Model, dtype: torch.d
 
 def _losses(ours: Model, base: Model) -> list[WeightLoss]:
     return [x for i in range(len(base.skeleton.block_names)) for x in compare(ours, base, i)]
+
+
+def _aligned(ours: Model, base: Model) -> tuple[Model, list[WeightLoss]]:
+    """The original, in the compressed model's coordinates where that can be, and the weights beside each other."""
+    losses = _losses(ours, base)
+    alike = turned_like(ours, base) if turned(losses) else None
+    return (base, losses) if alike is None else (alike, _losses(ours, alike))
 
 
 def attribute(
@@ -110,15 +118,20 @@ def attribute(
     began = time.monotonic()
     ours, base = _pair(model, against, dtype)
     count = len(base.skeleton.block_names)
-    losses = _losses(ours, base)
+    found, losses = _aligned(ours, base)
     damaged = tuple(find(losses, partial(_stored, ours)))
     notes: list[str] = []
     if turned(losses):
         notes.append(
             "The compressed model works in turned coordinates: its blocks cannot take the original's place one by one, "
-            "so shares are not given."
+            "so shares are not given. Where only the residual stream was rotated, the embedding would tell how."
         )
         return Attribution(0.0, (), _rows(losses, None, {}, {}), (), damaged, tuple(notes), time.monotonic() - began)
+    if found is not base:
+        notes.append(
+            "The compressed model works in turned coordinates: the original was turned like it to be compared."
+        )
+        base = found
     ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens).ids
     levels = {x.linear: math.log(x.factor) for x in damaged if x.factor > 0 and x.factor != 1.0}
     with tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work) as name:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lilliput.activations import Activations
 from lilliput.errors import SourceError
-from lilliput.model import Model, Ref
+from lilliput.model import Model
 
 # A tile of logits, 8 MB in float32: wide and high enough for the matrix product, and small enough for the allocator to
 # use the same memory again.
@@ -77,7 +77,9 @@ class StreamedHead:
         device = self._model.skeleton.device
         # In float32 whatever the blocks ran in: logits of size 20 in bfloat16 are off by up to 0.06, which is more than
         # careful quantization costs.
-        self._slice = {k: _rows(self._model, n, start, stop).to(device, torch.float32) for k, n in self._names.items()}
+        self._slice = {
+            k: self._model.read_rows(n, start, stop).to(device, torch.float32) for k, n in self._names.items()
+        }
         self._first = start
 
     def logits(self, window: int, start: int, stop: int, first: int, last: int) -> Tensor:
@@ -96,12 +98,6 @@ class StreamedHead:
     def unload(self) -> None:
         self._model.skeleton.head_module._parameters.update(self._kept)
         self._slice = {}
-
-
-def _rows(model: Model, name: str, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a tensor, read from the file alone where the tensor lies there as it is."""
-    ref = model.refs[name]
-    return model.source.read(ref.stored, (start, stop)) if ref == Ref(ref.stored) else model.read(name)[start:stop]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 import lilliput
 from lilliput.attribution import attribute
 from lilliput.errors import DataError
+from lilliput.model import open_model
 
 
 def planted(base: Path, name: str, strength: float) -> Path:
@@ -152,6 +153,19 @@ def test_a_rotated_model_gets_shares(llama, text, change) -> None:
     shares = [row["share"] for row in found.blocks]
     assert max(shares) == shares[3] > 0.3
     assert [x.linear for x in found.suspects] == [name]
+
+
+def test_a_head_that_a_rotation_untied_is_no_other_model(tiny, text) -> None:
+    base = tiny("llama")
+    assert open_model(str(base)).tied
+    out = text.with_name("tied")
+    recipe = lilliput.Recipe.model_validate({"name": "h", "steps": [{"method": "hadamard"}, {"method": "rtn"}]})
+    lilliput.compress(base, out, recipe=recipe, data=str(text), samples=4, tokens=64, eval_windows=0, dtype="float32")
+    found = attribute(out, base, data=text, windows=2, tokens=64)
+    whole = lilliput.evaluate(out, base, data=str(text), windows=2, tokens=64).kl
+    assert whole is not None
+    assert found.total_kl == pytest.approx(whole.value, rel=1e-4)
+    assert len(found.blocks) == 4
 
 
 def test_without_a_rotation_to_be_found_no_shares_are_given(llama, text, change) -> None:

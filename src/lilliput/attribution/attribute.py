@@ -76,12 +76,17 @@ def suspects(
 
 def _pair(model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype) -> tuple[Model, Model]:
     ours, base = open_model(model, dtype=dtype), open_model(against, dtype=dtype)
-    if ours.skeleton.shapes.keys() - {ours.skeleton.head} != base.skeleton.shapes.keys() - {base.skeleton.head}:
+    if _names(ours) != _names(base):
         raise DataError(
             f"'{ours.source.model}' and '{base.source.model}' are made of different tensors: they cannot be compared "
             "one by one."
         )
     return ours, base
+
+
+def _names(model: Model) -> set[str]:
+    """Tensors but for a head of its own: a rotation unties one that was tied."""
+    return set(model.skeleton.shapes) - (set() if model.tied else {model.skeleton.head})
 
 
 def _losses(ours: Model, base: Model) -> list[WeightLoss]:

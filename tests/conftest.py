@@ -86,7 +86,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def together() -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a job in several processes that know each other; see ranks_driver.py for jobs and answers."""
-    script = Path(__file__).with_name("ranks_driver.py")
+    script = Path(__file__).parent / "resume" / "ranks_driver.py"
     process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None

@@ -22,7 +22,7 @@ from lilliput.data.load import load_tokens
 from lilliput.data.tokens import Tokens
 from lilliput.device import choose as choose_device
 from lilliput.errors import DataError, LilliputError, PlanError
-from lilliput.evidence import assemble, sizes
+from lilliput.evidence import assemble
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.journal import Work
@@ -64,10 +64,11 @@ def _open(
     wanted = _recipe(recipe, settings)
     where = choose_device(device)
     compute = planning.compute_dtype(dtype, where)
-    opened = rotated.prepared(open_model(str(model), dtype=compute, device=where), wanted)
-    longest = getattr(opened.source.text_config, "max_position_embeddings", None)
-    if isinstance(longest, int) and tokens > longest:
-        raise PlanError(f"--tokens {tokens} is more than the {longest} positions that the model knows: ask for fewer")
+    opened = rotated.prepared(open_model(model, dtype=compute, device=where), wanted)
+    if opened.positions is not None and tokens > opened.positions:
+        raise PlanError(
+            f"--tokens {tokens} is more than the {opened.positions} positions that the model knows: ask for fewer"
+        )
     made = planning.make(
         opened,
         wanted,
@@ -252,6 +253,7 @@ def _run(
     layout = ranks.agreed(layout)
     made = replace(made, layout=replace(made.layout, **layout))
     key = made.hash("none" if tokens is None else tokens.fingerprint)
+    original: Model | None = None
     evaluation: Evaluation | None = None
     warnings: tuple[str, ...] = ()
     with Work(out, key, work, layout) as place:
@@ -264,14 +266,18 @@ def _run(
         if ranks.lead():
             facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
             delivery.write_loadable(place.staging, facts)
-            evaluation, warnings = _measure(opened, made, place, tokens, eval_data, eval_windows, progress)
+            if eval_windows > 0:
+                original = open_model(opened.source.model, device=made.device)
+                evaluation = _measure(original, made, place, tokens, eval_data, eval_windows, progress)
+                warnings = evaluation.notes
             spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
             delivery.write_report(place.staging, facts, evaluation, spent, peak, warnings)
         place.publish()
     evidence = None
-    if evaluation is not None:
+    if evaluation is not None and original is not None:
         measured = replace(evaluation, model=str(out))
-        evidence = assemble(measured, {"size": sizes(out, opened.source.model)}, {})
+        notes = [*made.notes, *evaluation.notes]
+        evidence = assemble(measured, open_model(out), original, {"notes": notes}, {})
     return Compression(
         out=out,
         plan=made,
@@ -287,30 +293,27 @@ def _run(
 
 
 def _measure(
-    opened: Model,
+    original: Model,
     made: Plan,
     place: Work,
     tokens: Tokens | None,
     eval_data: str | None,
     windows: int,
     progress: Progress,
-) -> tuple[Evaluation | None, tuple[str, ...]]:
-    if windows <= 0:
-        return None, ()
-    evaluation = measure(
+) -> Evaluation:
+    return measure(
         place.staging,
-        opened.source.model,
+        original,
         work=place.folder,
         device=made.device,
         data=eval_data or "docs:library",
         windows=windows,
-        tokens=window(opened),
+        tokens=window(original),
         detail=True,
         memory=made.layout.bytes if made.budget is None else made.budget,
         calibration=tokens,
         progress=progress,
     )
-    return evaluation, tuple(evaluation.notes)
 
 
 def evaluate(
@@ -348,7 +351,7 @@ def inspect(model: str | Path, data: str | None = None, *, samples: int = 8, tok
     from lilliput.anatomy.report import inspect as inspect_anatomy
     from lilliput.anatomy.report import outliers
 
-    opened = open_model(str(model), dtype=planning.compute_dtype("auto", "cpu"))
+    opened = open_model(model, dtype=planning.compute_dtype("auto", "cpu"))
     found = inspect_anatomy(opened)
     if data is not None:
         ids = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=tokens).ids
@@ -363,7 +366,7 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str
 
     if not prompt.strip():
         raise DataError("the prompt is empty: give the model something to continue")
-    opened = open_model(str(model), dtype=planning.compute_dtype("auto", "cpu"))
+    opened = open_model(model, dtype=planning.compute_dtype("auto", "cpu"))
     tokenizer = opened.source.tokenizer()
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]

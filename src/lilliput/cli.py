@@ -32,6 +32,7 @@ from lilliput.command import (
     write,
 )
 from lilliput.errors import PlanError, ToldError
+from lilliput.report import table
 
 app = typer.Typer(
     name="lilliput",
@@ -93,8 +94,8 @@ def compress(
                 data=data,
                 samples=samples,
                 tokens=tokens,
-                memory=None if memory is None else parse_size(memory, "--memory"),
-                size=None if size is None else parse_size(size, "--size"),
+                memory=parse_size(memory, "--memory"),
+                size=parse_size(size, "--size"),
                 dtype=dtype,
                 device=device,
                 work=work,
@@ -108,7 +109,7 @@ def compress(
             page.write(html, page.render(done.evidence or {}))
         return done.to_json()
 
-    answer(run, "compress", as_json, resume=True)
+    answer(run, table.compress, as_json, resume=True)
 
 
 @app.command()
@@ -139,8 +140,8 @@ def plan(
             data=data,
             samples=samples,
             tokens=tokens,
-            memory=None if memory is None else parse_size(memory, "--memory"),
-            size=None if size is None else parse_size(size, "--size"),
+            memory=parse_size(memory, "--memory"),
+            size=parse_size(size, "--size"),
             dtype=dtype,
             device=device,
             work=work,
@@ -148,7 +149,7 @@ def plan(
             settings=tuple(settings or ()),
         ).to_json()
 
-    answer(run, "plan", as_json)
+    answer(run, table.plan, as_json)
 
 
 @app.command()
@@ -163,7 +164,7 @@ def verify(
 
         return plain(api.verify(folder))
 
-    if answer(run, "verify", as_json).get("problems"):
+    if answer(run, table.verify, as_json).get("problems"):
         raise typer.Exit(2)
 
 
@@ -188,8 +189,6 @@ def methods(
         elif name is not None:
             write(catalogue.page(catalogue.find(name)))
         else:
-            from lilliput.report import table
-
             Console().print(table.methods(catalogue.index()))
 
 
@@ -206,7 +205,7 @@ def inspect(
 
         return plain(api.inspect(model, data=data))
 
-    answer(run, "inspect", as_json)
+    answer(run, table.inspect, as_json)
 
 
 @app.command()

@@ -21,7 +21,8 @@ from lilliput.errors import LilliputError, ToldError
 ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
 RecipeOpt = Annotated[str, typer.Option(help="A named recipe, a method, a catalogue id, or a .yaml file.")]
 DataOpt = Annotated[
-    str, typer.Option(help="docs, self, a .txt or .jsonl file, or hub:DATASET[:CONFIG][:SPLIT][:COLUMN].")
+    str,
+    typer.Option(help="docs, self, a .txt or .jsonl file, wikitext2:train, or hub:DATASET[:CONFIG][:SPLIT][:COLUMN]."),
 ]
 SamplesOpt = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 TokensOpt = Annotated[int, typer.Option(min=2, help="Tokens in a calibration sample.")]
@@ -38,10 +39,8 @@ JsonOpt = Annotated[
 ]
 
 
-def answer(
-    run: Callable[[], Any], view: str | Callable[[Any], RenderableType], as_json: bool, resume: bool = False
-) -> Any:
-    """Run, then print the plain data that came back: a table, or one JSON object. Returns it.
+def answer(run: Callable[[], Any], view: Callable[[Any], RenderableType], as_json: bool, resume: bool = False) -> Any:
+    """Run, then print the plain data that came back: as `view` shows it, or as one JSON object. Returns it.
 
     Of several processes the leader alone prints.
     """
@@ -53,15 +52,7 @@ def answer(
         if as_json:
             write(dump(data))
         else:
-            from lilliput.report import table
-
-            views: dict[str, Callable[[Any], RenderableType]] = {
-                "compress": table.compress,
-                "plan": table.plan,
-                "verify": table.verify,
-                "inspect": table.inspect,
-            }
-            Console().print((views[view] if isinstance(view, str) else view)(data))
+            Console().print(view(data))
     return data
 
 

@@ -1,4 +1,4 @@
-"""Runs compressions for tests/test_resume.py, each in a fork that may kill itself at a chosen call.
+"""Runs compressions for the tests beside it, each in a fork that may kill itself at a chosen call.
 
 Reads one JSON job a line from standard input, answers each with one JSON line. Imports happen once, and so does the
 look at the anatomy of the model that is named on the command line. A job: `args` of `lilliput.api.compress`, or `line`

@@ -13,6 +13,8 @@ from lilliput.evidence import gather
 from lilliput.report.page import render
 from lilliput.source import open_source
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = json.loads((Path(report.__file__).parent / "schema.json").read_text())
 
 

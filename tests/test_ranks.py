@@ -21,6 +21,8 @@ from lilliput.errors import LilliputError
 from lilliput.journal import Work
 from lilliput.progress import Quiet
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[[str], Path]
 Together = Callable[..., dict[str, Any]]
 SAME: Mapping[str, Any] = {"tokens": 32, "device": "cpu", "dtype": "float32"}

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Driver = Callable[..., dict[str, Any]]
 Whole = Callable[[str, bool], Any]
 

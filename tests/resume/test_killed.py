@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = 4
 Driver = Callable[..., dict[str, Any]]
 Whole = Callable[[str, bool], Any]

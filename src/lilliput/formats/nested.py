@@ -99,24 +99,35 @@ class NestedFormat:
         weighed = Weighed(weight, self.group_size, ranges.relative(weight, importance), norm)
         low, peak = self._range(weighed)
         kind, top = self.scales, float((1 << self.bits) - 1 if not self.symmetric else self.codes.highest)
+        lows = [low]
         if search == "mse" and plain.zero is not None:
-            low = (self.codes.lowest - plain.zero.float()) * plain.scale
+            lows.append((self.codes.lowest - plain.zero.float()) * plain.scale)
 
-        def zero(scale: Tensor) -> Tensor:
-            return (self.codes.lowest - torch.round(low / scale)).clamp_(self.codes.lowest, self.codes.highest)
+        def error(scale: Tensor, zero: Tensor | None) -> Tensor:
+            return self._error(weighed, scale, zero)
 
-        def error(scale: Tensor, at: Tensor | None = None) -> Tensor:
-            return self._error(weighed, scale, (zero(scale) if at is None else at) if not self.symmetric else None)
+        def zero(scale: Tensor) -> tuple[Tensor | None, Tensor]:
+            """The better zero point of those that put a code on the lowest value, and what it loses."""
+            if self.symmetric:
+                return None, error(scale, None)
+            best = self._whole(self.codes.lowest - lows[0] / scale)
+            least = error(scale, best)
+            for other in lows[1:]:
+                tried = self._whole(self.codes.lowest - other / scale)
+                loss = error(scale, tried)
+                best = torch.where(loss < least, tried, best)
+                least = torch.minimum(loss, least)
+            return best, least
 
         if search == "mse":
             ideal = torch.where(peak > 0, plain.scale, 0.0) * top
-            found = scales.choose(kind, peak, ideal, top, error)
+            found = scales.choose(kind, peak, ideal, top, lambda s: zero(s)[1])
         else:
             found = Scales(kind, kind.coded(peak, top, second := kind.second(peak, top)), second)
         ranges.check(weight, found.values(), kind.name)
-        if self.symmetric:
+        wanted, _ = zero(found.values())
+        if wanted is None:
             return NestedGrid(found)
-        wanted = zero(found.values())
         zeros = self._zero_kind
         if zeros is None:
             return NestedGrid(found, wanted.to(torch.int8))

@@ -66,6 +66,7 @@ def floats(kind: Float) -> tuple[float, ...]:
 class Table:
     """Rising levels, float32 [K], with 0 among them, on one device.
 
+    `edges` [K]: halfway from each level to the next, infinity after the last.
     `small`: the float that they are all values of, rounded to by its bits. Otherwise the range is cut into cells so
     small that none holds two edges between levels: `first` int64 [cells] counts the edges well below a cell.
     """
@@ -107,11 +108,11 @@ class Table:
 
     def _search(self, x: Tensor) -> Tensor:
         if self.first is None:
-            return torch.bucketize(x, self.edges)
+            return torch.bucketize(x, self.edges[:-1])
         low, span = float(self.levels[0]), float(self.levels[-1]) - float(self.levels[0])
         cell = x.sub(low).mul_(len(self.first) / span).to(torch.int64).clamp_(0, len(self.first) - 1)
         base = torch.index_select(self.first, 0, cell)
-        return base.add_(x > torch.index_select(self.edges, 0, base.clamp(max=len(self.edges) - 1)))
+        return base.add_(x > torch.index_select(self.edges, 0, base))
 
 
 @functools.cache
@@ -121,7 +122,8 @@ def of(kind: str, bits: int, custom: tuple[float, ...] = (), device: str = "cpu"
     values = floats(small) if small is not None else normal(bits) if kind == "nf" else custom
     levels = torch.tensor(values, dtype=torch.float32)
     edges = (levels[1:].double() + levels[:-1].double()).div(2).float()
-    return Table(levels.to(device), edges.to(device), small, None if small else _cells(levels, edges, device))
+    ends = torch.cat([edges, edges.new_tensor([float("inf")])])
+    return Table(levels.to(device), ends.to(device), small, None if small else _cells(levels, edges, device))
 
 
 def _cells(levels: Tensor, edges: Tensor, device: str) -> Tensor | None:

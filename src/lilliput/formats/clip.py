@@ -34,13 +34,17 @@ def divergence(weight: Tensor, size: int, levels: Tensor, steps: int) -> Tensor:
     level (non-negative `levels`, rising, on [0, t]) sharing their count evenly among those that are not empty; the
     share of least KL divergence of P from Q is taken, the longest among equals (Migacz 2017, TensorRT).
     """
-    rows = len(weight)
+    if size != 0:
+        step = max(1, _CHUNK // max(weight.shape[1], 1))
+        return torch.cat([_cut(some, size, levels, steps) for some in weight.split(step)])
+    return _cut(weight, size, levels, steps)
+
+
+def _cut(weight: Tensor, size: int, levels: Tensor, steps: int) -> Tensor:
     peak = _by_group(weight, size, lambda w: w.abs().amax(-1))
     bins = torch.where(peak > 0, weight.abs() / peak.clamp(min=1e-38), 0.0).mul_(BINS).long().clamp_(max=BINS - 1)
-    one = size == 0
-    counts = torch.zeros(1 if one else rows, BINS)
-    flat = bins.reshape(1, -1) if one else bins
-    counts.scatter_add_(1, flat.cpu(), torch.ones(flat.shape))
+    flat = (bins.reshape(1, -1) if size == 0 else bins).cpu()
+    counts = torch.zeros(len(flat), BINS).scatter_add_(1, flat, torch.ones(flat.shape))
     best = torch.full((len(counts), 1), float("inf"))
     share = torch.ones(len(counts), 1)
     for step in range(steps):

@@ -6,7 +6,7 @@ holds it (`formats.scales`). The index is that of the nearest level to w * (1 / 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from lilliput.errors import PlanError
 from lilliput.formats import groups, level_search, scales, tables
 from lilliput.formats import search as ranges
 from lilliput.formats.bits import row_bytes
-from lilliput.formats.format import Stored
+from lilliput.formats.format import CHUNK, Stored
 from lilliput.formats.integer import group_of, pack_codes, unpack_codes
 from lilliput.formats.scales import FloatScales, PowerScales, ScaleKind, Scales
 from lilliput.recipe import Target
@@ -106,22 +106,20 @@ class LevelFormat:
 
     def encode(self, weight: Tensor, grid: Scales) -> Tensor:
         """The nearest codes, int8 [out, in]. Ties go to the even mantissa of a small float, else to the lower level."""
-        rows, width = weight.shape
         table, half = self.on(weight), 1 << (self.bits - 1)
-        codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
-        for columns, scale, size in self._units(grid, width):
-            value = groups.split(weight[:, columns].float(), size) * scale.reciprocal()
-            codes[:, columns] = (table.index(value) - half).flatten(1).to(torch.int8)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for rows, columns, scale, size in self._units(grid, codes):
+            value = groups.split(weight[rows, columns].float(), size) * scale.reciprocal()
+            codes[rows, columns] = (table.index(value) - half).flatten(1).to(torch.int8)
         return codes
 
     def decode(self, codes: Tensor, grid: Scales) -> Tensor:
         """The values of codes [out, in], float32."""
-        rows, width = codes.shape
         levels, half = self.on(codes).levels, 1 << (self.bits - 1)
-        out = torch.empty(rows, width, dtype=torch.float32, device=codes.device)
-        for columns, scale, size in self._units(grid, width):
-            level = levels[(codes[:, columns].to(torch.int64) + half)]
-            torch.mul(groups.split(level, size), scale, out=groups.split(out[:, columns], size))
+        out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        for rows, columns, scale, size in self._units(grid, codes):
+            level = levels[codes[rows, columns].to(torch.int64) + half]
+            torch.mul(groups.split(level, size), scale, out=groups.split(out[rows, columns], size))
         return out
 
     def stored(self, rows: int, width: int) -> Stored:
@@ -158,10 +156,16 @@ class LevelFormat:
     def _shortest(self) -> float:
         return min(0.9, 0.1 + 0.1 * self.bits)
 
-    def _units(self, grid: Scales, width: int) -> list[tuple[slice, Tensor, int]]:
+    def _units(self, grid: Scales, codes: Tensor) -> Iterator[tuple[slice, slice, Tensor, int]]:
+        """Rows and columns, few at a time because indices are wide, with their scales [rows, groups, 1]."""
+        count, width = codes.shape
         scale = grid.values()
-        found = groups.pieces(width, self.group_size)
-        return [(columns, scale[:, some].unsqueeze(-1), size) for columns, some, size in found]
+        step = max(1, CHUNK // max(width, 1))
+        for columns, some, size in groups.pieces(width, self.group_size):
+            for a in range(0, count, step):
+                rows = slice(a, min(a + step, count))
+                own = scale if self.group_size == 0 else scale[rows, some]
+                yield rows, columns, own.unsqueeze(-1), size
 
 
 def describe_scales(kind: ScaleKind) -> str:

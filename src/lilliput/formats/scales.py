@@ -211,7 +211,7 @@ class SmallFloatScales:
         return {"": (torch.uint8, (rows, groups)), "_divisor": (torch.float32, (1,))}
 
     def pack(self, codes: Tensor, second: Second) -> dict[str, Tensor]:
-        return {"": codes.to(torch.uint8).contiguous(), "_divisor": second[0]}
+        return {"": codes.to(torch.uint8).contiguous(), "_divisor": second[0].clone()}
 
     def unpack(self, get: Get, rows: int, groups: int, start: int, stop: int) -> tuple[Tensor, Second]:
         return get("")[start:stop].to(torch.int16), (get("_divisor"),)

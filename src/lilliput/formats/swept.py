@@ -18,6 +18,7 @@ from lilliput.formats.levels import LevelFormat
 from lilliput.formats.nested import NestedFormat
 from lilliput.formats.scales import FloatScales, Scales
 
+_COLUMNS = 128
 NAMES = ("int", *levels.PRESETS)  # of a target's format
 
 
@@ -46,8 +47,11 @@ class Swept:
     def codes(self, centred: Tensor, group: Sequence[int]) -> Tensor:
         """Centred codes [in, out] of a sweep, overwritten, to codes int8 [out, in]; `group`: of each column."""
         if isinstance(self.form, LevelFormat):
-            index = self.form.on(centred).index(centred)
-            return (index - (1 << (self.form.bits - 1))).T.to(torch.int8)
+            table, half = self.form.on(centred), 1 << (self.form.bits - 1)
+            codes = torch.empty(centred.shape, dtype=torch.int8, device=centred.device)
+            for j, column in enumerate(centred.split(_COLUMNS)):  # indices are wide
+                codes[j * _COLUMNS : (j + 1) * _COLUMNS] = (table.index(column) - half).to(torch.int8)
+            return codes.T
         zero = self.grid.zero
         if zero is not None:
             columns = torch.tensor(group, device=centred.device)

@@ -53,7 +53,8 @@ def test_mistakes_are_found_by_the_plan(tiny: Tiny, target: str, said: str) -> N
 
 
 def test_rewrites_prepare_for_any_format(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = "steps:\n  - method: awq\n    options: {grid: 3, even: false}\n  - method: rtn\n    target: {format: nf4, group_size: 16}\n"
+    recipe = "steps:\n  - method: awq\n    options: {grid: 3, even: false}\n"
+    recipe += "  - method: rtn\n    target: {format: nf4, group_size: 16}\n"
     done = api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, eval_windows=0, progress=Quiet(), **ROOM)
     assert {x.scheme.describe() for x in done.plan.compressed} == {"nf4 g16"}
 

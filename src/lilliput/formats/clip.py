@@ -36,7 +36,7 @@ def divergence(weight: Tensor, size: int, levels: Tensor, steps: int) -> Tensor:
     """
     if size != 0:
         step = max(1, _CHUNK // max(weight.shape[1], 1))
-        return torch.cat([_cut(some, size, levels, steps) for some in weight.split(step)])
+        return torch.cat([_cut(weight[a : a + step], size, levels, steps) for a in range(0, len(weight), step)])
     return _cut(weight, size, levels, steps)
 
 

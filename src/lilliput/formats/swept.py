@@ -49,8 +49,8 @@ class Swept:
         if isinstance(self.form, LevelFormat):
             table, half = self.form.on(centred), 1 << (self.form.bits - 1)
             codes = torch.empty(centred.shape, dtype=torch.int8, device=centred.device)
-            for j, column in enumerate(centred.split(_COLUMNS)):  # indices are wide
-                codes[j * _COLUMNS : (j + 1) * _COLUMNS] = (table.index(column) - half).to(torch.int8)
+            for a in range(0, len(centred), _COLUMNS):  # indices are wide
+                codes[a : a + _COLUMNS] = (table.index(centred[a : a + _COLUMNS]) - half).to(torch.int8)
             return codes.T
         zero = self.grid.zero
         if zero is not None:

@@ -26,9 +26,9 @@ class Search:
 
 def check(form: Format, how: Search) -> None:
     """Raises PlanError where a format has no such range to choose."""
-    if how.signed_scale and not (isinstance(form, IntegerFormat) and form.symmetric):
+    if how.signed_scale and not isinstance(form, IntegerFormat):
         raise PlanError(
-            f"{form.describe()} has no scales of either sign: signed_scale belongs to symmetric integers with float "
+            f"{form.describe()} has no scales of either sign: signed_scale belongs to integers with plain float "
             "scales; leave it out"
         )
 

@@ -15,6 +15,7 @@ from lilliput import export, lockstep, memory, order, passes, ranks
 from lilliput.activations import START_ANEW, Activations, raw
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
+from lilliput.formats import scales
 from lilliput.forward import Batches, embed, through
 from lilliput.inventory import METADATA
 from lilliput.journal import Work, save_atomically
@@ -156,7 +157,10 @@ def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
         tasks = job.plans[name].tasks
         if not tasks:
             continue
-        alone = any(not task.method.rowwise or task.target.group_size == 0 for task in tasks)
+        alone = any(
+            not task.method.rowwise or task.target.group_size == 0 or scales.joins_rows(task.target.scale_dtype)
+            for task in tasks
+        )
         if groups and not alone and job.plans[groups[-1][0]].tasks == tasks:
             groups[-1].append(name)
         else:

@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import integer
+from lilliput.formats import integer, levels, nested
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
 # The name in a target's `format` to what makes the format of it.
 _WANTED: Mapping[str, Callable[[Target], Format]] = {
-    "int": integer.from_target,
+    "int": nested.from_target,
+    **dict.fromkeys(levels.PRESETS, levels.from_target),
 }
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "int": integer.from_plain,
+    "nested": nested.from_plain,
+    "levels": levels.from_plain,
 }
 
 
@@ -28,6 +31,14 @@ def from_target(target: Target) -> Format:
     if target.format not in _WANTED:
         raise PlanError(f"unknown format '{target.format}'.{nearest(target.format, _WANTED)}")
     return _WANTED[target.format](target)
+
+
+def completed(target: Target) -> Target:
+    """The target with what its format's name alone says: bits, group size and kind of scales.
+
+    Raises PlanError where the target says otherwise.
+    """
+    return levels.completed(target) if target.format in levels.PRESETS else target
 
 
 def from_plain(plain: Mapping[str, Any]) -> Format:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import kill_driver
+
 from lilliput import cli
 from lilliput.model import Model
 

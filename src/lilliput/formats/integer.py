@@ -257,6 +257,11 @@ def group_of(target: Target) -> int:
     return size
 
 
+def scale_dtype_of(target: Target) -> torch.dtype:
+    """The type that a target names for scales ("auto": float16)."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(target.scale_dtype, torch.float16)
+
+
 def from_target(target: Target) -> IntegerFormat:
     """The integers that a resolved target asks for; scales in the type it names ("auto": float16).
 
@@ -266,6 +271,4 @@ def from_target(target: Target) -> IntegerFormat:
         raise PlanError(f"only integer grids are possible here, not '{target.format}': leave out target.format")
     if target.bits is None:
         raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    dtype = dtypes.get(target.scale_dtype, torch.float16)
-    return IntegerFormat(target.bits, target.symmetric, group_of(target), dtype)
+    return IntegerFormat(target.bits, target.symmetric, group_of(target), scale_dtype_of(target))

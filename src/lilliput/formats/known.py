@@ -6,17 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import integer
+from lilliput.formats import binary, integer, sign, ternary
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
 # The name in a target's `format` to what makes the format of it.
 _WANTED: Mapping[str, Callable[[Target], Format]] = {
     "int": integer.from_target,
+    "binary": binary.from_target,
+    "sign": sign.from_target,
+    "ternary": ternary.from_target,
 }
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "int": integer.from_plain,
+    "binary": binary.from_plain,
+    "sign": sign.from_plain,
+    "ternary": ternary.from_plain,
 }
 
 

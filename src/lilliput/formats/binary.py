@@ -114,7 +114,8 @@ class BinaryFormat:
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """The nearest codes, int8 [out, in]; a tie goes to the lower value."""
         rows, width = weight.shape
-        return self._nearest(self._units(weight.float()), grid)[0].view(rows, -1)[:, :width].contiguous()
+        codes = self._nearest(self._units(weight.float()), grid)[0].view(rows, -1)[:, :width]
+        return (codes - (1 << (self.bits - 1))).to(torch.int8)
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """The values of codes [out, in], float32."""
@@ -157,28 +158,42 @@ class BinaryFormat:
         return pad(x, (0, -width % max(size, 1))).view(rows, -1, size)
 
     def _nearest(self, units: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Codes int8 and their values, [rows, groups, size]."""
+        """Unsigned codes int64 and their values, [rows, groups, size]."""
         levels, order = grid.levels().sort(dim=-1, stable=True)
         middle = (levels[..., 1:] + levels[..., :-1]) / 2
         place = torch.searchsorted(middle, units.contiguous())
-        codes = order.gather(-1, place) - (1 << (self.bits - 1))
-        return codes.to(torch.int8), levels.gather(-1, place)
+        return order.gather(-1, place), levels.gather(-1, place)
 
     def _fit(self, units: Tensor, weigh: Tensor, start: Start, rounds: int) -> Grid:
-        weigh = weigh.expand_as(units)
-        best = self._greedy(units, weigh) if start != "uniform" or self.bits == 1 else self._uniform(units, weigh)
+        rows, groups, size = units.shape
+        units, weigh = units.view(-1, 1, size), weigh.expand_as(units).reshape(-1, 1, size)
+        starts = [self._greedy] if start == "greedy" or self.bits == 1 else [self._uniform]
+        if start == "best" and self.bits > 1:
+            starts.append(self._greedy)
+        best = starts[0](units, weigh)
         codes, least = self._tried(units, weigh, best)
-        for n in range(rounds + (start == "best" and self.bits > 1)):
-            first = n == 0 and start == "best" and self.bits > 1
-            grid = self._uniform(units, weigh) if first else self._refit(units, weigh, codes)
-            found, error = self._tried(units, weigh, grid)
-            better = error < least
-            if not first and not bool(better.any()):
+        for other in starts[1:]:
+            self._take(
+                best, codes, least, torch.arange(len(units), device=units.device), units, weigh, other(units, weigh)
+            )
+        active = torch.arange(len(units), device=units.device)
+        for _ in range(rounds):  # groups that a round does not improve are done: the next would be the same
+            some, h = units[active], weigh[active]
+            active = self._take(best, codes, least, active, some, h, self._refit(some, h, codes[active]))
+            if not len(active):
                 break
-            wide = better.unsqueeze(-1)
-            best = Grid(torch.where(wide, grid.alpha, best.alpha), torch.where(better, grid.offset, best.offset))
-            codes, least = torch.where(wide, found, codes), torch.where(better, error, least)
-        return best
+        return Grid(best.alpha.view(rows, groups, self.bits), best.offset.view(rows, groups))
+
+    def _take(
+        self, best: Grid, codes: Tensor, least: Tensor, active: Tensor, units: Tensor, weigh: Tensor, grid: Grid
+    ) -> Tensor:
+        """Write `grid` and its codes where they lower the error of the `active` groups; returns which those are."""
+        found, error = self._tried(units, weigh, grid)
+        better = (error < least[active]).squeeze(-1)
+        where = active[better]
+        best.alpha[where], best.offset[where] = grid.alpha[better], grid.offset[better]
+        codes[where], least[where] = found[better], error[better]
+        return where
 
     def _tried(self, units: Tensor, weigh: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         codes, value = self._nearest(units, grid)
@@ -195,22 +210,26 @@ class BinaryFormat:
         return self._as_stored(torch.cat(alphas, -1), offset.squeeze(-1))
 
     def _uniform(self, units: Tensor, weigh: Tensor) -> Grid:
-        rows, groups, size = units.shape
+        size = units.shape[-1]
         form = IntegerFormat(self.bits, False, -1, torch.float32)
-        grid = form.fit(units.reshape(-1, size), search="mse", importance=weigh.reshape(-1, size))
+        grid = form.fit(units.view(-1, size), search="mse", importance=weigh.view(-1, size))
         made = of_integers(form, grid)
-        return self._as_stored(made.alpha.view(rows, groups, self.bits), made.offset.view(rows, groups))
+        return self._as_stored(made.alpha, made.offset)
 
     def _refit(self, units: Tensor, weigh: Tensor, codes: Tensor) -> Grid:
         """Least squares; where groups have fewer different codes than unknowns a faint ridge decides."""
-        shifts = torch.arange(self.bits, device=units.device)
-        unsigned = codes.long().unsqueeze(-1) + (1 << (self.bits - 1))
-        signs = torch.cat([(unsigned >> shifts & 1) * 2 - 1, torch.ones_like(unsigned)], -1).double()
-        weighted = (signs * weigh.double().unsqueeze(-1)).transpose(-1, -2)
-        normal, right = weighted @ signs, weighted @ units.double().unsqueeze(-1)
-        ridge = normal.diagonal(dim1=-2, dim2=-1).sum(-1).mul(1e-9).clamp(min=1e-30)
-        normal.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
-        solved = torch.linalg.solve_ex(normal, right)[0].squeeze(-1).float()
+        count = 1 << self.bits
+        mass, pull = (
+            torch.zeros(len(units), count, dtype=torch.float64, device=units.device).scatter_add_(1, codes[:, 0], x)
+            for x in (weigh[:, 0].double(), (weigh * units)[:, 0].double())
+        )
+        numbers = torch.arange(count, device=units.device)
+        bits = (numbers.unsqueeze(1) >> torch.arange(self.bits, device=units.device) & 1) * 2 - 1
+        signs = torch.cat([bits, torch.ones_like(numbers).unsqueeze(1)], 1).double()
+        normal, right = (signs.T * mass.unsqueeze(1)) @ signs, (pull @ signs).unsqueeze(-1)
+        diagonal = normal.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(diagonal.sum(-1, keepdim=True).mul(1e-9).clamp(min=1e-30))
+        solved = torch.linalg.solve_ex(normal, right)[0].transpose(-1, -2).float()
         return self._as_stored(solved[..., :-1], solved[..., -1])
 
     def _as_stored(self, alpha: Tensor, offset: Tensor) -> Grid:

@@ -47,3 +47,8 @@ def from_plain(plain: Mapping[str, Any]) -> Format:
 def names() -> tuple[str, ...]:
     """The names that a target's `format` may have."""
     return tuple(_WANTED)
+
+
+def holds_zero(form: Format) -> bool:
+    """Whether a weight can be exactly 0 on every grid of the format."""
+    return not isinstance(form, (binary.BinaryFormat, sign.SignFormat))

@@ -24,8 +24,7 @@ def _slow(w: Tensor, gram: Tensor, order: list[int], levels: Tensor, kept: Tenso
     for n, j in enumerate(order):
         aims[:, j] = work[:, j]
         near = (levels[:, j].double() - work[:, j : j + 1]).abs().argmin(1, keepdim=True)
-        exact = work[:, j].half().double()
-        out[:, j] = torch.where(kept[:, j], exact, levels[:, j].double().gather(1, near).squeeze(1))
+        out[:, j] = torch.where(kept[:, j], work[:, j], levels[:, j].double().gather(1, near).squeeze(1))
         work[:, order[n:]] -= ((work[:, j] - out[:, j]) / u[n, n]).unsqueeze(1) * u[n, n:]
     pivot = torch.empty(len(h), dtype=torch.float64)
     pivot[order] = 1 / u.diagonal().square()
@@ -42,7 +41,7 @@ def test_levels_and_kept_weights_equal_the_printed_sweep() -> None:
 
         def rounding(a: int, b: int, slots: list[int] = slots) -> obs.Nearest:
             inner = values.Levels.of(levels[a:b], [j // 8 for j in slots])
-            return values.Kept.of(inner, kept[a:b, slots].T, torch.float16)
+            return values.Kept.of(inner, kept[a:b, slots].T)
 
         found, aims = values.sweep(w, factor, order, rounding, block=16)
         slow, wanted, curve = _slow(w, gram, slots, levels[:, torch.arange(40) // 8], kept)

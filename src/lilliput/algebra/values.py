@@ -44,23 +44,22 @@ class Levels:
 
 @dataclass(frozen=True)
 class Kept:
-    """A rounding that leaves the weights of `mask` [in, out] (in sweep order) what they have become, in `dtype`."""
+    """A rounding that leaves the weights of `mask` [in, out] (in sweep order) exactly what they have become."""
 
     inner: obs.Nearest
     mask: Tensor
-    dtype: torch.dtype
     group: Sequence[int]
     scale: Sequence[Tensor]
 
     @staticmethod
-    def of(inner: obs.Nearest, mask: Tensor, dtype: torch.dtype) -> Kept:
+    def of(inner: obs.Nearest, mask: Tensor) -> Kept:
         ones = torch.ones(mask.shape[1], device=mask.device)
-        return Kept(inner, mask, dtype, inner.group, [ones] * len(inner.scale))
+        return Kept(inner, mask, inner.group, [ones] * len(inner.scale))
 
     def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
         self.inner.nearest(column, value, code)
         code.mul_(self.inner.scale[self.group[column]])
-        torch.where(self.mask[column], value.to(self.dtype).float(), code, out=code)
+        torch.where(self.mask[column], value, code, out=code)
 
 
 def sweep(

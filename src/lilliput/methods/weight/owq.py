@@ -2,7 +2,7 @@
 
 The sensitivity of input j is H_jj |W_j - Q(W_j)|^2, H = XT X and Q rounding to nearest. The k most sensitive columns
 are kept. Ranges are searched for the other columns alone; in the sweep the kept columns come last, so that they take up
-the errors of all others and, being exact, pass on none but that of float16. The grid holds 0 at their places.
+the errors of all others and pass on none; they are stored in float16. The grid holds 0 at their places.
 
 k = floor(extra * out * in / (16 out + 32)): what `extra` bits a weight pay for, a kept column being `out` values and
 its number. k = 0 is `gptq`, k = in the weight in float16.
@@ -96,7 +96,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     def rounding(a: int, b: int) -> obs.Nearest:
         part = grid.rows(a, b)
         inner = obs.Rounding.of(part.scale, part.zero, form.bits, b - a, visits)
-        return values.Kept.of(inner, chosen[order].unsqueeze(1).expand(width, b - a), torch.float16)
+        return values.Kept.of(inner, chosen[order].unsqueeze(1).expand(width, b - a))
 
     found, _ = values.sweep(weight, factor, order, rounding, support=layer.support)
     dense = QuantizedPart(form, form.encode(torch.where(chosen, 0.0, found), grid), grid)

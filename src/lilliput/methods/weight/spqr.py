@@ -9,8 +9,8 @@ for the paper's threshold, which is then whatever the last kept weight scores. W
    of the highest gains is put aside, and the grids are fitted without them.
 2. A GPTQ sweep that leaves these exact shows the error of all others, ((w_j - q_j) / U_jj)^2 at their turn. Of gains
    and errors together the highest are kept; grids are fitted again, a kept weight standing as the mean of its group.
-3. The final sweep leaves the kept weights what they have become by then, rounded to float16, and pushes no error of
-   theirs. The grid holds 0 at their places, so they are reproduced bit by bit.
+3. The final sweep leaves the kept weights what they have become by then and pushes no error of theirs; they are stored
+   in float16. The grid holds 0 at their places, so they are reproduced bit by bit.
 
 Beyond the paper: ranges are searched, and correlations shrunk, as in `gptq`. No outliers: `gptq` with these groups.
 
@@ -91,7 +91,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
 
         def rounding(a: int, b: int) -> obs.Nearest:
             kept = mask[a:b].T if order is None else mask[a:b].T[order]
-            return values.Kept.of(_rounding(form, grid.rows(a, b), visits, b - a), kept, torch.float16)
+            return values.Kept.of(_rounding(form, grid.rows(a, b), visits, b - a), kept)
 
         return values.sweep(weight, factor, order, rounding, support=layer.support)
 

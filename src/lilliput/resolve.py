@@ -14,7 +14,6 @@ from lilliput import methods
 from lilliput.anatomy.model import Anatomy, Linear
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known
-from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.recipe import Recipe, Step, Target, Where
 
@@ -186,9 +185,9 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
                     f"{label}: it turns the weight, and an earlier step has already decided its parts or zeros: "
                     "move it to the front"
                 )
-            if sparsity is not None and any(isinstance(part, LowRankSpec) for part in added.parts):
+            if sparsity is not None and added.fills:
                 raise PlanError(
-                    f"{label}: a low-rank part reaches every weight, so an earlier step's zeros would not stay: "
+                    f"{label}: {added.describe()} reaches every weight, so an earlier step's zeros would not stay: "
                     "leave one of the two steps out"
                 )
             scheme = Scheme(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +85,24 @@ def _cholesky(gram: Tensor, order: Tensor, ridge: float, shrinkage: float, dtype
     return lower if usable else None
 
 
+class Nearest(Protocol):
+    """How the sweep rounds: a column's value is code * scale of its group, whatever the code is."""
+
+    @property
+    def scale(self) -> Sequence[Tensor]:
+        """For each group, float32 [out]."""
+        ...
+
+    @property
+    def group(self) -> Sequence[int]:
+        """The group of each column, in sweep order."""
+        ...
+
+    def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
+        """Write the code nearest to value [out] into code [out]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rounding:
     """The grids of a matrix as the sweep reads them: for each group, one contiguous float32 vector [out] of 1 / scale,
@@ -143,7 +162,7 @@ def settle(
     weight: Tensor,
     coupling: Tensor,
     first: int,
-    rounding: Rounding | None,
+    rounding: Nearest | None,
     codes: Tensor | None,
     support: Tensor | None,
 ) -> None:

@@ -232,6 +232,15 @@ def group_of(target: Target) -> int:
     return size
 
 
+def scale_dtype_of(target: Target) -> torch.dtype:
+    """The type that a target names for scales ("auto": float16). Raises PlanError for a kind that is no float type."""
+    if target.scale_dtype != "auto" and target.scale_dtype not in DTYPES:
+        raise PlanError(
+            f"scales of kind '{target.scale_dtype}' are not possible here: choose float16, bfloat16 or float32"
+        )
+    return DTYPES.get(target.scale_dtype, torch.float16)
+
+
 def from_target(target: Target) -> IntegerFormat:
     """The integers that a resolved target asks for; scales in the type it names ("auto": float16).
 
@@ -242,9 +251,4 @@ def from_target(target: Target) -> IntegerFormat:
         raise PlanError(f"only integer grids are possible here, not '{target.format}': leave out target.format")
     if target.bits is None:
         raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
-    if target.scale_dtype != "auto" and target.scale_dtype not in DTYPES:
-        raise PlanError(
-            f"scales of kind '{target.scale_dtype}' are not possible here: choose float16, bfloat16 or float32"
-        )
-    dtype = DTYPES.get(target.scale_dtype, torch.float16)
-    return IntegerFormat(target.bits, target.symmetric, group_of(target), dtype)
+    return IntegerFormat(target.bits, target.symmetric, group_of(target), scale_dtype_of(target))

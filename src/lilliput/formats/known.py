@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import integer, levels, nested
+from lilliput.formats import binary, integer, levels, nested, sign, ternary
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
@@ -14,12 +14,18 @@ from lilliput.recipe import Target, nearest
 _WANTED: Mapping[str, Callable[[Target], Format]] = {
     "int": nested.from_target,
     **dict.fromkeys(levels.PRESETS, levels.from_target),
+    "binary": binary.from_target,
+    "sign": sign.from_target,
+    "ternary": ternary.from_target,
 }
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "int": integer.from_plain,
     "nested": nested.from_plain,
     "levels": levels.from_plain,
+    "binary": binary.from_plain,
+    "sign": sign.from_plain,
+    "ternary": ternary.from_plain,
 }
 
 
@@ -52,3 +58,8 @@ def from_plain(plain: Mapping[str, Any]) -> Format:
 def names() -> tuple[str, ...]:
     """The names that a target's `format` may have."""
     return tuple(_WANTED)
+
+
+def holds_zero(form: Format) -> bool:
+    """Whether a weight can be exactly 0 on every grid of the format."""
+    return not isinstance(form, (binary.BinaryFormat, sign.SignFormat))

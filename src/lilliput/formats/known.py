@@ -6,17 +6,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import integer
+from lilliput.formats import integer, trellis, vector
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
 # The name in a target's `format` to what makes the format of it.
 _WANTED: Mapping[str, Callable[[Target], Format]] = {
     "int": integer.from_target,
+    "e8": vector.e8_from_target,
+    "vector": vector.from_target,
+    "trellis": trellis.from_target,
+    "trellis-half": trellis.half_from_target,
 }
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "int": integer.from_plain,
+    "e8": vector.e8_from_plain,
+    "vector": vector.from_plain,
+    "trellis": trellis.from_plain,
 }
 
 

@@ -63,10 +63,9 @@ def transform(x: Tensor, *, transposed: bool = False) -> Tensor:
     y = x.reshape(-1, *parts)
     for axis, order in enumerate(parts, start=1):
         y = y.movedim(axis, -1)
-        if order & (order - 1) == 0:
-            y = _sylvester(y)  # symmetric
-        else:
-            y = y @ (paley(order).T if transposed else paley(order)).to(y)
+        # Sylvester's matrices are symmetric, Paley's are not.
+        odd = order & (order - 1) != 0
+        y = y @ (paley(order).T if transposed else paley(order)).to(y) if odd else _sylvester(y)
         y = y.movedim(-1, axis)
     return y.reshape(x.shape) / math.sqrt(width)
 

@@ -46,9 +46,7 @@ def polish(weight: Tensor, deviation: Tensor, gram: Tensor, ridge: float, neares
         deviation[a:b] += moved
 
 
-def _settle(
-    aim: Tensor, weight: Tensor, coupling: Tensor, nearest: Nearest, codes: Tensor, deviation: Tensor
-) -> None:
+def _settle(aim: Tensor, weight: Tensor, coupling: Tensor, nearest: Nearest, codes: Tensor, deviation: Tensor) -> None:
     for j in range(len(aim)):
         value = aim[j] if j == 0 else torch.addmv(aim[j], deviation[:j].T, coupling[:j, j])
         codes[j], got = nearest(value)

@@ -26,7 +26,8 @@ def table(window: int) -> Tensor:
     """
     count = 1 << window
     quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    return (quantiles.mul(512).round_() / 512).float()[_hash(torch.arange(count), window)]
+    levels: Tensor = (quantiles.mul(512).round_() / 512).float()
+    return levels[_hash(torch.arange(count), window)]
 
 
 def _hash(x: Tensor, window: int) -> Tensor:
@@ -69,7 +70,7 @@ def best_path(x: Tensor, window: int, steps: tuple[int, int]) -> Tensor:
 
 
 def registers(symbols: Tensor, window: int, steps: tuple[int, int]) -> Tensor:
-    """The registers after each of the symbols int64 [n, length, ...], shifted in one after the other from register 0."""
+    """The registers after each of the symbols int64 [n, length, ...], shifted in one by one from register 0."""
     total = symbols.clone()
     even = torch.arange(symbols.shape[1], device=symbols.device) % 2 == 0
     shape = (1, -1, *[1] * (symbols.dim() - 2))

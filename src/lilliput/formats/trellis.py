@@ -95,7 +95,7 @@ class TrellisFormat:
         return {"": pack_bits(pair, self.half_bits).flatten(), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
 
     def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
-        low, high = self.steps
+        _, high = self.steps
         walk = self.walk(rows)
         first = start - start % walk  # the register is known where a walk begins
         packed = get("").view(-(-rows // 2), -1)[first // 2 : -(-stop // 2)]

@@ -33,7 +33,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 from lilliput import api, cli
-from lilliput import plan as planning
 from lilliput.model import Model, open_model
 from lilliput.progress import Quiet
 
@@ -119,7 +118,8 @@ def warm(model: str) -> None:
     """Every fork finds the anatomy ready, and does not time the machine for the plan."""
     found = open_model(model).anatomy()
     setattr(Model, "anatomy", lambda self: found)  # noqa: B010
-    setattr(planning, "_seconds", lambda *args, **options: 1.0)  # noqa: B010
+    # `lilliput.plan` is the function of that name; the module is found by import_module alone.
+    setattr(importlib.import_module("lilliput.plan"), "_seconds", lambda *args, **options: 1.0)  # noqa: B010
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lilliput import cli_evidence
+from lilliput import cli_evidence, ranks
 from lilliput.command import (
     DataOpt,
     DeviceOpt,
@@ -31,16 +31,25 @@ from lilliput.command import (
     redirected,
     write,
 )
+from lilliput.errors import PlanError, ToldError
 
 app = typer.Typer(
     name="lilliput",
-    help="Compress a Hugging Face causal language model under a budget, and say what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 cli_evidence.register(app)
+
+
+@app.callback()
+def together(context: typer.Context) -> None:
+    """Compress a Hugging Face causal language model under a budget, and say what it cost."""
+    if ranks.size() > 1 and context.invoked_subcommand not in {"compress", "plan"}:
+        with guarded():
+            error = f"{ranks.size()} processes were started, but {context.invoked_subcommand} is the work of one"
+            raise (PlanError if ranks.lead() else ToldError)(f"{error}: start it without torchrun")
 
 
 @app.command()
@@ -66,7 +75,6 @@ def compress(
     """Compress MODEL into a folder that engines load, and report what it cost."""
 
     def run() -> Any:
-        from lilliput.errors import PlanError
         from lilliput.report import page
 
         if html is not None:
@@ -96,7 +104,7 @@ def compress(
                 eval_windows=eval_windows,
                 progress=progress,
             )
-        if html is not None:
+        if html is not None and ranks.lead():
             page.write(html, page.render(done.evidence or {}))
         return done.to_json()
 
@@ -167,7 +175,6 @@ def methods(
 ) -> None:
     """All methods; one method's page; or a recipe that runs a method or a catalogue id."""
     from lilliput import catalogue
-    from lilliput.errors import PlanError
     from lilliput.recipe import load, to_yaml
 
     with guarded():

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from lilliput.errors import LilliputError
+from lilliput import ranks
+from lilliput.errors import LilliputError, ToldError
 
 ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
 RecipeOpt = Annotated[str, typer.Option(help="A named recipe, a method, a catalogue id, or a .yaml file.")]
@@ -40,10 +41,15 @@ JsonOpt = Annotated[
 def answer(
     run: Callable[[], Any], view: str | Callable[[Any], RenderableType], as_json: bool, resume: bool = False
 ) -> Any:
-    """Run, then print the plain data that came back: a table, or one JSON object. Returns it."""
+    """Run, then print the plain data that came back: a table, or one JSON object. Returns it.
+
+    Of several processes the leader alone prints.
+    """
     with guarded(resume):
         with redirected():
             data = run()
+        if not ranks.lead():
+            return data
         if as_json:
             write(dump(data))
         else:
@@ -102,12 +108,15 @@ def guarded(resume: bool = False) -> Iterator[None]:
     """Turn errors that the user can mend into one message and exit status 2, and Ctrl-C into status 130."""
     try:
         yield
+    except ToldError:
+        raise typer.Exit(2) from None
     except LilliputError as error:
         _say(f"error: {error}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         more = " Run the same command again: it goes on after the last finished block." if resume else ""
-        _say(f"interrupted.{more}")
+        if ranks.lead():
+            _say(f"interrupted.{more}")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import memory
+from lilliput import memory, ranks
 from lilliput.activations import Activations, raw
 from lilliput.backward import Samples
 from lilliput.errors import LilliputError
@@ -47,27 +47,34 @@ def spill(plan: Plan, model: Model) -> int:
 
 
 def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
-    """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did."""
+    """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did.
+
+    ids [N, T] are all samples: a rotation is learned by the leading rank alone, for its loss is one of all of them.
+    """
     for task in plan.resolved.learned:
         if not isinstance(model, RotatedModel):
             raise RuntimeError("a rotation was planned for a model that was not prepared for one")
         path = work.folder / f"rotation-{task.step:02d}.safetensors"
         records = [r for r in work.find("rotation") if r["step"] == task.step]
+        width = model.skeleton.hidden_size
+        matrix = torch.empty(width, width, dtype=torch.float64)
         if not records:
-            samples = None if ids is None else Samples(ids, work.folder, progress)
-            targets = plan.resolved.quantized()
-            with torch.enable_grad():
-                folds = task.method.module.learn(model, samples, targets, task.options)
-            matrix = _product(folds, model.skeleton.hidden_size)
-            _save(path, matrix)
+            if ranks.lead():
+                samples = None if ids is None else Samples(ids, work.folder, progress)
+                with torch.enable_grad():
+                    folds = task.method.module.learn(model, samples, plan.resolved.quantized(), task.options)
+                matrix = _product(folds, width)
+                _save(path, matrix)
             work.note({"kind": "rotation", "step": task.step, "sha256": _sha256(matrix)})
-        else:
-            matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
-            if _sha256(matrix) != records[0]["sha256"]:
-                raise LilliputError(
-                    f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and start "
-                    "anew"
-                )
+        with ranks.together():
+            if records and ranks.lead():
+                matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
+                if _sha256(matrix) != records[0]["sha256"]:
+                    raise LilliputError(
+                        f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
+                        "start anew"
+                    )
+        matrix = ranks.same(matrix.contiguous())
         model = model.rotated(matrix)
         memory.trim()
     return model
@@ -91,7 +98,10 @@ def _save(path: Path, matrix: Tensor) -> None:
 
 
 def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
-    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks."""
+    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks.
+
+    ids [n, T] are this rank's samples.
+    """
     for task in plan.resolved.allocations:
         governed = plan.resolved.governed(task)
         scores = _scores(plan, task, model, ids, work, progress)
@@ -135,12 +145,13 @@ def _score_blocks(
     if task.needs:
         if ids is None:
             raise RuntimeError("scores were planned from calibration, but there are no tokens")
-        inputs = _states(plan, task, model, ids, work, start, create=start == 0)
-        if start and inputs.checksum() != done[-1]["hidden"]:
-            raise LilliputError(
-                f"{inputs.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
-                "start anew"
-            )
+        with ranks.together():
+            inputs = _states(plan, task, model, ids, work, start, create=start == 0)
+            if start and inputs.checksum() != done[-1]["hidden"][ranks.rank()]:
+                raise LilliputError(
+                    f"{inputs.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
+                    "start anew"
+                )
         batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
     governed = plan.resolved.governed(task)
     progress.step(start, count, "scoring")
@@ -156,17 +167,19 @@ def _score_blocks(
             sites = [site for site in anatomy.sites if set(site.linears) & set(names)]
             stats = observe(model, index, batches, inputs, outputs, sites, task.needs)
             model.unload_block(index)
-        weights = BlockWeights(model, index, anatomy)
-        view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})
-        scores = task.method.module.score(view, BlockIO(stats), task.options)
-        del view
+        scores: Scores = {}
+        if ranks.lead():
+            weights = BlockWeights(model, index, anatomy)
+            view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})
+            scores = task.method.module.score(view, BlockIO(stats), task.options)
+            del view
         work.note(
             {
                 "kind": "score",
                 "step": task.step,
                 "block": index,
                 "scores": {f"{prefix}.{name}": list(values) for name, values in scores.items()},
-                "hidden": None if outputs is None else outputs.checksum(),
+                "hidden": None if outputs is None else ranks.gathered(outputs.checksum()),
             }
         )
         if inputs is not None:

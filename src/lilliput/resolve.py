@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from lilliput import methods
 from lilliput.anatomy.model import Anatomy, Linear
 from lilliput.errors import LilliputError, PlanError
+from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.recipe import Recipe, Step, Target, Where
 
@@ -183,6 +184,11 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
                 raise PlanError(
                     f"{label}: it turns the weight, and an earlier step has already decided its parts or zeros: "
                     "move it to the front"
+                )
+            if sparsity is not None and any(isinstance(part, LowRankSpec) for part in added.parts):
+                raise PlanError(
+                    f"{label}: a low-rank part reaches every weight, so an earlier step's zeros would not stay: "
+                    "leave one of the two steps out"
                 )
             scheme = Scheme(
                 (*scheme.parts, *added.parts), (*scheme.inputs, *added.inputs), (*scheme.outputs, *added.outputs)

@@ -16,6 +16,8 @@ import functools
 import torch
 from torch import Tensor
 
+_NEVER = 1e30  # the cost of what cannot be; finite, because it is multiplied by zeros
+
 
 @functools.lru_cache(maxsize=4)
 def table(window: int) -> Tensor:
@@ -48,24 +50,27 @@ def best_path(x: Tensor, window: int, steps: tuple[int, int]) -> Tensor:
     numbers = table(window).to(x)
     square, pull = numbers.square(), (numbers * -2)[None]
     cost = torch.empty(length, count, states, dtype=x.dtype, device=x.device)
+    repeat = [torch.eye(4, dtype=x.dtype, device=x.device).repeat_interleave(1 << k, 1) for k in steps]
     for t in range(length):
-        now, branches = cost[t], 1 << steps[t % 2]
-        torch.addmm(square, x[:, t : t + 1], pull, out=now)
+        now, k = cost[t], steps[t % 2]
+        torch.addcmul(square, x[:, t : t + 1], pull, out=now)
         if t == 0:
-            now[:, branches:] = float("inf")
+            now[:, 1 << k :] = _NEVER
             continue
-        # A register's predecessors differ in the bits that fell out at its top.
-        reached = cost[t - 1].view(count, branches, -1).amin(1)
-        now.view(count, -1, branches).add_(reached.unsqueeze(-1))
+        # A register's predecessors differ in the bits that fell out at its top; its successors lie side by side. To add
+        # to each of those by a product with zeros and ones takes a third of the time that broadcasting takes.
+        reached = cost[t - 1].view(count, 1 << k, -1).amin(1)
+        now.view(-1, 4 << k).addmm_(reached.view(-1, 4), repeat[t % 2])
     path = torch.empty(length, count, dtype=torch.int64, device=x.device)
     state = cost[-1].argmin(1)
-    each = torch.arange(count, device=x.device)
+    first = torch.arange(count, device=x.device) * states
+    tops = [torch.arange(1 << k, device=x.device) * (states >> k) + first[:, None] for k in steps]
     for t in range(length - 1, -1, -1):
         path[t] = state
         if t:
-            kept = state >> steps[t % 2]
-            before = states >> steps[t % 2]
-            state = cost[t - 1].view(count, -1, before)[each, :, kept].argmin(1) * before + kept
+            k = steps[t % 2]
+            state = state >> k
+            state += cost[t - 1].take(tops[t % 2] + state[:, None]).argmin(1).mul_(states >> k)
     return path.T
 
 

@@ -69,8 +69,10 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     form = from_target(target)
     weight = layer.rest()
     kept = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
-    inverse = _inverse(stats.need("gram").double(), o.damping)
-    grid = form.fit(kept, search=o.search, importance=stats.second_moment() if stats.count else None)
+    gram = stats.need("gram")
+    inverse = _inverse(gram.double(), o.damping)
+    diagonal = gram.diagonal()
+    grid = form.fit(kept, search=o.search, importance=diagonal + o.damping * diagonal.mean())
     rows, width = weight.shape
     scale, zero = (x.double().expand(rows, width) for x in form.expand(grid, width))
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)

@@ -135,11 +135,11 @@ def test_a_column_is_polished_to_its_best_value() -> None:
 def test_each_step_is_worth_something_at_two_bits() -> None:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(800, 64, generator=g) @ torch.randn(64, 64, generator=g) / 8
-    # Heavy tails, as real weights have them.
+    # Heavy tails, as real weights have them; one scale for each row or for all: 2 to 2.5 bits with everything.
     w = torch.randn(64, 64, generator=g) * torch.exp(0.8 * torch.randn(64, 64, generator=g))
     stats = SiteStats(64, 800, gram=x.T @ x)
     integers = gptq.Options(shrinkage=0.0, refine=3)
-    plain = _loss(gptq.compress(Layer("x", w), stats, _target("int", 2, 32), integers), stats)
+    plain = _loss(gptq.compress(Layer("x", w), stats, _target("int", 2, "channel"), integers), stats)
     unturned, e8 = (_loss(_run(w, stats, _target("e8"), turn=turn), stats) for turn in ("none", "hadamard"))
     trellis, half = (_loss(_run(w, stats, _target(form)), stats) for form in ("trellis", "trellis-half"))
     assert min(plain, unturned) > e8 > trellis > half

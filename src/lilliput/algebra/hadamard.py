@@ -52,8 +52,9 @@ def factor(width: int) -> tuple[int, ...]:
     return (*parts, rest) if rest > 1 or not parts else tuple(parts)
 
 
-def transform(x: Tensor) -> Tensor:
-    """x [..., n] times the orthonormal Hadamard matrix of order n (its transpose undoes it), in x's dtype.
+def transform(x: Tensor, *, transposed: bool = False) -> Tensor:
+    """x [..., n] times the orthonormal Hadamard matrix of order n, or times its transpose, which undoes it; in x's
+    dtype.
 
     Raises PlanError for a width without a transform.
     """
@@ -62,7 +63,9 @@ def transform(x: Tensor) -> Tensor:
     y = x.reshape(-1, *parts)
     for axis, order in enumerate(parts, start=1):
         y = y.movedim(axis, -1)
-        y = _sylvester(y) if order & (order - 1) == 0 else y @ paley(order).to(y)
+        # Sylvester's matrices are symmetric, Paley's are not.
+        odd = order & (order - 1) != 0
+        y = y @ (paley(order).T if transposed else paley(order)).to(y) if odd else _sylvester(y)
         y = y.movedim(-1, axis)
     return y.reshape(x.shape) / math.sqrt(width)
 

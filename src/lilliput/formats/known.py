@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import binary, integer, levels, nested, sign, ternary
+from lilliput.formats import binary, integer, levels, nested, sign, ternary, trellis, vector
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
@@ -17,6 +17,10 @@ _WANTED: Mapping[str, Callable[[Target], Format]] = {
     "binary": binary.from_target,
     "sign": sign.from_target,
     "ternary": ternary.from_target,
+    "e8": vector.e8_from_target,
+    "vector": vector.from_target,
+    "trellis": trellis.from_target,
+    "trellis-half": trellis.half_from_target,
 }
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
@@ -26,6 +30,9 @@ _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "binary": binary.from_plain,
     "sign": sign.from_plain,
     "ternary": ternary.from_plain,
+    "e8": vector.e8_from_plain,
+    "vector": vector.from_plain,
+    "trellis": trellis.from_plain,
 }
 
 

@@ -114,7 +114,9 @@ class Scale:
 class Rotation:
     """A random orthogonal matrix that is cheap to apply, from `seed`; spec and transform in one.
 
-    "hadamard": random signs, then a Hadamard transform of blocks of the largest possible order (n log n).
+    "hadamard": random signs, a Hadamard transform of blocks of the largest order that divides n, and, where that leaves
+    c > 1 blocks, a random orthogonal matrix of order c across them, so that every entry meets every other (n log n +
+    n c; QuIP#, arXiv 2402.04396). An odd n has blocks of one entry: c = n.
     "kronecker": a random permutation, then the Kronecker product of two random orthogonal matrices of p and q entries,
     p q = n, p and q as close as they can be (n (p + q); QuIP, arXiv 2307.13304).
     """
@@ -144,61 +146,49 @@ class Rotation:
     def apply(self, x: Tensor) -> Tensor:
         width = x.shape[-1]
         if self.kind == "hadamard":
-            order = hadamard_order(width)
-            signed = x * _signs(width, self.seed).to(x)
-            return hadamard.transform(signed.reshape(*x.shape[:-1], -1, order)).reshape(x.shape)
-        left, right, order_of = (t.to(x.device) for t in _kronecker(width, self.seed))
-        grid = x[..., order_of].reshape(*x.shape[:-1], len(left), len(right))
+            signs, mixing = (t.to(x) for t in _signs_and_mixing(width, self.seed))
+            grid = (x * signs).reshape(*x.shape[:-1], len(mixing), -1)
+            mixed = hadamard.transform(grid)
+            return (mixed if len(mixing) == 1 else mixing @ mixed).reshape(x.shape)
+        left, right, order = (t.to(x.device) for t in _kronecker(width, self.seed))
+        grid = x[..., order].reshape(*x.shape[:-1], len(left), len(right))
         return (left.to(x) @ grid @ right.to(x).T).reshape(x.shape)
 
     def undo(self, x: Tensor) -> Tensor:
         width = x.shape[-1]
         if self.kind == "hadamard":
-            order = hadamard_order(width)
-            blocks = x.reshape(*x.shape[:-1], -1, order)
-            return _transposed(blocks, order).reshape(x.shape) * _signs(width, self.seed).to(x)
-        left, right, order_of = (t.to(x.device) for t in _kronecker(width, self.seed))
+            signs, mixing = (t.to(x) for t in _signs_and_mixing(width, self.seed))
+            grid = x.reshape(*x.shape[:-1], len(mixing), -1)
+            grid = grid if len(mixing) == 1 else mixing.T @ grid
+            return hadamard.transform(grid, transposed=True).reshape(x.shape) * signs
+        left, right, order = (t.to(x.device) for t in _kronecker(width, self.seed))
         grid = x.reshape(*x.shape[:-1], len(left), len(right))
         mixed = (left.to(x).T @ grid @ right.to(x)).reshape(x.shape)
-        return mixed[..., order_of.argsort()]
+        return mixed[..., order.argsort()]
 
     adjoint = undo
     undo_adjoint = apply
 
 
 def hadamard_order(width: int) -> int:
-    """The largest order of a Hadamard transform that divides `width`.
-
-    Raises PlanError for an odd width, which has none.
-    """
-    for count in range(1, width):
+    """The largest order of a Hadamard transform that divides `width`; 1 for an odd width."""
+    for count in range(1, width + 1):
         if width % count == 0:
             try:
                 hadamard.factor(width // count)
             except PlanError:
                 continue
-            if width // count > 1:
-                return width // count
-    raise PlanError(f"no Hadamard transform divides the width {width}: use the Kronecker rotation")
+            return width // count
+    return 1
 
 
-def _transposed(blocks: Tensor, order: int) -> Tensor:
-    """Undo `hadamard.transform`, whose Paley factors are not symmetric."""
-    parts = hadamard.factor(order)
-    if all(part & (part - 1) == 0 for part in parts):
-        return hadamard.transform(blocks)
-    return blocks @ _hadamard_inverse(order).to(blocks)
-
-
-@functools.lru_cache(maxsize=8)
-def _hadamard_inverse(order: int) -> Tensor:
-    return hadamard.transform(torch.eye(order, dtype=torch.float64)).T.contiguous()
-
-
-@functools.lru_cache(maxsize=64)
-def _signs(width: int, seed: int) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _signs_and_mixing(width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Signs int64 [width], and the float64 matrix [c, c] across the c blocks."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (width,), generator=generator, dtype=torch.int64).mul_(2).sub_(1)
+    signs = torch.randint(0, 2, (width,), generator=generator, dtype=torch.int64).mul_(2).sub_(1)
+    count = width // hadamard_order(width)
+    return signs, torch.ones(1, 1, dtype=torch.float64) if count == 1 else _orthogonal(count, generator)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,136 @@
+"""Trellis codes: each column of a matrix is a walk through the states of a shift register (`algebra.trellis`).
+
+Like vector codebooks, walks run down the outputs. Long columns are cut into walks of about 192 rows, all but the last
+of one even length. "trellis" has `bits` bits a weight, "trellis-half" half a bit more. The code of a weight is the
+register that names its number, so rows can be cut anywhere; a file holds the bits that were shifted in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.algebra import trellis
+from lilliput.errors import PlanError
+from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
+from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.vector import Grid, checked, rms_scale, unit_of
+from lilliput.recipe import Target
+
+_WALK = 192  # rows; shorter walks are found faster, but each begins at register 0, which costs two weights' worth
+_ROOM = 1 << 25  # numbers of a table of costs that is kept at a time
+
+
+@dataclass(frozen=True)
+class TrellisFormat:
+    """`half_bits`: twice the bits of a weight, 2 to 8; `window`: bits of the register.
+
+    Raises PlanError for other bits, and a window that is not 8 to 16.
+    """
+
+    half_bits: int
+    per_row: bool
+    scale_dtype: torch.dtype = torch.float16
+    window: int = 12
+
+    def __post_init__(self) -> None:
+        checked(self.scale_dtype)
+        if not 2 <= self.half_bits <= 8:
+            raise PlanError(f"{self.half_bits / 2:g} bits: trellis codes have 1 to 4 bits in steps of a half")
+        if not 8 <= self.window <= 16:
+            raise PlanError(f"a register of {self.window} bits: choose 8 to 16")
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Bits of a weight in an even and in an odd row of a walk."""
+        return self.half_bits // 2, (self.half_bits + 1) // 2
+
+    def describe(self) -> str:
+        return f"trellis{self.half_bits / 2:g} {'row' if self.per_row else 'tensor'}"
+
+    def walk(self, rows: int) -> int:
+        """Rows of each walk but the last; even."""
+        count = max(1, round(rows / _WALK))
+        return -(-rows // (2 * count)) * 2
+
+    def size_bits(self, rows: int, width: int) -> int:
+        return -(-rows // 2) * width * self.half_bits + (rows if self.per_row else 1) * self.scale_dtype.itemsize * 8
+
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> Grid:
+        """Scales from root mean squares. Raises LilliputError for NaN or infinity."""
+        return Grid(rms_scale(weight, self.per_row, 1.0, self.scale_dtype))
+
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Codes of the nearest walks, int32 [out, in]; scales of rows within a walk are not weighed."""
+        rows, width = weight.shape
+        walk = self.walk(rows)
+        scaled = weight.float() / grid.scale.float()
+        columns = torch.nn.functional.pad(scaled, (0, 0, 0, -rows % walk)).T.reshape(-1, walk)
+        path = torch.empty(columns.shape, dtype=torch.int32, device=weight.device)
+        step = max(1, _ROOM // (walk << self.window))
+        for a in range(0, len(columns), step):
+            path[a : a + step] = trellis.best_path(columns[a : a + step], self.window, self.steps)
+        return path.view(width, -1).T[:rows].contiguous()
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        return trellis.table(self.window).to(codes.device)[codes.long()] * grid.scale.float()
+
+    def stored(self, rows: int, width: int) -> Stored:
+        """See docs/native-format.md, kind "trellis"."""
+        return {
+            "": (torch.uint8, (-(-rows // 2) * row_bytes(width, self.half_bits),)),
+            "_scale": (self.scale_dtype, (rows if self.per_row else 1, 1)),
+        }
+
+    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+        low, high = self.steps
+        even = codes[0::2] & ((1 << low) - 1)
+        odd = torch.zeros_like(even)
+        odd[: len(codes) // 2] = codes[1::2] & ((1 << high) - 1)
+        pair = (even << high | odd) - (1 << (self.half_bits - 1))
+        return {"": pack_bits(pair, self.half_bits).flatten(), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
+
+    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+        _, high = self.steps
+        walk = self.walk(rows)
+        first = start - start % walk  # the register is known where a walk begins
+        packed = get("").view(-(-rows // 2), -1)[first // 2 : -(-stop // 2)]
+        pair = unpack_bits(packed, self.half_bits, width).long() + (1 << (self.half_bits - 1))
+        symbols = torch.stack((pair >> high, pair & ((1 << high) - 1)), 1).flatten(0, 1)
+        padded = torch.nn.functional.pad(symbols, (0, 0, 0, -len(symbols) % walk)).view(-1, walk, width)
+        codes = trellis.registers(padded, self.window, self.steps).flatten(0, 1)
+        return codes[start - first : stop - first].to(torch.int32), Grid(get("_scale")).rows(start, stop)
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "kind": "trellis",
+            "half_bits": self.half_bits,
+            "window": self.window,
+            "per_row": self.per_row,
+            "scale_dtype": dtype_name(self.scale_dtype),
+        }
+
+
+def from_plain(plain: Mapping[str, Any]) -> TrellisFormat:
+    """Undo `TrellisFormat.plain`."""
+    return TrellisFormat(plain["half_bits"], plain["per_row"], dtype_of(plain["scale_dtype"]), plain["window"])
+
+
+def from_target(target: Target) -> TrellisFormat:
+    """Trellis codes for a resolved target. Raises PlanError without bits, above 4 and for groups of inputs."""
+    return _made(target, 0)
+
+
+def half_from_target(target: Target) -> TrellisFormat:
+    """Trellis codes of half a bit more than the target says."""
+    return _made(target, 1)
+
+
+def _made(target: Target, more: int) -> TrellisFormat:
+    if target.bits is None:
+        raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..4")
+    return TrellisFormat(2 * target.bits + more, *unit_of(target, target.format))

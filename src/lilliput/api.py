@@ -246,6 +246,7 @@ def _run(
         _space(made, opened, place, eval_windows)
         skipped = len(place.find("block"))
         rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
+        made = passes.decided(made, opened, place)
         facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
         delivery.write_loadable(place.staging, facts)
         evaluation, warnings = _measure(opened, made, place, tokens, eval_data, eval_windows, progress)

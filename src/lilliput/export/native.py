@@ -7,6 +7,7 @@ import the load stops at a foreign shape instead of running on random weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +59,7 @@ class Native:
         if spec is None:
             return {f"{outcome.stored}.weight": dense(outcome, layer)}
         if not outcome.scheme.parts:
-            layer = layer.with_part(DensePart(layer.decode(), outcome.dtype))
+            layer = replace(layer, parts=(DensePart(layer.decode(), outcome.dtype),))
         return {spec.payload + suffix: x for suffix, x in spec.scheme.pack(layer).items()}
 
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:

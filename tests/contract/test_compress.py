@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput import methods
+from lilliput.errors import LilliputError
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Target
@@ -19,10 +20,18 @@ QUANTIZE = [n for n in COMPRESS if methods.get(n).writes == "quantized"]
 PRUNE = [n for n in COMPRESS if methods.get(n).writes == "support"]
 
 
+MASKED = [n for n in COMPRESS if methods.get(n).masked]
+
+
 def _target(method: str, **changes: Any) -> Target:
-    if methods.get(method).writes == "support":
+    """That of the method's own default recipe, in groups that fit the toy."""
+    found = methods.get(method)
+    if found.writes == "support":
         return Target.model_validate({"sparsity": 0.5, **changes})
-    return Target.model_validate({"bits": 4, "group_size": 16, **changes})
+    steps = found.covers.get(method) or [{"method": method}]
+    own = next(step for step in steps if step["method"] == method).get("target", {})
+    needed = {"bits": 4} if found.writes == "quantized" else {}
+    return found.completed(Target.model_validate({**needed, **own, "group_size": 16, **changes}))
 
 
 def _run(method: str, layer: Layer, stats: SiteStats, target: Target, **options: Any) -> Layer:
@@ -45,9 +54,10 @@ def _copy(stats: SiteStats) -> SiteStats:
 def test_inputs_are_left_alone_and_results_repeat(name: str, toy: Any) -> None:
     w, stats = toy.tensors["down"], toy.io().stats["down"]
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.7
-    layer, kept = Layer("down", w, support=mask), (w.clone(), mask.clone(), _copy(stats))
+    support = mask if name in MASKED else None
+    layer, kept = Layer("down", w, support=support), (w.clone(), mask.clone(), _copy(stats))
     first = _run(name, layer, stats, _target(name))
-    again = _run(name, Layer("down", w.clone(), support=mask.clone()), kept[2], _target(name))
+    again = _run(name, Layer("down", w.clone(), support=support), kept[2], _target(name))
     assert torch.equal(w, kept[0])
     assert torch.equal(mask, kept[1])
     for field in ("gram", "square", "mean", "absmax", "absmean"):
@@ -56,7 +66,14 @@ def test_inputs_are_left_alone_and_results_repeat(name: str, toy: Any) -> None:
     assert first.weight is w
 
 
-@pytest.mark.parametrize("name", COMPRESS)
+@pytest.mark.parametrize("name", sorted({*COMPRESS} - {*MASKED}))
+def test_what_would_fill_zeros_refuses_a_pruned_layer(name: str, toy: Any) -> None:
+    layer = Layer("up", toy.tensors["up"], support=toy.tensors["up"] > 0)
+    with pytest.raises(LilliputError, match="up is pruned"):
+        _run(name, layer, toy.io().stats["up"], _target(name))
+
+
+@pytest.mark.parametrize("name", MASKED)
 def test_nothing_is_written_outside_the_support(name: str, toy: Any) -> None:
     w, stats = toy.tensors["up"], toy.io().stats["up"]
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -141,9 +158,9 @@ def test_stacked_rows_come_out_as_they_do_alone(name: str, toy: Any) -> None:
         assert abs(a - b) <= 0.01 * a
 
 
-@pytest.mark.parametrize("name", COMPRESS)
+@pytest.mark.parametrize("name", [n for n in COMPRESS if _target(n) != Target(group_size=16)])
 def test_a_target_that_asks_for_nothing_is_refused(name: str, toy: Any) -> None:
-    with pytest.raises(Exception, match=r"target\.(bits|sparsity)"):
+    with pytest.raises(Exception, match=r"target\.(bits|sparsity|ratio|rank)"):
         _run(name, Layer("up", toy.tensors["up"]), toy.io().stats["up"], Target(group_size=16))
 
 

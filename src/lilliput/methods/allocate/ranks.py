@@ -16,11 +16,13 @@ pass serves for all. Summed relative errors are a model of it, which does not se
 
 Paper: Yuan et al. 2023, arXiv 2312.05821 (STRS).
 Cost: one more forward pass through the dense model, one block resident, and a decomposition of each linear. Limits: the
-errors of layers are added as if they were independent, and inputs are those of the uncompressed model.
+errors of layers are added as if they were independent, and inputs are those of the uncompressed model; among a handful
+of layers the greedy division can miss the best one, among many it comes within a few percent.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,34 +109,54 @@ class _Point:
 
 def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]:
     """A rank for each linear, or ratio 1 for those that stay; together no more bytes than the recipe's targets take."""
-    whole = sum(_size(share, share.target) for share in budget.values())
-    curves = {name: _curve(scores[name], share, o) for name, share in budget.items()}
-    place = dict.fromkeys(curves, 0)
-    room = whole - sum(curve[0].size for curve in curves.values())
-    # Steps of one layer come in order: gains fall along a convex curve, and errors along any.
-    steps = sorted(
-        ((-_gain(curve, j, o), number, j, name) for number, (name, curve) in enumerate(curves.items())
-         for j in range(1, len(curve)))
-    )  # fmt: skip
-    for _, _, j, name in steps:
-        price = curves[name][j].size - curves[name][j - 1].size
-        if place[name] == j - 1 and price <= room:
-            place[name], room = j, room - price
-    targets: dict[str, Target] = {}
-    for _, _, j, name in [*steps, *((0.0, 0, len(curve), name) for name, curve in curves.items())]:
-        if name in targets or j != place[name] + 1:
-            continue
-        share, at = budget[name], curves[name][place[name]]
-        rank = at.rank
-        if rank is not None and j < len(curves[name]):
-            rank = _raised(share, rank, at.size + room)
-            room -= _size(share, _with(share, rank)) - at.size
-        targets[name] = _with(share, rank)
-    return {name: targets[name] for name in budget}
+    names = list(budget)
+    curves = [_curve(scores[name], share, o) for name, share in budget.items()]
+    place = [0] * len(curves)
+    room = sum(_size(share, share.target) for share in budget.values()) - sum(curve[0].size for curve in curves)
+    heap = [found for n, curve in enumerate(curves) if (found := _offer(n, curve, 0, room, o)) is not None]
+    heapq.heapify(heap)
+    while heap:
+        _, n, j = heapq.heappop(heap)
+        price = curves[n][j].size - curves[n][place[n]].size
+        if price <= room:
+            place[n], room = j, room - price
+        found = _offer(n, curves[n], place[n], room, o)  # where the room has shrunk below the price, a shorter step
+        if found is not None:
+            heapq.heappush(heap, found)
+    chosen = [curve[j].rank for curve, j in zip(curves, place, strict=True)]
+    for n in sorted(range(len(curves)), key=lambda n: (-_next(curves[n], place[n], o), n)):
+        rank, share = chosen[n], budget[names[n]]
+        if rank is not None:
+            before = curves[n][place[n]].size
+            chosen[n] = _raised(share, rank, before + room)
+            room -= _size(share, _with(share, chosen[n])) - before
+    return {name: _with(budget[name], rank) for name, rank in zip(names, chosen, strict=True)}
+
+
+def _offer(n: int, curve: Sequence[_Point], at: int, room: int, o: Options) -> tuple[float, int, int] | None:
+    """The step of layer n from point `at` that serves best among those that `room` pays for: what a heap takes first.
+
+    The last step, to the layer as it is, is long and takes off all that is left: a curve is not convex there, so that
+    a step may pass over points.
+    """
+    ends = range(at + 1, len(curve)) if o.rule == "sum" else range(at + 1, min(at + 2, len(curve)))
+    offers = [(-_gain(curve, at, j, o), n, j) for j in ends if curve[j].size - curve[at].size <= room]
+    return min(offers, default=None)
+
+
+def _next(curve: Sequence[_Point], at: int, o: Options) -> float:
+    return _gain(curve, at, at + 1, o) if at + 1 < len(curve) else 0.0
+
+
+def _gain(curve: Sequence[_Point], at: int, j: int, o: Options) -> float:
+    """What orders the step to point j: error taken off for each byte, or the error before it."""
+    if o.rule == "threshold":
+        return curve[at].error
+    return (curve[at].error - curve[j].error) / (curve[j].size - curve[at].size)
 
 
 def _curve(score: Sequence[float], share: Share, o: Options) -> list[_Point]:
-    """Points of rising size and falling error, the last of them the layer as it is; convex for the rule "sum"."""
+    """Points of rising size and falling error, the last of them the layer as it is."""
     rows, width, total, *errors = score
     scale = (total or 1.0) if o.measure == "relative" else 1.0
     last = _Point(None, _size(share, _with(share, None)), 0.0)
@@ -144,21 +166,7 @@ def _curve(score: Sequence[float], share: Share, o: Options) -> list[_Point]:
         point = _Point(rank, _size(share, _with(share, rank)), error / scale)
         if point.size < last.size and (not points or point.size > points[-1].size):
             points.append(point)
-    hull: list[_Point] = []
-    for point in [*points, last]:
-        while o.rule == "sum" and len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def _slope(a: _Point, b: _Point) -> float:
-    return (a.error - b.error) / (b.size - a.size)
-
-
-def _gain(curve: Sequence[_Point], j: int, o: Options) -> float:
-    """What orders the step to point j: error taken off for each byte, or the error before it."""
-    return _slope(curve[j - 1], curve[j]) if o.rule == "sum" else curve[j - 1].error
+    return [*points, last]
 
 
 def _raised(share: Share, rank: int, most: int) -> int:

@@ -14,6 +14,7 @@ Limits: spectra of language models are slow, so that few directions lose much; c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -62,10 +63,8 @@ def rank_of(target: Target, o: Options, rows: int, width: int) -> int:
     one, two = (_spec(o, rank).size_bits(rows, width) for rank in (1, 2))
     rank = min(most, 1 + int((o.budget * rows * width - one) // (two - one)))
     if rank < 1:
-        least = one / (rows * width)
-        raise PlanError(
-            f"{o.budget} bits for each weight of a [{rows}, {width}] linear are below rank 1: {least:.3g} do"
-        )
+        least = math.ceil(100 * one / (rows * width)) / 100
+        raise PlanError(f"{o.budget} bits for each weight of a [{rows}, {width}] linear are below rank 1: {least} do")
     return rank
 
 

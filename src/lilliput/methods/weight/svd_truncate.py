@@ -95,9 +95,9 @@ def rank_of(target: Target, rows: int, width: int) -> int | None:
     if whole or rank >= lowrank.break_even(rows, width):
         return None
     if rank < 1:
-        least = (rows + width) / (rows * width)
+        least = math.ceil(1e4 * (rows + width) / (rows * width)) / 1e4
         raise PlanError(
-            f"no rank is left of a [{rows}, {width}] linear: give a target.ratio of {least:.3g} or more, or rank 1"
+            f"no rank is left of a [{rows}, {width}] linear: give a target.ratio of {least} or more, or rank 1"
         )
     return rank
 

@@ -56,7 +56,7 @@ def reference(w: Tensor, rank: int, bits: int, turns: int) -> list[Tensor]:
 
 
 def run(w: Tensor, stats: SiteStats, wanted: Target, **options: Any) -> Layer:
-    return compress(Layer("x", w), stats, wanted, Options(**{"factors": "float32", **options}))
+    return compress(Layer("x", w), stats, wanted, Options(**{"factors": "float32", "weighting": "none", **options}))
 
 
 @pytest.mark.parametrize("turns", [1, 3])
@@ -127,13 +127,13 @@ def test_no_turns_leave_the_quantized_model_and_a_factor_to_train() -> None:
 
 def test_sizes_and_needs_are_known_before() -> None:
     w, stats = case()
-    options = Options()
+    options = Options(weighting="none")
     out = compress(Layer("x", w), stats, target(4, 3), options)
     planned = scheme(target(4, 3), options, 24, 40)
     assert of(out) == planned
     assert sum(p.bits() for p in out.parts) == planned.size_bits(24, 40)
     assert needs(options) == ()
-    assert needs(Options(solver="gptq")) == needs(Options(weighting="gram")) == ("gram",)
+    assert needs(Options(solver="gptq", weighting="none")) == needs(Options()) == ("gram",)
     with pytest.raises(PlanError, match="solver gptq has no format 'nf4'"):
         scheme(target().model_copy(update={"format": "nf4"}), Options(solver="gptq"), 24, 40)
     with pytest.raises(PlanError, match=r"target\.bits"):

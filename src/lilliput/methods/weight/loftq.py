@@ -5,8 +5,8 @@ error of all turns is kept, so that more turns are never worse; T = 1 is the SVD
 start of QLoRA: Q = quantize(W), and P = B A with B = 0 and A drawn from N(0, 1/in), so that training begins at the
 quantized model.
 
-Extensions: with `weighting` gram both errors are the outputs', tr(D G DT), and the product is EoRA's; `solver` gptq
-then quantizes under the same error (integers only). The error of turns is measured on the factors as they are stored.
+Extensions: with `weighting` gram, the default, the error is the outputs', tr(D G DT), and the product is EoRA's; none is
+the paper's. `solver` gptq also quantizes under that error (integers only). The error of turns is measured on the factors as they are stored.
 
 Paper: Li et al. 2023, arXiv 2310.08659; QLoRA: Dettmers et al. 2023, arXiv 2305.14314.
 Cost: T times a quantization and an eigendecomposition of the smaller side. Stored: codes and r (out + in) numbers.
@@ -53,7 +53,7 @@ class Options(Strict):
 
     turns: int = Field(5, ge=0, le=100, description="times that codes and product are fitted; 0 leaves the product 0")
     weighting: Literal["none", "gram"] = Field(
-        "none", description="the error that is made least: weights', or outputs'"
+        "gram", description="the error that is made least: weights', as in the paper, or outputs'"
     )
     solver: Literal["nearest", "gptq"] = Field("nearest", description="how the codes are found; gptq is for integers")
     factors: Factors = Field("float16", description="how the factors are stored")

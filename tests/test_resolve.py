@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lilliput import memory
 from lilliput.errors import PlanError
 from lilliput.model import Model, open_model
 from lilliput.plan import Plan, make
@@ -76,3 +77,13 @@ def test_no_other_step_may_touch_what_laser_leaves(model: Model) -> None:
                 plan(model, *steps)
     apart = {"method": "rtn", "where": {"exclude": ["lm_head", "*.1.mlp.up_proj"]}}
     assert plan(model, laser, apart).bytes > 0
+
+
+def test_decompositions_in_float64_count_as_memory(model: Model) -> None:
+    blocks = model.anatomy().blocks
+    sizes = []
+    for double in (False, True):
+        shape = memory.Shape(64, 512, 2, 16, 4, 4, 0, double=double)
+        sizes.append(memory.estimate(blocks, shape, batch=1, lockstep=True, needs=frozenset(), rewriting=False)[0])
+    assert sizes[1] > sizes[0]
+    assert plan(model, {"method": "svd-truncate"}).layout.bytes >= plan(model, {"method": "rtn"}).layout.bytes

@@ -346,6 +346,8 @@ def make(
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max(sizes, default=0),
             packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
+            double=any(t.method.double for x in resolved.linears for t in x.tasks)
+            or any(t.method.double for t in resolved.allocations),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
             phases=(
                 *_phases(model, resolved, tensors, tokens, dtype),

@@ -119,7 +119,8 @@ def _finite(weight: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor | Non
     if mean <= 0.0:
         return weight.double(), None  # no token came by: the weights are all that is known
     metric = metric / mean
-    return weight.double(), metric + RIDGE * (1.0 if metric.dim() == 1 else torch.eye(len(metric)).to(metric))
+    (metric if metric.dim() == 1 else metric.diagonal()).add_(RIDGE)
+    return weight.double(), metric
 
 
 def _root(metric: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Method:
     catalogue id to the recipe that runs it (a list of steps as plain data), or None where the id is an idea and no
     computation; `formats`: the target's formats that it can have (None: every one); `rowwise`: each output
     row is treated by itself, so linears of one site may be stacked; `masked`: it keeps the zeros of a pruned linear;
-    `default`: fields of the target for a step that names none of them; `baseline`: the method
+    `default`: fields of the target for a step that names none of them; `double`: it decomposes weights in float64; `baseline`: the method
     whose error this one must beat (None: it is a baseline); `note`: what the plan says of a recipe that has it.
     """
 
@@ -54,6 +54,7 @@ class Method:
     rowwise: bool
     masked: bool
     default: Mapping[str, Any]
+    double: bool
     baseline: str | None
     note: str | None
     module: ModuleType
@@ -118,6 +119,7 @@ def _load(family: str, name: str) -> Method:
         rowwise=getattr(module, "ROWWISE", False),
         masked=getattr(module, "MASKED", True),
         default=getattr(module, "DEFAULT", {}),
+        double=getattr(module, "DOUBLE", False),
         baseline=getattr(module, "BASELINE", None),
         note=getattr(module, "NOTE", None),
         module=module,

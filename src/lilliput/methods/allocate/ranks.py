@@ -38,6 +38,7 @@ from lilliput.recipe import Strict, Target
 PAPER = "Yuan et al. 2023, arXiv 2312.05821"
 NEEDS: tuple[str, ...] = ("gram", "absmean")
 WRITES: Literal["targets"] = "targets"
+DOUBLE = True
 BASELINE: str | None = None
 NOTE = (
     "Calibration chooses the ranks: sizes of single tensors are shown as if all layers had the recipe's ratio, whose "

@@ -32,6 +32,7 @@ WRITES: Literal["parts"] = "parts"
 DEFAULT: Mapping[str, Any] = {"rank": 32}
 ROWWISE = False
 MASKED = False
+DOUBLE = True
 BASELINE: str | None = None
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "eora": [{"method": "gptq", "target": {"bits": 3}}, {"method": "eora", "target": {"rank": 32}}],

@@ -33,6 +33,7 @@ NEEDS: tuple[str, ...] = ()
 WRITES: Literal["parts"] = "parts"
 ROWWISE = False
 MASKED = False
+DOUBLE = True
 BASELINE: str | None = None
 _MLP_INPUT = ("up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {

@@ -5,8 +5,9 @@ error of all turns is kept, so that more turns are never worse; T = 1 is the SVD
 start of QLoRA: Q = quantize(W), and P = B A with B = 0 and A drawn from N(0, 1/in), so that training begins at the
 quantized model.
 
-Extensions: with `weighting` gram, the default, the error is the outputs', tr(D G DT), and the product is EoRA's; none is
-the paper's. `solver` gptq also quantizes under that error (integers only). The error of turns is measured on the factors as they are stored.
+Extensions: with `weighting` gram, the default, the error is the outputs', tr(D G DT), and the product is EoRA's; none
+is the paper's. `solver` gptq also quantizes under that error (integers only). The error of turns is measured on the
+factors as they are stored.
 
 Paper: Li et al. 2023, arXiv 2310.08659; QLoRA: Dettmers et al. 2023, arXiv 2305.14314.
 Cost: T times a quantization and an eigendecomposition of the smaller side. Stored: codes and r (out + in) numbers.
@@ -42,6 +43,7 @@ WRITES: Literal["parts"] = "parts"
 DEFAULT: Mapping[str, Any] = {"bits": 4, "rank": 16}
 ROWWISE = False
 MASKED = False
+DOUBLE = True
 BASELINE: str | None = "rtn"
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "loftq": [{"method": "loftq", "target": {"bits": 4, "rank": 16}}],

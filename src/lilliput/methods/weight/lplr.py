@@ -34,6 +34,7 @@ NEEDS: tuple[str, ...] = ()
 WRITES: Literal["parts"] = "parts"
 ROWWISE = False
 MASKED = False
+DOUBLE = True
 BASELINE: str | None = None
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "lplr": [{"method": "lplr", "options": {"left": "int8", "right": "int8", "budget": 6.0}}],

@@ -46,6 +46,7 @@ WRITES: Literal["parts"] = "parts"
 DEFAULT: Mapping[str, Any] = {"ratio": 0.8}
 ROWWISE = False
 MASKED = False
+DOUBLE = True
 BASELINE: str | None = None
 
 

@@ -68,10 +68,14 @@ class Native:
 
     def dense_note(self, outcomes: Sequence[Outcome]) -> str | None:
         notes = []
-        if any(spec_of(x) is not None for x in outcomes):
+        specs = [spec for x in outcomes if (spec := spec_of(x)) is not None]
+        if specs:
+            notes.append("Only transformers reads this folder, after `import lilliput`. Weights stay packed in memory.")
+        if any(spec.scheme.product is not None for spec in specs):
+            notes.append("A linear that is one product of factors runs as two thin products.")
+        if any(spec.scheme.product is None for spec in specs):
             notes.append(
-                "Only transformers reads this folder, after `import lilliput`. Weights stay packed in memory; each "
-                "linear is decoded for its forward pass and multiplied dense, which saves memory and no time."
+                "Each linear in codes is decoded for its forward pass and multiplied dense, which saves memory and no time."
             )
         zeros = sum((x.sparsity or 0) > 0 for x in outcomes)
         if zeros:

@@ -12,6 +12,7 @@ from lilliput.formats.format import Format, Stored
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts import known, transform
 from lilliput.parts.layer import Layer
+from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import PartSpec
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.transform import TransformSpec
@@ -33,6 +34,13 @@ class Scheme:
         (part,) = self.parts
         form = part.format if isinstance(part, QuantizedSpec) else None
         return form if isinstance(form, IntegerFormat) and form.plain()["kind"] == "int" else None
+
+    @property
+    def product(self) -> LowRankSpec | None:
+        """The factors of a linear that is one product and nothing else: the runtime never forms it."""
+        if len(self.parts) != 1 or self.inputs or self.outputs:
+            return None
+        return self.parts[0] if isinstance(self.parts[0], LowRankSpec) else None
 
     def describe(self) -> str:
         """For tables: "int4 g64 asym + rank 8 (float16)"."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import below
 from lilliput.runtime.native import LinearSpec, decode
 
@@ -62,9 +61,9 @@ class FactoredLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         marker: Tensor = getattr(self, MARKER)
-        spec, (part,) = self.spec, self.spec.scheme.parts
-        if not isinstance(part, LowRankSpec):
-            raise TypeError(f"{spec.name} is {part.describe()}, not a product of factors")
+        spec, part = self.spec, self.spec.scheme.product
+        if part is None:
+            raise TypeError(f"{spec.name} is {spec.scheme.describe()}, not a product of factors")
         get = below(self.stored, spec.payload)
         left, right = part.factors(get, spec.out_features, spec.in_features, marker)
         bias: Tensor | None = getattr(self, "bias", None)
@@ -73,10 +72,8 @@ class FactoredLinear(CompressedLinear):
 
 def _mixin(kind: type, spec: LinearSpec) -> type:
     """What a linear of this class becomes; other classes than the two plain ones may compute more than a product."""
-    scheme = spec.scheme
-    alone = len(scheme.parts) == 1 and not scheme.inputs and not scheme.outputs
     plain = kind in (nn.Linear, Conv1D)
-    return FactoredLinear if alone and plain and isinstance(scheme.parts[0], LowRankSpec) else CompressedLinear
+    return FactoredLinear if plain and spec.scheme.product is not None else CompressedLinear
 
 
 def compress_(module: nn.Module, spec: LinearSpec) -> None:

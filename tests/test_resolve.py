@@ -48,6 +48,8 @@ def test_layers_that_factors_would_enlarge_stay_and_the_plan_says_so(model: Mode
     assert stays
     assert all(name.endswith(("k_proj", "v_proj")) for name in stays)
     assert made.to_json()["formats"] == {"rank 30 (float16)": 20, "dense": 8}
+    assert any("20 linears are one product of factors and run as two thin products." in x for x in made.notes)
+    assert not any("is decoded for its forward pass" in x for x in made.notes)
     (note,) = (x for x in made.notes if "stay as they are" in x)
     assert note.startswith("8 linears stay as they are: two factors")
     assert "model.layers.0.self_attn.k_proj" in note

@@ -71,11 +71,13 @@ class Native:
         specs = [spec for x in outcomes if (spec := spec_of(x)) is not None]
         if specs:
             notes.append("Only transformers reads this folder, after `import lilliput`. Weights stay packed in memory.")
-        if any(spec.scheme.product is not None for spec in specs):
-            notes.append("A linear that is one product of factors runs as two thin products.")
-        if any(spec.scheme.product is None for spec in specs):
+        factored = sum(spec.scheme.product is not None for spec in specs)
+        if factored:
+            notes.append(f"{factored} linears are one product of factors and run as two thin products.")
+        if factored < len(specs):
+            which = "Every other" if factored else "Each"
             notes.append(
-                "Each linear in codes is decoded for its forward pass and multiplied dense, which saves memory and no time."
+                f"{which} linear is decoded for its forward pass and multiplied dense, which saves memory and no time."
             )
         zeros = sum((x.sparsity or 0) > 0 for x in outcomes)
         if zeros:

@@ -20,7 +20,7 @@ from lilliput.backward import Samples, backward
 from lilliput.errors import LilliputError
 from lilliput.forward import last_hidden
 from lilliput.journal import Work
-from lilliput.methods.allocate import owl
+from lilliput.methods.allocate import owl, ranks
 from lilliput.methods.learn import spinquant
 from lilliput.model import Model, open_model
 from lilliput.plan import Plan, make
@@ -38,6 +38,10 @@ RECIPES: Mapping[str, tuple[Step, ...]] = {
         Step(method="owl", options={"multiple": 2.0}),
         Step(method="wanda", target=Target(sparsity=0.5)),
         Step(method="gptq", target=Target(bits=4, group_size="channel")),
+    ),
+    "ranks, svd-truncate": (
+        Step(method="ranks", options={"weighting": "absmean", "alpha": 0.7, "steps": 6}),
+        Step(method="svd-truncate", target=Target(ratio=0.6), options={"weighting": "absmean", "alpha": 0.7}),
     ),
     "hadamard, wanda 2:4, gptq": (
         Step(method="hadamard"),
@@ -109,14 +113,15 @@ def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
     made, model = planned(source, RECIPES[name])
     records, expected = run(made, model, tmp_path / "whole")
     kinds = [r["kind"] for r in records]
-    learning, scoring = ("spinquant" in name or "hadamard" in name), "owl" in name
+    learning, scoring = ("spinquant" in name or "hadamard" in name), ("owl" in name or "ranks" in name)
     assert kinds.count("rotation") == learning
     assert kinds.count("score") == scoring * LAYERS
     assert kinds.count("block") == LAYERS
     scored: list[None] = []
     learned: list[None] = []
-    score, learn = owl.score, spinquant.learn
-    monkeypatch.setattr(owl, "score", lambda *a: (scored.append(None), score(*a))[1])
+    scorer = ranks if "ranks" in name else owl
+    score, learn = scorer.score, spinquant.learn
+    monkeypatch.setattr(scorer, "score", lambda *a: (scored.append(None), score(*a))[1])
     monkeypatch.setattr(spinquant, "learn", lambda *a: (learned.append(None), learn(*a))[1])
     for after in range(len(records)):
         for before in (True, False):
@@ -133,6 +138,27 @@ def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
             # At most the one block, or the one rotation, that had no record yet is done twice.
             assert len(scored) <= scoring * LAYERS + 1
             assert len(learned) <= ("spinquant" in name) + (before and kinds[after] == "rotation")
+
+
+def test_the_plan_of_a_finished_run_is_known_from_its_journal(source: Model, tmp_path: Path) -> None:
+    """What is written is what the divided plan says, tensor by tensor, and no more than the plan before allowed."""
+    made, model = planned(source, RECIPES["ranks, svd-truncate"])
+    with Work(tmp_path / "out", "key") as work:
+        stream.run(made, model, IDS, work, Quiet())
+        after = passes.decided(made, model, work)
+        for number, file in enumerate(after.shards):
+            tensors = load_file(work.staging / file)
+            planned_tensors = {x.name: (x.dtype, x.shape) for x in after.of_shard(number)}
+            assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == planned_tensors
+    sizes = [sum(x.nbytes for x in p.tensors) for p in (made, after)]
+    assert sizes[1] <= sizes[0]
+    assert sizes[0] - sizes[1] < 2 * (24 + 40)  # one rank of the largest linear, in half precision
+    assert after.shards == made.shards
+    schemes = {x.scheme for x in after.resolved.linears}
+    assert len(schemes) > len({x.scheme for x in made.resolved.linears})
+    assert after.quantization_config != made.quantization_config
+    assert any("Calibration chooses the ranks" in note for note in made.notes)
+    assert passes.decided(*planned(source, RECIPES["hadamard, wanda 2:4, gptq"]), work) is not None
 
 
 def test_what_learning_spills_is_known_before(source: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,6 +263,7 @@ def _run(
         skipped = len(place.find("block"))
         rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
         peak = max(ranks.gathered(memory.peak_above_base()))
+        made = passes.decided(made, opened, place)
         if ranks.lead():
             facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
             delivery.write_loadable(place.staging, facts)

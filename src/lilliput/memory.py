@@ -45,6 +45,7 @@ class Shape:
     outside: int  # bytes of the largest tensor outside the blocks, as stored
     packed: int = 0  # bytes of the largest block's output file
     resident: int = 0  # bytes that stay all the time, such as a rotation
+    double: bool = False  # whether a step decomposes weights in float64
     phases: tuple[tuple[str, int], ...] = ()  # further phases of the recipe, and what they take
 
 
@@ -73,6 +74,16 @@ def _site_bytes(block: Block, solving: bool) -> int:
     return worst
 
 
+def _decomposed(block: Block) -> int:
+    """The largest linear while it is decomposed in float64 beside its own weight and Gram matrix (measured)."""
+    worst = 0
+    for x in block.linears:
+        side = min(x.out_features, x.in_features)
+        beside = 4 * (x.parameters + x.in_features**2)
+        worst = max(worst, beside + 8 * (6 * x.parameters + 5 * side**2) + 12 * x.in_features**2)
+    return worst
+
+
 def estimate(
     blocks: Sequence[Block], shape: Shape, *, batch: int, lockstep: bool, needs: frozenset[str], rewriting: bool
 ) -> tuple[int, str]:
@@ -89,7 +100,7 @@ def estimate(
         parameters = sum(x.parameters for x in block.linears)
         widest = max(max(x.out_features, x.in_features) for x in block.linears)
         # A site is solved while no forward pass runs, and the other way round.
-        solving = _site_bytes(block, "gram" in needs)
+        solving = max(_site_bytes(block, "gram" in needs), _decomposed(block) if shape.double else 0)
         total = shape.packed
         if calibrating:
             total += parameters * shape.itemsize

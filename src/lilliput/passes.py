@@ -7,7 +7,8 @@ are records of the journal, block by block.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import memory, ranks
+from lilliput import export, memory, ranks
 from lilliput.activations import Activations, raw
 from lilliput.backward import Samples
 from lilliput.errors import LilliputError
@@ -26,9 +27,10 @@ from lilliput.methods.fold import ResidualRotation
 from lilliput.methods.scores import Scores, Share
 from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
-from lilliput.plan import Plan
+from lilliput.plan import Plan, divided
 from lilliput.progress import Progress
-from lilliput.resolve import Task
+from lilliput.recipe import Target
+from lilliput.resolve import LinearPlan, Task, retargeted
 from lilliput.rotated import RotatedModel
 from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
@@ -103,16 +105,42 @@ def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress
     ids [n, T] are this rank's samples.
     """
     for task in plan.resolved.allocations:
-        governed = plan.resolved.governed(task)
-        scores = _scores(plan, task, model, ids, work, progress)
-        budget = {
-            x.name: Share(x.block, x.linear.parameters, governed[x.name].target)
-            for x in plan.resolved.linears
-            if x.name in governed
-        }
-        targets = task.method.module.allocate(scores, budget, task.options)
-        plan = replace(plan, resolved=plan.resolved.with_targets(task, targets))
+        plan = _decided(plan, task, model, _scores(plan, task, model, ids, work, progress))
     return plan
+
+
+def decided(plan: Plan, model: Model, work: Work) -> Plan:
+    """What `allocated` has made of the plan, once more from the journal of a run whose blocks are finished."""
+    for task in plan.resolved.allocations:
+        plan = _decided(plan, task, model, _recorded(task, work))
+    return plan
+
+
+def _decided(plan: Plan, task: Task, model: Model, scores: Scores) -> Plan:
+    governed = plan.resolved.governed(task)
+    budget = {
+        x.name: Share(x.block, x.linear.parameters, governed[x.name].target, _sizes(plan, x, governed[x.name]))
+        for x in plan.resolved.linears
+        if x.name in governed
+    }
+    targets = task.method.module.allocate(scores, budget, task.options)
+    return divided(plan, model, plan.resolved.with_targets(task, targets))
+
+
+def _sizes(plan: Plan, linear: LinearPlan, task: Task) -> Callable[[Target], int]:
+    """Bytes in the file by the target of the step `task`."""
+    exporter = export.get(plan.exporter)
+
+    def size(target: Target) -> int:
+        outcome = replace(plan.outcomes[linear.name], scheme=retargeted(linear, task, target).scheme)
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in exporter.describe(outcome).values())
+
+    return size
+
+
+def _recorded(task: Task, work: Work) -> Scores:
+    done = [r for r in work.find("score") if r["step"] == task.step]
+    return {name: tuple(values) for record in done for name, values in record["scores"].items()}
 
 
 def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Scores:
@@ -126,8 +154,7 @@ def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
     if len(done) < count:
         with torch.no_grad():
             _score_blocks(plan, task, model, ids, work, progress, done)
-        done = [r for r in work.find("score") if r["step"] == task.step]
-    return {name: tuple(values) for record in done for name, values in record["scores"].items()}
+    return _recorded(task, work)
 
 
 def _score_blocks(

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,59 @@ def _opening(model: Model) -> tuple[tuple[str, int], ...]:
     return (("opening the GGUF file", 230 * memory.MB),) if model.source.from_gguf else ()
 
 
+def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
+    """What each linear becomes, by canonical name."""
+    return {
+        x.name: Outcome(
+            name=x.name,
+            stored=model.stored_name(f"{x.name}.weight").removesuffix(".weight"),
+            out_features=x.linear.out_features,
+            in_features=x.linear.in_features,
+            scheme=x.scheme,
+            dtype=model.written_dtype(f"{x.name}.weight"),
+            sparsity=x.sparsity,
+            pattern=x.pattern,
+            transposed=x.linear.transposed,
+            expert=x.linear.expert is not None,
+        )
+        for x in resolved.linears
+    }
+
+
+def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
+    """The plan when an allocation has decided: targets such as ranks change sizes, so all tensors are laid out anew.
+
+    Files keep their names: those outside the blocks do not change, and each block has its own.
+    """
+    outcomes = _outcomes(model, resolved)
+    ordered = tuple(outcomes.values())
+    exporter = export.get(plan.exporter)
+    tensors, shards = lay_out(model, exporter, outcomes)
+    config = exporter.config(ordered, model.source.config)
+    return replace(
+        plan, resolved=resolved, outcomes=outcomes, tensors=tensors, shards=shards, quantization_config=config
+    )
+
+
+def _remarks(resolved: Resolved) -> tuple[str, ...]:
+    """What a reader of the plan would not expect: layers that a step leaves alone, sizes that calibration decides."""
+    kept = [
+        x.name
+        for x in resolved.linears
+        if x.tasks
+        and not x.scheme.parts
+        and x.sparsity is None
+        and not any(task.method.replaces(task.options) for task in x.tasks)
+    ]
+    notes = [task.method.note for task in resolved.allocations if task.method.note is not None]
+    if kept:
+        shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
+        notes.append(
+            f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller ({shown})."
+        )
+    return tuple(notes)
+
+
 def make(
     model: Model,
     recipe: Recipe,
@@ -286,21 +339,7 @@ def make(
             f"{processes} processes cannot share {samples} calibration samples: start at most {samples}, or ask for "
             "more --samples"
         )
-    outcomes = {
-        x.name: Outcome(
-            name=x.name,
-            stored=model.stored_name(f"{x.name}.weight").removesuffix(".weight"),
-            out_features=x.linear.out_features,
-            in_features=x.linear.in_features,
-            scheme=x.scheme,
-            dtype=model.written_dtype(f"{x.name}.weight"),
-            sparsity=x.sparsity,
-            pattern=x.pattern,
-            transposed=x.linear.transposed,
-            expert=x.linear.expert is not None,
-        )
-        for x in resolved.linears
-    }
+    outcomes = _outcomes(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
     exporter = export.choose(ordered, model.source.config, recipe.export)
     tensors, shards = lay_out(model, exporter, outcomes)
@@ -321,6 +360,8 @@ def make(
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max(sizes, default=0),
             packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
+            double=any(t.method.double for x in resolved.linears for t in x.tasks)
+            or any(t.method.double for t in resolved.allocations),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
             phases=(
                 *_phases(model, resolved, tensors, tokens, dtype),
@@ -352,7 +393,7 @@ def make(
         budget=budget,
         seed=seed,
         seconds=_seconds(model, resolved, samples, tokens, dtype, measured=measured),
-        notes=tuple(x for x in (note, *anatomy.notes, _divided(processes)) if x),
+        notes=tuple(x for x in (note, *_remarks(resolved), *anatomy.notes, _divided(processes)) if x),
         side_bytes=_side_bytes(model),
         processes=processes,
     )

@@ -84,14 +84,18 @@ class Resolved:
             name = min(targets.keys() - governed.keys())
             raise LilliputError(f"{task.method.name} decided about {name}, which no later step compresses")
 
-        def one(plan: LinearPlan) -> LinearPlan:
-            if plan.name not in targets:
-                return plan
-            after = replace(governed[plan.name], target=targets[plan.name])
-            tasks = [after if x.step == after.step else x for x in plan.tasks]
-            return _plan_linear(plan.name, plan.linear, plan.block, tasks)
+        return replace(
+            self,
+            linears=tuple(
+                retargeted(x, governed[x.name], targets[x.name]) if x.name in targets else x for x in self.linears
+            ),
+        )
 
-        return replace(self, linears=tuple(one(plan) for plan in self.linears))
+
+def retargeted(plan: LinearPlan, task: Task, target: Target) -> LinearPlan:
+    """The linear when its step `task` has another target. Raises PlanError where the step cannot have it."""
+    tasks = [replace(task, target=target) if x.step == task.step else x for x in plan.tasks]
+    return _plan_linear(plan.name, plan.linear, plan.block, tasks)
 
 
 def matches(where: Where, name: str, linear: Linear) -> bool:
@@ -159,6 +163,13 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
     quantized = False
     sparsity: float | None = None
     pattern: str | None = None
+    alone = next((x for x in tasks if x.method.replaces(x.options)), None)
+    if alone is not None and len(tasks) > 1:
+        other = next(x for x in tasks if x is not alone)
+        raise PlanError(
+            f"step {alone.step + 1} ({alone.method.name}) on {name} leaves a plain weight of its own: exclude "
+            f"this layer from step {other.step + 1} ({other.method.name})"
+        )
     for task in tasks:
         label = f"step {task.step + 1} ({task.method.name}) on {name}"
         if task.method.writes == "support":
@@ -178,6 +189,8 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
         else:
             if task.method.writes == "quantized" and quantized:
                 raise PlanError(f"{label}: an earlier step quantizes this layer already; keep one of them")
+            if sparsity is not None and not task.method.masked:
+                raise PlanError(f"{label}: it would fill the zeros that an earlier step made: leave one of the two out")
             quantized = quantized or task.method.writes == "quantized"
             added = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
             if (added.inputs or added.outputs) and (scheme.parts or sparsity is not None):
@@ -227,6 +240,7 @@ def resolve(
             target = target.model_copy(update={"bits": 4})
         if method.writes == "support" and target.pattern is None and target.sparsity is None:
             target = target.model_copy(update={"sparsity": 0.5})
+        target = method.completed(target)
         chosen = [x for _, name, x in everything if matches(step.where, name, x)]
         if not chosen:
             raise PlanError(

@@ -125,6 +125,8 @@ def _solved(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[st
         pieces = split(layer, [(p.name, p.linear.out_features) for p in plans])
         for plan, piece in zip(plans, pieces, strict=True):
             decoded = piece.decode()
+            if piece.parts and not plan.scheme.parts:  # a plain tensor holds what its type can
+                decoded = decoded.to(job.plan.outcomes[plan.name].dtype).float()
             error, of = _error(piece.weight, decoded, stats, job.plan.dtype is torch.bfloat16)
             stored = _stored(job, plan, piece)
             value = job.weights.to_stored(plan.linear, decoded)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput import catalogue, methods
+from lilliput.errors import LilliputError
 from lilliput.parts import scheme
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.parts.quantized import QuantizedPart
@@ -32,13 +33,16 @@ def _default(method: str) -> dict[str, Any]:
 
 
 def _target(method: str, **changes: Any) -> Target:
-    if methods.get(method).writes == "support":
+    """That of the method's own default recipe, in groups that fit the toy."""
+    found = methods.get(method)
+    if found.writes == "support":
         return Target.model_validate({"sparsity": 0.5, **changes})
-    own = _default(method).get("target", {})
-    given = {"bits": 4, **own, **changes}
+    own = {**_default(method).get("target", {}), **changes}
+    needed = {"bits": 4} if found.writes == "quantized" or "bits" in own else {}
+    given = {**needed, **own}
     if given.get("group_size", "auto") == "auto":
         given["group_size"] = 16
-    return Target.model_validate(given)
+    return found.completed(Target.model_validate(given))
 
 
 def _scheme(method: str, target: Target, rows: int, width: int) -> Scheme:
@@ -49,7 +53,7 @@ def _scheme(method: str, target: Target, rows: int, width: int) -> Scheme:
 def _fills(method: str) -> bool:
     """Whether its parts reach everywhere, so that the plan refuses it behind a mask."""
     scheme = _scheme(method, _target(method), 96, 48)
-    return bool(scheme.inputs or scheme.outputs or scheme.fills)
+    return bool(scheme.inputs or scheme.outputs or scheme.fills or not methods.get(method).masked)
 
 
 def _layer(name: str, w: Tensor, **more: Any) -> Layer:
@@ -90,6 +94,13 @@ def test_inputs_are_left_alone_and_results_repeat(name: str, toy: Any) -> None:
     assert first.weight is w
 
 
+@pytest.mark.parametrize("name", [n for n in COMPRESS if not methods.get(n).masked])
+def test_what_would_fill_zeros_refuses_a_pruned_layer(name: str, toy: Any) -> None:
+    layer = Layer("up", toy.tensors["up"], support=toy.tensors["up"] > 0)
+    with pytest.raises(LilliputError, match="up is pruned"):
+        _run(name, layer, toy.io().stats["up"], _target(name))
+
+
 @pytest.mark.parametrize("name", [n for n in COMPRESS if not _fills(n)])
 def test_nothing_is_written_outside_the_support(name: str, toy: Any) -> None:
     w, stats = toy.tensors["up"], toy.io().stats["up"]
@@ -101,11 +112,13 @@ def test_nothing_is_written_outside_the_support(name: str, toy: Any) -> None:
         assert bool((out.decode()[~mask] == 0).all())
 
 
-@pytest.mark.parametrize("name", [n for n in COMPRESS if n not in PRUNE])
+@pytest.mark.parametrize("name", [n for n in COMPRESS if _scheme(n, _target(n), 96, 48).parts])
 @pytest.mark.parametrize("linear", ["up", "down", "k"])
 def test_what_the_plan_counted_is_what_is_stored(name: str, linear: str, toy: Any) -> None:
     w, stats = toy.tensors[linear], toy.io().stats[toy.block.linear(linear).site]
     target = _target(name)
+    if target.rank is not None:
+        target = target.model_copy(update={"rank": min(target.rank, *w.shape)})
     out, planned = _run(name, _layer(linear, w), stats, target), _scheme(name, target, *w.shape)
     assert scheme.of(out) == planned
     tensors, described = planned.pack(out), planned.stored(*w.shape)
@@ -199,7 +212,7 @@ def test_stacked_rows_come_out_as_they_do_alone(name: str, toy: Any) -> None:
 
 @pytest.mark.parametrize("name", [*INTEGERS, *PRUNE])
 def test_a_target_that_asks_for_nothing_is_refused(name: str, toy: Any) -> None:
-    with pytest.raises(Exception, match=r"target\.(bits|sparsity)"):
+    with pytest.raises(Exception, match=r"target\.(bits|sparsity|ratio|rank)"):
         _run(name, Layer("up", toy.tensors["up"]), toy.io().stats["up"], Target(group_size=16))
 
 

@@ -7,6 +7,7 @@ import the load stops at a foreign shape instead of running on random weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +59,7 @@ class Native:
         if spec is None:
             return {f"{outcome.stored}.weight": dense(outcome, layer)}
         if not outcome.scheme.parts:
-            layer = layer.with_part(DensePart(layer.decode(), outcome.dtype))
+            layer = replace(layer, parts=(DensePart(layer.decode(), outcome.dtype),))
         return {spec.payload + suffix: x for suffix, x in spec.scheme.pack(layer).items()}
 
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
@@ -67,10 +68,16 @@ class Native:
 
     def dense_note(self, outcomes: Sequence[Outcome]) -> str | None:
         notes = []
-        if any(spec_of(x) is not None for x in outcomes):
+        specs = [spec for x in outcomes if (spec := spec_of(x)) is not None]
+        if specs:
+            notes.append("Only transformers reads this folder, after `import lilliput`. Weights stay packed in memory.")
+        factored = sum(spec.scheme.product is not None for spec in specs)
+        if factored:
+            notes.append(f"{factored} linears are one product of factors and run as two thin products.")
+        if factored < len(specs):
+            which = "Every other" if factored else "Each"
             notes.append(
-                "Only transformers reads this folder, after `import lilliput`. Weights stay packed in memory; each "
-                "linear is decoded for its forward pass and multiplied dense, which saves memory and no time."
+                f"{which} linear is decoded for its forward pass and multiplied dense, which saves memory and no time."
             )
         zeros = sum((x.sparsity or 0) > 0 for x in outcomes)
         if zeros:

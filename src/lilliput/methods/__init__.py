@@ -37,8 +37,10 @@ class Method:
     `needs`: names of site statistics; `writes`: "quantized", "parts", "support", "fold" or "targets"; `covers`:
     catalogue id to the recipe that runs it (a list of steps as plain data), or None where the id is an idea and no
     computation; `formats`: the target's formats that it can have (None: every one); `rowwise`: each output
-    row is treated by itself, so linears of one site may be stacked; `baseline`: the method
-    whose error this one must beat (None: it is a baseline).
+    row is treated by itself, so linears of one site may be stacked; `masked`: it keeps the zeros of a pruned linear;
+    `default`: fields of the target for a step that names none of them; `double`: it decomposes weights in float64;
+    `baseline`: the method whose error this one must beat (None: it is a baseline); `note`: what the plan says of a
+    recipe that has it.
     """
 
     name: str
@@ -51,7 +53,11 @@ class Method:
     covers: Mapping[str, list[dict[str, Any]] | None]
     formats: tuple[str, ...] | None
     rowwise: bool
+    masked: bool
+    default: Mapping[str, Any]
+    double: bool
     baseline: str | None
+    note: str | None
     module: ModuleType
 
     @property
@@ -69,6 +75,18 @@ class Method:
         if own is not None:
             return own(target, options, rows, width)  # type: ignore[no-any-return]
         return Scheme((QuantizedSpec(from_target(target)),)) if self.writes == "quantized" else Scheme()
+
+    def replaces(self, options: BaseModel) -> bool:
+        """Whether the step leaves a plain weight of its own, which no other step may touch."""
+        own = getattr(self.module, "replaces", None)
+        return own is not None and bool(own(options))
+
+    def completed(self, target: Target) -> Target:
+        """The target with the method's own defaults. Rank and ratio stand for each other: either keeps both away."""
+        named = {name for name in Target.model_fields if getattr(target, name) is not None}
+        if named & {"rank", "ratio"}:
+            named |= {"rank", "ratio"}
+        return target.model_copy(update={k: v for k, v in self.default.items() if k not in named})
 
     def parse(self, options: Mapping[str, Any]) -> BaseModel:
         """Options as the method's own type. Raises PlanError that names the option, the rule and the nearest name."""
@@ -100,7 +118,11 @@ def _load(family: str, name: str) -> Method:
         covers=module.COVERS,
         formats=getattr(module, "FORMATS", None),
         rowwise=getattr(module, "ROWWISE", False),
+        masked=getattr(module, "MASKED", True),
+        default=getattr(module, "DEFAULT", {}),
+        double=getattr(module, "DOUBLE", False),
         baseline=getattr(module, "BASELINE", None),
+        note=getattr(module, "NOTE", None),
         module=module,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lilliput.recipe import Target
@@ -14,11 +14,13 @@ journal, so they are plain floats. `score` names linears as its block does, `all
 
 @dataclass(frozen=True)
 class Share:
-    """One linear that takes part in a division: its block, its number of weights, and what the recipe wants of it."""
+    """One linear that takes part in a division: its block, its number of weights, what the recipe wants of it, and the
+    bytes that the file holds of it with another target (None: the division does not change sizes)."""
 
     block: int
     weights: int
     target: Target
+    size: Callable[[Target], int] | None = None
 
 
 Budget = Mapping[str, Share]

@@ -44,6 +44,13 @@ class Scheme:
             for part in self.parts
         )
 
+    @property
+    def product(self) -> LowRankSpec | None:
+        """The factors of a linear that is one product and nothing else: the runtime never forms it."""
+        if len(self.parts) != 1 or self.inputs or self.outputs:
+            return None
+        return self.parts[0] if isinstance(self.parts[0], LowRankSpec) else None
+
     def describe(self) -> str:
         """For tables: "int4 g64 asym + rank 8 (float16)"."""
         around = dict.fromkeys(x.describe() for x in (*self.inputs, *self.outputs))

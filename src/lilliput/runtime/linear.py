@@ -12,7 +12,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from lilliput.parts.part import below
 from lilliput.runtime.native import LinearSpec, decode
 
 PREFIX = "packed_"  # the buffers hold bytes, so that casting the model does not touch scales
@@ -54,6 +56,26 @@ class CompressedLinear(nn.Module):
         self.register_buffer(MARKER, torch.empty(0, dtype=marker.dtype, device=device), persistent=False)
 
 
+class FactoredLinear(CompressedLinear):
+    """A linear that is one product of factors: two thin products take its place, and nothing is decoded dense."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        marker: Tensor = getattr(self, MARKER)
+        spec, part = self.spec, self.spec.scheme.product
+        if part is None:
+            raise TypeError(f"{spec.name} is {spec.scheme.describe()}, not a product of factors")
+        get = below(self.stored, spec.payload)
+        left, right = part.factors(get, spec.out_features, spec.in_features, marker)
+        bias: Tensor | None = getattr(self, "bias", None)
+        return nn.functional.linear(nn.functional.linear(x, right), left, bias)
+
+
+def _mixin(kind: type, spec: LinearSpec) -> type:
+    """What a linear of this class becomes; other classes than the two plain ones may compute more than a product."""
+    plain = kind in (nn.Linear, Conv1D)
+    return FactoredLinear if plain and spec.scheme.product is not None else CompressedLinear
+
+
 def compress_(module: nn.Module, spec: LinearSpec) -> None:
     """Turn a linear into a compressed one, in place. It is empty until `fill`; its bias stays as it is."""
     weight = module._parameters.pop("weight")
@@ -61,11 +83,11 @@ def compress_(module: nn.Module, spec: LinearSpec) -> None:
     if weight is None or tuple(weight.shape) != shape:
         found = None if weight is None else tuple(weight.shape)
         raise ValueError(f"{spec.name} is {found} in the model and {shape} in config.json")
-    module.__class__ = _subclass(type(module))  # type: ignore[arg-type]
+    module.__class__ = _subclass(type(module), _mixin(type(module), spec))  # type: ignore[arg-type]
     module.spec = spec  # type: ignore[assignment]
     module.register_buffer(MARKER, torch.empty(0, dtype=weight.dtype, device="cpu"), persistent=False)
 
 
 @functools.cache
-def _subclass(kind: type) -> type:
-    return type(f"Compressed{kind.__name__}", (CompressedLinear, kind), {})
+def _subclass(kind: type, mixin: type) -> type:
+    return type(f"{mixin.__name__.removesuffix('Linear')}{kind.__name__}", (mixin, kind), {})

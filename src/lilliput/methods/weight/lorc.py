@@ -33,6 +33,7 @@ PAPER = "Yao et al. 2023, arXiv 2303.08302"
 NEEDS: tuple[str, ...] = ()
 WRITES: Literal["parts"] = "parts"
 ROWWISE = False
+MASKED = False
 BASELINE: str | None = None
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "lorc": [

@@ -1,0 +1,91 @@
+"""LASER: one matrix is replaced by its approximation of low rank, kept dense or as two factors.
+
+What = sum of the first k terms of the SVD, k = floor(kept * min(out, in)) or the target's rank. `where` names the
+matrix. The authors find that a very low rank (kept about 0.01) of an MLP input matrix in a late block raises accuracy
+on some tasks. Which matrix, and which rank, is a question to the task, not to the calibration text, whose error every
+cut raises: make one folder for each candidate, such as `--recipe laser --set laser.include=model.layers.25.mlp.up_proj
+--set laser.kept=0.01`, compare them by `lilliput eval` on the task, and add the best one as a further step (greedy
+composition). With `factored` false the result is a plain tensor that any engine reads, and saves nothing.
+
+Paper: Sharma et al. 2023, arXiv 2312.13558.
+Cost: an eigendecomposition of the smaller side of each matrix. Limits: gains are task specific, and perplexity rises;
+with `factored`, a rank from break-even on is refused, because it would save nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lilliput.algebra import lowrank
+from lilliput.errors import PlanError
+from lilliput.parts.dense import DensePart
+from lilliput.parts.layer import Layer
+from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spec, rest_of
+from lilliput.parts.scheme import Scheme
+from lilliput.recipe import Strict, Target
+from lilliput.stats.site import SiteStats
+
+PAPER = "Sharma et al. 2023, arXiv 2312.13558"
+NEEDS: tuple[str, ...] = ()
+WRITES: Literal["parts"] = "parts"
+ROWWISE = False
+MASKED = False
+DOUBLE = True
+BASELINE: str | None = None
+_MLP_INPUT = ("up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+    "laser": [
+        {
+            "method": "laser",
+            "options": {"kept": 0.1},
+            "where": {"include": [f"*.1.mlp.{name}" for name in _MLP_INPUT]},
+        }
+    ],
+}
+
+
+class Options(Strict):
+    """See the module's docstring."""
+
+    kept: float = Field(0.1, gt=0.0, le=1.0, description="rank as a share of the largest possible; target.rank wins")
+    factored: bool = Field(False, description="store two factors instead of the dense matrix of lower rank")
+    factors: Factors = Field("float16", description="how factors are stored")
+
+
+def replaces(o: Options) -> bool:
+    """Whether what is left is a plain weight, which no other step may touch."""
+    return not o.factored
+
+
+def rank_of(target: Target, o: Options, rows: int, width: int) -> int:
+    """At least 1. Raises PlanError for a rank that the matrix cannot have, or that factors gain nothing from."""
+    most = min(rows, width)
+    rank = max(1, int(o.kept * most)) if target.rank is None else lowrank.checked(target.rank, rows, width)
+    limit = lowrank.break_even(rows, width)
+    if o.factored and rank >= limit:
+        raise PlanError(
+            f"two factors of rank {rank} are no smaller than the [{rows}, {width}] linear: give a rank below {limit}, "
+            f"kept below {limit / most:.2f}, or factored=false"
+        )
+    return rank
+
+
+def scheme(target: Target, options: Options, rows: int, width: int) -> Scheme:
+    """Two factors, or a plain tensor. Raises PlanError; see `rank_of`."""
+    rank, factor = rank_of(target, options, rows, width), factor_spec(options.factors)
+    return Scheme((LowRankSpec(rank, factor, factor),) if options.factored else ())
+
+
+def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
+    """The layer with one part. Raises LilliputError for a weight that is not finite, and for a pruned layer."""
+    weight = rest_of(layer)
+    rank = rank_of(target, o, *weight.shape)
+    if o.factored:
+        return layer.with_part(approximate(weight, rank, factor_spec(o.factors)))
+    basis = lowrank.spectrum(weight).basis[:, :rank]
+    if rank == min(weight.shape):
+        return layer.with_part(DensePart(weight))  # the identity, to the last bit
+    return layer.with_part(DensePart((basis @ (basis.T @ weight.double())).float()))

@@ -1,0 +1,105 @@
+"""A linear that is one product of factors runs as two products; every other one is decoded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.dense import DensePart
+from lilliput.parts.layer import Layer
+from lilliput.parts.lowrank import approximate, factor_spec
+from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.scheme import of
+from lilliput.parts.transform import Rotation
+from lilliput.runtime import linear as runtime
+from lilliput.runtime.linear import FactoredLinear, compress_
+from lilliput.runtime.native import LinearSpec, read_linear
+
+ROWS, WIDTH = 24, 32
+
+
+def weight() -> Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5
+
+
+def filled(module: nn.Module, layer: Layer, transposed: bool = False) -> Any:
+    scheme = of(layer)
+    spec = LinearSpec("x", "x", ROWS, WIDTH, scheme, transposed)
+    compress_(module, spec)
+    tensors = {spec.payload + suffix: t for suffix, t in scheme.pack(layer).items()}
+    module.fill(tensors, torch.device("cpu"))  # type: ignore[operator]
+    assert torch.equal(module.weight, read_linear(tensors, spec).to(module.weight.dtype))  # type: ignore[union-attr, arg-type]
+    return module
+
+
+class Scaled(nn.Linear):
+    """A model's own linear, which computes more than a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "int8", "int4"])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_products_are_the_merged_one(name: Any, kind: Any, bias: bool, dtype: torch.dtype) -> None:
+    module = Conv1D(ROWS, WIDTH) if kind is Conv1D else nn.Linear(WIDTH, ROWS, bias=bias)
+    if module.bias is not None:
+        module.bias.data = torch.linspace(-1, 1, ROWS)
+    kept = None if module.bias is None else module.bias.detach().clone()
+    layer = Layer("x", weight()).with_part(approximate(weight(), 6, factor_spec(name)))
+    module = filled(module.to(dtype), layer, transposed=kind is Conv1D)
+    assert isinstance(module, FactoredLinear)
+    assert isinstance(module, kind)
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    merged = nn.functional.linear(x.double(), layer.decode().double(), None if kept is None else kept.double())
+    with torch.no_grad():
+        got = module(x)
+    assert got.dtype == dtype
+    assert got.shape == (2, 5, ROWS)
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    assert float((got.double() - merged).abs().max()) < rounding * (1 + float(merged.abs().max()))
+    if kept is not None:
+        assert torch.equal(module.bias.detach().float(), kept.to(dtype).float())
+
+
+def test_nothing_is_decoded_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = filled(
+        nn.Linear(WIDTH, ROWS), Layer("x", weight()).with_part(approximate(weight(), 6, factor_spec("int8")))
+    )
+
+    def never(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("the product was formed")
+
+    monkeypatch.setattr(runtime, "decode", never)
+    assert bool(torch.isfinite(module(torch.ones(1, WIDTH))).all())
+    held = sum(b.numel() * b.itemsize for b in module.buffers())
+    assert held == 6 * (ROWS + WIDTH) + 2 * (ROWS + 6)
+
+
+@pytest.mark.parametrize("what", ["two parts", "dense", "rotated", "own class"])
+def test_everything_else_is_decoded(what: str) -> None:
+    layer, w = Layer("x", weight()), weight()
+    product = approximate(w, 6, factor_spec("float32"))
+    if what == "two parts":
+        form = IntegerFormat(4, True, -1)
+        grid = form.fit(w)
+        layer = layer.with_part(QuantizedPart(form, form.encode(w, grid), grid), product)
+    elif what == "dense":
+        layer = layer.with_part(DensePart(w))
+    elif what == "rotated":
+        turned = layer.between(inputs=(Rotation("hadamard", 3),))
+        layer = turned.with_part(approximate(turned.rest(), 6, factor_spec("float32")))
+    else:
+        layer = layer.with_part(product)
+    module = filled((Scaled if what == "own class" else nn.Linear)(WIDTH, ROWS, bias=False), layer)
+    assert not isinstance(module, FactoredLinear)
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
+    factor = 2.0 if what == "own class" else 1.0
+    torch.testing.assert_close(module(x), factor * (x @ layer.decode().T), rtol=1e-4, atol=1e-5)

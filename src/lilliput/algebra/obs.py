@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +85,25 @@ def _cholesky(gram: Tensor, order: Tensor, ridge: float, shrinkage: float, dtype
     return lower if usable else None
 
 
+class Nearest(Protocol):
+    """Grids as the sweep reads them: what is written for a column is a code; its value is the code times the scale of
+    the column's group."""
+
+    @property
+    def scale(self) -> Sequence[Tensor]:
+        """float32 [out] of each group."""
+        ...
+
+    @property
+    def group(self) -> Sequence[int]:
+        """The group of each column, in sweep order."""
+        ...
+
+    def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
+        """Write the code nearest to value [out] into code [out]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rounding:
     """The grids of a matrix as the sweep reads them: for each group, one contiguous float32 vector [out] of 1 / scale,
@@ -132,7 +152,7 @@ def settle(
     weight: Tensor,
     coupling: Tensor,
     first: int,
-    rounding: Rounding | None,
+    rounding: Nearest | None,
     codes: Tensor | None,
     support: Tensor | None,
 ) -> None:

@@ -6,17 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import integer
+from lilliput.formats import codebook, integer
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
 # The name in a target's `format` to what makes the format of it.
 _WANTED: Mapping[str, Callable[[Target], Format]] = {
     "int": integer.from_target,
+    "codebook": codebook.from_target,
 }
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "int": integer.from_plain,
+    "codebook": codebook.from_plain,
 }
 
 

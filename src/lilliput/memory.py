@@ -45,6 +45,7 @@ class Shape:
     outside: int  # bytes of the largest tensor outside the blocks, as stored
     packed: int = 0  # bytes of the largest block's output file
     resident: int = 0  # bytes that stay all the time, such as a rotation
+    fisher: bool = False  # whether squared gradients lie beside the weights while a site is compressed
     phases: tuple[tuple[str, int], ...] = ()  # further phases of the recipe, and what they take
 
 
@@ -90,6 +91,8 @@ def estimate(
         widest = max(max(x.out_features, x.in_features) for x in block.linears)
         # A site is solved while no forward pass runs, and the other way round.
         solving = _site_bytes(block, "gram" in needs)
+        if shape.fisher:
+            solving += 2 * 4 * max(sum(block.linear(n).parameters for n in site.linears) for site in block.sites)
         total = shape.packed
         if calibrating:
             total += parameters * shape.itemsize

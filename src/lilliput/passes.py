@@ -1,7 +1,8 @@
-"""Passes before the main one: rotations that are learned for the whole model, and scores behind global decisions.
+"""Passes before the main one: rotations learned for the whole model, scores behind global decisions, and squared
+gradients.
 
 Each is journalled, so a killed run takes up what is finished: a learned rotation is a file of the work folder, scores
-are records of the journal, block by block.
+are records of the journal, squared gradients a file of the work folder, block by block.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import memory
-from lilliput.activations import Activations, raw
+from lilliput import backward, memory
+from lilliput.activations import START_ANEW, Activations, raw
 from lilliput.backward import Samples
 from lilliput.errors import LilliputError
 from lilliput.forward import Batches, embed, observe
@@ -28,7 +30,7 @@ from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
 from lilliput.plan import Plan
 from lilliput.progress import Progress
-from lilliput.resolve import Task
+from lilliput.resolve import LinearPlan, Task
 from lilliput.rotated import RotatedModel
 from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
@@ -43,7 +45,17 @@ def spill(plan: Plan, model: Model) -> int:
             samples = min(plan.samples, getattr(task.options, "sequences", plan.samples))
             states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + torch.float32.itemsize
             sizes.append(samples * plan.tokens * skeleton.hidden_size * states)
+    count = plan.resolved.fisher(plan.samples)
+    if count:
+        states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + 2 * torch.float32.itemsize
+        sizes.append(count * plan.tokens * skeleton.hidden_size * states)
     return max(sizes)
+
+
+def kept(plan: Plan) -> int:
+    """Bytes of squared gradients that stay in the work folder until their block is compressed."""
+    weights = sum(x.linear.parameters for x in plan.resolved.linears if any(task.fisher for task in x.tasks))
+    return torch.float32.itemsize * weights
 
 
 def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
@@ -105,6 +117,72 @@ def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress
     return plan
 
 
+def fisher_path(work: Work, block: int) -> Path:
+    """The file of a block's squared gradients: float32 [out, in] by the linear's name within the block."""
+    return work.folder / f"fisher-{block:04d}.safetensors"
+
+
+def read_fisher(path: Path | None, plan: LinearPlan, weights: BlockWeights) -> Tensor | None:
+    """Squared gradients float32 [out, in] of a linear, by its weight as folds have left it; None where no step reads
+    them."""
+    if path is None or not any(task.fisher for task in plan.tasks):
+        return None
+    with safe_open(path, framework="pt", device=weights.device) as file:
+        return weights.through_folds(plan.linear, file.get_tensor(plan.linear.name))
+
+
+def fisher(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress, first: int) -> None:
+    """Take the squared gradients of all linears that a step weighs by them, one file for each block from `first` on.
+
+    From the last block down; a run that goes on begins with the lowest block that it has. Blocks below `first` are
+    compressed already.
+    """
+    count = plan.resolved.fisher(plan.samples)
+    if not count:
+        return
+    if ids is None:
+        raise RuntimeError("squared gradients were planned, but there are no tokens")
+    prefixes = model.skeleton.block_names
+    samples = Samples(ids[:count], work.folder, progress)
+    wanted = [{f"{x.name}.weight" for x in plan.resolved.of_block(b) if any(t.fisher for t in x.tasks)}
+              for b in range(len(prefixes))]  # fmt: skip
+    records = {int(r["block"]): r for r in work.find("fisher")}
+    lowest = min(records, default=len(prefixes))
+    for path in work.folder.glob("gradient-*.bin"):
+        if lowest == 0 or lowest == len(prefixes) or path != backward.gradient_path(samples, lowest):
+            path.unlink()
+    if 0 < lowest < len(prefixes):
+        shape = (count, ids.shape[1], model.skeleton.hidden_size)
+        with Activations(backward.gradient_path(samples, lowest), shape, torch.float32, create=False) as states:
+            _same(states, records[lowest]["gradient"], work)
+    transposed = {x.name for x in plan.resolved.linears if x.linear.transposed}
+    for block, found, states in backward.fisher(model.skeleton, model.read, samples, wanted, done=records):
+        cut = len(prefixes[block]) + 1
+        tensors = {}
+        for name, value in found.items():
+            linear = name.removesuffix(".weight")
+            tensors[linear[cut:]] = (value.T if linear in transposed else value).contiguous().cpu()
+        if tensors:
+            save_atomically(fisher_path(work, block), tensors)
+        del tensors, found
+        work.note({"kind": "fisher", "block": block, "gradient": states.checksum()})
+        progress.step(len(prefixes) - block, len(prefixes), "squared gradients")
+        memory.trim()
+    for block in range(first, len(prefixes)):
+        if wanted[block] and not fisher_path(work, block).is_file():
+            raise LilliputError(
+                f"{fisher_path(work, block)} was written by the unfinished run and is gone; {START_ANEW}"
+            )
+
+
+def _same(states: Activations, checksum: int, work: Work) -> None:
+    if states.checksum() != checksum:
+        raise LilliputError(
+            f"{states.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and start "
+            "anew"
+        )
+
+
 def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Scores:
     """Scores of all linears that the step governs, by full name, from the first block without a record on."""
     done = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
@@ -136,11 +214,8 @@ def _score_blocks(
         if ids is None:
             raise RuntimeError("scores were planned from calibration, but there are no tokens")
         inputs = _states(plan, task, model, ids, work, start, create=start == 0)
-        if start and inputs.checksum() != done[-1]["hidden"]:
-            raise LilliputError(
-                f"{inputs.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
-                "start anew"
-            )
+        if start:
+            _same(inputs, done[-1]["hidden"], work)
         batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
     governed = plan.resolved.governed(task)
     progress.step(start, count, "scoring")

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class BlockJob:
     anatomy: Block
     weights: BlockWeights
     exporter: export.Exporter
+    fisher: Path | None = None  # squared gradients, where a step reads them
 
     @property
     def plans(self) -> dict[str, LinearPlan]:
@@ -102,7 +104,12 @@ def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[d
     for names in _stacks(job, site):
         start = time.perf_counter()
         plans = [job.plans[name] for name in names]
-        layers = [Layer(p.name, job.weights.linear(p.linear).to(device)) for p in plans]
+        layers = [
+            Layer(
+                p.name, job.weights.linear(p.linear).to(device), fisher=passes.read_fisher(job.fisher, p, job.weights)
+            )
+            for p in plans
+        ]
         layer = stack(layers)
         del layers
         for task in plans[0].tasks:
@@ -325,6 +332,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
         progress.step(len(finished), count)
         if len(finished) < count:
             plan = passes.allocated(plan, model, ids, work, progress)
+            passes.fisher(plan, model, ids, work, progress, len(finished))
             _blocks(plan, model, ids, work, progress, finished, first)
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):
@@ -356,14 +364,16 @@ def _blocks(
             raise RuntimeError("calibration was planned but there are no tokens")
         shape = (len(ids), ids.shape[1], int(model.source.text_config.hidden_size))
         inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
-        work.keep([inputs.path.name, *(f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned)])
+        work.keep([inputs.path.name, *(f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned),
+                   *(passes.fisher_path(work, n).name for n in range(start, len(skeleton.block_names)))])  # fmt: skip
         if start and inputs.checksum() != finished[start - 1]["hidden"]:
             raise LilliputError(f"{inputs.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}")
         batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
     exporter = export.get(plan.exporter)
     for index in range(start, len(skeleton.block_names)):
         weights = BlockWeights(model, index, anatomy.blocks[index])
-        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter)
+        squares = passes.fisher_path(work, index) if plan.resolved.fisher(plan.samples) else None
+        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares)
         outputs = None
         if batches is not None:
             model.load_block(index)
@@ -379,6 +389,8 @@ def _blocks(
         work.note({"kind": "block", "block": index, "rows": rows, "sha256": hashes, "hidden": check})
         if inputs is not None:
             inputs.delete()
+        if squares is not None:
+            squares.unlink(missing_ok=True)
         inputs = outputs
         memory.trim()
         worst = max((float(row["error"]) for row in rows), default=0.0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lilliput.algebra import lattice, obs
 
 _STEPS = 6  # of conjugate gradients for a refit
+_PANEL = 512  # rows of the Gram matrix that are widened at a time
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,20 @@ def _refit(
 ) -> Tensor:
     """The table [out, groups, k] after one step to the least loss given the codes; values and deviation follow.
 
-    A level 0 stays where `fixed` [in, out] says that some values are not the table's to move: a hole may need it.
+    In float64: a level that is stored in few bits should not depend on how a product is cut. A level 0 stays where
+    `fixed` [in, out] says that some values are not the table's to move: a hole may need it.
     """
     rows, groups, k = table.shape
-    flat = table.flatten(1).T.contiguous()
+    flat = table.flatten(1).T.contiguous().double()
+    drift = deviation.double()
     index = torch.empty(values.shape, dtype=torch.int64, device=values.device)
     for g in range(groups):
         columns = (group == g).nonzero().squeeze(1)
         one = table[:, g].contiguous()
         found = torch.searchsorted((one[:, 1:] + one[:, :-1]) / 2, values[columns].T.contiguous())
         index[columns] = found.T + g * k
-    movable = torch.ones_like(flat) if fixed is None else (flat != 0).float()
-    moves = None if fixed is None else (~fixed).float()
+    movable = torch.ones_like(flat) if fixed is None else (flat != 0).double()
+    moves = None if fixed is None else (~fixed).double()
 
     def spread(step: Tensor) -> Tensor:
         out = step.gather(0, index)
@@ -142,15 +145,15 @@ def _refit(
         slope = slope if moves is None else slope * moves
         return torch.zeros_like(flat).scatter_add_(0, index, slope).mul_(movable)
 
-    pull = gram @ deviation
-    before = (pull * deviation).sum(0)
-    weight = collect(gram.diagonal()[:, None].expand_as(values))
+    pull = _times(gram, drift)
+    before = (pull * drift).sum(0)
+    weight = collect(gram.diagonal().double()[:, None].expand_as(drift))
     scale = torch.where(weight > 0, weight.reciprocal(), 0.0)
     residual = collect(pull)
     step, towards = torch.zeros_like(flat), scale * residual
     size = (residual * towards).sum(0)
     for _ in range(min(_STEPS, k * groups)):
-        image = collect(gram @ spread(towards))
+        image = collect(_times(gram, spread(towards)))
         bend = (towards * image).sum(0)
         length = torch.where(bend > 0, size / bend, 0.0)
         step.addcmul_(towards, length)
@@ -159,12 +162,20 @@ def _refit(
         after = (residual * fresh).sum(0)
         towards = torch.addcmul(fresh, towards, torch.where(size > 0, after / size, 0.0))
         size = after
-    wanted = (flat + step).to(stored).float()
+    wanted = (flat + step).to(stored).double()
     change = spread(wanted - flat)
-    tried = deviation - change
-    better = ((gram @ tried) * tried).sum(0) < before
+    tried = drift - change
+    better = (_times(gram, tried) * tried).sum(0) < before
     better &= torch.isfinite(wanted).all(0)
-    deviation.copy_(torch.where(better, tried, deviation))
+    deviation.copy_(torch.where(better, tried, drift))
     values.add_(torch.where(better, change, 0.0))
-    kept = torch.where(better, wanted, flat)
+    kept = torch.where(better, wanted, flat).float()
     return kept.T.reshape(rows, groups, k).sort(-1).values
+
+
+def _times(gram: Tensor, x: Tensor) -> Tensor:
+    """gram [in, in] times x [in, out] in float64, without a copy of the whole matrix."""
+    out = torch.empty_like(x)
+    for a in range(0, len(gram), _PANEL):
+        torch.mm(gram[a : a + _PANEL].double(), x, out=out[a : a + _PANEL])
+    return out

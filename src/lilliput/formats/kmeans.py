@@ -54,7 +54,7 @@ def fit(
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Index int64 [units, n] of the level nearest to each value; levels [units, k] ascend. Ties go to the smaller."""
     bounds = (levels[:, 1:] + levels[:, :-1]) / 2
-    return torch.searchsorted(bounds, values.contiguous())
+    return torch.searchsorted(bounds.contiguous(), values.contiguous())
 
 
 class _Sorted:
@@ -108,7 +108,7 @@ class _Sorted:
         A split that gains a little less than the merge costs may still pay once all levels have followed.
         """
         bounds = (levels[:, 1:] + levels[:, :-1]) / 2
-        label = torch.searchsorted(bounds, self.values)
+        label = torch.searchsorted(bounds.contiguous(), self.values)
         cut = torch.searchsorted(self.values, bounds, right=True)
         first = torch.nn.functional.pad(cut, (1, 0))
         last = torch.nn.functional.pad(cut, (0, 1), value=self.values.shape[1])

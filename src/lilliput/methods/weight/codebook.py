@@ -10,10 +10,11 @@ Beyond the papers: the sweep over learned levels; `shrinkage`, as in gptq; and `
 to the least squares of tr(D H DT) given all codes (conjugate gradients), kept for the rows whose loss falls, and then
 each column's codes to their best value given all others. The loss on the calibration text never rises.
 
-Paper: k-means: Lloyd 1982; Kim et al. 2024 (SqueezeLLM), arXiv 2306.07629; sweep: Frantar et al. 2023, arXiv 2210.17323.
-Cost: out * in * log(in) for k-means; for the sweep out * in^2 multiply-adds and in^3 / 3 for the factor; about ten times
-out * in^2 for each refit. Limits: the tables count: 2^b levels of 16 bits for n weights add 16 * 2^b / n bits to each;
-decoding is a look-up, no kernel multiplies with such codes. Fisher weights need a backward pass over the whole model.
+Paper: SqueezeLLM, Kim et al. 2024, arXiv 2306.07629 (k-means); GPTQ, Frantar et al. 2023, arXiv 2210.17323 (sweep).
+Cost: out * in * log(in) for k-means; for the sweep out * in^2 multiply-adds and in^3 / 3 for the factor; about ten
+times out * in^2, in float64, for each refit. Limits: the tables count: 2^b levels of 16 bits for n weights add
+16 * 2^b / n bits to each; decoding is a look-up, no kernel multiplies with such codes. Fisher weights need a backward
+pass over the whole model.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ WRITES: Literal["quantized"] = "quantized"
 FORMATS = ("codebook",)
 ROWWISE = True
 BASELINE: str | None = "rtn"
-_ROWS = 2048  # outputs swept together
+_WEIGHTS = 1 << 20  # swept together: a refit holds about ten float64 matrices of them
 
 
 class Options(Strict):
@@ -118,8 +119,9 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     refits = o.refits if form.group_size != 0 else 0
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
     fitted = table.levels.clone()
-    for a in range(0, rows, _ROWS):
-        b = min(a + _ROWS, rows)
+    step = max(1, _WEIGHTS // max(width, 1))
+    for a in range(0, rows, step):
+        b = min(a + step, rows)
         support = None if layer.support is None else layer.support[a:b]
         problem = levels.Problem(
             weight[a:b], stats.need("gram"), factor, order, o.shrinkage, None, support, form.dtype, o.block

@@ -63,7 +63,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         weight = weight.masked_fill(holes, 0.0)
     if not bool(torch.isfinite(weight).all()):
         raise LilliputError(f"{layer.name}: the weight holds NaN or infinite values: it cannot be quantized")
-    rows, width = weight.shape
+    width = weight.shape[1]
     size = width if form.group_size <= 0 else min(form.group_size, width)
     if form.group_size == 0:
         levels = _levels(weight.reshape(1, -1), form.levels, None if holes is None else holes.reshape(1, -1))[:, None]

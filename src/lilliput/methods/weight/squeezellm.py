@@ -37,7 +37,7 @@ NEEDS: tuple[str, ...] = ("fisher", "square")
 WRITES: Literal["quantized"] = "quantized"
 FORMATS = ("codebook",)
 ROWWISE = False  # the shares are of one linear
-BASELINE: str | None = "rtn"
+BASELINE: str | None = None  # its loss weighs by gradients, not by inputs
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "squeezellm": [{"method": "squeezellm", "target": {"format": "codebook", "bits": 4, "group_size": "channel"}}],
 }

@@ -146,6 +146,8 @@ def fisher(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: P
     samples = Samples(ids[:count], work.folder, progress)
     wanted = [{f"{x.name}.weight" for x in plan.resolved.of_block(b) if any(t.fisher for t in x.tasks)}
               for b in range(len(prefixes))]  # fmt: skip
+    for block in range(first):  # a run killed between a record and its tidying leaves them behind
+        fisher_path(work, block).unlink(missing_ok=True)
     records = {int(r["block"]): r for r in work.find("fisher")}
     lowest = min(records, default=len(prefixes))
     for path in work.folder.glob("gradient-*.bin"):

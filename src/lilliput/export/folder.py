@@ -28,6 +28,7 @@ _STORED: dict[torch.dtype, tuple[str, int]] = {
     torch.float8_e5m2: ("F8_E5M2", 3),
     torch.float8_e4m3fn: ("F8_E4M3", 4),
     torch.int16: ("I16", 6),
+    torch.uint16: ("U16", 7),
     torch.float16: ("F16", 8),
     torch.bfloat16: ("BF16", 9),
     torch.int32: ("I32", 10),

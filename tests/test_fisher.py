@@ -1,4 +1,4 @@
-"""Squared gradients: those of autograd on the whole model, resumable, planned, and refused where they are no numbers."""
+"""Squared gradients: those of autograd on the whole model, resumable, planned, refused where they are no numbers."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_another_gradient_in_the_work_folder_is_noticed(source: Model, tmp_path:
         run(made, model, out)
 
 
-def test_infinite_gradients_are_refused_by_name(source: Model, tmp_path: Path) -> None:
+def test_infinite_gradients_are_refused_by_name(source: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, model = planned(source, SQUEEZE)
     name = "model.layers.1.mlp.up_proj.weight"
     read = model.read
@@ -232,8 +232,8 @@ def test_infinite_gradients_are_refused_by_name(source: Model, tmp_path: Path) -
         value = read(asked)
         return value * float("inf") if asked == name else value
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(LilliputError, match=r"Fisher information of model\."):
-        patch.setattr(model, "read", broken)
+    monkeypatch.setattr(model, "read", broken)
+    with pytest.raises(LilliputError, match=r"Fisher information of model\."):
         taken(made, model, tmp_path / "out")
 
 

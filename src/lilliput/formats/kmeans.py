@@ -66,7 +66,8 @@ class _Sorted:
             self.weights = torch.ones_like(values)
         else:
             given = weights.double().expand(values.shape)
-            given = torch.where(given.sum(1, keepdim=True) > 0, given, 1.0)
+            top = given.amax(1, keepdim=True)
+            given = torch.where(top > 0, given / top, 1.0)  # relative, so that equal weights are exactly none
             self.weights = given.gather(1, order)
         self.mass = _prefix(self.weights)
         self.moment = _prefix(self.weights * self.values)

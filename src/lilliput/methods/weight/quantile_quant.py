@@ -2,7 +2,7 @@
 
 With Q the empirical quantile function of a unit's n weights (a tensor, a row, or a group of inputs), linear between
 neighbours, the levels are c_k = (Q(k / 2^b) + Q((k + 1) / 2^b)) / 2, k = 0 .. 2^b - 1, and each weight goes to the
-nearest. All levels are used about equally often, so the codes carry b bits of information each.
+nearest. All levels but the outermost are used about equally often, so the codes carry nearly b bits of information.
 
 Paper: Dettmers et al. 2022 (8-bit optimizers via block-wise quantization), arXiv 2110.02861. The paper divides by
 2^b + 1, which leaves one part of the largest weights without a level; here all parts have one. Its 8-bit block-wise

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.formats.codebook import from_target
+from lilliput.formats.codebook import CodebookFormat, from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
@@ -98,10 +98,18 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         return layer.with_part(QuantizedPart(form, form.encode(weight, table), table))
     score = _score(weight, sensitivity, holes, round(o.sensitive * weight.numel()))
     chosen = gather(torch.ones_like(weight), score, sparse.share).decode() > 0
-    table = form.fit(weight, importance=importance.masked_fill(chosen, 0.0), zero=holes)
+    table = form.fit(weight, importance=_left(importance, chosen, holes, form), zero=holes)
     part = QuantizedPart(form, form.encode(weight, table), table)
     apart = gather(weight - part.decode(), chosen.float(), sparse.share, sparse.dtype)
     return layer.with_part(part, apart)
+
+
+def _left(importance: Tensor, chosen: Tensor, holes: Tensor | None, form: CodebookFormat) -> Tensor:
+    """The importance of what the codebook is left with; where that is nothing but zeros, all of it counts alike."""
+    out = importance.masked_fill(chosen, 0.0)
+    total = out.sum() if form.group_size == 0 else out.sum(1, keepdim=True)
+    alike = ~chosen if holes is None else ~(chosen | holes)
+    return torch.where(total > 0, out, alike.float())
 
 
 def _score(weight: Tensor, sensitivity: Tensor, holes: Tensor | None, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from lilliput.progress import Quiet
 from lilliput.recipe import Recipe, Step, Target
 from lilliput.rotated import prepared
 
-LAYERS = 3
+LAYERS = 2
 SHAPE: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 24,

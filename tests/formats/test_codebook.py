@@ -82,7 +82,7 @@ def test_bad_settings_are_refused() -> None:
     for given, match in (((0, -1), "0 bits"), ((9, -1), "9 bits"), ((4, -2), "group size -2")):
         with pytest.raises(PlanError, match=match):
             CodebookFormat(*given)
-    with pytest.raises(PlanError, match="levels in torch.int8"):
+    with pytest.raises(PlanError, match=r"levels in torch\.int8"):
         CodebookFormat(4, -1, torch.int8)
     with pytest.raises(PlanError, match=r"16 levels for 8 weights each: .* at most 3 bits"):
         CodebookFormat(4, 8).check(4, 64)

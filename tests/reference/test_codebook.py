@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput.methods import get
 from lilliput.methods.weight import codebook, gptq
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
@@ -109,7 +108,8 @@ def test_uncorrelated_inputs_round_to_nearest() -> None:
 
 def test_beats_gptq_with_fewer_bits() -> None:
     w, stats = _case(rows=48, width=256, tokens=1500)
-    ours = codebook.compress(Layer("x", w), stats, Target(format="codebook", bits=3, group_size="channel"), get("codebook").parse({}))  # type: ignore[arg-type]  # fmt: skip
+    target = Target(format="codebook", bits=3, group_size="channel")
+    ours = codebook.compress(Layer("x", w), stats, target, codebook.Options())
     theirs = gptq.compress(Layer("x", w), stats, Target(bits=3, group_size=32, symmetric=False), gptq.Options())
     assert ours.parts[0].bits() < 0.99 * theirs.parts[0].bits()
     assert float(_loss(w, ours, stats.need("gram").double()).sum()) < float(

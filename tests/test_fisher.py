@@ -14,7 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import api, backward, passes, stream
+from lilliput import api, backward, fisher, stream
 from lilliput.activations import Activations
 from lilliput.backward import Samples
 from lilliput.errors import LilliputError, PlanError
@@ -76,10 +76,10 @@ def taken(made: Plan, model: Model, out: Path) -> dict[str, Tensor]:
     """Squared gradients by full name, as the pass leaves them in the work folder."""
     found: dict[str, Tensor] = {}
     with Work(out, "key") as work:
-        passes.fisher(made, model, IDS, work, Quiet(), 0)
+        fisher.take(made, model, IDS, work, Quiet(), 0)
         assert not list(work.folder.glob("*.bin")), "neither hidden states nor gradients stay"
         for block, prefix in enumerate(model.skeleton.block_names):
-            found |= {f"{prefix}.{n}": x for n, x in load_file(passes.fisher_path(work, block)).items()}
+            found |= {f"{prefix}.{n}": x for n, x in load_file(fisher.path_of(work, block)).items()}
     return found
 
 
@@ -134,16 +134,16 @@ def test_folds_change_squares_as_they_change_gradients(source: Model, tmp_path: 
     """w' = w s: dL / dw' = dL / dw / s; seen through the weights that squeezellm is given behind smoothquant."""
     made, model = planned(source, (Step(method="smoothquant"), *SQUEEZE))
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    read = passes.read_fisher
+    made_of = fisher.layer
 
-    def spied(path: Path | None, plan: Any, weights: Any) -> Tensor | None:
-        value = read(path, plan, weights)
-        assert value is not None
-        seen[plan.name] = value, weights.linear(plan.linear)
-        return value
+    def spied(path: Path | None, plan: Any, weights: Any) -> Any:
+        layer = made_of(path, plan, weights)
+        assert layer.fisher is not None
+        seen[plan.name] = layer.fisher, layer.weight
+        return layer
 
     with pytest.MonkeyPatch.context() as patch, Work(tmp_path / "out", "key") as work:
-        patch.setattr(passes, "read_fisher", spied)
+        patch.setattr(fisher, "layer", spied)
         stream.run(made, model, IDS, work, Quiet())
     plain = taken(*planned(source, SQUEEZE), tmp_path / "plain")
     changed = 0
@@ -252,9 +252,9 @@ def test_disk_and_memory_are_planned(source: Model, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Activations, "__init__", counted)
     monkeypatch.setattr(Activations, "delete", lambda self: (alive.pop(self.path, None), gone(self))[1])
     found = taken(made, model, tmp_path / "out")
-    assert 0.7 * passes.spill(made, model) <= most[0] <= passes.spill(made, model)
-    assert passes.kept(made) == 4 * sum(x.numel() for x in found.values())
-    assert passes.kept(planned(source, (Step(method="rtn", target=Target(bits=4)),))[0]) == 0
+    assert 0.7 * fisher.spill(made, model) <= most[0] <= fisher.spill(made, model)
+    assert fisher.stored(made) == 4 * sum(x.numel() for x in found.values())
+    assert fisher.stored(planned(source, (Step(method="rtn", target=Target(bits=4)),))[0]) == 0
 
 
 def test_too_little_memory_names_what_the_backward_pass_needs(tiny: Callable[[str], Path]) -> None:
@@ -282,3 +282,18 @@ def test_a_folder_from_a_run_opens(tiny: Callable[[str], Path], tmp_path: Path) 
     )  # fmt: skip
     assert sum(x.stat().st_size for x in (tmp_path / "out").glob("*.safetensors")) == done.plan.bytes
     assert torch.isfinite(api.load(tmp_path / "out")(input_ids=IDS).logits).all()
+
+
+def test_two_ranks_share_the_samples(source: Model, tmp_path: Path) -> None:
+    """Each rank's part by itself, added up as ranks do it, is the whole; a rank without samples adds nothing."""
+    made, model = planned(source, SQUEEZE)
+    whole = taken(made, model, tmp_path / "whole")
+    sums: dict[str, Tensor] = {}
+    names = [[f"{n}.weight" for n in whole]] * LAYERS
+    for n, some in enumerate((IDS[:1], IDS[1:], IDS[3:])):
+        (tmp_path / str(n)).mkdir()
+        for _, found, _ in backward.fisher(model.skeleton, model.read, Samples(some, tmp_path / str(n)), names):
+            for name, value in found.items():
+                sums[name] = sums.get(name, torch.zeros(())) + value
+    for name, value in whole.items():
+        torch.testing.assert_close(sums[f"{name}.weight"] / 3, value, rtol=1e-5, atol=0)

@@ -23,7 +23,7 @@ def test_a_method_file_is_complete(method: Method) -> None:
     assert method.paper
     assert "replace:" not in (method.module.__doc__ or "") + method.paper
     assert method.needs <= {*NAMES, FISHER}
-    assert method.writes in ("quantized", "support", "fold", "targets")
+    assert method.writes in ("quantized", "parts", "support", "fold", "targets")
     assert method.verb == VERBS[method.family]
     assert callable(getattr(method.module, method.verb))
     assert method.baseline is None or get(method.baseline).baseline is None

@@ -28,6 +28,8 @@ from lilliput.progress import Quiet
 from lilliput.recipe import Recipe, Step, Target
 from lilliput.rotated import prepared
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 3
 RECIPES: Mapping[str, tuple[Step, ...]] = {
     "owl, wanda": (Step(method="owl", options={"multiple": 2.0}), Step(method="wanda", target=Target(sparsity=0.6))),

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput import delivery, forward, journal, memory, passes, rotated, stream
+from lilliput import delivery, fisher, forward, journal, memory, passes, ranks, rotated, stream
 from lilliput import plan as planning
 from lilliput import recipe as recipes
 from lilliput.compression import Compression
 from lilliput.data.generate import generate_tokens
 from lilliput.data.load import load_tokens
 from lilliput.data.tokens import Tokens
+from lilliput.device import choose as choose_device
 from lilliput.errors import DataError, LilliputError, PlanError
-from lilliput.evidence import assemble, sizes
+from lilliput.evidence import assemble
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.journal import Work
@@ -30,7 +31,7 @@ from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.metrics.layout import window
 from lilliput.model import Model, open_model
 from lilliput.plan import Plan
-from lilliput.progress import Progress
+from lilliput.progress import Progress, Quiet
 from lilliput.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,22 +43,6 @@ DEFAULT_RECIPE = "w4"
 def _recipe(what: str | Path | Recipe, settings: Sequence[str]) -> Recipe:
     found = what if isinstance(what, Recipe) else recipes.load(what)
     return recipes.with_settings(found, settings) if settings else found
-
-
-def _device(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise PlanError(f"--device {wanted}: this torch sees no such accelerator; use --device cpu")
-    try:
-        found = torch.device(wanted)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in {"cpu", "cuda"}:
-        raise PlanError(f"--device {wanted} is not known: choose auto, cpu or cuda")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise PlanError(f"--device {wanted}: there are {torch.cuda.device_count()} accelerators, counted from 0")
-    return wanted
 
 
 def _open(
@@ -77,12 +62,13 @@ def _open(
     if samples < 1 or tokens < 2:
         raise PlanError(f"{samples} samples of {tokens} tokens: calibration takes at least 1 sample of 2 tokens")
     wanted = _recipe(recipe, settings)
-    where = _device(device)
+    where = choose_device(device)
     compute = planning.compute_dtype(dtype, where)
-    opened = rotated.prepared(open_model(str(model), dtype=compute, device=where), wanted)
-    longest = getattr(opened.source.text_config, "max_position_embeddings", None)
-    if isinstance(longest, int) and tokens > longest:
-        raise PlanError(f"--tokens {tokens} is more than the {longest} positions that the model knows: ask for fewer")
+    opened = rotated.prepared(open_model(model, dtype=compute, device=where), wanted)
+    if opened.positions is not None and tokens > opened.positions:
+        raise PlanError(
+            f"--tokens {tokens} is more than the {opened.positions} positions that the model knows: ask for fewer"
+        )
     made = planning.make(
         opened,
         wanted,
@@ -94,6 +80,7 @@ def _open(
         dtype=compute,
         device=where,
         measured=measured,
+        processes=ranks.size(),
     )
     return opened, made
 
@@ -117,18 +104,28 @@ def plan(
 
     `memory` and `size` are budgets in bytes. Raises PlanError or SourceError for whatever stands in the way.
     """
-    return _open(
-        model,
-        recipe,
-        settings,
-        samples=samples,
-        tokens=tokens,
-        memory_bytes=memory,
-        size=size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )[1]
+    with ranks.joined(), ranks.together():
+        return _open(
+            model,
+            recipe,
+            settings,
+            samples=samples,
+            tokens=tokens,
+            memory_bytes=memory,
+            size=size,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )[1]
+
+
+def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:
+    """The leader's tokens on all ranks."""
+    if not made.resolved.reads_tokens:
+        return None
+    source = ranks.agreed("" if tokens is None else tokens.source)
+    ids = ranks.same(torch.empty(made.samples, made.tokens, dtype=torch.int64) if tokens is None else tokens.ids)
+    return Tokens.of(ids, source) if tokens is None else tokens
 
 
 def _tokens(model: Model, made: Plan, data: str, seed: int | None) -> Tokens | None:
@@ -149,7 +146,7 @@ def _tokens(model: Model, made: Plan, data: str, seed: int | None) -> Tokens | N
 def _space(made: Plan, model: Model, place: Work, eval_windows: int) -> None:
     hidden = int(model.source.text_config.hidden_size)
     spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
-    spill = max(spill, passes.spill(made, model)) + passes.kept(made)
+    spill = max(spill, passes.spill(made, model), fisher.spill(made, model)) + fisher.stored(made)
     if eval_windows:
         spill = max(spill, 2 * eval_windows * window(model) * hidden * 4)
     place.need(made.folder_bytes, spill)
@@ -181,30 +178,30 @@ def compress(
     tokens. memory: the most bytes of RAM to take above `import lilliput`. size: the most bytes that `out` may have.
     eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for
     none. A killed call continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
+
+    Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
+    and what the others return lacks the evaluation.
     """
     began = time.perf_counter()
     target = Path(out)
     elsewhere = None if work is None else Path(work).absolute()
-    if os.path.lexists(target) and not journal.published(target.absolute(), elsewhere):
-        raise LilliputError(f"{target} exists already: choose another --out, or move it away first")
-    if not target.absolute().parent.is_dir():
-        raise LilliputError(f"the folder {target.absolute().parent} does not exist: create it, or choose another --out")
-    if eval_windows == 1:
-        raise DataError("one window gives no interval: measure on 2 or more, or on 0 for no measurement")
-    opened, made = _open(
-        model,
-        recipe,
-        settings,
-        samples=samples,
-        tokens=tokens,
-        memory_bytes=memory,
-        size=size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        measured=eval_windows > 0,
-    )
-    with Progress() if progress is None else progress as shown:
+    progress = Quiet() if not ranks.lead() else Progress() if progress is None else progress
+    with ranks.joined(), progress as shown:
+        with ranks.together():
+            _refuse(target, elsewhere, eval_windows)
+            opened, made = _open(
+                model,
+                recipe,
+                settings,
+                samples=samples,
+                tokens=tokens,
+                memory_bytes=memory,
+                size=size,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+                measured=eval_windows > 0,
+            )
         try:
             return _run(opened, made, target.absolute(), elsewhere, data, seed, eval_data, eval_windows, shown, began)
         except OSError as error:
@@ -214,6 +211,15 @@ def compress(
                     "repeat the command, it goes on where it stopped"
                 ) from None
             raise
+
+
+def _refuse(target: Path, elsewhere: Path | None, eval_windows: int) -> None:
+    if os.path.lexists(target) and not journal.published(target.absolute(), elsewhere):
+        raise LilliputError(f"{target} exists already: choose another --out, or move it away first")
+    if not target.absolute().parent.is_dir():
+        raise LilliputError(f"the folder {target.absolute().parent} does not exist: create it, or choose another --out")
+    if eval_windows == 1:
+        raise DataError("one window gives no interval: measure on 2 or more, or on 0 for no measurement")
 
 
 def _run(
@@ -229,38 +235,54 @@ def _run(
     began: float,
 ) -> Compression:
     memory.steady()
-    opened.source.scan()
-    made = replace(made, fingerprint=opened.source.fingerprint())  # now that every byte has been read
-    tokens = _tokens(opened, made, data, seed)
-    if eval_data is not None and eval_windows:
-        # Text that is missing or too short is found now, not after the work.
-        load_tokens(eval_data, opened.source.tokenizer(), samples=eval_windows, tokens=window(opened))
+    tokens: Tokens | None = None
+    with ranks.together():
+        if ranks.lead():
+            opened.source.scan()
+            made = replace(made, fingerprint=opened.source.fingerprint())  # now that every byte has been read
+            tokens = _tokens(opened, made, data, seed)
+            if eval_data is not None and eval_windows:
+                # Text that is missing or too short is found now, not after the work.
+                load_tokens(eval_data, opened.source.tokenizer(), samples=eval_windows, tokens=window(opened))
+    tokens = _shared(tokens, made)
+    layout: dict[str, Any] = {"batch": made.layout.batch, "lockstep": made.layout.lockstep}
     if made.budget is None:
         # The layout follows the free memory of the moment; a run that goes on keeps the one that it began with.
         before = journal.begun(out, work)
-        kept = {k: before[k] for k in ("batch", "lockstep") if k in before}
-        made = replace(made, layout=replace(made.layout, **kept))
+        layout |= {k: before[k] for k in layout if k in before}
+    layout = ranks.agreed(layout)
+    made = replace(made, layout=replace(made.layout, **layout))
     key = made.hash("none" if tokens is None else tokens.fingerprint)
-    layout = {"batch": made.layout.batch, "lockstep": made.layout.lockstep}
+    original: Model | None = None
+    evaluation: Evaluation | None = None
+    warnings: tuple[str, ...] = ()
     with Work(out, key, work, layout) as place:
-        _space(made, opened, place, eval_windows)
+        with ranks.together():
+            if ranks.lead():
+                _space(made, opened, place, eval_windows)
         skipped = len(place.find("block"))
         rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
-        facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
-        delivery.write_loadable(place.staging, facts)
-        evaluation, warnings = _measure(opened, made, place, tokens, eval_data, eval_windows, progress)
-        spent, peak = time.perf_counter() - began, memory.peak_above_base()
-        delivery.write_report(place.staging, facts, evaluation, spent, peak, warnings)
+        peak = max(ranks.gathered(memory.peak_above_base()))
+        if ranks.lead():
+            facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
+            delivery.write_loadable(place.staging, facts)
+            if eval_windows > 0:
+                original = open_model(opened.source.model, device=made.device)
+                evaluation = _measure(original, made, place, tokens, eval_data, eval_windows, progress)
+                warnings = evaluation.notes
+            spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
+            delivery.write_report(place.staging, facts, evaluation, spent, peak, warnings)
         place.publish()
     evidence = None
-    if evaluation is not None:
+    if evaluation is not None and original is not None:
         measured = replace(evaluation, model=str(out))
-        evidence = assemble(measured, {"size": sizes(out, opened.source.model)}, {})
+        notes = [*made.notes, *evaluation.notes]
+        evidence = assemble(measured, open_model(out), original, {"notes": notes}, {})
     return Compression(
         out=out,
         plan=made,
         seconds=time.perf_counter() - began,
-        peak_rss_bytes=memory.peak_above_base(),
+        peak_rss_bytes=max(peak, memory.peak_above_base()),
         folder_bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
         skipped=skipped,
         evaluation=evaluation,
@@ -271,30 +293,27 @@ def _run(
 
 
 def _measure(
-    opened: Model,
+    original: Model,
     made: Plan,
     place: Work,
     tokens: Tokens | None,
     eval_data: str | None,
     windows: int,
     progress: Progress,
-) -> tuple[Evaluation | None, tuple[str, ...]]:
-    if windows <= 0:
-        return None, ()
-    evaluation = measure(
+) -> Evaluation:
+    return measure(
         place.staging,
-        opened.source.model,
+        original,
         work=place.folder,
         device=made.device,
         data=eval_data or "docs:library",
         windows=windows,
-        tokens=window(opened),
+        tokens=window(original),
         detail=True,
         memory=made.layout.bytes if made.budget is None else made.budget,
         calibration=tokens,
         progress=progress,
     )
-    return evaluation, tuple(evaluation.notes)
 
 
 def evaluate(
@@ -332,7 +351,7 @@ def inspect(model: str | Path, data: str | None = None, *, samples: int = 8, tok
     from lilliput.anatomy.report import inspect as inspect_anatomy
     from lilliput.anatomy.report import outliers
 
-    opened = open_model(str(model), dtype=planning.compute_dtype("auto", "cpu"))
+    opened = open_model(model, dtype=planning.compute_dtype("auto", "cpu"))
     found = inspect_anatomy(opened)
     if data is not None:
         ids = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=tokens).ids
@@ -347,7 +366,7 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str
 
     if not prompt.strip():
         raise DataError("the prompt is empty: give the model something to continue")
-    opened = open_model(str(model), dtype=planning.compute_dtype("auto", "cpu"))
+    opened = open_model(model, dtype=planning.compute_dtype("auto", "cpu"))
     tokenizer = opened.source.tokenizer()
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]

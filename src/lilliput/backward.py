@@ -18,7 +18,6 @@ from lilliput import memory
 from lilliput.activations import Activations
 from lilliput.anatomy.model import Block
 from lilliput.anatomy.skeleton import Skeleton
-from lilliput.errors import LilliputError
 from lilliput.progress import Progress
 
 LOGITS = 1 << 22  # logits at a time, at least one token's
@@ -68,15 +67,15 @@ def fisher(
     *,
     done: Collection[int] = (),
 ) -> Iterator[tuple[int, Mapping[str, Tensor], Activations]]:
-    """Squared gradients of single samples, from the last block down to block 0: (block, mean squares, gradient).
+    """Squared gradients of single samples, from the last block down to block 0: (block, squares, gradient).
 
-    For every tensor in `names`, by block: mean over samples of (dL_n / dw)^2, float32 in the tensor's shape, with L_n
-    the mean cross-entropy in nats of sample n. The gradient, in a file of `samples.folder` that stays until the next
-    place is finished, is that of the hidden states that enter the block, of the summed cross-entropy.
+    For every tensor in `names`, by block: the sum over samples of (dL_n / dw)^2, float32 in the tensor's shape, with
+    L_n the mean cross-entropy in nats of sample n. The gradient, in a file of `samples.folder` that stays until the
+    next place is finished, is that of the hidden states that enter the block, of the summed cross-entropy.
 
     `done`: blocks that an interrupted pass has finished, down to the lowest of which the gradient lies in the folder;
     only the forward pass up to there is carried out again. An exception leaves that file, for the next attempt. Raises
-    LilliputError where it is missing, and for squares that are not finite, with the tensor's name.
+    LilliputError where it is missing.
     """
     count = min(done, default=len(skeleton.block_names))
     shape = (samples.ids.shape[0], samples.ids.shape[1], skeleton.hidden_size)
@@ -96,14 +95,8 @@ def fisher(
             before = streams.gradient
             after = Activations(gradient_path(samples, block), shape, torch.float32, create=True)
             found = _squares(skeleton, read, block, streams, after, names[block])
-            for name, value in found.items():
-                value.div_(len(samples.ids) * tokens * tokens)
-                if not bool(torch.isfinite(value).all()):
-                    raise LilliputError(
-                        f"the Fisher information of {name} holds NaN or infinity: the loss's gradient overflows in "
-                        f"{str(skeleton.dtype).removeprefix('torch.')}; compute in float32 or bfloat16 (dtype), or "
-                        "leave this method out"
-                    )
+            for value in found.values():
+                value.div_(tokens * tokens)
             streams.gradient = after
             yield block, found, after
             before.delete()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lilliput import cli_evidence
+from lilliput import cli_evidence, ranks
 from lilliput.command import (
     DataOpt,
     DeviceOpt,
@@ -31,16 +31,26 @@ from lilliput.command import (
     redirected,
     write,
 )
+from lilliput.errors import PlanError, ToldError
+from lilliput.report import table
 
 app = typer.Typer(
     name="lilliput",
-    help="Compress a Hugging Face causal language model under a budget, and say what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 cli_evidence.register(app)
+
+
+@app.callback()
+def together(context: typer.Context) -> None:
+    """Compress a Hugging Face causal language model under a budget, and say what it cost."""
+    if ranks.size() > 1 and context.invoked_subcommand not in {"compress", "plan"}:
+        with guarded():
+            error = f"{ranks.size()} processes were started, but {context.invoked_subcommand} is the work of one"
+            raise (PlanError if ranks.lead() else ToldError)(f"{error}: start it without torchrun")
 
 
 @app.command()
@@ -66,7 +76,6 @@ def compress(
     """Compress MODEL into a folder that engines load, and report what it cost."""
 
     def run() -> Any:
-        from lilliput.errors import PlanError
         from lilliput.report import page
 
         if html is not None:
@@ -85,8 +94,8 @@ def compress(
                 data=data,
                 samples=samples,
                 tokens=tokens,
-                memory=None if memory is None else parse_size(memory, "--memory"),
-                size=None if size is None else parse_size(size, "--size"),
+                memory=parse_size(memory, "--memory"),
+                size=parse_size(size, "--size"),
                 dtype=dtype,
                 device=device,
                 work=work,
@@ -96,11 +105,11 @@ def compress(
                 eval_windows=eval_windows,
                 progress=progress,
             )
-        if html is not None:
+        if html is not None and ranks.lead():
             page.write(html, page.render(done.evidence or {}))
         return done.to_json()
 
-    answer(run, "compress", as_json, resume=True)
+    answer(run, table.compress, as_json, resume=True)
 
 
 @app.command()
@@ -131,8 +140,8 @@ def plan(
             data=data,
             samples=samples,
             tokens=tokens,
-            memory=None if memory is None else parse_size(memory, "--memory"),
-            size=None if size is None else parse_size(size, "--size"),
+            memory=parse_size(memory, "--memory"),
+            size=parse_size(size, "--size"),
             dtype=dtype,
             device=device,
             work=work,
@@ -140,7 +149,7 @@ def plan(
             settings=tuple(settings or ()),
         ).to_json()
 
-    answer(run, "plan", as_json)
+    answer(run, table.plan, as_json)
 
 
 @app.command()
@@ -155,7 +164,7 @@ def verify(
 
         return plain(api.verify(folder))
 
-    if answer(run, "verify", as_json).get("problems"):
+    if answer(run, table.verify, as_json).get("problems"):
         raise typer.Exit(2)
 
 
@@ -167,7 +176,6 @@ def methods(
 ) -> None:
     """All methods; one method's page; or a recipe that runs a method or a catalogue id."""
     from lilliput import catalogue
-    from lilliput.errors import PlanError
     from lilliput.recipe import load, to_yaml
 
     with guarded():
@@ -181,8 +189,6 @@ def methods(
         elif name is not None:
             write(catalogue.page(catalogue.find(name)))
         else:
-            from lilliput.report import table
-
             Console().print(table.methods(catalogue.index()))
 
 
@@ -199,7 +205,7 @@ def inspect(
 
         return plain(api.inspect(model, data=data))
 
-    answer(run, "inspect", as_json)
+    answer(run, table.inspect, as_json)
 
 
 @app.command()

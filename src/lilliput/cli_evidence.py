@@ -15,8 +15,14 @@ MISSED = 3  # exit status where a stated limit is missed
 
 DataOpt = Annotated[
     list[str] | None,
-    typer.Option("--data", help="Text to measure on: docs:library, a file, hub:DATASET[:CONFIG][:SPLIT]. Repeat."),
+    typer.Option(
+        "--data", help="Text to measure on: docs:library, a file, wikitext2, c4, hub:DATASET[:CONFIG][:SPLIT]. Repeat."
+    ),
 ]
+WindowsOpt = Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")]
+TokensOpt = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+SpeedOpt = Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")]
+DtypeOpt = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 TasksOpt = Annotated[
     str | None, typer.Option(help="Tasks, comma-separated: NAME=FILE.jsonl, or a name that lm-eval knows.")
 ]
@@ -26,15 +32,15 @@ def evaluate(
     model: command.ModelArg,
     against: Annotated[str | None, typer.Option(help="The original: adds every comparison, and the verdict.")] = None,
     data: DataOpt = None,
-    windows: Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")] = 8,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    windows: WindowsOpt = 8,
+    tokens: TokensOpt = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Begin windows this many tokens apart.")] = None,
     tasks: TasksOpt = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all of them by default.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples before each item; the task's own number.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="Prompts that both models continue greedily; 0: none.")] = 0,
     where: Annotated[bool, typer.Option("--where", help="Find where the loss comes from; --html does too.")] = False,
-    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")] = False,
+    speed: SpeedOpt = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="Predict times on named devices.")] = False,
     html: command.HtmlOpt = None,
     max_kl: Annotated[float | None, typer.Option(min=0.0, help="Exit 3 above this KL divergence, nats.")] = None,
@@ -45,7 +51,7 @@ def evaluate(
         float | None, typer.Option(min=0.0, max=1.0, help="Exit 3 below this share of equal first choices.")
     ] = None,
     memory: command.MemoryOpt = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: DtypeOpt = "float32",
     as_json: command.JsonOpt = False,
 ) -> None:
     """Measure MODEL as it lies on disk: every figure with its 95 % interval, and a verdict."""
@@ -69,7 +75,7 @@ def evaluate(
                 windows=windows,
                 tokens=tokens,
                 stride=stride,
-                memory=None if memory is None else parse_size(memory, "--memory"),
+                memory=parse_size(memory, "--memory"),
                 dtype=dtype,
                 tasks=[x.strip() for x in (tasks or "").split(",") if x.strip()],
                 limit=limit,
@@ -96,12 +102,12 @@ def compare(
     models: Annotated[list[str], typer.Argument(metavar="DIR DIR...", help="Compressed models, or saved evidence.")],
     against: Annotated[str | None, typer.Option(help="Their original; not needed for saved evidence.")] = None,
     data: DataOpt = None,
-    windows: Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")] = 8,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
-    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")] = False,
+    windows: WindowsOpt = 8,
+    tokens: TokensOpt = 1024,
+    speed: SpeedOpt = False,
     html: command.HtmlOpt = None,
     memory: command.MemoryOpt = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: DtypeOpt = "float32",
     as_json: command.JsonOpt = False,
 ) -> None:
     """Compressed models of one original side by side: folders, or files that `lilliput eval --json` wrote."""
@@ -130,7 +136,7 @@ def compare(
                         data=data or ["docs:library"],
                         windows=windows,
                         tokens=tokens,
-                        memory=None if memory is None else parse_size(memory, "--memory"),
+                        memory=parse_size(memory, "--memory"),
                         dtype=dtype,
                         speed=speed,
                         progress=progress,

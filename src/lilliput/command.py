@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from lilliput.errors import LilliputError
+from lilliput import ranks
+from lilliput.errors import LilliputError, ToldError
 
 ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
 RecipeOpt = Annotated[str, typer.Option(help="A named recipe, a method, a catalogue id, or a .yaml file.")]
 DataOpt = Annotated[
-    str, typer.Option(help="docs, self, a .txt or .jsonl file, or hub:DATASET[:CONFIG][:SPLIT][:COLUMN].")
+    str,
+    typer.Option(help="docs, self, a .txt or .jsonl file, wikitext2:train, or hub:DATASET[:CONFIG][:SPLIT][:COLUMN]."),
 ]
 SamplesOpt = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 TokensOpt = Annotated[int, typer.Option(min=2, help="Tokens in a calibration sample.")]
@@ -37,25 +39,20 @@ JsonOpt = Annotated[
 ]
 
 
-def answer(
-    run: Callable[[], Any], view: str | Callable[[Any], RenderableType], as_json: bool, resume: bool = False
-) -> Any:
-    """Run, then print the plain data that came back: a table, or one JSON object. Returns it."""
+def answer(run: Callable[[], Any], view: Callable[[Any], RenderableType], as_json: bool, resume: bool = False) -> Any:
+    """Run, then print the plain data that came back: as `view` shows it, or as one JSON object. Returns it.
+
+    Of several processes the leader alone prints.
+    """
     with guarded(resume):
         with redirected():
             data = run()
+        if not ranks.lead():
+            return data
         if as_json:
             write(dump(data))
         else:
-            from lilliput.report import table
-
-            views: dict[str, Callable[[Any], RenderableType]] = {
-                "compress": table.compress,
-                "plan": table.plan,
-                "verify": table.verify,
-                "inspect": table.inspect,
-            }
-            Console().print((views[view] if isinstance(view, str) else view)(data))
+            Console().print(view(data))
     return data
 
 
@@ -102,12 +99,15 @@ def guarded(resume: bool = False) -> Iterator[None]:
     """Turn errors that the user can mend into one message and exit status 2, and Ctrl-C into status 130."""
     try:
         yield
+    except ToldError:
+        raise typer.Exit(2) from None
     except LilliputError as error:
         _say(f"error: {error}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         more = " Run the same command again: it goes on after the last finished block." if resume else ""
-        _say(f"interrupted.{more}")
+        if ranks.lead():
+            _say(f"interrupted.{more}")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None

@@ -19,3 +19,7 @@ class PlanError(LilliputError):
 
 class BusyError(LilliputError):
     """Another run works on the same folder."""
+
+
+class ToldError(LilliputError):
+    """What ends this process of several, and the leading one says."""

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lilliput import recipe as recipes
-from lilliput.metrics.evaluate import DTYPES, Evaluation, evaluate
-from lilliput.model import open_model
+from lilliput.metrics.evaluate import Evaluation, compute_dtype, evaluate
+from lilliput.model import Model, open_model
 from lilliput.report import provenance
 from lilliput.report.verdict import check_gates, verdict
 
@@ -36,10 +35,18 @@ _TEXT = (
 )
 
 
-def assemble(evaluation: Evaluation, parts: Mapping[str, Any], gates: Mapping[str, float | None]) -> Data:
-    """The evidence of an evaluation and of further parts, by their keys; gates: max_kl, max_ppl_increase and
-    min_agreement, None for no limit. The verdict comes last, from all of it."""
-    found = _described(evaluation) | dict(parts)
+def assemble(
+    evaluation: Evaluation,
+    model: Model,
+    against: Model | None,
+    parts: Mapping[str, Any],
+    gates: Mapping[str, float | None],
+) -> Data:
+    """The evidence of an evaluation of `model`, of what its files say, and of further parts, by their keys; gates:
+    max_kl, max_ppl_increase and min_agreement, None for no limit. The verdict comes last, from all of it."""
+    from lilliput.efficiency import count
+
+    found = _described(evaluation, model) | {"size": count(model, against).to_json()} | dict(parts)
     found["quality"] = _quality(evaluation) | dict(parts.get("quality") or {})
     found["gates"] = check_gates(found, **gates)
     found["verdict"] = verdict(found)
@@ -74,28 +81,30 @@ def gather(
     that the loss comes from; `roofline` predicts times on named devices. Raises LilliputError for whatever cannot be
     measured.
     """
+    compute = compute_dtype(dtype)
+    ours = open_model(model, dtype=compute)
+    base = None if against is None else open_model(against, dtype=compute)
     evaluation = evaluate(
-        model,
-        against,
+        ours,
+        base,
         data=data,
         windows=windows,
         tokens=tokens,
         stride=stride,
-        detail=against is not None,
+        detail=base is not None,
         memory=memory,
         dtype=dtype,
         work=work,
         progress=progress,
     )
     first = evaluation.texts[0].data
-    parts: Data = {"size": sizes(model, against)}
-    if against is not None:
-        parts["loss"] = _loss(model, against, first, DTYPES[dtype], where, memory, work, progress)
+    parts: Data = {}
+    if base is not None:
+        parts["loss"] = _loss(ours, base, first, where, memory, work, progress)
         if prompts:
             from lilliput.metrics.generation import generation
 
-            found = generation(model, against, data=first, prompts=prompts, dtype=DTYPES[dtype])
-            parts["quality"] = {"generation": found.to_json()}
+            parts["quality"] = {"generation": generation(ours, base, data=first, prompts=prompts).to_json()}
     if tasks:
         from lilliput.tasks import run_tasks
 
@@ -106,23 +115,14 @@ def gather(
 
         parts["speed"] = measure_speed(model, against).to_json()
     if roofline:
-        parts["roofline"] = {"rows": _rooflines(model, against)}
-    return evaluation, assemble(evaluation, parts, gates or {})
-
-
-def sizes(model: str | Path, against: str | Path | None) -> Data:
-    """The key `size`: parameters, bytes, operations."""
-    from lilliput.efficiency import count
-
-    found = count(open_model(str(model)), None if against is None else open_model(str(against)))
-    return found.to_json()
+        parts["roofline"] = {"rows": _rooflines(ours, base)}
+    return evaluation, assemble(evaluation, ours, base, parts, gates or {})
 
 
 def _loss(
-    model: str | Path,
-    against: str | Path,
+    model: Model,
+    against: Model,
     data: str,
-    dtype: torch.dtype,
     where: bool,
     memory: int | None,
     work: str | Path | None,
@@ -131,21 +131,20 @@ def _loss(
     from lilliput.attribution import attribute, suspects
 
     if not where:
-        return {"suspects": [x.to_json() for x in suspects(model, against, dtype)]}
-    return attribute(model, against, data=data, memory=memory, dtype=dtype, work=work, progress=progress).to_json()
+        return {"suspects": [x.to_json() for x in suspects(model, against)]}
+    return attribute(model, against, data=data, memory=memory, work=work, progress=progress).to_json()
 
 
-def _rooflines(model: str | Path, against: str | Path | None) -> list[Data]:
+def _rooflines(model: Model, against: Model | None) -> list[Data]:
     from lilliput.efficiency import devices, measure_device, rooflines
 
-    opened, base = open_model(str(model)), None if against is None else open_model(str(against))
-    longest = int(getattr(opened.source.text_config, "max_position_embeddings", None) or max(CONTEXTS))
+    longest = model.positions or max(CONTEXTS)
     contexts = sorted({min(x, longest) for x in CONTEXTS})
-    rows = rooflines(opened, base, [*devices(), measure_device()], contexts=contexts)
+    rows = rooflines(model, against, [*devices(), measure_device()], contexts=contexts)
     return [x.to_json() for x in rows]
 
 
-def _described(evaluation: Evaluation) -> Data:
+def _described(evaluation: Evaluation, model: Model) -> Data:
     """What is known without running anything: names, recipe, tensors, origin."""
     found: Data = {
         "schema": SCHEMA,
@@ -155,8 +154,7 @@ def _described(evaluation: Evaluation) -> Data:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "notes": list(evaluation.notes),
     }
-    opened = open_model(evaluation.model)
-    record = provenance.read(opened.source.folder)
+    record = provenance.read(model.source.folder)
     rows = {} if record is None else {f"{x.stored}.weight": x for x in record.linears}
     found["tensors"] = [
         {
@@ -165,10 +163,10 @@ def _described(evaluation: Evaluation) -> Data:
             "dtype": str(x.dtype).removeprefix("torch."),
             "shape": list(x.shape),
             "bytes": x.nbytes,
-            "bits": 8 * x.nbytes / max(1, _count(x.shape)),
+            "bits": 8 * x.nbytes / max(1, prod(x.shape)),
             "error": rows[name].error if name in rows else None,
         }
-        for name, x in opened.source.stored.items()
+        for name, x in model.source.stored.items()
     ]
     if record is not None:
         recipe = recipes.Recipe.model_validate(record.recipe)
@@ -184,23 +182,14 @@ def _described(evaluation: Evaluation) -> Data:
     return found
 
 
-def _count(shape: Sequence[int]) -> int:
-    out = 1
-    for side in shape:
-        out *= side
-    return out
-
-
 def _quality(evaluation: Evaluation) -> Data:
+    plains = [x.to_json() for x in evaluation.texts]
     rows = []
-    for text in evaluation.texts:
-        plain = text.to_json()
+    for text, plain in zip(evaluation.texts, plains, strict=True):
         row: Data = {"name": _short(text.data), "source": text.data, "fingerprint": text.fingerprint}
         row |= {"windows": text.windows, "tokens": text.windows * text.tokens}
         rows.append(row | {key: plain[key] for key in _TEXT})
-    first = evaluation.texts[0].to_json()
-    detail = {key: first[key] for key in ("classes", "positions", "worst") if first[key]}
-    return {"data": rows} | detail
+    return {"data": rows} | {key: plains[0][key] for key in ("classes", "positions", "worst") if plains[0][key]}
 
 
 def _short(source: str) -> str:

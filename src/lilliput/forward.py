@@ -155,6 +155,19 @@ def last_hidden(
     return store
 
 
+def finish(model: Model, *streams: Activations) -> None:
+    """Turn hidden states [N, T, H] after the last block into what the head reads, in their files."""
+    skeleton = model.skeleton
+    model.load(skeleton.final)
+    try:
+        with torch.no_grad():
+            for states in streams:
+                for i in range(len(states)):
+                    states.write(i, skeleton.finish(states.read(i, i + 1).to(skeleton.device)))
+    finally:
+        model.unload(skeleton.final)
+
+
 def site_statistics(
     model: Model, ids: Tensor, folder: Path, needs: frozenset[str], *, batch: int = 4, progress: Progress | None = None
 ) -> dict[str, SiteStats]:

@@ -16,12 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lilliput import ranks
 from lilliput.errors import BusyError, LilliputError, PlanError, SourceError
 from lilliput.report import provenance
 from lilliput.report.units import size as readable
 
 JOURNAL = "journal.jsonl"
 _PASSING = "lilliput-eval-*"  # folders of an evaluation, of no use once it was interrupted
+_RANK = "rank-*"  # folders of the other processes of a run
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -92,6 +94,9 @@ class Work:
     their own in the folder that the user names with `--work`. `facts` are noted when a run begins, for `begun`.
     Raises BusyError while another process holds it, LilliputError when it belongs to another plan or when OUT exists.
     A run that fails before its first record leaves nothing behind.
+
+    Of several processes the leader holds the folder and writes. The others keep their activations in a folder `rank-N`
+    inside, know the same records, and never write to `staging`.
     """
 
     def __init__(
@@ -108,6 +113,16 @@ class Work:
         self.records: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
+        with ranks.together():
+            if ranks.lead():
+                self._begin()
+        self.records = ranks.agreed(self.records)
+        if not ranks.lead():
+            self.folder = self.folder / _RANK.replace("*", str(ranks.rank()))
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def _begin(self) -> None:
         if os.path.lexists(self.out) and not published(self.out, self._elsewhere):
             raise _exists(self.out)
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -123,7 +138,6 @@ class Work:
         except BaseException:
             self._release()
             raise
-        return self
 
     def _resume(self) -> None:
         if os.path.lexists(self.out):
@@ -133,6 +147,8 @@ class Work:
             self.out.rename(self.staging)  # the last step is done again, for its report
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._journal.exists():
+            for folder in self.folder.glob(f"{_RANK}/"):  # a run that ended while its other processes began
+                shutil.rmtree(folder, ignore_errors=True)
             if any(path.name != f".{JOURNAL}.new" for path in self.folder.iterdir()):
                 raise LilliputError(
                     f"{self.folder} holds files but no journal, so no run of lilliput wrote them: choose another "
@@ -168,8 +184,8 @@ class Work:
     def _compare(self, found: object) -> None:
         if found != self._header["plan"]:
             raise LilliputError(
-                f"{self.partial} holds an unfinished run of another plan (model, recipe, data, threads, memory budget "
-                "or versions differ): repeat that command to finish it, or delete the folder to start anew"
+                f"{self.partial} holds an unfinished run of another plan (model, recipe, data, threads, memory budget, "
+                "processes or versions differ): repeat that command to finish it, or delete the folder to start anew"
                 + ("" if self._elsewhere is None else f", and {self.folder} with it")
             )
 
@@ -192,12 +208,13 @@ class Work:
                 )
 
     def note(self, record: Mapping[str, Any]) -> None:
-        """Append a record, durably."""
-        with self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.records.append(dict(record))
+        """Append a record, durably. Every rank calls it, waits for it, and knows the leader's record afterwards."""
+        if ranks.lead():
+            with self._journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.records.append(dict(ranks.agreed(record)))
 
     def find(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record.get("kind") == kind]
@@ -209,7 +226,16 @@ class Work:
                 path.unlink()
 
     def publish(self) -> None:
-        """The output appears, whole, by rename; the rest goes."""
+        """The output appears, whole, by rename; the rest goes. The other ranks leave when it is there."""
+        if ranks.lead():
+            self._publish()
+        try:
+            ranks.agreed(None)
+        except LilliputError:
+            if not ranks.lead():  # to whom it does not matter any more who is gone
+                raise
+
+    def _publish(self) -> None:
         for path in self.staging.glob(".*.new"):
             path.unlink()
         if os.path.lexists(self.out):
@@ -237,7 +263,7 @@ class Work:
             self._lock = -1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not self.records:
+        if ranks.lead() and kind is not None and not self.records:
             self._clear()
         self._release()
 

@@ -115,14 +115,23 @@ def estimate(
 
 
 def choose(
-    blocks: Sequence[Block], shape: Shape, *, budget: int | None, needs: frozenset[str], rewriting: bool
+    blocks: Sequence[Block],
+    shape: Shape,
+    *,
+    budget: int | None,
+    needs: frozenset[str],
+    rewriting: bool,
+    processes: int = 1,
 ) -> Layout:
-    """The fastest layout within the budget. Raises PlanError that names the smallest budget that would do."""
+    """The fastest layout within the budget, or one of so many processes' part of the free memory where there is none.
+
+    Raises PlanError that names the smallest budget that would do.
+    """
     full = max(1, min(shape.samples, 1024 // max(shape.tokens, 1)))
     batches = [full]
     while batches[-1] > 1:
         batches.append(batches[-1] // 2)
-    room = budget if budget is not None else max(available() // 2, 1)
+    room = budget if budget is not None else max(available() // (2 * processes), 1)
     options = [(lockstep, batch) for lockstep in (True, False) for batch in batches]
     smallest: Layout | None = None
     for lockstep, batch in options:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class Model:
     def tied(self) -> bool:
         """Whether the head is the embedding."""
         return self.skeleton.tied
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest context that the model knows; None where its config names no limit."""
+        return self.skeleton.positions
 
     def read(self, canonical: str) -> Tensor:
         """A tensor by canonical name: contiguous, on the CPU, in the dtype of the files."""
@@ -134,14 +140,21 @@ class Model:
 
 
 def open_model(
-    model: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trust_remote_code: bool = False
+    model: str | Path | Model,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Model:
     """Open a checkpoint and bind its tensors to the module tree that runs them; only tied weights are read, to compare.
 
-    dtype, device: what the skeleton computes in. Raises SourceError when a tensor that the model needs is missing or
-    has another shape than the config asks for.
+    dtype, device: what the skeleton computes in. A model that is open already comes back as it is, with the dtype and
+    the device that it was opened with, so that callers who measure several things open it once. Raises SourceError when
+    a tensor that the model needs is missing or has another shape than the config asks for.
     """
-    source = open_source(model, trust_remote_code=trust_remote_code)
+    if isinstance(model, Model):
+        return model
+    source = open_source(str(model), trust_remote_code=trust_remote_code)
     notes: tuple[str, ...] = ()
     config: Any = source.text_config
     skeleton = Skeleton(config, dtype=dtype, device=device)

@@ -1,8 +1,7 @@
-"""Passes before the main one: rotations learned for the whole model, scores behind global decisions, and squared
-gradients.
+"""Passes before the main one: rotations that are learned for the whole model, and scores behind global decisions.
 
 Each is journalled, so a killed run takes up what is finished: a learned rotation is a file of the work folder, scores
-are records of the journal, squared gradients a file of the work folder, block by block.
+are records of the journal, block by block. Squared gradients are `fisher`'s.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import backward, memory
-from lilliput.activations import START_ANEW, Activations, raw
+from lilliput import memory, ranks
+from lilliput.activations import Activations, raw
 from lilliput.backward import Samples
 from lilliput.errors import LilliputError
 from lilliput.forward import Batches, embed, observe
@@ -30,7 +28,7 @@ from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
 from lilliput.plan import Plan
 from lilliput.progress import Progress
-from lilliput.resolve import LinearPlan, Task
+from lilliput.resolve import Task
 from lilliput.rotated import RotatedModel
 from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
@@ -45,41 +43,38 @@ def spill(plan: Plan, model: Model) -> int:
             samples = min(plan.samples, getattr(task.options, "sequences", plan.samples))
             states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + torch.float32.itemsize
             sizes.append(samples * plan.tokens * skeleton.hidden_size * states)
-    count = plan.resolved.fisher(plan.samples)
-    if count:
-        states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + 2 * torch.float32.itemsize
-        sizes.append(count * plan.tokens * skeleton.hidden_size * states)
     return max(sizes)
 
 
-def kept(plan: Plan) -> int:
-    """Bytes of squared gradients that stay in the work folder until their block is compressed."""
-    weights = sum(x.linear.parameters for x in plan.resolved.linears if any(task.fisher for task in x.tasks))
-    return torch.float32.itemsize * weights
-
-
 def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
-    """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did."""
+    """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did.
+
+    ids [N, T] are all samples: a rotation is learned by the leading rank alone, for its loss is one of all of them.
+    """
     for task in plan.resolved.learned:
         if not isinstance(model, RotatedModel):
             raise RuntimeError("a rotation was planned for a model that was not prepared for one")
         path = work.folder / f"rotation-{task.step:02d}.safetensors"
         records = [r for r in work.find("rotation") if r["step"] == task.step]
+        width = model.skeleton.hidden_size
+        matrix = torch.empty(width, width, dtype=torch.float64)
         if not records:
-            samples = None if ids is None else Samples(ids, work.folder, progress)
-            targets = plan.resolved.quantized()
-            with torch.enable_grad():
-                folds = task.method.module.learn(model, samples, targets, task.options)
-            matrix = _product(folds, model.skeleton.hidden_size)
-            _save(path, matrix)
+            if ranks.lead():
+                samples = None if ids is None else Samples(ids, work.folder, progress)
+                with torch.enable_grad():
+                    folds = task.method.module.learn(model, samples, plan.resolved.quantized(), task.options)
+                matrix = _product(folds, width)
+                _save(path, matrix)
             work.note({"kind": "rotation", "step": task.step, "sha256": _sha256(matrix)})
-        else:
-            matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
-            if _sha256(matrix) != records[0]["sha256"]:
-                raise LilliputError(
-                    f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and start "
-                    "anew"
-                )
+        with ranks.together():
+            if records and ranks.lead():
+                matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
+                if _sha256(matrix) != records[0]["sha256"]:
+                    raise LilliputError(
+                        f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
+                        "start anew"
+                    )
+        matrix = ranks.same(matrix.contiguous())
         model = model.rotated(matrix)
         memory.trim()
     return model
@@ -103,7 +98,10 @@ def _save(path: Path, matrix: Tensor) -> None:
 
 
 def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
-    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks."""
+    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks.
+
+    ids [n, T] are this rank's samples.
+    """
     for task in plan.resolved.allocations:
         governed = plan.resolved.governed(task)
         scores = _scores(plan, task, model, ids, work, progress)
@@ -115,74 +113,6 @@ def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress
         targets = task.method.module.allocate(scores, budget, task.options)
         plan = replace(plan, resolved=plan.resolved.with_targets(task, targets))
     return plan
-
-
-def fisher_path(work: Work, block: int) -> Path:
-    """The file of a block's squared gradients: float32 [out, in] by the linear's name within the block."""
-    return work.folder / f"fisher-{block:04d}.safetensors"
-
-
-def read_fisher(path: Path | None, plan: LinearPlan, weights: BlockWeights) -> Tensor | None:
-    """Squared gradients float32 [out, in] of a linear, by its weight as folds have left it; None where no step reads
-    them."""
-    if path is None or not any(task.fisher for task in plan.tasks):
-        return None
-    with safe_open(path, framework="pt", device=weights.device) as file:
-        return weights.through_folds(plan.linear, file.get_tensor(plan.linear.name))
-
-
-def fisher(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress, first: int) -> None:
-    """Take the squared gradients of all linears that a step weighs by them, one file for each block from `first` on.
-
-    From the last block down; a run that goes on begins with the lowest block that it has. Blocks below `first` are
-    compressed already.
-    """
-    count = plan.resolved.fisher(plan.samples)
-    if not count:
-        return
-    if ids is None:
-        raise RuntimeError("squared gradients were planned, but there are no tokens")
-    prefixes = model.skeleton.block_names
-    samples = Samples(ids[:count], work.folder, progress)
-    wanted = [{f"{x.name}.weight" for x in plan.resolved.of_block(b) if any(t.fisher for t in x.tasks)}
-              for b in range(len(prefixes))]  # fmt: skip
-    for block in range(first):  # a run killed between a record and its tidying leaves them behind
-        fisher_path(work, block).unlink(missing_ok=True)
-    records = {int(r["block"]): r for r in work.find("fisher")}
-    lowest = min(records, default=len(prefixes))
-    for path in work.folder.glob("gradient-*.bin"):
-        if lowest == 0 or lowest == len(prefixes) or path != backward.gradient_path(samples, lowest):
-            path.unlink()
-    if 0 < lowest < len(prefixes):
-        shape = (count, ids.shape[1], model.skeleton.hidden_size)
-        with Activations(backward.gradient_path(samples, lowest), shape, torch.float32, create=False) as states:
-            _same(states, records[lowest]["gradient"], work)
-    transposed = {x.name for x in plan.resolved.linears if x.linear.transposed}
-    for block, found, states in backward.fisher(model.skeleton, model.read, samples, wanted, done=records):
-        cut = len(prefixes[block]) + 1
-        tensors = {}
-        for name, value in found.items():
-            linear = name.removesuffix(".weight")
-            tensors[linear[cut:]] = (value.T if linear in transposed else value).contiguous().cpu()
-        if tensors:
-            save_atomically(fisher_path(work, block), tensors)
-        del tensors, found
-        work.note({"kind": "fisher", "block": block, "gradient": states.checksum()})
-        progress.step(len(prefixes) - block, len(prefixes), "squared gradients")
-        memory.trim()
-    for block in range(first, len(prefixes)):
-        if wanted[block] and not fisher_path(work, block).is_file():
-            raise LilliputError(
-                f"{fisher_path(work, block)} was written by the unfinished run and is gone; {START_ANEW}"
-            )
-
-
-def _same(states: Activations, checksum: int, work: Work) -> None:
-    if states.checksum() != checksum:
-        raise LilliputError(
-            f"{states.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and start "
-            "anew"
-        )
 
 
 def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Scores:
@@ -215,9 +145,13 @@ def _score_blocks(
     if task.needs:
         if ids is None:
             raise RuntimeError("scores were planned from calibration, but there are no tokens")
-        inputs = _states(plan, task, model, ids, work, start, create=start == 0)
-        if start:
-            _same(inputs, done[-1]["hidden"], work)
+        with ranks.together():
+            inputs = _states(plan, task, model, ids, work, start, create=start == 0)
+            if start and inputs.checksum() != done[-1]["hidden"][ranks.rank()]:
+                raise LilliputError(
+                    f"{inputs.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
+                    "start anew"
+                )
         batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
     governed = plan.resolved.governed(task)
     progress.step(start, count, "scoring")
@@ -233,17 +167,19 @@ def _score_blocks(
             sites = [site for site in anatomy.sites if set(site.linears) & set(names)]
             stats = observe(model, index, batches, inputs, outputs, sites, task.needs)
             model.unload_block(index)
-        weights = BlockWeights(model, index, anatomy)
-        view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})
-        scores = task.method.module.score(view, BlockIO(stats), task.options)
-        del view
+        scores: Scores = {}
+        if ranks.lead():
+            weights = BlockWeights(model, index, anatomy)
+            view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})
+            scores = task.method.module.score(view, BlockIO(stats), task.options)
+            del view
         work.note(
             {
                 "kind": "score",
                 "step": task.step,
                 "block": index,
                 "scores": {f"{prefix}.{name}": list(values) for name, values in scores.items()},
-                "hidden": None if outputs is None else outputs.checksum(),
+                "hidden": None if outputs is None else ranks.gathered(outputs.checksum()),
             }
         )
         if inputs is not None:

@@ -50,6 +50,7 @@ class Plan:
     seconds: float
     notes: tuple[str, ...]
     side_bytes: int
+    processes: int = 1  # that share the samples
 
     @cached_property
     def bytes(self) -> int:
@@ -110,6 +111,7 @@ class Plan:
             "lockstep": self.layout.lockstep,
             "memory": self.budget,
             "versions": [lilliput.__version__, torch.__version__, transformers.__version__],
+            **({"processes": self.processes} if self.processes > 1 else {}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -253,6 +255,12 @@ def _side_bytes(model: Model) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
+def _divided(processes: int) -> str:
+    if processes == 1:
+        return ""
+    return f"{processes} processes share the calibration samples; --memory and the planned peak are those of each"
+
+
 def _opening(model: Model) -> tuple[tuple[str, int], ...]:
     """transformers reads the whole metadata of a GGUF file, vocabulary and merges, into Python objects (measured)."""
     return (("opening the GGUF file", 230 * memory.MB),) if model.source.from_gguf else ()
@@ -270,13 +278,19 @@ def make(
     dtype: torch.dtype,
     device: str = "cpu",
     measured: bool = True,
+    processes: int = 1,
 ) -> Plan:
-    """Resolve `recipe` on `model`; `measured`: an evaluation follows, in the same memory.
+    """Resolve `recipe` on `model`; `measured`: an evaluation follows, in the same memory; `processes` share samples.
 
     Raises PlanError for whatever cannot be carried out; reads no weights.
     """
     anatomy = model.anatomy()
     resolved = resolve(recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size)
+    if resolved.reads_tokens and processes > samples:
+        raise PlanError(
+            f"{processes} processes cannot share {samples} calibration samples: start at most {samples}, or ask for "
+            "more --samples"
+        )
     outcomes = {
         x.name: Outcome(
             name=x.name,
@@ -306,7 +320,7 @@ def make(
         memory.Shape(
             hidden=int(model.source.text_config.hidden_size),
             vocabulary=embedding,
-            samples=samples,
+            samples=-(-samples // processes),
             tokens=tokens,
             itemsize=dtype.itemsize,
             stored=max(x.dtype.itemsize for x in tensors),
@@ -323,6 +337,7 @@ def make(
         budget=budget,
         needs=resolved.needs,
         rewriting=bool(resolved.rewrites),
+        processes=processes,
     )
     note = exporter.dense_note(ordered)
     plan = Plan(
@@ -343,8 +358,9 @@ def make(
         budget=budget,
         seed=seed,
         seconds=_seconds(model, resolved, samples, tokens, dtype, measured=measured),
-        notes=tuple(x for x in (note, *anatomy.notes) if x),
+        notes=tuple(x for x in (note, *anatomy.notes, _divided(processes)) if x),
         side_bytes=_side_bytes(model),
+        processes=processes,
     )
     if size is not None and plan.folder_bytes > size:
         over = plan.folder_bytes - size

@@ -31,8 +31,10 @@ class Target(Strict):
         "auto", description="inputs that share a scale; auto: the largest of 128, 64, 32 that divides every width"
     )
     symmetric: bool = Field(True, description="no zero points")
-    scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="type of the scales; auto: bfloat16 for models stored so, else float16"
+    scale_dtype: str = Field(
+        "auto",
+        description="type of the scales: float16, bfloat16, float32, e8m0, e4m3, int8/N, intB/row or intB/N; auto: "
+        "bfloat16 for models stored so, else float16",
     )
     sparsity: float | None = Field(None, ge=0.0, le=1.0, description="share of weights that become zero")
     pattern: str | None = Field(None, description='"N:M" keeps N of every M inputs; None is unstructured')
@@ -46,6 +48,17 @@ class Target(Strict):
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("a group has at least one input: give a positive number, 'channel' or 'tensor'")
+        return value
+
+    @field_validator("scale_dtype")
+    @classmethod
+    def _kind_of_scales(cls, value: str) -> str:
+        from lilliput.formats import scales  # formats read targets
+
+        try:
+            scales.parse(value)
+        except PlanError as error:
+            raise ValueError(str(error)) from None
         return value
 
     @field_validator("pattern")

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from lilliput import methods
 from lilliput.anatomy.model import Anatomy, Linear
 from lilliput.errors import LilliputError, PlanError
+from lilliput.formats import known
 from lilliput.parts.scheme import Scheme
 from lilliput.recipe import Recipe, Step, Target, Where
 
@@ -201,6 +202,11 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
                     f"{label}: it turns the weight, and an earlier step has already decided its parts or zeros: "
                     "move it to the front"
                 )
+            if sparsity is not None and added.fills:
+                raise PlanError(
+                    f"{label}: {added.describe()} reaches every weight, so an earlier step's zeros would not stay: "
+                    "leave one of the two steps out"
+                )
             scheme = Scheme(
                 (*scheme.parts, *added.parts), (*scheme.inputs, *added.inputs), (*scheme.outputs, *added.outputs)
             )
@@ -230,6 +236,10 @@ def resolve(
             # A rewrite prepares for whoever quantizes after it, so it takes that step's target.
             later = [s.target for s, m in steps[number + 1 :] if m.writes == "quantized"]
             target = later[0] if later else target
+        try:
+            target = known.completed(target)
+        except PlanError as error:
+            raise PlanError(f"step {number + 1} ({method.name}): {error}") from None
         if target.bits is None and (method.writes == "quantized" or method.verb in {"rewrite", "learn"}):
             target = target.model_copy(update={"bits": 4})
         if method.writes == "support" and target.pattern is None and target.sparsity is None:

@@ -39,11 +39,12 @@ class RotatedModel(Model):
     takes a Model runs it; where they differ, the caller multiplies the hidden states behind block i by
     `transition(i)`. A tied head is untied, for the gain of the final norm goes into it alone.
 
-    Block tensors that change are read in float32, those outside the blocks in the dtype of the files. Raises PlanError
+    Block tensors that change are read in float32, those outside the blocks in the dtype of the files, or in float32 as
+    well where the model is to be `exact` rather than what would be written. Raises PlanError
     with the reason where the model's residual stream cannot be rotated.
     """
 
-    def __init__(self, base: Model, bases: Sequence[Tensor] = ()) -> None:
+    def __init__(self, base: Model, bases: Sequence[Tensor] = (), *, exact: bool = False) -> None:
         inner: Model = base
         if isinstance(base, RotatedModel):
             inner, skeleton, anatomy, outside = base.inner, base.skeleton, base.anatomy(), base.outside
@@ -60,6 +61,7 @@ class RotatedModel(Model):
         self.inner: Model = inner
         self.outside: Outside = outside
         self.bases: tuple[Tensor, ...] = tuple(bases)
+        self.exact = exact
         self._found = anatomy
         self._factors = _shared(self.bases)
         self._changes = _changes(anatomy, outside, skeleton)
@@ -77,7 +79,7 @@ class RotatedModel(Model):
             raise LilliputError(f"a rotation has to be orthogonal, but this one is off by {off:.1e}")
         before = self.bases or (None,) * (len(self.skeleton.block_names) + 1)
         made = {id(q): wide if q is None else q @ wide for q in before}
-        return RotatedModel(self, [made[id(q)] for q in before])
+        return RotatedModel(self, [made[id(q)] for q in before], exact=self.exact)
 
     def anatomy(self) -> Anatomy:
         return self._found
@@ -133,6 +135,7 @@ class RotatedModel(Model):
 
     def _turn_rows(self, value: Tensor, change: Change) -> Tensor:
         gain = None if change.gain is None else super().read(change.gain).float() + change.offset
+        value = value.float() if self.exact else value
         for start in range(0, len(value), ROWS):
             part = value[start : start + ROWS].float()
             part = part if gain is None else part * gain

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput import export, lockstep, memory, passes
+from lilliput import export, fisher, lockstep, memory, order, passes, ranks
 from lilliput.activations import START_ANEW, Activations, raw
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
+from lilliput.formats import scales
 from lilliput.forward import Batches, embed, through
 from lilliput.inventory import METADATA
 from lilliput.journal import Work, save_atomically
+from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
 from lilliput.parts.layer import Layer, split, stack
@@ -93,8 +95,20 @@ def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool
 def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[str, Tensor], Rows]:
     """Apply the compress steps to the linears of a site; the block's modules take over the result.
 
-    Returns the tensors to store (by stored name) and one report row a linear.
+    Returns the tensors to store (by stored name) and one report row a linear. Of several ranks the leader alone solves:
+    the others get the weights from it, so that all go on with the same bits, and return nothing.
     """
+    tensors, rows = _solved(job, site, stats) if ranks.lead() else ({}, [])
+    skeleton = job.model.skeleton
+    if stats is not None and ranks.size() > 1:
+        for name in (f"{job.plans[x].name}.weight" for x in site.linears if job.plans[x].tasks):
+            like = torch.empty(skeleton.shapes[name], dtype=skeleton.dtype_of(name), device=skeleton.device)
+            value = skeleton.tensor(name).contiguous() if ranks.lead() else like
+            skeleton.load({name: ranks.same(value)})
+    return tensors, rows
+
+
+def _solved(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[str, Tensor], Rows]:
     skeleton = job.model.skeleton
     device = torch.device(skeleton.device)
     empty = SiteStats(site.width, 0)
@@ -104,12 +118,7 @@ def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[d
     for names in _stacks(job, site):
         start = time.perf_counter()
         plans = [job.plans[name] for name in names]
-        layers = [
-            Layer(
-                p.name, job.weights.linear(p.linear).to(device), fisher=passes.read_fisher(job.fisher, p, job.weights)
-            )
-            for p in plans
-        ]
+        layers = [fisher.layer(job.fisher, p, job.weights) for p in plans]
         layer = stack(layers)
         del layers
         for task in plans[0].tasks:
@@ -150,7 +159,10 @@ def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
         tasks = job.plans[name].tasks
         if not tasks:
             continue
-        alone = any(not task.method.rowwise or task.target.group_size == 0 for task in tasks)
+        alone = any(
+            not task.method.rowwise or task.target.group_size == 0 or scales.joins_rows(task.target.scale_dtype)
+            for task in tasks
+        )
         if groups and not alone and job.plans[groups[-1][0]].tasks == tasks:
             groups[-1].append(name)
         else:
@@ -193,12 +205,26 @@ def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | 
             needs = {site.name: task.needs for site in sites}
             stats = _collect(job, batches, inputs, sites, needs)
         names = sorted({name for link in job.anatomy.links for name in link.readers if name in covered})
+        names = names if ranks.lead() else []
         view = BlockView(job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)) for n in names})
-        folds = task.method.module.rewrite(view, BlockIO(stats), task.target, task.options)
-        job.weights.fold(folds)
+        job.weights.fold(_folds(task, view, BlockIO(stats)))
         touched = {name: job.weights.tensor(name) for name in job.weights.names() if job.weights.folded(name)}
         if batches is not None:
             job.model.skeleton.load({job.weights.canonical(name): value for name, value in touched.items()})
+
+
+def _folds(task: Task, view: BlockView, io: BlockIO) -> Sequence[ScaleFold]:
+    """What a rewrite step decides on; the leader decides for all ranks."""
+    if ranks.size() == 1:
+        folds: Sequence[ScaleFold] = task.method.module.rewrite(view, io, task.target, task.options)
+        return folds
+    links = view.anatomy.links
+    found: list[tuple[int, list[float]]] = []
+    if ranks.lead():
+        number = {id(link): n for n, link in enumerate(links)}
+        folds = task.method.module.rewrite(view, io, task.target, task.options)
+        found = [(number[id(fold.link)], fold.scale.tolist()) for fold in folds]
+    return [ScaleFold(links[n], torch.tensor(scale)) for n, scale in ranks.agreed(found)]
 
 
 def compress_block(
@@ -235,10 +261,11 @@ def compress_block(
             state = current.pop(name, None) or fold.init(site.width, job.needs(site), skeleton.device)
             take(site, fold.all_reduce(fold.finish(state)))
 
-        order = _as_met(job, batches, inputs, wanted)
-        lockstep.walk([job.tap(site) for site in order], runs, see, arrived)
+        first_pass = through(job.model, job.index, batches, inputs, None)[:1]
+        met = order.as_met(job.anatomy, wanted, [job.tap(site) for site in wanted], first_pass)
+        lockstep.walk([job.tap(site) for site in met], runs, see, arrived)
     else:
-        for wave in _waves(job, wanted):
+        for wave in order.waves(wanted):
             stats = _collect(job, batches, inputs, wave, {site.name: job.needs(site) for site in wave})
             for site in wave:
                 take(site, stats.pop(site.name))
@@ -246,46 +273,6 @@ def compress_block(
             run()
     number = {name: n for n, name in enumerate(name for site in job.anatomy.sites for name in site.linears)}
     return tensors, sorted(rows, key=lambda row: number[row["name"].removeprefix(f"{job.weights.prefix}.")])
-
-
-def _as_met(job: BlockJob, batches: Batches, inputs: Activations, sites: Sequence[Site]) -> Sequence[Site]:
-    """Sites in the order in which a forward pass meets them.
-
-    A chain of stages leaves no choice. Elsewhere, where attention and MLP run side by side or among experts, the first
-    batch shows it; experts that it leaves out stand by their number, as all of them run one after the other.
-    """
-    if len({site.stage for site in sites}) == len(sites):
-        return sites
-    met: dict[str, int] = {}
-    first_pass = through(job.model, job.index, batches, inputs, None)[:1]
-
-    def see(site: str, _: Tensor) -> None:
-        met.setdefault(site, len(met))
-
-    lockstep.watch([job.tap(site) for site in sites], first_pass, see, stop_after=False)
-    expert = {site.name: job.anatomy.linear(site.linears[0]).expert for site in sites}
-    first = min((n for name, n in met.items() if expert[name] is not None), default=len(met))
-
-    def place(site: Site) -> tuple[int, int, int]:
-        number = expert[site.name]
-        if number is not None:
-            return first, number, site.stage
-        return met.get(site.name, len(met)), -1, site.stage
-
-    return sorted(sites, key=place)
-
-
-def _waves(job: BlockJob, sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites whose statistics are taken in one run: of one stage, and no more Gram matrices than two of the widest."""
-    room = 2 * max((site.width for site in sites), default=1) ** 2
-    waves: list[list[Site]] = []
-    for site in sites:
-        last = waves[-1] if waves else []
-        if last and last[-1].stage == site.stage and sum(s.width**2 for s in (*last, site)) <= room:
-            last.append(site)
-        else:
-            waves.append([site])
-    return waves
 
 
 def _block_tensors(job: BlockJob, done: Mapping[str, Tensor], shard: int) -> dict[str, Tensor]:
@@ -306,33 +293,42 @@ def _block_tensors(job: BlockJob, done: Mapping[str, Tensor], shard: int) -> dic
 
 
 def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Rows:
-    """Carry out a plan, from its first unwritten block on. Returns the report rows of all blocks, in order."""
+    """Carry out a plan, from its first unwritten block on. Returns the report rows of all blocks, in order.
+
+    ids [N, T] are all samples. Each rank takes its share of them through the blocks; the leader writes.
+    """
     skeleton = model.skeleton
     count = len(skeleton.block_names)
     first = len(plan.shards) - count
     finished = {int(r["block"]): r for r in work.find("block")}
     whole = {int(r["shard"]) for r in work.find("outside")}
-    for name in (plan.shards[n] for n in (*whole, *(first + n for n in finished))):
-        if not (work.staging / name).is_file():
-            raise LilliputError(f"{work.staging / name} was written by the unfinished run and is gone; {START_ANEW}")
+    with ranks.together():
+        for name in (plan.shards[n] for n in (*whole, *(first + n for n in finished))):
+            if ranks.lead() and not (work.staging / name).is_file():
+                raise LilliputError(
+                    f"{work.staging / name} was written by the unfinished run and is gone; {START_ANEW}"
+                )
     model = passes.learned(plan, model, ids, work, progress)
+    everything, ids = ids, None if ids is None else ids[ranks.share(len(ids))]
     with torch.no_grad():
         for shard in range(first):
             if shard not in whole:
-                tensors = {
-                    x.name: (
-                        model.source.read(x.source) if x.kind == "carried" else model.read(x.source).to(x.dtype)
-                    ).contiguous()
-                    for x in plan.of_shard(shard)
-                }
-                hashes = _save(work, plan.shards[shard], tensors)
-                del tensors
-                memory.trim()
+                hashes: dict[str, str] = {}
+                if ranks.lead():
+                    tensors = {
+                        x.name: (
+                            model.source.read(x.source) if x.kind == "carried" else model.read(x.source).to(x.dtype)
+                        ).contiguous()
+                        for x in plan.of_shard(shard)
+                    }
+                    hashes = _save(work, plan.shards[shard], tensors)
+                    del tensors
+                    memory.trim()
                 work.note({"kind": "outside", "shard": shard, "sha256": hashes})
         progress.step(len(finished), count)
         if len(finished) < count:
             plan = passes.allocated(plan, model, ids, work, progress)
-            passes.fisher(plan, model, ids, work, progress, len(finished))
+            fisher.take(plan, model, everything, work, progress, len(finished))
             _blocks(plan, model, ids, work, progress, finished, first)
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):
@@ -363,16 +359,19 @@ def _blocks(
         if ids is None:
             raise RuntimeError("calibration was planned but there are no tokens")
         shape = (len(ids), ids.shape[1], int(model.source.text_config.hidden_size))
-        inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
-        work.keep([inputs.path.name, *(f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned),
-                   *(passes.fisher_path(work, n).name for n in range(start, len(skeleton.block_names)))])  # fmt: skip
-        if start and inputs.checksum() != finished[start - 1]["hidden"]:
-            raise LilliputError(f"{inputs.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}")
+        with ranks.together():
+            inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
+            rotations = (f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned)
+            work.keep([inputs.path.name, *rotations, *fisher.kept(work)])
+            if start and inputs.checksum() != finished[start - 1]["hidden"][ranks.rank()]:
+                raise LilliputError(
+                    f"{inputs.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}"
+                )
         batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
     exporter = export.get(plan.exporter)
     for index in range(start, len(skeleton.block_names)):
         weights = BlockWeights(model, index, anatomy.blocks[index])
-        squares = passes.fisher_path(work, index) if plan.resolved.fisher(plan.samples) else None
+        squares = fisher.path_of(work, index) if plan.resolved.fisher(plan.samples) else None
         job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares)
         outputs = None
         if batches is not None:
@@ -380,12 +379,14 @@ def _blocks(
             outputs = _hidden(work, index + 1, shape, plan.dtype, create=True)
         done, rows = compress_block(job, batches, inputs, outputs)
         model.unload_block(index)
-        tensors = _block_tensors(job, done, first + index)
-        del done
-        hashes = _save(work, plan.shards[first + index], tensors)
-        del tensors
-        # Only now is the block finished: its file is whole, and so are the inputs of the next one.
-        check = None if outputs is None else outputs.checksum()
+        hashes: dict[str, str] = {}
+        if ranks.lead():
+            tensors = _block_tensors(job, done, first + index)
+            del done
+            hashes = _save(work, plan.shards[first + index], tensors)
+            del tensors
+        # Only now is the block finished: its file is whole, and so are the inputs of the next one on all ranks.
+        check = None if outputs is None else ranks.gathered(outputs.checksum())
         work.note({"kind": "block", "block": index, "rows": rows, "sha256": hashes, "hidden": check})
         if inputs is not None:
             inputs.delete()

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from lilliput.anatomy.skeleton import Skeleton
+from lilliput.anatomy.skeleton import Skeleton, positions
 from lilliput.errors import SourceError
 
 
@@ -161,3 +161,9 @@ print(grown, time.process_time() - began)
     grown, seconds = map(float, done.stdout.split()[-2:])
     assert grown < 8 * 1024  # KiB; the parameters would be 2.4 GB in bfloat16
     assert seconds < 2
+
+
+def test_positions_are_those_that_the_config_names() -> None:
+    assert positions(tf.GPT2Config(n_positions=64)) == 64
+    assert positions(tf.LlamaConfig(max_position_embeddings=96)) == 96
+    assert positions(tf.BloomConfig()) is None  # its positions are slopes: no limit is named

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -44,3 +46,21 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("".join(chr(97 + (i * i * 7 + i // 3) % 26) for i in range(4000)))
     return path
+
+
+@pytest.fixture
+def change() -> Callable[..., None]:
+    def one(folder: Path, tensor: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Rewrite one tensor of a folder, and take every checksum away."""
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata()
+            if tensor in tensors:
+                tensors[tensor] = edit(tensors[tensor])
+                save_file(tensors, path, metadata)
+                (folder / "lilliput.json").unlink()
+                return
+        raise AssertionError(f"no {tensor}")
+
+    return one

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 import lilliput
 from lilliput.attribution import attribute
 from lilliput.errors import DataError
+from lilliput.model import open_model
 
 
 def planted(base: Path, name: str, strength: float) -> Path:
@@ -122,6 +123,58 @@ def test_turned_coordinates_are_said(llama, text) -> None:
     found = attribute(out, base, data=text, windows=2, tokens=64)
     assert "turned" in found.notes[0]
     assert found.suspects == ()
+    # Rotated and nothing else: block by block it is the original.
+    assert 0 <= found.total_kl < 1e-6
+    assert max(row["weight_error"] for row in found.linears) < 1e-5
+    assert max(row["output_error"] for row in found.blocks) < 1e-4
+
+
+def rotated(base: Path, text: Path) -> Path:
+    out = base.with_name("rotated")
+    steps = [{"method": "hadamard"}, {"method": "rtn", "target": {"bits": 4, "group_size": 32}}]
+    recipe = lilliput.Recipe.model_validate({"name": "rotated", "steps": steps})
+    lilliput.compress(base, out, recipe=recipe, data=str(text), samples=4, tokens=64, eval_windows=0, dtype="float32")
+    return out
+
+
+def test_a_rotated_model_gets_shares(llama, text, change) -> None:
+    """Of the very divergence that an evaluation measures, with the weight errors of rounding to 4 bits."""
+    base = llama()
+    out = rotated(base, text)
+    name = "model.layers.3.mlp.gate_proj"
+    change(out, f"{name}.weight_scale", lambda scale: scale * 1.5)
+    found = attribute(out, base, data=text, windows=2, tokens=64)
+    whole = lilliput.evaluate(out, base, data=str(text), windows=2, tokens=64).kl
+    assert whole is not None
+    assert found.total_kl == pytest.approx(whole.value, rel=1e-4)
+    errors = {row["name"]: row["weight_error"] for row in found.linears}
+    assert errors.pop(name) == pytest.approx(0.5, rel=0.15)
+    assert 0.03 < min(errors.values()) < max(errors.values()) < 0.15
+    shares = [row["share"] for row in found.blocks]
+    assert max(shares) == shares[3] > 0.3
+    assert [x.linear for x in found.suspects] == [name]
+
+
+def test_a_head_that_a_rotation_untied_is_no_other_model(tiny, text) -> None:
+    base = tiny("llama")
+    assert open_model(str(base)).tied
+    out = text.with_name("tied")
+    recipe = lilliput.Recipe.model_validate({"name": "h", "steps": [{"method": "hadamard"}, {"method": "rtn"}]})
+    lilliput.compress(base, out, recipe=recipe, data=str(text), samples=4, tokens=64, eval_windows=0, dtype="float32")
+    found = attribute(out, base, data=text, windows=2, tokens=64)
+    whole = lilliput.evaluate(out, base, data=str(text), windows=2, tokens=64).kl
+    assert whole is not None
+    assert found.total_kl == pytest.approx(whole.value, rel=1e-4)
+    assert len(found.blocks) == 4
+
+
+def test_without_a_rotation_to_be_found_no_shares_are_given(llama, text, change) -> None:
+    base = llama()
+    out = rotated(base, text)
+    change(out, "model.embed_tokens.weight", lambda table: table.flip(0))
+    found = attribute(out, base, data=text, windows=2, tokens=64)
+    assert "shares are not given" in found.notes[0]
+    assert found.blocks == ()
 
 
 def test_models_of_other_tensors_are_refused(llama, tiny, text) -> None:

@@ -1,27 +1,9 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import lilliput
 from lilliput.attribution import suspects
-
-
-def change(folder: Path, tensor: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Rewrite one tensor of a folder, and take every checksum away."""
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata()
-        if tensor in tensors:
-            tensors[tensor] = edit(tensors[tensor])
-            save_file(tensors, path, metadata)
-            (folder / "lilliput.json").unlink()
-            return
-    raise AssertionError(f"no {tensor}")
 
 
 def compressed(base: Path, text: Path, recipe: str, *settings: str) -> Path:
@@ -55,7 +37,7 @@ def test_nothing_is_suspected_of_a_sound_model(llama, text, recipe, settings) ->
 
 @pytest.mark.parametrize(("recipe", "settings"), RECIPES)
 @pytest.mark.parametrize("linear", ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
-def test_a_doubled_scale_is_caught_and_named(llama, text, recipe, settings, linear) -> None:
+def test_a_doubled_scale_is_caught_and_named(llama, text, change, recipe, settings, linear) -> None:
     base = llama()
     out = compressed(base, text, recipe, *settings)
     name = f"model.layers.3.{linear}.weight_scale"
@@ -66,7 +48,7 @@ def test_a_doubled_scale_is_caught_and_named(llama, text, recipe, settings, line
     assert "times the original's" in found[0].reason
 
 
-def test_codes_that_are_damaged_are_named(llama, text) -> None:
+def test_codes_that_are_damaged_are_named(llama, text, change) -> None:
     base = llama()
     out = compressed(base, text, "gptq", "gptq.bits=4", "gptq.group_size=32")
     name = "model.layers.2.mlp.gate_proj.weight_packed"
@@ -76,7 +58,7 @@ def test_codes_that_are_damaged_are_named(llama, text) -> None:
     assert "error" in found[0].reason
 
 
-def test_a_norm_that_is_damaged_is_named(llama, text) -> None:
+def test_a_norm_that_is_damaged_is_named(llama, text, change) -> None:
     base = llama()
     out = compressed(base, text, "gptq", "gptq.bits=4", "gptq.group_size=32")
     name = "model.layers.4.input_layernorm.weight"

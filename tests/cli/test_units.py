@@ -26,6 +26,10 @@ def test_sizes_are_read(text: str, count: int) -> None:
     assert parse_size(text) == count
 
 
+def test_no_size_stays_none() -> None:
+    assert parse_size(None, "--memory") is None
+
+
 @pytest.mark.parametrize("text", ["", "GB", "4 XB", "-1GB", "0", "0.0GB", "1e9", "4GB of RAM"])
 def test_what_is_no_size_is_refused_by_name(text: str) -> None:
     with pytest.raises(PlanError, match="--memory"):

@@ -12,6 +12,8 @@ import pytest
 from lilliput import api, catalogue, cli
 from lilliput.progress import Quiet
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[[str], Path]
 IDS = [key for key, method in catalogue.covering().items() if method.covers[key] is not None]
 

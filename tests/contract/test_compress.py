@@ -8,26 +8,59 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput import methods
+from lilliput import catalogue, methods
+from lilliput.parts import scheme
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.scheme import Scheme
 from lilliput.recipe import Target
+from lilliput.runtime.native import LinearSpec, decode
 from lilliput.stats.site import SiteStats
 
 COMPRESS = sorted(n for n, m in methods.discover().items() if m.verb == "compress")
 QUANTIZE = [n for n in COMPRESS if methods.get(n).writes == "quantized"]
+INTEGERS = [
+    n for n in QUANTIZE if "int" in (methods.get(n).formats or ()) and not hasattr(methods.get(n).module, "scheme")
+]
 PRUNE = [n for n in COMPRESS if methods.get(n).writes == "support"]
+
+
+def _default(method: str) -> dict[str, Any]:
+    """The method's own step: what its default recipe asks for."""
+    steps = catalogue.steps_of(method)
+    return next(step for step in reversed(steps) if step["method"] == method)
 
 
 def _target(method: str, **changes: Any) -> Target:
     if methods.get(method).writes == "support":
         return Target.model_validate({"sparsity": 0.5, **changes})
-    return Target.model_validate({"bits": 4, "group_size": 16, **changes})
+    own = _default(method).get("target", {})
+    given = {"bits": 4, **own, **changes}
+    if given.get("group_size", "auto") == "auto":
+        given["group_size"] = 16
+    return Target.model_validate(given)
+
+
+def _scheme(method: str, target: Target, rows: int, width: int) -> Scheme:
+    found = methods.get(method)
+    return found.scheme(target, found.parse(_default(method).get("options", {})), rows, width)
+
+
+def _fills(method: str) -> bool:
+    """Whether its parts reach everywhere, so that the plan refuses it behind a mask."""
+    scheme = _scheme(method, _target(method), 96, 48)
+    return bool(scheme.inputs or scheme.outputs or scheme.fills)
+
+
+def _layer(name: str, w: Tensor, **more: Any) -> Layer:
+    fisher = torch.rand(w.shape, generator=torch.Generator().manual_seed(5)) ** 4 + 1e-8
+    return Layer(name, w, fisher=fisher, **more)
 
 
 def _run(method: str, layer: Layer, stats: SiteStats, target: Target, **options: Any) -> Layer:
     found = methods.get(method)
-    out = found.module.compress(layer, stats, target, found.parse(options))
+    given = {**_default(method).get("options", {}), **options}
+    out = found.module.compress(layer, stats, target, found.parse(given))
     assert isinstance(out, Layer)
     return out
 
@@ -45,9 +78,10 @@ def _copy(stats: SiteStats) -> SiteStats:
 def test_inputs_are_left_alone_and_results_repeat(name: str, toy: Any) -> None:
     w, stats = toy.tensors["down"], toy.io().stats["down"]
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.7
-    layer, kept = Layer("down", w, support=mask), (w.clone(), mask.clone(), _copy(stats))
+    held = {} if _fills(name) else {"support": mask}
+    layer, kept = _layer("down", w, **held), (w.clone(), mask.clone(), _copy(stats))
     first = _run(name, layer, stats, _target(name))
-    again = _run(name, Layer("down", w.clone(), support=mask.clone()), kept[2], _target(name))
+    again = _run(name, _layer("down", w.clone(), **held), kept[2], _target(name))
     assert torch.equal(w, kept[0])
     assert torch.equal(mask, kept[1])
     for field in ("gram", "square", "mean", "absmax", "absmean"):
@@ -56,24 +90,44 @@ def test_inputs_are_left_alone_and_results_repeat(name: str, toy: Any) -> None:
     assert first.weight is w
 
 
-@pytest.mark.parametrize("name", COMPRESS)
+@pytest.mark.parametrize("name", [n for n in COMPRESS if not _fills(n)])
 def test_nothing_is_written_outside_the_support(name: str, toy: Any) -> None:
     w, stats = toy.tensors["up"], toy.io().stats["up"]
     mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.6
     for symmetric in (True, False):
-        out = _run(name, Layer("up", w, support=mask), stats, _target(name, symmetric=symmetric))
+        out = _run(name, _layer("up", w, support=mask), stats, _target(name, symmetric=symmetric))
         assert out.support is not None
         assert bool((out.support <= mask).all())
         assert bool((out.decode()[~mask] == 0).all())
 
 
-@pytest.mark.parametrize("name", QUANTIZE)
+@pytest.mark.parametrize("name", [n for n in COMPRESS if n not in PRUNE])
+@pytest.mark.parametrize("linear", ["up", "down", "k"])
+def test_what_the_plan_counted_is_what_is_stored(name: str, linear: str, toy: Any) -> None:
+    w, stats = toy.tensors[linear], toy.io().stats[toy.block.linear(linear).site]
+    target = _target(name)
+    out, planned = _run(name, _layer(linear, w), stats, target), _scheme(name, target, *w.shape)
+    assert scheme.of(out) == planned
+    tensors, described = planned.pack(out), planned.stored(*w.shape)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == described
+    bits = 8 * sum(t.numel() * t.element_size() for t in tensors.values())
+    size = planned.size_bits(*w.shape)
+    around = 8 * sum(t.numel() * t.element_size() for n, t in tensors.items() if n.startswith(("_in", "_out")))
+    assert size == around + sum(part.bits() for part in out.parts)
+    # Every stored tensor, or every row of it, ends on a byte.
+    assert size <= bits <= size + 8 * len(tensors) * sum(w.shape)
+    spec = LinearSpec(linear, linear, *w.shape, scheme.from_plain(planned.plain()))
+    read = decode(spec, {f"{linear}.weight{n}": t for n, t in tensors.items()}.__getitem__)
+    assert torch.allclose(read, out.decode(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("group", [16, 20, "channel", "tensor"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_declared_bits_are_exact(name: str, group: int | str, symmetric: bool, toy: Any) -> None:
     w, stats = toy.tensors["up"], toy.io().stats["up"]
     for bits in (2, 3, 8):
-        out = _run(name, Layer("up", w), stats, _target(name, bits=bits, group_size=group, symmetric=symmetric))
+        out = _run(name, _layer("up", w), stats, _target(name, bits=bits, group_size=group, symmetric=symmetric))
         (part,) = out.parts
         assert isinstance(part, QuantizedPart)
         assert (part.format.bits, part.format.symmetric) == (bits, symmetric)
@@ -86,10 +140,10 @@ def test_declared_bits_are_exact(name: str, group: int | str, symmetric: bool, t
         assert part.bits() == w.numel() * bits + part.grid.scale.numel() * per_unit
 
 
-@pytest.mark.parametrize("name", QUANTIZE)
+@pytest.mark.parametrize("name", INTEGERS)
 def test_enough_bits_change_almost_nothing(name: str, toy: Any) -> None:
     w, stats = toy.tensors["up"], toy.io().stats["up"]
-    out = _run(name, Layer("up", w), stats, _target(name, bits=8))
+    out = _run(name, _layer("up", w), stats, _target(name, bits=8))
     assert _loss(w, out, stats) < 1e-4 * _loss(w, Layer("up", torch.zeros_like(w)), stats)
 
 
@@ -122,17 +176,19 @@ def test_kept_counts_are_exact_even_among_equals(name: str, toy: Any) -> None:
 def test_beats_its_baseline_on_correlated_inputs(name: str, toy: Any) -> None:
     baseline = methods.get(name).baseline
     assert baseline is not None
+    target = _target(name)
+    same = _target(baseline, bits=target.bits, group_size=target.group_size)
     for linear in ("q", "up", "down"):
         w, stats = toy.tensors[linear], toy.io().stats[toy.block.linear(linear).site]
-        ours, theirs = (_loss(w, _run(n, Layer(linear, w), stats, _target(n)), stats) for n in (name, baseline))
-        assert ours < theirs
+        ours = _loss(w, _run(name, _layer(linear, w), stats, target), stats)
+        assert ours < _loss(w, _run(baseline, _layer(linear, w), stats, same), stats)
 
 
 @pytest.mark.parametrize("name", [n for n in COMPRESS if methods.get(n).rowwise])
 def test_stacked_rows_come_out_as_they_do_alone(name: str, toy: Any) -> None:
     """Within 1 % of the loss and 99.8 % of the values: sums may round differently for other shapes."""
     stats = toy.io().stats["q"]
-    layers = [Layer(n, toy.tensors[n]) for n in ("q", "k", "v")]
+    layers = [_layer(n, toy.tensors[n]) for n in ("q", "k", "v")]
     whole = split(_run(name, stack(layers), stats, _target(name)), [(x.name, x.weight.shape[0]) for x in layers])
     for layer, part in zip(layers, whole, strict=True):
         alone = _run(name, layer, stats, _target(name))
@@ -141,7 +197,7 @@ def test_stacked_rows_come_out_as_they_do_alone(name: str, toy: Any) -> None:
         assert abs(a - b) <= 0.01 * a
 
 
-@pytest.mark.parametrize("name", COMPRESS)
+@pytest.mark.parametrize("name", [*INTEGERS, *PRUNE])
 def test_a_target_that_asks_for_nothing_is_refused(name: str, toy: Any) -> None:
     with pytest.raises(Exception, match=r"target\.(bits|sparsity)"):
         _run(name, Layer("up", toy.tensors["up"]), toy.io().stats["up"], Target(group_size=16))

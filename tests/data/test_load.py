@@ -276,3 +276,42 @@ def test_hub_out_of_reach(tokenizer, monkeypatch):
     hub(monkeypatch, breaks)
     with pytest.raises(DataError, match="broke off"):
         load_tokens("hub:wikitext", tokenizer, samples=1, tokens=8)
+
+
+NAMED = [
+    ("wikitext2", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), "\n\n"),
+    ("wikitext2:train", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"), "\n\n"),
+    ("c4", ("allenai/c4", "en", "validation"), " "),
+]
+
+
+@pytest.mark.parametrize(("source", "asked", "joint"), NAMED)
+def test_named_sets_are_joined_as_papers_do(tokenizer, monkeypatch, source, asked, joint):
+    seen = []
+
+    def load(name, config, *, split, streaming):
+        seen.append((name, config, split))
+        assert streaming
+        return [{"text": x} for x in rows]
+
+    rows = ["", " = The value = \n", "", "", "one statement of the value \n", "two"]
+    hub(monkeypatch, load)
+    ids = whole(tokenizer, joint.join(rows))
+    got = load_tokens(source, tokenizer, samples=1, tokens=len(ids))
+    assert got.ids[0].tolist() == ids
+    assert seen == [asked]
+    assert got.source == source
+
+
+def test_named_sets_out_of_reach(tokenizer, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    hub(monkeypatch, offline)
+    with pytest.raises(DataError, match=r"'c4' cannot be opened .*without a network use 'docs' or a local file"):
+        load_tokens("c4", tokenizer, samples=1, tokens=8)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"'wikitext2' needs .*pip install 'lilliput\[hub\]'"):
+        load_tokens("wikitext2", tokenizer, samples=1, tokens=8)
+    with pytest.raises(DataError, match=r"'ptb' is no source of text: .*wikitext2, c4.*only as a script"):
+        load_tokens("ptb", tokenizer, samples=1, tokens=8)

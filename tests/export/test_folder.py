@@ -16,8 +16,8 @@ from lilliput.report.card import Card, Figure
 from lilliput.report.provenance import DataRow, LinearRow, Provenance, TensorRow, read, versions
 
 DTYPES = [
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
-    torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.float16,
+    torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
 ]  # fmt: skip
 PROVENANCE = Provenance(
     model="a/b",

@@ -133,6 +133,8 @@ def test_bfloat16_is_near_and_said(folder, text):
     assert half.perplexity.value == pytest.approx(full.perplexity.value, rel=0.1)
     assert half.perplexity.value != full.perplexity.value
     assert any("bfloat16" in x for x in half.notes)
+    opened = run(room.open_model(str(path), dtype=torch.bfloat16), data=text)
+    assert (opened.perplexity, opened.dtype, opened.notes) == (half.perplexity, "bfloat16", half.notes)
 
 
 def test_text_that_was_calibrated_on_is_noted(folder, text):

@@ -106,3 +106,20 @@ def test_bad_logits_are_named(value, broken):
     with pytest.raises(SourceError, match="'broken' gives logits that are not finite, first in window 1 at token 13"):
         score(ids(), *heads, columns=20, rows=8)
     assert heads[0].slice is heads[1].slice is None
+
+
+@pytest.mark.parametrize(("columns", "tile"), [(50, 50), (50, 8), (17, 6)])
+def test_streams_share_one_look_at_the_reference(columns, tile):
+    tables = [random_table(seed) for seed in (10, 11, 12)]
+    theirs = Table(random_table(13))
+    asked = []
+    inner = theirs.logits
+    theirs.logits = lambda *at: (asked.append(at), inner(*at))[1]
+    alone = [score(ids(), Table(x), theirs, columns=columns, tile=tile) for x in tables]
+    once = len(asked) // len(tables)
+    asked.clear()
+    found = score(ids(), Table(torch.cat(tables)), theirs, columns=columns, tile=tile, streams=3)
+    assert len(asked) == once
+    for at, one in enumerate(alone):
+        part = found.of(slice(at * WINDOWS, (at + 1) * WINDOWS), slice(None))
+        assert all(torch.equal(x, y) for x, y in zip(vars(part).values(), vars(one).values(), strict=True))

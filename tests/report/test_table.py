@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lilliput.report import table
 
 PLAN = {
@@ -36,6 +38,30 @@ def test_a_plan_shows_totals_and_kinds_largest_first() -> None:
     assert words.index(["quantized", "630", "55.0", "MB"]) < words.index(["norm", "61", "70.3", "kB"])
     assert "a.weight" not in said
     assert "phase" not in said
+
+
+def test_a_compression_with_evidence_still_says_how_it_was_made(sample: dict[str, Any]) -> None:
+    sample["notes"] = ["intervals: 95 %"]
+    done = {
+        "out": "out/sample-lm-w4",
+        "recipe": PLAN["recipe"],
+        "format": "compressed-tensors",
+        "predicted": {"bytes": 100_000_000},
+        "measured": {"bytes": 100_000_123, "kl": {"value": 0.125, "low": 0.1, "high": 0.15}},
+        "blocks_skipped": 3,
+        "notes": ["an engine will run this dense", "intervals: 95 %"],
+        "rows": [{"name": "a.weight"}],
+        "evidence": sample,
+    }
+    said = table.text(table.compress(done), 120)
+    words = lines(said)
+    for line in (["recipe", "w4:", "gptq"], ["format", "compressed-tensors"], ["blocks", "skipped", "3"]):
+        assert line in words
+    assert ["size", "100.0", "MB", "100.0", "MB"] in words
+    assert said.count("note: an engine will run this dense") == said.count("note: intervals: 95 %") == 1
+    assert "LOSS" in said
+    assert "KL divergence from the original" not in said  # the evidence has it
+    assert "KL divergence from the original" in table.text(table.compress({**done, "evidence": None}), 120)
 
 
 def test_an_evaluation_shows_intervals() -> None:

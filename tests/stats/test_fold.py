@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,31 +90,37 @@ def test_scaled_statistics_are_those_of_the_scaled_inputs() -> None:
     _close(_folded(x, (300,)).scaled(factor), _direct(x * factor))
 
 
-_WORKER = """
-import sys
+_RANK = """
 import torch
-import torch.distributed as dist
+from lilliput import ranks
 from lilliput.stats import fold
 
-folder, rank = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-x = torch.load(f"{folder}/x.pt", weights_only=True)
-x = x[:210] if rank == 0 else x[210:]
-state = fold.all_reduce(fold.finish(fold.update(fold.init(40, fold.NAMES), x)))
-torch.save([state.count, *(state.need(n) for n in fold.NAMES)], f"{folder}/{rank}.pt")
-dist.destroy_process_group()
+with ranks.joined():
+    x = torch.load("{folder}/x.pt", weights_only=True)
+    seen = {{"some": x[:210] if rank == 0 else x[210:], "one": x if rank == 1 else x[:0], "none": x[:0]}}
+    for name, part in seen.items():
+        state = fold.all_reduce(fold.finish(fold.update(fold.init(40, fold.NAMES), part)))
+        torch.save([state.count, *(state.need(n) for n in fold.NAMES)], f"{folder}/{{name}}-{{rank}}.pt")
 """
 
 
-def test_two_processes_count_as_one(tmp_path: Path) -> None:
+def test_two_processes_count_as_one(tmp_path: Path, together: Callable[..., dict[str, Any]]) -> None:
     torch.save(_x(), tmp_path / "x.pt")
-    started = [subprocess.Popen([sys.executable, "-c", _WORKER, str(tmp_path), str(rank)]) for rank in range(2)]
-    assert [process.wait(60) for process in started] == [0, 0]
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for count, *tensors in results:
-        _close(SiteStats(40, count, *tensors), _direct(_x()))
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:], strict=True))
+    done = together(code=_RANK.format(folder=tmp_path))
+    assert done["code"] == [0, 0], done["stderr"]
+
+    def found(name: str) -> list[list[Any]]:
+        both: list[list[Any]] = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+        assert both[0][0] == both[1][0]
+        assert all(torch.equal(a, b) for a, b in zip(both[0][1:], both[1][1:], strict=True))
+        return both
+
+    for name in ("some", "one"):
+        for count, *tensors in found(name):
+            _close(SiteStats(40, count, *tensors), _direct(_x()))
+    for count, *tensors in found("none"):
+        assert count == 0
+        assert not any(x.any() for x in tensors)
 
 
 def test_alone_a_reduction_changes_nothing() -> None:

@@ -16,7 +16,7 @@ Matrices are held as [in, out] here, so that one input's weights are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,12 +86,11 @@ def _cholesky(gram: Tensor, order: Tensor, ridge: float, shrinkage: float, dtype
 
 
 class Nearest(Protocol):
-    """Grids as the sweep reads them: what is written for a column is a code; its value is the code times the scale of
-    the column's group."""
+    """How the sweep rounds: a column's value is code * scale of its group, whatever the code is."""
 
     @property
     def scale(self) -> Sequence[Tensor]:
-        """float32 [out] of each group."""
+        """For each group, float32 [out]."""
         ...
 
     @property
@@ -115,6 +114,7 @@ class Rounding:
     high: Sequence[Tensor]
     group: Sequence[int]
     limits: tuple[float, float] | None = None  # the window where all share it
+    snap: Callable[[Tensor], None] | None = None  # levels in place of whole numbers: rounds its argument to them
 
     @staticmethod
     def of(scale: Tensor, zero: Tensor | None, bits: int, rows: int, group: Sequence[int]) -> Rounding:
@@ -127,10 +127,20 @@ class Rounding:
         offset = zero.float().expand(rows, -1).T.contiguous()
         return Rounding(inverse, step.unbind(0), (lowest - offset).unbind(0), (highest - offset).unbind(0), group)
 
+    @staticmethod
+    def levels(scale: Tensor, snap: Callable[[Tensor], None], rows: int, group: Sequence[int]) -> Rounding:
+        """From the scales [out, groups] ([1, 1]: per tensor) of levels that `snap` rounds to in place, 0 among them. A
+        centred code is the level itself."""
+        step = scale.float().expand(rows, -1).T.contiguous()
+        return Rounding(step.reciprocal().unbind(0), step.unbind(0), (), (), group, snap=snap)
+
     def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
         """Write the centred code nearest to value [out] into code [out]."""
         g = self.group[column]
         torch.mul(value, self.inverse[g], out=code)
+        if self.snap is not None:
+            self.snap(code)
+            return
         code.round_()
         if self.limits is not None:
             code.clamp_(*self.limits)

@@ -58,7 +58,7 @@ class Probe:
         self.linears, self.norms, self.strange = _find(self.block)
         self.tensors = {n: self._random(n) for n in skeleton.names_of(index)}
         skeleton.load(self.tensors)
-        self.tokens = min(TOKENS, getattr(skeleton.config, "max_position_embeddings", None) or TOKENS)
+        self.tokens = min(TOKENS, skeleton.positions or TOKENS)
         self.batch = BATCH
         self.hidden = torch.empty(0)
         self.calls = Calls((0, 0), ())

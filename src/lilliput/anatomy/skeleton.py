@@ -35,6 +35,12 @@ class _StopForwardError(Exception):
     """Ends a forward pass at the point from where nothing more is needed."""
 
 
+def positions(config: Any) -> int | None:
+    """Tokens of the longest context that a config of transformers names; None where it names none."""
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
+    return next((x for x in found if isinstance(x, int) and x > 0), None)
+
+
 class Skeleton:
     """A causal language model whose parameters are loaded and unloaded by name, block by block.
 
@@ -65,6 +71,11 @@ class Skeleton:
         self._tuples = False
         self.hidden_size = 0
         self.embeddings, self.final = self._probe()
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest context that the model knows; None where its config names no limit."""
+        return positions(self.config)
 
     def names_of(self, block: int) -> tuple[str, ...]:
         """Canonical tensor names of block `block`."""

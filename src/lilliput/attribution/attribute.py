@@ -17,7 +17,8 @@ from torch import Tensor
 from lilliput import memory as ram
 from lilliput.attribution.restore import Restored, restore
 from lilliput.attribution.suspects import Suspect, find
-from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, turned
+from lilliput.attribution.turn import turned_like
+from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, producers, turned
 from lilliput.data import load_tokens
 from lilliput.errors import DataError
 from lilliput.model import Model, open_model
@@ -65,26 +66,43 @@ def decibel(error: float) -> float | None:
     return -20.0 * math.log10(error) if error > 0 else None
 
 
-def suspects(model: str | Path, against: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Suspect, ...]:
+def suspects(
+    model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype = torch.float32
+) -> tuple[Suspect, ...]:
     """Tensors of `model` that look damaged beside the original's, by weights alone. Raises as `attribute` does."""
     ours, base = _pair(model, against, dtype)
-    return tuple(find(_losses(ours, base), partial(_stored, ours)))
+    return tuple(find(_aligned(ours, base)[1], partial(_stored, ours)))
 
 
-def _pair(model: str | Path, against: str | Path, dtype: torch.dtype) -> tuple[Model, Model]:
-    ours, base = open_model(str(model), dtype=dtype), open_model(str(against), dtype=dtype)
-    if ours.skeleton.shapes.keys() - {ours.skeleton.head} != base.skeleton.shapes.keys() - {base.skeleton.head}:
-        raise DataError(f"'{model}' and '{against}' are made of different tensors: they cannot be compared one by one.")
+def _pair(model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype) -> tuple[Model, Model]:
+    ours, base = open_model(model, dtype=dtype), open_model(against, dtype=dtype)
+    if _names(ours) != _names(base):
+        raise DataError(
+            f"'{ours.source.model}' and '{base.source.model}' are made of different tensors: they cannot be compared "
+            "one by one."
+        )
     return ours, base
+
+
+def _names(model: Model) -> set[str]:
+    """Tensors but for a head of its own: a rotation unties one that was tied."""
+    return set(model.skeleton.shapes) - (set() if model.tied else {model.skeleton.head})
 
 
 def _losses(ours: Model, base: Model) -> list[WeightLoss]:
     return [x for i in range(len(base.skeleton.block_names)) for x in compare(ours, base, i)]
 
 
+def _aligned(ours: Model, base: Model) -> tuple[Model, list[WeightLoss]]:
+    """The original, in the compressed model's coordinates where that can be, and the weights beside each other."""
+    losses = _losses(ours, base)
+    alike = turned_like(ours, base) if turned(losses) else None
+    return (base, losses) if alike is None else (alike, _losses(ours, alike))
+
+
 def attribute(
-    model: str | Path,
-    against: str | Path,
+    model: str | Path | Model,
+    against: str | Path | Model,
     *,
     data: str | Path = "docs:library",
     windows: int = 2,
@@ -100,20 +118,25 @@ def attribute(
     Every block is restored by itself, exactly, and so are the `top` linears that the errors point to; the shares of the
     other linears are estimates. Costs about blocks / 2 forward passes of `windows` x `tokens` tokens, and as many
     products with the head. Tensors are compared first, by weights alone: a suspect is found without any checksum.
-    Raises DataError for models of different shapes.
+    `dtype` is what models are opened in that are not open yet. Raises DataError for models of different shapes.
     """
     began = time.monotonic()
     ours, base = _pair(model, against, dtype)
     count = len(base.skeleton.block_names)
-    losses = _losses(ours, base)
+    found, losses = _aligned(ours, base)
     damaged = tuple(find(losses, partial(_stored, ours)))
     notes: list[str] = []
     if turned(losses):
         notes.append(
             "The compressed model works in turned coordinates: its blocks cannot take the original's place one by one, "
-            "so shares are not given."
+            "so shares are not given. Where only the residual stream was rotated, the embedding would tell how."
         )
         return Attribution(0.0, (), _rows(losses, None, {}, {}), (), damaged, tuple(notes), time.monotonic() - began)
+    if found is not base:
+        notes.append(
+            "The compressed model works in turned coordinates: the original was turned like it to be compared."
+        )
+        base = found
     ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens).ids
     levels = {x.linear: math.log(x.factor) for x in damaged if x.factor > 0 and x.factor != 1.0}
     with tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work) as name:
@@ -174,7 +197,7 @@ def _stored(model: Model, name: str, part: str) -> str:
 
 
 def _block_linears(losses: list[WeightLoss]) -> list[WeightLoss]:
-    return [x for x in losses if not x.name.endswith(f".{x.role}")]
+    return [x for x in losses if x.linear]
 
 
 def _estimates(losses: list[WeightLoss], seen: Restored, shares: Mapping[int, float]) -> dict[str, float]:
@@ -203,7 +226,7 @@ def _weights(
     def aligned(index: int) -> dict[str, Alignment]:
         theirs, mine = BlockWeights(base, index, blocks[index]), BlockWeights(ours, index, blocks[index])
         local = {k.removeprefix(f"{mine.prefix}."): v for k, v in levels.items() if k.startswith(f"{mine.prefix}.")}
-        return align(blocks[index], mine, theirs, local)
+        return align(blocks[index], mine, theirs, producers(blocks[index], mine, theirs), local)
 
     def make(index: int, name: str) -> Tensor:
         theirs, mine = BlockWeights(base, index, blocks[index]), BlockWeights(ours, index, blocks[index])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lilliput import memory
 from lilliput.activations import Activations
-from lilliput.forward import Batches, embed, through
+from lilliput.forward import Batches, embed, finish, through
 from lilliput.metrics.layout import choose
 from lilliput.metrics.logits import StreamedHead, score
 from lilliput.model import Model
@@ -56,21 +56,6 @@ class Restored:
     drift: list[OutputLoss] = field(default_factory=list)
 
 
-class _Streams:
-    """Hidden states by stream, in files of a folder."""
-
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, stack: ExitStack) -> None:
-        self._folder, self._shape, self._dtype, self._stack = folder, shape, dtype, stack
-        self.open: dict[str, Activations] = {}
-
-    def new(self, name: str) -> Activations:
-        path = self._folder / f"stream-{len(self.open):04d}.bin"
-        states = Activations(path, self._shape, self._dtype, create=True)
-        self._stack.callback(states.delete)
-        self.open[name] = states
-        return states
-
-
 def restore(
     model: Model,
     against: Model,
@@ -95,44 +80,54 @@ def restore(
     wanted = linears or {}
     found = Restored()
     with ExitStack() as stack, torch.no_grad():
-        shape = (*ids.shape, against.skeleton.hidden_size)
-        streams = _Streams(folder, (shape[0], shape[1], shape[2]), torch.float32, stack)
-        base, ours = streams.new("original"), streams.new("compressed")
+        streams: dict[str, Activations] = {}  # all but the original's
+
+        def new(name: str) -> Activations:
+            shape = (len(ids), ids.shape[1], against.skeleton.hidden_size)
+            states = Activations(folder / f"stream-{name}.bin", shape, torch.float32, create=True)
+            stack.callback(states.delete)
+            return states
+
+        def branch(name: str) -> Activations:
+            streams[name] = new(str(len(streams)))
+            return streams[name]
+
+        base, ours = new("original"), branch("compressed")
         base_batches, batches = embed(against, ids, batch, base), embed(model, ids, batch, ours)
         if everywhere is not None:
-            embed(model, ids, batch, streams.new("everywhere"))
+            embed(model, ids, batch, branch("everywhere"))
         count = len(model.skeleton.block_names)
         for index in range(count):
             model.load_block(index)
             against.load_block(index)
-            if outputs:
-                _outputs(model, against, index, base, base_batches, batches, found)
             fresh: list[str] = []
             if index in blocks:
                 fresh.append(f"block {index}")
-                for run in through(against, index, base_batches, ours, streams.new(fresh[-1])):
+                for run in through(against, index, base_batches, ours, branch(fresh[-1])):
                     run()
             for name, weight in wanted.get(index, {}).items():
                 fresh.append(f"{model.skeleton.block_names[index]}.{name}")
-                _swapped(model, index, {name: weight}, batches, ours, streams.new(fresh[-1]))
+                _swapped(model, index, {name: weight}, batches, ours, branch(fresh[-1]))
             if everywhere is not None:
                 fresh.append("everywhere")
-                changed = streams.open["everywhere"]
+                changed = streams["everywhere"]
                 _swapped(model, index, everywhere.get(index, {}), batches, changed, changed)
-            for name, states in streams.open.items():
-                if name != "original" and name not in fresh:
+            for name, states in streams.items():
+                if name not in fresh:
                     for run in through(model, index, batches, states, states):
                         run()
-            for run in through(against, index, base_batches, base, base):
-                run()
             if outputs:
+                _outputs(model, against, index, base, base_batches, batches, found)
                 found.drift.append(_distance(ours, base))
+            else:
+                for run in through(against, index, base_batches, base, base):
+                    run()
             model.unload_block(index)
             against.unload_block(index)
             memory.trim()
             if progress is not None:
                 progress.step(index + 1, count, "finding what was lost")
-        left = _divergences(model, against, ids, streams.open, memory_bytes)
+        left = _divergences(model, against, ids, base, streams, memory_bytes)
     found.total = left.pop("compressed")
     found.everywhere = left.pop("everywhere", None)
     for name, value in left.items():
@@ -162,17 +157,21 @@ def _outputs(
     model: Model,
     against: Model,
     index: int,
-    inputs: Activations,
+    states: Activations,
     base_batches: Batches,
     batches: Batches,
     found: Restored,
 ) -> None:
-    """Outputs of block `index` and of its linears, both models on the original's hidden states, batch by batch."""
+    """Outputs of block `index` and of its linears, both models on the original's hidden states, batch by batch.
+
+    `states`: the original's stream, which goes on through its own block.
+    """
     block = against.anatomy().blocks[index]
     prefix = against.skeleton.block_names[index]
     whole = OutputLoss()
     for start, stop in base_batches.bounds:
         seen: list[dict[str, Tensor]] = []
+        hidden = states.read(start, stop)
         ends = []
         for side, calls in ((against, base_batches), (model, batches)):
             outs: dict[str, Tensor] = {}
@@ -180,10 +179,11 @@ def _outputs(
                 for linear in block.linears:
                     module: nn.Module = side.skeleton.block(index).get_submodule(linear.name)
                     stack.callback(module.register_forward_hook(_keep(outs, linear.name)).remove)
-                hidden = inputs.read(start, stop).to(side.skeleton.device)
-                ends.append(side.skeleton.run(index, hidden, calls.calls[stop - start]).float() - hidden.float())
+                ends.append(side.skeleton.run(index, hidden.to(side.skeleton.device), calls.calls[stop - start]))
             seen.append(outs)
-        _add(whole, ends[1], ends[0])
+        states.write(start, ends[0])
+        start_at = hidden.to(ends[0].device).float()
+        _add(whole, ends[1].float() - start_at, ends[0].float() - start_at)
         for name, theirs in seen[0].items():
             if name in seen[1] and seen[1][name].shape == theirs.shape:
                 _add(found.linear_outputs.setdefault(f"{prefix}.{name}", OutputLoss()), seen[1][name], theirs)
@@ -210,25 +210,26 @@ def _distance(ours: Activations, base: Activations) -> OutputLoss:
 
 
 def _divergences(
-    model: Model, against: Model, ids: Tensor, streams: Mapping[str, Activations], budget: int | None
+    model: Model,
+    against: Model,
+    ids: Tensor,
+    original: Activations,
+    streams: Mapping[str, Activations],
+    budget: int | None,
 ) -> dict[str, float]:
-    """Mean KL of the original to every other stream, nats per token."""
-    for side, names in ((against, ("original",)), (model, tuple(n for n in streams if n != "original"))):
-        skeleton = side.skeleton
-        side.load(skeleton.final)
-        for name in names:
-            states = streams[name]
-            for i in range(len(states)):
-                states.write(i, skeleton.finish(states.read(i, i + 1).to(skeleton.device)))
-        side.unload(skeleton.final)
+    """Mean KL of the original to every stream, nats per token."""
+    finish(against, original)
+    finish(model, *streams.values())
     shape = choose([model, against], ids.shape[1], budget, len(ids))
-    reference = StreamedHead(against, streams["original"])
-    out: dict[str, float] = {}
-    for name, states in streams.items():
-        if name == "original":
-            continue
-        scores = score(ids, StreamedHead(model, states), reference, columns=shape.columns, tile=shape.tile)
-        if scores.divergence is None:
-            raise RuntimeError("a reference was given, but no divergence came back")
-        out[name] = float(scores.divergence.mean())
-    return out
+    scores = score(
+        ids,
+        StreamedHead(model, *streams.values()),
+        StreamedHead(against, original),
+        columns=shape.columns,
+        tile=shape.tile,
+        streams=len(streams),
+    )
+    if scores.divergence is None:
+        raise RuntimeError("a reference was given, but no divergence came back")
+    parts = scores.divergence.view(len(streams), -1)
+    return {name: float(part.mean()) for name, part in zip(streams, parts, strict=True)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isnan, prod
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lilliput.anatomy.model import Block, Link
 from lilliput.model import Model
 from lilliput.weights import BlockWeights
 
+Pair = tuple[Tensor, Tensor]  # a weight float32 [out, in] of the compressed model, and the original's
 _FOLDED = 0.05  # |log| of a gain or row factor from which on it is a fold and no rounding
 _SAMPLE = 1 << 16
 _TURNED = 0.5  # cosine between weights under which the model's coordinates are other ones altogether
@@ -25,18 +27,20 @@ _TURNED = 0.5  # cosine between weights under which the model's coordinates are 
 
 @dataclass(frozen=True)
 class WeightLoss:
-    """A linear (or another tensor of a block) of the compressed model beside the original's.
+    """A tensor of a block of the compressed model beside the original's.
 
-    error: Frobenius norm of the difference over that of the weight, coordinates aligned; level: median of
-    log(compressed / original) over the larger weights, near 0 unless something scaled the tensor as a whole; cosine:
-    between both before alignment, `fit` after it; zeros: share of exact zeros. Where a fold moves scales between two
-    linears, only their product can be held against the original: both then have its level, `partner` names the other
-    one, and `raw` is the level of each by itself, fold included.
+    linear: whether it is the weight of a linear, which `name` and `role` then tell; of other tensors the role is the
+    name relative to the block. error: Frobenius norm of the difference over that of the weight, coordinates aligned;
+    level: median of log(compressed / original) over the larger weights, near 0 unless something scaled the tensor as a
+    whole; cosine: between both before alignment, `fit` after it; zeros: share of exact zeros. Where a fold moves scales
+    between two linears, only their product can be held against the original: both then have its level, `partner` names
+    the other one, and `raw` is the level of each by itself, fold included.
     """
 
     name: str
     block: int
     role: str
+    linear: bool
     error: float
     level: float
     cosine: float
@@ -71,8 +75,22 @@ def _row_factors(ours: Tensor, base: Tensor) -> Tensor:
     return torch.where((energy > 0) & (factor > 0), factor, 1.0)
 
 
-def align(block: Block, ours: BlockWeights, base: BlockWeights, levels: dict[str, float]) -> dict[str, Alignment]:
-    """How the linears of a block are folded. `levels`: by linear, a level beyond doubt wrong, which is no fold."""
+def producers(block: Block, ours: BlockWeights, base: BlockWeights) -> dict[str, Pair]:
+    """Both weights of the linears whose rows a fold may have scaled, by name."""
+    names = dict.fromkeys(x.producer for x in block.links if x.kind == "linear")
+    return {n: (ours.linear(block.linear(n)), base.linear(block.linear(n))) for n in names}
+
+
+def align(
+    block: Block,
+    ours: BlockWeights,
+    base: BlockWeights,
+    pairs: Mapping[str, Pair],
+    levels: Mapping[str, float] | None = None,
+) -> dict[str, Alignment]:
+    """How the linears of a block are folded. `pairs`: what `producers` gives. `levels`: by linear, a level beyond doubt
+    wrong, which is no fold."""
+    wrong = levels or {}
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     for link in block.links:
@@ -83,11 +101,10 @@ def align(block: Block, ours: BlockWeights, base: BlockWeights, levels: dict[str
                     columns[reader] = columns[reader] * factor if reader in columns else factor
     for link in block.links:
         if link.kind == "linear":
-            producer = block.linear(link.producer)
-            weight = base.linear(producer)
+            mine, weight = pairs[link.producer]
             if link.producer in columns:
                 weight = weight * columns[link.producer]
-            factor = _row_factors(ours.linear(producer), weight) / torch.tensor(levels.get(link.producer, 0.0)).exp()
+            factor = _row_factors(mine, weight) / torch.tensor(wrong.get(link.producer, 0.0)).exp()
             used = factor[link.index]
             # Rounding leaves every row near 1; a fold moves many of them.
             if float((used.log().abs() > _FOLDED).float().mean()) > 0.1:
@@ -108,36 +125,41 @@ def level_of(ours: Tensor, base: Tensor) -> float:
     return float(ratio.log().median()) if len(ratio) else 0.0
 
 
-def compare(model: Model, against: Model, index: int, levels: dict[str, float] | None = None) -> list[WeightLoss]:
-    """The tensors of block `index`: its linears, then its other tensors."""
+def compare(model: Model, against: Model, index: int) -> list[WeightLoss]:
+    """The tensors of block `index`: its linears, then its other tensors. Each weight is read once."""
     block = against.anatomy().blocks[index]
     ours, base = BlockWeights(model, index, block), BlockWeights(against, index, block)
-    aligned = align(block, ours, base, levels or {})
+    pairs = producers(block, ours, base)
+    aligned = align(block, ours, base, pairs)
     out: list[WeightLoss] = []
-    linears = {f"{x.name}.weight" for x in block.linears}
     for linear in block.linears:
-        w, v = base.linear(linear), ours.linear(linear)
-        out.append(_loss(f"{base.prefix}.{linear.name}", index, linear.role, v, w, aligned[linear.name].apply(w)))
+        known = linear.name in pairs
+        v, w = pairs.pop(linear.name) if known else (ours.linear(linear), base.linear(linear))
+        name = f"{base.prefix}.{linear.name}"
+        out.append(_loss(name, index, linear.role, True, v, w, aligned[linear.name].apply(w)))
     out = _linked(out, block, base.prefix, aligned)
     gains = {f"{link.producer}.weight" for link in block.links if link.kind == "norm"}
+    linears = {f"{x.name}.weight" for x in block.linears}
     for name in base.names():
-        if name in linears or base.tensor(name).numel() < 2:
+        if name in linears or prod(against.shape(base.canonical(name))) < 2:
             continue
-        w, v = base.tensor(name).float(), ours.tensor(name).float()
+        v, w = ours.tensor(name).float(), base.tensor(name).float()
+        found = _loss(base.canonical(name), index, name, False, v, w, w)
         # A folded gain is accounted for in the linears behind it; only its level can look wrong.
-        out.append(_loss(f"{base.prefix}.{name}", index, name, v, w, v if name in gains else w))
+        out.append(replace(found, error=0.0, fit=1.0) if name in gains else found)
     return out
 
 
-def _loss(name: str, block: int, role: str, ours: Tensor, base: Tensor, aligned: Tensor) -> WeightLoss:
+def _loss(name: str, block: int, role: str, linear: bool, ours: Tensor, base: Tensor, aligned: Tensor) -> WeightLoss:
     a, b = ours.reshape(-1), base.reshape(-1)
     norm = float(a.norm() * b.norm())
     whole = float(aligned.norm())
-    level = level_of(ours, aligned if ours is not aligned else base)
+    level = level_of(ours, aligned)
     return WeightLoss(
         name=name,
         block=block,
         role=role,
+        linear=linear,
         error=float((ours - aligned).norm()) / whole if whole > 0 else float(a.norm() > 0),
         level=level,
         cosine=float(a @ b) / norm if norm > 0 else 1.0,
@@ -165,6 +187,6 @@ def _linked(losses: list[WeightLoss], block: Block, prefix: str, aligned: Mappin
 
 def turned(losses: list[WeightLoss]) -> bool:
     """Whether the residual stream of the compressed model has other coordinates, as after a rotation."""
-    linears = [x for x in losses if x.role != x.name and x.cosine == x.cosine]
+    linears = [x for x in losses if x.linear and not isnan(x.cosine)]
     low = sum(abs(x.cosine) < _TURNED for x in linears)
     return low > len(linears) / 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lilliput.data.rows import render
@@ -12,6 +13,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFIX = "hub:"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A data set that papers report perplexity on. split: the one that they measure on; joint: what they put between
+    its rows, empty rows included."""
+
+    dataset: str
+    config: str
+    split: str
+    joint: str
+
+
+# Cut and joined as the code of GPTQ (Frantar et al. 2023, arXiv:2210.17323) does, which later papers took over.
+NAMED: Mapping[str, Named] = {
+    "wikitext2": Named("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "\n\n"),
+    "c4": Named("allenai/c4", "en", "validation", " "),
+}
 
 
 def _rows(data: Any, source: str) -> Iterator[tuple[int, Any]]:
@@ -27,24 +46,41 @@ def _rows(data: Any, source: str) -> Iterator[tuple[int, Any]]:
         yield numbered
 
 
-def pieces(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Pieces of "hub:dataset[:config][:split][:column]"; split is "train" by default, an empty field is a default.
-
-    Rows are streamed: only what is needed is downloaded. Raises DataError: package not installed, data set not
-    reachable, bad row.
-    """
-    name, config, split, column, *rest = [*source.removeprefix(PREFIX).split(":"), "", "", ""]
-    if not name or any(rest):
-        raise DataError(f"'{source}': a hub data set is written hub:dataset[:config][:split][:column].")
+def _open(source: str, name: str, config: str | None, split: str) -> Any:
+    """The streamed rows of a data set."""
     try:
         import datasets
     except ImportError:
         raise DataError(f"'{source}' needs the datasets package: pip install 'lilliput[hub]'.") from None
     try:
-        data = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        return datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # many unrelated classes, from httpx to the package's own; see _rows
         raise DataError(
             f"'{source}' cannot be opened ({type(error).__name__}: {error}). Check the name, configuration and split; "
             "without a network use 'docs' or a local file."
         ) from error
-    yield from render(_rows(data, source), tokenizer, source=source, column=column or None)
+
+
+def is_named(source: str) -> bool:
+    """Whether this is the short name of a data set, with or without a split behind it."""
+    return source.partition(":")[0] in NAMED
+
+
+def pieces(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Pieces of "hub:dataset[:config][:split][:column]", where the split is "train" by default and an empty field is a
+    default, or of a short name "wikitext2[:split]", see `NAMED`.
+
+    Rows are streamed: only what is needed is downloaded. Raises DataError: package not installed, data set not
+    reachable, bad row.
+    """
+    if is_named(source):
+        name, _, split = source.partition(":")
+        known = NAMED[name]
+        rows = _rows(_open(source, known.dataset, known.config, split or known.split), source)
+        yield from render(rows, tokenizer, source=source, column="text", joint=known.joint)
+        return
+    name, config, split, column, *rest = [*source.removeprefix(PREFIX).split(":"), "", "", ""]
+    if not name or any(rest):
+        raise DataError(f"'{source}': a hub data set is written hub:dataset[:config][:split][:column].")
+    rows = _rows(_open(source, name, config or None, split or "train"), source)
+    yield from render(rows, tokenizer, source=source, column=column or None)

@@ -23,10 +23,12 @@ def load_tokens(
 ) -> Tokens:
     """`samples` windows of `tokens` tokens from a source of text.
 
-    `source`: a .txt or .jsonl file; "docs", "docs:reference" or "docs:library" (see `lilliput.data.docs`); or
-    "hub:dataset[:config][:split][:column]". The text is tokenized whole, special tokens only where the text, the chat
-    template or (at the very start) the tokenizer puts them. Windows are consecutive from the first token; with a seed
-    they are drawn from all non-overlapping windows of the first 16 million characters. No padding.
+    `source`: a .txt or .jsonl file; "docs", "docs:reference" or "docs:library" (see `lilliput.data.docs`);
+    "hub:dataset[:config][:split][:column]"; "wikitext2" or "c4", the splits that papers measure on, with another split
+    behind a colon where that is meant ("wikitext2:train" to calibrate on). The text is tokenized whole, special tokens
+    only where the text, the chat template or (at the very start) the tokenizer puts them. Windows are consecutive from
+    the first token; with a seed they are drawn from all non-overlapping windows of the first 16 million characters. No
+    padding.
 
     Raises DataError: unknown source, missing or unreadable file, bad row, too little text. The source "self" needs
     the model: see `generate_tokens`.
@@ -36,13 +38,14 @@ def load_tokens(
         raise DataError("'self' is text that the model writes to calibrate itself; here it cannot be used.")
     if name in docs.SOURCES:
         pieces = docs.pieces(name)
-    elif name.startswith(hub.PREFIX):
+    elif name.startswith(hub.PREFIX) or hub.is_named(name):
         pieces = hub.pieces(name, tokenizer)
     elif Path(name).suffix or Path(name).exists():
         pieces = local.pieces(Path(name), tokenizer)
     else:
+        why = " The hub holds the Penn Treebank only as a script, which is not run." if name == "ptb" else ""
         raise DataError(
-            f"'{name}' is no source of text: give {', '.join(docs.SOURCES)}, self, hub:DATASET, "
-            "or a .txt or .jsonl file."
+            f"'{name}' is no source of text: give {', '.join((*docs.SOURCES, *hub.NAMED))}, self, hub:DATASET, "
+            f"or a .txt or .jsonl file.{why}"
         )
     return windows(pieces, tokenizer, source=name, samples=samples, tokens=tokens, seed=seed)

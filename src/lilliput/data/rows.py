@@ -74,15 +74,21 @@ def _render(row: Any, tokenizer: PreTrainedTokenizerBase, where: str, column: st
 
 
 def render(
-    rows: Iterable[tuple[int, Any]], tokenizer: PreTrainedTokenizerBase, *, source: str, column: str | None = None
+    rows: Iterable[tuple[int, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str,
+    column: str | None = None,
+    joint: str | None = None,
 ) -> Iterator[str]:
-    """Numbered rows as pieces of one text. Plain rows are parted by a blank line, templated ones as the template does.
+    """Numbered rows as pieces of one text. Plain rows are parted by a blank line, templated ones as the template does;
+    empty rows are left out. With a `joint` the text is `joint.join(rows)`, empty rows included.
 
     Raises DataError that names the row and the fields that are known.
     """
     first = True
     for number, row in rows:
         text, templated = _render(row, tokenizer, f"row {number} of '{source}'", column)
-        if text:
-            yield text if first or templated else "\n\n" + text
+        if text or joint is not None:
+            yield text if first or templated else ("\n\n" if joint is None else joint) + text
             first = False

@@ -54,6 +54,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [start, *ids] if adds_start and ids[:1] != [start] else ids
 
 
+def same_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, names: str) -> None:
+    """Raises DataError where two tokenizers do not share a vocabulary; names: of both models, for the message."""
+    if ours.get_vocab() != theirs.get_vocab():
+        raise DataError(f"{names} cannot be compared: their tokenizers have different vocabularies.")
+
+
 def _prefix(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
     """At least `needed` ids from the start of the joined pieces, or all there are; reads no more than that takes."""
     text, ended = "", False

@@ -134,7 +134,6 @@ def shapes_of(model: Model) -> Shapes:
     norms += [prod(skeleton.shapes[n]) for n in anatomy.final if not n.endswith(".bias")]
     vocabulary, width = skeleton.shapes[anatomy.head][:2]
     matrices.append(Matrix(anatomy.head, "head", None, vocabulary, width))
-    positions = getattr(config, "max_position_embeddings", None)
     return Shapes(
         hidden=skeleton.hidden_size,
         vocabulary=vocabulary,
@@ -143,7 +142,7 @@ def shapes_of(model: Model) -> Shapes:
         attention=tuple(attention),
         norms=tuple(norms),
         inner=inner,
-        positions=positions if isinstance(positions, int) else None,
+        positions=model.positions,
         notes=tuple(notes),
     )
 

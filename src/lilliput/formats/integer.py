@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lilliput.errors import LilliputError, PlanError
+from lilliput.errors import PlanError
+from lilliput.formats import groups
 from lilliput.formats import search as ranges
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
-from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
+from lilliput.formats.format import CHUNK, DTYPES, Stored, dtype_name, dtype_of
 from lilliput.recipe import Target
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -76,11 +77,11 @@ class IntegerFormat:
 
     def groups(self, width: int) -> int:
         """Groups in a row of `width` inputs; the last is shorter when the group size does not divide the width."""
-        return 1 if self.group_size <= 0 else -(-width // self.group_size)
+        return groups.count(width, self.group_size)
 
     def group_of(self, width: int, device: torch.device | str = "cpu") -> Tensor:
         """The group of each input, int64 [width]."""
-        return torch.arange(width, device=device) // (self.group_size if self.group_size > 0 else max(width, 1))
+        return groups.index(width, self.group_size, device)
 
     def size_bits(self, rows: int, width: int) -> int:
         """Exact size: codes, scales, and zero points at `bits` bits each."""
@@ -111,34 +112,25 @@ class IntegerFormat:
         """
         rows, width = weight.shape
         weight = weight.float()
-        if importance is not None:
-            importance = importance.to(weight)
-            if importance.shape not in ((width,), (rows, width)):
-                raise ValueError(f"importance {tuple(importance.shape)} does not fit a weight {tuple(weight.shape)}")
-            if not bool(torch.isfinite(importance.sum())):
-                raise LilliputError("the importance of the inputs holds NaN or infinity: check the calibration data")
-            top = importance.max() if importance.numel() else importance.new_tensor(0.0)
-            # Relative to the largest, so that equal importance is exactly none; if nothing counts, all count alike.
-            importance = importance / top if bool(top > 0) else torch.ones_like(importance)
-            importance = importance.expand(1 if importance.dim() == 1 else rows, width)
+        importance = ranges.relative(weight, importance)
         rule = ranges.Rule(self.bits, self.symmetric, self.scale_dtype, search, steps, norm, signed_scale)
         if self.group_size == 0:
             one = None if importance is None else importance.expand(rows, width).reshape(1, 1, -1)
             scale, zero = ranges.fit(weight.reshape(1, 1, -1), one, rule)
         else:
-            units = (rows, self.groups(width))
-            scale, zero = weight.new_empty(units), weight.new_empty(units)
+            shape = (rows, self.groups(width))
+            scale, zero = weight.new_empty(shape), weight.new_empty(shape)
             step = max(1, _CHUNK // max(width, 1))
-            for columns, groups, size in self._pieces(width):
+            for columns, units, size in groups.pieces(width, self.group_size):
                 for a in range(0, rows, step):
                     b = min(a + step, rows)
-                    part = _split(weight[a:b, columns], size)
+                    part = groups.split(weight[a:b, columns], size)
                     weights = None
                     if importance is not None:
                         some = importance if importance.shape[0] == 1 else importance[a:b]
-                        weights = _split(some[:, columns], size)
-                    scale[a:b, groups], zero[a:b, groups] = ranges.fit(part, weights, rule)
-        self._check(weight, scale)
+                        weights = groups.split(some[:, columns], size)
+                    scale[a:b, units], zero[a:b, units] = ranges.fit(part, weights, rule)
+        ranges.check(weight, scale, dtype_name(self.scale_dtype))
         return Grid(scale.to(self.scale_dtype), None if self.symmetric else zero.to(torch.int8))
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
@@ -146,7 +138,7 @@ class IntegerFormat:
         rows, width = weight.shape
         codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
         for columns, scale, zero, size in self._units(grid, width):
-            value = _split(weight[:, columns].float(), size).mul(scale.reciprocal()).round_().add_(zero)
+            value = groups.split(weight[:, columns].float(), size).mul(scale.reciprocal()).round_().add_(zero)
             codes[:, columns] = value.clamp_(self.lowest, self.highest).flatten(1).to(torch.int8)
         return codes
 
@@ -155,7 +147,7 @@ class IntegerFormat:
         rows, width = codes.shape
         out = torch.empty(rows, width, dtype=torch.float32, device=codes.device)
         for columns, scale, zero, size in self._units(grid, width):
-            torch.mul(_split(codes[:, columns], size) - zero, scale, out=_split(out[:, columns], size))
+            torch.mul(groups.split(codes[:, columns], size) - zero, scale, out=groups.split(out[:, columns], size))
         return out
 
     def stored(self, rows: int, width: int) -> Stored:
@@ -171,12 +163,7 @@ class IntegerFormat:
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
-        rows, width = codes.shape
-        packed = torch.empty(rows, row_bytes(width, self.bits), dtype=torch.uint8)
-        step = max(1, CHUNK // width)
-        for a in range(0, rows, step):
-            packed[a : a + step] = pack_bits(codes[a : a + step], self.bits)
-        tensors = {"": packed.view(-1), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
+        tensors = {"": pack_codes(codes, self.bits), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
         if grid.zero is not None:
             tensors["_zero"] = pack_bits(grid.zero.reshape(1, -1), self.bits).view(-1)
         return tensors
@@ -187,8 +174,7 @@ class IntegerFormat:
         zero = None
         if not self.symmetric:
             zero = unpack_bits(get("_zero").view(1, -1), self.bits, scale.numel()).view(scale.shape)
-        packed = get("").view(rows, -1)[start:stop]
-        return unpack_bits(packed, self.bits, width), Grid(scale, zero).rows(start, stop)
+        return unpack_codes(get, self.bits, rows, width, start, stop), Grid(scale, zero).rows(start, stop)
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -210,37 +196,26 @@ class IntegerFormat:
         index = self.group_of(width, scale.device)
         return scale[:, index], zero.expand_as(scale)[:, index]
 
-    def _pieces(self, width: int) -> Iterator[tuple[slice, slice, int]]:
-        """Columns, their groups and the group size: the even part of a row, and its shorter last group if there is
-        one."""
-        size = width if self.group_size <= 0 else min(self.group_size, width)
-        even = width // size if size else 0
-        if even:
-            yield slice(0, even * size), slice(0, even), size
-        if even * size < width:
-            yield slice(even * size, width), slice(even, even + 1), width - even * size
-
     def _units(self, grid: Grid, width: int) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
-        for columns, groups, size in self._pieces(width):
-            scale = grid.scale[:, groups].float().unsqueeze(-1)
-            zero = torch.zeros_like(scale) if grid.zero is None else grid.zero[:, groups].float().unsqueeze(-1)
+        for columns, units, size in groups.pieces(width, self.group_size):
+            scale = grid.scale[:, units].float().unsqueeze(-1)
+            zero = torch.zeros_like(scale) if grid.zero is None else grid.zero[:, units].float().unsqueeze(-1)
             yield columns, scale, zero, size
 
-    def _check(self, weight: Tensor, scale: Tensor) -> None:
-        if bool(torch.isfinite(scale).all()):
-            return
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be quantized")
-        name = str(self.scale_dtype).removeprefix("torch.")
-        raise LilliputError(
-            f"a scale exceeds the range of {name}: set scale_dtype to float32 (or bfloat16) for this layer"
-        )
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes [rows, width] as the payload of a linear, uint8 [rows * row_bytes]."""
+    rows, width = codes.shape
+    packed = torch.empty(rows, row_bytes(width, bits), dtype=torch.uint8)
+    step = max(1, CHUNK // max(width, 1))
+    for a in range(0, rows, step):
+        packed[a : a + step] = pack_bits(codes[a : a + step], bits)
+    return packed.view(-1)
 
 
-def _split(rows: Tensor, size: int) -> Tensor:
-    """[rows, columns] seen as [rows, groups, size]."""
-    return rows.view(rows.shape[0], rows.shape[1] // size, size)
+def unpack_codes(get: Callable[[str], Tensor], bits: int, rows: int, width: int, start: int, stop: int) -> Tensor:
+    """Codes int8 of rows [start, stop) of a payload of [rows, width] codes."""
+    return unpack_bits(get("").view(rows, -1)[start:stop], bits, width)
 
 
 def from_plain(plain: Mapping[str, Any]) -> IntegerFormat:
@@ -257,15 +232,23 @@ def group_of(target: Target) -> int:
     return size
 
 
+def scale_dtype_of(target: Target) -> torch.dtype:
+    """The type that a target names for scales ("auto": float16). Raises PlanError for a kind that is no float type."""
+    if target.scale_dtype != "auto" and target.scale_dtype not in DTYPES:
+        raise PlanError(
+            f"scales of kind '{target.scale_dtype}' are not possible here: choose float16, bfloat16 or float32"
+        )
+    return DTYPES.get(target.scale_dtype, torch.float16)
+
+
 def from_target(target: Target) -> IntegerFormat:
     """The integers that a resolved target asks for; scales in the type it names ("auto": float16).
 
-    Raises PlanError when the target names another format or no bits, or its group size still is "auto".
+    Raises PlanError when the target names another format, no bits or another kind of scales, or its group size still is
+    "auto".
     """
     if target.format != "int":
         raise PlanError(f"only integer grids are possible here, not '{target.format}': leave out target.format")
     if target.bits is None:
         raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    dtype = dtypes.get(target.scale_dtype, torch.float16)
-    return IntegerFormat(target.bits, target.symmetric, group_of(target), dtype)
+    return IntegerFormat(target.bits, target.symmetric, group_of(target), scale_dtype_of(target))

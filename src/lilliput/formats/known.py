@@ -6,18 +6,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import codebook, integer
+from lilliput.formats import binary, codebook, integer, levels, nested, sign, ternary
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
 # The name in a target's `format` to what makes the format of it.
 _WANTED: Mapping[str, Callable[[Target], Format]] = {
-    "int": integer.from_target,
+    "int": nested.from_target,
+    **dict.fromkeys(levels.PRESETS, levels.from_target),
+    "binary": binary.from_target,
+    "sign": sign.from_target,
+    "ternary": ternary.from_target,
     "codebook": codebook.from_target,
 }
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "int": integer.from_plain,
+    "nested": nested.from_plain,
+    "levels": levels.from_plain,
+    "binary": binary.from_plain,
+    "sign": sign.from_plain,
+    "ternary": ternary.from_plain,
     "codebook": codebook.from_plain,
 }
 
@@ -32,6 +41,14 @@ def from_target(target: Target) -> Format:
     return _WANTED[target.format](target)
 
 
+def completed(target: Target) -> Target:
+    """The target with what its format's name alone says: bits, group size and kind of scales.
+
+    Raises PlanError where the target says otherwise.
+    """
+    return levels.completed(target) if target.format in levels.PRESETS else target
+
+
 def from_plain(plain: Mapping[str, Any]) -> Format:
     """The format that config.json describes. Raises SourceError for a kind that this code does not know."""
     kind = plain["kind"]
@@ -43,3 +60,8 @@ def from_plain(plain: Mapping[str, Any]) -> Format:
 def names() -> tuple[str, ...]:
     """The names that a target's `format` may have."""
     return tuple(_WANTED)
+
+
+def holds_zero(form: Format) -> bool:
+    """Whether a weight can be exactly 0 on every grid of the format."""
+    return not isinstance(form, (binary.BinaryFormat, sign.SignFormat))

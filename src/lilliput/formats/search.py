@@ -12,7 +12,39 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lilliput.errors import LilliputError
+
 _STRIDE = 3
+
+
+def relative(weight: Tensor, importance: Tensor | None) -> Tensor | None:
+    """The importance of inputs of `weight` [out, in], given as [in] or [out, in], as a share of the largest: [1 or out,
+    in].
+
+    Raises LilliputError for NaN or infinity, ValueError for another shape.
+    """
+    if importance is None:
+        return None
+    rows, width = weight.shape
+    importance = importance.to(weight)
+    if importance.shape not in ((width,), (rows, width)):
+        raise ValueError(f"importance {tuple(importance.shape)} does not fit a weight {tuple(weight.shape)}")
+    if not bool(torch.isfinite(importance.sum())):
+        raise LilliputError("the importance of the inputs holds NaN or infinity: check the calibration data")
+    top = importance.max() if importance.numel() else importance.new_tensor(0.0)
+    # Relative to the largest, so that equal importance is exactly none; if nothing counts, all count alike.
+    importance = importance / top if bool(top > 0) else torch.ones_like(importance)
+    return importance.expand(1 if importance.dim() == 1 else rows, width)
+
+
+def check(weight: Tensor, scale: Tensor, kind: str) -> None:
+    """Raises LilliputError where a scale is not finite: the weight is not, or the scale exceeds its kind."""
+    if bool(torch.isfinite(scale).all()):
+        return
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be quantized")
+    raise LilliputError(f"a scale exceeds the range of {kind}: set scale_dtype to float32 (or bfloat16) for this layer")
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

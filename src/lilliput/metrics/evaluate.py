@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lilliput import memory as ram
-from lilliput.activations import Activations
 from lilliput.data import Tokens, load_tokens, overlap
+from lilliput.data.tokens import same_vocabulary
 from lilliput.errors import DataError, PlanError
-from lilliput.forward import last_hidden
+from lilliput.forward import finish, last_hidden
 from lilliput.metrics import layout
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.layout import vocabulary
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OVERLAP = 0.01  # share of 13-grams from which on evaluation text counts as seen
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """The dtype that blocks are computed in, by name. Raises PlanError for an unknown one."""
+    if name not in DTYPES:
+        raise PlanError(f"unknown dtype '{name}': one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -75,26 +82,25 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON: the headline's figures, each metric as {value, low, high} or null, and all `texts`."""
-        first = self.texts[0].to_json()
-        detail = {k: first.pop(k) for k in ("classes", "positions", "worst")}
         own = {k: v for k, v in vars(self).items() if k not in {"texts", "notes"}}
         texts = [x.to_json() for x in self.texts]
-        return own | first | detail | {"texts": texts if len(texts) > 1 else [], "notes": list(self.notes)}
+        return own | texts[0] | {"texts": texts if len(texts) > 1 else [], "notes": list(self.notes)}
 
 
-def _same_vocabulary(
-    model: Model, against: Model, ours: PreTrainedTokenizerBase, data: Tokens, source: str, stride: int
+def _same_tokens(
+    model: Model, against: Model, ours: PreTrainedTokenizerBase, texts: Sequence[Tokens], stride: int
 ) -> None:
     """Raises DataError where the two models do not read and predict the same tokens."""
-    where = f"'{model.source.model}' and '{against.source.model}' cannot be compared token by token"
+    names = f"'{model.source.model}' and '{against.source.model}'"
     if vocabulary(model) != vocabulary(against):
-        raise DataError(f"{where}: {vocabulary(model)} and {vocabulary(against)} vocabulary entries.")
+        sizes = f"{vocabulary(model)} and {vocabulary(against)}"
+        raise DataError(f"{names} cannot be compared: their heads have {sizes} vocabulary entries.")
     theirs = against.source.tokenizer()
-    if ours.get_vocab() != theirs.get_vocab():
-        raise DataError(f"{where}: their tokenizers have different vocabularies.")
-    samples, tokens = data.ids.shape
-    if _load(source, theirs, samples, tokens, stride).fingerprint != data.fingerprint:
-        raise DataError(f"{where}: their tokenizers cut '{source}' into different tokens.")
+    same_vocabulary(ours, theirs, names)
+    for text in texts:
+        windows, tokens = text.ids.shape
+        if _load(text.source, theirs, windows, tokens, stride).fingerprint != text.fingerprint:
+            raise DataError(f"{names} cannot be compared: their tokenizers cut '{text.source}' into different tokens.")
 
 
 def _load(source: str, tokenizer: PreTrainedTokenizerBase, windows: int, tokens: int, stride: int) -> Tokens:
@@ -103,23 +109,6 @@ def _load(source: str, tokenizer: PreTrainedTokenizerBase, windows: int, tokens:
         return load_tokens(source, tokenizer, samples=windows, tokens=tokens)
     whole = load_tokens(source, tokenizer, samples=1, tokens=tokens + (windows - 1) * stride)
     return Tokens.of(whole.ids[0].unfold(0, tokens, stride).contiguous(), whole.source)
-
-
-def _finished(model: Model, ids: torch.Tensor, folder: Path, batch: int, progress: Progress | None) -> Activations:
-    """Hidden states as the head reads them, in a file."""
-    hidden = last_hidden(model, ids, folder, batch=batch, progress=progress)
-    skeleton = model.skeleton
-    model.load(skeleton.final)
-    try:
-        with torch.no_grad():
-            for i in range(len(hidden)):
-                hidden.write(i, skeleton.finish(hidden.read(i, i + 1).to(skeleton.device)))
-    except BaseException:
-        hidden.delete()
-        raise
-    finally:
-        model.unload(skeleton.final)
-    return hidden
 
 
 def _scores(
@@ -132,8 +121,9 @@ def _scores(
         for number, model in enumerate(models):
             place = folder / str(number)
             place.mkdir()
-            hidden = _finished(model, ids, place, shape.batch, progress)
+            hidden = last_hidden(model, ids, place, batch=shape.batch, progress=progress)
             stack.callback(hidden.delete)
+            finish(model, hidden)
             heads.append(StreamedHead(model, hidden))
         reference = heads[1] if len(heads) > 1 else None
         found = score(ids, heads[0], reference, columns=shape.columns, tile=shape.tile)
@@ -154,8 +144,8 @@ def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float]) ->
 
 
 def evaluate(
-    model: str | Path,
-    against: str | Path | None = None,
+    model: str | Path | Model,
+    against: str | Path | Model | None = None,
     *,
     data: str | Path | Sequence[str | Path] = "docs:library",
     windows: int = 8,
@@ -177,8 +167,9 @@ def evaluate(
     that many tokens apart and only their last `stride` tokens are scored, so that each has a long context. `detail`
     adds, against a reference, token classes, positions and the worst tokens. Both models are streamed block by block,
     the head in slices; hidden states lie in a file under `work` (the system's temporary folder by default). `memory`:
-    bytes above a fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64.
-    `calibration`: windows that the model was calibrated on; text that occurs in both is noted.
+    bytes above a fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64. A model
+    that is open already keeps its own dtype, and its device. `calibration`: windows that the model was calibrated on;
+    text that occurs in both is noted.
 
     Raises DataError (text too short, fewer than 2 windows or tokens, models that do not share a tokenizer),
     SourceError (a model that cannot be read, logits that are not finite), PlanError (budget too small, unknown dtype).
@@ -190,20 +181,20 @@ def evaluate(
     step = tokens if stride is None else stride
     if not 1 <= step <= tokens:
         raise DataError(f"a stride of {stride} does not fit windows of {tokens} tokens: give 1 to {tokens}.")
-    if dtype not in DTYPES:
-        raise PlanError(f"unknown dtype '{dtype}': one of {', '.join(DTYPES)}.")
+    compute = compute_dtype(dtype)
     sources = [str(x) for x in ([data] if isinstance(data, str | Path) else data)]
     if not sources:
         raise DataError("there is no text to measure on: name at least one.")
-    names = [str(model)] + ([str(against)] if against is not None else [])
     models = [
-        open_model(name, dtype=DTYPES[dtype], device=device, trust_remote_code=trust_remote_code) for name in names
+        open_model(x, dtype=compute, device=device, trust_remote_code=trust_remote_code)
+        for x in (model, against)
+        if x is not None
     ]
+    used = str(models[0].skeleton.dtype).removeprefix("torch.")
     tokenizer = models[0].source.tokenizer()
     loaded = [_load(source, tokenizer, windows, tokens, step) for source in sources]
     if len(models) > 1:
-        for source, text in zip(sources, loaded, strict=True):
-            _same_vocabulary(models[0], models[1], tokenizer, text, source, step)
+        _same_tokens(models[0], models[1], tokenizer, loaded, step)
     size = measure(models[0])
     ids = torch.cat([text.ids for text in loaded])
     scores = _scores(models, ids, Path(work) if work is not None else None, memory, progress)
@@ -214,14 +205,14 @@ def evaluate(
         for n, text in enumerate(loaded)
     )
     return Evaluation(
-        model=names[0],
-        against=names[1] if len(names) > 1 else None,
+        model=models[0].source.model,
+        against=models[1].source.model if len(models) > 1 else None,
         texts=texts,
         bytes=size.bytes,
         bits_per_weight=size.bits_per_weight,
         model_bits_per_weight=size.model_bits_per_weight,
         seconds=time.monotonic() - began,
         peak_rss_bytes=ram.peak_above_base(),
-        dtype=dtype,
-        notes=_notes(size, dtype, windows, shared),
+        dtype=used,
+        notes=_notes(size, used, windows, shared),
     )

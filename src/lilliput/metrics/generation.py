@@ -80,8 +80,8 @@ def continuations(model: Model, prompts: Tensor, new_tokens: int) -> Tensor:
 
 
 def generation(
-    model: str | Path,
-    against: str | Path,
+    model: str | Path | Model,
+    against: str | Path | Model,
     *,
     data: str | Path = "docs:library",
     prompts: int = 16,
@@ -92,20 +92,13 @@ def generation(
 ) -> GenerationResult:
     """Continue the first 32 tokens of `prompts` consecutive stretches of `data` with both models, one after the other.
 
-    The whole of one model is in memory at a time. Raises DataError for too little text or fewer than two prompts.
+    The whole of one model is in memory at a time; one that is open already keeps its dtype and device. Raises DataError
+    for too little text or fewer than two prompts.
     """
-    ids: Tensor | None = None
-    found = []
-    tokenizer = None
-    for name in (model, against):
-        opened = open_model(str(name), dtype=dtype, device=device)
-        if ids is None:
-            tokenizer = opened.source.tokenizer()
-            ids = load_tokens(data, tokenizer, samples=prompts, tokens=2 * CONTEXT).ids[:, :CONTEXT]
-        found.append(continuations(opened, ids, new_tokens))
-        del opened
-    if ids is None or tokenizer is None:
-        raise RuntimeError("no model was opened")
+    models = [open_model(x, dtype=dtype, device=device) for x in (model, against)]
+    tokenizer = models[0].source.tokenizer()
+    ids = load_tokens(data, tokenizer, samples=prompts, tokens=2 * CONTEXT).ids[:, :CONTEXT]
+    found = [continuations(x, ids, new_tokens) for x in models]
     first = first_differences(found[0], found[1])
     order = first.argsort(stable=True).tolist()[:examples]
     return GenerationResult(

@@ -13,7 +13,7 @@ from lilliput.model import Model
 
 def window(model: Model) -> int:
     """Tokens in a window where nobody says otherwise: 1,024, or as many as the model knows positions."""
-    return min(1024, int(getattr(model.source.text_config, "max_position_embeddings", None) or 1024))
+    return min(1024, model.positions or 1024)
 
 
 def vocabulary(model: Model) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lilliput.activations import Activations
 from lilliput.errors import SourceError
-from lilliput.model import Model, Ref
+from lilliput.model import Model
 
 # A tile of logits, 8 MB in float32: wide and high enough for the matrix product, and small enough for the allocator to
 # use the same memory again.
@@ -51,9 +51,12 @@ class Head(Protocol):
 
 
 class StreamedHead:
-    """The head of a model over hidden states that the stream left in a file, already through the final norm."""
+    """The head of a model over hidden states that streams left in files of equal shape, already through the final norm.
 
-    def __init__(self, model: Model, hidden: Activations) -> None:
+    The windows of several files count through: those of the second follow upon those of the first.
+    """
+
+    def __init__(self, model: Model, *hidden: Activations) -> None:
         skeleton = model.skeleton
         self.name = model.source.model
         self.vocabulary = skeleton.shapes[skeleton.head][0]
@@ -74,13 +77,17 @@ class StreamedHead:
         device = self._model.skeleton.device
         # In float32 whatever the blocks ran in: logits of size 20 in bfloat16 are off by up to 0.06, which is more than
         # careful quantization costs.
-        self._slice = {k: _rows(self._model, n, start, stop).to(device, torch.float32) for k, n in self._names.items()}
+        self._slice = {
+            k: self._model.read_rows(n, start, stop).to(device, torch.float32) for k, n in self._names.items()
+        }
         self._first = start
 
     def logits(self, window: int, start: int, stop: int, first: int, last: int) -> Tensor:
         skeleton = self._model.skeleton
         if window != self._window:
-            self._hidden_rows = self._hidden.read(window, window + 1)[0].to(skeleton.device, torch.float32)
+            stream, row = divmod(window, len(self._hidden[0]))
+            rows = self._hidden[stream].read(row, row + 1)[0]
+            self._hidden_rows = rows.to(skeleton.device, torch.float32)
             self._window = window
         for key, value in self._slice.items():
             # The head's own slot only: a tied embedding keeps its tensor.
@@ -91,12 +98,6 @@ class StreamedHead:
     def unload(self) -> None:
         self._model.skeleton.head_module._parameters.update(self._kept)
         self._slice = {}
-
-
-def _rows(model: Model, name: str, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a tensor, read from the file alone where the tensor lies there as it is."""
-    ref = model.refs[name]
-    return model.source.read(ref.stored, (start, stop)) if ref == Ref(ref.stored) else model.read(name)[start:stop]
 
 
 @dataclass(frozen=True)
@@ -166,56 +167,75 @@ def _spans(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
 
 @torch.no_grad()
 def score(
-    ids: Tensor, model: Head, reference: Head | None = None, *, columns: int, rows: int = ROWS, tile: int = TILE
+    ids: Tensor,
+    model: Head,
+    reference: Head | None = None,
+    *,
+    columns: int,
+    rows: int = ROWS,
+    tile: int = TILE,
+    streams: int = 1,
 ) -> Scores:
     """Score windows ids int64 [windows, tokens]; token i + 1 is predicted at position i, the last predicts nothing.
 
     `columns`: vocabulary entries of each head in memory at a time; `rows`, `tile`: positions and vocabulary entries of
-    the logits at a time. Memory beyond the heads' slices: about four float32 [rows, tile]. Raises SourceError naming
-    model, window and token where logits are not finite.
+    the logits at a time. Memory beyond the heads' slices: about four float32 [rows, tile]. `streams`: the model's head
+    holds the windows that many times, one stream of hidden states after the other, as do the scores; the reference's
+    logits are computed once for all of them. Raises SourceError naming model, window and token where logits are not
+    finite.
     """
-    shape = (ids.shape[0], ids.shape[1] - 1)
+    windows, width = ids.shape[0], ids.shape[1] - 1
     heads = [model] if reference is None else [model, reference]
-    sums = [_Sums(shape) for _ in heads]
-    gap = torch.zeros(shape, dtype=torch.float64)
+    ours, theirs = _Sums((streams * windows, width)), _Sums((windows, width))
+    gap = torch.zeros(streams * windows, width, dtype=torch.float64)
     # The model's logit at the reference's best token so far: both prefer the same token if it is the model's maximum.
-    rival = torch.zeros(shape, dtype=torch.float64)
+    rival = torch.zeros(streams * windows, width, dtype=torch.float64)
 
     def take(window: int, start: int, stop: int, first: int, last: int) -> None:
-        at = (window, slice(start, stop))
+        here = slice(start, stop)
         targets = ids[window, start + 1 : stop + 1]
-        ours = model.logits(window, start, stop, first, last)
-        most, place = ours.max(dim=1)
-        top, _ = sums[0].rise(at, _finite(most, model.name, at), place + first)
-        sums[0].pick(at, ours, targets, first)
         if reference is not None:
-            theirs = reference.logits(window, start, stop, first, last)
-            best, index = theirs.max(dim=1)
-            best = _finite(best, reference.name, at)
-            here = ours.gather(1, index[:, None])[:, 0].cpu().double()
-            rival[at] = torch.where(best > sums[1].top[at], here, rival[at])
-            peak, shrink = sums[1].rise(at, best, index + first)
-            sums[1].pick(at, theirs, targets, first)
-            share = (theirs - peak[:, None].to(theirs)).exp_()
-            sums[1].total[at] += share.sum(dim=1).cpu().double()
-            gap[at] = gap[at] * shrink + torch.linalg.vecdot(share, theirs.sub_(ours)).cpu().double()
-        sums[0].total[at] += ours.sub_(top[:, None].to(ours)).exp_().sum(dim=1).cpu().double()
+            base = reference.logits(window, start, stop, first, last)
+            best, index = base.max(dim=1)
+            best = _finite(best, reference.name, (window, here))
+            ahead = best > theirs.top[window, here]
+            peak, shrink = theirs.rise((window, here), best, index + first)
+            theirs.pick((window, here), base, targets, first)
+            share = (base - peak[:, None].to(base)).exp_()
+            theirs.total[window, here] += share.sum(dim=1).cpu().double()
+        for stream in range(streams):
+            at = (stream * windows + window, here)
+            logits = model.logits(at[0], start, stop, first, last)
+            most, place = logits.max(dim=1)
+            top, _ = ours.rise(at, _finite(most, model.name, (window, here)), place + first)
+            ours.pick(at, logits, targets, first)
+            if reference is not None:
+                rival[at] = torch.where(ahead, logits.gather(1, index[:, None])[:, 0].cpu().double(), rival[at])
+                # In the place of the reference's logits once nobody else needs them.
+                apart = base.sub_(logits) if stream == streams - 1 else base - logits
+                gap[at] = gap[at] * shrink + torch.linalg.vecdot(share, apart).cpu().double()
+                del apart
+            ours.total[at] += logits.sub_(top[:, None].to(logits)).exp_().sum(dim=1).cpu().double()
 
     try:
         for begin, end in _spans(0, model.vocabulary, columns):
             for head in heads:
                 head.unload()
                 head.load(begin, end)
-            for window in range(shape[0]):
+            for window in range(windows):
                 for first, last in _spans(begin, end, tile):
-                    for start, stop in _spans(0, shape[1], rows):
+                    for start, stop in _spans(0, width, rows):
                         take(window, start, stop, first, last)
     finally:
         for head in heads:
             head.unload()
-    nll = sums[0].lse() - sums[0].target
+    nll = ours.lse() - ours.target
     if reference is None:
-        return Scores(nll, sums[0].choice)
-    divergence = gap / sums[1].total - sums[1].lse() + sums[0].lse()
-    theirs = sums[1].lse() - sums[1].target
-    return Scores(nll, sums[0].choice, theirs, sums[1].choice, divergence, rival == sums[0].top)
+        return Scores(nll, ours.choice)
+
+    def each(x: Tensor) -> Tensor:
+        return torch.cat([x] * streams)
+
+    divergence = gap / each(theirs.total) - each(theirs.lse()) + ours.lse()
+    other = each(theirs.lse() - theirs.target), each(theirs.choice)
+    return Scores(nll, ours.choice, *other, divergence, rival == ours.top)

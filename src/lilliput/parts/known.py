@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lilliput.formats import known as formats
-from lilliput.parts import columns, dense, sparse
+from lilliput.parts import columns, dense, pattern, sparse
 from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import PartSpec
 from lilliput.parts.quantized import QuantizedSpec
+from lilliput.parts.rows import RowsSpec
 
 
 def from_plain(plain: Mapping[str, Any]) -> PartSpec:
@@ -23,5 +24,9 @@ def from_plain(plain: Mapping[str, Any]) -> PartSpec:
             return columns.from_plain(plain)
         case "low-rank":
             return LowRankSpec(int(plain["rank"]), from_plain(plain["left"]), from_plain(plain["right"]))
+        case "pattern":
+            return pattern.from_plain(plain, from_plain(plain["values"]))
+        case "rows":
+            return RowsSpec(int(plain["count"]), from_plain(plain["part"]))
         case _:
             return QuantizedSpec(formats.from_plain(plain))

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lilliput.formats.format import Format, Stored
 from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.known import holds_zero
 from lilliput.parts import known, transform
 from lilliput.parts.layer import Layer
+from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import PartSpec
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.transform import TransformSpec
@@ -33,6 +35,14 @@ class Scheme:
         (part,) = self.parts
         form = part.format if isinstance(part, QuantizedSpec) else None
         return form if isinstance(form, IntegerFormat) and form.plain()["kind"] == "int" else None
+
+    @property
+    def fills(self) -> bool:
+        """Whether a part reaches every weight, so that pruned ones cannot stay 0."""
+        return any(
+            isinstance(part, LowRankSpec) or (isinstance(part, QuantizedSpec) and not holds_zero(part.format))
+            for part in self.parts
+        )
 
     def describe(self) -> str:
         """For tables: "int4 g64 asym + rank 8 (float16)"."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lilliput.algebra.masks import largest
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.parts.part import Get
 
@@ -94,7 +95,8 @@ class SparsePart:
     def rows(self, start: int, stop: int) -> SparsePart:
         a, b = int(self.row[start]), int(self.row[stop])
         row = self.row[start : stop + 1] - self.row[start]
-        return replace(self, values=self.values[a:b], columns=self.columns[a:b], row=row)
+        share = (b - a) / max((stop - start) * self.width, 1)  # of these rows alone: another than that of the whole
+        return replace(self, share=share, values=self.values[a:b], columns=self.columns[a:b], row=row)
 
 
 def gather(weight: Tensor, score: Tensor, share: float, dtype: torch.dtype = torch.float16) -> SparsePart:
@@ -102,9 +104,24 @@ def gather(weight: Tensor, score: Tensor, share: float, dtype: torch.dtype = tor
 
     Among equal scores the first by row and column is taken.
     """
+    return pick(weight, highest(score, share), share, dtype)
+
+
+def highest(score: Tensor, share: float) -> Tensor:
+    """Boolean mask [out, in] of the highest scores, exactly the share's number of them; among equals the first.
+
+    Raises LilliputError for scores that are NaN or infinite.
+    """
+    count = SparseSpec(share).count(*score.shape)
+    return largest(score.reshape(1, -1), count).view(score.shape)
+
+
+def pick(weight: Tensor, mask: Tensor, share: float, dtype: torch.dtype = torch.float16) -> SparsePart:
+    """The weights [out, in] of `mask`, which has exactly the share's number of them (ValueError otherwise)."""
     rows, width = weight.shape
-    count = SparseSpec(share, dtype).count(rows, width)
-    chosen = score.reshape(-1).argsort(descending=True, stable=True)[:count].sort().values
+    chosen = mask.reshape(-1).nonzero().squeeze(1)
+    if len(chosen) != SparseSpec(share).count(rows, width):
+        raise ValueError(f"{len(chosen)} weights are no share of {share} of {rows} x {width}")
     row = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
     row[1:] = torch.bincount(chosen // width, minlength=rows).cumsum(0)
     return SparsePart(share, weight.reshape(-1)[chosen], chosen % width, row, width, dtype)

@@ -50,17 +50,18 @@ def compress(data: Data) -> RenderableType:
     for key, value in predicted.items():
         both.add_row(*_cells(label(key), cell(key, value), cell(key, measured[key]) if key in measured else ""))
     hidden = ("predicted", "measured", "rows", "recipe", "notes", "evidence")
+    evidence, notes = data.get("evidence") or {}, data.get("notes") or ()
     rest = {
         "recipe": recipe(data.get("recipe")),
-        **{key: value for key, value in measured.items() if key not in predicted},
+        **{key: value for key, value in measured.items() if key not in predicted and not evidence},
         **{key: value for key, value in data.items() if key not in hidden},
-        "notes": data.get("notes"),
+        "notes": [x for x in notes if x not in (evidence.get("notes") or ())],
     }
-    if data.get("evidence"):
-        from lilliput.report import terminal  # which builds on these tables
+    if not evidence:
+        return Group(both, document(rest, "quality and provenance; in brackets the 95 % interval"))
+    from lilliput.report import terminal  # which builds on these tables
 
-        return Group(both, terminal.evaluation(data["evidence"]))
-    return Group(both, document(rest, "quality and provenance; in brackets the 95 % interval"))
+    return Group(both, document(rest, "provenance"), terminal.evaluation(evidence))
 
 
 def recipe(data: object) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import overload
 
 from lilliput.errors import PlanError
 
@@ -15,8 +16,15 @@ _UNITS: Mapping[str, int] = {
 }
 
 
-def parse_size(text: str, what: str = "size") -> int:
-    """Bytes from "4GB", "1.5GiB", "400 MB" or "123456": powers of 1000 with B, of 1024 with iB. Raises PlanError."""
+@overload
+def parse_size(text: str, what: str = ...) -> int: ...
+@overload
+def parse_size(text: str | None, what: str = ...) -> int | None: ...
+def parse_size(text: str | None, what: str = "size") -> int | None:
+    """Bytes from "4GB", "1.5GiB", "400 MB" or "123456": powers of 1000 with B, of 1024 with iB; None from None. Raises
+    PlanError."""
+    if text is None:
+        return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].lower() if match else "?"
     if match is None or unit not in _UNITS:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lilliput import ranks
 from lilliput.stats.site import SiteStats
 
 NAMES = ("gram", "square", "mean", "absmax", "absmean")
@@ -124,21 +125,16 @@ def merge(a: SiteStats, b: SiteStats) -> SiteStats:
 
 
 def all_reduce(state: SiteStats) -> SiteStats:
-    """Merge over the processes of `torch.distributed` (a no-op without a process group)."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    """Merge over the processes of a run (a no-op for a single one); a site that one of them never saw adds nothing."""
+    if ranks.size() == 1:
         return state
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([state.count], dtype=torch.int64))
-    count = int(sum(int(c) for c in counts))
-    share = state.count / max(count, 1)
+    count = sum(ranks.gathered(state.count))
     for total in (state.gram, state.square):
         if total is not None:
-            dist.all_reduce(total)
+            ranks.add(total)
     for mean in (state.mean, state.absmean):
         if mean is not None:
-            dist.all_reduce(mean.mul_(share))
+            ranks.add(mean.mul_(state.count / max(count, 1)))
     if state.absmax is not None:
-        dist.all_reduce(state.absmax, op=dist.ReduceOp.MAX)
+        ranks.largest(state.absmax)
     return SiteStats(state.width, count, state.gram, state.square, state.mean, state.absmax, state.absmean)

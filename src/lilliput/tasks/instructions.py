@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lilliput.data.tokens import same_vocabulary
 from lilliput.errors import DataError
 from lilliput.metrics import paired
 from lilliput.metrics.interval import Interval, clip, mean_interval
@@ -22,7 +23,7 @@ from lilliput.source import open_source
 from lilliput.tasks.decode import greedy
 from lilliput.tasks.files import rows
 from lilliput.tasks.likelihood import Loaded, ids_of, log_likelihoods
-from lilliput.tasks.run import loaded, same_vocabulary
+from lilliput.tasks.run import loaded
 
 NGRAM = 4
 NOTE = "win rate: share of prompts where the base model finds our answer likelier than its own; a proxy, nobody judged"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lilliput.anatomy.skeleton import positions
 from lilliput.errors import DataError, SourceError
 from lilliput.tasks.kept import Kept
 
@@ -57,9 +58,7 @@ class Encoded:
 
 def context_length(model: PreTrainedModel) -> int:
     """Positions that the model's config knows; 2048 where it names none."""
-    config: Any = model.config.get_text_config()
-    names = ("n_positions", "max_position_embeddings", "n_ctx")
-    return next((int(x) for x in (getattr(config, n, None) for n in names) if x), FALLBACK_LENGTH)
+    return positions(model.config.get_text_config()) or FALLBACK_LENGTH
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

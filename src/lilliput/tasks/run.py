@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lilliput import memory
 from lilliput.data.overlap import items_seen
-from lilliput.data.tokens import Tokens
-from lilliput.errors import DataError, PlanError, SourceError
-from lilliput.metrics.evaluate import DTYPES
+from lilliput.data.tokens import Tokens, same_vocabulary
+from lilliput.errors import DataError, SourceError
+from lilliput.metrics.evaluate import compute_dtype
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
 from lilliput.tasks import harness
@@ -50,11 +50,10 @@ def loaded(
 
     from lilliput.api import load
 
-    if dtype not in DTYPES:
-        raise PlanError(f"unknown dtype '{dtype}': one of {', '.join(DTYPES)}.")
+    compute = compute_dtype(dtype)
     source = open_source(str(model))
     try:
-        whole: Any = load(source.folder, dtype=DTYPES[dtype]).to(torch.device(device))
+        whole: Any = load(source.folder, dtype=compute).to(torch.device(device))
     except (OSError, ValueError, RuntimeError) as error:
         text = str(error).strip().splitlines()
         raise SourceError(
@@ -68,12 +67,6 @@ def loaded(
         del whole
         gc.collect()
         memory.trim()
-
-
-def same_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, names: str) -> None:
-    """Raises DataError where two tokenizers do not share a vocabulary; names: of both models, for the message."""
-    if ours.get_vocab() != theirs.get_vocab():
-        raise DataError(f"{names} cannot be compared: their tokenizers have different vocabularies.")
 
 
 def _same_tokens(

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from lilliput.algebra import obs
 from lilliput.anatomy.model import Link
-from lilliput.formats.integer import IntegerFormat, from_target
+from lilliput.formats import ranged
+from lilliput.formats.format import Format
+from lilliput.formats.known import from_target
 from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
 from lilliput.recipe import Strict, Target
@@ -68,7 +70,7 @@ def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequen
     return folds
 
 
-def _search(link: Link, block: BlockView, io: BlockIO, grid_of: IntegerFormat, o: Options) -> Tensor | None:
+def _search(link: Link, block: BlockView, io: BlockIO, grid_of: Format, o: Options) -> Tensor | None:
     stats = io.stats.get(link.site)
     if stats is None or stats.count == 0:
         return None
@@ -117,20 +119,21 @@ def _better(
     best: Tensor,
     least: float,
     readers: Sequence[tuple[Tensor, Tensor]],
-    grid_of: IntegerFormat,
+    grid_of: Format,
     o: Options,
 ) -> tuple[Tensor, float]:
     error = _error(readers, scale, grid_of, o)
     return (scale, error) if error < least else (best, least)
 
 
-def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: IntegerFormat, o: Options) -> float:
+def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: Format, o: Options) -> float:
     """The error that `judge` names, summed over readers (weight [out, in], Gram matrix [in, in] or price [in])."""
     total = 0.0
     for weight, cost in readers:
         scaled = weight * scale
         price = (cost.diagonal() if cost.dim() == 2 else cost) / scale.square()
-        grid = grid_of.fit(scaled, search=o.search, importance=price if o.search == "mse" else None, steps=o.steps)
+        how = ranged.Search(o.search, o.steps)
+        grid = ranged.fit(grid_of, scaled, price if o.search == "mse" else None, how)
         miss = scaled.sub_(grid_of.decode(grid_of.encode(scaled, grid), grid))
         if cost.dim() == 2:
             miss.div_(scale)

@@ -3,7 +3,8 @@
 Minimises |X WT - X WhatT|^2 = tr(D H DT), D = W - What, H = XT X + damping * mean(diag) * I. With H^-1 = UT U (U upper
 triangular), column by column: q = Q(w_j), e = (w_j - q) / U_jj, w_k -= e U_jk for all k > j; so that D = E U and the
 loss is |E|^2. The order is by decreasing diag(H); scales are fitted before on the original weight (static groups), so
-groups stay contiguous. `algebra.obs` states the equal form that is computed.
+groups stay contiguous; Q may round to any levels with fixed scales (`formats.levels`, `formats.nested`). `algebra.obs`
+states the equal form that is computed.
 
 Beyond the paper, without gradients: `shrinkage` adds to each H_jj a share of itself, so that correlations which a short
 calibration text only seems to show move no weights (damping, a share of the mean, does this to weak inputs only); the
@@ -28,16 +29,22 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.algebra import lattice, obs
-from lilliput.formats.integer import Grid, IntegerFormat, from_target
+from lilliput.errors import PlanError
+from lilliput.formats import ranged, swept
+from lilliput.formats.groups import index
+from lilliput.formats.integer import Grid, IntegerFormat
+from lilliput.formats.known import from_target
+from lilliput.formats.swept import Swept
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.scheme import Scheme, quantized
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
 PAPER = "Frantar et al. 2023, arXiv 2210.17323"
 NEEDS: tuple[str, ...] = ("gram",)
 WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int",)
+FORMATS = swept.NAMES
 ROWWISE = True
 BASELINE: str | None = "rtn"
 _ROWS = 2048  # outputs swept together: their working matrices stay small and one block of them in cache
@@ -72,35 +79,43 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
 }
 
 
+def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
+    """One part on the target's grid. Raises PlanError for options that the grid does not have."""
+    form = swept.check(from_target(target))
+    ranged.check(form, _search(o))
+    if not o.act_order and not o.static_groups and not isinstance(form, IntegerFormat):
+        raise PlanError(
+            f"static_groups: false fits each group within the sweep, which {form.describe()} cannot do: only integers "
+            "with plain float scales can; leave it out"
+        )
+    return quantized(form)
+
+
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """Codes for what the layer's parts leave over; outside the support they decode to 0.
 
     Raises PlanError without bits in the target, LilliputError for a weight or Gram matrix that is not finite.
     """
-    grid_of = from_target(target)
+    form = swept.check(from_target(target))
     weight = layer.rest()
     gram = stats.need("gram")
     kept = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
     importance = _importance(gram, factor, order, o)
-    grid = grid_of.fit(
-        kept,
-        search=o.search,
-        importance=importance,
-        steps=o.steps,
-        norm=o.norm,
-        signed_scale=o.signed_scale,
-    )
+    grid = ranged.fit(form, kept, importance, _search(o))
+    work = swept.start(form, grid)
     rows, width = weight.shape
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
-    scale, zero = grid.scale.clone(), None if grid.zero is None else grid.zero.clone()
     for a in range(0, rows, _ROWS):
         b = min(a + _ROWS, rows)
         support = None if layer.support is None else layer.support[a:b]
-        part = Grid(scale, zero).rows(a, b)  # views: what the sweep changes, it changes here
-        codes[a:b] = _sweep(weight[a:b], support, gram, factor, order, importance, grid_of, part, o)
-    return layer.with_part(QuantizedPart(grid_of, codes, Grid(scale, zero)))
+        codes[a:b] = _sweep(weight[a:b], support, gram, factor, order, importance, work.rows(a, b), o)
+    return layer.with_part(QuantizedPart(form, codes, swept.finish(work, grid)))
+
+
+def _search(o: Options) -> ranged.Search:
+    return ranged.Search(o.search, o.steps, o.norm, o.signed_scale)
 
 
 def _importance(gram: Tensor, factor: obs.Factor, order: Tensor | None, o: Options) -> Tensor | None:
@@ -120,46 +135,44 @@ def _sweep(
     factor: obs.Factor,
     order: Tensor | None,
     importance: Tensor | None,
-    grid_of: IntegerFormat,
-    grid: Grid,
+    work: Swept,
     o: Options,
 ) -> Tensor:
-    """Codes int8 [rows, in] of some rows; refitted scales and zeros are written into `grid`."""
+    """Codes int8 [rows, in] of some rows; refitted scales and zeros are written into the grid of `work`."""
     rows, width = weight.shape
-    groups = grid_of.group_of(width).tolist()
+    form, grid = work.form, work.grid
+    groups = index(width, form.group_size).tolist()
     turned = weight.T.contiguous() if order is None else weight.T[order]
     held = None if support is None else support.T.contiguous()
     mask = held if held is None or order is None else held[order]
     visits = groups if order is None else [groups[j] for j in order.tolist()]
-    rounding = obs.Rounding.of(grid.scale, grid.zero, grid_of.bits, rows, visits)
+    rounding = work.rounding(rows, visits)
     deviation, codes = torch.empty_like(turned), torch.empty_like(turned)
-    dynamic = order is None and not o.static_groups and grid_of.group_size != 0
+    dynamic = order is None and not o.static_groups and form.group_size != 0
     for a, b in _blocks(groups if dynamic else None, width, o.block):
-        if dynamic and (a == 0 or groups[a] != groups[a - 1]):
+        if dynamic and isinstance(form, IntegerFormat) and (a == 0 or groups[a] != groups[a - 1]):
             stop = next((j for j in range(a, width) if groups[j] != groups[a]), width)
             values = obs.reach(turned, deviation, factor, a, stop)
             values = values if mask is None else values * mask[a:stop]
-            _refit(values, None if importance is None else importance[a:stop], grid_of, grid, groups[a], o)
-            rounding = obs.Rounding.of(grid.scale, grid.zero, grid_of.bits, rows, visits)
+            _refit(values, None if importance is None else importance[a:stop], form, grid, groups[a], o)
+            rounding = work.rounding(rows, visits)
         aim = obs.reach(turned, deviation, factor, a, b)
         some = None if mask is None else mask[a:b]
         obs.settle(aim, deviation[a:b], turned[a:b], factor.coupling[a:b, a:b], a, rounding, codes[a:b], some)
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
         deviation = torch.empty_like(deviation).index_copy_(0, order, deviation)
-        rounding = obs.Rounding.of(grid.scale, grid.zero, grid_of.bits, rows, groups)
+        rounding = work.rounding(rows, groups)
     if o.refine:
         gram = gram.clone()
         gram.diagonal().mul_(1.0 + o.shrinkage)
         ridge = factor.damping * float(gram.diagonal().mean()) / (1.0 + o.shrinkage)
-        dtype = grid_of.scale_dtype if o.rescale and grid_of.group_size != 0 else None
+        dtype = work.moves if o.rescale else None
         for _ in range(o.refine):
             lattice.polish(codes, deviation, gram, ridge, rounding, dtype, held)
         if dtype is not None:
             grid.scale.copy_(torch.stack(list(rounding.scale), 1))
-    if grid.zero is not None:
-        codes += grid.zero.float().expand(rows, -1).T[torch.tensor(groups)]
-    return codes.T.to(torch.int8)
+    return work.codes(codes, groups)
 
 
 def _blocks(groups: list[int] | None, width: int, block: int) -> list[tuple[int, int]]:
@@ -171,19 +184,10 @@ def _blocks(groups: list[int] | None, width: int, block: int) -> list[tuple[int,
     return list(itertools.pairwise(ordered))
 
 
-def _refit(
-    values: Tensor, importance: Tensor | None, grid_of: IntegerFormat, grid: Grid, group: int, o: Options
-) -> None:
+def _refit(values: Tensor, importance: Tensor | None, form: IntegerFormat, grid: Grid, group: int, o: Options) -> None:
     """Fit one group's scale and zero on what its columns should become, [columns, rows]; written into `grid`."""
-    unit = IntegerFormat(grid_of.bits, grid_of.symmetric, -1, grid_of.scale_dtype)
-    fitted = unit.fit(
-        values.T.contiguous(),
-        search=o.search,
-        importance=importance,
-        steps=o.steps,
-        norm=o.norm,
-        signed_scale=o.signed_scale,
-    )
+    unit = IntegerFormat(form.bits, form.symmetric, -1, form.scale_dtype)
+    fitted = ranged.fit(unit, values.T.contiguous(), importance, _search(o))
     grid.scale[:, group] = fitted.scale[:, 0]
     if grid.zero is not None and fitted.zero is not None:
         grid.zero[:, group] = fitted.zero[:, 0]

@@ -5,6 +5,11 @@ hi = max(0, max u), S = (hi - lo) / (2^b - 1), Z = round(-lo / S); symmetric S =
 q = clip(round(w / S) + Z), what is computed with is S (q - Z). Clip search shrinks [lo, hi] and keeps, per unit, the
 range of least sum h_j |w_j - S (q_j - Z)|^p, with h = 1, or h_j = mean x_j^2 over the calibration tokens.
 
+Other formats have other levels than S (q - Z): `formats.levels` and `formats.scales` say which, and what their scales
+are; the search means the same there. Two ranges cut the weights of a unit before min-max covers what is left:
+"percentile" at a percentile of |w|, "kl" at the share of the row's ranges that changes the histogram of |w|, in 2048
+bins, least by its KL divergence from what the levels can tell apart.
+
 Paper: Jacob et al. 2018, arXiv 1712.05877 (the quantizer); GLM-130B, arXiv 2210.02414 (row-wise int4).
 Cost: O(out * in) for min-max, `steps` times that for the search. Limits: errors of a row's weights are not balanced
 against each other; at 3 bits large models break.
@@ -17,17 +22,24 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from lilliput.formats.integer import from_target
+from lilliput.errors import PlanError
+from lilliput.formats import clip, ranged
+from lilliput.formats.format import Format
+from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.known import from_target
+from lilliput.formats.levels import LevelFormat
+from lilliput.formats.nested import NestedFormat
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.scheme import Scheme, quantized
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
 PAPER = "Jacob et al. 2018, arXiv 1712.05877"
 NEEDS: tuple[str, ...] = ("square",)
 WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int",)
 ROWWISE = True
 BASELINE: str | None = None
 
@@ -47,6 +59,15 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "granularity": _recipe(symmetric=False, group_size="channel"),
     "range-calibration": _recipe(symmetric=False, search={"search": "mse", "norm": 2.4, "steps": 80}),
     "glm130b-rowwise": _recipe(group_size="channel"),
+    "nf4": [{"method": "rtn", "target": {"format": "nf4"}, "options": {"search": "minmax", "importance": False}}],
+    "double-quant": [
+        {
+            "method": "rtn",
+            "target": {"format": "nf4", "scale_dtype": "int8/256"},
+            "options": {"search": "minmax", "importance": False},
+        }
+    ],
+    "vs-quant": [{"method": "rtn", "target": {"bits": 4, "group_size": 16, "scale_dtype": "int4/row"}}],
     "zeroquant-v2": _recipe(bits=8, group_size="channel"),
     "code-model-quant": _recipe(bits=8, group_size=32),
     "edge-quant-apps": _recipe(group_size=32),
@@ -58,9 +79,12 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
 class Options(Strict):
     """`search`: range by min-max or by least weighted error; `importance`: weigh errors by the inputs' mean square."""
 
-    search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
+    search: Literal["minmax", "mse", "percentile", "kl"] = Field(
+        "mse", description="range of a group: cover it, search the least error, or cut it by how its weights are spread"
+    )
     importance: bool = Field(True, description="in the search, weigh input j by its mean square")
-    steps: int = Field(30, ge=1, le=200, description="shrink factors that the search tries")
+    steps: int = Field(30, ge=1, le=200, description="shrink factors that the search (mse, kl) tries")
+    percentile: float = Field(99.9, gt=0.0, le=100.0, description="search percentile: the one of |w| that is covered")
     norm: float = Field(2.0, ge=1.0, le=4.0, description="exponent of the error in the search")
     signed_scale: bool = Field(
         False, description="let symmetric scales be negative, so that either side gets the extra code"
@@ -72,19 +96,46 @@ def needs(o: Options) -> tuple[str, ...]:
     return NEEDS if o.importance and o.search == "mse" else ()
 
 
+def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
+    """One part on the target's grid. Raises PlanError for options that the grid does not have."""
+    form = from_target(target)
+    ranged.check(form, _search(o))
+    if o.search in ("percentile", "kl"):
+        _positive(form)
+    return quantized(form)
+
+
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """Codes for what the layer's parts leave over, on its support. Raises PlanError without bits in the target."""
     weight = layer.rest()
     if layer.support is not None:
         weight = torch.where(layer.support, weight, 0.0)
-    shape = from_target(target)
+    form = from_target(target)
     importance = stats.second_moment() if needs(o) and stats.count else None
-    grid = shape.fit(
-        weight,
-        search=o.search,
-        importance=importance,
-        steps=o.steps,
-        norm=o.norm,
-        signed_scale=o.signed_scale,
-    )
-    return layer.with_part(QuantizedPart(shape, shape.encode(weight, grid), grid))
+    grid = ranged.fit(form, _clipped(weight, form, o), importance, _search(o))
+    return layer.with_part(QuantizedPart(form, form.encode(weight, grid), grid))
+
+
+def _search(o: Options) -> ranged.Search:
+    return ranged.Search("mse" if o.search == "mse" else "minmax", o.steps, o.norm, o.signed_scale)
+
+
+def _clipped(weight: Tensor, form: Format, o: Options) -> Tensor:
+    if o.search not in ("percentile", "kl"):
+        return weight
+    size, levels = _positive(form)
+    if not bool(torch.isfinite(weight).all()):
+        return weight  # the fit names what is wrong with it
+    if o.search == "percentile":
+        return clip.percentile(weight, size, o.percentile)
+    return clip.divergence(weight, size, levels, o.steps)
+
+
+def _positive(form: Format) -> tuple[int, Tensor]:
+    """Group size, and the levels from 0 up. Raises PlanError for a format without ranges."""
+    if isinstance(form, IntegerFormat | NestedFormat):
+        return form.group_size, torch.arange(float(1 << (form.bits - 1)))
+    if isinstance(form, LevelFormat):
+        levels = form.on(torch.empty(0)).levels
+        return form.group_size, levels[levels >= 0]
+    raise PlanError(f"{form.describe()} has no ranges to cut: take search minmax or mse")

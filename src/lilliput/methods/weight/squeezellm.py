@@ -119,5 +119,5 @@ def _score(weight: Tensor, sensitivity: Tensor, holes: Tensor | None, count: int
         size, sensitivity = size.masked_fill(holes, -1.0), sensitivity.masked_fill(holes, -1.0)
     first = sensitivity.reshape(-1).argsort(descending=True, stable=True)[:count]
     out = size.reshape(-1).clone()
-    out[first] = torch.where(out[first] < 0, out[first], torch.inf)
+    out[first] = torch.where(out[first] < 0, out[first], 2 * out.max() + 1)
     return out.view_as(weight)

@@ -1,4 +1,4 @@
-"""Runs compressions for tests/test_resume.py, each in a fork that may kill itself at a chosen call.
+"""Runs compressions for the tests beside it, each in a fork that may kill itself at a chosen call.
 
 Reads one JSON job a line from standard input, answers each with one JSON line. Imports happen once, and so does the
 look at the anatomy of the model that is named on the command line. A job: `args` of `lilliput.api.compress`, or `line`
@@ -33,7 +33,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 from lilliput import api, cli
-from lilliput import plan as planning
 from lilliput.model import Model, open_model
 from lilliput.progress import Quiet
 
@@ -119,7 +118,8 @@ def warm(model: str) -> None:
     """Every fork finds the anatomy ready, and does not time the machine for the plan."""
     found = open_model(model).anatomy()
     setattr(Model, "anatomy", lambda self: found)  # noqa: B010
-    setattr(planning, "_seconds", lambda *args, **options: 1.0)  # noqa: B010
+    # `lilliput.plan` is the function of that name; the module is found by import_module alone.
+    setattr(importlib.import_module("lilliput.plan"), "_seconds", lambda *args, **options: 1.0)  # noqa: B010
 
 
 def main() -> None:

@@ -1,0 +1,106 @@
+"""The sweep of `algebra.obs` on values instead of codes: for grids without a common step, and for weights kept exactly.
+
+What rounds a column writes its new value where `obs.settle` expects a code, with a scale of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lilliput.algebra import obs
+
+_ROWS = 2048  # outputs swept together: their working matrices stay small and one block of them in cache
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Any values, nearest wins: for each group float32 [levels, out], rising; `group`: of each column, in sweep order.
+
+    A tie goes to the lower level.
+    """
+
+    levels: Sequence[Tensor]
+    middle: Sequence[Tensor]
+    group: Sequence[int]
+    scale: Sequence[Tensor]
+
+    @staticmethod
+    def of(levels: Tensor, group: Sequence[int]) -> Levels:
+        """From rising levels [out, groups, count]."""
+        turned = levels.permute(1, 2, 0).contiguous()
+        middle = (turned[:, 1:] + turned[:, :-1]) / 2
+        ones = torch.ones(levels.shape[0], device=levels.device)
+        return Levels(turned.unbind(0), middle.unbind(0), group, [ones] * levels.shape[1])
+
+    def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
+        g = self.group[column]
+        index = (value > self.middle[g]).sum(0, keepdim=True)
+        torch.gather(self.levels[g], 0, index, out=code.unsqueeze(0))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A rounding that leaves the weights of `mask` [in, out] (in sweep order) exactly what they have become."""
+
+    inner: obs.Nearest
+    mask: Tensor
+    group: Sequence[int]
+    scale: Sequence[Tensor]
+
+    @staticmethod
+    def of(inner: obs.Nearest, mask: Tensor) -> Kept:
+        ones = torch.ones(mask.shape[1], device=mask.device)
+        return Kept(inner, mask, inner.group, [ones] * len(inner.scale))
+
+    def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
+        self.inner.nearest(column, value, code)
+        code.mul_(self.inner.scale[self.group[column]])
+        torch.where(self.mask[column], value, code, out=code)
+
+
+def sweep(
+    weight: Tensor,
+    factor: obs.Factor,
+    order: Tensor | None,
+    rounding: Callable[[int, int], obs.Nearest],
+    block: int = obs.BLOCK,
+    support: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Round all inputs in `order` (int64 [in]; None: as they stand), errors pushed onto those that are still free.
+
+    `rounding(a, b)` rounds output rows [a, b), its columns in sweep order. Returns the new values and the targets that
+    they were rounded from, both float32 [out, in]; the loss with the factored matrix is the sum of
+    (pivot * (target - value))^2. Outside `support` [out, in] the values are 0.
+    """
+    values, targets = torch.empty_like(weight), torch.empty_like(weight)
+    for a in range(0, len(weight), _ROWS):
+        b = min(a + _ROWS, len(weight))
+        some = None if support is None else support[a:b]
+        values[a:b], targets[a:b] = _rows(weight[a:b], factor, order, rounding(a, b), block, some)
+    return values, targets
+
+
+def _rows(
+    weight: Tensor, factor: obs.Factor, order: Tensor | None, rounding: obs.Nearest, block: int, support: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    turned = weight.T.contiguous() if order is None else weight.T[order]
+    mask = None
+    if support is not None:
+        mask = support.T.contiguous() if order is None else support.T[order]
+    deviation, values, targets = (torch.empty_like(turned) for _ in range(3))
+    width = len(turned)
+    for a in range(0, width, block):
+        b = min(a + block, width)
+        aim = obs.reach(turned, deviation, factor, a, b)
+        some = None if mask is None else mask[a:b]
+        obs.settle(aim, deviation[a:b], turned[a:b], factor.coupling[a:b, a:b], a, rounding, values[a:b], some)
+        targets[a:b] = aim  # what `settle` rounded each column from
+        values[a:b].mul_(torch.stack([rounding.scale[g] for g in rounding.group[a:b]]))
+    if order is not None:
+        values = torch.empty_like(values).index_copy_(0, order, values)
+        targets = torch.empty_like(targets).index_copy_(0, order, targets)
+    return values.T, targets.T

@@ -1,0 +1,147 @@
+"""Ternary grids: -s, 0 or s, with a scale for every row or group; five codes in a byte (3^5 = 243), 1.6 bits a weight.
+
+Li et al. 2016, ternary weight networks, arXiv 1605.04711.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lilliput.errors import LilliputError, PlanError
+from lilliput.formats import integer
+from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.search import stored as as_stored
+from lilliput.recipe import Target
+
+PER_BYTE = 5
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`scale` [out, groups] in the format's scale dtype, positive."""
+
+    scale: Tensor
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """The grid of output rows [start, stop)."""
+        return Grid(self.scale[start:stop])
+
+
+@dataclass(frozen=True)
+class TernaryFormat:
+    """`group_size`: -1 one scale per output row, else inputs per group. Raises PlanError for 0 or below -1."""
+
+    group_size: int
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if self.group_size < -1 or self.group_size == 0:
+            raise PlanError("a ternary grid has a scale per group or per row: give a positive group size or 'channel'")
+        if self.scale_dtype not in integer.SCALE_DTYPES:
+            raise PlanError(f"scales in {self.scale_dtype}: choose float16, bfloat16 or float32")
+
+    def describe(self) -> str:
+        """For tables: "ternary g64"."""
+        return f"ternary {'row' if self.group_size < 0 else f'g{self.group_size}'}"
+
+    def groups(self, width: int) -> int:
+        """Groups in a row of `width` inputs; the last is shorter when the group size does not divide the width."""
+        return 1 if self.group_size < 0 else -(-width // self.group_size)
+
+    def group_of(self, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """The group of each input, int64 [width]."""
+        return torch.arange(width, device=device) // (self.group_size if self.group_size > 0 else max(width, 1))
+
+    def size_bits(self, rows: int, width: int) -> int:
+        """Exact size: every row's codes in whole bytes of five, and the scales."""
+        return 8 * rows * -(-width // PER_BYTE) + rows * self.groups(width) * self.scale_dtype.itemsize * 8
+
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> Grid:
+        """The scales of least sum of h (w - s c)^2 over all codes c of -1, 0, 1 for `weight` [out, in].
+
+        The best k weights to keep are the k largest, whatever the importance h ([in] or [out, in], not negative): their
+        scale is sum h|w| / sum h, and they lower the error by (sum h|w|)^2 / sum h; every k is tried. (The paper takes
+        the threshold 0.7 mean|w| instead.) Raises LilliputError for NaN or infinity, or a scale above the scale dtype.
+        """
+        rows, width = weight.shape
+        weigh = torch.ones_like(weight) if importance is None else importance.to(weight).expand(rows, width)
+        if not bool(torch.isfinite(weight.sum())) or not bool(torch.isfinite(weigh.sum())):
+            raise LilliputError("the weight or its importance holds NaN or infinite values: it cannot be quantized")
+        top = weigh.max() if weigh.numel() else weigh.new_tensor(0.0)
+        weigh = weigh / top if bool(top > 0) else torch.ones_like(weigh)
+        size = width if self.group_size < 0 else min(self.group_size, width)
+        room = (0, -width % max(size, 1))
+        units, h = (pad(x.float(), room).view(rows, -1, size) for x in (weight, weigh))
+        size_of, order = units.abs().sort(dim=-1, descending=True, stable=True)
+        h = h.gather(-1, order)
+        total, count = (h * size_of).cumsum(-1), h.cumsum(-1)
+        gain = torch.where(count > 0, total.square() / count, 0.0)
+        best = gain.argmax(-1, keepdim=True)
+        scale = torch.where(count > 0, total / count, 0.0).gather(-1, best).squeeze(-1)
+        kept = as_stored(scale, self.scale_dtype)
+        if not bool(torch.isfinite(kept).all()):
+            name = dtype_name(self.scale_dtype)
+            raise LilliputError(f"a scale exceeds the range of {name}: set scale_dtype to float32 for this layer")
+        return Grid(kept.to(self.scale_dtype))
+
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        """The nearest codes, int8 [out, in] of -1, 0, 1; |w| = s / 2 goes to 0."""
+        scale = grid.scale.float()[:, self.group_of(weight.shape[1], weight.device)]
+        return torch.round(weight.float() / scale).clamp_(-1, 1).to(torch.int8)
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """The values of codes [out, in], float32."""
+        return codes * grid.scale.float()[:, self.group_of(codes.shape[1], codes.device)]
+
+    def levels(self, grid: Grid) -> Tensor:
+        """The three values of each group, rising, float32 [out, groups, 3]."""
+        return grid.scale.float().unsqueeze(-1) * torch.tensor([-1.0, 0.0, 1.0], device=grid.scale.device)
+
+    def stored(self, rows: int, width: int) -> Stored:
+        """See docs/native-format.md, kind "ternary"."""
+        return {
+            "": (torch.uint8, (rows * -(-width // PER_BYTE),)),
+            "_scale": (self.scale_dtype, (rows, self.groups(width))),
+        }
+
+    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """The tensors that `stored` describes."""
+        return {"": pack_ternary(codes).view(-1), "_scale": grid.scale.contiguous()}
+
+    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+        """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
+        return unpack_ternary(get("").view(rows, -1)[start:stop], width), Grid(get("_scale")[start:stop])
+
+    def plain(self) -> dict[str, Any]:
+        """The entry of config.json."""
+        return {"kind": "ternary", "group_size": self.group_size, "scale_dtype": dtype_name(self.scale_dtype)}
+
+
+def pack_ternary(codes: Tensor) -> Tensor:
+    """Codes -1, 0, 1 [rows, width] to uint8 [rows, ceil(width / 5)]: the sum of (code + 1) 3^i over five neighbours."""
+    rows, width = codes.shape
+    digits = pad(codes.to(torch.int64) + 1, (0, -width % PER_BYTE)).view(rows, -1, PER_BYTE)
+    return (digits * 3 ** torch.arange(PER_BYTE, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack_ternary(packed: Tensor, width: int) -> Tensor:
+    """Undo `pack_ternary`: int8 [rows, width]."""
+    powers = (3 ** torch.arange(PER_BYTE, device=packed.device)).to(torch.uint8)
+    digits = torch.div(packed.unsqueeze(-1), powers, rounding_mode="floor") % 3
+    return (digits.to(torch.int8) - 1).view(len(packed), -1)[:, :width]
+
+
+def from_plain(plain: Mapping[str, Any]) -> TernaryFormat:
+    """Undo `TernaryFormat.plain`."""
+    return TernaryFormat(plain["group_size"], dtype_of(plain["scale_dtype"]))
+
+
+def from_target(target: Target) -> TernaryFormat:
+    """The ternary grid of a resolved target, whose bits are not read. Raises PlanError for a grid per tensor."""
+    return TernaryFormat(integer.group_of(target), integer.scale_dtype_of(target))

@@ -1,0 +1,161 @@
+"""SpQR: GPTQ in tiny groups, with the weights that a grid serves worst kept exactly.
+
+A share of all weights is kept as a sparse part in float16; the plan has to know their number, so the share stands in
+for the paper's threshold, which is then whatever the last kept weight scores. With H^-1 = UT U:
+
+1. Screening: the gain of leaving weight i out of its group is
+   sum_j (w_j - Q(w_j))^2 / U_jj^2 - sum_{j != i} (w_j - Q_i(w_j))^2 / U_jj^2, where Q_i is the grid fitted without i.
+   A grid covers its range, so only the two ends of a group are tried; for all others it is their own error. The share
+   of the highest gains is put aside, and the grids are fitted without them.
+2. A GPTQ sweep that leaves these exact shows the error of all others, ((w_j - q_j) / U_jj)^2 at their turn. Of gains
+   and errors together the highest are kept; grids are fitted again, a kept weight standing as the mean of its group.
+3. The final sweep leaves the kept weights what they have become by then and pushes no error of theirs; they are stored
+   in float16. The grid holds 0 at their places, so they are reproduced bit by bit.
+
+Beyond the paper: ranges are searched, and correlations shrunk, as in `gptq`. No outliers: `gptq` with these groups.
+
+Paper: Dettmers et al. 2023, arXiv 2306.03078.
+Cost: twice the sweep of gptq and about five times its search of ranges. Memory: ten matrices [out, in]. Limits: each
+kept weight takes 32 bits besides its code; a group of 16 with plain float16 scales takes one bit a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput.algebra import obs, values
+from lilliput.errors import LilliputError, PlanError
+from lilliput.formats.integer import Grid, IntegerFormat, from_target
+from lilliput.parts import sparse
+from lilliput.parts.layer import Layer
+from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
+from lilliput.parts.scheme import Scheme
+from lilliput.parts.sparse import SparseSpec
+from lilliput.recipe import Strict, Target
+from lilliput.stats.site import SiteStats
+
+PAPER = "Dettmers et al. 2023, arXiv 2306.03078"
+NEEDS: tuple[str, ...] = ("gram",)
+WRITES: Literal["parts"] = "parts"
+FORMATS = ("int",)
+ROWWISE = False  # the outliers of a matrix are chosen together
+BASELINE: str | None = "rtn"
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+    "spqr": [{"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False}}],
+}
+
+
+class Options(Strict):
+    """See the module's docstring."""
+
+    share: float = Field(0.01, ge=0.0, le=1.0, description="share of all weights that is kept exactly; fixes the size")
+    act_order: bool = Field(True, description="quantize inputs by decreasing mean square")
+    damping: float = Field(0.01, ge=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
+    shrinkage: float = Field(
+        0.2, ge=0.0, le=10.0, description="added to each Gram diagonal entry, as a share of itself; 0 is the paper's"
+    )
+    search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
+
+
+def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
+    """Codes and the share. Raises PlanError for a grid per tensor, whose groups cannot be screened."""
+    form = from_target(target)
+    if form.group_size == 0:
+        raise PlanError("'spqr' screens groups: set target.group_size to a number such as 16, or to 'channel'")
+    return Scheme((QuantizedSpec(form), SparseSpec(o.share)))
+
+
+def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
+    """Codes and outliers for what the layer's parts leave over, both 0 outside the support.
+
+    Raises PlanError without bits in the target, LilliputError for a weight or Gram matrix that is not finite.
+    """
+    form = from_target(target)
+    weight, gram = layer.rest(), stats.need("gram")
+    held = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
+    order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
+    factor = obs.factorize(gram, o.damping, order, o.shrinkage)
+    pivot = factor.pivot if order is None else torch.empty_like(factor.pivot).index_copy_(0, order, factor.pivot)
+    importance = gram.diagonal() + o.damping * gram.diagonal().mean()
+    mask = torch.zeros_like(held, dtype=torch.bool)
+    grid = _fit(form, held, importance, mask, o)
+
+    def sweep() -> tuple[Tensor, Tensor]:
+        index = form.group_of(weight.shape[1])
+        visits = (index if order is None else index[order.cpu()]).tolist()
+
+        def rounding(a: int, b: int) -> obs.Nearest:
+            kept = mask[a:b].T if order is None else mask[a:b].T[order]
+            return values.Kept.of(_rounding(form, grid.rows(a, b), visits, b - a), kept)
+
+        return values.sweep(weight, factor, order, rounding, support=layer.support)
+
+    if SparseSpec(o.share).count(*weight.shape):
+        gain = _gain(form, held, grid, importance, pivot.square(), o)
+        mask = sparse.highest(gain, o.share)
+        grid = _fit(form, held, importance, mask, o)
+        found, aim = sweep()
+        score = torch.where(mask, gain, ((aim - found) * pivot).square())
+        mask = sparse.highest(score if layer.support is None else score * layer.support, o.share)
+        grid = _fit(form, held, importance, mask, o)
+    found, _ = sweep()
+    codes = form.encode(torch.where(mask, 0.0, found), grid)
+    dense = QuantizedPart(form, codes, grid)
+    outliers = sparse.pick(found - dense.decode(), mask, o.share)
+    if not bool(torch.isfinite(outliers.values.half()).all()):
+        raise LilliputError(f"{layer.name} holds weights beyond float16, which 'spqr' keeps outliers in: leave it out")
+    return layer.with_part(dense, outliers)
+
+
+def _fit(form: IntegerFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Grid:
+    """The grid of all weights but those of `mask`, which stand as the mean of the others in their group and count
+    nothing."""
+    weigh = importance if o.search == "mse" else None
+    if not bool(mask.any()):
+        return form.fit(weight, search=o.search, importance=weigh)
+    rows, width = weight.shape
+    index = form.group_of(width, weight.device).expand(rows, width)
+    stay = (~mask).float()
+    units = weight.new_zeros(rows, form.groups(width))
+    total, count = units.scatter_add(1, index, weight * stay), units.scatter_add(1, index, stay)
+    means = (total / count.clamp(min=1)).gather(1, index)
+    counts = None if weigh is None else weigh * stay
+    return form.fit(torch.where(mask, means, weight), search=o.search, importance=counts)
+
+
+def _rounding(form: IntegerFormat, grid: Grid, visits: list[int], rows: int) -> obs.Nearest:
+    return obs.Rounding.of(grid.scale, grid.zero, form.bits, rows, visits)
+
+
+def _gain(form: IntegerFormat, weight: Tensor, grid: Grid, importance: Tensor, curve: Tensor, o: Options) -> Tensor:
+    """By how much the error of each weight's group falls if it is left out, [out, in]; `curve` [in] is 1 / U_jj^2."""
+    rows, width = weight.shape
+    index = form.group_of(width, weight.device).expand(rows, width)
+
+    def error(of: Grid) -> Tensor:
+        return (form.decode(form.encode(weight, of), of) - weight).square() * curve
+
+    def by_unit(x: Tensor) -> Tensor:
+        return x.new_zeros(rows, form.groups(width)).scatter_add_(1, index, x)
+
+    own = error(grid)
+    gain, before = own.clone(), by_unit(own)
+    for sign in (1.0, -1.0):
+        end = _first_highest(weight * sign, index, form.groups(width))
+        without = by_unit(error(_fit(form, weight, importance, end, o)) * ~end)
+        gain = torch.where(end, torch.maximum(gain, (before - without).gather(1, index)), gain)
+    return gain
+
+
+def _first_highest(x: Tensor, index: Tensor, groups: int) -> Tensor:
+    """Mask of the first highest value of each row's groups, [out, in]."""
+    rows, width = x.shape
+    top = x.new_full((rows, groups), -torch.inf).scatter_reduce_(1, index, x, "amax").gather(1, index)
+    place = torch.where(x == top, torch.arange(width, device=x.device), width)
+    first = torch.full((rows, groups), width, device=x.device).scatter_reduce_(1, index, place, "amin")
+    return place == first.gather(1, index)

@@ -1,0 +1,67 @@
+"""Formats by name, from a recipe to a folder that transformers opens."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lilliput import api
+from lilliput.errors import PlanError, SourceError
+from lilliput.formats import known
+from lilliput.progress import Quiet
+from lilliput.recipe import Target
+
+Tiny = Callable[[str], Path]
+ROOM: dict[str, Any] = {"samples": 2, "tokens": 32, "device": "cpu", "dtype": "float32"}
+
+
+def _recipe(method: str, target: str) -> str:
+    return f"steps:\n  - method: {method}\n    target: {{{target}}}\n"
+
+
+@pytest.mark.parametrize(("target", "says"), [
+    ("format: nf4, group_size: 16", "nf4 g16"),
+    ("format: mxfp4", "e2m1 g32 e8m0 scales"),
+    ("format: nvfp4", "e2m1 g16 e4m3 scales"),
+    ("format: nf3, group_size: 16, scale_dtype: int8/64", "nf3 g16 int8/64 scales"),
+    ("bits: 3, group_size: 8, symmetric: false, scale_dtype: int3/4", "int3 g8 asym int3/4 scales"),
+])  # fmt: skip
+def test_a_folder_has_the_planned_bytes_and_opens(tiny: Tiny, tmp_path: Path, target: str, says: str) -> None:
+    """q, k and v share a site: cut from one fit, or fitted alone where blocks of scales reach over rows."""
+    done = api.compress(
+        tiny("qwen2"), tmp_path / "out", recipe=_recipe("gptq", target), eval_windows=0, progress=Quiet(), **ROOM
+    )
+    assert done.plan.bytes == sum(x.stat().st_size for x in done.out.glob("*.safetensors"))
+    assert {x.scheme.describe() for x in done.plan.compressed} == {says}
+    assert all(0 < row["error"] < 0.6 for row in done.rows)
+    model = AutoModelForCausalLM.from_pretrained(done.out)
+    assert bool(torch.isfinite(model(torch.arange(8)[None]).logits).all())
+
+
+@pytest.mark.parametrize(("target", "said"), [
+    ("format: nf4, bits: 3", "step 1 .*'nf4' has 4 bits"),
+    ("format: nf9", "unknown format 'nf9'.* Did you mean"),
+    ("bits: 4, scale_dtype: int4/rows", "line 3: 'steps.0.target.scale_dtype': no kind of scales"),
+    ("bits: 4, group_size: channel, scale_dtype: int4/row", "one scale per row cannot be"),
+])  # fmt: skip
+def test_mistakes_are_found_by_the_plan(tiny: Tiny, target: str, said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        api.plan(tiny("qwen2"), recipe=_recipe("rtn", target), **ROOM)
+
+
+def test_rewrites_prepare_for_any_format(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = "steps:\n  - method: awq\n    options: {grid: 3, even: false}\n"
+    recipe += "  - method: rtn\n    target: {format: nf4, group_size: 16}\n"
+    done = api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, eval_windows=0, progress=Quiet(), **ROOM)
+    assert {x.scheme.describe() for x in done.plan.compressed} == {"nf4 g16"}
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(PlanError, match="unknown format"):
+        known.from_target(Target(format="bf4", bits=4, group_size=8))
+    with pytest.raises(SourceError, match="newer"):
+        known.from_plain({"kind": "next"})
+    assert {"int", "nf4", "nvfp4"} <= set(known.names())

@@ -1,0 +1,129 @@
+"""kill -9 at every phase of a run, then the same call again: the same bytes, and at most one block done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+BLOCKS = 4
+Driver = Callable[..., dict[str, Any]]
+Whole = Callable[[str, bool], Any]
+
+# recipe, small memory?, call to kill at, how-manieth, how, blocks that are finished by then
+KILLS: list[tuple[str, bool, str, int, str, int]] = [
+    # reading
+    ("gptq", False, "lilliput.source.source:Source.scan", 1, "before", 0),
+    ("gptq", False, "lilliput.model:Model.read", 25, "before", 1),
+    ("magnitude", False, "lilliput.model:Model.read", 12, "after", 1),
+    # calibrating
+    ("gptq", False, "lilliput.stats.fold:update", 6, "before", 1),
+    ("gptq", True, "lilliput.stats.fold:update", 20, "after", 1),
+    ("awq-gptq", False, "lilliput.stats.fold:update", 9, "before", 1),
+    ("gptq", False, "lilliput.activations:Activations.write", 3, "before", 1),
+    ("gptq", True, "lilliput.activations:Activations.write", 14, "after", 2),
+    # solving
+    ("gptq", False, "lilliput.methods.weight.gptq:compress", 16, "before", 3),
+    ("gptq", True, "lilliput.methods.weight.gptq:compress", 7, "after", 1),
+    ("awq-gptq", False, "lilliput.methods.rewrite.awq:rewrite", 3, "before", 2),
+    ("magnitude", False, "lilliput.methods.weight.magnitude:compress", 24, "after", 3),
+    # writing a shard: the first call writes what lies outside the blocks
+    ("gptq", False, "lilliput.journal:save_file", 1, "torn", 0),
+    ("gptq", False, "lilliput.journal:save_file", 3, "torn", 1),
+    ("awq-gptq", False, "lilliput.journal:save_file", 5, "after", 3),
+    ("magnitude", False, "pathlib:Path.replace", 4, "before", 1),
+    ("gptq", False, "pathlib:Path.replace", 4, "after", 1),
+    # writing the journal
+    ("gptq", False, "lilliput.journal:write_atomically", 1, "before", 0),
+    ("gptq", False, "lilliput.journal:Work.note", 1, "torn", 0),
+    ("gptq", True, "lilliput.journal:Work.note", 4, "torn", 2),
+    ("awq-gptq", False, "lilliput.journal:Work.note", 5, "before", 3),
+    # between the journal and the end of the hidden states that went in
+    ("gptq", False, "lilliput.activations:Activations.delete", 2, "before", 2),
+    ("gptq", True, "lilliput.activations:Activations.delete", 4, "after", 4),
+    # writing the files beside the weights
+    ("gptq", False, "shutil:copyfile", 1, "after", 4),
+    ("magnitude", False, "lilliput.export.folder:_write", 3, "before", 4),
+    # renaming, and clearing up after it
+    ("gptq", False, "pathlib:Path.rename", 1, "before", 4),
+    ("awq-gptq", False, "pathlib:Path.rename", 1, "after", 4),
+    ("gptq", False, "lilliput.journal:Work._clear", 1, "before", 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tight", "at", "call", "how", "blocks"),
+    KILLS,
+    ids=[f"{k[0]}-{k[2].split(':')[1]}-{k[3]}" for k in KILLS],
+)
+def test_killed_runs_go_on(
+    driver: Driver,
+    unbroken: Whole,
+    tmp_path: Path,
+    recipe: str,
+    tight: bool,
+    at: str,
+    call: int,
+    how: str,
+    blocks: int,
+) -> None:
+    whole = unbroken(recipe, tight)
+    out = tmp_path / "out"
+    killed = driver(args={**whole.args, "out": out}, at=at, call=call, how=how)
+    assert killed["code"] == -9, killed["stderr"]
+    if out.exists():
+        assert whole.weights_of(out) == whole.weights
+    again = driver(args={**whole.args, "out": out})
+    assert again["code"] == 0, again["stderr"]
+    assert whole.weights_of(out) == whole.weights
+    assert again["skipped"] == blocks
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("at", "how"), [("lilliput.metrics.evaluate:score", "before"), ("lilliput.api:measure", "after")]
+)
+def test_killed_while_measuring(driver: Driver, unbroken: Whole, tmp_path: Path, at: str, how: str) -> None:
+    whole = unbroken("gptq", False)
+    out = tmp_path / "out"
+    args = {**whole.args, "out": out, "eval_windows": 2}
+    killed = driver(args=args, at=at, call=1, how=how)
+    assert killed["code"] == -9, killed["stderr"]
+    again = driver(args=args)
+    assert again["code"] == 0, again["stderr"]
+    assert again["skipped"] == BLOCKS
+    assert whole.weights_of(out) == whole.weights
+    assert json.loads((out / "lilliput.json").read_text())["measured"]["perplexity_ratio"]["value"] > 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_killed_twice(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
+    whole = unbroken("awq-gptq", False)
+    args = {**whole.args, "out": tmp_path / "out"}
+    gptq = "lilliput.methods.weight.gptq:compress"
+    assert driver(args=args, at=gptq, call=6, how="before")["code"] == -9
+    # A resumed run that dies has block 1 behind it and is in block 2.
+    assert driver(args=args, at=gptq, call=6, how="before")["code"] == -9
+    again = driver(args=args)
+    assert again["skipped"] == 2
+    assert whole.weights_of(tmp_path / "out") == whole.weights
+
+
+def test_interrupted(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
+    whole = unbroken("gptq", False)
+    command = whole.line(tmp_path / "out")
+    stopped = driver(line=command, at="lilliput.methods.weight.gptq:compress", call=6, how="interrupt")
+    assert stopped["code"] == 130, stopped["stderr"]
+    last = stopped["stderr"].strip().splitlines()[-1]
+    assert last == "interrupted. Run the same command again: it goes on after the last finished block."
+    assert "Traceback" not in stopped["stderr"]
+    again = driver(line=command)
+    assert again["code"] == 0, again["stderr"]
+    assert '"blocks_skipped": 1' in again["stderr"]
+    assert whole.weights_of(tmp_path / "out") == whole.weights

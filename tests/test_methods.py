@@ -10,6 +10,7 @@ from lilliput import catalogue
 from lilliput.errors import PlanError
 from lilliput.methods import VERBS, Method, discover, get
 from lilliput.recipe import Target, Where, load, to_yaml
+from lilliput.resolve import FISHER
 from lilliput.stats.fold import NAMES
 
 METHODS = sorted(discover().values(), key=lambda method: method.name)
@@ -21,7 +22,7 @@ def test_a_method_file_is_complete(method: Method) -> None:
     assert method.summary.endswith(".")
     assert method.paper
     assert "replace:" not in (method.module.__doc__ or "") + method.paper
-    assert method.needs <= set(NAMES)
+    assert method.needs <= {*NAMES, FISHER}
     assert method.writes in ("quantized", "parts", "support", "fold", "targets")
     assert method.verb == VERBS[method.family]
     assert callable(getattr(method.module, method.verb))

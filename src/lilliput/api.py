@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput import delivery, forward, journal, memory, passes, ranks, rotated, stream
+from lilliput import delivery, fisher, forward, journal, memory, passes, ranks, rotated, stream
 from lilliput import plan as planning
 from lilliput import recipe as recipes
 from lilliput.compression import Compression
@@ -146,7 +146,7 @@ def _tokens(model: Model, made: Plan, data: str, seed: int | None) -> Tokens | N
 def _space(made: Plan, model: Model, place: Work, eval_windows: int) -> None:
     hidden = int(model.source.text_config.hidden_size)
     spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
-    spill = max(spill, passes.spill(made, model))
+    spill = max(spill, passes.spill(made, model), fisher.spill(made, model)) + fisher.stored(made)
     if eval_windows:
         spill = max(spill, 2 * eval_windows * window(model) * hidden * 4)
     place.need(made.folder_bytes, spill)

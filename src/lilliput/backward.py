@@ -7,7 +7,7 @@ states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,55 @@ def loss(skeleton: Skeleton, read: Read, samples: Samples) -> float:
         return _head(skeleton, read, samples, streams.inputs[-1], None, squares=False)[0]
 
 
+def fisher(
+    skeleton: Skeleton,
+    read: Read,
+    samples: Samples,
+    names: Sequence[Collection[str]],
+    *,
+    done: Collection[int] = (),
+) -> Iterator[tuple[int, Mapping[str, Tensor], Activations]]:
+    """Squared gradients of single samples, from the last block down to block 0: (block, squares, gradient).
+
+    For every tensor in `names`, by block: the sum over samples of (dL_n / dw)^2, float32 in the tensor's shape, with
+    L_n the mean cross-entropy in nats of sample n. The gradient, in a file of `samples.folder` that stays until the
+    next place is finished, is that of the hidden states that enter the block, of the summed cross-entropy.
+
+    `done`: blocks that an interrupted pass has finished, down to the lowest of which the gradient lies in the folder;
+    only the forward pass up to there is carried out again. An exception leaves that file, for the next attempt. Raises
+    LilliputError where it is missing.
+    """
+    count = min(done, default=len(skeleton.block_names))
+    shape = (samples.ids.shape[0], samples.ids.shape[1], skeleton.hidden_size)
+    if count == 0:
+        return
+    with _Streams(skeleton, samples, keep=True, blocks=count, gradient=False) as streams:
+        if done:
+            streams.gradient = Activations(gradient_path(samples, count), shape, torch.float32, create=False)
+        _forward(skeleton, read, samples, streams)
+        if not done:
+            streams.gradient = Activations(gradient_path(samples, count), shape, torch.float32, create=True)
+            # A sum, not a mean: gradients of single tokens are large enough for 16 bits.
+            _head(skeleton, read, samples, streams.inputs[count], streams.gradient, squares=False, weights=False)
+        tokens = samples.ids.shape[1] - 1
+        for block in reversed(range(count)):
+            streams.inputs[block + 1].delete()
+            before = streams.gradient
+            after = Activations(gradient_path(samples, block), shape, torch.float32, create=True)
+            found = _squares(skeleton, read, block, streams, after, names[block])
+            for value in found.values():
+                value.div_(tokens * tokens)
+            streams.gradient = after
+            yield block, found, after
+            before.delete()
+        streams.gradient.delete()
+
+
+def gradient_path(samples: Samples, block: int) -> Path:
+    """Where `fisher` keeps the gradient of the hidden states that enter a block (of the head: the number behind)."""
+    return samples.folder / f"gradient-{block:04d}.bin"
+
+
 def backward(skeleton: Skeleton, read: Read, samples: Samples, *, squares: bool = False) -> Iterator[Gradients]:
     """Gradients of the loss, place by place from the head down to block 0.
 
@@ -82,8 +131,10 @@ def backward(skeleton: Skeleton, read: Read, samples: Samples, *, squares: bool 
 class _Streams:
     """The files of one backward pass: the hidden states that enter each place, and the gradient on its way back."""
 
-    def __init__(self, skeleton: Skeleton, samples: Samples, *, keep: bool) -> None:
-        count = len(skeleton.block_names) + 1
+    def __init__(
+        self, skeleton: Skeleton, samples: Samples, *, keep: bool, blocks: int | None = None, gradient: bool = True
+    ) -> None:
+        count = (len(skeleton.block_names) if blocks is None else blocks) + 1
         shape = (samples.ids.shape[0], samples.ids.shape[1], skeleton.hidden_size)
         self._made: list[Activations] = []
         if keep:
@@ -93,7 +144,7 @@ class _Streams:
             self.inputs = [self._make(samples.folder / "backward-0000.bin", shape, skeleton.dtype)] * count
         # Gradients are small numbers of many sizes: they travel in float32 whatever the model computes in.
         last = samples.folder / "backward-gradient.bin"
-        self.gradient = self._make(last, shape, torch.float32) if keep else self.inputs[0]
+        self.gradient = self._make(last, shape, torch.float32) if keep and gradient else self.inputs[0]
 
     def _make(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Activations:
         try:
@@ -131,7 +182,8 @@ def _forward(skeleton: Skeleton, read: Read, samples: Samples, streams: _Streams
             streams.inputs[0].write(n, skeleton.embed(samples.ids[n : n + 1])[0])
         skeleton.unload(skeleton.embeddings)
         calls = skeleton.calls(1, samples.ids.shape[1])
-        for block in range(len(skeleton.block_names)):
+        last = min(len(skeleton.block_names), len(streams.inputs) - 1)
+        for block in range(last):
             _load(skeleton, read, skeleton.names_of(block))
             for n in range(len(samples.ids)):
                 hidden = streams.inputs[block].read(n, n + 1).to(skeleton.device)
@@ -148,15 +200,19 @@ def _head(
     gradient: Activations | None,
     *,
     squares: bool,
+    weights: bool = True,
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """The loss; with a `gradient` to write to also the gradients of the final tensors and the head."""
+    """The loss; with a `gradient` to write to also the gradients of the final tensors and the head.
+
+    Without `weights` only the gradient by the inputs is taken, of the summed loss instead of the mean.
+    """
     stem = skeleton.head.rpartition(".")[0]
     names = tuple(dict.fromkeys((*skeleton.final, *(n for n in skeleton.shapes if n.rpartition(".")[0] == stem))))
     _load(skeleton, read, names)
-    leaves = _leaves(skeleton, names) if gradient is not None else {}
+    leaves = _leaves(skeleton, names) if gradient is not None and weights else {}
     head = {n: x for n, x in leaves.items() if n not in skeleton.final}
     sums = _Sums(leaves, squares)
-    count = samples.ids.shape[0] * (samples.ids.shape[1] - 1)
+    count = samples.ids.shape[0] * (samples.ids.shape[1] - 1) if weights else 1
     step = max(1, LOGITS // skeleton.shapes[skeleton.head][0])
     total = 0.0
     with torch.set_grad_enabled(gradient is not None):
@@ -209,6 +265,40 @@ def _block(
     return sums.total, sums.squares
 
 
+def _squares(
+    skeleton: Skeleton, read: Read, block: int, streams: _Streams, after: Activations, names: Collection[str]
+) -> dict[str, Tensor]:
+    """The sum over samples of squared gradients of some tensors; the gradient by the block's inputs goes to `after`."""
+    whole = skeleton.names_of(block)
+    inputs = streams.inputs[block]
+    _load(skeleton, read, whole)
+    total = {n: torch.zeros(skeleton.shapes[n], device=skeleton.device) for n in whole if n in names}
+
+    def add(name: str) -> Callable[[Tensor], None]:
+        def run(leaf: Tensor) -> None:
+            if leaf.grad is not None:
+                slope = leaf.grad.float()
+                total[name].addcmul_(slope, slope)
+                leaf.grad = None  # one gradient at a time is enough
+
+        return run
+
+    for name, leaf in _leaves(skeleton, list(total)).items():
+        leaf.register_post_accumulate_grad_hook(add(name))  # type: ignore[no-untyped-call]
+    calls = skeleton.calls(1, inputs.shape[1])
+    with torch.enable_grad():
+        for n in range(len(inputs)):
+            hidden = inputs.read(n, n + 1).to(skeleton.device).requires_grad_()
+            out = skeleton.run(block, hidden, calls)
+            torch.autograd.backward(out, streams.gradient.read(n, n + 1).to(skeleton.device, out.dtype))
+            if hidden.grad is None:
+                raise RuntimeError(f"block {block} does not depend on what enters it")
+            after.write(n, hidden.grad)
+    skeleton.unload(whole)
+    memory.trim()
+    return total
+
+
 class _Sums:
     """Gradients summed over samples, and their squares where asked for."""
 
@@ -235,8 +325,13 @@ class _Sums:
         self._sample = {}
 
 
-def peak(blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, itemsize: int) -> int:
-    """Upper bound in bytes of what a backward pass holds at its fullest, beyond what is always there."""
+def peak(
+    blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, itemsize: int, *, outside: bool = True
+) -> int:
+    """Upper bound in bytes of what a backward pass holds at its fullest, beyond what is always there.
+
+    `outside`: whether gradients of the final tensors and the head are wanted too.
+    """
     widest = 0
     for block in {id(x): x for x in blocks}.values():
         weights = sum(x.parameters for x in block.linears)
@@ -244,5 +339,5 @@ def peak(blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, ite
         held = sum(x.out_features + x.in_features for x in block.linears if x.expert is None or x.expert < 2)
         widest = max(widest, weights * (itemsize + 4) + 12 * largest + 3 * tokens * (held + 8 * hidden) * 4)
     logits = min(max(LOGITS, vocabulary), tokens * vocabulary)
-    head = vocabulary * hidden * (2 * itemsize + 10) + 4 * 4 * logits + 8 * tokens * hidden * 4
+    head = vocabulary * hidden * (2 * itemsize + (10 if outside else 4)) + 4 * 4 * logits + 8 * tokens * hidden * 4
     return max(widest, head)

@@ -46,6 +46,7 @@ class Shape:
     packed: int = 0  # bytes of the largest block's output file
     resident: int = 0  # bytes that stay all the time, such as a rotation
     double: bool = False  # whether a step decomposes weights in float64
+    fisher: bool = False  # whether squared gradients lie beside the weights while a site is compressed
     phases: tuple[tuple[str, int], ...] = ()  # further phases of the recipe, and what they take
 
 
@@ -101,6 +102,8 @@ def estimate(
         widest = max(max(x.out_features, x.in_features) for x in block.linears)
         # A site is solved while no forward pass runs, and the other way round.
         solving = max(_site_bytes(block, "gram" in needs), _decomposed(block) if shape.double else 0)
+        if shape.fisher:
+            solving += 2 * 4 * max(sum(block.linear(n).parameters for n in site.linears) for site in block.sites)
         total = shape.packed
         if calibrating:
             total += parameters * shape.itemsize

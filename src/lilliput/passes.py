@@ -1,7 +1,7 @@
 """Passes before the main one: rotations that are learned for the whole model, and scores behind global decisions.
 
 Each is journalled, so a killed run takes up what is finished: a learned rotation is a file of the work folder, scores
-are records of the journal, block by block.
+are records of the journal, block by block. Squared gradients are `fisher`'s.
 """
 
 from __future__ import annotations

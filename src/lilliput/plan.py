@@ -207,6 +207,7 @@ def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype:
     if resolved.needs:
         passes = 1 + bool(resolved.rewrites) + len(resolved.allocations) + len(resolved.learned)
         seconds += passes * 3.0 * 2 * weights * count / rate
+    seconds += 4 * 2 * weights * resolved.fisher(samples) * tokens / rate  # two passes forward, one back
     if "gram" in resolved.needs:
         sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
         seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
@@ -219,10 +220,14 @@ def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype:
 def _phases(
     model: Model, resolved: Resolved, tensors: Sequence[TensorPlan], tokens: int, dtype: torch.dtype
 ) -> tuple[tuple[str, int], ...]:
-    """What turning the model takes at its fullest, where a recipe does that."""
-    if not resolved.learned:
-        return ()
+    """What turning the model and gradients of its loss take at their fullest, where a recipe asks for them."""
     width, vocabulary = model.skeleton.hidden_size, model.skeleton.shapes[model.skeleton.head][0]
+    slopes: tuple[tuple[str, int], ...] = ()
+    if resolved.fisher(1):
+        held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize, outside=False)
+        slopes = (("the backward pass for squared gradients", held),)
+    if not resolved.learned:
+        return slopes
     turning = rotated.resident(width) * 5
     outside = [x for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]
     shard = max(sum(x.nbytes for x in outside if x.shard == n) for n in {x.shard for x in outside})
@@ -230,7 +235,7 @@ def _phases(
     if any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
         phases.append(("learning a rotation", turning + held))
-    return tuple(phases)
+    return (*phases, *slopes)
 
 
 def _measuring(model: Model) -> int:
@@ -363,6 +368,7 @@ def make(
             double=any(t.method.double for x in resolved.linears for t in x.tasks)
             or any(t.method.double for t in resolved.allocations),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
+            fisher=resolved.fisher(1) > 0,
             phases=(
                 *_phases(model, resolved, tensors, tokens, dtype),
                 *([("measuring the result", _measuring(model))] if measured else []),

@@ -18,6 +18,7 @@ from lilliput.parts.scheme import Scheme
 from lilliput.recipe import Recipe, Step, Target, Where
 
 GROUPS = (128, 64, 32)
+FISHER = "fisher"  # among a method's needs: no statistic of inputs, but of gradients
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,15 @@ class Task:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that the step reads with these options; a method may need fewer than it declares."""
+        return self._reads - {FISHER}
+
+    @property
+    def fisher(self) -> bool:
+        """Whether the step weighs by squared gradients of the whole model's loss."""
+        return FISHER in self._reads
+
+    @property
+    def _reads(self) -> frozenset[str]:
         narrowed = getattr(self.method.module, "needs", None)
         return self.method.needs if narrowed is None else frozenset(narrowed(self.options))
 
@@ -63,6 +73,13 @@ class Resolved:
 
     def of_block(self, block: int) -> tuple[LinearPlan, ...]:
         return tuple(x for x in self.linears if x.block == block)
+
+    def fisher(self, samples: int) -> int:
+        """How many of `samples` calibration samples the backward pass runs for squared gradients; 0: nobody reads
+        them."""
+        asked = {x.step: x.options for plan in self.linears for x in plan.tasks if x.fisher}
+        counts = (getattr(options, "fisher_samples", None) for options in asked.values())
+        return max((samples if count is None else min(count, samples) for count in counts), default=0)
 
     def governed(self, task: Task) -> dict[str, Task]:
         """By linear, the step whose target the allocation `task` decides: the next one that compresses it."""
@@ -275,7 +292,7 @@ def resolve(
         allocations=tuple(task for task in tasks if task.method.verb == "allocate"),
         learned=tuple(task for task in tasks if task.method.verb == "learn"),
         needs=frozenset().union(*(task.needs for task in tasks)),
-        reads_tokens=any(task.needs or getattr(task.method.module, "TOKENS", False) for task in tasks),
+        reads_tokens=any(task.needs or task.fisher or getattr(task.method.module, "TOKENS", False) for task in tasks),
     )
     _refused(resolved, width)
     return resolved

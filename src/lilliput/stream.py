@@ -6,12 +6,13 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lilliput import export, lockstep, memory, order, passes, ranks
+from lilliput import export, fisher, lockstep, memory, order, passes, ranks
 from lilliput.activations import START_ANEW, Activations, raw
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
@@ -55,6 +56,7 @@ class BlockJob:
     anatomy: Block
     weights: BlockWeights
     exporter: export.Exporter
+    fisher: Path | None = None  # squared gradients, where a step reads them
 
     @property
     def plans(self) -> dict[str, LinearPlan]:
@@ -116,7 +118,7 @@ def _solved(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[st
     for names in _stacks(job, site):
         start = time.perf_counter()
         plans = [job.plans[name] for name in names]
-        layers = [Layer(p.name, job.weights.linear(p.linear).to(device)) for p in plans]
+        layers = [fisher.layer(job.fisher, p, job.weights) for p in plans]
         layer = stack(layers)
         del layers
         for task in plans[0].tasks:
@@ -309,7 +311,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
                     f"{work.staging / name} was written by the unfinished run and is gone; {START_ANEW}"
                 )
     model = passes.learned(plan, model, ids, work, progress)
-    ids = None if ids is None else ids[ranks.share(len(ids))]
+    everything, ids = ids, None if ids is None else ids[ranks.share(len(ids))]
     with torch.no_grad():
         for shard in range(first):
             if shard not in whole:
@@ -328,6 +330,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
         progress.step(len(finished), count)
         if len(finished) < count:
             plan = passes.allocated(plan, model, ids, work, progress)
+            fisher.take(plan, model, everything, work, progress, len(finished))
             _blocks(plan, model, ids, work, progress, finished, first)
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):
@@ -360,7 +363,8 @@ def _blocks(
         shape = (len(ids), ids.shape[1], int(model.source.text_config.hidden_size))
         with ranks.together():
             inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
-            work.keep([inputs.path.name, *(f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned)])
+            rotations = (f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned)
+            work.keep([inputs.path.name, *rotations, *fisher.kept(work)])
             if start and inputs.checksum() != finished[start - 1]["hidden"][ranks.rank()]:
                 raise LilliputError(
                     f"{inputs.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}"
@@ -369,7 +373,8 @@ def _blocks(
     exporter = export.get(plan.exporter)
     for index in range(start, len(skeleton.block_names)):
         weights = BlockWeights(model, index, anatomy.blocks[index])
-        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter)
+        squares = fisher.path_of(work, index) if plan.resolved.fisher(plan.samples) else None
+        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares)
         outputs = None
         if batches is not None:
             model.load_block(index)
@@ -387,6 +392,8 @@ def _blocks(
         work.note({"kind": "block", "block": index, "rows": rows, "sha256": hashes, "hidden": check})
         if inputs is not None:
             inputs.delete()
+        if squares is not None:
+            squares.unlink(missing_ok=True)
         inputs = outputs
         memory.trim()
         worst = max((float(row["error"]) for row in rows), default=0.0)

@@ -25,6 +25,11 @@ class BlockWeights:
         self._offset: dict[str, float] = {}  # gains stored as gain - offset
         self._transposed = {f"{x.name}.weight" for x in anatomy.linears if x.transposed}
 
+    @property
+    def device(self) -> str:
+        """Where the block is computed with."""
+        return self._model.skeleton.device
+
     def names(self) -> tuple[str, ...]:
         """All tensors of the block, relative names."""
         cut = len(self.prefix) + 1
@@ -56,6 +61,14 @@ class BlockWeights:
         """The weight of a linear, float32 [out, in], contiguous and the caller's own."""
         value = self.tensor(f"{linear.name}.weight").float()
         return (value.T if linear.transposed else value).contiguous()
+
+    def through_folds(self, linear: Linear, squares: Tensor) -> Tensor:
+        """Squared gradients [out, in] by a weight that no fold has touched, as those by the weight as it is now."""
+        for factors, side in ((self._rows, (-1, 1)), (self._columns, (1, -1))):
+            factor = factors.get(f"{linear.name}.weight")
+            if factor is not None:
+                squares = squares / factor.square().view(side)
+        return squares
 
     def to_stored(self, linear: Linear, weight: Tensor) -> Tensor:
         """A weight [out, in] in the orientation of its module."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lilliput.algebra.obs import BLOCK, Rounding, settle
+from lilliput.algebra.obs import BLOCK, Nearest, Rounding, settle
 from lilliput.formats.search import stored
 
 
@@ -38,19 +38,34 @@ def polish(
         group = rounding.group[start]
         if dtype is not None:
             _rescale(codes[start:stop], deviation, gram, ridge, rounding, group, dtype, start, stop)
-        for a in range(start, stop, BLOCK):
-            b = min(a + BLOCK, stop)
-            corner = gram[a:b, a:b].clone()
-            corner.diagonal().add_(ridge)
-            pull = torch.addmm(deviation[a:b] * ridge, gram[a:b], deviation)
-            diagonal = corner.diagonal().clone()
-            diagonal.masked_fill_(diagonal == 0, 1.0)
-            held = codes[a:b] * rounding.scale[group]
-            target = torch.addcdiv(held, pull, diagonal[:, None])
-            moved = torch.empty_like(target)
-            mask = None if support is None else support[a:b]
-            settle(target, moved, held, corner.div_(diagonal), a, rounding, codes[a:b], mask)
-            deviation[a:b] += moved
+        recode(codes, deviation, gram, ridge, rounding, support, start, stop)
+
+
+def recode(
+    codes: Tensor,
+    deviation: Tensor,
+    gram: Tensor,
+    ridge: float,
+    rounding: Nearest,
+    support: Tensor | None,
+    start: int,
+    stop: int,
+) -> None:
+    """Take the codes of columns [start, stop), one after the other, to their best value given all others; the columns
+    have one scale."""
+    for a in range(start, stop, BLOCK):
+        b = min(a + BLOCK, stop)
+        corner = gram[a:b, a:b].clone()
+        corner.diagonal().add_(ridge)
+        pull = torch.addmm(deviation[a:b] * ridge, gram[a:b], deviation)
+        diagonal = corner.diagonal().clone()
+        diagonal.masked_fill_(diagonal == 0, 1.0)
+        held = codes[a:b] * rounding.scale[rounding.group[a]]
+        target = torch.addcdiv(held, pull, diagonal[:, None])
+        moved = torch.empty_like(target)
+        mask = None if support is None else support[a:b]
+        settle(target, moved, held, corner.div_(diagonal), a, rounding, codes[a:b], mask)
+        deviation[a:b] += moved
 
 
 def _rescale(

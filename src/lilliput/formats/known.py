@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import binary, integer, levels, nested, sign, ternary, trellis, vector
+from lilliput.formats import binary, codebook, integer, levels, nested, sign, ternary, trellis, vector
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
@@ -21,6 +21,7 @@ _WANTED: Mapping[str, Callable[[Target], Format]] = {
     "vector": vector.from_target,
     "trellis": trellis.from_target,
     "trellis-half": trellis.half_from_target,
+    "codebook": codebook.from_target,
 }
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
@@ -33,6 +34,7 @@ _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "e8": vector.e8_from_plain,
     "vector": vector.from_plain,
     "trellis": trellis.from_plain,
+    "codebook": codebook.from_plain,
 }
 
 

@@ -34,13 +34,13 @@ VERBS: Mapping[str, str] = {
 class Method:
     """A discovered method file.
 
-    `needs`: names of site statistics; `writes`: "quantized", "parts", "support", "fold" or "targets"; `covers`:
-    catalogue id to the recipe that runs it (a list of steps as plain data), or None where the id is an idea and no
-    computation; `formats`: the target's formats that it can have (None: every one); `rowwise`: each output
-    row is treated by itself, so linears of one site may be stacked; `masked`: it keeps the zeros of a pruned linear;
-    `default`: fields of the target for a step that names none of them; `double`: it decomposes weights in float64;
-    `baseline`: the method whose error this one must beat (None: it is a baseline); `note`: what the plan says of a
-    recipe that has it.
+    `needs`: names of site statistics, or "fisher" (squared gradients by weight); `writes`: "quantized", "parts",
+    "support", "fold" or "targets"; `covers`: catalogue id to the recipe that runs it (a list of steps as plain data),
+    or None where the id is an idea and no computation; `formats`: the target's formats that it can have (None: every
+    one); `rowwise`: each output row is treated by itself, so linears of one site may be stacked; `masked`: it keeps
+    the zeros of a pruned linear; `default`: fields of the target for a step that names none of them; `double`: it
+    decomposes weights in float64; `baseline`: the method whose error this one must beat (None: it is a baseline);
+    `note`: what the plan says of a recipe that has it.
     """
 
     name: str

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lilliput.errors import LilliputError
 from lilliput.parts.part import Part
 from lilliput.parts.transform import Transform, turn, turn_back
 
@@ -29,6 +30,18 @@ class Layer:
     inputs: tuple[Transform, ...] = ()
     outputs: tuple[Transform, ...] = ()
     fisher: Tensor | None = None
+
+    def need_fisher(self) -> Tensor:
+        """The Fisher information, float32 [out, in].
+
+        Raises RuntimeError where the method that reads it did not declare it in NEEDS, LilliputError where it holds NaN
+        or infinity.
+        """
+        if self.fisher is None:
+            raise RuntimeError("the Fisher information was read but not collected: declare 'fisher' in NEEDS")
+        if not bool(torch.isfinite(self.fisher).all()):
+            raise LilliputError(f"the Fisher information of {self.name} holds NaN or infinity: check the data")
+        return self.fisher
 
     def rest(self) -> Tensor:
         """What the parts leave over, float32 [out, in], between the transforms."""

@@ -41,7 +41,7 @@ from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
 PAPER = "Eckart and Young 1936; Yuan et al. 2023, arXiv 2312.05821; Wang et al. 2024, arXiv 2403.07378"
-NEEDS: tuple[str, ...] = ("gram", "absmean")
+NEEDS: tuple[str, ...] = ("gram", "absmean", "fisher")
 WRITES: Literal["parts"] = "parts"
 DEFAULT: Mapping[str, Any] = {"ratio": 0.8}
 ROWWISE = False
@@ -58,6 +58,7 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "svd-truncate": _recipe(),
     "asvd": [{"method": "ranks", "options": {"weighting": "absmean"}}, *_recipe(weighting="absmean")],
     "svd-llm": _recipe(weighting="gram"),
+    "fisher-svd": _recipe(weighting="fisher"),
     "lord": _recipe(weighting="gram", split="right"),
 }
 

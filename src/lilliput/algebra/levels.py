@@ -1,0 +1,181 @@
+"""The sweep and the descent of GPTQ on codebooks: each column's rounding is the nearest level of its row's table.
+
+With tr(D H DT), D = W - What, as the loss, `algebra.obs` sweeps over the columns, and then two exact descents take
+turns: tables given codes, and (`algebra.lattice.recode`) codes given tables. Given its codes a row is Z c, Z [in, k] of
+zeros and ones, so its best table solves (ZT H Z) c = ZT H w: by conjugate gradients, of which every step is one product
+with H for all rows at once.
+
+Matrices are held as [in, out] here. What `obs` calls a code is the level itself, and every scale is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lilliput.algebra import lattice, obs
+
+_STEPS = 6  # of conjugate gradients for a refit
+_PANEL = 512  # rows of the Gram matrix that are widened at a time
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The tables of some rows as `obs.settle` reads them.
+
+    table: for each group float32 [out, k], ascending; group: the group of each column, in the order of the sweep;
+    exact: bool [in, out] in that order, weights that are stored by themselves, as what `dtype` makes of their distance
+    to the nearest level.
+    """
+
+    table: Sequence[Tensor]
+    bounds: Sequence[Tensor]
+    group: Sequence[int]
+    scale: Sequence[Tensor]
+    exact: Tensor | None
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(table: Tensor, group: Sequence[int], exact: Tensor | None, dtype: torch.dtype) -> Levels:
+        """From levels float32 [out, groups, k]."""
+        ordered = table.transpose(0, 1).contiguous()
+        bounds = ((ordered[..., 1:] + ordered[..., :-1]) / 2).unbind(0)
+        ones = torch.ones(len(table), device=table.device)
+        return Levels(ordered.unbind(0), bounds, group, [ones] * len(ordered), exact, dtype)
+
+    def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
+        """Write the level nearest to value [out] into code [out]; where it is exact, the value as it will be stored."""
+        g = self.group[column]
+        index = torch.searchsorted(self.bounds[g], value.unsqueeze(1))
+        code.copy_(self.table[g].gather(1, index).squeeze(1))
+        if self.exact is not None:
+            apart = (value - code).to(self.dtype).float()
+            code.add_(torch.where(self.exact[column], apart, 0.0))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows to be rounded: weight float32 [out, in]; gram and its factor in `order` (None: as it is); damping and
+    shrinkage as in `obs.factorize`; exact, support: bool [out, in] or None; dtype: of what is stored exactly; block:
+    columns between two large products."""
+
+    weight: Tensor
+    gram: Tensor
+    factor: obs.Factor
+    order: Tensor | None
+    shrinkage: float
+    exact: Tensor | None
+    support: Tensor | None
+    dtype: torch.dtype
+    block: int = obs.BLOCK
+
+
+def sweep(problem: Problem, table: Tensor, group: Tensor, stored: torch.dtype, refits: int) -> tuple[Tensor, Tensor]:
+    """Values float32 [out, in] on the levels of `table`, and the table as refits left it.
+
+    table: float32 [out, groups, k], ascending, of values of the dtype `stored`, with a level 0 wherever the support has
+    a hole; group: int64 [in]. Each of `refits` passes moves the tables of rows whose loss that lowers, and then the
+    codes. Values outside the support are 0.
+    """
+    x = problem
+    turned = x.weight.T.contiguous() if x.order is None else x.weight.T[x.order]
+    held = None if x.support is None else x.support.T.contiguous()
+    free = None if x.exact is None else x.exact.T.contiguous()
+    visits = group if x.order is None else group[x.order]
+    swept = Levels.of(table, visits.tolist(), free if free is None or x.order is None else free[x.order], x.dtype)
+    mask = held if held is None or x.order is None else held[x.order]
+    values, deviation = torch.empty_like(turned), torch.empty_like(turned)
+    for a in range(0, len(turned), x.block):
+        b = min(a + x.block, len(turned))
+        aim = obs.reach(turned, deviation, x.factor, a, b)
+        some = None if mask is None else mask[a:b]
+        coupling = x.factor.coupling[a:b, a:b]
+        obs.settle(aim, deviation[a:b], turned[a:b], coupling, a, swept, values[a:b], some)
+    if x.order is not None:
+        values = torch.empty_like(values).index_copy_(0, x.order, values)
+        deviation = torch.empty_like(deviation).index_copy_(0, x.order, deviation)
+    del turned
+    if refits:
+        gram = x.gram.clone()
+        gram.diagonal().mul_(1.0 + x.shrinkage)
+        ridge = x.factor.damping * float(x.gram.diagonal().mean())
+        gram.diagonal().add_(ridge)
+        fixed = free if held is None else ~held if free is None else free | ~held
+        for _ in range(refits):
+            table = _refit(values, deviation, gram, table, group, fixed, stored)
+            levels = Levels.of(table, group.tolist(), free, x.dtype)
+            lattice.recode(values, deviation, gram, 0.0, levels, held, 0, len(values))
+    return values.T, table
+
+
+def _refit(
+    values: Tensor,
+    deviation: Tensor,
+    gram: Tensor,
+    table: Tensor,
+    group: Tensor,
+    fixed: Tensor | None,
+    stored: torch.dtype,
+) -> Tensor:
+    """The table [out, groups, k] after one step to the least loss given the codes; values and deviation follow.
+
+    In float64: a level that is stored in few bits should not depend on how a product is cut. A level 0 stays where
+    `fixed` [in, out] says that some values are not the table's to move: a hole may need it.
+    """
+    rows, groups, k = table.shape
+    flat = table.flatten(1).T.contiguous().double()
+    drift = deviation.double()
+    index = torch.empty(values.shape, dtype=torch.int64, device=values.device)
+    for g in range(groups):
+        columns = (group == g).nonzero().squeeze(1)
+        one = table[:, g].contiguous()
+        found = torch.searchsorted((one[:, 1:] + one[:, :-1]) / 2, values[columns].T.contiguous())
+        index[columns] = found.T + g * k
+    movable = torch.ones_like(flat) if fixed is None else (flat != 0).double()
+    moves = None if fixed is None else (~fixed).double()
+
+    def spread(step: Tensor) -> Tensor:
+        out = step.gather(0, index)
+        return out if moves is None else out.mul_(moves)
+
+    def collect(slope: Tensor) -> Tensor:
+        slope = slope if moves is None else slope * moves
+        return torch.zeros_like(flat).scatter_add_(0, index, slope).mul_(movable)
+
+    pull = _times(gram, drift)
+    before = (pull * drift).sum(0)
+    weight = collect(gram.diagonal().double()[:, None].expand_as(drift))
+    scale = torch.where(weight > 0, weight.reciprocal(), 0.0)
+    residual = collect(pull)
+    step, towards = torch.zeros_like(flat), scale * residual
+    size = (residual * towards).sum(0)
+    for _ in range(min(_STEPS, k * groups)):
+        image = collect(_times(gram, spread(towards)))
+        bend = (towards * image).sum(0)
+        length = torch.where(bend > 0, size / bend, 0.0)
+        step.addcmul_(towards, length)
+        residual.addcmul_(image, length, value=-1.0)
+        fresh = scale * residual
+        after = (residual * fresh).sum(0)
+        towards = torch.addcmul(fresh, towards, torch.where(size > 0, after / size, 0.0))
+        size = after
+    wanted = (flat + step).to(stored).double()
+    change = spread(wanted - flat)
+    tried = drift - change
+    better = (_times(gram, tried) * tried).sum(0) < before
+    better &= torch.isfinite(wanted).all(0)
+    deviation.copy_(torch.where(better, tried, drift))
+    values.add_(torch.where(better, change, 0.0))
+    kept = torch.where(better, wanted, flat).float()
+    return kept.T.reshape(rows, groups, k).sort(-1).values
+
+
+def _times(gram: Tensor, x: Tensor) -> Tensor:
+    """gram [in, in] times x [in, out] in float64, without a copy of the whole matrix."""
+    out = torch.empty_like(x)
+    for a in range(0, len(gram), _PANEL):
+        torch.mm(gram[a : a + _PANEL].double(), x, out=out[a : a + _PANEL])
+    return out

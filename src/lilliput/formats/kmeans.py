@@ -1,0 +1,193 @@
+"""Weighted k-means in one dimension, many units at once: the levels of a codebook.
+
+Minimises sum_j h_j (v_j - c(v_j))^2 for each unit, c(v) the nearest of k levels. In one dimension a cluster is an
+interval: the values are sorted once, and prefix sums of h and h v give each interval's weight and mean, so that a
+step of Lloyd's algorithm (1982, IEEE Trans. Inf. Theory 28) costs O(units * k * log n) and is exact.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 50
+_MOVES = 16  # levels of a unit that may be moved to where they are worth more
+_HOPE = 0.3  # of its cost, what a move has to gain before the other levels follow
+_CHUNK = 1 << 18  # values worked on at a time; each takes about 60 bytes meanwhile
+
+
+def fit(
+    values: Tensor,
+    levels: int,
+    *,
+    weights: Tensor | None = None,
+    zero: Tensor | None = None,
+    iterations: int = ITERATIONS,
+) -> Tensor:
+    """Levels float32 [units, levels] in ascending order, for finite values [units, n].
+
+    `weights` [units, n] or [n], not negative, are the h_j; None, or nothing but zeros in a unit, counts all alike.
+    `zero`, bool [units]: units of which one level has to be exactly 0.
+
+    Two starts, both on values of the unit: quantiles of h, and quantiles of h^(1/3) |gap|^(2/3), the density that is
+    best for many levels (Panter and Dite 1951). Each goes down until nothing moves, for `iterations` steps at most, and
+    the better end is taken. From there, as long as that helps, the two neighbouring clusters that lose the least are
+    merged, and the freed level splits the cluster that gains the most. The weighted squared error never rises; a
+    level that loses all its values stays. A unit with no more distinct values than levels keeps them exactly; levels
+    that are left over repeat the largest.
+    """
+    units, n = values.shape
+    out = torch.empty(units, levels, device=values.device)
+    if n == 0:
+        return out.zero_()
+    step = max(1, _CHUNK // n)
+    for a in range(0, units, step):
+        b = min(a + step, units)
+        some = weights if weights is None or weights.dim() == 1 else weights[a:b]
+        pinned = None if zero is None else zero[a:b]
+        out[a:b] = _fit(values[a:b].double(), levels, some, pinned, iterations)
+    return out
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Index int64 [units, n] of the level nearest to each value; levels [units, k] ascend. Ties go to the smaller."""
+    bounds = (levels[:, 1:] + levels[:, :-1]) / 2
+    return torch.searchsorted(bounds.contiguous(), values.contiguous())
+
+
+class _Sorted:
+    """Units of sorted values with their prefix sums."""
+
+    def __init__(self, values: Tensor, weights: Tensor | None) -> None:
+        self.values, order = values.sort(dim=1)
+        if weights is None:
+            self.weights = torch.ones_like(values)
+        else:
+            given = weights.double().expand(values.shape)
+            top = given.amax(1, keepdim=True)
+            given = torch.where(top > 0, given / top, 1.0)  # relative, so that equal weights are exactly none
+            self.weights = given.gather(1, order)
+        self.mass = _prefix(self.weights)
+        self.moment = _prefix(self.weights * self.values)
+
+    def sums(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and weighted sum of the values nearest to each level, [units, k]."""
+        bounds = (levels[:, 1:] + levels[:, :-1]) / 2
+        cut = torch.searchsorted(self.values, bounds, right=True)
+        return _between(self.mass, cut), _between(self.moment, cut)
+
+    def error(self, levels: Tensor) -> Tensor:
+        """Weighted squared error of each unit, but for a constant of the unit."""
+        mass, moment = self.sums(levels)
+        return (levels * (levels * mass - 2 * moment)).sum(1)
+
+    def descend(self, levels: Tensor, held: Tensor | None, iterations: int) -> Tensor:
+        for _ in range(iterations):
+            mass, moment = self.sums(levels)
+            moved = torch.where(mass > 0, moment / mass, levels)
+            if held is not None:
+                moved = torch.where(held, levels, moved)
+            # Means of neighbouring intervals are in order but for the last bits.
+            moved = moved.cummax(1).values
+            if torch.equal(moved, levels):
+                break
+            levels = moved
+        return levels
+
+    def of(self, units: Tensor) -> _Sorted:
+        """Some of the units."""
+        some = copy(self)
+        some.values, some.weights = self.values[units], self.weights[units]
+        some.mass, some.moment = self.mass[units], self.moment[units]
+        return some
+
+    def moved(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels with one moved by a merge and a split, and bool [units]: where that may lower the error.
+
+        A split that gains a little less than the merge costs may still pay once all levels have followed.
+        """
+        bounds = (levels[:, 1:] + levels[:, :-1]) / 2
+        label = torch.searchsorted(bounds.contiguous(), self.values)
+        cut = torch.searchsorted(self.values, bounds, right=True)
+        first = torch.nn.functional.pad(cut, (1, 0))
+        last = torch.nn.functional.pad(cut, (0, 1), value=self.values.shape[1])
+        mass = [self.mass[:, 1:] - self.mass.gather(1, first).gather(1, label)]
+        mass.append(self.mass.gather(1, last).gather(1, label) - self.mass[:, 1:])
+        means = [self.moment[:, 1:] - self.moment.gather(1, first).gather(1, label)]
+        means.append(self.moment.gather(1, last).gather(1, label) - self.moment[:, 1:])
+        means = [torch.where(m > 0, s / m, levels.gather(1, label)) for s, m in zip(means, mass, strict=True)]
+        gain, at = _between_means(mass, means).max(1, keepdim=True)
+        split = label.gather(1, at)
+        whole, moment = self.sums(levels)
+        centre = torch.where(whole > 0, moment / whole, levels)
+        cost = _between_means([whole[:, :-1], whole[:, 1:]], [centre[:, :-1], centre[:, 1:]])
+        pair = torch.arange(cost.shape[1], device=cost.device)
+        cost = torch.where((pair == split) | (pair + 1 == split), torch.inf, cost)
+        least, merged = cost.min(1, keepdim=True)
+        both = whole.gather(1, merged) + whole.gather(1, merged + 1)
+        sums = moment.gather(1, merged) + moment.gather(1, merged + 1)
+        out = levels.scatter(1, merged, torch.where(both > 0, sums / both, levels.gather(1, merged)))
+        out = out.scatter(1, merged + 1, means[1].gather(1, at)).scatter(1, split, means[0].gather(1, at))
+        return out.sort(1).values, (gain > _HOPE * least).squeeze(1)
+
+
+def _fit(values: Tensor, k: int, weights: Tensor | None, zero: Tensor | None, iterations: int) -> Tensor:
+    data = _Sorted(values, weights)
+    fresh = torch.ones_like(data.values, dtype=torch.bool)
+    fresh[:, 1:] = data.values[:, 1:] != data.values[:, :-1]
+    rank = fresh.cumsum(1) - 1
+    distinct = rank[:, -1:] + 1
+    unique = torch.zeros_like(data.values).scatter_(1, rank, data.values)  # the distinct values, first in each row
+    gap = torch.zeros_like(data.values)
+    gap[:, 1:] = data.values[:, 1:] - data.values[:, :-1]
+    best = data.descend(_start(data.weights, rank, distinct, unique, k), None, iterations)
+    spread = (data.weights * gap * gap).pow(1 / 3)
+    other = data.descend(_start(spread, rank, distinct, unique, k), None, iterations)
+    best = torch.where((data.error(other) < data.error(best))[:, None], other, best)
+    active = torch.arange(len(best), device=best.device)
+    for _ in range(_MOVES if k > 2 else 0):
+        some = data.of(active)
+        levels, worth = some.moved(best[active])
+        active, levels, some = active[worth], levels[worth], some.of(worth)
+        if not len(active):
+            break
+        levels = some.descend(levels, None, iterations)
+        better = some.error(levels) < some.error(best[active])
+        active = active[better]
+        best[active] = levels[better]
+    if zero is not None:
+        held = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.abs().argmin(1, keepdim=True), True)
+        held &= zero[:, None]
+        best = data.descend(torch.where(held, 0.0, best).sort(1).values, held, iterations)
+    index = torch.arange(k, device=values.device).expand(len(values), k)
+    exact = unique.gather(1, torch.minimum(index, distinct - 1))
+    return torch.where(distinct <= k, exact, best).float()
+
+
+def _start(density: Tensor, rank: Tensor, distinct: Tensor, unique: Tensor, k: int) -> Tensor:
+    """Values [units, k] at the middles of k equal shares of `density`, all of them distinct where there are enough."""
+    shares = density.cumsum(1)
+    at = (torch.arange(k, device=density.device) + 0.5) / k * shares[:, -1:]
+    found = torch.searchsorted(shares, at.contiguous()).clamp_(max=density.shape[1] - 1)
+    number = torch.arange(k, device=density.device)
+    ranks = (rank.gather(1, found) - number).cummax(1).values + number
+    ranks = torch.minimum(ranks, distinct - k + number).clamp_(min=0)
+    return unique.gather(1, torch.minimum(ranks, distinct - 1))
+
+
+def _between_means(mass: list[Tensor], means: list[Tensor]) -> Tensor:
+    """What two clusters' squared errors lack to that of their union."""
+    whole = mass[0] + mass[1]
+    return torch.where(whole > 0, mass[0] * mass[1] / whole * (means[0] - means[1]).square(), 0.0)
+
+
+def _prefix(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values.cumsum(1), (1, 0))
+
+
+def _between(prefix: Tensor, cut: Tensor) -> Tensor:
+    """Sums between neighbouring cuts, [units, cuts + 1]."""
+    inner = prefix.gather(1, cut)
+    return torch.diff(inner, dim=1, prepend=prefix[:, :1], append=prefix[:, -1:])

@@ -134,8 +134,8 @@ def test_sizes_and_needs_are_known_before() -> None:
     assert sum(p.bits() for p in out.parts) == planned.size_bits(24, 40)
     assert needs(options) == ()
     assert needs(Options(solver="gptq", weighting="none")) == needs(Options()) == ("gram",)
-    with pytest.raises(PlanError, match="solver gptq has no format 'nf4'"):
-        scheme(target().model_copy(update={"format": "nf4"}), Options(solver="gptq"), 24, 40)
+    with pytest.raises(PlanError, match="solver gptq has no format 'sign'"):
+        scheme(target().model_copy(update={"format": "sign"}), Options(solver="gptq"), 24, 40)
     with pytest.raises(PlanError, match=r"target\.bits"):
         scheme(Target(rank=4, group_size=16), options, 24, 40)
     with pytest.raises(PlanError, match="give 1 to 24"):

@@ -6,7 +6,7 @@ start of QLoRA: Q = quantize(W), and P = B A with B = 0 and A drawn from N(0, 1/
 quantized model.
 
 Extensions: with `weighting` gram, the default, the error is the outputs', tr(D G DT), and the product is EoRA's; none
-is the paper's. `solver` gptq also quantizes under that error (integers only). The error of turns is measured on the
+is the paper's. `solver` gptq also quantizes under that error. The error of turns is measured on the
 factors as they are stored.
 
 Paper: Li et al. 2023, arXiv 2310.08659; QLoRA: Dettmers et al. 2023, arXiv 2305.14314.
@@ -57,7 +57,7 @@ class Options(Strict):
     weighting: Literal["none", "gram"] = Field(
         "gram", description="the error that is made least: weights', as in the paper, or outputs'"
     )
-    solver: Literal["nearest", "gptq"] = Field("nearest", description="how the codes are found; gptq is for integers")
+    solver: Literal["nearest", "gptq"] = Field("nearest", description="how the codes are found")
     factors: Factors = Field("float16", description="how the factors are stored")
     seed: int = Field(0, ge=0, description="of the random factor when turns is 0")
 
@@ -73,7 +73,7 @@ def scheme(target: Target, options: Options, rows: int, width: int) -> Scheme:
     Raises PlanError for a format or rank that cannot be.
     """
     if options.solver == "gptq" and target.format not in gptq.FORMATS:
-        raise PlanError(f"solver gptq has no format '{target.format}': use solver nearest, or format int")
+        raise PlanError(f"solver gptq has no format '{target.format}': use solver nearest")
     factor = factor_spec(options.factors)
     return Scheme(
         (QuantizedSpec(from_target(target)), LowRankSpec(rank_of(target, rows, width), factor, factor)),

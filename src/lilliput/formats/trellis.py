@@ -21,7 +21,7 @@ from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.vector import Grid, checked, rms_scale, unit_of
 from lilliput.recipe import Target
 
-_WALK = 192  # rows; shorter walks are found faster, but each begins at register 0, which costs two weights' worth
+_WALK = 192  # rows; shorter walks are found faster, but each begins at register 0, where little can be chosen yet
 _ROOM = 1 << 25  # numbers of a table of costs that is kept at a time
 
 

@@ -1,0 +1,125 @@
+"""SignRound: rounding offsets and clip ranges of a whole block, trained by the sign of the gradient.
+
+For every unit u of weights that share a scale: q = clip(round(w / S + V) + Z), What = S (q - Z), V in [-1/2, 1/2] for
+every weight, S = (a hi - b lo) / (2^b - 1) and Z = lowest - round(b lo / S) with factors a, b of the ends of the start's
+range [lo, hi] (symmetric grids: S times one factor). The mean squared error of the block's outputs goes down by signed
+steps theta -= lr sign(dL/dtheta) with a falling lr, gradients straight through every rounding; the best state is kept.
+
+Start: a layer that an earlier step quantized keeps its codes and grid: [gptq, signround] begins at GPTQ's solution, V
+being set so that rounding gives exactly its codes. Others start at the nearest codes, V = 0, on the grid of least
+weighted error, or, with start=minmax, on the covering one, which is the paper's and bounds a and b by 1.
+
+Paper: Cheng et al. 2024, arXiv 2309.05516.
+Cost: iters times a forward and backward pass of `batch` samples through the block. Limits: integer formats; it fits
+the calibration text, so few samples and many steps read too much into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput import blockfit
+from lilliput.algebra import rounding
+from lilliput.blockfit import FitOptions, Start
+from lilliput.methods.view import BlockFit, FitBlock, FitIO
+from lilliput.parts.layer import Layer
+from lilliput.recipe import Target
+from lilliput.train import Parameter, Schedule
+
+PAPER = "Cheng et al. 2024, arXiv 2309.05516"
+NEEDS: tuple[str, ...] = ("square",)
+WRITES: Literal["quantized"] = "quantized"
+FORMATS = ("int",)
+BASELINE: str | None = "rtn"
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+    "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax"}}],
+}
+_EDGE = 0.5 - 2.0**-10  # how close to the next code a start may lie
+
+
+class Options(FitOptions):
+    """`lr` defaults to 1 / iters, so that an offset can just travel half a step of the grid."""
+
+    minmax_lr: float | None = Field(None, gt=0.0, description="the same for the clip factors; none: lr")
+    clip: bool = Field(True, description="train the clip factors too")
+    margin: float = Field(
+        1.0, ge=0.0, le=1.0, description="where a given code starts: 0 at the edge next to the weight, 1 in its middle"
+    )
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """One linear: offsets, and factors of its range's upper and lower end."""
+
+    start: Start
+    offset: Parameter  # V, float32 [out, in]
+    origin: Tensor | None  # what V is counted from (None: 0)
+    upper: Parameter | None  # float32 [units]
+    lower: Parameter | None  # None for symmetric grids
+
+    @property
+    def parameters(self) -> Sequence[Parameter]:
+        return [p for p in (self.offset, self.upper, self.lower) if p is not None]
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale, as stored, and zero point, float32 [units]; differentiable."""
+        form, scale, zero = self.start.units.form, self.start.scale, self.start.zero
+        if self.upper is None:
+            return scale, zero
+        if self.lower is None:
+            return rounding.stored_scale(scale * self.upper.value, form), zero
+        low = (form.lowest - zero) * self.lower.value
+        high = (form.highest - zero) * self.upper.value
+        wide = scale * ((high - low) / (form.highest - form.lowest))
+        at = form.lowest - low * (scale / wide)
+        shown = at.detach().round().clamp_(form.lowest, form.highest)
+        return rounding.stored_scale(wide, form), rounding.through(at, shown)
+
+    def position(self, scale: Tensor) -> Tensor:
+        units = self.start.units
+        inverse = units.spread(scale.reciprocal())
+        moved = self.offset.value if self.origin is None else self.offset.value + self.origin
+        return torch.addcmul(moved, self.start.weight, inverse)
+
+    def weight(self) -> Tensor:
+        scale, zero = self.grid()
+        return self.start.masked(rounding.rounded(self.position(scale), scale, zero, self.start.units))
+
+    def finish(self) -> Layer:
+        with torch.no_grad():
+            scale, zero = self.grid()
+            codes, grid = rounding.encode(self.position(scale), scale, zero, self.start.units)
+        return self.start.finished(codes, grid)
+
+
+def begin(start: Start, o: Options, ratio: float) -> Rounder:
+    """A linear at its start; `ratio`: the rate of the clip factors by that of the offsets."""
+    offset = Parameter(torch.zeros_like(start.weight, requires_grad=True), 1.0, -0.5, 0.5)
+    origin = None
+    if start.given:
+        # round(w / S + V) has to give the codes as they are.
+        exact = start.weight / start.units.spread(start.scale)
+        off = start.codes - exact
+        edge = off.clamp(-_EDGE, _EDGE)  # what remains when the code is reached from the weight's side
+        origin = off - edge * (1.0 - o.margin)
+    upper = lower = None
+    if o.clip:
+        top = 1.0 if o.start == "minmax" and not start.given else 2.0
+        upper = Parameter(torch.ones_like(start.scale, requires_grad=True), ratio, 0.05, top)
+        if not start.units.form.symmetric:
+            lower = Parameter(torch.ones_like(start.scale, requires_grad=True), ratio, 0.05, top)
+    return Rounder(start, offset, origin, upper, lower)
+
+
+def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -> BlockFit:
+    """All covered layers of a block, quantized together. Raises PlanError without bits in a target."""
+    rate = o.lr if o.lr is not None else 1.0 / max(o.iters, 1)
+    ratio = 1.0 if o.minmax_lr is None else o.minmax_lr / rate
+    rounders = {name: begin(start, o, ratio) for name, start in blockfit.starts(block, io, targets, o).items()}
+    return blockfit.descend(block, io, rounders, Schedule(o.iters, rate), o)

@@ -47,6 +47,7 @@ class Options(FitOptions):
     """`lr` defaults to 1 / iters, so that an offset can just travel half a step of the grid."""
 
     minmax_lr: float | None = Field(None, gt=0.0, description="the same for the clip factors; none: lr")
+    rule: Literal["sign", "adam"] = Field("sign", description="signed steps as in the paper, or Adam")
     clip: bool = Field(True, description="train the clip factors too")
     margin: float = Field(
         1.0, ge=0.0, le=1.0, description="where a given code starts: 0 at the edge next to the weight, 1 in its middle"
@@ -59,7 +60,7 @@ class Rounder:
 
     start: Start
     offset: Parameter  # V, float32 [out, in]
-    origin: Tensor | None  # what V is counted from (None: 0)
+    origin: Tensor | None  # position that V is added to (None: w / S)
     upper: Parameter | None  # float32 [units]
     lower: Parameter | None  # None for symmetric grids
 
@@ -82,10 +83,9 @@ class Rounder:
         return rounding.stored_scale(wide, form), rounding.through(at, shown)
 
     def position(self, scale: Tensor) -> Tensor:
-        units = self.start.units
-        inverse = units.spread(scale.reciprocal())
-        moved = self.offset.value if self.origin is None else self.offset.value + self.origin
-        return torch.addcmul(moved, self.start.weight, inverse)
+        if self.origin is not None:
+            return self.offset.value + self.origin
+        return torch.addcmul(self.offset.value, self.start.weight, self.start.units.spread(scale.reciprocal()))
 
     def weight(self) -> Tensor:
         scale, zero = self.grid()
@@ -107,7 +107,7 @@ def begin(start: Start, o: Options, ratio: float) -> Rounder:
         exact = start.weight / start.units.spread(start.scale)
         off = start.codes - exact
         edge = off.clamp(-_EDGE, _EDGE)  # what remains when the code is reached from the weight's side
-        origin = off - edge * (1.0 - o.margin)
+        origin = start.codes - edge * (1.0 - o.margin)
     upper = lower = None
     if o.clip:
         top = 1.0 if o.start == "minmax" and not start.given else 2.0
@@ -122,4 +122,4 @@ def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -
     rate = o.lr if o.lr is not None else 1.0 / max(o.iters, 1)
     ratio = 1.0 if o.minmax_lr is None else o.minmax_lr / rate
     rounders = {name: begin(start, o, ratio) for name, start in blockfit.starts(block, io, targets, o).items()}
-    return blockfit.descend(block, io, rounders, Schedule(o.iters, rate), o)
+    return blockfit.descend(block, io, rounders, Schedule(o.iters, rate, o.rule), o)

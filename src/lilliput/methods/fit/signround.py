@@ -1,13 +1,15 @@
 """SignRound: rounding offsets and clip ranges of a whole block, trained by the sign of the gradient.
 
-For every unit u of weights that share a scale: q = clip(round(w / S + V) + Z), What = S (q - Z), V in [-1/2, 1/2] for
-every weight, S = (a hi - b lo) / (2^b - 1) and Z = lowest - round(b lo / S) with factors a, b of the ends of the start's
-range [lo, hi] (symmetric grids: S times one factor). The mean squared error of the block's outputs goes down by signed
-steps theta -= lr sign(dL/dtheta) with a falling lr, gradients straight through every rounding; the best state is kept.
+For each unit of weights that share a scale: q = clip(round(w / S + V) + Z), What = S (q - Z), with V in [-1/2, 1/2] for
+each weight, S = (s hi - t lo) / (2^bits - 1) and Z = lowest - round(t lo / S), s and t being factors on the ends of the
+start's range [lo, hi] (symmetric grids: one factor on S). The mean squared error of the block's outputs goes down by
+signed steps theta -= lr sign(dL/dtheta), lr falling, gradients straight through every rounding; the best state is kept.
+Without an earlier step it starts at V = 0 on the grid of least weighted error, or, with start=minmax, on the covering
+one: that is the paper's, which bounds s and t by 1.
 
-Start: a layer that an earlier step quantized keeps its codes and grid: [gptq, signround] begins at GPTQ's solution, V
-being set so that rounding gives exactly its codes. Others start at the nearest codes, V = 0, on the grid of least
-weighted error, or, with start=minmax, on the covering one, which is the paper's and bounds a and b by 1.
+Beyond the paper: behind a step that quantizes, such as gptq, it goes on from that step's codes c and grid. Rounded is
+then u + V, where u does not move with S: the code itself (margin=1), or as far towards w / S as rounds to the same code
+(margin=0). S then only scales the codes. Most of the gain comes from the scales, and at once.
 
 Paper: Cheng et al. 2024, arXiv 2309.05516.
 Cost: iters times a forward and backward pass of `batch` samples through the block. Limits: integer formats; it fits

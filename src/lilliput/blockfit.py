@@ -45,7 +45,7 @@ class Start:
     """A linear before the descent: what to approximate, and codes on a grid that do so already.
 
     weight float32 [out, in]: what the other parts leave over, 0 outside the support; base: those other parts' sum
-    (None: no others); scale, zero float32 [units], codes centred (code - zero), float32; given: an earlier step's.
+    (None: no others); scale, zero float32 [units]; codes int16, centred (code - zero); given: an earlier step's.
     """
 
     layer: Layer
@@ -125,7 +125,7 @@ def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions)
     units = Units(form, *weight.shape)
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
-    centred = codes.float() - units.spread(zero)
+    centred = (codes - units.spread(zero)).to(torch.int16)
     return Start(layer, units, weight, base, scale, zero, centred, given)
 
 

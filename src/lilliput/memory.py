@@ -14,7 +14,7 @@ from lilliput.anatomy.model import Block, Linear
 from lilliput.errors import PlanError
 
 MB = 1 << 20
-_OUTSIDE, _BLOCK = "writing what lies outside the blocks", "compressing a block"
+_OUTSIDE, _BLOCK, _FIT = "writing what lies outside the blocks", "compressing a block", "fitting a block"
 # The model class's own modules, tokenizer and buffers, allocator slack: measured on SmolLM2 and Llama-shaped models.
 BASE = 160 * MB
 SLACK = 1.06
@@ -44,6 +44,7 @@ class Shape:
     stored: int  # itemsize of the checkpoint
     outside: int  # bytes of the largest tensor outside the blocks, as stored
     packed: int = 0  # bytes of the largest block's output file
+    fitting: int = 0  # float32 copies of a block's weights that a step trains it with
     resident: int = 0  # bytes that stay all the time, such as a rotation
     phases: tuple[tuple[str, int], ...] = ()  # further phases of the recipe, and what they take
 
@@ -71,6 +72,15 @@ def _site_bytes(block: Block, solving: bool) -> int:
         # A Gram matrix is factored while the weights lie still, and written out when one copy of it is left.
         worst = max(worst, max(2 * weights + 3 * gram, 4 * weights + 2 * gram) if solving else 4 * weights + gram)
     return worst
+
+
+def fit_bytes(block: Block, shape: Shape, batch: int) -> int:
+    """A block while it is trained: its weights in all their copies, and what a backward pass keeps of `batch` samples."""
+    parameters = sum(x.parameters for x in block.linears)
+    largest = max(x.parameters for x in block.linears)
+    wide = sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
+    token = 4 * 8 * shape.hidden + shape.itemsize * wide
+    return parameters * (4 * shape.fitting + 2 * shape.itemsize) + 16 * largest + batch * shape.tokens * token
 
 
 def estimate(
@@ -104,6 +114,8 @@ def estimate(
             )
             solving = max(solving, running)
         per_block = max(per_block, total + solving)
+        if shape.fitting:
+            phases[_FIT] = max(phases.get(_FIT, 0), fit_bytes(block, shape, batch))
     phases[_BLOCK] = per_block
     still = {_OUTSIDE} if calibrating else {_OUTSIDE, _BLOCK}
     whole = {name: size + (STILL if name in still else BASE) for name, size in phases.items()}

@@ -205,6 +205,10 @@ def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype:
     if resolved.needs:
         passes = 1 + bool(resolved.rewrites) + len(resolved.allocations) + len(resolved.learned)
         seconds += passes * 3.0 * 2 * weights * count / rate
+    for task in {task.step: task for x in resolved.linears for task in x.together}.values():
+        # Three products a weight and token for each step, and three passes that only look.
+        looked = getattr(task.options, "iters", 0) * min(getattr(task.options, "batch", 1), samples) * 3 + 3 * samples
+        seconds += looked * tokens * 2 * weights / rate
     if "gram" in resolved.needs:
         sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
         seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
@@ -307,6 +311,7 @@ def make(
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max(sizes, default=0),
             packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
+            fitting=max((t.method.module.COPIES for x in resolved.linears for t in x.together), default=0),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
             phases=(
                 *_phases(model, resolved, tensors, tokens, dtype),

@@ -38,6 +38,7 @@ PAPER = "Cheng et al. 2024, arXiv 2309.05516"
 NEEDS: tuple[str, ...] = ("square",)
 WRITES: Literal["quantized"] = "quantized"
 FORMATS = ("int",)
+COPIES = 10  # the weight, its start, V and its gradient, What and its gradient, two states to return to, Adam's two
 BASELINE: str | None = "rtn"
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax"}}],

@@ -24,6 +24,8 @@ from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
+_EDGE = 0.5 - 2.0**-10  # how far from its code a position may lie
+
 
 class FitOptions(Strict):
     """What every method of the family has; the plan reads `iters` and `batch` to foresee the time."""
@@ -56,6 +58,12 @@ class Start:
     zero: Tensor
     codes: Tensor
     given: bool
+
+    def origin(self, margin: float) -> Tensor:
+        """Positions float32 [out, in] that round to the codes: w / S where it does, else the nearest that does, moved
+        towards the code by the share `margin`."""
+        off = self.codes - self.weight / self.units.spread(self.scale)
+        return self.codes - off.clamp_(-_EDGE, _EDGE).mul_(1.0 - margin)
 
     def finished(self, codes: Tensor, grid: Grid) -> Layer:
         """The layer with these codes (int8, zero points added) in place of the start's."""

@@ -75,7 +75,7 @@ def _site_bytes(block: Block, solving: bool) -> int:
 
 
 def fit_bytes(block: Block, shape: Shape, batch: int) -> int:
-    """A block while it is trained: its weights in all their copies, and what a backward pass keeps of `batch` samples."""
+    """A block while it is trained: its weights in all their copies, and what `batch` samples leave for the way back."""
     parameters = sum(x.parameters for x in block.linears)
     largest = max(x.parameters for x in block.linears)
     wide = sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)

@@ -43,7 +43,6 @@ BASELINE: str | None = "rtn"
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax"}}],
 }
-_EDGE = 0.5 - 2.0**-10  # how close to the next code a start may lie
 
 
 class Options(FitOptions):
@@ -104,13 +103,7 @@ class Rounder:
 def begin(start: Start, o: Options, ratio: float) -> Rounder:
     """A linear at its start; `ratio`: the rate of the clip factors by that of the offsets."""
     offset = Parameter(torch.zeros_like(start.weight, requires_grad=True), 1.0, -0.5, 0.5)
-    origin = None
-    if start.given:
-        # round(w / S + V) has to give the codes as they are.
-        exact = start.weight / start.units.spread(start.scale)
-        off = start.codes - exact
-        edge = off.clamp(-_EDGE, _EDGE)  # what remains when the code is reached from the weight's side
-        origin = start.codes - edge * (1.0 - o.margin)
+    origin = start.origin(o.margin) if start.given else None
     upper = lower = None
     if o.clip:
         top = 1.0 if o.start == "minmax" and not start.given else 2.0

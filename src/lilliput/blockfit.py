@@ -70,7 +70,11 @@ class Start:
         parts = self.layer.parts[:-1] if self.given else self.layer.parts
         held = codes
         if self.layer.support is not None:
-            rest = torch.zeros(1, 1, dtype=torch.int8) if grid.zero is None else self.units.spread(grid.zero)
+            rest = (
+                torch.zeros(1, 1, dtype=torch.int8, device=codes.device)
+                if grid.zero is None
+                else self.units.spread(grid.zero)
+            )
             held = torch.where(self.layer.support, codes, rest)
         return replace(self.layer, parts=(*parts, QuantizedPart(self.units.form, held, grid)))
 

@@ -15,7 +15,7 @@ from lilliput.recipe import Target
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 
-QUANTIZE = sorted(n for n, m in methods.discover().items() if m.writes == "quantized")
+QUANTIZE = sorted(n for n, m in methods.discover().items() if (m.verb, m.writes) == ("compress", "quantized"))
 PRUNE = sorted(n for n, m in methods.discover().items() if m.writes == "support")
 
 

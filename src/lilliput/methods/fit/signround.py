@@ -43,16 +43,18 @@ BASELINE: str | None = "rtn"
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax"}}],
 }
+_LEAST = 0.05  # of a clip factor
 
 
 class Options(FitOptions):
-    """`lr` defaults to 1 / iters, so that an offset can just travel half a step of the grid."""
+    """`lr` defaults to 1 / iters, so that an offset can just travel half a step of the grid, and `minmax_lr` to lr;
+    where codes are given, to 0.6 / iters and 0.08 / iters: they are close to their best, and flips undo each other."""
 
-    minmax_lr: float | None = Field(None, gt=0.0, description="the same for the clip factors; none: lr")
+    minmax_lr: float | None = Field(None, gt=0.0, description="the same for the clip factors")
     rule: Literal["sign", "adam"] = Field("sign", description="signed steps as in the paper, or Adam")
     clip: bool = Field(True, description="train the clip factors too")
     margin: float = Field(
-        1.0, ge=0.0, le=1.0, description="where a given code starts: 0 at the edge next to the weight, 1 in its middle"
+        0.5, ge=0.0, le=1.0, description="where a given code starts: 0 at the edge next to the weight, 1 in its middle"
     )
 
 
@@ -100,22 +102,23 @@ class Rounder:
         return self.start.finished(codes, grid)
 
 
-def begin(start: Start, o: Options, ratio: float) -> Rounder:
-    """A linear at its start; `ratio`: the rate of the clip factors by that of the offsets."""
-    offset = Parameter(torch.zeros_like(start.weight, requires_grad=True), 1.0, -0.5, 0.5)
+def begin(start: Start, o: Options) -> Rounder:
+    """A linear at its start."""
+    count = max(o.iters, 1)
+    rate = o.lr if o.lr is not None else (0.6 if start.given else 1.0) / count
+    slow = o.minmax_lr if o.minmax_lr is not None else 0.08 / count if start.given else rate
+    offset = Parameter(torch.zeros_like(start.weight, requires_grad=True), rate, -0.5, 0.5)
     origin = start.origin(o.margin) if start.given else None
     upper = lower = None
     if o.clip:
         top = 1.0 if o.start == "minmax" and not start.given else 2.0
-        upper = Parameter(torch.ones_like(start.scale, requires_grad=True), ratio, 0.05, top)
+        upper = Parameter(torch.ones_like(start.scale, requires_grad=True), slow, _LEAST, top)
         if not start.units.form.symmetric:
-            lower = Parameter(torch.ones_like(start.scale, requires_grad=True), ratio, 0.05, top)
+            lower = Parameter(torch.ones_like(start.scale, requires_grad=True), slow, _LEAST, top)
     return Rounder(start, offset, origin, upper, lower)
 
 
 def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -> BlockFit:
     """All covered layers of a block, quantized together. Raises PlanError without bits in a target."""
-    rate = o.lr if o.lr is not None else 1.0 / max(o.iters, 1)
-    ratio = 1.0 if o.minmax_lr is None else o.minmax_lr / rate
-    rounders = {name: begin(start, o, ratio) for name, start in blockfit.starts(block, io, targets, o).items()}
-    return blockfit.descend(block, io, rounders, Schedule(o.iters, rate, o.rule), o)
+    rounders = {name: begin(start, o) for name, start in blockfit.starts(block, io, targets, o).items()}
+    return blockfit.descend(block, io, rounders, Schedule(o.iters, 1.0, o.rule), o)

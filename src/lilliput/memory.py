@@ -14,7 +14,7 @@ from lilliput.anatomy.model import Block, Linear
 from lilliput.errors import PlanError
 
 MB = 1 << 20
-_OUTSIDE, _BLOCK = "writing what lies outside the blocks", "compressing a block"
+_OUTSIDE, _BLOCK, _FIT = "writing what lies outside the blocks", "compressing a block", "fitting a block"
 # The model class's own modules, tokenizer and buffers, allocator slack: measured on SmolLM2 and Llama-shaped models.
 BASE = 160 * MB
 SLACK = 1.06
@@ -44,6 +44,7 @@ class Shape:
     stored: int  # itemsize of the checkpoint
     outside: int  # bytes of the largest tensor outside the blocks, as stored
     packed: int = 0  # bytes of the largest block's output file
+    fitting: int = 0  # float32 copies of a block's weights that a step trains it with
     resident: int = 0  # bytes that stay all the time, such as a rotation
     double: bool = False  # whether a step decomposes weights in float64
     fisher: bool = False  # whether squared gradients lie beside the weights while a site is compressed
@@ -85,6 +86,15 @@ def _decomposed(block: Block) -> int:
     return worst
 
 
+def fit_bytes(block: Block, shape: Shape, batch: int) -> int:
+    """A block while it is trained: its weights in all their copies, and what `batch` samples leave for the way back."""
+    parameters = sum(x.parameters for x in block.linears)
+    largest = max(x.parameters for x in block.linears)
+    wide = sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
+    token = 4 * 8 * shape.hidden + shape.itemsize * wide
+    return parameters * (4 * shape.fitting + 2 * shape.itemsize) + 16 * largest + batch * shape.tokens * token
+
+
 def estimate(
     blocks: Sequence[Block], shape: Shape, *, batch: int, lockstep: bool, needs: frozenset[str], rewriting: bool
 ) -> tuple[int, str]:
@@ -118,6 +128,8 @@ def estimate(
             )
             solving = max(solving, running)
         per_block = max(per_block, total + solving)
+        if shape.fitting:
+            phases[_FIT] = max(phases.get(_FIT, 0), fit_bytes(block, shape, batch))
     phases[_BLOCK] = per_block
     still = {_OUTSIDE} if calibrating else {_OUTSIDE, _BLOCK}
     whole = {name: size + (STILL if name in still else BASE) for name, size in phases.items()}

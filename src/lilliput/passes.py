@@ -37,9 +37,15 @@ from lilliput.weights import BlockWeights
 
 
 def spill(plan: Plan, model: Model) -> int:
-    """Bytes of hidden states that learning keeps on disk at once: those that enter every place, and the gradient."""
+    """Bytes of hidden states that a step keeps on disk at once, beyond those of every run.
+
+    Learning: those that enter every place, and the gradient. Fitting: inputs, outputs and targets of a block.
+    """
     skeleton = model.skeleton
     sizes = [0]
+    if any(x.together for x in plan.resolved.linears):
+        states = 2 * skeleton.dtype.itemsize + torch.float32.itemsize
+        sizes.append(plan.samples * plan.tokens * skeleton.hidden_size * states)
     for task in plan.resolved.learned:
         if getattr(task.method.module, "TOKENS", False):
             samples = min(plan.samples, getattr(task.options, "sequences", plan.samples))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 import transformers
 
 import lilliput
-from lilliput import backward, export, memory, rotated
+from lilliput import estimates, export, memory, rotated
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
@@ -186,66 +185,6 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
     return torch.bfloat16 if flags else torch.float32
 
 
-def _seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: torch.dtype, measured: bool) -> float:
-    """Time from a short measured product and the work that the shapes imply; a guide, not a promise."""
-    side = 1024
-    a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
-    f = torch.randn(side, side)
-    for x, y in ((a, b), (f, f)):
-        x @ y
-    start = time.perf_counter()
-    for _ in range(4):
-        a @ b
-    middle = time.perf_counter()
-    for _ in range(2):
-        f @ f
-    rate = 4 * 2 * side**3 / max(middle - start, 1e-9)
-    slow = 2 * 2 * side**3 / max(time.perf_counter() - middle, 1e-9)
-    count = samples * tokens
-    weights = sum(x.linear.parameters for x in resolved.linears)
-    seconds = 3.0  # opening
-    if resolved.needs:
-        passes = 1 + bool(resolved.rewrites) + len(resolved.allocations) + len(resolved.learned)
-        seconds += passes * 3.0 * 2 * weights * count / rate
-    seconds += 4 * 2 * weights * resolved.fisher(samples) * tokens / rate  # two passes forward, one back
-    if "gram" in resolved.needs:
-        sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
-        seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
-        seconds += sum(6 * x.linear.parameters * x.linear.in_features for x in resolved.linears if x.tasks) / slow
-    # The closing evaluation: 8 windows of 1,024 tokens through both models in float32.
-    seconds += measured * 2 * 2 * 1.5 * weights * 8 * 1024 / slow
-    return seconds + weights / 25e6
-
-
-def _phases(
-    model: Model, resolved: Resolved, tensors: Sequence[TensorPlan], tokens: int, dtype: torch.dtype
-) -> tuple[tuple[str, int], ...]:
-    """What turning the model and gradients of its loss take at their fullest, where a recipe asks for them."""
-    width, vocabulary = model.skeleton.hidden_size, model.skeleton.shapes[model.skeleton.head][0]
-    slopes: tuple[tuple[str, int], ...] = ()
-    if resolved.fisher(1):
-        held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize, outside=False)
-        slopes = (("the backward pass for squared gradients", held),)
-    if not resolved.learned:
-        return slopes
-    turning = rotated.resident(width) * 5
-    outside = [x for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]
-    shard = max(sum(x.nbytes for x in outside if x.shard == n) for n in {x.shard for x in outside})
-    phases = [("turning the model", turning), ("writing the turned head", 2 * shard + 2 * 4 * rotated.ROWS * width)]
-    if any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
-        held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
-        phases.append(("learning a rotation", turning + held))
-    return (*phases, *slopes)
-
-
-def _measuring(model: Model) -> int:
-    """The least that the closing evaluation takes: 8 windows of the result and the original, in float32."""
-    from lilliput.metrics.layout import least, window
-
-    tokens = window(model)
-    return least([model, model], tokens, 8 * tokens, torch.float32.itemsize)
-
-
 def _side_bytes(model: Model) -> int:
     """Bytes of the files beside the weights; a GGUF file has none, so its tokenizer is written out to see."""
     if not model.source.from_gguf:
@@ -259,11 +198,6 @@ def _divided(processes: int) -> str:
     if processes == 1:
         return ""
     return f"{processes} processes share the calibration samples; --memory and the planned peak are those of each"
-
-
-def _opening(model: Model) -> tuple[tuple[str, int], ...]:
-    """transformers reads the whole metadata of a GGUF file, vocabulary and merges, into Python objects (measured)."""
-    return (("opening the GGUF file", 230 * memory.MB),) if model.source.from_gguf else ()
 
 
 def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
@@ -339,6 +273,11 @@ def make(
     """
     anatomy = model.anatomy()
     resolved = resolve(recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size)
+    together = next((task for x in resolved.linears for task in x.together), None)
+    if together is not None and processes > 1:
+        raise PlanError(
+            f"step {together.step + 1} ({together.method.name}) trains a block on all samples in one process: start one"
+        )
     if resolved.reads_tokens and processes > samples:
         raise PlanError(
             f"{processes} processes cannot share {samples} calibration samples: start at most {samples}, or ask for "
@@ -367,12 +306,13 @@ def make(
             packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
             double=any(t.method.double for x in resolved.linears for t in x.tasks)
             or any(t.method.double for t in resolved.allocations),
+            fitting=max((t.method.module.COPIES for x in resolved.linears for t in x.together), default=0),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
             fisher=resolved.fisher(1) > 0,
             phases=(
-                *_phases(model, resolved, tensors, tokens, dtype),
-                *([("measuring the result", _measuring(model))] if measured else []),
-                *_opening(model),
+                *estimates.phases(model, resolved, tensors, tokens, dtype),
+                *([("measuring the result", estimates.measuring(model))] if measured else []),
+                *estimates.opening(model),
             ),
         ),
         budget=budget,
@@ -398,7 +338,7 @@ def make(
         threads=torch.get_num_threads(),
         budget=budget,
         seed=seed,
-        seconds=_seconds(model, resolved, samples, tokens, dtype, measured=measured),
+        seconds=estimates.seconds(model, resolved, samples, tokens, dtype, measured=measured),
         notes=tuple(x for x in (note, *_remarks(resolved), *anatomy.notes, _divided(processes)) if x),
         side_bytes=_side_bytes(model),
         processes=processes,

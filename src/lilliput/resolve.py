@@ -58,6 +58,16 @@ class LinearPlan:
     sparsity: float | None
     pattern: str | None
 
+    @property
+    def alone(self) -> tuple[Task, ...]:
+        """The steps that look at the linear by itself (or at its site)."""
+        return tuple(task for task in self.tasks if task.method.verb == "compress")
+
+    @property
+    def together(self) -> tuple[Task, ...]:
+        """The steps that fit it together with the rest of its block."""
+        return tuple(task for task in self.tasks if task.method.verb == "fit")
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -151,7 +161,7 @@ def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
                 f"{at} changes the structure of the model: the transforms that it puts between blocks have no place in "
                 "any layout that is written here; leave the step out"
             )
-        if method.verb in {"fit", "objective", "cache"}:
+        if method.verb in {"objective", "cache"}:
             raise PlanError(f"{at}: methods of the family '{method.family}' cannot be run by a recipe yet")
         if method.verb == "learn" and any(earlier.verb != "learn" for _, earlier in steps[:number]):
             raise PlanError(
@@ -169,10 +179,19 @@ def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
                 f"{at} rescales or rotates weights, but {touched[1]} before it has already "
                 "decided their values: move it to the front"
             )
-        if method.verb == "compress":
+        if method.verb in {"compress", "fit"}:
             touched = touched or (number, f"step {number + 1} ({method.name})")
     if all(method.verb == "allocate" for _, method in steps):
         raise PlanError("the recipe only divides a budget: add a step that prunes or quantizes")
+
+
+def _inherited(tasks: list[Task]) -> list[Task]:
+    """A fit behind a step that quantizes works on that step's codes, and so on its target."""
+    out: list[Task] = []
+    for task in tasks:
+        before = [x for x in out if x.method.writes == "quantized"]
+        out.append(replace(task, target=before[-1].target) if task.method.verb == "fit" and before else task)
+    return out
 
 
 def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> LinearPlan:
@@ -180,6 +199,7 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
     quantized = False
     sparsity: float | None = None
     pattern: str | None = None
+    tasks = _inherited(tasks)
     alone = next((x for x in tasks if x.method.replaces(x.options)), None)
     if alone is not None and len(tasks) > 1:
         other = next(x for x in tasks if x is not alone)
@@ -187,8 +207,14 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
             f"step {alone.step + 1} ({alone.method.name}) on {name} leaves a plain weight of its own: exclude "
             f"this layer from step {other.step + 1} ({other.method.name})"
         )
-    for task in tasks:
+    for number, task in enumerate(tasks):
         label = f"step {task.step + 1} ({task.method.name}) on {name}"
+        if number and tasks[number - 1].method.verb == "fit":
+            last = tasks[number - 1]
+            raise PlanError(
+                f"{label}: step {last.step + 1} ({last.method.name}) fits this layer with its block once all other "
+                "steps are done: make it the last one on this layer, and the only one of its family"
+            )
         if task.method.writes == "support":
             if scheme.parts:
                 raise PlanError(f"{label}: pruning after quantization would tear holes into fitted codes: prune first")
@@ -204,6 +230,16 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
                     )
                 sparsity = 1 - int(n) / int(m)
         else:
+            if task.method.verb == "fit" and quantized:
+                if (
+                    scheme.parts[-1]
+                    != task.method.scheme(task.target, task.options, linear.out_features, linear.in_features).parts[-1]
+                ):
+                    raise PlanError(
+                        f"{label}: it fits the codes of an earlier step, whose last part is "
+                        f"{scheme.parts[-1].describe()}: only integer codes at the end of a layer's parts can be fitted"
+                    )
+                continue
             if task.method.writes == "quantized" and quantized:
                 raise PlanError(f"{label}: an earlier step quantizes this layer already; keep one of them")
             if sparsity is not None and not task.method.masked:
@@ -274,8 +310,16 @@ def resolve(
         mine = [
             task
             for task, (step, method) in zip(tasks, steps, strict=True)
-            if method.verb == "compress" and matches(step.where, name, linear)
+            if method.verb in {"compress", "fit"} and matches(step.where, name, linear)
         ]
+        for task, after in zip(mine, _inherited(mine), strict=True):
+            asked = steps[task.step][0].target
+            stated = {key: getattr(task.target, key) for key in asked.model_fields_set}
+            if any(getattr(after.target, key) != value for key, value in stated.items()):
+                raise PlanError(
+                    f"step {task.step + 1} ({task.method.name}) on {name} fits the codes of an earlier step, which has "
+                    "another target: leave the target of this step out"
+                )
         plan = _plan_linear(name, linear, block, mine)
         plans.append(plan if only is None or block < only else replace(plan, tasks=(), scheme=Scheme(), sparsity=None))
     rewriting = tuple(task for task in tasks if task.method.verb == "rewrite")

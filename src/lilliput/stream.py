@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lilliput import export, fisher, lockstep, memory, order, passes, ranks
+from lilliput import export, fisher, fitting, lockstep, memory, order, passes, ranks
 from lilliput.activations import START_ANEW, Activations, raw
-from lilliput.anatomy.model import Block, Site
+from lilliput.anatomy.model import Site
 from lilliput.errors import LilliputError
 from lilliput.formats import scales
 from lilliput.forward import Batches, embed, through
 from lilliput.inventory import METADATA
+from lilliput.job import BlockJob, Rows, deliver, install
 from lilliput.journal import Work, save_atomically
 from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
@@ -26,13 +25,10 @@ from lilliput.model import Model
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import Plan
 from lilliput.progress import Progress
-from lilliput.resolve import LinearPlan, Task
+from lilliput.resolve import Task
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
-
-Rows = list[dict[str, Any]]
-_CHUNK = 1 << 21  # weights whose error is measured at a time
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -46,59 +42,16 @@ def _save(work: Work, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {key: _sha256(value) for key, value in tensors.items()}
 
 
-@dataclass(frozen=True)
-class BlockJob:
-    """What compressing one block needs to know; the fields do not change while it runs."""
-
-    plan: Plan
-    model: Model
-    index: int
-    anatomy: Block
-    weights: BlockWeights
-    exporter: export.Exporter
-    fisher: Path | None = None  # squared gradients, where a step reads them
-
-    @property
-    def plans(self) -> dict[str, LinearPlan]:
-        return {x.linear.name: x for x in self.plan.resolved.of_block(self.index)}
-
-    def needs(self, site: Site) -> frozenset[str]:
-        return frozenset().union(*(task.needs for name in site.linears for task in self.plans[name].tasks))
-
-    def tap(self, site: Site) -> lockstep.Tap:
-        block = self.model.skeleton.block(self.index)
-        return lockstep.Tap(site.name, block.get_submodule(site.linears[0]))
-
-
-def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool) -> tuple[float, str]:
-    """Relative error of a finished layer: of its outputs where the Gram matrix is known, else of its weights.
-
-    `rough`: the outputs' whole energy, a sum without cancellation, may round its factors to bfloat16.
-    """
-    gram = stats.gram if stats is not None and stats.count else None
-    lost = whole = 0.0
-    step = max(1, _CHUNK // weight.shape[1])
-    for a in range(0, len(weight), step):
-        some = weight[a : a + step]
-        change = decoded[a : a + step] - some
-        if gram is None:
-            lost += float(change.square().sum())
-            whole += float(some.square().sum())
-            continue
-        lost += float((change @ gram).mul_(change).sum())
-        with fold.reduced_products(rough):
-            whole += float((some @ gram).mul_(some).sum())
-    ratio = (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
-    return ratio, "weight" if gram is None else "output"
-
-
-def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[str, Tensor], Rows]:
+def compress_site(
+    job: BlockJob, site: Site, stats: SiteStats | None, kept: dict[str, Layer]
+) -> tuple[dict[str, Tensor], Rows]:
     """Apply the compress steps to the linears of a site; the block's modules take over the result.
 
-    Returns the tensors to store (by stored name) and one report row a linear. Of several ranks the leader alone solves:
+    Returns the tensors to store (by stored name) and one report row a linear; layers that a later step fits together
+    with their block go to `kept` instead. Of several ranks the leader alone solves:
     the others get the weights from it, so that all go on with the same bits, and return nothing.
     """
-    tensors, rows = _solved(job, site, stats) if ranks.lead() else ({}, [])
+    tensors, rows = _solved(job, site, stats, kept) if ranks.lead() else ({}, [])
     skeleton = job.model.skeleton
     if stats is not None and ranks.size() > 1:
         for name in (f"{job.plans[x].name}.weight" for x in site.linears if job.plans[x].tasks):
@@ -108,9 +61,10 @@ def compress_site(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[d
     return tensors, rows
 
 
-def _solved(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[str, Tensor], Rows]:
-    skeleton = job.model.skeleton
-    device = torch.device(skeleton.device)
+def _solved(
+    job: BlockJob, site: Site, stats: SiteStats | None, kept: dict[str, Layer]
+) -> tuple[dict[str, Tensor], Rows]:
+    device = torch.device(job.model.skeleton.device)
     empty = SiteStats(site.width, 0)
     stats = empty if stats is None else stats.to(device)
     tensors: dict[str, Tensor] = {}
@@ -121,31 +75,19 @@ def _solved(job: BlockJob, site: Site, stats: SiteStats | None) -> tuple[dict[st
         layers = [fisher.layer(job.fisher, p, job.weights) for p in plans]
         layer = stack(layers)
         del layers
-        for task in plans[0].tasks:
+        for task in plans[0].alone:
             layer = _apply(task, layer, stats)
         seconds = time.perf_counter() - start
         pieces = split(layer, [(p.name, p.linear.out_features) for p in plans])
         for plan, piece in zip(plans, pieces, strict=True):
-            decoded = piece.decode()
-            if piece.parts and not plan.scheme.parts:  # a plain tensor holds what its type can
-                decoded = decoded.to(job.plan.outcomes[plan.name].dtype).float()
-            error, of = _error(piece.weight, decoded, stats, job.plan.dtype is torch.bfloat16)
-            stored = _stored(job, plan, piece)
-            value = job.weights.to_stored(plan.linear, decoded)
-            skeleton.load({f"{plan.name}.weight": value})
+            share = seconds * plan.linear.parameters / sum(p.linear.parameters for p in plans)
+            if plan.together:
+                kept[plan.linear.name] = piece
+                install(job, plan, piece.decode())
+                continue
+            stored, row = deliver(job, plan, piece, stats, share)
             tensors.update(stored)
-            rows.append(
-                {
-                    "name": plan.name,
-                    "methods": [task.method.name for task in plan.tasks],
-                    "bits": 8 * sum(t.numel() * t.element_size() for t in stored.values()) / plan.linear.parameters,
-                    "error": error,
-                    "error_of": of,
-                    "zeros": float((decoded == 0).float().mean()),
-                    "tokens": stats.count,
-                    "seconds": seconds * plan.linear.parameters / sum(p.linear.parameters for p in plans),
-                }
-            )
+            rows.append(row)
     return tensors, rows
 
 
@@ -158,23 +100,18 @@ def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
     """Linears of a site that may be treated as one: equal tasks, methods that treat each row by itself."""
     groups: list[list[str]] = []
     for name in site.linears:
-        tasks = job.plans[name].tasks
+        tasks = job.plans[name].alone
         if not tasks:
             continue
         alone = any(
             not task.method.rowwise or task.target.group_size == 0 or scales.joins_rows(task.target.scale_dtype)
             for task in tasks
         )
-        if groups and not alone and job.plans[groups[-1][0]].tasks == tasks:
+        if groups and not alone and job.plans[groups[-1][0]].tasks == job.plans[name].tasks:
             groups[-1].append(name)
         else:
             groups.append([name])
     return groups
-
-
-def _stored(job: BlockJob, plan: LinearPlan, layer: Layer) -> dict[str, Tensor]:
-    packed = job.exporter.pack(job.plan.outcomes[plan.name], layer)
-    return {name: value.cpu().contiguous() for name, value in packed.items()}
 
 
 def _collect(
@@ -233,12 +170,12 @@ def compress_block(
     job: BlockJob, batches: Batches | None, inputs: Activations | None, outputs: Activations | None
 ) -> tuple[dict[str, Tensor], Rows]:
     """Compress one block (loaded where there is calibration) and run it, so that later blocks see its error."""
-    skeleton = job.model.skeleton
     tensors: dict[str, Tensor] = {}
     rows: Rows = []
+    kept: dict[str, Layer] = {}
 
     def take(site: Site, stats: SiteStats | None) -> None:
-        packed, seen = compress_site(job, site, stats)
+        packed, seen = compress_site(job, site, stats, kept)
         tensors.update(packed)
         rows.extend(seen)
 
@@ -248,8 +185,36 @@ def compress_block(
             take(site, None)
         return tensors, rows
 
+    wanted = [site for site in job.anatomy.sites if any(job.plans[name].alone for name in site.linears)]
+    fits = [task for x in job.plans.values() for task in x.together]
+    if fits:
+        # Targets are those of the block before anything in it is compressed.
+        needs = frozenset().union(*(task.needs for task in fits))
+        with fitting.observe(job.model, job.index, job.anatomy, batches, inputs, needs) as seen:
+            if wanted:
+                _compress_sites(job, batches, inputs, None, wanted, take)
+            fitted, more = fitting.fit_block(job, batches, inputs, seen, kept)
+        tensors.update(fitted)
+        rows += more
+        for run in through(job.model, job.index, batches, inputs, outputs):
+            run()
+    else:
+        _compress_sites(job, batches, inputs, outputs, wanted, take)
+    number = {name: n for n, name in enumerate(name for site in job.anatomy.sites for name in site.linears)}
+    return tensors, sorted(rows, key=lambda row: number[row["name"].removeprefix(f"{job.weights.prefix}.")])
+
+
+def _compress_sites(
+    job: BlockJob,
+    batches: Batches,
+    inputs: Activations,
+    outputs: Activations | None,
+    wanted: Sequence[Site],
+    take: Callable[[Site, SiteStats | None], None],
+) -> None:
+    """Show every site to `take` with the statistics of its inputs, the sites before it being compressed."""
+    skeleton = job.model.skeleton
     runs = through(job.model, job.index, batches, inputs, outputs)
-    wanted = [site for site in job.anatomy.sites if any(job.plans[name].tasks for name in site.linears)]
     if job.plan.layout.lockstep:
         current: dict[str, SiteStats] = {}
 
@@ -271,10 +236,8 @@ def compress_block(
             stats = _collect(job, batches, inputs, wave, {site.name: job.needs(site) for site in wave})
             for site in wave:
                 take(site, stats.pop(site.name))
-        for run in runs:
+        for run in runs if outputs is not None else ():
             run()
-    number = {name: n for n, name in enumerate(name for site in job.anatomy.sites for name in site.linears)}
-    return tensors, sorted(rows, key=lambda row: number[row["name"].removeprefix(f"{job.weights.prefix}.")])
 
 
 def _block_tensors(job: BlockJob, done: Mapping[str, Tensor], shard: int) -> dict[str, Tensor]:

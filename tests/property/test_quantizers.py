@@ -18,7 +18,11 @@ from lilliput.resolve import Task
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 
-QUANTIZE = sorted(n for n, m in methods.discover().items() if m.writes == "quantized" and "int" in (m.formats or ()))
+QUANTIZE = sorted(
+    n
+    for n, m in methods.discover().items()
+    if (m.verb, m.writes) == ("compress", "quantized") and "int" in (m.formats or ())
+)
 LOW_RANK = ["eora", "laser", "loftq", "lplr", "svd-truncate"]
 PRUNE = sorted(n for n, m in methods.discover().items() if m.writes == "support")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lilliput.anatomy.build import build
 from lilliput.errors import SourceError
@@ -159,15 +160,17 @@ class Skeleton:
             self._forward(ids.to(self.device))
         return hidden[0], Calls((ids.shape[0], ids.shape[1]), tuple(recorded))
 
-    def run(self, i: int, hidden: Tensor, calls: Calls) -> Tensor:
-        """Block i on hidden states [B, T, H] of the shape that `calls` was recorded for."""
+    def run(self, i: int, hidden: Tensor, calls: Calls, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Block i on hidden states [B, T, H] of the shape that `calls` was recorded for.
+
+        `tensors`, by names relative to the block, take the place of its own for this call; gradients reach them.
+        """
         if tuple(hidden.shape[:2]) != calls.shape:
             raise ValueError(f"hidden states {tuple(hidden.shape)} do not fit calls recorded for {calls.shape}")
         call = calls.layers[i]
-        if call.keyword is None:
-            out = self._layers[i](hidden, *call.args, **call.kwargs)
-        else:
-            out = self._layers[i](*call.args, **call.kwargs, **{call.keyword: hidden})
+        args = call.args if call.keyword is not None else (hidden, *call.args)
+        kwargs = call.kwargs if call.keyword is None else {**call.kwargs, call.keyword: hidden}
+        out = functional_call(self._layers[i], dict(tensors or {}), args, dict(kwargs))
         result: Tensor = out if isinstance(out, Tensor) else out[0]
         return result
 

@@ -1,0 +1,82 @@
+"""What a run will take, from shapes and one short measured product: its time, and the phases that fill memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from lilliput import backward, memory, rotated
+from lilliput.inventory import TensorPlan
+from lilliput.model import Model
+from lilliput.resolve import Resolved
+
+
+def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: torch.dtype, measured: bool) -> float:
+    """Time from a short measured product and the work that the shapes imply; a guide, not a promise."""
+    side = 1024
+    a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    f = torch.randn(side, side)
+    for x, y in ((a, b), (f, f)):
+        x @ y
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ b
+    middle = time.perf_counter()
+    for _ in range(2):
+        f @ f
+    rate = 4 * 2 * side**3 / max(middle - start, 1e-9)
+    slow = 2 * 2 * side**3 / max(time.perf_counter() - middle, 1e-9)
+    count = samples * tokens
+    weights = sum(x.linear.parameters for x in resolved.linears)
+    seconds = 3.0  # opening
+    if resolved.needs:
+        passes = 1 + bool(resolved.rewrites) + len(resolved.allocations) + len(resolved.learned)
+        seconds += passes * 3.0 * 2 * weights * count / rate
+    seconds += 4 * 2 * weights * resolved.fisher(samples) * tokens / rate  # two passes forward, one back
+    for task in {task.step: task for x in resolved.linears for task in x.together}.values():
+        # Three products a weight and token for each step, and three passes that only look.
+        looked = getattr(task.options, "iters", 0) * min(getattr(task.options, "batch", 1), samples) * 3 + 3 * samples
+        seconds += looked * tokens * 2 * weights / rate
+    if "gram" in resolved.needs:
+        sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
+        seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
+        seconds += sum(6 * x.linear.parameters * x.linear.in_features for x in resolved.linears if x.tasks) / slow
+    # The closing evaluation: 8 windows of 1,024 tokens through both models in float32.
+    seconds += measured * 2 * 2 * 1.5 * weights * 8 * 1024 / slow
+    return seconds + weights / 25e6
+
+
+def phases(
+    model: Model, resolved: Resolved, tensors: Sequence[TensorPlan], tokens: int, dtype: torch.dtype
+) -> tuple[tuple[str, int], ...]:
+    """What turning the model and gradients of its loss take at their fullest, where a recipe asks for them."""
+    width, vocabulary = model.skeleton.hidden_size, model.skeleton.shapes[model.skeleton.head][0]
+    slopes: tuple[tuple[str, int], ...] = ()
+    if resolved.fisher(1):
+        held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize, outside=False)
+        slopes = (("the backward pass for squared gradients", held),)
+    if not resolved.learned:
+        return slopes
+    turning = rotated.resident(width) * 5
+    outside = [x for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]
+    shard = max(sum(x.nbytes for x in outside if x.shard == n) for n in {x.shard for x in outside})
+    phases = [("turning the model", turning), ("writing the turned head", 2 * shard + 2 * 4 * rotated.ROWS * width)]
+    if any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
+        held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
+        phases.append(("learning a rotation", turning + held))
+    return (*phases, *slopes)
+
+
+def measuring(model: Model) -> int:
+    """The least that the closing evaluation takes: 8 windows of the result and the original, in float32."""
+    from lilliput.metrics.layout import least, window
+
+    tokens = window(model)
+    return least([model, model], tokens, 8 * tokens, torch.float32.itemsize)
+
+
+def opening(model: Model) -> tuple[tuple[str, int], ...]:
+    """transformers reads the whole metadata of a GGUF file, vocabulary and merges, into Python objects (measured)."""
+    return (("opening the GGUF file", 230 * memory.MB),) if model.source.from_gguf else ()

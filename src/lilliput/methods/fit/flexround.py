@@ -1,0 +1,97 @@
+"""FlexRound: each weight is divided by a factor of its own before it is rounded, trained on the output of the block.
+
+What = S round(w / (S S2 s3)) with a factor S2 [out, in] for every weight, s3 [out, 1] for every output, and the scale S
+of each unit itself; all start so that the start's codes come out, stay positive, and go down the mean squared error of
+the block's outputs by Adam, gradients straight through the rounding. Large weights move by more codes than small ones.
+Behind a step that quantizes, w / S is the position described under signround, and stays when S moves.
+
+Paper: Lee et al. 2023, arXiv 2306.00317.
+Cost: iters times a forward and backward pass of `batch` samples. Limits: integer formats; a weight at code 0 can hardly
+leave it; the paper takes 5,000 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput import blockfit
+from lilliput.algebra import rounding
+from lilliput.blockfit import FitOptions, Start
+from lilliput.methods.view import BlockFit, FitBlock, FitIO
+from lilliput.parts.layer import Layer
+from lilliput.recipe import Target
+from lilliput.train import Parameter, Schedule
+
+PAPER = "Lee et al. 2023, arXiv 2306.00317"
+NEEDS: tuple[str, ...] = ("square",)
+WRITES: Literal["quantized"] = "quantized"
+FORMATS = ("int",)
+COPIES = 11  # those of signround, and the position
+BASELINE: str | None = "rtn"
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+    "flexround": [{"method": "flexround", "target": {"bits": 4}}],
+}
+_LEAST = 0.05
+
+
+class Options(FitOptions):
+    """`lr` defaults to 0.4 / iters: factors travel up to a fifth."""
+
+    margin: float = Field(0.5, ge=0.0, le=1.0, description="where a given code starts, as for signround")
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """One linear: factors of every weight, of every output, and of every unit's scale."""
+
+    start: Start
+    origin: Tensor | None  # position that is divided (None: w / S)
+    each: Parameter  # S2
+    row: Parameter  # s3
+    step: Parameter  # S by the start's
+
+    @property
+    def parameters(self) -> Sequence[Parameter]:
+        return [self.each, self.row, self.step]
+
+    def _scale(self) -> Tensor:
+        return rounding.stored_scale(self.start.scale * self.step.value, self.start.units.form)
+
+    def _position(self, scale: Tensor) -> Tensor:
+        whole = self.origin
+        if whole is None:
+            whole = self.start.weight * self.start.units.spread(scale.reciprocal())
+        return whole / (self.each.value * self.row.value)
+
+    def weight(self) -> Tensor:
+        scale = self._scale()
+        return self.start.masked(rounding.rounded(self._position(scale), scale, self.start.zero, self.start.units))
+
+    def finish(self) -> Layer:
+        with torch.no_grad():
+            scale = self._scale()
+            return self.start.finished(
+                *rounding.encode(self._position(scale), scale, self.start.zero, self.start.units)
+            )
+
+
+def begin(start: Start, o: Options) -> Rounder:
+    """A linear at its start."""
+    leaf = torch.ones_like(start.weight, requires_grad=True)
+    row = torch.ones(start.units.rows, 1, device=leaf.device, requires_grad=True)
+    step = torch.ones_like(start.scale, requires_grad=True)
+    origin = start.origin(o.margin) if start.given else None
+    return Rounder(start, origin, Parameter(leaf, low=_LEAST), Parameter(row, low=_LEAST), Parameter(step, low=_LEAST))
+
+
+def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -> BlockFit:
+    """All covered layers of a block, quantized together. Raises PlanError without bits in a target."""
+    rounders = {name: begin(start, o) for name, start in blockfit.starts(block, io, targets, o).items()}
+    rate = o.lr if o.lr is not None else 0.4 / max(o.iters, 1)
+    return blockfit.descend(block, io, rounders, Schedule(o.iters, rate, "adam"), o)

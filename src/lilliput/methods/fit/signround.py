@@ -1,0 +1,124 @@
+"""SignRound: rounding offsets and clip ranges of a whole block, trained by the sign of the gradient.
+
+For each unit of weights that share a scale: q = clip(round(w / S + V) + Z), What = S (q - Z), with V in [-1/2, 1/2] for
+each weight, S = (s hi - t lo) / (2^bits - 1) and Z = lowest - round(t lo / S), s and t being factors on the ends of the
+start's range [lo, hi] (symmetric grids: one factor on S). The mean squared error of the block's outputs goes down by
+signed steps theta -= lr sign(dL/dtheta), lr falling, gradients straight through every rounding; the best state is kept.
+Without an earlier step it starts at V = 0 on the grid of least weighted error, or, with start=minmax, on the covering
+one: that is the paper's, which bounds s and t by 1.
+
+Beyond the paper: behind a step that quantizes, such as gptq, it goes on from that step's codes c and grid. Rounded is
+then u + V, where u does not move with S: the code itself (margin=1), or as far towards w / S as rounds to the same code
+(margin=0). S then only scales the codes. Most of the gain comes from the scales, and at once.
+
+Paper: Cheng et al. 2024, arXiv 2309.05516.
+Cost: iters times a forward and backward pass of `batch` samples through the block. Limits: integer formats; it fits
+the calibration text, so few samples and many steps read too much into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput import blockfit
+from lilliput.algebra import rounding
+from lilliput.blockfit import FitOptions, Start
+from lilliput.methods.view import BlockFit, FitBlock, FitIO
+from lilliput.parts.layer import Layer
+from lilliput.recipe import Target
+from lilliput.train import Parameter, Schedule
+
+PAPER = "Cheng et al. 2024, arXiv 2309.05516"
+NEEDS: tuple[str, ...] = ("square",)
+WRITES: Literal["quantized"] = "quantized"
+FORMATS = ("int",)
+COPIES = 10  # the weight, its start, V and its gradient, What and its gradient, two states to return to, Adam's two
+BASELINE: str | None = "rtn"
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+    "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax"}}],
+}
+_LEAST = 0.05  # of a clip factor
+
+
+class Options(FitOptions):
+    """`lr` defaults to 1 / iters, so that an offset can just travel half a step of the grid, and `minmax_lr` to lr;
+    where codes are given, to 0.6 / iters and 0.08 / iters: they are close to their best, and flips undo each other."""
+
+    minmax_lr: float | None = Field(None, gt=0.0, description="the same for the clip factors")
+    rule: Literal["sign", "adam"] = Field("sign", description="signed steps as in the paper, or Adam")
+    clip: bool = Field(True, description="train the clip factors too")
+    margin: float = Field(
+        0.5, ge=0.0, le=1.0, description="where a given code starts: 0 at the edge next to the weight, 1 in its middle"
+    )
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """One linear: offsets, and factors of its range's upper and lower end."""
+
+    start: Start
+    offset: Parameter  # V, float32 [out, in]
+    origin: Tensor | None  # position that V is added to (None: w / S)
+    upper: Parameter | None  # float32 [units]
+    lower: Parameter | None  # None for symmetric grids
+
+    @property
+    def parameters(self) -> Sequence[Parameter]:
+        return [p for p in (self.offset, self.upper, self.lower) if p is not None]
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale, as stored, and zero point, float32 [units]; differentiable."""
+        form, scale, zero = self.start.units.form, self.start.scale, self.start.zero
+        if self.upper is None:
+            return scale, zero
+        if self.lower is None:
+            return rounding.stored_scale(scale * self.upper.value, form), zero
+        low = (form.lowest - zero) * self.lower.value
+        high = (form.highest - zero) * self.upper.value
+        wide = scale * ((high - low) / (form.highest - form.lowest))
+        at = form.lowest - low * (scale / wide)
+        shown = at.detach().round().clamp_(form.lowest, form.highest)
+        return rounding.stored_scale(wide, form), rounding.through(at, shown)
+
+    def position(self, scale: Tensor) -> Tensor:
+        if self.origin is not None:
+            return self.offset.value + self.origin
+        return torch.addcmul(self.offset.value, self.start.weight, self.start.units.spread(scale.reciprocal()))
+
+    def weight(self) -> Tensor:
+        scale, zero = self.grid()
+        return self.start.masked(rounding.rounded(self.position(scale), scale, zero, self.start.units))
+
+    def finish(self) -> Layer:
+        with torch.no_grad():
+            scale, zero = self.grid()
+            codes, grid = rounding.encode(self.position(scale), scale, zero, self.start.units)
+        return self.start.finished(codes, grid)
+
+
+def begin(start: Start, o: Options) -> Rounder:
+    """A linear at its start."""
+    count = max(o.iters, 1)
+    rate = o.lr if o.lr is not None else (0.6 if start.given else 1.0) / count
+    slow = o.minmax_lr if o.minmax_lr is not None else 0.08 / count if start.given else rate
+    offset = Parameter(torch.zeros_like(start.weight, requires_grad=True), rate, -0.5, 0.5)
+    origin = start.origin(o.margin) if start.given else None
+    upper = lower = None
+    if o.clip:
+        top = 1.0 if o.start == "minmax" and not start.given else 2.0
+        upper = Parameter(torch.ones_like(start.scale, requires_grad=True), slow, _LEAST, top)
+        if not start.units.form.symmetric:
+            lower = Parameter(torch.ones_like(start.scale, requires_grad=True), slow, _LEAST, top)
+    return Rounder(start, offset, origin, upper, lower)
+
+
+def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -> BlockFit:
+    """All covered layers of a block, quantized together. Raises PlanError without bits in a target."""
+    rounders = {name: begin(start, o) for name, start in blockfit.starts(block, io, targets, o).items()}
+    return blockfit.descend(block, io, rounders, Schedule(o.iters, 1.0, o.rule), o)

@@ -119,7 +119,7 @@ def warm(model: str) -> None:
     found = open_model(model).anatomy()
     setattr(Model, "anatomy", lambda self: found)  # noqa: B010
     # `lilliput.plan` is the function of that name; the module is found by import_module alone.
-    setattr(importlib.import_module("lilliput.plan"), "_seconds", lambda *args, **options: 1.0)  # noqa: B010
+    setattr(importlib.import_module("lilliput.estimates"), "seconds", lambda *args, **options: 1.0)  # noqa: B010
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ class Strict(BaseModel):
 class Target(Strict):
     """What is wanted of a layer. None means: not asked for."""
 
-    format: str = Field("int", description="the numeric grid; `lilliput methods --formats` lists them")
+    format: str = Field("int", description="the numeric grid; docs/recipes.md lists them")
     bits: int | None = Field(None, ge=2, le=8, description="bits of a weight")
     group_size: int | Literal["auto", "channel", "tensor"] = Field(
         "auto", description="inputs that share a scale; auto: the largest of 128, 64, 32 that divides every width"

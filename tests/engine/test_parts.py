@@ -69,5 +69,5 @@ def test_what_reaches_every_weight_is_refused_after_pruning(
     tiny: Callable[[str], Path], tmp_path: Path, step: str
 ) -> None:
     recipe = f"steps:\n- {{method: magnitude, target: {{pattern: '2:4'}}}}\n- {step}\n"
-    with pytest.raises(PlanError, match="zeros would not stay"):
+    with pytest.raises(PlanError, match="zeros"):
         _compress(tiny("llama"), recipe, tmp_path / "out")

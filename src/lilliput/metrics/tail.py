@@ -31,10 +31,11 @@ def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
     value = float(values[rank - 1])
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(count, (_DRAWS, count), generator=generator)
-    times = torch.zeros(_DRAWS, count, dtype=torch.int32).scatter_add_(1, draws, torch.ones_like(draws).int())
+    times = torch.zeros(_DRAWS, count, dtype=torch.float64).scatter_add_(1, draws, torch.ones(_DRAWS, count).double())
     # A draw repeats whole windows: its quantile is found among the values as they are sorted once.
+    upto = torch.nn.functional.one_hot(window, count).T.double().cumsum(1)
     at_once = max(1, _ROOM // len(values))
-    places = [(times[a : a + at_once, window].cumsum(1) < rank).sum(1) for a in range(0, _DRAWS, at_once)]
+    places = [(times[a : a + at_once] @ upto < rank).sum(1) for a in range(0, _DRAWS, at_once)]
     found = values[torch.cat(places)]
     half = t_quantile(count - 1) * float(found.std(correction=1)) * math.sqrt(count / (count - 1))
     return clip(Interval(value, value - half, value + half), 0.0, math.inf)

@@ -11,7 +11,6 @@ from lilliput.errors import DataError
 from lilliput.metrics.interval import Interval, clip, t_quantile
 
 _DRAWS = 400
-_ROOM = 1 << 20  # values of several draws held at a time
 
 
 def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
@@ -26,16 +25,20 @@ def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
     if count < 2:
         raise DataError(f"{count} window gives no interval: evaluate at least 2 windows.")
     values, order = divergence.double().reshape(-1).sort()
-    window = order // divergence.shape[1]
     rank = max(1, math.ceil(share * len(values)))
     value = float(values[rank - 1])
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(count, (_DRAWS, count), generator=generator)
-    times = torch.zeros(_DRAWS, count, dtype=torch.float64).scatter_add_(1, draws, torch.ones(_DRAWS, count).double())
-    # A draw repeats whole windows: its quantile is found among the values as they are sorted once.
-    upto = torch.nn.functional.one_hot(window, count).T.double().cumsum(1)
-    at_once = max(1, _ROOM // len(values))
-    places = [(times[a : a + at_once] @ upto < rank).sum(1) for a in range(0, _DRAWS, at_once)]
-    found = values[torch.cat(places)]
+    times = torch.zeros(_DRAWS, count, dtype=torch.int64).scatter_add_(1, draws, torch.ones_like(draws))
+    # A draw repeats whole windows, so its quantile is one of the values as they are sorted once: the first place up to
+    # which the windows, each as often as it was drawn, hold enough values. Found by bisection for all draws at once.
+    places = order.argsort().view(count, -1).sort(1).values
+    low, high = torch.zeros(_DRAWS, dtype=torch.int64), torch.full((_DRAWS,), len(values) - 1)
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        held = torch.searchsorted(places, middle.expand(count, -1).contiguous(), right=True)
+        enough = (held.T * times).sum(1) >= rank
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    found = values[low]
     half = t_quantile(count - 1) * float(found.std(correction=1)) * math.sqrt(count / (count - 1))
     return clip(Interval(value, value - half, value + half), 0.0, math.inf)

@@ -85,13 +85,15 @@ def inspect(data: Data) -> RenderableType:
 
 
 def methods(entries: Sequence[Data]) -> RenderableType:
-    """One line per method."""
+    """A few lines per method; the page of a method says the rest: what it writes, its paper, its options."""
     table = Table(box=SIMPLE_HEAD)
-    for name in ("method", "verb", "writes", "needs", "what it does", "paper"):
-        table.add_column(name, overflow="fold", no_wrap=name in ("method", "verb", "writes"))
+    for name in ("method", "verb"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("needs", max_width=8)
+    table.add_column("what it does")
     for entry in entries:
         needs = ", ".join(entry["needs"]) or "-"
-        table.add_row(*_cells(entry["name"], entry["verb"], entry["writes"], needs, entry["summary"], entry["paper"]))
+        table.add_row(*_cells(entry["name"], entry["verb"], needs, entry["summary"]))
     return table
 
 

@@ -1,7 +1,9 @@
 """What the methods of the family `fit` share: one loss of the whole block, each linear with trained numbers of its own.
 
 The loss is the mean squared difference between the outputs of the block and those of the uncompressed one, on the same
-inputs, as a share of what the start loses; so rates and penalties mean the same in every block.
+inputs, as a share of what the start loses; so rates and penalties mean the same in every block. With `weigh` "tokens"
+each token's error is divided by the mean square of its output: some tokens are a hundred times larger than the others
+(attention sinks), and would decide everything although the next norm brings them down to the size of all.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class FitOptions(Strict):
     start: Literal["mse", "minmax"] = Field(
         "mse", description="grid of a layer that no earlier step quantized: of least weighted error, or covering it"
     )
-    weigh: Literal["alike", "tokens"] = Field(
-        "alike", description="tokens: the errors of a token count by its mean square output, as a norm behind sees them"
+    weigh: Literal["tokens", "alike"] = Field(
+        "tokens", description="tokens: a token's error counts by its mean square output, as a norm behind sees it"
     )
 
 

@@ -50,7 +50,7 @@ def bench(toy: Any, tmp_path: Path) -> Bench:
 
 def _fit(name: str, block: FitBlock, io: FitIO, target: Target = TARGET, **options: Any) -> BlockFit:
     method = methods.get(name)
-    shared = {"iters": 12, "batch": 3, **options}
+    shared = {"iters": 12, "batch": 3, "weigh": "alike", **options}
     out = method.module.fit(block, io, dict.fromkeys(block.layers, target), method.parse(shared))
     assert isinstance(out, BlockFit)
     assert list(out.layers) == list(block.layers)

@@ -34,7 +34,7 @@ def case(tmp_path: Path) -> tuple[FitBlock, FitIO, Tensor, Tensor]:
 
 
 def _fit(module: object, case: tuple[FitBlock, FitIO, Tensor, Tensor], **options: object) -> QuantizedPart:
-    shared = {"iters": 1, "batch": 4, "start": "minmax", **options}
+    shared = {"iters": 1, "batch": 4, "start": "minmax", "weigh": "alike", **options}
     done = module.fit(case[0], case[1], {"a": TARGET}, module.Options.model_validate(shared))  # type: ignore[attr-defined]
     (part,) = done.layers["a"].parts
     assert isinstance(part, QuantizedPart)

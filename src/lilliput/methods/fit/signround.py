@@ -9,7 +9,7 @@ one: that is the paper's, which bounds s and t by 1.
 
 Beyond the paper: behind a step that quantizes, such as gptq, it goes on from that step's codes c and grid. Rounded is
 then u + V, where u does not move with S: the code itself (margin=1), or as far towards w / S as rounds to the same code
-(margin=0). S then only scales the codes. Most of the gain comes from the scales, and at once.
+(margin=0). S then only scales the codes. Most of the gain comes from the scales.
 
 Paper: Cheng et al. 2024, arXiv 2309.05516.
 Cost: iters times a forward and backward pass of `batch` samples through the block. Limits: integer formats; it fits
@@ -41,14 +41,14 @@ FORMATS = ("int",)
 COPIES = 10  # the weight, its start, V and its gradient, What and its gradient, two states to return to, Adam's two
 BASELINE: str | None = "rtn"
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax"}}],
+    "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax", "weigh": "alike"}}],
 }
 _LEAST = 0.05  # of a clip factor
 
 
 class Options(FitOptions):
-    """`lr` defaults to 1 / iters, so that an offset can just travel half a step of the grid, and `minmax_lr` to lr;
-    where codes are given, to 0.6 / iters and 0.08 / iters: they are close to their best, and flips undo each other."""
+    """With start=minmax the rates default to the paper's: `lr` to 1 / iters, so that an offset can just travel half a
+    step of the grid, and `minmax_lr` to lr. Elsewhere the grid is good already: 0.6 / iters and 0.08 / iters."""
 
     minmax_lr: float | None = Field(None, gt=0.0, description="the same for the clip factors")
     rule: Literal["sign", "adam"] = Field("sign", description="signed steps as in the paper, or Adam")
@@ -105,13 +105,14 @@ class Rounder:
 def begin(start: Start, o: Options) -> Rounder:
     """A linear at its start."""
     count = max(o.iters, 1)
-    rate = o.lr if o.lr is not None else (0.6 if start.given else 1.0) / count
-    slow = o.minmax_lr if o.minmax_lr is not None else 0.08 / count if start.given else rate
+    wide = o.start == "minmax" and not start.given
+    rate = o.lr if o.lr is not None else (1.0 if wide else 0.6) / count
+    slow = o.minmax_lr if o.minmax_lr is not None else rate if wide else 0.08 / count
     offset = Parameter(torch.zeros_like(start.weight, requires_grad=True), rate, -0.5, 0.5)
     origin = start.origin(o.margin) if start.given else None
     upper = lower = None
     if o.clip:
-        top = 1.0 if o.start == "minmax" and not start.given else 2.0
+        top = 1.0 if wide else 2.0
         upper = Parameter(torch.ones_like(start.scale, requires_grad=True), slow, _LEAST, top)
         if not start.units.form.symmetric:
             lower = Parameter(torch.ones_like(start.scale, requires_grad=True), slow, _LEAST, top)

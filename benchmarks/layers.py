@@ -1,7 +1,7 @@
 """Relative output errors of methods on single linears of a model: a quick look before whole-model runs.
 
     python benchmarks/layers.py MODEL --calibration VALID.txt --run "gptq bits=4 group_size=64 symmetric=false" \
-        --run "codebook bits=3 group_size=channel"
+        --run "codebook format=codebook bits=3 group_size=channel"
 
 A run is a method's name and fields of its target and options. For blocks 1, the middle and the last but one, and their
 q_proj, o_proj, up_proj and down_proj: sqrt(tr(D G DT) / tr(W G WT)), G the Gram matrix of 16 x 512 calibration tokens,

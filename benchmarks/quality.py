@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -76,9 +77,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", action="append", default=[], help="NAME=FILE to measure perplexity on")
+    parser.add_argument("--text", action="append", default=[], help="NAME=FILE or NAME=FILE@WINDOWS to measure on")
     parser.add_argument("--run", action="append", default=[], help="NAME=RECIPE [STEP.KEY=VALUE ...]")
+    parser.add_argument("--runs", help="file of such lines; with --run only those of these names are run")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--together", type=int, default=4, help="models measured against one pass of the original")
     parser.add_argument("--out")
     parser.add_argument("--keep", help="folder that keeps the compressed models")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -86,32 +89,57 @@ def main() -> None:
     if options.child:
         print(json.dumps(compress(options.model, options.calibration, options.child, options.run[0].split())))
         return
-    import lilliput
-
+    runs = options.run
+    if options.runs:
+        lines = [x for x in Path(options.runs).read_text().splitlines() if x.strip() and not x.startswith("#")]
+        known = {x.partition("=")[0].strip(): x for x in lines}
+        runs = [known[x] for x in runs] if runs else lines
     results: dict[str, Any] = {}
     if options.out and Path(options.out).exists():
         results = json.loads(Path(options.out).read_text())
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(options.keep or scratch)
         base.mkdir(parents=True, exist_ok=True)
-        for run in options.run:
-            name, _, words = run.partition("=")
-            row: dict[str, Any] = {"recipe": words}
-            folder = options.model
-            if words != "original":
-                folder = str(base / name)
-                shared = ["--calibration", options.calibration]
-                row |= fresh([options.model, *shared, "--child", folder, "--run", words])
-            for text in options.text:
-                label, _, file = text.partition("=")
-                against = None if words == "original" else options.model
-                found = lilliput.evaluate(folder, against, data=file, windows=options.windows, tokens=1024).to_json()
-                keys = ("perplexity", "perplexity_ratio", "kl", "agreement")
-                row[label] = {key: found[key] for key in keys if found.get(key)}
-            results[name] = row
-            print(name, json.dumps(row), file=sys.stderr, flush=True)
+        for first in range(0, len(runs), options.together):
+            rows: dict[str, dict[str, Any]] = {}
+            folders: dict[str, str] = {}
+            for run in runs[first : first + options.together]:
+                name, _, words = (x.strip() for x in run.partition("="))
+                folders[name] = options.model if words == "original" else str(base / name)
+                rows[name] = {"recipe": words}
+                if words != "original":
+                    shared = ["--calibration", options.calibration]
+                    rows[name] |= fresh([options.model, *shared, "--child", folders[name], "--run", words])
+                    print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+            measure(options, rows, folders)
+            for name, row in rows.items():
+                print(name, json.dumps(row), file=sys.stderr, flush=True)
+                if not options.keep and row["recipe"] != "original":
+                    shutil.rmtree(folders[name])
+            results |= rows
             if options.out:
                 Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(options: argparse.Namespace, rows: dict[str, dict[str, Any]], folders: dict[str, str]) -> None:
+    """Add the metrics on each text, the models side by side against the original."""
+    from lilliput.metrics.evaluate import evaluate_all
+
+    for text in options.text:
+        label, _, place = text.partition("=")
+        file, _, count = place.partition("@")
+        windows = int(count or options.windows)
+        # The original's own row has nothing to be compared with.
+        for alone in (True, False):
+            names = [x for x in rows if (rows[x]["recipe"] == "original") == alone]
+            if not names:
+                continue
+            against = None if alone else options.model
+            found = evaluate_all([folders[x] for x in names], against, data=file, windows=windows, tokens=1024)
+            for name, evaluation in zip(names, found, strict=True):
+                plain = evaluation.to_json()
+                keys = ("perplexity", "perplexity_ratio", "kl", "agreement")
+                rows[name][label] = {"windows": windows} | {key: plain[key] for key in keys if plain.get(key)}
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ def run(made: Plan, model: Model, out: Path, *, tidy: bool = False) -> tuple[lis
         return [r["kind"] for r in work.records], files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
     source: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: bool

@@ -19,6 +19,8 @@ from lilliput.methods.fit import signround
 from lilliput.model import open_model
 from lilliput.progress import Quiet
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[[str], Path]
 ROOM: dict[str, Any] = {"samples": 8, "tokens": 32, "device": "cpu", "dtype": "float32"}
 FIT = "{method: signround, options: {iters: 8, batch: 4}}"

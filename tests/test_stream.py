@@ -162,6 +162,7 @@ def test_the_same_bytes_twice(tiny: Tiny, tmp_path: Path) -> None:
     assert digest(tmp_path / "a") != digest(tmp_path / "c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recipe"), [("llama", "awq-gptq"), ("mixtral", "gptq"), ("gpt2", "rtn"), ("neox", "gptq")]
 )
@@ -191,6 +192,7 @@ def test_later_blocks_see_the_error_of_earlier_ones(tiny: Tiny, tmp_path: Path) 
     assert not torch.equal(alone[name], together[name])
 
 
+@pytest.mark.slow
 def test_calibration_by_the_model_itself(tiny: Tiny, tmp_path: Path) -> None:
     done = compress(tiny("llama"), tmp_path / "out", "gptq", data="self", samples=2, tokens=16)
     written = json.loads((tmp_path / "out" / "lilliput.json").read_text())

@@ -114,6 +114,7 @@ def compare(
 
     def run() -> Any:
         from lilliput.evidence import gather
+        from lilliput.metrics.evaluate import evaluate_all
         from lilliput.progress import Progress
         from lilliput.report import page
         from lilliput.report.compare import comparison_rows, render_comparison
@@ -121,27 +122,24 @@ def compare(
 
         if html is not None:
             page.writable(html)
-        found: list[Any] = []
+        folders = [name for name in models if not name.endswith(".json")]
+        if folders and against is None:
+            raise PlanError(f"to measure {folders[0]} its original is needed: name it with --against")
+        saved = {name: _saved(Path(name)) for name in models if name not in folders}
+        shared: Any = {
+            "data": data or ["docs:library"],
+            "windows": windows,
+            "tokens": tokens,
+            "memory": parse_size(memory, "--memory"),
+            "dtype": dtype,
+        }
         with Progress() as progress:
-            for name in models:
-                if name.endswith(".json"):
-                    found.append(_saved(Path(name)))
-                    continue
-                if against is None:
-                    raise PlanError(f"to measure {name} its original is needed: name it with --against")
-                found.append(
-                    gather(
-                        name,
-                        against,
-                        data=data or ["docs:library"],
-                        windows=windows,
-                        tokens=tokens,
-                        memory=parse_size(memory, "--memory"),
-                        dtype=dtype,
-                        speed=speed,
-                        progress=progress,
-                    )[1]
-                )
+            texts = evaluate_all(folders, against, **shared, detail=True, progress=progress) if folders else []
+            measured = {
+                name: gather(name, against, **shared, speed=speed, evaluation=evaluation, progress=progress)[1]
+                for name, evaluation in zip(folders, texts, strict=True)
+            }
+        found: list[Any] = [(saved | measured)[name] for name in models]
         rows = comparison_rows(found)
         if html is not None:
             page.write(html, render_comparison(found))

@@ -10,6 +10,7 @@ import torch
 from lilliput import backward, memory, rotated
 from lilliput.inventory import TensorPlan
 from lilliput.model import Model
+from lilliput.parts.quantized import QuantizedSpec
 from lilliput.resolve import Resolved
 
 
@@ -67,6 +68,13 @@ def phases(
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
         phases.append(("learning a rotation", turning + held))
     return (*phases, *slopes)
+
+
+def scratch(resolved: Resolved) -> int:
+    """Bytes in which methods and formats work whatever the shapes of the weights."""
+    methods = max((task.method.scratch for x in resolved.linears for task in x.tasks), default=0)
+    specs = {part for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)}
+    return methods + max((getattr(spec.format, "scratch", 0) for spec in specs), default=0)
 
 
 def measuring(model: Model) -> int:

@@ -72,19 +72,21 @@ def gather(
     roofline: bool = False,
     work: str | Path | None = None,
     gates: Mapping[str, float | None] | None = None,
+    evaluation: Evaluation | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, Data]:
     """Measure `model` as it lies on disk, against its original if there is one: the evaluation and the evidence.
 
     Text metrics and the comparison of weights stream both models within `memory` bytes. The other parts run whole
-    models: `tasks` (names, or NAME=FILE), `prompts` to continue greedily, `speed`. `where` finds the blocks and linears
+    models: `tasks` (names, or NAME=FILE), `prompts` to continue greedily, `speed`. `evaluation`: text metrics that are
+    known already, of `evaluate_all`. `where` finds the blocks and linears
     that the loss comes from; `roofline` predicts times on named devices. Raises LilliputError for whatever cannot be
     measured.
     """
     compute = compute_dtype(dtype)
     ours = open_model(model, dtype=compute)
     base = None if against is None else open_model(against, dtype=compute)
-    evaluation = evaluate(
+    evaluation = evaluation or evaluate(
         ours,
         base,
         data=data,

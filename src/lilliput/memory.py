@@ -47,6 +47,7 @@ class Shape:
     fitting: int = 0  # float32 copies of a block's weights that a step trains it with
     resident: int = 0  # bytes that stay all the time, such as a rotation
     double: bool = False  # whether a step decomposes weights in float64
+    scratch: int = 0  # bytes that methods and formats work in whatever the shapes
     fisher: bool = False  # whether squared gradients lie beside the weights while a site is compressed
     phases: tuple[tuple[str, int], ...] = ()  # further phases of the recipe, and what they take
 
@@ -112,6 +113,7 @@ def estimate(
         widest = max(max(x.out_features, x.in_features) for x in block.linears)
         # A site is solved while no forward pass runs, and the other way round.
         solving = max(_site_bytes(block, "gram" in needs), _decomposed(block) if shape.double else 0)
+        solving += shape.scratch
         if shape.fisher:
             solving += 2 * 4 * max(sum(block.linear(n).parameters for n in site.linears) for site in block.sites)
         total = shape.packed

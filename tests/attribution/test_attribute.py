@@ -69,6 +69,7 @@ def test_restoring_is_what_it_says(llama, text) -> None:
     assert found.blocks[1]["share"] == pytest.approx(1 - left.value / whole.value, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_folds_are_no_errors(llama, text) -> None:
     """AWQ moves scales between tensors: aligned, its weights are about as far off as without it."""
     base = llama()

@@ -5,6 +5,8 @@ import pytest
 import lilliput
 from lilliput.attribution import suspects
 
+pytestmark = pytest.mark.slow
+
 
 def compressed(base: Path, text: Path, recipe: str, *settings: str) -> Path:
     out = base.with_name(f"{recipe}-out")

@@ -13,6 +13,8 @@ import transformers
 
 from lilliput.export.compressed_tensors import CompressedTensors
 
+pytestmark = pytest.mark.slow
+
 CHECKED = ("5.22.2", "5.23.0")
 
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, PhiConfig
 
+from lilliput import forward
 from lilliput.data import load_tokens
 from lilliput.errors import DataError, PlanError, SourceError
 from lilliput.metrics import evaluate as room
 from lilliput.metrics import layout
-from lilliput.metrics.evaluate import evaluate
+from lilliput.metrics.evaluate import evaluate, evaluate_all
 
 WINDOWS, TOKENS = 3, 48
 
@@ -217,6 +218,33 @@ def test_several_texts_are_measured_as_each_by_itself(folder, text, tmp_path):
     assert both.texts[0].classes
     assert both.texts[0].worst[0]["kl"] >= both.texts[0].kl_p99.value
     assert 0 <= both.texts[0].flips.value <= 1 - both.agreement.value
+
+
+def test_several_models_are_measured_as_each_by_itself(folder, text, monkeypatch):
+    """Two share the original's head, the third has one of its own, so both ways are taken."""
+    base = folder("base")
+    shifted = [folder(name, change=lambda m, f=f: _scale_down(m, f)) for name, f in (("a", 0.9), ("b", 1.2))]
+    other = folder("c", change=lambda model: model.lm_head.weight.mul_(1.1))
+    passes = []
+    monkeypatch.setattr(
+        room, "last_hidden", lambda m, *a, **k: passes.append(m.source.model) or forward.last_hidden(m, *a, **k)
+    )
+    together = evaluate_all([shifted[0], other, shifted[1]], base, data=text, windows=WINDOWS, tokens=TOKENS)
+    assert passes.count(str(base)) == 1
+    for path, found in zip([shifted[0], other, shifted[1]], together, strict=True):
+        alone = run(path, base, data=text)
+        assert found.model == alone.model
+        assert found.texts == alone.texts
+
+
+def test_a_broken_model_is_named_among_others(folder, text):
+    base, broken = folder("base"), folder("broken", change=lambda m: m.model.norm.weight.fill_(math.inf))
+    with pytest.raises(SourceError, match="broken"):
+        evaluate_all([folder("sound", change=lambda m: _scale_down(m, 0.9)), broken], base, data=text, windows=2)
+
+
+def _scale_down(model, factor):
+    model.model.layers[0].mlp.down_proj.weight.mul_(factor)
 
 
 def test_strided_windows_score_their_last_tokens(folder, text):

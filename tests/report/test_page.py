@@ -117,6 +117,7 @@ def test_names_cannot_become_markup(sample: dict[str, Any]) -> None:
     assert any("Damaged" in word for word in page.words)
 
 
+@pytest.mark.slow
 def test_thirty_blocks_stay_below_a_megabyte(sample: dict[str, Any]) -> None:
     linears = sample["loss"]["linears"]
     sample["loss"]["linears"] = [{**x, "block": b} for b in range(30) for x in linears[:7]]

@@ -10,7 +10,7 @@ import pytest
 
 from lilliput.report.compare import render_comparison
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 _BOXES = """[...document.querySelectorAll('.drawn')].map(figure => {
   const shown = [...figure.querySelectorAll('svg')].filter(svg => getComputedStyle(svg).display !== 'none');

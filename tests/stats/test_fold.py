@@ -104,6 +104,7 @@ with ranks.joined():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_count_as_one(tmp_path: Path, together: Callable[..., dict[str, Any]]) -> None:
     torch.save(_x(), tmp_path / "x.pt")
     done = together(code=_RANK.format(folder=tmp_path))

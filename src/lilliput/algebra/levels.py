@@ -20,6 +20,7 @@ from lilliput.algebra import lattice, obs
 
 _STEPS = 6  # of conjugate gradients for a refit
 _PANEL = 512  # rows of the Gram matrix that are widened at a time
+ROOM = 1 << 18  # weights that are refitted at a time, each of which takes ten numbers in float64 meanwhile
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,13 @@ def sweep(problem: Problem, table: Tensor, group: Tensor, stored: torch.dtype, r
         ridge = x.factor.damping * float(x.gram.diagonal().mean())
         gram.diagonal().add_(ridge)
         fixed = free if held is None else ~held if free is None else free | ~held
+        step = max(1, ROOM // max(len(values), 1))
         for _ in range(refits):
-            table = _refit(values, deviation, gram, table, group, fixed, stored)
+            table = table.clone()
+            for a in range(0, len(table), step):
+                rows = slice(a, a + step)
+                still = None if fixed is None else fixed[:, rows]
+                table[rows] = _refit(values[:, rows], deviation[:, rows], gram, table[rows], group, still, stored)
             levels = Levels.of(table, group.tolist(), free, x.dtype)
             lattice.recode(values, deviation, gram, 0.0, levels, held, 0, len(values))
     return values.T, table

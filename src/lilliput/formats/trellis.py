@@ -22,7 +22,7 @@ from lilliput.formats.vector import Grid, checked, rms_scale, unit_of
 from lilliput.recipe import Target
 
 _WALK = 192  # rows; shorter walks are found faster, but each begins at register 0, where little can be chosen yet
-_ROOM = 1 << 25  # numbers of a table of costs that is kept at a time
+_ROOM = 1 << 23  # numbers of a table of costs that is kept at a time
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class TrellisFormat:
             raise PlanError(f"{self.half_bits / 2:g} bits: trellis codes have 1 to 4 bits in steps of a half")
         if not 8 <= self.window <= 16:
             raise PlanError(f"a register of {self.window} bits: choose 8 to 16")
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that encoding works in whatever the shape."""
+        return 4 * max(_ROOM, _WALK << self.window)
 
     @property
     def steps(self) -> tuple[int, int]:

@@ -39,7 +39,8 @@ class Method:
     or None where the id is an idea and no computation; `formats`: the target's formats that it can have (None: every
     one); `rowwise`: each output row is treated by itself, so linears of one site may be stacked; `masked`: it keeps
     the zeros of a pruned linear; `default`: fields of the target for a step that names none of them; `double`: it
-    decomposes weights in float64; `baseline`: the method whose error this one must beat (None: it is a baseline);
+    decomposes weights in float64; `scratch`: bytes that it works in beyond a few copies of the weights and the Gram
+    matrix, whatever their shapes; `baseline`: the method whose error this one must beat (None: it is a baseline);
     `note`: what the plan says of a recipe that has it.
     """
 
@@ -56,6 +57,7 @@ class Method:
     masked: bool
     default: Mapping[str, Any]
     double: bool
+    scratch: int
     baseline: str | None
     note: str | None
     module: ModuleType
@@ -121,6 +123,7 @@ def _load(family: str, name: str) -> Method:
         masked=getattr(module, "MASKED", True),
         default=getattr(module, "DEFAULT", {}),
         double=getattr(module, "DOUBLE", False),
+        scratch=getattr(module, "SCRATCH", 0),
         baseline=getattr(module, "BASELINE", None),
         note=getattr(module, "NOTE", None),
         module=module,

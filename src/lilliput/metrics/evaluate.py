@@ -20,7 +20,7 @@ from lilliput.forward import finish, last_hidden
 from lilliput.metrics import layout
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.layout import vocabulary
-from lilliput.metrics.logits import Scores, StreamedHead, score
+from lilliput.metrics.logits import Scores, StreamedHead, same_head, score
 from lilliput.metrics.size import Size, measure
 from lilliput.metrics.text import TextResult, result
 from lilliput.model import Model, open_model
@@ -112,23 +112,39 @@ def _load(source: str, tokenizer: PreTrainedTokenizerBase, windows: int, tokens:
 
 
 def _scores(
-    models: list[Model], ids: torch.Tensor, work: Path | None, budget: int | None, progress: Progress | None
-) -> Scores:
-    shape = layout.choose(models, ids.shape[1], budget, len(ids))
+    models: list[Model],
+    against: Model | None,
+    ids: torch.Tensor,
+    work: Path | None,
+    budget: int | None,
+    progress: Progress | None,
+) -> list[Scores]:
+    """One for each model. The reference runs once, and so does its head for all models that have the same head."""
+    everyone = [*models, *([] if against is None else [against])]
+    shape = layout.choose(everyone[:1] + everyone[1:][-1:], ids.shape[1], budget, len(ids))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work)))
-        heads = []
-        for number, model in enumerate(models):
+        hidden = []
+        for number, model in enumerate(everyone):
             place = folder / str(number)
             place.mkdir()
-            hidden = last_hidden(model, ids, place, batch=shape.batch, progress=progress)
-            stack.callback(hidden.delete)
-            finish(model, hidden)
-            heads.append(StreamedHead(model, hidden))
-        reference = heads[1] if len(heads) > 1 else None
-        found = score(ids, heads[0], reference, columns=shape.columns, tile=shape.tile)
+            hidden.append(last_hidden(model, ids, place, batch=shape.batch, progress=progress))
+            stack.callback(hidden[-1].delete)
+            finish(model, hidden[-1])
+        reference = None if against is None else StreamedHead(against, hidden[-1])
+        found: dict[int, Scores] = {}
+        for first, model in enumerate(models):
+            if first in found:
+                continue
+            alike = [n for n in range(first, len(models)) if n == first or same_head(model, models[n])]
+            head = StreamedHead(model, *(hidden[n] for n in alike))
+            names = [models[n].source.model for n in alike]
+            several = score(
+                ids, head, reference, columns=shape.columns, tile=shape.tile, streams=len(alike), names=names
+            )
+            found |= {n: several.stream(stream, len(ids)) for stream, n in enumerate(alike)}
     ram.trim()
-    return found
+    return [found[n] for n in range(len(models))]
 
 
 def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float]) -> tuple[str, ...]:
@@ -174,6 +190,45 @@ def evaluate(
     Raises DataError (text too short, fewer than 2 windows or tokens, models that do not share a tokenizer),
     SourceError (a model that cannot be read, logits that are not finite), PlanError (budget too small, unknown dtype).
     """
+    return evaluate_all(
+        [model],
+        against,
+        data=data,
+        windows=windows,
+        tokens=tokens,
+        stride=stride,
+        detail=detail,
+        memory=memory,
+        dtype=dtype,
+        device=device,
+        work=work,
+        calibration=calibration,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )[0]
+
+
+def evaluate_all(
+    models: Sequence[str | Path | Model],
+    against: str | Path | Model | None = None,
+    *,
+    data: str | Path | Sequence[str | Path] = "docs:library",
+    windows: int = 8,
+    tokens: int = 1024,
+    stride: int | None = None,
+    detail: bool = False,
+    memory: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    work: str | Path | None = None,
+    calibration: Tokens | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """`evaluate` for several models on the same text, against one reference that runs only once.
+
+    `seconds` and `peak_rss_bytes` are those of the whole call.
+    """
     began = time.monotonic()
     ram.steady()
     if windows < 2 or tokens < 2:
@@ -185,34 +240,42 @@ def evaluate(
     sources = [str(x) for x in ([data] if isinstance(data, str | Path) else data)]
     if not sources:
         raise DataError("there is no text to measure on: name at least one.")
-    models = [
-        open_model(x, dtype=compute, device=device, trust_remote_code=trust_remote_code)
-        for x in (model, against)
-        if x is not None
-    ]
-    used = str(models[0].skeleton.dtype).removeprefix("torch.")
-    tokenizer = models[0].source.tokenizer()
+    if not models:
+        raise DataError("there is no model to measure: name at least one.")
+    opened = [open_model(x, dtype=compute, device=device, trust_remote_code=trust_remote_code) for x in models]
+    base = (
+        None
+        if against is None
+        else open_model(against, dtype=compute, device=device, trust_remote_code=trust_remote_code)
+    )
+    tokenizer = opened[0].source.tokenizer()
     loaded = [_load(source, tokenizer, windows, tokens, step) for source in sources]
-    if len(models) > 1:
-        _same_tokens(models[0], models[1], tokenizer, loaded, step)
-    size = measure(models[0])
+    for other in [*opened[1:], *([] if base is None else [base])]:
+        _same_tokens(opened[0], other, tokenizer, loaded, step)
     ids = torch.cat([text.ids for text in loaded])
-    scores = _scores(models, ids, Path(work) if work is not None else None, memory, progress)
+    scores = _scores(opened, base, ids, Path(work) if work is not None else None, memory, progress)
     shared = {} if calibration is None else {text.source: overlap(calibration, text) for text in loaded}
     scored = slice(None) if step == tokens else slice(-step, None)
-    texts = tuple(
-        result(text, scores.of(slice(n * windows, (n + 1) * windows), scored), step, tokenizer if detail else None)
-        for n, text in enumerate(loaded)
-    )
-    return Evaluation(
-        model=models[0].source.model,
-        against=models[1].source.model if len(models) > 1 else None,
-        texts=texts,
-        bytes=size.bytes,
-        bits_per_weight=size.bits_per_weight,
-        model_bits_per_weight=size.model_bits_per_weight,
-        seconds=time.monotonic() - began,
-        peak_rss_bytes=ram.peak_above_base(),
-        dtype=used,
-        notes=_notes(size, used, windows, shared),
-    )
+    found = []
+    for one, its in zip(opened, scores, strict=True):
+        texts = tuple(
+            result(text, its.of(slice(n * windows, (n + 1) * windows), scored), step, tokenizer if detail else None)
+            for n, text in enumerate(loaded)
+        )
+        size = measure(one)
+        used = str(one.skeleton.dtype).removeprefix("torch.")
+        found.append(
+            Evaluation(
+                model=one.source.model,
+                against=None if base is None else base.source.model,
+                texts=texts,
+                bytes=size.bytes,
+                bits_per_weight=size.bits_per_weight,
+                model_bits_per_weight=size.model_bits_per_weight,
+                seconds=time.monotonic() - began,
+                peak_rss_bytes=ram.peak_above_base(),
+                dtype=used,
+                notes=_notes(size, used, windows, shared),
+            )
+        )
+    return found

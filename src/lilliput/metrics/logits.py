@@ -12,9 +12,9 @@ results, which come in tiles of a few megabytes. Where the budget allows it ther
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,7 @@ class StreamedHead:
         self._first = 0
         module = skeleton.head_module
         self._kept: dict[str, nn.Parameter | None] = dict(module._parameters)
-        self._names = {"weight": skeleton.head}
-        if self._kept.get("bias") is not None:
-            path = next(path for path, x in skeleton.model.named_modules() if x is module)
-            self._names["bias"] = f"{path}.bias"
+        self._names = _head_tensors(model)
 
     def load(self, start: int, stop: int) -> None:
         device = self._model.skeleton.device
@@ -100,6 +97,37 @@ class StreamedHead:
         self._slice = {}
 
 
+def same_head(a: Model, b: Model) -> bool:
+    """Whether two models make the same logits of the same hidden states: one configuration and one head, bit by bit."""
+    if _configuration(a) != _configuration(b):
+        return False
+    names = zip(_head_tensors(a).values(), _head_tensors(b).values(), strict=True)
+    return all(_same_tensor(a, b, x, y) for x, y in names)
+
+
+def _configuration(model: Model) -> dict[str, Any]:
+    apart = {"quantization_config", "dtype", "_name_or_path", "transformers_version", "tie_word_embeddings"}
+    return {k: v for k, v in model.source.text_config.to_dict().items() if k not in apart}
+
+
+def _head_tensors(model: Model) -> dict[str, str]:
+    """The head module's parameters and the names that they have in the model."""
+    module = model.skeleton.head_module
+    names = {"weight": model.skeleton.head}
+    if module._parameters.get("bias") is not None:
+        path = next(path for path, x in model.skeleton.model.named_modules() if x is module)
+        names["bias"] = f"{path}.bias"
+    return names
+
+
+def _same_tensor(a: Model, b: Model, name: str, other: str) -> bool:
+    shape = a.shape(name)
+    if shape != b.shape(other):
+        return False
+    spans = _spans(0, shape[0], ROWS)
+    return all(torch.equal(a.read_rows(name, x, y), b.read_rows(other, x, y)) for x, y in spans)
+
+
 @dataclass(frozen=True)
 class Scores:
     """Per position, [windows, scored tokens]: nll in nats (float64) and the preferred token (int64), and against a
@@ -116,6 +144,10 @@ class Scores:
     def of(self, rows: slice, columns: slice) -> Scores:
         """The same for some windows and positions."""
         return Scores(*(None if x is None else x[rows, columns] for x in vars(self).values()))  # type: ignore[arg-type]
+
+    def stream(self, number: int, windows: int) -> Scores:
+        """Those of one of the streams that `score` went through, each of so many windows."""
+        return self.of(slice(number * windows, (number + 1) * windows), slice(None))
 
 
 class _Sums:
@@ -175,17 +207,19 @@ def score(
     rows: int = ROWS,
     tile: int = TILE,
     streams: int = 1,
+    names: Sequence[str] = (),
 ) -> Scores:
     """Score windows ids int64 [windows, tokens]; token i + 1 is predicted at position i, the last predicts nothing.
 
     `columns`: vocabulary entries of each head in memory at a time; `rows`, `tile`: positions and vocabulary entries of
     the logits at a time. Memory beyond the heads' slices: about four float32 [rows, tile]. `streams`: the model's head
     holds the windows that many times, one stream of hidden states after the other, as do the scores; the reference's
-    logits are computed once for all of them. Raises SourceError naming model, window and token where logits are not
-    finite.
+    logits are computed once for all of them; `names`: what errors call the streams. Raises SourceError naming model,
+    window and token where logits are not finite.
     """
     windows, width = ids.shape[0], ids.shape[1] - 1
     heads = [model] if reference is None else [model, reference]
+    names = names or [model.name] * streams
     ours, theirs = _Sums((streams * windows, width)), _Sums((windows, width))
     gap = torch.zeros(streams * windows, width, dtype=torch.float64)
     # The model's logit at the reference's best token so far: both prefer the same token if it is the model's maximum.
@@ -207,7 +241,7 @@ def score(
             at = (stream * windows + window, here)
             logits = model.logits(at[0], start, stop, first, last)
             most, place = logits.max(dim=1)
-            top, _ = ours.rise(at, _finite(most, model.name, (window, here)), place + first)
+            top, _ = ours.rise(at, _finite(most, names[stream], (window, here)), place + first)
             ours.pick(at, logits, targets, first)
             if reference is not None:
                 rival[at] = torch.where(ahead, logits.gather(1, index[:, None])[:, 0].cpu().double(), rival[at])

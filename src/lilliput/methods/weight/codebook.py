@@ -40,7 +40,8 @@ WRITES: Literal["quantized"] = "quantized"
 FORMATS = ("codebook",)
 ROWWISE = True
 BASELINE: str | None = "rtn"
-_WEIGHTS = 1 << 20  # swept together: a refit holds about ten float64 matrices of them
+SCRATCH = 10 * 8 * levels.ROOM
+_WEIGHTS = 1 << 20  # swept together
 
 
 class Options(Strict):

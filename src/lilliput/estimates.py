@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from lilliput import backward, memory, rotated
+from lilliput.algebra import compiled
+from lilliput.formats.trellis import TrellisFormat
 from lilliput.inventory import TensorPlan
 from lilliput.model import Model
 from lilliput.parts.quantized import QuantizedSpec
-from lilliput.resolve import Resolved
+from lilliput.resolve import LinearPlan, Resolved
 
 
 def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: torch.dtype, measured: bool) -> float:
@@ -44,9 +46,23 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
         sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
         seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
         seconds += sum(6 * x.linear.parameters * x.linear.in_features for x in resolved.linears if x.tasks) / slow
+    seconds += sum(_walks(x) for x in resolved.linears)
     # The closing evaluation: 8 windows of 1,024 tokens through both models in float32.
     seconds += measured * 2 * 2 * 1.5 * weights * 8 * 1024 / slow
     return seconds + weights / 25e6
+
+
+def _walks(x: LinearPlan) -> float:
+    """Seconds that trellis codes take: 2^window operations for each weight, in the sweep and in each pass behind it."""
+    windows = [
+        part.format.window
+        for part in x.scheme.parts
+        if isinstance(part, QuantizedSpec) and isinstance(part.format, TrellisFormat)
+    ]
+    passes = 1 + max((getattr(task.options, "refine", 0) for task in x.tasks), default=0)
+    each = 5e-10 if compiled.available() else 1e-8  # measured on one core
+    work = sum(1 << window for window in windows) * x.linear.parameters * passes
+    return work * each / torch.get_num_threads()
 
 
 def phases(

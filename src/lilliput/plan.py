@@ -17,11 +17,14 @@ import transformers
 
 import lilliput
 from lilliput import estimates, export, memory, rotated
+from lilliput.algebra import compiled
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
+from lilliput.formats.trellis import TrellisFormat
 from lilliput.inventory import METADATA, TensorPlan, lay_out
 from lilliput.model import Model
+from lilliput.parts.quantized import QuantizedSpec
 from lilliput.recipe import Recipe
 from lilliput.resolve import LinearPlan, Resolved, as_json, resolve
 
@@ -250,6 +253,9 @@ def _remarks(resolved: Resolved) -> tuple[str, ...]:
         notes.append(
             f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller ({shown})."
         )
+    formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
+    if any(isinstance(form, TrellisFormat) for form in formats) and not compiled.available():
+        notes.append("trellis codes take twenty times as long without numba: pip install 'lilliput[fast]'.")
     return tuple(notes)
 
 

@@ -1,8 +1,9 @@
 import itertools
 
+import pytest
 import torch
 
-from lilliput.algebra import e8
+from lilliput.algebra import compiled, e8
 
 
 def test_the_table_is_65536_points_of_the_shifted_lattice() -> None:
@@ -32,6 +33,15 @@ def test_the_nearest_point_is_the_nearest_of_all() -> None:
     found = away.gather(1, e8.nearest(x)[:, None])[:, 0]
     torch.testing.assert_close(found, away.amin(1), atol=1e-6, rtol=0)
     assert torch.equal(e8.nearest(e8.table()[::97]), torch.arange(0, 1 << 16, 97))
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 200])
+def test_compiled_or_not_the_points_are_the_same(count: int) -> None:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 8, generator=g) * torch.rand(count, 1, generator=g) * 4
+    x[: count // 4] = (x[: count // 4] * 4).round() / 4  # many equal distances
+    assert compiled.available()
+    assert torch.equal(compiled.nearest_e8(x, e8.patterns()), e8.in_torch(x, e8.patterns()))
 
 
 def test_a_gaussian_source_has_the_papers_error() -> None:

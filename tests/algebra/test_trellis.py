@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from lilliput.algebra import trellis
+from lilliput.algebra import compiled, trellis
 
 
 def test_the_table_holds_the_normal_quantiles_once_each() -> None:
@@ -41,6 +41,16 @@ def test_symbols_say_the_registers(steps: tuple[int, int]) -> None:
     path = trellis.best_path(x, 9, steps)
     bits = torch.tensor([steps[t % 2] for t in range(30)])
     assert torch.equal(trellis.registers(path & ((1 << bits) - 1), 9, steps), path)
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (2, 2), (2, 3), (3, 3), (4, 4)])
+@pytest.mark.parametrize("shape", [(5, 61), (1, 2), (3, 1), (0, 7)])
+def test_compiled_or_not_the_path_is_the_same(steps: tuple[int, int], shape: tuple[int, int]) -> None:
+    x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    x[:1] = 0.5  # many equal costs
+    numbers = trellis.table(9)
+    assert compiled.available()
+    assert torch.equal(compiled.best_path(x, numbers, steps), trellis.in_torch(x, numbers, steps))
 
 
 @pytest.mark.parametrize(("steps", "most"), [((2, 2), 0.083), ((2, 3), 0.044), ((3, 3), 0.023)])

@@ -17,7 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
-_NEVER = 1e30  # the cost of what cannot be; finite, because it is multiplied by zeros
+from lilliput.algebra import compiled
 
 
 @functools.lru_cache(maxsize=4)
@@ -44,23 +44,29 @@ def _hash(x: Tensor, window: int) -> Tensor:
 def best_path(x: Tensor, window: int, steps: tuple[int, int]) -> Tensor:
     """The registers, int64 [n, length], whose numbers are nearest to the sequences x [n, length], from register 0.
 
-    `steps`: the bits that even and odd steps shift in.
+    `steps`: the bits that even and odd steps shift in. Compiled code does it where there is any, with the same result.
     """
-    count, length = x.shape
-    states = 1 << window
     numbers = table(window).to(x)
-    square, pull = numbers.square(), (numbers * -2)[None]
+    if x.device.type == "cpu" and x.dtype == torch.float32 and compiled.available():
+        return compiled.best_path(x, numbers, steps)
+    return in_torch(x, numbers, steps)
+
+
+def in_torch(x: Tensor, numbers: Tensor, steps: tuple[int, int]) -> Tensor:
+    """`best_path` by torch's operations; numbers [2^window], of the dtype and on the device of x."""
+    count, length = x.shape
+    states = len(numbers)
     cost = torch.empty(length, count, states, dtype=x.dtype, device=x.device)
     repeat = [torch.eye(4, dtype=x.dtype, device=x.device).repeat_interleave(1 << k, 1) for k in steps]
     for t in range(length):
         now, k = cost[t], steps[t % 2]
-        torch.addcmul(square, x[:, t : t + 1], pull, out=now)
+        torch.sub(numbers, x[:, t : t + 1], out=now).square_()
         if t == 0:
-            now[:, 1 << k :] = _NEVER
+            now[:, 1 << k :] = compiled.NEVER
             continue
         # A register's predecessors differ in the bits that fell out at its top; its successors lie side by side. To add
         # to each of those by a product with zeros and ones takes a third of the time that broadcasting takes.
-        reached = cost[t - 1].view(count, 1 << k, -1).amin(1)
+        reached = cost[t - 1].view(count, 1 << k, states >> k).amin(1)
         now.view(-1, 4 << k).addmm_(reached.view(-1, 4), repeat[t % 2])
     path = torch.empty(length, count, dtype=torch.int64, device=x.device)
     state = cost[-1].argmin(1)

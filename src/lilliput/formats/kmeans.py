@@ -12,10 +12,10 @@ from copy import copy
 import torch
 from torch import Tensor
 
-ITERATIONS = 50
-_MOVES = 16  # levels of a unit that may be moved to where they are worth more
+ITERATIONS = 20
+_MOVES = 4  # levels of a unit that may be moved to where they are worth more
 _HOPE = 0.3  # of its cost, what a move has to gain before the other levels follow
-_CHUNK = 1 << 18  # values worked on at a time; each takes about 60 bytes meanwhile
+_CHUNK = 1 << 16  # values worked on at a time; each takes about 200 bytes meanwhile, and caches are small
 
 
 def fit(

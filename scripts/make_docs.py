@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/methods/ from the docstrings of the methods.
+"""Write docs/methods/ from the docstrings of the methods and from their measured figures.
 
     python scripts/make_docs.py [--check] [--root CHECKOUT]
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lilliput import catalogue
+from lilliput import catalogue, measured
 from lilliput.methods import discover
 
 
@@ -23,6 +23,8 @@ def pages() -> dict[str, str]:
     lines = ["# Methods", "", "Written by `scripts/make_docs.py` from the method files; do not edit.", ""]
     lines += ["| method | verb | writes | what it does |", "| --- | --- | --- | --- |"]
     lines += [f"| [{m.name}]({m.name}.md) | `{m.verb}` | {m.writes} | {m.summary} |" for m in methods]
+    found = measured.figures()
+    lines += ["", "## Measured", "", found["protocol"], "", *measured.table(found["rows"])]
     return {"index.md": "\n".join(lines) + "\n", **{f"{m.name}.md": catalogue.page(m) for m in methods}}
 
 

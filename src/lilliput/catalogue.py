@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from lilliput import measured
 from lilliput.errors import PlanError
 from lilliput.methods import Method, discover
 from lilliput.recipe import nearest
@@ -114,6 +115,9 @@ def page(method: Method) -> str:
         for key, steps in method.covers.items():
             how = "an idea, described above" if steps is None else f"`lilliput methods {key} --recipe`"
             lines += [f"- `{key}`: {how}"]
+    rows_measured = measured.of(method.name)
+    if rows_measured:
+        lines += ["", "## Measured", "", measured.figures()["protocol"], "", *measured.table(rows_measured)]
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MEMORY = 190 << 20  # bytes that numba and its compiler take (measured)
 NEVER = 1e30  # the cost of what cannot be; finite, so that nothing becomes NaN
 _EXACT = {"nnan", "nsz"}  # lets comparisons be vectorized; sums are neither reordered nor fused
 
@@ -61,7 +62,9 @@ def _parallel(function: Callable[..., None]) -> Callable[..., None]:
 def _threads() -> None:
     """As many as torch has; its own sleep meanwhile."""
     numba = _numba()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != wanted:
+        numba.set_num_threads(wanted)
 
 
 @functools.lru_cache(maxsize=8)

@@ -5,6 +5,7 @@ Orders 12 and 20 by Paley's first construction from the quadratic residues modul
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from lilliput.errors import PlanError
 
+_DENSE = 64  # the product is faster than the sums and differences of pairs up to here
 
+
+@functools.cache
 def paley(order: int) -> Tensor:
-    """The Paley Hadamard matrix of `order` = q + 1, q a prime with q mod 4 = 3: float64, entries +-1, H HT = order * I.
+    """The Paley Hadamard matrix of `order` = q + 1, q a prime with q mod 4 = 3: float64, entries +-1, H HT = order * I;
+    do not write into it.
 
     Raises ValueError for another order.
     """
@@ -71,14 +76,21 @@ def transform(x: Tensor, *, transposed: bool = False) -> Tensor:
 
 
 def _sylvester(x: Tensor) -> Tensor:
+    """x [..., 2^k] times Sylvester's matrix, as products with matrices of at most `_DENSE` rows."""
     order = x.shape[-1]
-    y = x.reshape(-1, order)
-    half = 1
-    while half < order:
-        pair = y.view(-1, order // (2 * half), 2, half)
-        y = torch.stack((pair[:, :, 0] + pair[:, :, 1], pair[:, :, 0] - pair[:, :, 1]), 2).view(-1, order)
-        half *= 2
-    return y.reshape(x.shape)
+    if order <= _DENSE:
+        return x @ _dense(order).to(x)
+    y = x.reshape(-1, order // _DENSE, _DENSE) @ _dense(_DENSE).to(x)
+    return _sylvester(y.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+@functools.cache
+def _dense(order: int) -> Tensor:
+    """Sylvester's matrix of order 2^k: float64, entries +-1."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < order:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return h
 
 
 def matrix(width: int, seed: int | None = None) -> Tensor:

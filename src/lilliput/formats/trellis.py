@@ -1,6 +1,6 @@
 """Trellis codes: each column of a matrix is a walk through the states of a shift register (`algebra.trellis`).
 
-Like vector codebooks, walks run down the outputs. Long columns are cut into walks of about 192 rows, all but the last
+Like vector codebooks, walks run down the outputs. Long columns are cut into walks of about 256 rows, all but the last
 of one even length. "trellis" has `bits` bits a weight, "trellis-half" half a bit more. The code of a weight is the
 register that names its number, so rows can be cut anywhere; a file holds the bits that were shifted in.
 """
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.algebra import trellis
+from lilliput.algebra import compiled, trellis
 from lilliput.errors import PlanError
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.vector import Grid, checked, rms_scale, unit_of
 from lilliput.recipe import Target
 
-_WALK = 192  # rows; shorter walks are found faster, but each begins at register 0, where little can be chosen yet
+_WALK = 256  # rows; each walk begins at register 0, where little can be chosen yet, and is the work of one core
 _ROOM = 1 << 23  # numbers of a table of costs that is kept at a time
 
 
@@ -35,7 +35,7 @@ class TrellisFormat:
     half_bits: int
     per_row: bool
     scale_dtype: torch.dtype = torch.float16
-    window: int = 12
+    window: int = 11
 
     def __post_init__(self) -> None:
         checked(self.scale_dtype)
@@ -47,7 +47,7 @@ class TrellisFormat:
     @property
     def scratch(self) -> int:
         """Bytes that encoding works in whatever the shape."""
-        return 4 * max(_ROOM, _WALK << self.window)
+        return compiled.MEMORY if compiled.available() else 4 * max(_ROOM, 2 * _WALK << self.window)
 
     @property
     def steps(self) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.algebra import e8
+from lilliput.algebra import compiled, e8
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
 from lilliput.formats.format import Stored, dtype_name, dtype_of
@@ -103,6 +103,11 @@ class VectorFormat:
     def describe(self) -> str:
         name = f"vector{self.dimension} of {1 << self.entry_bits}" if self.learned else "e8p"
         return f"{name} {'row' if self.per_row else 'tensor'}"
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that encoding works in whatever the shape."""
+        return compiled.MEMORY if compiled.available() and not self.learned else 0
 
     def vectors(self, rows: int) -> int:
         """Vectors in a column of `rows` weights."""

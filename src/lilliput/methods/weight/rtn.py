@@ -10,6 +10,9 @@ are; the search means the same there. Two ranges cut the weights of a unit befor
 "percentile" at a percentile of |w|, "kl" at the share of the row's ranges that changes the histogram of |w|, in 2048
 bins, least by its KL divergence from what the levels can tell apart.
 
+Codes are decoded before they multiply ("fake" quantization). Integer arithmetic, S_x S_w times a product of codes,
+would give the same up to rounding, and needs quantized inputs as well.
+
 Paper: Jacob et al. 2018, arXiv 1712.05877 (the quantizer); GLM-130B, arXiv 2210.02414 (row-wise int4).
 Cost: O(out * in) for min-max, `steps` times that for the search. Limits: errors of a row's weights are not balanced
 against each other; at 3 bits large models break.
@@ -71,6 +74,7 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "zeroquant-v2": _recipe(bits=8, group_size="channel"),
     "code-model-quant": _recipe(bits=8, group_size=32),
     "edge-quant-apps": _recipe(group_size=32),
+    "fake-vs-integer": None,
     "ptq-vs-qat": None,
     "wo-vs-wa": None,
 }

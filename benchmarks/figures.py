@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     options = parser.parse_args()
     found = json.loads(options.results.read_text(encoding="utf-8"))
-    original = found["original"]["test"]["perplexity"]["value"]
     rows = [row(name, x) for name, x in found.items() if "perplexity_ratio" in x.get("test", {})]
+    first = next(x["test"] for x in found.values() if "perplexity_ratio" in x["test"])
+    original = first["perplexity"]["value"] / first["perplexity_ratio"]["value"]
     rows.sort(key=lambda x: (-round(x["bits_per_weight"]), x["perplexity"]))
     out = Path(__file__).resolve().parent.parent / "src" / "lilliput" / "measured.json"
     plain = {"protocol": PROTOCOL.format(original=original), "rows": rows}

@@ -9,6 +9,7 @@ import pytest
 
 from lilliput.errors import DataError
 from lilliput.report.compare import comparison_rows, headline, render_comparison
+from lilliput.report.figures import beside
 
 
 def near(value: float) -> dict[str, float]:
@@ -106,3 +107,16 @@ def test_without_speeds_one_plot_is_left(models: list[dict[str, Any]]) -> None:
     text = render_comparison(models)
     assert text.count('class="drawn"') == 1
     assert "perplexity ratio" in text
+
+
+def test_names_beside_near_points_cover_nothing() -> None:
+    spots = [(100.0, 50.0), (112.0, 50.5), (300.0, 50.0), (112.0, 30.0)]
+    widths = [40.0] * 4
+    places = beside(spots, widths, [1, 0, 2, 3], 200.0)
+    boxes = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
+    for n, (dx, dy) in places.items():
+        x, y = spots[n][0] + dx, spots[n][1] + dy
+        box = (x, y, x + 40, y + 11) if dx > 0 else (x - 40, y, x, y + 11)
+        assert not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes)
+        boxes.append(box)
+    assert places[2] == (-9, 7), "a lone point on the right has its name on the left"

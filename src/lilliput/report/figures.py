@@ -182,18 +182,6 @@ def pareto(name: str, points: Sequence[Point], x_axis: str, y_axis: str, upwards
             axes.plot([p.x, p.x], [p.low, p.high], color=colour, linewidth=1.5)
             axes.plot([p.x], [p.y], marker="o", markersize=9, color=colour, markerfacecolor=_fill(p), mew=2)
         axes.margins(x=0.12, y=0.12)
-        low, high = axes.get_xlim()
-        for p in points:
-            right = p.x > (low + high) / 2
-            axes.annotate(
-                _short(clean(p.name), 18 if canvas.narrow else _LABEL),
-                (p.x, p.y),
-                xytext=(-9 if right else 9, 7),
-                textcoords="offset points",
-                ha="right" if right else "left",
-                size=11,
-                weight="bold" if p.best else "normal",
-            )
         if all(p.y > 0 for p in points) and max(p.y for p in points) > 20 * min(p.y for p in points):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -203,6 +191,7 @@ def pareto(name: str, points: Sequence[Point], x_axis: str, y_axis: str, upwards
         axes.set_ylabel(y_axis, size=11)
         _scale(axes, x_axis, canvas.narrow)
         axes.tick_params(axis="y", labelsize=11, labelcolor=COLOUR["muted"])
+        _names(axes, points, 18 if canvas.narrow else _LABEL)
 
     return draw(name, paint, (360, 320))
 
@@ -256,6 +245,56 @@ def _widen(axes: Axes, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     room = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
     axes.set_xlim(low - room, high + room)
+
+
+def _names(axes: Axes, points: Sequence[Point], longest: int) -> None:
+    unit = axes.figure.dpi / 72
+    spots = [tuple(axes.transData.transform((p.x, p.y)) / unit) for p in points]
+    texts = [_short(clean(p.name), longest) for p in points]
+    middle = axes.transAxes.transform((0.5, 0.5))[0] / unit
+    order = sorted(range(len(points)), key=lambda n: not points[n].best)
+    for n, (dx, dy) in beside(spots, [6.4 * len(text) for text in texts], order, middle).items():
+        axes.annotate(
+            texts[n],
+            (points[n].x, points[n].y),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha="left" if dx > 0 else "right",
+            size=11,
+            weight="bold" if points[n].best else "normal",
+        )
+
+
+def beside(
+    spots: Sequence[tuple[float, ...]], widths: Sequence[float], order: Sequence[int], middle: float
+) -> dict[int, tuple[int, int]]:
+    """Where names of such widths go beside their points, as offsets: in turn by `order`, each where it covers the
+    fewest names and comes near the fewest other points. All in points of print; left of its point is a name that ends
+    there (a negative offset)."""
+    # What stands right above or below a point seems to be its name.
+    taken = {("point", n): (x - 8, y - 18, x + 8, y + 20) for n, (x, y) in enumerate(spots)}
+    found: dict[int, tuple[int, int]] = {}
+    for n in order:
+        x, y = spots[n]
+        sides = (-9, 9) if x > middle else (9, -9)
+        boxes = {
+            (dx, dy): (
+                x + dx - (0 if dx > 0 else widths[n]),
+                y + dy,
+                x + dx + (widths[n] if dx > 0 else 0),
+                y + dy + 11,
+            )
+            for dy in (7, -16, 21, -30)
+            for dx in sides
+        }
+        others = [box for key, box in taken.items() if key != ("point", n)]
+        crossed = {
+            place: sum(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in others)
+            for place, a in boxes.items()
+        }
+        found[n] = min(boxes, key=lambda place, crossed=crossed: crossed[place])  # type: ignore[misc]
+        taken["name", n] = boxes[found[n]]
+    return found
 
 
 def _scale(axes: Axes, label: str, narrow: bool, whole: bool = False) -> None:

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import lilliput
 from lilliput.attribution import suspects
@@ -48,6 +49,23 @@ def test_a_doubled_scale_is_caught_and_named(llama, text, change, recipe, settin
     assert [x.tensor for x in found] == [name]
     assert found[0].factor == pytest.approx(2.0, rel=0.05)
     assert "times the original's" in found[0].reason
+
+
+@pytest.mark.parametrize("damage", ["scale", "codes"])
+def test_few_damaged_rows_are_found(llama, text, change, damage) -> None:
+    base = llama()
+    out = compressed(base, text, "gptq", "gptq.bits=4", "gptq.group_size=32")
+    name = "model.layers.2.mlp.up_proj.weight_packed"
+
+    def break_rows(stored: torch.Tensor) -> torch.Tensor:
+        stored = stored.clone()
+        stored[[4, 7]] = 2 * stored[[4, 7]] if damage == "scale" else stored[[7, 4]]
+        return stored
+
+    change(out, name.replace("_packed", "_scale") if damage == "scale" else name, break_rows)
+    found = suspects(out, base)
+    assert [x.tensor for x in found] == [name]
+    assert found[0].reason.startswith("2 rows of it" if damage == "scale" else "its relative error")
 
 
 def test_codes_that_are_damaged_are_named(llama, text, change) -> None:

@@ -19,6 +19,7 @@ from lilliput.attribution.weights import WeightLoss
 _SPREAD = 8.0  # times the median deviation of the role
 _LEVEL = math.log(1.15)
 _ERROR = math.log(2.0)
+_SHARE = 0.6
 _FIT = 0.7  # cosine to the original's under which a tensor is not merely scaled
 
 
@@ -48,7 +49,10 @@ def find(losses: Sequence[WeightLoss], stored: Callable[[str, str], str]) -> lis
         usual_level, usual_error = math.exp(_middle([x.level for x in role])), math.exp(median(errors))
         for x, error in zip(role, errors, strict=True):
             other = x.partner if x.partner is not None and scaled[x.partner] > 0.0 else None
-            if scaled[x.name] > 0.0 and x.fit > _FIT and (other is None or alone[x.name] >= alone[other]):
+            # A level that damage has moved is most of the error; coarse codes move it by a small part of theirs.
+            moved = abs(math.expm1(x.level - _middle([y.level for y in role]))) > _SHARE * x.error
+            mine = other is None or alone[x.name] >= alone[other]
+            if scaled[x.name] > 0.0 and x.fit > _FIT and moved and mine:
                 value = math.exp(x.level)
                 factor = value / usual_level
                 reason = f"its values are {value:.2f} times the original's, where its kind has {usual_level:.2f}"
@@ -56,6 +60,15 @@ def find(losses: Sequence[WeightLoss], stored: Callable[[str, str], str]) -> lis
             elif other is None and x.error > max(0.02, usual_error) and (away := _away(error, errors, _ERROR)) > 0.0:
                 reason = f"its relative error is {x.error:.3g}, where its kind has {usual_error:.3g}"
                 found.append((away, Suspect(stored(x.name, "codes"), x.name, 1.0, reason)))
+            elif x.rows is not None and x.rows.count > 0:
+                many = f"{x.rows.count} rows" if x.rows.count > 1 else f"row {x.rows.row}"
+                reason = (
+                    f"{many} of it, the worst at row {x.rows.row}, are up to {x.rows.worst:.3g} off, where half of its "
+                    f"rows are less than {x.rows.usual:.3g} off"
+                )
+                found.append(
+                    (math.log(x.rows.worst / x.rows.usual), Suspect(stored(x.name, "codes"), x.name, 1.0, reason))
+                )
     return [suspect for _, suspect in sorted(found, key=lambda pair: (-pair[0], pair[1].tensor))]
 
 

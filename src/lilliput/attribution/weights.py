@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isnan, prod
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -22,7 +23,34 @@ from lilliput.weights import BlockWeights
 Pair = tuple[Tensor, Tensor]  # a weight float32 [out, in] of the compressed model, and the original's
 _FOLDED = 0.05  # |log| of a gain or row factor from which on it is a fold and no rounding
 _SAMPLE = 1 << 16
+FAR = 4.0  # times the median error of a matrix's rows, and
+BROKEN = 0.7  # a relative error, from which on a row looks damaged
 _TURNED = 0.5  # cosine between weights under which the model's coordinates are other ones altogether
+
+
+@dataclass(frozen=True)
+class RowErrors:
+    """Relative errors of a matrix's rows: their median, the largest, its row, and how many are `FAR` from the median.
+
+    Rows of a twentieth of the usual norm and less do not count.
+    """
+
+    usual: float
+    worst: float
+    row: int
+    count: int
+
+    @staticmethod
+    def of(ours: Tensor, aligned: Tensor) -> RowErrors | None:
+        """None for what is no matrix or has fewer than 8 rows."""
+        if ours.dim() != 2 or len(ours) < 8:
+            return None
+        size = aligned.norm(dim=1)
+        error = (ours - aligned).norm(dim=1) / size
+        error = torch.where(size > 0.05 * size.median(), error, 0.0)
+        usual, (worst, row) = float(error.median()), error.max(0)
+        far = (error > FAR * usual) & (error > BROKEN)
+        return RowErrors(usual, float(worst), int(row), int(far.sum()))
 
 
 @dataclass(frozen=True)
@@ -30,11 +58,12 @@ class WeightLoss:
     """A tensor of a block of the compressed model beside the original's.
 
     linear: whether it is the weight of a linear, which `name` and `role` then tell; of other tensors the role is the
-    name relative to the block. error: Frobenius norm of the difference over that of the weight, coordinates aligned;
-    level: median of log(compressed / original) over the larger weights, near 0 unless something scaled the tensor as a
-    whole; cosine: between both before alignment, `fit` after it; zeros: share of exact zeros. Where a fold moves scales
-    between two linears, only their product can be held against the original: both then have its level, `partner` names
-    the other one, and `raw` is the level of each by itself, fold included.
+    name relative to the block; `rows`: errors of a linear's rows one by one. error: Frobenius norm of the difference
+    over that of the weight, coordinates aligned; level: median of log(compressed / original) over the larger weights,
+    near 0 unless something scaled the tensor as a whole; cosine: between both before alignment, `fit` after it; zeros:
+    share of exact zeros. Where a fold moves scales between two tensors, only their product can be held against the
+    original: both then have its level, `partner` names the other linear, and `raw` is the level of each by itself, fold
+    included.
     """
 
     name: str
@@ -48,6 +77,7 @@ class WeightLoss:
     zeros: float
     raw: float
     partner: str | None = None
+    rows: RowErrors | None = None
 
 
 @dataclass(frozen=True)
@@ -138,15 +168,24 @@ def compare(model: Model, against: Model, index: int) -> list[WeightLoss]:
         name = f"{base.prefix}.{linear.name}"
         out.append(_loss(name, index, linear.role, True, v, w, aligned[linear.name].apply(w)))
     out = _linked(out, block, base.prefix, aligned)
-    gains = {f"{link.producer}.weight" for link in block.links if link.kind == "norm"}
+    named = {x.name: x for x in out}
+    gains = {
+        f"{link.producer}.weight": [f"{base.prefix}.{reader}" for reader in link.readers]
+        for link in block.links
+        if link.kind == "norm"
+    }
     linears = {f"{x.name}.weight" for x in block.linears}
     for name in base.names():
         if name in linears or prod(against.shape(base.canonical(name))) < 2:
             continue
         v, w = ours.tensor(name).float(), base.tensor(name).float()
         found = _loss(base.canonical(name), index, name, False, v, w, w)
-        # A folded gain is accounted for in the linears behind it; only its level can look wrong.
-        out.append(replace(found, error=0.0, fit=1.0) if name in gains else found)
+        if name in gains:
+            # A fold moves scales between a gain and the linears behind it, where the error is measured; what a gain has
+            # moved without them shows in their levels.
+            missed = abs(median(named[x].level for x in gains[name])) > 0.5 * abs(found.level)
+            found = replace(found, error=0.0, fit=1.0, level=found.level if missed else 0.0)
+        out.append(found)
     return out
 
 
@@ -166,6 +205,7 @@ def _loss(name: str, block: int, role: str, linear: bool, ours: Tensor, base: Te
         fit=float(a @ aligned.reshape(-1)) / (float(a.norm()) * whole) if norm > 0 and whole > 0 else 1.0,
         zeros=float((ours == 0).float().mean()),
         raw=level,
+        rows=RowErrors.of(ours, aligned) if linear else None,
     )
 
 

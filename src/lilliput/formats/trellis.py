@@ -74,12 +74,15 @@ class TrellisFormat:
         rows, width = weight.shape
         walk = self.walk(rows)
         scaled = weight.float() / grid.scale.float()
-        columns = torch.nn.functional.pad(scaled, (0, 0, 0, -rows % walk)).T.reshape(-1, walk)
-        path = torch.empty(columns.shape, dtype=torch.int32, device=weight.device)
+        if rows % walk:
+            scaled = torch.nn.functional.pad(scaled, (0, 0, 0, -rows % walk))
+        columns = scaled.T.reshape(-1, walk)
         step = max(1, _ROOM // (walk << self.window))
-        for a in range(0, len(columns), step):
-            path[a : a + step] = trellis.best_path(columns[a : a + step], self.window, self.steps)
-        return path.view(width, -1).T[:rows].contiguous()
+        pieces = [
+            trellis.best_path(columns[a : a + step], self.window, self.steps) for a in range(0, len(columns), step)
+        ]
+        path = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return path.view(width, -1).T[:rows].to(torch.int32)
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         return trellis.table(self.window).to(codes.device)[codes.long()] * grid.scale.float()

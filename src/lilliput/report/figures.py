@@ -191,7 +191,7 @@ def pareto(name: str, points: Sequence[Point], x_axis: str, y_axis: str, upwards
         axes.set_ylabel(y_axis, size=11)
         _scale(axes, x_axis, canvas.narrow)
         axes.tick_params(axis="y", labelsize=11, labelcolor=COLOUR["muted"])
-        _names(axes, points, 18 if canvas.narrow else _LABEL)
+        _name_points(axes, points, 18 if canvas.narrow else _LABEL)
 
     return draw(name, paint, (360, 320))
 
@@ -247,7 +247,7 @@ def _widen(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xlim(low - room, high + room)
 
 
-def _names(axes: Axes, points: Sequence[Point], longest: int) -> None:
+def _name_points(axes: Axes, points: Sequence[Point], longest: int) -> None:
     unit = axes.figure.dpi / 72
     spots = [tuple(axes.transData.transform((p.x, p.y)) / unit) for p in points]
     texts = [_short(clean(p.name), longest) for p in points]

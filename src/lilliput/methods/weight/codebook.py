@@ -40,7 +40,7 @@ WRITES: Literal["quantized"] = "quantized"
 FORMATS = ("codebook",)
 ROWWISE = True
 BASELINE: str | None = "rtn"
-SCRATCH = 10 * 8 * levels.ROOM
+SCRATCH = 2 * 10 * 8 * levels.ROOM  # a refit and k-means
 _WEIGHTS = 1 << 20  # swept together
 
 

@@ -4,8 +4,9 @@
 
 The device is measured first, then each folder is predicted and run (interleaved with BASE). Predictions come from
 config and format alone; the error is prediction over the measured median (and over the fastest round, which other work
-on the machine disturbs least), minus one. The roofline is a lower bound of time, so errors are expected to be negative:
-what is left out is Python, launches, unfused norms and the copies of the cache.
+on the machine disturbs least), minus one. Python and launches are measured with the device; what is left out (products
+of these shapes are slower than square ones, norms are not fused, the cache is copied) only adds time, so errors are
+expected to be negative.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def compare(base: Path, folder: Path, *, contexts: list[int], new: int, runs: in
                     "mfu": speed.mfu,
                     "peaks": dict(device.peaks),
                     "bandwidth": device.bandwidth,
+                    "overhead": device.overhead,
                     "threads": speed.threads,
                 }
             )

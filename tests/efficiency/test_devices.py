@@ -3,7 +3,7 @@ from itertools import count
 import pytest
 import torch
 
-from lilliput.efficiency.devices import device, devices, matmul_peak, measure_device, memory_bandwidth
+from lilliput.efficiency.devices import device, devices, matmul_peak, measure_device, memory_bandwidth, pass_overhead
 from lilliput.errors import PlanError
 
 
@@ -46,3 +46,12 @@ def test_this_machine_is_measured():
     assert set(found.peaks) == {"fp32", "bf16"}
     assert min(*found.peaks.values(), found.bandwidth, found.memory) > 0
     assert found.runtime == "transformers"
+    assert found.overhead[1] >= 0
+
+
+def test_overhead_is_the_line_through_two_depths():
+    once, each = pass_overhead(repeats=5)
+    assert once + each > 0
+    ticks = count()
+    # Every step takes one tick, whatever its depth: all of it comes once.
+    assert pass_overhead(repeats=2, clock=lambda: float(next(ticks))) == (1.0, 0.0)

@@ -34,6 +34,19 @@ def test_decode_and_prefill_by_hand(folder, device, opened):
     assert (gate.seconds, gate.bound) == (pytest.approx(gate.flops / 1000), "arithmetic")
 
 
+def test_overhead_comes_on_top_once_and_for_each_block(folder, device, opened):
+    model = opened(folder("llama"))
+    work = workload(model, device)
+    bare = operators(work, device, "decode", 1, 10)
+    slow = replace(device, overhead=(1e4, 1e6))
+    *same, besides = operators(work, slow, "decode", 1, 10)
+    assert tuple(same) == bare
+    assert (besides.seconds, besides.bound, besides.flops) == (1e4 + work.shapes.blocks * 1e6, "overhead", 0)
+    (row,) = [x for x in rooflines(model, model, [slow], batches=(1,), contexts=(10,)) if x.phase == "decode"]
+    assert (row.bound, row.speedup) == ("overhead", 1.0)
+    assert row.seconds == pytest.approx(sum(x.seconds for x in bare) + besides.seconds)
+
+
 def test_formats_change_bytes_and_arithmetic(folder, packed, device, opened):
     base = opened(folder("llama"))
 

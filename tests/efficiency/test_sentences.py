@@ -46,6 +46,12 @@ def test_what_the_engine_does_with_the_file_is_said(say):
     assert "bytes" in say(model="compressed-tensors")
 
 
+def test_overhead_is_said_to_be_what_takes_the_time(say):
+    said = say(FOUR, overhead=(0.0, 1e9))
+    assert "decode is bound by Python and launches of operators: 4-bit weights will not make it faster" in said
+    assert "100% of the time goes to those" in said
+
+
 def test_what_else_fills_the_bandwidth_is_named(say):
     said = say(FOUR, batch=1000, memory=1e9)
     assert "4-bit weights will not make it faster" in said

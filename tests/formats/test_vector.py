@@ -6,7 +6,8 @@ import torch
 from lilliput.errors import LilliputError, PlanError, SourceError
 from lilliput.formats import known
 from lilliput.formats.format import Format
-from lilliput.formats.vector import VectorFormat
+from lilliput.formats.trellis import TrellisFormat
+from lilliput.formats.vector import Grid, VectorFormat
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.recipe import Target
 
@@ -129,3 +130,24 @@ def test_what_they_cannot_do_is_refused(target: dict[str, object], message: str)
 def test_a_kind_of_another_version_is_refused() -> None:
     with pytest.raises(SourceError, match="newer"):
         known.from_plain({"kind": "leech"})
+
+
+@pytest.mark.parametrize(("name", "bits"), SPECS)
+@pytest.mark.parametrize("unit", [0, -1])
+@pytest.mark.parametrize("rows", [3, 130, 530])
+def test_a_block_is_settled_column_by_column_with_all_feedback(name: str, bits: int, unit: int, rows: int) -> None:
+    """Each column's codes are the format's own for what the deviations before it ask for, compiled or not."""
+    form, count = made(name, bits, unit), 7
+    assert isinstance(form, VectorFormat | TrellisFormat)
+    w = weight(rows, count)
+    grid = form.fit(w)
+    assert isinstance(grid, Grid)
+    columns = w.T.contiguous()
+    coupling = torch.randn(count, count, generator=torch.Generator().manual_seed(5)) / 4
+    codes, deviation = torch.zeros(count, rows, dtype=torch.int32), torch.empty(count, rows)
+    aim = columns * 1.1
+    form.settle(grid, rows)(aim, columns, coupling, codes, deviation)
+    assert torch.equal(deviation, columns - form.decode(codes.T.contiguous(), grid).T)
+    wanted = aim.double() + coupling.double().triu(1).T @ deviation.double()
+    again = form.encode(wanted.T.float(), grid).T
+    assert float((again != codes).double().mean()) < 0.01

@@ -121,9 +121,10 @@ def test_a_column_is_polished_to_its_best_value() -> None:
         return code, grid[code]
 
     columns, codes = w.T.contiguous(), torch.zeros(5, 6, dtype=torch.int64)
-    deviation = ldlq.sweep(columns, obs.factorize(gram), nearest, codes)
+    settle = ldlq.by_column(nearest)
+    deviation = ldlq.sweep(columns, obs.factorize(gram), settle, codes)
     for _ in range(20):
-        ldlq.polish(columns, deviation, gram, 0.0, nearest, codes)
+        ldlq.polish(columns, deviation, gram, 0.0, settle, codes)
     torch.testing.assert_close(columns - deviation, grid[codes], atol=1e-5, rtol=0)
     base = lattice.loss(gram, deviation)
     for j, i, move in itertools.product(range(5), range(6), range(9)):

@@ -3,6 +3,10 @@
 Each weight has hundreds or thousands of candidates, and their costs stay in the first cache when one thread goes
 through all of them; torch goes through memory for each operation. Sums and comparisons are the same, one by one, so the
 results are too (no fused multiply-add, ties go to the smaller index).
+
+Two more functions go through a block of columns in `algebra.ldlq`'s way, feedback included: rows do not interact there,
+so each thread takes rows of its own through all columns, and nobody waits. Their sums of feedback are in the order of
+the columns, those of torch in its own, so that codes may differ where two are as near.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 MEMORY = 190 << 20  # bytes that numba and its compiler take (measured)
 NEVER = 1e30  # the cost of what cannot be; finite, so that nothing becomes NaN
 _EXACT = {"nnan", "nsz"}  # lets comparisons be vectorized; sums are neither reordered nor fused
+_LANES = 16  # vectors of E8 that a thread compares side by side
 
 
 def available() -> bool:
@@ -31,19 +36,66 @@ def best_path(x: Tensor, numbers: Tensor, steps: tuple[int, int]) -> Tensor:
     """`trellis.in_torch` for finite sequences float32 [n, length] on the CPU; numbers float32 [2^window]."""
     path = np.zeros(x.shape, dtype=np.int64)
     if x.numel():
-        window = len(numbers).bit_length() - 1
         _threads()
-        _walk(window, steps)(x.contiguous().numpy(), numbers.numpy(), path)
+        _paths(_window(numbers), steps)(x.contiguous().numpy(), numbers.numpy(), path)
     return torch.from_numpy(path)
+
+
+def settle_paths(
+    numbers: Tensor,
+    steps: tuple[int, int],
+    walk: int,
+    scale: Tensor,
+    aim: Tensor,
+    weight: Tensor,
+    coupling: Tensor,
+    codes: Tensor,
+    deviation: Tensor,
+) -> None:
+    """`ldlq.Settle` by walks of `walk` rows, each of which begins at register 0; scale float32 [out], all on the CPU.
+
+    What is aimed at must be finite.
+    """
+    _threads()
+    columns = (x.contiguous().numpy() for x in (aim, weight, coupling))
+    found = codes.numpy(), deviation.numpy()
+    _settle_paths(_window(numbers), steps)(numbers.numpy(), walk, scale.contiguous().numpy(), *columns, *found)
 
 
 def nearest_e8(x: Tensor, patterns: Tensor) -> Tensor:
     """`e8.in_torch` for finite vectors float32 [n, 8] on the CPU; patterns float32 [256, 8]."""
     entry = np.zeros(len(x), dtype=np.int64)
-    known = patterns.numpy()
     _threads()
-    _points()(x.T.contiguous().numpy(), known, (known * known).sum(1), known.sum(1), entry)
+    _points()(x.T.contiguous().numpy(), *_known(patterns), entry)
     return torch.from_numpy(entry)
+
+
+def settle_e8(
+    patterns: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    aim: Tensor,
+    weight: Tensor,
+    coupling: Tensor,
+    codes: Tensor,
+    deviation: Tensor,
+) -> None:
+    """`ldlq.Settle` by points of E8P; table float32 [65536, 8], scale float32 [out], all on the CPU. A code is the
+    point's entry number times 8 and the row's place within it. What is aimed at must be finite."""
+    _threads()
+    columns = (x.contiguous().numpy() for x in (aim, weight, coupling))
+    given = *_known(patterns), table.numpy(), scale.contiguous().numpy()
+    _settle_points()(*given, *columns, codes.numpy(), deviation.numpy())
+
+
+def _window(numbers: Tensor) -> int:
+    return len(numbers).bit_length() - 1
+
+
+def _known(patterns: Tensor) -> tuple[Any, Any, Any]:
+    """The patterns, their squared norms and their sums."""
+    known = patterns.numpy()
+    return known, (known * known).sum(1), known.sum(1)
 
 
 def _numba() -> Any:
@@ -67,10 +119,21 @@ def _threads() -> None:
         numba.set_num_threads(wanted)
 
 
+@functools.cache
+def _feed() -> Any:
+    """A column [out] plus the deviation of an earlier one times its coupling."""
+
+    def feed(value: Any, before: Any, by: Any) -> None:
+        for n in range(len(value)):
+            value[n] += before[n] * by
+
+    return _jit(feed)
+
+
 @functools.lru_cache(maxsize=8)
-def _walk(window: int, steps: tuple[int, int]) -> Callable[..., None]:
-    """Viterbi's algorithm."""
-    prange = _numba().prange
+def _viterbi(window: int, steps: tuple[int, int]) -> Any:
+    """Viterbi's algorithm for one sequence x [length]; `costs` float32 [2, states], `least` and `index` [part], `back`
+    [length, part] are room to work in, `path` [length] is written."""
     states = 1 << window
 
     def step_of(bits: int) -> Any:
@@ -96,48 +159,90 @@ def _walk(window: int, steps: tuple[int, int]) -> Callable[..., None]:
         return _jit(step)
 
     low, high = steps
-    even, odd, part = step_of(low), step_of(high), states >> min(low, high)
+    even, odd = step_of(low), step_of(high)
 
-    def walk(x: Any, numbers: Any, path: Any) -> None:
+    def viterbi(x: Any, numbers: Any, costs: Any, least: Any, index: Any, back: Any, path: Any) -> None:
+        length = len(x)
+        costs[0, :] = np.float32(NEVER)
+        for s in range(1 << low):
+            apart = numbers[s] - x[0]
+            costs[0, s] = apart * apart
+        for t in range(1, length):
+            if t % 2:
+                odd(costs[0], costs[1], numbers, x[t], back[t], least, index)
+            else:
+                even(costs[1], costs[0], numbers, x[t], back[t], least, index)
+        last = costs[(length - 1) % 2]
+        state = 0
+        for s in range(states):
+            if last[s] < last[state]:
+                state = s
+        for t in range(length - 1, -1, -1):
+            path[t] = state
+            if t:
+                bits = high if t % 2 else low
+                state = (state >> bits) + back[t, state >> bits] * (states >> bits)
+
+    return _jit(viterbi)
+
+
+@functools.lru_cache(maxsize=8)
+def _paths(window: int, steps: tuple[int, int]) -> Callable[..., None]:
+    prange, viterbi = _numba().prange, _viterbi(window, steps)
+    states, part = 1 << window, (1 << window) >> min(steps)
+
+    def paths(x: Any, numbers: Any, path: Any) -> None:
         count, length = x.shape
         for n in prange(count):
             costs = np.empty((2, states), np.float32)
             least, index = np.empty(part, np.float32), np.empty(part, np.int32)
-            back = np.empty((length, part), np.uint8)
-            costs[0, :] = np.float32(NEVER)
-            for s in range(1 << low):
-                apart = numbers[s] - x[n, 0]
-                costs[0, s] = apart * apart
-            for t in range(1, length):
-                if t % 2:
-                    odd(costs[0], costs[1], numbers, x[n, t], back[t], least, index)
-                else:
-                    even(costs[1], costs[0], numbers, x[n, t], back[t], least, index)
-            last = costs[(length - 1) % 2]
-            state = 0
-            for s in range(states):
-                if last[s] < last[state]:
-                    state = s
-            for t in range(length - 1, -1, -1):
-                path[n, t] = state
-                if t:
-                    bits = high if t % 2 else low
-                    state = (state >> bits) + back[t, state >> bits] * (states >> bits)
+            viterbi(x[n], numbers, costs, least, index, np.empty((length, part), np.uint8), path[n])
 
-    return _parallel(walk)
+    return _parallel(paths)
+
+
+@functools.lru_cache(maxsize=8)
+def _settle_paths(window: int, steps: tuple[int, int]) -> Callable[..., None]:
+    prange, viterbi, feed = _numba().prange, _viterbi(window, steps), _feed()
+    states, part = 1 << window, (1 << window) >> min(steps)
+
+    def settle(
+        numbers: Any, walk: Any, scale: Any, aim: Any, weight: Any, coupling: Any, codes: Any, deviation: Any
+    ) -> None:
+        count, rows = aim.shape
+        for piece in prange(-(-rows // walk)):
+            a = piece * walk
+            b = min(a + walk, rows)
+            costs = np.empty((2, states), np.float32)
+            least, index = np.empty(part, np.float32), np.empty(part, np.int32)
+            back, path = np.empty((walk, part), np.uint8), np.empty(walk, np.int64)
+            value, x = np.empty(b - a, np.float32), np.zeros(walk, np.float32)
+            for j in range(count):
+                value[:] = aim[j, a:b]
+                for i in range(j):
+                    feed(value, deviation[i, a:b], coupling[i, j])
+                for n in range(b - a):
+                    x[n] = value[n] / scale[a + n]
+                viterbi(x, numbers, costs, least, index, back, path)
+                for n in range(b - a):
+                    codes[j, a + n] = np.int32(path[n])
+                    deviation[j, a + n] = weight[j, a + n] - numbers[path[n]] * scale[a + n]
+
+    return _parallel(settle)
 
 
 @functools.cache
-def _points() -> Callable[..., None]:
-    """The best of 512 candidates for each vector; see `algebra.e8`. Vectors lie side by side, in lanes."""
-    prange = _numba().prange
-    lanes = 64
+def _point() -> Any:
+    """The best of 512 candidates for each of `_LANES` vectors x [8, _LANES], which lie side by side; see `algebra.e8`.
+    `work`: room for 6 numbers of each lane; `entry` [_LANES] is written."""
+    lanes = _LANES
 
     def best_of_all(
-        size: Any, odd: Any, norm: Any, patterns: Any, square: Any, total: Any, score: Any, chosen: Any
+        size: Any, odd: Any, norm: Any, patterns: Any, square: Any, total: Any, work: Any, chosen: Any
     ) -> None:
-        gain, weakest = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
-        score[:] = np.float32(-np.inf)
+        gain, weakest, score = work[0], work[1], work[2]
+        for n in range(lanes):
+            score[n] = np.float32(-np.inf)
         for k in range(len(patterns)):
             for n in range(lanes):
                 gain[n] = size[0, n] * patterns[k, 0]
@@ -159,36 +264,91 @@ def _points() -> Callable[..., None]:
 
     try_all: Any = _jit(best_of_all)
 
+    def point(
+        x: Any, patterns: Any, square: Any, total: Any, size: Any, odd: Any, chosen: Any, work: Any, entry: Any
+    ) -> None:
+        score, best, norm = work[2], work[3], work[4]
+        for shift in range(2):
+            move = np.float32(0.25) if shift else np.float32(-0.25)
+            for n in range(lanes):
+                norm[n], odd[n] = np.float32(0.0), 0
+            for i in range(8):
+                for n in range(lanes):
+                    y = x[i, n] + move
+                    size[i, n] = abs(y)
+                    norm[n] += y * y
+                    odd[n] ^= np.int32(y < 0)
+            try_all(size, odd, norm, patterns, square, total, work, chosen)
+            for n in range(lanes):
+                if shift and not score[n] > best[n]:
+                    continue
+                best[n] = score[n]
+                k, flip, bits = chosen[n], 0, 0
+                for i in range(8):
+                    if size[i, n] * patterns[k, i] < size[flip, n] * patterns[k, flip]:
+                        flip = i
+                wrong = odd[n] != (np.int32(total[k]) & 1)
+                for i in range(7):
+                    negative = (x[i, n] + move < 0) != (wrong and i == flip)
+                    bits |= int(negative) << (i + 1)
+                entry[n] = k * 256 + bits + shift
+
+    return _jit(point)
+
+
+@functools.cache
+def _points() -> Callable[..., None]:
+    prange, point, lanes = _numba().prange, _point(), _LANES
+
     def points(x: Any, patterns: Any, square: Any, total: Any, entry: Any) -> None:
         count = x.shape[1]
         for part in prange(-(-count // lanes)):
-            first = part * lanes
-            here = min(lanes, count - first)
-            size, norm = np.zeros((8, lanes), np.float32), np.zeros(lanes, np.float32)
-            odd, chosen = np.zeros(lanes, np.int32), np.zeros(lanes, np.int32)
-            score, best = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
-            for shift in range(2):
-                move = np.float32(0.25) if shift else np.float32(-0.25)
-                norm[:], odd[:] = 0, 0
-                for i in range(8):
-                    for n in range(here):
-                        y = x[i, first + n] + move
-                        size[i, n] = abs(y)
-                        norm[n] += y * y
-                        odd[n] ^= np.int32(y < 0)
-                try_all(size, odd, norm, patterns, square, total, score, chosen)
-                for n in range(here):
-                    if shift and not score[n] > best[n]:
-                        continue
-                    best[n] = score[n]
-                    k, flip, bits = chosen[n], 0, 0
-                    for i in range(8):
-                        if size[i, n] * patterns[k, i] < size[flip, n] * patterns[k, flip]:
-                            flip = i
-                    wrong = odd[n] != (np.int32(total[k]) & 1)
-                    for i in range(7):
-                        negative = (x[i, first + n] + move < 0) != (wrong and i == flip)
-                        bits |= int(negative) << (i + 1)
-                    entry[first + n] = k * 256 + bits + shift
+            a = part * lanes
+            here = min(lanes, count - a)
+            vectors, found = np.zeros((8, lanes), np.float32), np.empty(lanes, np.int64)
+            size, work = np.empty((8, lanes), np.float32), np.empty((5, lanes), np.float32)
+            odd, chosen = np.empty(lanes, np.int32), np.zeros(lanes, np.int32)
+            vectors[:, :here] = x[:, a : a + here]
+            point(vectors, patterns, square, total, size, odd, chosen, work, found)
+            entry[a : a + here] = found[:here]
 
     return _parallel(points)
+
+
+@functools.cache
+def _settle_points() -> Callable[..., None]:
+    prange, point, feed, lanes = _numba().prange, _point(), _feed(), _LANES
+
+    def settle(
+        patterns: Any,
+        square: Any,
+        total: Any,
+        table: Any,
+        scale: Any,
+        aim: Any,
+        weight: Any,
+        coupling: Any,
+        codes: Any,
+        deviation: Any,
+    ) -> None:
+        count, rows = aim.shape
+        for part in prange(-(-rows // (8 * lanes))):
+            a = part * 8 * lanes
+            b = min(a + 8 * lanes, rows)
+            vectors, found = np.zeros((8, lanes), np.float32), np.empty(lanes, np.int64)
+            size, work = np.empty((8, lanes), np.float32), np.empty((5, lanes), np.float32)
+            odd, chosen = np.empty(lanes, np.int32), np.zeros(lanes, np.int32)
+            value = np.empty(b - a, np.float32)
+            for j in range(count):
+                value[:] = aim[j, a:b]
+                for i in range(j):
+                    feed(value, deviation[i, a:b], coupling[i, j])
+                for n in range(b - a):
+                    vectors[n % 8, n // 8] = value[n] / scale[a + n]
+                point(vectors, patterns, square, total, size, odd, chosen, work, found)
+                for n in range(b - a):
+                    entry = found[n // 8]
+                    codes[j, a + n] = np.int32(entry * 8 + n % 8)
+                    deviation[j, a + n] = weight[j, a + n] - table[entry, n % 8] * scale[a + n]
+
+    return _parallel(settle)

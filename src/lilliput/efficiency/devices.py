@@ -25,7 +25,8 @@ Clock = Callable[[], float]
 class Device:
     """name: as in devices.yaml; title: as a sentence says it; peaks: FLOP/s (int8: OP/s) by arithmetic ("fp32", "bf16",
     "fp16", "fp8", "int8"); bandwidth: bytes/s; memory: bytes; runtime: what serves models on it, see
-    `lilliput.efficiency.serving.servings`."""
+    `lilliput.efficiency.serving.servings`; overhead: seconds that a pass takes whatever its size, once and for each
+    block (Python, launches of operators): nothing for a perfect engine."""
 
     name: str
     title: str
@@ -33,6 +34,7 @@ class Device:
     bandwidth: float
     memory: float
     runtime: Runtime = "kernels"
+    overhead: tuple[float, float] = (0.0, 0.0)
 
     def arithmetic(self, wanted: str) -> str:
         """The arithmetic that a product runs in: the wanted one, else what engines widen its operands to."""
@@ -75,6 +77,7 @@ def measure_device(
     Arithmetic: the best of `repeats` products of two square matrices of `side`, in float32 and bfloat16. Bandwidth:
     the best of `repeats` sums over `buffer` bytes of float32 and as many copies, bytes read and written counted (as in
     STREAM, McCalpin 1995), whichever is faster; a buffer well beyond the caches, or it measures them. Memory: physical.
+    Overhead: of decoding steps of transformers, see `pass_overhead`.
     """
     import psutil
 
@@ -85,7 +88,8 @@ def measure_device(
     threads = torch.get_num_threads()
     title = f"this CPU ({threads} thread{'s' if threads > 1 else ''})"
     bandwidth = memory_bandwidth(buffer, repeats=repeats, clock=clock)
-    return Device(THIS, title, peaks, bandwidth, memory, runtime="transformers")
+    overhead = pass_overhead(repeats=4 * repeats, clock=clock)
+    return Device(THIS, title, peaks, bandwidth, memory, runtime="transformers", overhead=overhead)
 
 
 def matmul_peak(
@@ -108,6 +112,30 @@ def memory_bandwidth(buffer: int, *, repeats: int = 5, where: str = "cpu", clock
     b = torch.zeros_like(a).fill_(1.0)
     read = 4 * a.numel() / _best(lambda: a.sum(), where, repeats, clock)
     return max(read, 8 * a.numel() / _best(lambda: b.copy_(a), where, repeats, clock))
+
+
+def pass_overhead(
+    *, blocks: tuple[int, int] = (2, 10), repeats: int = 20, where: str = "cpu", clock: Clock = time.perf_counter
+) -> tuple[float, float]:
+    """Seconds that a pass of transformers takes whatever its size: once, and for each block.
+
+    The line through decoding steps of two Llamas of so many `blocks` that are too small to compute anything, the best
+    of `repeats` steps each.
+    """
+    few, many = (_tiny_step(n, repeats, where, clock) for n in blocks)
+    each = max(many - few, 0.0) / (blocks[1] - blocks[0])
+    return max(few - blocks[0] * each, 0.0), each
+
+
+def _tiny_step(blocks: int, repeats: int, where: str, clock: Clock) -> float:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "vocab_size": 16}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **shape)).eval().to(where)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=where)
+    with torch.inference_mode():
+        cache = model(input_ids=token, use_cache=True).past_key_values
+        return _best(lambda: model(input_ids=token, past_key_values=cache, use_cache=True), where, repeats, clock)
 
 
 def synchronize(where: str) -> None:

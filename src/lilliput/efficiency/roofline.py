@@ -3,11 +3,12 @@
 Williams et al. 2009, "Roofline: an insightful visual performance model". Every operator takes the longer of its
 arithmetic at the device's peak and its bytes at the device's bandwidth; operators run one after the other:
 
-    seconds = sum over operators of max(flops / peak, bytes / bandwidth)
+    seconds = overhead + sum over operators of max(flops / peak, bytes / bandwidth)
 
 Each operand is counted once: weights once a pass, inputs and outputs of each matrix, keys and values written once and
-read once (fused attention). What that leaves out (kernel launches, caches, Python, imperfect kernels) only adds time:
-predictions are lower bounds, and speed-ups are what a perfect engine would show.
+read once (fused attention). Named devices have no overhead, and what that leaves out (kernel launches, caches, Python,
+imperfect kernels) only adds time: predictions are lower bounds, and speed-ups are what a perfect engine would show. On
+this machine the overhead of transformers is measured: where matrices are small, it is most of a decoding step.
 
 A prefill computes logits at the last token of each sequence only, as generation does. A decoding step adds one token to
 each sequence and attends to `context` tokens, itself included. With experts, a pass over t tokens reads each expert
@@ -32,18 +33,20 @@ from lilliput.errors import PlanError
 from lilliput.model import Model
 
 Phase = Literal["prefill", "decode"]
+Bound = Literal["arithmetic", "memory", "overhead"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """All operators of one kind in one pass: operations, bytes moved, seconds, and which of the two takes longer."""
+    """All operators of one kind in one pass: operations, bytes moved, seconds, and which of the two takes longer; what
+    comes on top of all operators has neither and is bound by "overhead"."""
 
     name: str
     flops: float
     bytes: float
     seconds: float
-    bound: Literal["arithmetic", "memory"]
+    bound: Bound
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -148,16 +151,21 @@ def operators(work: Workload, device: Device, phase: Phase, batch: int, context:
     # A norm reads and writes; two additions to the residual stream read twice and write; so does a gated activation.
     elements = 2 * sum(shapes.norms) + 6 * shapes.hidden * shapes.blocks + 3 * float(shapes.inner)
     add("norms and activations", plain, elements * tokens, elements * tokens * item)
-    return tuple(
+    found = tuple(
         Operator(name, flops, moved, seconds, "arithmetic" if computing > seconds / 2 else "memory")
         for name, (flops, moved, seconds, computing) in rows.items()
     )
+    once, each = device.overhead
+    besides = once + shapes.blocks * each
+    return (*found, Operator("python and launches", 0.0, 0.0, besides, "overhead")) if besides else found
 
 
-def bound_of(found: Sequence[Operator]) -> Literal["arithmetic", "memory"]:
-    """What more than half of the time goes to."""
-    computing = sum(x.seconds for x in found if x.bound == "arithmetic")
-    return "arithmetic" if computing > sum(x.seconds for x in found) / 2 else "memory"
+def bound_of(found: Sequence[Operator]) -> Bound:
+    """What most of the time goes to."""
+    spent: dict[Bound, float] = {"memory": 0.0, "arithmetic": 0.0, "overhead": 0.0}
+    for x in found:
+        spent[x.bound] += x.seconds
+    return max(spent, key=spent.__getitem__)
 
 
 def rooflines(

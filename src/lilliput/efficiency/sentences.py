@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from lilliput.efficiency.roofline import Row, Workload
 
 FASTER = 1.05  # speed-ups between 1 / FASTER and FASTER are called none: predictions are no finer
-_DOING = {"arithmetic": "bound by arithmetic", "memory": "bound by memory"}
+_DOING = {
+    "arithmetic": "bound by arithmetic",
+    "memory": "bound by memory",
+    "overhead": "bound by Python and launches of operators",
+}
 
 
 def sentence(row: Row, own: Workload, base: Workload | None, device: Device) -> str:
@@ -33,7 +37,7 @@ def _effect(row: Row, own: Workload, base: Workload, device: Device, speedup: fl
     operations = sum(x.flops for x in row.operators) < 0.99 * sum(x.flops for x in row.base_operators)
     if speedup >= FASTER:
         moved = sum(x.bytes for x in row.base_operators) / sum(x.bytes for x in row.operators)
-        if row.base_bound == "memory":
+        if row.base_bound != "arithmetic":
             why = f"moving {moved:.1f} times fewer bytes" if moved >= FASTER else "fewer operations"
         else:
             why = "fewer operations" if operations else kind
@@ -48,6 +52,9 @@ def _effect(row: Row, own: Workload, base: Workload, device: Device, speedup: fl
     verb = "will make it slower" if speedup <= 1 / FASTER else "will not make it faster"
     if row.base_bound == "arithmetic":
         return f"{kind} {verb}{_widened(own, device)}"
+    if row.base_bound == "overhead":
+        besides = sum(x.seconds for x in row.base_operators if x.bound == "overhead")
+        return f"{kind} {verb}: {besides / sum(x.seconds for x in row.base_operators):.0%} of the time goes to those"
     largest = max(row.operators, key=lambda x: x.bytes)
     share = largest.bytes / sum(x.bytes for x in row.operators)
     return f"{kind} {verb}: {share:.0%} of the bytes moved go to the {largest.name}"

@@ -7,6 +7,7 @@ register that names its number, so rows can be cut anywhere; a file holds the bi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.algebra import compiled, trellis
+from lilliput.algebra import compiled, ldlq, trellis
 from lilliput.errors import PlanError
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
 from lilliput.formats.format import Stored, dtype_name, dtype_of
-from lilliput.formats.vector import Grid, checked, rms_scale, unit_of
+from lilliput.formats.vector import Grid, by_column, checked, each_row, rms_scale, unit_of
 from lilliput.recipe import Target
 
 _WALK = 256  # rows; each walk begins at register 0, where little can be chosen yet, and is the work of one core
@@ -86,6 +87,13 @@ class TrellisFormat:
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         return trellis.table(self.window).to(codes.device)[codes.long()] * grid.scale.float()
+
+    def settle(self, grid: Grid, rows: int) -> ldlq.Settle:
+        """How a sweep rounds columns of `rows` weights."""
+        if grid.scale.device.type != "cpu" or not compiled.available():
+            return by_column(self, grid)
+        numbers = trellis.table(self.window)
+        return functools.partial(compiled.settle_paths, numbers, self.steps, self.walk(rows), each_row(grid, rows))
 
     def stored(self, rows: int, width: int) -> Stored:
         """See docs/native-format.md, kind "trellis"."""

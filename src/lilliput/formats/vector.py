@@ -13,6 +13,7 @@ dimension does not divide the outputs, the last vectors have places that nothing
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.algebra import compiled, e8
+from lilliput.algebra import compiled, e8, ldlq
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
-from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.format import Format, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import group_of
 from lilliput.formats.search import stored as stored_scale
 from lilliput.recipe import Target
@@ -80,6 +81,21 @@ def unit_of(target: Target, name: str) -> tuple[bool, torch.dtype]:
         )
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     return size == -1, dtypes.get(target.scale_dtype, torch.float16)
+
+
+def each_row(grid: Grid, rows: int) -> Tensor:
+    """The scale of each of `rows` rows, float32 [rows]."""
+    return grid.scale.float().flatten().expand(rows)
+
+
+def by_column(form: Format, grid: Grid) -> ldlq.Settle:
+    """A sweep's columns rounded one by one, by the format's own `encode` and `decode`."""
+
+    def nearest(column: Tensor) -> tuple[Tensor, Tensor]:
+        codes = form.encode(column[:, None], grid)
+        return codes[:, 0], form.decode(codes, grid)[:, 0]
+
+    return ldlq.by_column(nearest)
 
 
 @dataclass(frozen=True)
@@ -147,6 +163,12 @@ class VectorFormat:
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         table = e8.table().to(codes.device) if grid.table is None else grid.table.float()
         return table.view(-1)[codes.long()] * grid.scale.float()
+
+    def settle(self, grid: Grid, rows: int) -> ldlq.Settle:
+        """How a sweep rounds columns of `rows` weights."""
+        if self.learned or grid.scale.device.type != "cpu" or not compiled.available():
+            return by_column(self, grid)
+        return functools.partial(compiled.settle_e8, e8.patterns(), e8.table(), each_row(grid, rows))
 
     def stored(self, rows: int, width: int) -> Stored:
         """See docs/native-format.md, kinds "e8" and "vector"."""

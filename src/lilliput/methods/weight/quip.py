@@ -134,22 +134,14 @@ def _walk(weight: Tensor, gram: Tensor, form: VectorFormat | TrellisFormat, o: O
     grid = replace(grid, scale=_stored(grid.scale.float() * o.widen, form))
     columns = weight.T.contiguous()
     codes = torch.empty(columns.shape, dtype=torch.int32, device=weight.device)
-    deviation = ldlq.sweep(columns, factor, _nearest(form, grid), codes)
+    deviation = ldlq.sweep(columns, factor, form.settle(grid, len(weight)), codes)
     ridge = factor.damping * float(gram.diagonal().mean())
     for _ in range(o.refine):
         grid = _rescale(columns, deviation, gram, ridge, form, grid)
-        ldlq.polish(columns, deviation, gram, ridge, _nearest(form, grid), codes)
+        ldlq.polish(columns, deviation, gram, ridge, form.settle(grid, len(weight)), codes)
     if o.refine:
         grid = _rescale(columns, deviation, gram, ridge, form, grid)
     return QuantizedPart(form, codes.T.contiguous(), grid)
-
-
-def _nearest(form: VectorFormat | TrellisFormat, grid: vector.Grid) -> ldlq.Nearest:
-    def nearest(column: Tensor) -> tuple[Tensor, Tensor]:
-        codes = form.encode(column[:, None], grid)
-        return codes[:, 0], form.decode(codes, grid)[:, 0]
-
-    return nearest
 
 
 def _rescale(

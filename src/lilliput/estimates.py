@@ -60,7 +60,7 @@ def _walks(x: LinearPlan) -> float:
         if isinstance(part, QuantizedSpec) and isinstance(part.format, TrellisFormat)
     ]
     passes = 1 + max((getattr(task.options, "refine", 0) for task in x.tasks), default=0)
-    each = 5e-10 if compiled.available() else 1e-8  # measured on one core
+    each = 2.5e-10 if compiled.available() else 1e-8  # measured on one core
     work = sum(1 << window for window in windows) * x.linear.parameters * passes
     return work * each / torch.get_num_threads()
 

@@ -132,56 +132,78 @@ def _feed() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _viterbi(window: int, steps: tuple[int, int]) -> Any:
-    """Viterbi's algorithm for one sequence x [length]; `costs` float32 [2, states], `least` and `index` [part], `back`
-    [length, part] are room to work in, `path` [length] is written."""
+    """Viterbi's algorithm for one sequence x [length]; `work` float32 [2, states] and `least` float32 [length, part]
+    are room to work in, `path` [length] is written.
+
+    `least[t]` holds the costs of getting to a register before step t shifts its bits in: what the walk back needs of
+    all other costs is computed again, which is less than to remember where each minimum was.
+    """
     states = 1 << window
+
+    def repeat_of(part: int, many: int) -> Any:
+        def repeat(least: Any, spread: Any) -> None:
+            for j in range(part):
+                for i in range(many):
+                    spread[j * many + i] = least[j]
+
+        return _jit(repeat)
 
     def step_of(bits: int) -> Any:
         many, part = 1 << bits, states >> bits
+        # More than 8 copies side by side are slow in one go (by the code that LLVM makes of it), quick in two.
+        at_once = bits < 4
+        first, then = repeat_of(part, many if at_once else 4), repeat_of(4 * part, many // 4)
 
-        def step(before: Any, after: Any, numbers: Any, x: Any, back: Any, least: Any, index: Any) -> None:
-            # A register's predecessors differ in the bits that fell out at its top; its successors lie side by side.
+        def step(numbers: Any, x: Any, spread: Any, room: Any, least: Any) -> None:
+            # A register's predecessors differ in the bits that fall out at its top; its successors lie side by side.
             for j in range(part):
-                best, where = before[j], np.int32(0)
+                apart = numbers[j] - x
+                best = apart * apart + spread[j]
                 for top in range(1, many):
-                    cost = before[top * part + j]
-                    lower = cost < best
-                    where = np.int32(top) if lower else where
-                    best = cost if lower else best
-                least[j], index[j] = best, where
-            for j in range(part):
-                back[j] = np.uint8(index[j])
-            for j in range(part):
-                for i in range(many):
-                    apart = numbers[j * many + i] - x
-                    after[j * many + i] = apart * apart + least[j]
+                    apart = numbers[top * part + j] - x
+                    cost = apart * apart + spread[top * part + j]
+                    best = cost if cost < best else best
+                least[j] = best
+            if at_once:
+                first(least, spread)
+            else:
+                first(least, room)
+                then(room, spread)
 
         return _jit(step)
 
     low, high = steps
     even, odd = step_of(low), step_of(high)
 
-    def viterbi(x: Any, numbers: Any, costs: Any, least: Any, index: Any, back: Any, path: Any) -> None:
-        length = len(x)
-        costs[0, :] = np.float32(NEVER)
-        for s in range(1 << low):
-            apart = numbers[s] - x[0]
-            costs[0, s] = apart * apart
+    def viterbi(x: Any, numbers: Any, work: Any, least: Any, path: Any) -> None:
+        length, spread = len(x), work[0]
+        for s in range(states):
+            spread[s] = np.float32(0.0) if s < 1 << low else np.float32(NEVER)
+        for j in range(states >> low):
+            least[0, j] = np.float32(NEVER) if j else np.float32(0.0)
         for t in range(1, length):
             if t % 2:
-                odd(costs[0], costs[1], numbers, x[t], back[t], least, index)
+                odd(numbers, x[t - 1], spread, work[1], least[t])
             else:
-                even(costs[1], costs[0], numbers, x[t], back[t], least, index)
-        last = costs[(length - 1) % 2]
-        state = 0
+                even(numbers, x[t - 1], spread, work[1], least[t])
+        state, best = 0, np.float32(np.inf)
         for s in range(states):
-            if last[s] < last[state]:
-                state = s
-        for t in range(length - 1, -1, -1):
+            apart = numbers[s] - x[length - 1]
+            cost = apart * apart + spread[s]
+            if cost < best:
+                state, best = s, cost
+        for t in range(length - 1, 0, -1):
             path[t] = state
-            if t:
-                bits = high if t % 2 else low
-                state = (state >> bits) + back[t, state >> bits] * (states >> bits)
+            bits, before = (high, low) if t % 2 else (low, high)
+            rest, part = state >> bits, states >> bits
+            best = np.float32(np.inf)
+            for top in range(1 << bits):
+                s = top * part + rest
+                apart = numbers[s] - x[t - 1]
+                cost = apart * apart + least[t - 1, s >> before]
+                if cost < best:
+                    state, best = s, cost
+        path[0] = state
 
     return _jit(viterbi)
 
@@ -194,9 +216,8 @@ def _paths(window: int, steps: tuple[int, int]) -> Callable[..., None]:
     def paths(x: Any, numbers: Any, path: Any) -> None:
         count, length = x.shape
         for n in prange(count):
-            costs = np.empty((2, states), np.float32)
-            least, index = np.empty(part, np.float32), np.empty(part, np.int32)
-            viterbi(x[n], numbers, costs, least, index, np.empty((length, part), np.uint8), path[n])
+            work, least = np.empty((2, states), np.float32), np.empty((length, part), np.float32)
+            viterbi(x[n], numbers, work, least, path[n])
 
     return _parallel(paths)
 
@@ -213,17 +234,15 @@ def _settle_paths(window: int, steps: tuple[int, int]) -> Callable[..., None]:
         for piece in prange(-(-rows // walk)):
             a = piece * walk
             b = min(a + walk, rows)
-            costs = np.empty((2, states), np.float32)
-            least, index = np.empty(part, np.float32), np.empty(part, np.int32)
-            back, path = np.empty((walk, part), np.uint8), np.empty(walk, np.int64)
-            value, x = np.empty(b - a, np.float32), np.zeros(walk, np.float32)
+            work, least = np.empty((2, states), np.float32), np.empty((walk, part), np.float32)
+            path, value, x = np.empty(walk, np.int64), np.empty(b - a, np.float32), np.zeros(walk, np.float32)
             for j in range(count):
                 value[:] = aim[j, a:b]
                 for i in range(j):
                     feed(value, deviation[i, a:b], coupling[i, j])
                 for n in range(b - a):
                     x[n] = value[n] / scale[a + n]
-                viterbi(x, numbers, costs, least, index, back, path)
+                viterbi(x, numbers, work, least, path)
                 for n in range(b - a):
                     codes[j, a + n] = np.int32(path[n])
                     deviation[j, a + n] = weight[j, a + n] - numbers[path[n]] * scale[a + n]

@@ -1,4 +1,4 @@
-"""Hadamard transforms of order m * 2^k, m in {1, 12, 20}, with random signs: rotations that cost n log n.
+"""Hadamard transforms of order m * 2^k, m in {1, 12, 20}, with random signs: rotations that cost n sqrt(n).
 
 Orders 12 and 20 by Paley's first construction from the quadratic residues modulo 11 and 19.
 """
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import PlanError
-
-_DENSE = 64  # the product is faster than the sums and differences of pairs up to here
 
 
 @functools.cache
@@ -59,38 +57,30 @@ def factor(width: int) -> tuple[int, ...]:
 
 def transform(x: Tensor, *, transposed: bool = False) -> Tensor:
     """x [..., n] times the orthonormal Hadamard matrix of order n, or times its transpose, which undoes it; in x's
-    dtype.
+    dtype. The matrix is a Kronecker product of two about equally large ones: two small products in its place.
 
     Raises PlanError for a width without a transform.
     """
     width = x.shape[-1]
-    parts = factor(width)
-    y = x.reshape(-1, *parts)
-    for axis, order in enumerate(parts, start=1):
-        y = y.movedim(axis, -1)
-        # Sylvester's matrices are symmetric, Paley's are not.
-        odd = order & (order - 1) != 0
-        y = y @ (paley(order).T if transposed else paley(order)).to(y) if odd else _sylvester(y)
-        y = y.movedim(-1, axis)
+    left, right = (t.to(x) for t in _halves(width))
+    y = x.reshape(-1, len(left), len(right))
+    # y (L (x) R) is LT Y R, and y (L (x) R)T is L Y RT.
+    y = left @ (y @ right.T) if transposed else left.T @ (y @ right)
     return y.reshape(x.shape) / math.sqrt(width)
 
 
-def _sylvester(x: Tensor) -> Tensor:
-    """x [..., 2^k] times Sylvester's matrix, as products with matrices of at most `_DENSE` rows."""
-    order = x.shape[-1]
-    if order <= _DENSE:
-        return x @ _dense(order).to(x)
-    y = x.reshape(-1, order // _DENSE, _DENSE) @ _dense(_DENSE).to(x)
-    return _sylvester(y.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
-
-
-@functools.cache
-def _dense(order: int) -> Tensor:
-    """Sylvester's matrix of order 2^k: float64, entries +-1."""
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while len(h) < order:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return h
+@functools.lru_cache(maxsize=32)
+def _halves(width: int) -> tuple[Tensor, Tensor]:
+    """Two Hadamard matrices whose Kronecker product is that of order `width`, float64, entries +-1."""
+    matrices: list[Tensor] = []
+    for order in factor(width):
+        if order & (order - 1):
+            matrices.append(paley(order))  # not symmetric, unlike Sylvester's
+        else:
+            matrices += [torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)] * (order.bit_length() - 1)
+    cut = min(range(len(matrices) + 1), key=lambda n: sum(math.prod(map(len, x)) for x in (matrices[:n], matrices[n:])))
+    left, right = (functools.reduce(torch.kron, x, torch.ones(1, 1).double()) for x in (matrices[:cut], matrices[cut:]))
+    return left, right
 
 
 def matrix(width: int, seed: int | None = None) -> Tensor:

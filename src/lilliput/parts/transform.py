@@ -115,7 +115,7 @@ class Rotation:
     """A random orthogonal matrix that is cheap to apply, from `seed`; spec and transform in one.
 
     "hadamard": random signs, a Hadamard transform of blocks of the largest order that divides n, and, where that leaves
-    c > 1 blocks, a random orthogonal matrix of order c across them, so that every entry meets every other (n log n +
+    c > 1 blocks, a random orthogonal matrix of order c across them, so that every entry meets every other (n sqrt(n) +
     n c; QuIP#, arXiv 2402.04396). An odd n has blocks of one entry: c = n.
     "kronecker": a random permutation, then the Kronecker product of two random orthogonal matrices of p and q entries,
     p q = n, p and q as close as they can be (n (p + q); QuIP, arXiv 2307.13304).

@@ -53,6 +53,16 @@ def test_equals_are_both_best(sample: dict[str, Any]) -> None:
     assert [row["best_size"] for row in comparison_rows(twins)] == [True, True]
 
 
+def test_speeds_whose_intervals_overlap_are_equal(sample: dict[str, Any]) -> None:
+    """Else noise would make the model with the greater loss one of the best."""
+    good, bad = (model(sample, name, 10, kl, 1.0) for name, kl in (("good", 0.1), ("bad", 0.2)))
+    good["speed"]["decode"]["speedup"] = {"value": 0.98, "low": 0.93, "high": 1.04}
+    bad["speed"]["decode"]["speedup"] = {"value": 1.0, "low": 0.94, "high": 1.06}
+    assert [row["best_speed"] for row in comparison_rows([good, bad])] == [True, False]
+    bad["speed"]["decode"]["speedup"] = {"value": 1.1, "low": 1.05, "high": 1.15}
+    assert [row["best_speed"] for row in comparison_rows([good, bad])] == [True, True]
+
+
 def test_a_model_without_a_figure_is_neither_best_nor_in_the_way(models: list[dict[str, Any]]) -> None:
     models[3]["size"] = models[3]["speed"] = None
     rows = comparison_rows(models)

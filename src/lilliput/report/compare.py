@@ -23,9 +23,10 @@ def comparison_rows(evidences: Sequence[Data]) -> list[dict[str, Any]]:
     Keys: name, model, level (of the verdict), headline, data (name of the data set), bytes, base_bytes,
     compression_ratio, bits_per_weight, model_bits_per_weight, perplexity, perplexity_ratio, kl, agreement, speedup
     (decode, else prefill; intervals as {value, low, high}), recipe (methods), best_size, best_speed: whether no other
-    model is at least as small (as fast) and loses at most as much, one of them strictly. `loss` is what they are
-    compared by: "kl" where all have it, else "perplexity_ratio"; its value, not its interval, counts. Figures that were
-    not measured are None, and such a model is neither best nor in the way of others.
+    model is at least as small (as fast) and loses at most as much, one of them strictly. Speeds whose intervals overlap
+    count as equal. `loss` is what they are compared by: "kl" where all have it, else "perplexity_ratio"; its value, not
+    its interval, counts. Figures that were not measured are None, and such a model is neither best nor in the way of
+    others.
 
     Raises DataError for fewer than two models, models that were compared with different originals, or no data set (by
     fingerprint) in common.
@@ -41,9 +42,10 @@ def comparison_rows(evidences: Sequence[Data]) -> list[dict[str, Any]]:
     for name, row in zip(_names(rows), rows, strict=True):
         row["name"] = name
     lost = [_value(row[loss]) for row in rows]
-    slow = [None if row["speedup"] is None else -row["speedup"]["value"] for row in rows]
+    large = [None if row["bytes"] is None else (row["bytes"], row["bytes"]) for row in rows]
+    slow = [None if row["speedup"] is None else (-row["speedup"]["high"], -row["speedup"]["low"]) for row in rows]
     for i, row in enumerate(rows):
-        row["best_size"] = _best(i, [x["bytes"] for x in rows], lost)
+        row["best_size"] = _best(i, large, lost)
         row["best_speed"] = _best(i, slow, lost)
     return rows
 
@@ -61,7 +63,10 @@ def render_comparison(evidences: Sequence[Data]) -> str:
     sections = [Section("models", "Models", blocks, f"Measured on {data}." if data else "")]
     plots = [x for x in (_by_size(rows), _by_speed(rows)) if x is not None]
     if plots:
-        lead = "Filled and joined: no other model is better in both. By the values; lines are 95 % intervals."
+        lead = (
+            "Filled and joined: no other model is better in both. Lines are 95 % intervals; speeds where they overlap "
+        )
+        lead += "are equal."
         sections.append(Section("pareto", "What a loss buys", plots, lead))
     reasons = [f"{row['name']}: {row['headline']}" for row in rows]
     sections.append(Section("verdicts", "Verdicts", [Prose(tuple(reasons))]))
@@ -91,7 +96,7 @@ def comparison_table(rows: Sequence[Data]) -> Table:
     """All rows as a table, for the page and the terminal."""
     columns = ("model", "verdict", "perplexity, × original", "KL, nats", "size", "smaller", "speed, × original")
     return table(
-        (*columns, "best by size", "best by speed", "bits per weight", "same top token", "recipe"),
+        (*columns, "best by", "bits per weight", "same top token", "recipe"),
         [
             (
                 words(row["name"]),
@@ -103,8 +108,7 @@ def comparison_table(rows: Sequence[Data]) -> Table:
                 if row["compression_ratio"] is None
                 else Cell(f"{row['compression_ratio']:.2f}×", row["compression_ratio"]),
                 cells.times(row["speedup"]),
-                words("★" if row["best_size"] else ""),
-                words("★" if row["best_speed"] else ""),
+                words(", ".join(f"★ {x}" for x in ("size", "speed") if row[f"best_{x}"])),
                 cells.number(row["bits_per_weight"], 3),
                 cells.shares(row["agreement"]),
                 words(row["recipe"]),
@@ -112,7 +116,8 @@ def comparison_table(rows: Sequence[Data]) -> Table:
             for row in rows
         ],
         sortable=True,
-        note="★ Best: no other model is at least as good in both size (speed) and loss, and better in one.",
+        note="★ Best: no other model is at least as good in both size (speed) and loss, and better in one. Speeds "
+        "whose intervals overlap are equal.",
     )
 
 
@@ -164,12 +169,13 @@ def _names(rows: Sequence[Data]) -> list[str]:
     return [f"{'/'.join(path)} ({i})" for i, path in enumerate(paths, 1)]
 
 
-def _best(i: int, costs: Sequence[float | None], losses: Sequence[float | None]) -> bool:
+def _best(i: int, costs: Sequence[tuple[float, float] | None], losses: Sequence[float | None]) -> bool:
+    """Costs as intervals; those that overlap are equal."""
     cost, loss = costs[i], losses[i]
     if cost is None or loss is None:
         return False
     return not any(
-        a is not None and b is not None and a <= cost and b <= loss and (a < cost or b < loss)
+        a is not None and b is not None and ((a[0] <= cost[1] and b < loss) or (a[1] < cost[0] and b <= loss))
         for a, b in zip(costs, losses, strict=True)
     )
 
@@ -188,7 +194,7 @@ def _plot(rows: Sequence[Data], name: str, key: str, best: str, x_axis: str, cap
     if len(known) < 2:
         return None
     points = [
-        figures.Point(str(row["name"]), _cost(cost), lost["value"], lost["low"], lost["high"], bool(row[best]))
+        figures.Point(str(row["name"]), *_cost(cost), lost["value"], lost["low"], lost["high"], bool(row[best]))
         for row, cost, lost in known
     ]
     y_axis = "KL from the original, nats" if loss == "kl" else "perplexity ratio"
@@ -209,8 +215,12 @@ def _plot(rows: Sequence[Data], name: str, key: str, best: str, x_axis: str, cap
     return Picture(*drawn, said, caption, data, (("ours", "none better in both"), ("muted", "another is better")))
 
 
-def _cost(cost: Any) -> float:
-    return float(cost["value"]) if isinstance(cost, Mapping) else float(cost) / 1e6
+def _cost(cost: Any) -> tuple[float, float, float]:
+    """Value and interval as they are drawn."""
+    if isinstance(cost, Mapping):
+        return float(cost["value"]), float(cost["low"]), float(cost["high"])
+    megabytes = float(cost) / 1e6
+    return megabytes, megabytes, megabytes
 
 
 def _by_size(rows: Sequence[Data]) -> Picture | None:

@@ -33,10 +33,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a Pareto plot, with intervals along y; `best`: no other is better in both."""
+    """A point of a Pareto plot, with intervals along x (left, right) and y (low, high); `best`: no other is better in
+    both."""
 
     name: str
     x: float
+    left: float
+    right: float
     y: float
     low: float
     high: float
@@ -180,6 +183,7 @@ def pareto(name: str, points: Sequence[Point], x_axis: str, y_axis: str, upwards
         for p in points:
             colour = COLOUR["ours" if p.best else "muted"]
             axes.plot([p.x, p.x], [p.low, p.high], color=colour, linewidth=1.5)
+            axes.plot([p.left, p.right], [p.y, p.y], color=colour, linewidth=1.5)
             axes.plot([p.x], [p.y], marker="o", markersize=9, color=colour, markerfacecolor=_fill(p), mew=2)
         axes.margins(x=0.12, y=0.12)
         if all(p.y > 0 for p in points) and max(p.y for p in points) > 20 * min(p.y for p in points):

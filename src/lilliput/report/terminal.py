@@ -30,7 +30,7 @@ _LINEARS = 5
 _DATA = ("data", "perplexity, × original", "KL, nats", "same top token", "perplexity")
 _TASKS = ("task", "verdict", "difference", "items")
 _SPEED = ("phase", "original, median", "compressed, median", "speed-up")
-_MODELS = ("model", "verdict", "perplexity, × original", "KL, nats", "size", "speed, × original", "best by size")
+_MODELS = ("model", "verdict", "perplexity, × original", "KL, nats", "size", "speed, × original", "best by")
 
 
 def evaluation(evidence: Data) -> RenderableType:

@@ -24,7 +24,8 @@ TokensOpt = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 SpeedOpt = Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")]
 DtypeOpt = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 TasksOpt = Annotated[
-    str | None, typer.Option(help="Tasks, comma-separated: NAME=FILE.jsonl, or a name that lm-eval knows.")
+    str | None,
+    typer.Option(help="Tasks, comma-separated: NAME=FILE.jsonl, NAME=FILE.yaml, or a name that lm-eval knows."),
 ]
 
 

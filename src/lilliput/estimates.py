@@ -86,6 +86,18 @@ def phases(
     return (*phases, *slopes)
 
 
+def beside(resolved: Resolved) -> tuple[int, int]:
+    """Copies of a site's weights and Gram matrix beside those of a solver (measured): what is turned lies beside what
+    it was made from, and of several parts each is taken from what the others leave over."""
+    weights = grams = 0
+    for scheme in (x.scheme for x in resolved.linears if x.tasks):
+        if scheme.inputs or scheme.outputs:
+            weights, grams = max(weights, 2), max(grams, 2)
+        elif len(scheme.parts) > 1:
+            weights, grams = max(weights, 2), max(grams, 1)
+    return weights, grams
+
+
 def scratch(resolved: Resolved) -> int:
     """Bytes in which methods and formats work whatever the shapes of the weights."""
     methods = max((task.method.scratch for x in resolved.linears for task in x.tasks), default=0)

@@ -47,6 +47,7 @@ class Shape:
     fitting: int = 0  # float32 copies of a block's weights that a step trains it with
     resident: int = 0  # bytes that stay all the time, such as a rotation
     double: bool = False  # whether a step decomposes weights in float64
+    beside: tuple[int, int] = (0, 0)  # further copies of a site's weights and Gram matrix while it is compressed
     scratch: int = 0  # bytes that methods and formats work in whatever the shapes
     fisher: bool = False  # whether squared gradients lie beside the weights while a site is compressed
     phases: tuple[tuple[str, int], ...] = ()  # further phases of the recipe, and what they take
@@ -66,14 +67,15 @@ def live_per_token(block: Block, hidden: int) -> int:
     return fullest
 
 
-def _site_bytes(block: Block, solving: bool) -> int:
+def _site_bytes(block: Block, solving: bool, beside: tuple[int, int]) -> int:
     """The largest site while it is compressed: its weights with the solver's copies, and its Gram matrix likewise."""
     worst = 0
     for site in block.sites:
         weights = 4 * sum(block.linear(name).out_features for name in site.linears) * site.width
         gram = 4 * site.width * site.width
         # A Gram matrix is factored while the weights lie still, and written out when one copy of it is left.
-        worst = max(worst, max(2 * weights + 3 * gram, 4 * weights + 2 * gram) if solving else 4 * weights + gram)
+        most = max(2 * weights + 3 * gram, 4 * weights + 2 * gram) if solving else 4 * weights + gram
+        worst = max(worst, most + beside[0] * weights + beside[1] * gram)
     return worst
 
 
@@ -112,7 +114,7 @@ def estimate(
         parameters = sum(x.parameters for x in block.linears)
         widest = max(max(x.out_features, x.in_features) for x in block.linears)
         # A site is solved while no forward pass runs, and the other way round.
-        solving = max(_site_bytes(block, "gram" in needs), _decomposed(block) if shape.double else 0)
+        solving = max(_site_bytes(block, "gram" in needs, shape.beside), _decomposed(block) if shape.double else 0)
         solving += shape.scratch
         if shape.fisher:
             solving += 2 * 4 * max(sum(block.linear(n).parameters for n in site.linears) for site in block.sites)

@@ -312,6 +312,7 @@ def make(
             packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
             double=any(t.method.double for x in resolved.linears for t in x.tasks)
             or any(t.method.double for t in resolved.allocations),
+            beside=estimates.beside(resolved),
             scratch=estimates.scratch(resolved),
             fitting=max((t.method.module.COPIES for x in resolved.linears for t in x.together), default=0),
             resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,

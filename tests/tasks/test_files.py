@@ -107,6 +107,11 @@ def test_specifications(tmp_path):
     assert parse("bbh:navigate=a.jsonl").known == "bbh"
     assert parse("piqa") == Spec("piqa", "piqa", None)
     assert str(parse("gsm8k=a.jsonl+b.jsonl").examples) == "b.jsonl"
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    found = parse(f"mine={tmp_path / 'mine.yaml'}")
+    assert (found.file, found.definition) == (None, tmp_path / "mine.yaml")
+    with pytest.raises(DataError, match=r"no file 'absent\.yaml' that describes the task 'mine'"):
+        parse("mine=absent.yaml")
     odd = tmp_path / "c++.jsonl"
     odd.touch()
     assert parse(f"my={odd}").file == odd

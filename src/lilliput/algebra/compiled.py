@@ -41,25 +41,13 @@ def best_path(x: Tensor, numbers: Tensor, steps: tuple[int, int]) -> Tensor:
     return torch.from_numpy(path)
 
 
-def settle_paths(
-    numbers: Tensor,
-    steps: tuple[int, int],
-    walk: int,
-    scale: Tensor,
-    aim: Tensor,
-    weight: Tensor,
-    coupling: Tensor,
-    codes: Tensor,
-    deviation: Tensor,
-) -> None:
+def settle_paths(numbers: Tensor, steps: tuple[int, int], walk: int, scale: Tensor, *block: Tensor) -> None:
     """`ldlq.Settle` by walks of `walk` rows, each of which begins at register 0; scale float32 [out], all on the CPU.
 
     What is aimed at must be finite.
     """
     _threads()
-    columns = (x.contiguous().numpy() for x in (aim, weight, coupling))
-    found = codes.numpy(), deviation.numpy()
-    _settle_paths(_window(numbers), steps)(numbers.numpy(), walk, scale.contiguous().numpy(), *columns, *found)
+    _settle_paths(_window(numbers), steps)(numbers.numpy(), walk, scale.contiguous().numpy(), *_shared(*block))
 
 
 def nearest_e8(x: Tensor, patterns: Tensor) -> Tensor:
@@ -70,22 +58,16 @@ def nearest_e8(x: Tensor, patterns: Tensor) -> Tensor:
     return torch.from_numpy(entry)
 
 
-def settle_e8(
-    patterns: Tensor,
-    table: Tensor,
-    scale: Tensor,
-    aim: Tensor,
-    weight: Tensor,
-    coupling: Tensor,
-    codes: Tensor,
-    deviation: Tensor,
-) -> None:
+def settle_e8(patterns: Tensor, table: Tensor, scale: Tensor, *block: Tensor) -> None:
     """`ldlq.Settle` by points of E8P; table float32 [65536, 8], scale float32 [out], all on the CPU. A code is the
     point's entry number times 8 and the row's place within it. What is aimed at must be finite."""
     _threads()
-    columns = (x.contiguous().numpy() for x in (aim, weight, coupling))
-    given = *_known(patterns), table.numpy(), scale.contiguous().numpy()
-    _settle_points()(*given, *columns, codes.numpy(), deviation.numpy())
+    _settle_points()(*_known(patterns), table.numpy(), scale.contiguous().numpy(), *_shared(*block))
+
+
+def _shared(aim: Tensor, weight: Tensor, coupling: Tensor, codes: Tensor, deviation: Tensor) -> list[Any]:
+    """A block as arrays; the last two share the tensors' memory, for they are written."""
+    return [*(x.contiguous().numpy() for x in (aim, weight, coupling)), codes.numpy(), deviation.numpy()]
 
 
 def _window(numbers: Tensor) -> int:

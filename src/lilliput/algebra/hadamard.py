@@ -63,15 +63,16 @@ def transform(x: Tensor, *, transposed: bool = False) -> Tensor:
     """
     width = x.shape[-1]
     left, right = (t.to(x) for t in _halves(width))
-    y = x.reshape(-1, len(left), len(right))
+    # Products round by how a matrix lies in memory: what is equal has to stay equal.
+    y = x.reshape(-1, len(left), len(right)).contiguous()
     # y (L (x) R) is LT Y R, and y (L (x) R)T is L Y RT.
     y = left @ (y @ right.T) if transposed else left.T @ (y @ right)
-    return y.reshape(x.shape) / math.sqrt(width)
+    return y.reshape(x.shape)
 
 
 @functools.lru_cache(maxsize=32)
 def _halves(width: int) -> tuple[Tensor, Tensor]:
-    """Two Hadamard matrices whose Kronecker product is that of order `width`, float64, entries +-1."""
+    """Two matrices whose Kronecker product is the orthonormal Hadamard matrix of order `width`, float64."""
     matrices: list[Tensor] = []
     for order in factor(width):
         if order & (order - 1):
@@ -80,7 +81,7 @@ def _halves(width: int) -> tuple[Tensor, Tensor]:
             matrices += [torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)] * (order.bit_length() - 1)
     cut = min(range(len(matrices) + 1), key=lambda n: sum(math.prod(map(len, x)) for x in (matrices[:n], matrices[n:])))
     left, right = (functools.reduce(torch.kron, x, torch.ones(1, 1).double()) for x in (matrices[:cut], matrices[cut:]))
-    return left, right
+    return left, right / math.sqrt(width)
 
 
 def matrix(width: int, seed: int | None = None) -> Tensor:

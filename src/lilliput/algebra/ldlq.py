@@ -25,7 +25,7 @@ class Settle(Protocol):
     coupling_ij * deviation_i.
     """
 
-    def __call__(self, aim: Tensor, weight: Tensor, coupling: Tensor, codes: Tensor, deviation: Tensor) -> None: ...
+    def __call__(self, aim: Tensor, weight: Tensor, coupling: Tensor, codes: Tensor, deviation: Tensor, /) -> None: ...
 
 
 def by_column(nearest: Nearest) -> Settle:

@@ -48,7 +48,7 @@ class SiteStats:
         size = factor.abs()
         return replace(
             self,
-            gram=None if self.gram is None else self.gram * factor[:, None] * factor[None, :],
+            gram=None if self.gram is None else (self.gram * factor[:, None]).mul_(factor),
             square=by(self.square, factor * factor),
             mean=by(self.mean, factor),
             absmax=by(self.absmax, size),

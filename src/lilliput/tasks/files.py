@@ -21,16 +21,18 @@ KINDS: Mapping[str, ModuleType] = {"choice": choice, "cloze": cloze, "generate":
 
 @dataclass(frozen=True)
 class Spec:
-    """A task as the user named it: NAME=FILE, NAME=FILE+EXAMPLES, KNOWN:LABEL=FILE, or NAME alone.
+    """A task as the user named it: NAME=FILE, NAME=FILE+EXAMPLES, KNOWN:LABEL=FILE, NAME=FILE.yaml, or NAME alone.
 
     known: the entry of the table that reads the rows (see known.yaml), any other name being a user's own format; file:
-    None for a task that the evaluation harness is to fetch; examples: a file whose first rows are worked examples.
+    None for a task of the evaluation harness; examples: a file whose first rows are worked examples; definition: the
+    harness's own description of the task NAME, None where it knows it.
     """
 
     name: str
     known: str
     file: Path | None
     examples: Path | None = None
+    definition: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,20 @@ class Task:
 
 
 def parse(text: str) -> Spec:
-    """A task's specification from the command line. Raises DataError for an empty name or file."""
+    """A task's specification from the command line. Raises DataError for an empty name or file, and where there is no
+    file to define a task."""
     name, equals, path = text.strip().partition("=")
     known = name.partition(":")[0]
     if not known or (equals and not path):
-        raise DataError(f"'{text}' is no task: give NAME=FILE.jsonl, NAME=FILE.jsonl+EXAMPLES.jsonl, or NAME alone.")
+        raise DataError(
+            f"'{text}' is no task: give NAME=FILE.jsonl, NAME=FILE.jsonl+EXAMPLES.jsonl, NAME=FILE.yaml, or NAME alone."
+        )
     if not equals:
         return Spec(name, known, None)
+    if Path(path).suffix in (".yaml", ".yml"):
+        if not Path(path).is_file():
+            raise DataError(f"there is no file '{path}' that describes the task '{name}'.")
+        return Spec(name, known, None, definition=Path(path))
     file, plus, examples = path.rpartition("+")
     if not plus or not file or Path(path).exists():
         return Spec(name, known, Path(path))

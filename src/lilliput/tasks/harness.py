@@ -1,7 +1,8 @@
 """EleutherAI's lm-evaluation-harness as a library: any task that it knows, and our models inside it.
 
 Gao et al. 2024, doi:10.5281/zenodo.12608602. The package is optional (extra `eval`); its tasks fetch their data sets
-from the Hugging Face hub. Local files need neither: see `files.load_task`.
+from the Hugging Face hub, unless a task file of the user's own names local ones. Local files in this package's forms
+need neither: see `files.load_task`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lilliput.errors import DataError, LilliputError
@@ -90,16 +92,16 @@ def adapter(loaded: Loaded, step: Callable[[int, int], None] = lambda done, tota
 
 
 @cache
-def _manager() -> Any:
-    """The harness's index of its tasks; made once, because that takes ten seconds."""
+def _manager(folder: Path | None) -> Any:
+    """The harness's index of its tasks and of those in `folder`; made once, because that takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_path=folder)
 
 
-def _known(names: Sequence[str]) -> Any:
+def _known(names: Sequence[str], folder: Path | None) -> Any:
     """The harness's task manager. Raises DataError for a name that it does not know."""
-    manager = _manager()
+    manager = _manager(folder)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -133,11 +135,15 @@ def run(
     loaded: Loaded,
     names: Sequence[str],
     *,
+    definition: Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, HarnessScores]:
     """Scores by task of harness tasks or groups, run on a model in memory.
+
+    definition: a task file of the user's own; what lies beside it is known too, and Python that it names with
+    `!function` runs.
 
     Raises LilliputError where the harness is not installed, DataError for a task that it does not know, whose data set
     cannot be fetched or that scores no single items.
@@ -145,7 +151,7 @@ def run(
     model = adapter(loaded, step)
     import lm_eval
 
-    manager = _known(names)
+    manager = _known(names, None if definition is None else definition.resolve().parent)
     try:
         found: Any = lm_eval.simple_evaluate(
             model=model,

@@ -114,7 +114,10 @@ def _answers(
     for spec in specs:
         task = tasks.get(spec.name)
         if task is None:
-            for name, x in harness.run(model, [spec.name], limit=limit, shots=shots, step=step(spec.name)).items():
+            scored = harness.run(
+                model, [spec.name], definition=spec.definition, limit=limit, shots=shots, step=step(spec.name)
+            )
+            for name, x in scored.items():
                 found[name] = _Answers(x.kind, x.metric, x.shots, x.fingerprint, x.scores)
         else:
             scores = task.kind.measure(model, task.shape, task.items, step(spec.name))
@@ -138,7 +141,8 @@ def run_tasks(
     """Score tasks with a model and, against a base model, test what changed.
 
     specs: see `files.parse`: "piqa=FILE.jsonl" for a known data set, "my=FILE.jsonl" for the own formats,
-    "gsm8k=TEST.jsonl+TRAIN.jsonl" with worked examples, "piqa" alone for the harness. limit: the first so many items of
+    "gsm8k=TEST.jsonl+TRAIN.jsonl" with worked examples, "piqa" alone for the harness, "my=FILE.yaml" for a task in the
+    harness's own form. limit: the first so many items of
     each; shots: worked examples, by default what the table says. Both models see identical items, one model in memory
     at a time. work: folder that keeps answers, so that an interrupted run goes on. calibration: tokens that the model
     was calibrated on; items that occur there are noted.

@@ -106,13 +106,13 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     into, out_of = _turns(o)
     inputs: tuple[Transform, ...] = (_balance(layer, stats.need("gram")), *into) if o.diagonal else into
     turned = layer.between(inputs, out_of) if inputs or out_of else layer
-    seen = stats.through(inputs)
+    stats = stats.through(inputs)  # in place of what it is made from: Gram matrices are large
     if isinstance(form, IntegerFormat):
         options = gptq.Options(act_order=False, damping=o.damping, shrinkage=0.0, refine=o.refine)
-        return gptq.compress(turned, seen, target, options)
+        return gptq.compress(turned, stats, target, options)
     if not isinstance(form, VectorFormat | TrellisFormat):
         raise PlanError(f"'quip' has no sweep for {form.describe()}")
-    return turned.with_part(_walk(turned.rest(), seen.need("gram"), form, o))
+    return turned.with_part(_walk(turned.rest(), stats.need("gram"), form, o))
 
 
 def _balance(layer: Layer, gram: Tensor) -> Scale:

@@ -84,3 +84,21 @@ def test_a_norm_that_is_damaged_is_named(llama, text, change) -> None:
     name = "model.layers.4.input_layernorm.weight"
     change(out, name, lambda gain: gain * 3)
     assert name in [x.tensor for x in suspects(out, base)]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), RECIPES)
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_one_damaged_entry_of_a_norm_is_found(llama, text, change, recipe, settings, norm) -> None:
+    base = llama()
+    out = compressed(base, text, recipe, *settings)
+    name = f"model.layers.1.{norm}.weight"
+
+    def break_entry(gain: torch.Tensor) -> torch.Tensor:
+        gain = gain.clone()
+        gain[5] *= 3
+        return gain
+
+    change(out, name, break_entry)
+    (found,) = suspects(out, base)
+    assert found.tensor == name
+    assert found.reason.startswith("entry 5 of it, off by a factor of up to ")

@@ -24,7 +24,7 @@ from torch import Tensor
 MEMORY = 190 << 20  # bytes that numba and its compiler take (measured)
 NEVER = 1e30  # the cost of what cannot be; finite, so that nothing becomes NaN
 _EXACT = {"nnan", "nsz"}  # lets comparisons be vectorized; sums are neither reordered nor fused
-_LANES = 16  # vectors of E8 that a thread compares side by side
+_LANES = 32  # vectors of E8 that a thread compares side by side
 
 
 def available() -> bool:
@@ -235,29 +235,26 @@ def _settle_paths(window: int, steps: tuple[int, int]) -> Callable[..., None]:
 @functools.cache
 def _point() -> Any:
     """The best of 512 candidates for each of `_LANES` vectors x [8, _LANES], which lie side by side; see `algebra.e8`.
-    `work`: room for 6 numbers of each lane; `entry` [_LANES] is written."""
+    All but `x` and the three of the patterns is room to work in, [_LANES] (`size`: [8, _LANES]); `entry` is written."""
     lanes = _LANES
 
     def best_of_all(
-        size: Any, odd: Any, norm: Any, patterns: Any, square: Any, total: Any, work: Any, chosen: Any
+        size: Any, odd: Any, norm: Any, patterns: Any, square: Any, total: Any, score: Any, chosen: Any
     ) -> None:
-        gain, weakest, score = work[0], work[1], work[2]
         for n in range(lanes):
             score[n] = np.float32(-np.inf)
         for k in range(len(patterns)):
+            # Written out, so that nothing but the vectors' entries comes from memory.
+            p0, p1, p2, p3 = patterns[k, 0], patterns[k, 1], patterns[k, 2], patterns[k, 3]
+            p4, p5, p6, p7 = patterns[k, 4], patterns[k, 5], patterns[k, 6], patterns[k, 7]
+            even, least = np.int32(total[k]) & 1, square[k]
             for n in range(lanes):
-                gain[n] = size[0, n] * patterns[k, 0]
-                weakest[n] = gain[n]
-            for i in range(1, 8):
-                for n in range(lanes):
-                    term = size[i, n] * patterns[k, i]
-                    gain[n] += term
-                    weakest[n] = term if term < weakest[n] else weakest[n]
-            even = np.int32(total[k]) & 1
-            for n in range(lanes):
-                wrong = odd[n] != even
-                worth = np.float32(2.0) * gain[n] - square[k]
-                worth -= np.float32(4.0) * weakest[n] if wrong else np.float32(0.0)
+                a, b, c, d = size[0, n] * p0, size[1, n] * p1, size[2, n] * p2, size[3, n] * p3
+                e, f, g, h = size[4, n] * p4, size[5, n] * p5, size[6, n] * p6, size[7, n] * p7
+                gain = ((((((a + b) + c) + d) + e) + f) + g) + h
+                weakest = min(min(min(a, b), min(c, d)), min(min(e, f), min(g, h)))
+                worth = np.float32(2.0) * gain - least
+                worth -= np.float32(4.0) * weakest if odd[n] != even else np.float32(0.0)
                 worth -= norm[n]
                 more = worth > score[n]
                 score[n] = worth if more else score[n]
@@ -266,9 +263,18 @@ def _point() -> Any:
     try_all: Any = _jit(best_of_all)
 
     def point(
-        x: Any, patterns: Any, square: Any, total: Any, size: Any, odd: Any, chosen: Any, work: Any, entry: Any
+        x: Any,
+        patterns: Any,
+        square: Any,
+        total: Any,
+        size: Any,
+        odd: Any,
+        chosen: Any,
+        score: Any,
+        best: Any,
+        norm: Any,
+        entry: Any,
     ) -> None:
-        score, best, norm = work[2], work[3], work[4]
         for shift in range(2):
             move = np.float32(0.25) if shift else np.float32(-0.25)
             for n in range(lanes):
@@ -279,7 +285,7 @@ def _point() -> Any:
                     size[i, n] = abs(y)
                     norm[n] += y * y
                     odd[n] ^= np.int32(y < 0)
-            try_all(size, odd, norm, patterns, square, total, work, chosen)
+            try_all(size, odd, norm, patterns, square, total, score, chosen)
             for n in range(lanes):
                 if shift and not score[n] > best[n]:
                     continue
@@ -307,10 +313,11 @@ def _points() -> Callable[..., None]:
             a = part * lanes
             here = min(lanes, count - a)
             vectors, found = np.zeros((8, lanes), np.float32), np.empty(lanes, np.int64)
-            size, work = np.empty((8, lanes), np.float32), np.empty((5, lanes), np.float32)
+            size, norm = np.empty((8, lanes), np.float32), np.empty(lanes, np.float32)
             odd, chosen = np.empty(lanes, np.int32), np.zeros(lanes, np.int32)
+            score, best = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
             vectors[:, :here] = x[:, a : a + here]
-            point(vectors, patterns, square, total, size, odd, chosen, work, found)
+            point(vectors, patterns, square, total, size, odd, chosen, score, best, norm, found)
             entry[a : a + here] = found[:here]
 
     return _parallel(points)
@@ -337,8 +344,9 @@ def _settle_points() -> Callable[..., None]:
             a = part * 8 * lanes
             b = min(a + 8 * lanes, rows)
             vectors, found = np.zeros((8, lanes), np.float32), np.empty(lanes, np.int64)
-            size, work = np.empty((8, lanes), np.float32), np.empty((5, lanes), np.float32)
+            size, norm = np.empty((8, lanes), np.float32), np.empty(lanes, np.float32)
             odd, chosen = np.empty(lanes, np.int32), np.zeros(lanes, np.int32)
+            score, best = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
             value = np.empty(b - a, np.float32)
             for j in range(count):
                 value[:] = aim[j, a:b]
@@ -346,7 +354,7 @@ def _settle_points() -> Callable[..., None]:
                     feed(value, deviation[i, a:b], coupling[i, j])
                 for n in range(b - a):
                     vectors[n % 8, n // 8] = value[n] / scale[a + n]
-                point(vectors, patterns, square, total, size, odd, chosen, work, found)
+                point(vectors, patterns, square, total, size, odd, chosen, score, best, norm, found)
                 for n in range(b - a):
                     entry = found[n // 8]
                     codes[j, a + n] = np.int32(entry * 8 + n % 8)

@@ -8,9 +8,9 @@ producer's rows. What is left beyond that is error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isnan, prod
+from math import isnan, log, prod
 from statistics import median
 
 import torch
@@ -25,6 +25,8 @@ _FOLDED = 0.05  # |log| of a gain or row factor from which on it is a fold and n
 _SAMPLE = 1 << 16
 FAR = 4.0  # times the median error of a matrix's rows, and
 BROKEN = 0.7  # a relative error, from which on a row looks damaged
+_OFF = log(1.5)  # |log| of a gain's entry from which on it looks damaged, and
+_SPREAD = 8.0  # times the median of them
 _TURNED = 0.5  # cosine between weights under which the model's coordinates are other ones altogether
 
 
@@ -54,16 +56,39 @@ class RowErrors:
 
 
 @dataclass(frozen=True)
+class EntryErrors:
+    """Entries of a gain that no linear behind it makes up for, as |log| of the factor that is left: their median, the
+    largest, its entry, and how many stand out."""
+
+    usual: float
+    worst: float
+    entry: int
+    count: int
+
+    @staticmethod
+    def of(left: Sequence[Tensor]) -> EntryErrors:
+        """From the factors [in] of the columns of each linear behind the gain, 1 for none. An entry is as far off as in
+        the linear that shows it least: rounding moves the columns of each in its own way, a damaged gain all alike."""
+        away = torch.stack([x.clamp(min=1e-3).log() for x in left])
+        away -= away.median(1, keepdim=True).values
+        alike = (away > 0).all(0) | (away < 0).all(0)
+        least = torch.where(alike, away.abs().amin(0), 0.0)
+        usual, (worst, entry) = float(least.median()), least.max(0)
+        far = (least > _OFF) & (least > _SPREAD * usual)
+        return EntryErrors(usual, float(worst), int(entry), int(far.sum()))
+
+
+@dataclass(frozen=True)
 class WeightLoss:
     """A tensor of a block of the compressed model beside the original's.
 
-    linear: whether it is the weight of a linear, which `name` and `role` then tell; of other tensors the role is the
-    name relative to the block; `rows`: errors of a linear's rows one by one. error: Frobenius norm of the difference
-    over that of the weight, coordinates aligned; level: median of log(compressed / original) over the larger weights,
-    near 0 unless something scaled the tensor as a whole; cosine: between both before alignment, `fit` after it; zeros:
-    share of exact zeros. Where a fold moves scales between two tensors, only their product can be held against the
-    original: both then have its level, `partner` names the other linear, and `raw` is the level of each by itself, fold
-    included.
+    linear: whether it is the weight of a linear, which `name` and `role` then tell; of other tensors the role is
+    the name relative to the block; `rows`: errors of a linear's rows one by one; `entries`: of a norm's gain.
+    error: Frobenius norm of the difference over that of the weight, coordinates aligned; level: median of
+    log(compressed / original) over the larger weights, near 0 unless something scaled the tensor as a whole;
+    cosine: between both before alignment, `fit` after it; zeros: share of exact zeros. Where a fold moves scales
+    between two tensors, only their product can be held against the original: both then have its level, `partner`
+    names the other linear, and `raw` is the level of each by itself, fold included.
     """
 
     name: str
@@ -78,6 +103,7 @@ class WeightLoss:
     raw: float
     partner: str | None = None
     rows: RowErrors | None = None
+    entries: EntryErrors | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,13 @@ def _row_factors(ours: Tensor, base: Tensor) -> Tensor:
     energy = base.square().sum(1)
     factor = (ours * base).sum(1) / energy.clamp(min=1e-30)
     return torch.where((energy > 0) & (factor > 0), factor, 1.0)
+
+
+def _column_factors(ours: Tensor, base: Tensor) -> Tensor:
+    """Least-squares factor of each column, [in]; below 1 that of the weights which are left, for zeros may be pruned."""
+    whole = _row_factors(ours.T, base.T)
+    left = _row_factors(ours.T, torch.where(ours == 0, 0.0, base).T)
+    return torch.where(whole < 1, left.clamp(max=1.0), whole)
 
 
 def producers(block: Block, ours: BlockWeights, base: BlockWeights) -> dict[str, Pair]:
@@ -161,12 +194,17 @@ def compare(model: Model, against: Model, index: int) -> list[WeightLoss]:
     ours, base = BlockWeights(model, index, block), BlockWeights(against, index, block)
     pairs = producers(block, ours, base)
     aligned = align(block, ours, base, pairs)
+    behind = {reader for link in block.links if link.kind == "norm" for reader in link.readers}
+    left: dict[str, Tensor] = {}
     out: list[WeightLoss] = []
     for linear in block.linears:
         known = linear.name in pairs
         v, w = pairs.pop(linear.name) if known else (ours.linear(linear), base.linear(linear))
         name = f"{base.prefix}.{linear.name}"
-        out.append(_loss(name, index, linear.role, True, v, w, aligned[linear.name].apply(w)))
+        fitting = aligned[linear.name].apply(w)
+        out.append(_loss(name, index, linear.role, True, v, w, fitting))
+        if linear.name in behind:
+            left[name] = _column_factors(v, fitting)
     out = _linked(out, block, base.prefix, aligned)
     named = {x.name: x for x in out}
     gains = {
@@ -184,7 +222,8 @@ def compare(model: Model, against: Model, index: int) -> list[WeightLoss]:
             # A fold moves scales between a gain and the linears behind it, where the error is measured; what a gain has
             # moved without them shows in their levels.
             missed = abs(median(named[x].level for x in gains[name])) > 0.5 * abs(found.level)
-            found = replace(found, error=0.0, fit=1.0, level=found.level if missed else 0.0)
+            entries = EntryErrors.of([left[x] for x in gains[name]])
+            found = replace(found, error=0.0, fit=1.0, level=found.level if missed else 0.0, entries=entries)
         out.append(found)
     return out
 

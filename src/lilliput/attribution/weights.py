@@ -132,7 +132,7 @@ def _row_factors(ours: Tensor, base: Tensor) -> Tensor:
 
 
 def _column_factors(ours: Tensor, base: Tensor) -> Tensor:
-    """Least-squares factor of each column, [in]; below 1 that of the weights which are left, for zeros may be pruned."""
+    """Least-squares factor of each column [in]; where it is below 1, of the weights that pruning has left."""
     whole = _row_factors(ours.T, base.T)
     left = _row_factors(ours.T, torch.where(ours == 0, 0.0, base).T)
     return torch.where(whole < 1, left.clamp(max=1.0), whole)

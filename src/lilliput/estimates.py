@@ -92,7 +92,7 @@ def beside(resolved: Resolved) -> tuple[int, int]:
     weights = grams = 0
     for scheme in (x.scheme for x in resolved.linears if x.tasks):
         if scheme.inputs or scheme.outputs:
-            weights, grams = max(weights, 2), max(grams, 2)
+            weights, grams = max(weights, 2), max(grams, 5)
         elif len(scheme.parts) > 1:
             weights, grams = max(weights, 2), max(grams, 1)
     return weights, grams

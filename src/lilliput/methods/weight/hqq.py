@@ -3,7 +3,7 @@
 min over S, Z of sum |w - S (q - Z)|^p by half-quadratic splitting, in code units: with e the rounding error, the
 shrinkage e' = sign(e) max(|e| - |e|^(p-1) / beta, 0) takes the large errors for outliers and out of the way; then, for
 the codes q as they are, Z = mean(q - (w / S - e')) and beta grows by kappa. Zero points are stored as integers here, so
-Z is rounded; with `scale` the scale takes part too: S = sum c (w - S e') / sum c^2 with c = q - Z, as it is stored. That
+Z is rounded; with `scale` the scale takes part too: S = sum c (w - S e') / sum c^2 with c = q - Z, as stored. That
 lowers the l_p error and, on a real model at 3 bits, raises the loss. Of all grids seen each unit keeps the one of least
 l_p error, its start included.
 

@@ -65,8 +65,8 @@ def render_comparison(evidences: Sequence[Data]) -> str:
     if plots:
         lead = (
             "Filled and joined: no other model is better in both. Lines are 95 % intervals; speeds where they overlap "
+            "are equal."
         )
-        lead += "are equal."
         sections.append(Section("pareto", "What a loss buys", plots, lead))
     reasons = [f"{row['name']}: {row['headline']}" for row in rows]
     sections.append(Section("verdicts", "Verdicts", [Prose(tuple(reasons))]))

@@ -142,10 +142,9 @@ def run_tasks(
 
     specs: see `files.parse`: "piqa=FILE.jsonl" for a known data set, "my=FILE.jsonl" for the own formats,
     "gsm8k=TEST.jsonl+TRAIN.jsonl" with worked examples, "piqa" alone for the harness, "my=FILE.yaml" for a task in the
-    harness's own form. limit: the first so many items of
-    each; shots: worked examples, by default what the table says. Both models see identical items, one model in memory
-    at a time. work: folder that keeps answers, so that an interrupted run goes on. calibration: tokens that the model
-    was calibrated on; items that occur there are noted.
+    harness's own form. limit: the first so many items of each; shots: worked examples, by default what the table says.
+    Both models see identical items, one model in memory at a time. work: folder that keeps answers, so that an
+    interrupted run goes on. calibration: tokens that the model was calibrated on; items that occur there are noted.
 
     Raises DataError (bad task or row, models with different tokenizers, no network for a task without a file),
     SourceError (a model that cannot be loaded, logits that are not finite), PlanError (unknown dtype).

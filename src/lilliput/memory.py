@@ -20,6 +20,7 @@ BASE = 160 * MB
 SLACK = 1.06
 STILL = 60 * MB  # the same where no forward pass runs
 TABLE_ROWS = 4096  # rows of the token table read at a time
+FORWARD = 32 * MB  # glibc's largest threshold for mapping
 
 
 @dataclass(frozen=True)
@@ -232,19 +233,20 @@ def readable(size: float, up: bool = False) -> str:
     return f"{int(size)}B"
 
 
-def steady() -> None:
-    """Let glibc map large tensors one by one, so that freeing them gives their memory back at once.
+def steady(largest: int = 3 * MB) -> None:
+    """Let glibc map tensors of `largest` bytes or more one by one: freeing them gives their memory back at once.
 
     By default the threshold grows with use, large tensors end up on the heap, and what a run holds at its fullest stays
     with the process: on SmolLM2 that took 370 MB where 230 to 300 do. A threshold of 1 MB would save another 40 MB, but
-    every tensor then is faulted in page by page, which cost a fifth of the time.
+    every tensor then is faulted in page by page, which cost a fifth of the time. `FORWARD` is for forward passes and
+    heads, whose tensors come and go in the same few sizes.
     """
     import ctypes
 
     try:
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 3 * MB)  # M_MMAP_THRESHOLD
-        library.mallopt(-1, 24 * MB)  # M_TRIM_THRESHOLD
+        library.mallopt(-3, largest)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, 8 * largest)  # M_TRIM_THRESHOLD
         library.mallopt(-8, 1)  # M_ARENA_MAX
     except (OSError, AttributeError):
         return

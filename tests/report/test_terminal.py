@@ -52,5 +52,5 @@ def test_models_side_by_side(sample: dict[str, Any]) -> None:
     lines = text(terminal.comparison([sample, other]), 120).splitlines()
     rows = {line.split()[0]: line for line in lines if line.startswith("  sample-lm")}
     assert rows.keys() == {"sample-lm-w4", "sample-lm-w8"}
-    assert "★ size, ★ speed" in rows["sample-lm-w8"]
-    assert "★ size" not in rows["sample-lm-w4"]
+    assert "★\N{NO-BREAK SPACE}size, ★\N{NO-BREAK SPACE}speed" in rows["sample-lm-w8"]
+    assert "★\N{NO-BREAK SPACE}size" not in rows["sample-lm-w4"]

@@ -108,7 +108,7 @@ def comparison_table(rows: Sequence[Data]) -> Table:
                 if row["compression_ratio"] is None
                 else Cell(f"{row['compression_ratio']:.2f}×", row["compression_ratio"]),
                 cells.times(row["speedup"]),
-                words(", ".join(f"★ {x}" for x in ("size", "speed") if row[f"best_{x}"])),
+                words(", ".join(f"★\N{NO-BREAK SPACE}{x}" for x in ("size", "speed") if row[f"best_{x}"])),
                 cells.number(row["bits_per_weight"], 3),
                 cells.shares(row["agreement"]),
                 words(row["recipe"]),

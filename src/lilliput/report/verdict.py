@@ -169,7 +169,8 @@ def _bad(evidence: Data, data: Sequence[Data]) -> list[tuple[str, str]]:
         ratio = row["perplexity_ratio"]
         if ratio["low"] > BAD_RATIO:
             said = f"perplexity on {row['name']} is {ratio['value']:.3g} times the original's"
-            found.append((said, f"P{said[1:]}."))
+            why = f"On {row['name']} the low end of the interval, {ratio['low']:.3g}, lies above the limit, {BAD_RATIO}."
+            found.append((said, why))
     return found
 
 

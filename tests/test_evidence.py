@@ -86,6 +86,16 @@ def test_a_compression_carries_what_its_plan_noted(tiny, tmp_path: Path) -> None
     validate(done.evidence, SCHEMA)
 
 
+def test_what_a_pruned_model_need_not_multiply_is_counted(tiny, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, out = str(tiny("llama")), tmp_path / "half"
+    lilliput.compress(base, out, recipe="magnitude", settings=["magnitude.pattern=2:4"], tokens=64, eval_windows=0)
+    sizes = [gather(x, base, windows=2, tokens=48)[1]["size"] for x in (out, pair[0])]
+    shapes = [x.shape for name, x in open_source(base).stored.items() if "_proj" in name]
+    linears = sum(rows * width for rows, width in shapes)
+    assert sizes[0]["macs_saved"] == linears // 2
+    assert sizes[1]["macs_saved"] is None
+
+
 def test_a_missed_limit_is_exit_status_3(pair: tuple[Path, Path], tmp_path: Path) -> None:
     out, base = map(str, pair)
     page = tmp_path / "report.html"

@@ -44,9 +44,14 @@ def assemble(
 ) -> Data:
     """The evidence of an evaluation of `model`, of what its files say, and of further parts, by their keys; gates:
     max_kl, max_ppl_increase and min_agreement, None for no limit. The verdict comes last, from all of it."""
-    from lilliput.efficiency import count
+    from lilliput.efficiency import count, count_zeros, shapes_of
 
-    found = _described(evaluation, model) | {"size": count(model, against).to_json()} | dict(parts)
+    found = _described(evaluation, model)
+    steps = [step.get("target") or {} for step in (found.get("recipe") or {}).get("steps") or ()]
+    # Reads every weight once more, and a grid has zeros of its own that nobody means to skip.
+    pruned = any(x.get("sparsity") or x.get("pattern") for x in steps)
+    zeros = count_zeros(model, shapes_of(model)) if pruned else None
+    found |= {"size": count(model, against, zeros=zeros).to_json()} | dict(parts)
     found["quality"] = _quality(evaluation) | dict(parts.get("quality") or {})
     found["gates"] = check_gates(found, **gates)
     found["verdict"] = verdict(found)

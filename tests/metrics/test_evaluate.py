@@ -153,7 +153,7 @@ def test_the_layout_follows_the_budget(folder, text):
     path = folder("wide", wide)
     model = room.open_model(str(path))
     assert layout.choose([model, model], 64, 10**9) == layout.Layout(16, 5_000, 4_096)
-    tight = layout.choose([model, model], 64, int((layout.ram.BASE + 2_200_000) * layout.ram.SLACK))
+    tight = layout.choose([model, model], 64, int((layout.ram.BASE + 1_500_000) * layout.ram.SLACK))
     assert tight.batch < 16
     assert tight.tile < tight.columns < 5_000
     with pytest.raises(

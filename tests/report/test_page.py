@@ -161,3 +161,17 @@ def test_missing_libraries_are_named_with_the_remedy(sample: dict[str, Any], mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LilliputError, match=r"needs matplotlib.*pip install 'lilliput\[report\]'"):
         render(sample)
+
+
+def test_what_holds_of_several_predictions_is_said_once(sample: dict[str, Any]) -> None:
+    row = sample["roofline"]["rows"][0]
+    effect = "prefill is bound by arithmetic: 4-bit weights will not make it faster."
+
+    def prediction(device: str, context: int, speedup: float) -> dict[str, Any]:
+        said = f"On a {device} at batch 1 and {context:,} tokens {effect}"
+        return row | {"device": device, "phase": "prefill", "context": context, "speedup": speedup, "sentence": said}
+
+    slow = [prediction("one", 512, 1.0), prediction("one", 4096, 1.01), prediction("two", 4096, 1.0)]
+    sample["roofline"]["rows"] = [*slow, prediction("two", 512, 1.5)]
+    said = "Prefill is bound by arithmetic: 4-bit weights will not make it faster (one, two in 1 of 2)."
+    assert render(sample).count(said) == 1

@@ -47,6 +47,13 @@ def test_the_worst_data_set_decides() -> None:
     assert verdict(evidence(fine, interval(0.9, 1.0, 1.1)))["level"] == "unsure"
 
 
+def test_a_reason_says_more_than_the_headline() -> None:
+    answer = verdict(evidence(interval(1.3, 1.4, 1.5), size={"bytes": 1_000_100, "base_bytes": 1_000_000}))
+    assert "1.4 times" in answer["headline"]
+    assert answer["reasons"][0] == "On text0 the low end of the interval, 1.3, lies above the limit, 1.25."
+    assert answer["reasons"][-1] == "No smaller on disk: 1.0 MB."
+
+
 def test_a_suspect_or_a_missed_gate_is_bad_whatever_the_ratio() -> None:
     fine = interval(0.998, 1.0, 1.002)
     suspect = {"tensor": "a.weight_scale", "reason": "twice its row", "factor": 2.0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ TENSORS = 3000  # rows of the per-tensor table; more make a page that phones can
 OPERATORS = 600
 _SENTENCES = 6
 _FASTER = 1.05  # less is not felt
+_PLACE = re.compile(r"^On .* at batch \d+ and [\d,]+ tokens ")
 BARS = (("base", "original"), ("ours", "compressed"))
 
 
@@ -186,7 +189,7 @@ def roofline(evidence: Data) -> Section | None:
         drawn = figures.bars("roofline", groups, 1.0)
         blocks = [Picture(*drawn, label(caption, data), caption, data, legend)]
     slow = [x for x in compared if x["speedup"] < _FASTER] or rows
-    said = tuple(dict.fromkeys(str(x["sentence"]) for x in slow if x.get("sentence")))
+    said = _in_short(slow, rows)
     if said:
         blocks.append(Prose(said[:_SENTENCES]))
     operators = [
@@ -207,6 +210,26 @@ def roofline(evidence: Data) -> Section | None:
         names = ("device", "phase", "operator", "FLOPs", "bytes", "time", "bound by")
         blocks.append(Fold("Operators", table(names, operators[:OPERATORS], note=note)))
     return Section("roofline", "Roofline", blocks, "What the shapes and the format allow on each device; not measured.")
+
+
+def _in_short(some: Sequence[Data], rows: Sequence[Data]) -> tuple[str, ...]:
+    """What the sentences of `some` predictions say, each thing once, with the devices that it is said of and, where
+    other predictions of a device and phase say something else, in how many of them."""
+    said: dict[str, list[tuple[str, str]]] = {}
+    for x in some:
+        if x.get("sentence"):
+            what = _PLACE.sub("", str(x["sentence"]))
+            said.setdefault(what[:1].upper() + what[1:], []).append((str(x["device"]), str(x["phase"])))
+    every = Counter((str(x["device"]), str(x["phase"])) for x in rows)
+    found = []
+    for what, places in said.items():
+        counts = Counter(places)
+        parts = [
+            name if n == every[name, phase] else f"{name} in {n} of {every[name, phase]}"
+            for (name, phase), n in counts.items()
+        ]
+        found.append(f"{what.removesuffix('.')} ({', '.join(parts)}).")
+    return tuple(found)
 
 
 def _unfit(row: Data) -> str:

@@ -169,7 +169,9 @@ def _bad(evidence: Data, data: Sequence[Data]) -> list[tuple[str, str]]:
         ratio = row["perplexity_ratio"]
         if ratio["low"] > BAD_RATIO:
             said = f"perplexity on {row['name']} is {ratio['value']:.3g} times the original's"
-            why = f"On {row['name']} the low end of the interval, {ratio['low']:.3g}, lies above the limit, {BAD_RATIO}."
+            why = (
+                f"On {row['name']} the low end of the interval, {ratio['low']:.3g}, lies above the limit, {BAD_RATIO}."
+            )
             found.append((said, why))
     return found
 
@@ -186,7 +188,8 @@ def _facts(evidence: Data, data: Sequence[Data]) -> list[str]:
             facts.append(f"{row['name']}: {row['verdict']}.")
     found = evidence.get("size") or {}
     if found.get("bytes") and found.get("base_bytes"):
-        facts.append(f"{size(found['bytes'])} instead of {size(found['base_bytes'])} on disk.")
+        now, before = size(found["bytes"]), size(found["base_bytes"])
+        facts.append(f"No smaller on disk: {now}." if now == before else f"{now} instead of {before} on disk.")
     return facts
 
 

@@ -6,13 +6,16 @@ s folds into the producer. The error is exact over the calibration tokens, from 
 sum over readers of tr((W - What) G (W - What)T). a = 0 is no change, so that error never rises. Inputs that share a
 producer row (grouped queries) share the mean of their m.
 
+Of linears with many outputs only `rows` are looked at: rows agree on the strong inputs, and all of them cost several
+times as much (0 does look at all, and only then is the error exact).
+
 Beyond the paper: `even` first tries s = w^-b, b = 1/4 ... 1, with w_j the root mean square of column j over all
 readers, which evens out the columns that share a scale, and then the exponents a on top of the best b. `judge` "sweep"
 prepares for GPTQ instead of rounding to nearest: the sweep pays R_jj^2 / s_j^2 for the squared rounding error of column
 j (`algebra.obs`), so the sum of that is compared; it needs no product with G.
 
 Paper: Lin et al. 2024, arXiv 2306.00978.
-Cost: n * out * in^2 multiply-adds for each reader. Limits: needs verified links; the choice supposes rounding to
+Cost: n * min(out, rows) * in^2 multiply-adds for each reader. Limits: needs verified links; the choice supposes rounding to
 nearest, and a later GPTQ gains less from it.
 """
 
@@ -55,7 +58,7 @@ class Options(Strict):
     judge: Literal["rounding", "sweep"] = Field("rounding", description="what quantizes later: rtn, or gptq's sweep")
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group in the trial quantization")
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")
-    rows: int = Field(0, ge=0, description="judge by so many rows of each linear, evenly spaced (0: all)")
+    rows: int = Field(256, ge=0, description="judge by so many rows of each linear, evenly spaced (0: all)")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="judge sweep: damping of the sweep to come")
 
 

@@ -15,8 +15,8 @@ prepares for GPTQ instead of rounding to nearest: the sweep pays R_jj^2 / s_j^2 
 j (`algebra.obs`), so the sum of that is compared; it needs no product with G.
 
 Paper: Lin et al. 2024, arXiv 2306.00978.
-Cost: n * min(out, rows) * in^2 multiply-adds for each reader. Limits: needs verified links; the choice supposes rounding
-to nearest, and a later GPTQ gains less from it.
+Cost: n * min(out, rows) * in^2 multiply-adds for each reader. Limits: needs verified links; the choice supposes
+rounding to nearest, and a later GPTQ gains less from it.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Real differences of a folder's and its original's loss, a window each, are the noise. Their signs flipped at random make
 pairs of models without a difference: an interval of the ratio that excludes 1 is a false alarm. The same flips shifted
-by ln 1.03 are a loss of 3 %: found where the interval lies above 1. `noise` "raw" flips the differences themselves,
-which a model that lost much makes large; "centred" takes their mean away first, which leaves the differences between
+by ln 1.03 are a loss of 3 %: found where the interval lies above 1. "raw" flips the differences themselves, which
+a model that lost much makes large; "centred" takes their mean away first, which leaves the differences between
 windows alone. Then 16 windows are drawn again and again from all, centred and shifted by ln 1.01.
 """
 

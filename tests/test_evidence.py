@@ -10,6 +10,7 @@ import lilliput
 from lilliput import model, report
 from lilliput.cli import app
 from lilliput.evidence import gather
+from lilliput.report import sections
 from lilliput.report.page import render
 from lilliput.source import open_source
 
@@ -56,6 +57,7 @@ def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp
     assert len(evidence["loss"]["blocks"]) == len({row["block"] for row in evidence["loss"]["linears"]})
     assert evidence["size"]["bytes"] == evaluation.bytes
     assert evidence["quality"]["generation"]["prompts"] == 2
+    assert all(sections._PLACE.match(row["sentence"]) for row in evidence["roofline"]["rows"])
     assert {row["name"] for row in evidence["tensors"]} >= {"model.norm.weight"}
     page = render(json.loads(json.dumps(evidence)))
     assert "<svg" in page

@@ -95,6 +95,7 @@ def main() -> None:
         known = {x.partition("=")[0].strip(): x for x in lines}
         runs = [known[x] for x in runs] if runs else lines
     results: dict[str, Any] = {}
+    failed: list[str] = []
     if options.out and Path(options.out).exists():
         results = json.loads(Path(options.out).read_text())
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,8 +110,15 @@ def main() -> None:
                 rows[name] = {"recipe": words}
                 if words != "original":
                     shared = ["--calibration", options.calibration]
-                    rows[name] |= fresh([options.model, *shared, "--child", folders[name], "--run", words])
+                    try:
+                        rows[name] |= fresh([options.model, *shared, "--child", folders[name], "--run", words])
+                    except subprocess.CalledProcessError:  # it has said why; the others of its batch go on
+                        failed.append(name)
+                        del rows[name]
+                        continue
                     print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+            if not rows:
+                continue
             measure(options, rows, folders)
             for name, row in rows.items():
                 print(name, json.dumps(row), file=sys.stderr, flush=True)
@@ -119,6 +127,8 @@ def main() -> None:
             results |= rows
             if options.out:
                 Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def measure(options: argparse.Namespace, rows: dict[str, dict[str, Any]], folders: dict[str, str]) -> None:

@@ -26,6 +26,34 @@ def test_normal_floats_of_any_width(bits: int) -> None:
     assert sum(x > 0 for x in levels) == 2 ** (bits - 1)
 
 
+def test_the_dynamic_tree_reads_its_bits() -> None:
+    """Every pattern of 8 bits by the rule of the paper: zeros count the exponent, the bits after the first one are
+    linear between 0.1 and 1."""
+
+    def value(pattern: str) -> float:
+        zeros = len(pattern) - len(pattern.lstrip("0"))
+        rest = pattern[zeros + 1 :]
+        part = (int(rest, 2) if rest else 0) + 0.5
+        return float(10.0**-zeros * (0.1 + 0.9 * part / 2 ** len(rest)))
+
+    patterns = [f"{x:07b}" for x in range(1, 128)]
+    wanted = sorted([0.0, 1.0, *(s * value(p) for p in patterns for s in (1, -1))])
+    assert tables.dynamic(8) == pytest.approx(wanted, rel=1e-12)
+    assert len(set(tables.dynamic(8))) == 256
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_dynamic_trees_of_any_width(bits: int) -> None:
+    """Each value goes to its nearest level, over seven orders of magnitude."""
+    levels = tables.dynamic(bits)
+    assert len(levels) == len(set(levels)) == 2**bits
+    table = tables.of("dynamic", bits)
+    x = torch.cat([VALUES * 1e-3, VALUES * 1e-6, VALUES]).clamp(-1, 1)
+    distance = (x[:, None] - table.levels).abs()
+    chosen = distance.gather(1, table.index(x)[:, None])[:, 0]
+    assert torch.allclose(chosen, distance.amin(1), rtol=1e-5, atol=1e-12)
+
+
 def test_normal_data_fill_the_levels_roughly_evenly() -> None:
     """Of the levels but the outermost and 0's neighbours, none takes more than twice the share of another."""
     x = torch.randn(20000, generator=torch.Generator().manual_seed(1))

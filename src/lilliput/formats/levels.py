@@ -1,4 +1,5 @@
-"""Sorted levels times a scale for each group, row or matrix: NormalFloat, small floats, and tables of one's own.
+"""Sorted levels times a scale for each group, row or matrix: NormalFloat, dynamic tree, small floats, tables of one's
+own.
 
 A code is the index of a level less 2^(bits-1), and value = level * scale, computed in float32 from the scale as a file
 holds it (`formats.scales`). The index is that of the nearest level to w * (1 / scale).
@@ -25,7 +26,7 @@ from lilliput.recipe import Target
 
 @dataclass(frozen=True)
 class LevelFormat:
-    """Levels of the table `table`: "nf", a name of `tables.FLOATS`, or "custom" with its own `levels`.
+    """Levels of the table `table`: a name of `tables.MADE` or `tables.FLOATS`, or "custom" with its own `levels`.
 
     `group_size`: -1 one scale per output row, 0 one for the matrix, else inputs per group.
 
@@ -53,7 +54,7 @@ class LevelFormat:
                 raise PlanError("levels have to rise from below 0, through 0, to above it")
             if len(self.levels) > 1 << self.bits:
                 raise PlanError(f"{len(self.levels)} levels do not fit {self.bits} bits: give {1 << self.bits} at most")
-        elif self.table != "nf" and self.table not in tables.FLOATS:
+        elif self.table not in tables.MADE and self.table not in tables.FLOATS:
             raise PlanError(f"no table of levels is called '{self.table}'")
         check_group(self.group_size, self.scales)
 
@@ -200,6 +201,7 @@ PRESETS: Mapping[str, Preset] = {
     "nf2": Preset("nf", 2, 64),
     "nf3": Preset("nf", 3, 64),
     "nf4": Preset("nf", 4, 64),
+    "dynamic8": Preset("dynamic", 8, 2048, "float32"),
     "fp4": Preset("e2m1", 4, 32),
     "e2m1": Preset("e2m1", 4, 32),
     "fp6": Preset("e2m3", 6, 32),
@@ -226,7 +228,9 @@ def completed(target: Target) -> Target:
     name = target.format
     update: dict[str, Any] = {}
     if preset.bits is not None and target.bits not in (None, preset.bits):
-        raise PlanError(f"'{name}' has {preset.bits} bits, not {target.bits}: leave out bits")
+        raise PlanError(
+            f"'{name}' has {preset.bits} bits, not {target.bits}: leave out bits, or set them to {preset.bits}"
+        )
     if target.bits is None:
         update["bits"] = preset.bits or 4
     if target.group_size == "auto":

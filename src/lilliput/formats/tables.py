@@ -3,11 +3,14 @@
 NormalFloat of k bits (QLoRA, arXiv 2305.14314): quantiles of the standard normal distribution, 2^(k-1) positive ones
 and 2^(k-1) - 1 negative ones, and 0, divided by the largest. Small floats (OCP 8-bit and Microscaling specifications):
 e exponent bits, m mantissa bits, subnormals; +0 and -0 are one level, patterns that mean NaN or infinity are none.
+Dynamic tree of k bits (arXiv 2110.02861): after the sign, z zeros and a one mean 10^-z, and the f bits left over say
+which of 2^f equal parts of 0.1 .. 1 it is multiplied with the middle of; 0 and 1 take the two patterns left.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -51,6 +54,17 @@ def normal(bits: int) -> tuple[float, ...]:
     return tuple(sorted([0.0, *(x / top for x in positive), *(-x / max(negative) for x in negative)]))
 
 
+def dynamic(bits: int) -> tuple[float, ...]:
+    """Levels of the dynamic tree, 2^bits of them, rising to 1; the lowest lies half a part above -1."""
+    magnitudes = [
+        10.0**-zeros * (0.1 + 0.9 * (i + 0.5) / parts)
+        for zeros in range(bits - 1)
+        for parts in [1 << (bits - 2 - zeros)]
+        for i in range(parts)
+    ]
+    return tuple(sorted([0.0, 1.0, *magnitudes, *(-x for x in magnitudes)]))
+
+
 def floats(kind: Float) -> tuple[float, ...]:
     """All finite values of a small float, rising; one zero."""
     step = 2.0 ** (kind.lowest - kind.mantissa)
@@ -60,6 +74,9 @@ def floats(kind: Float) -> tuple[float, ...]:
         scale = 2.0 ** ((at >> kind.mantissa) - 1)
         magnitudes.append(step * scale * ((1 << kind.mantissa) + at % (1 << kind.mantissa)))
     return tuple([-x for x in reversed(magnitudes[1:])] + magnitudes)
+
+
+MADE: Mapping[str, Callable[[int], tuple[float, ...]]] = {"nf": normal, "dynamic": dynamic}  # of any number of bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +134,9 @@ class Table:
 
 @functools.cache
 def of(kind: str, bits: int, custom: tuple[float, ...] = (), device: str = "cpu") -> Table:
-    """The table called `kind`: "nf" of `bits` bits, a name of FLOATS, or "custom" with its own levels."""
+    """The table called `kind`: a name of MADE or of FLOATS, or "custom" with its own levels."""
     small = FLOATS.get(kind)
-    values = floats(small) if small is not None else normal(bits) if kind == "nf" else custom
+    values = floats(small) if small is not None else MADE[kind](bits) if kind in MADE else custom
     levels = torch.tensor(values, dtype=torch.float32)
     edges = (levels[1:].double() + levels[:-1].double()).div(2).float()
     ends = torch.cat([edges, edges.new_tensor([float("inf")])])

@@ -12,11 +12,15 @@ for the paper's threshold, which is then whatever the last kept weight scores. W
 3. The final sweep leaves the kept weights what they have become by then and pushes no error of theirs; they are stored
    in float16. The grid holds 0 at their places, so they are reproduced bit by bit.
 
+The paper's groups of 16 hold scales and zero points of 3 bits themselves: scale_dtype int3/16. The gains of the
+screening are those of plain scales; all that is kept is fitted with the target's.
+
 Beyond the paper: ranges are searched, and correlations shrunk, as in `gptq`. No outliers: `gptq` with these groups.
 
 Paper: Dettmers et al. 2023, arXiv 2306.03078.
 Cost: twice the sweep of gptq and about five times its search of ranges. Memory: ten matrices [out, in]. Limits: each
-kept weight takes 32 bits besides its code; a group of 16 with plain float16 scales takes one bit a weight.
+kept weight takes 32 bits besides its code; a group of 16 with plain float16 scales takes one bit a weight, with
+scales of 3 bits 0.6.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from torch import Tensor
 
 from lilliput.algebra import obs, values
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats.integer import Grid, IntegerFormat, from_target
+from lilliput.formats import groups, ranged, swept
+from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.nested import NestedFormat, from_target
 from lilliput.parts import sparse
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
@@ -46,7 +52,7 @@ FORMATS = ("int",)
 ROWWISE = False  # the outliers of a matrix are chosen together
 BASELINE: str | None = "rtn"
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "spqr": [{"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False}}],
+    "spqr": [{"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False, "scale_dtype": "int3/16"}}],
 }
 
 
@@ -82,28 +88,27 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
     pivot = factor.pivot if order is None else torch.empty_like(factor.pivot).index_copy_(0, order, factor.pivot)
     importance = gram.diagonal() + o.damping * gram.diagonal().mean()
-    mask = torch.zeros_like(held, dtype=torch.bool)
-    grid = _fit(form, held, importance, mask, o)
 
-    def sweep() -> tuple[Tensor, Tensor]:
-        index = form.group_of(weight.shape[1])
+    def sweep(mask: Tensor, grid: Any) -> tuple[Tensor, Tensor]:
+        work = swept.start(form, grid)
+        index = groups.index(weight.shape[1], form.group_size)
         visits = (index if order is None else index[order.cpu()]).tolist()
 
         def rounding(a: int, b: int) -> obs.Nearest:
             kept = mask[a:b].T if order is None else mask[a:b].T[order]
-            return values.Kept.of(_rounding(form, grid.rows(a, b), visits, b - a), kept)
+            return values.Kept.of(work.rows(a, b).rounding(b - a, visits), kept)
 
         return values.sweep(weight, factor, order, rounding, support=layer.support)
 
+    mask = torch.zeros_like(held, dtype=torch.bool)
     if SparseSpec(o.share).count(*weight.shape):
-        gain = _gain(form, held, grid, importance, pivot.square(), o)
+        gain = _gain(form if isinstance(form, IntegerFormat) else form.codes, held, importance, pivot.square(), o)
         mask = sparse.highest(gain, o.share)
-        grid = _fit(form, held, importance, mask, o)
-        found, aim = sweep()
+        found, aim = sweep(mask, _fit(form, held, importance, mask, o))
         score = torch.where(mask, gain, ((aim - found) * pivot).square())
         mask = sparse.highest(score if layer.support is None else score * layer.support, o.share)
-        grid = _fit(form, held, importance, mask, o)
-    found, _ = sweep()
+    grid = _fit(form, held, importance, mask, o)
+    found, _ = sweep(mask, grid)
     codes = form.encode(torch.where(mask, 0.0, found), grid)
     dense = QuantizedPart(form, codes, grid)
     outliers = sparse.pick(found - dense.decode(), mask, o.share)
@@ -112,42 +117,40 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     return layer.with_part(dense, outliers)
 
 
-def _fit(form: IntegerFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Grid:
+def _fit(form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Any:
     """The grid of all weights but those of `mask`, which stand as the mean of the others in their group and count
     nothing."""
     weigh = importance if o.search == "mse" else None
+    how = ranged.Search(o.search)
     if not bool(mask.any()):
-        return form.fit(weight, search=o.search, importance=weigh)
+        return ranged.fit(form, weight, weigh, how)
     rows, width = weight.shape
-    index = form.group_of(width, weight.device).expand(rows, width)
+    index = groups.index(width, form.group_size, weight.device).expand(rows, width)
     stay = (~mask).float()
-    units = weight.new_zeros(rows, form.groups(width))
+    units = weight.new_zeros(groups.units(rows, width, form.group_size))
     total, count = units.scatter_add(1, index, weight * stay), units.scatter_add(1, index, stay)
     means = (total / count.clamp(min=1)).gather(1, index)
     counts = None if weigh is None else weigh * stay
-    return form.fit(torch.where(mask, means, weight), search=o.search, importance=counts)
+    return ranged.fit(form, torch.where(mask, means, weight), counts, how)
 
 
-def _rounding(form: IntegerFormat, grid: Grid, visits: list[int], rows: int) -> obs.Nearest:
-    return obs.Rounding.of(grid.scale, grid.zero, form.bits, rows, visits)
-
-
-def _gain(form: IntegerFormat, weight: Tensor, grid: Grid, importance: Tensor, curve: Tensor, o: Options) -> Tensor:
+def _gain(form: IntegerFormat, weight: Tensor, importance: Tensor, curve: Tensor, o: Options) -> Tensor:
     """By how much the error of each weight's group falls if it is left out, [out, in]; `curve` [in] is 1 / U_jj^2."""
     rows, width = weight.shape
     index = form.group_of(width, weight.device).expand(rows, width)
 
-    def error(of: Grid) -> Tensor:
-        return (form.decode(form.encode(weight, of), of) - weight).square() * curve
+    def error(without: Tensor) -> Tensor:
+        grid = _fit(form, weight, importance, without, o)
+        return (form.decode(form.encode(weight, grid), grid) - weight).square() * curve
 
     def by_unit(x: Tensor) -> Tensor:
         return x.new_zeros(rows, form.groups(width)).scatter_add_(1, index, x)
 
-    own = error(grid)
+    own = error(torch.zeros_like(weight, dtype=torch.bool))
     gain, before = own.clone(), by_unit(own)
     for sign in (1.0, -1.0):
         end = _first_highest(weight * sign, index, form.groups(width))
-        without = by_unit(error(_fit(form, weight, importance, end, o)) * ~end)
+        without = by_unit(error(end) * ~end)
         gain = torch.where(end, torch.maximum(gain, (before - without).gather(1, index)), gain)
     return gain
 

@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py benchmarks/methods.json
 
-Writes src/lilliput/measured.json; `python scripts/make_docs.py` puts it onto the pages.
+Writes src/lilliput/measured.json, which `python scripts/make_docs.py` puts onto the pages, and the picture there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from lilliput import recipe
 
+MOST_BITS, MOST_KL = 5.2, 4.0  # what lies beyond is in the table
 PROTOCOL = (
     "SmolLM2-135M-Instruct off the grid of its packaged file, 32 x 512 calibration tokens of WikiText-2 validation, "
     "two cores. Perplexity (original {original:.2f}), ratio and KL: first 16 windows of 1,024 tokens of WikiText-2 "
@@ -47,6 +48,61 @@ def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that no other beats in bits and KL both, by bits."""
+    found: list[dict[str, Any]] = []
+    for one in sorted(rows, key=lambda x: (x["bits_per_weight"], x["kl"][0])):
+        if not found or one["kl"][0] < found[-1]["kl"][0]:
+            found.append(one)
+    return found
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """KL against bits per weight; names where there is room, those that nothing beats first."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    rows = [x for x in rows if x["bits_per_weight"] <= MOST_BITS and x["kl"][0] <= MOST_KL]
+    best = front(rows)
+    with matplotlib.rc_context({"svg.hashsalt": "measured", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(10, 6.5), layout="constrained", facecolor="white")
+        canvas = FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.margins(x=0.08)
+        axes.grid(which="both", color="0.92")
+        axes.set_xlabel("bits per weight of the compressed linears, all overhead counted")
+        axes.set_ylabel("KL divergence from the original, nats a token")
+        axes.spines[["top", "right"]].set_visible(False)
+        others = [x for x in rows if x not in best]
+        axes.plot(*_places(others), "o", color="0.55", markersize=4)
+        axes.plot(*_places(best), "o-", color="#0b6e4f", markersize=5, linewidth=1)
+        canvas.draw()
+        taken = [axes.transData.transform(place) for place in zip(*_places(rows), strict=True)]
+        boxes = [(x - 3, y - 3, x + 3, y + 3) for x, y in taken]
+        for one in [*best, *sorted(others, key=lambda x: x["kl"][0])]:
+            place = axes.transData.transform((one["bits_per_weight"], one["kl"][0]))
+            wide = 4.6 * len(one["name"])
+            aside = ((6, -3), (-6 - wide, -3), (6, 5), (-6 - wide, -10), (-wide / 2, 6), (-wide / 2, -12))
+            for right, up in aside[2:] + aside[:2] if one in best else aside:
+                x, y = place[0] + right, place[1] + up
+                box = (x, y, x + wide, y + 8)
+                if all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in boxes):
+                    boxes.append(box)
+                    colour = "#0b6e4f" if one in best else "0.3"
+                    at = axes.transData.inverted().transform((x, y))
+                    axes.text(*at, one["name"], fontsize=7.5, color=colour)
+                    break
+        metadata = {"Date": None, "Creator": None}
+        figure.savefig(out, format="svg", metadata=metadata)
+
+
+def _places(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [x["bits_per_weight"] for x in rows], [x["kl"][0] for x in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -56,9 +112,11 @@ def main() -> None:
     first = next(x["test"] for x in found.values() if "perplexity_ratio" in x["test"])
     original = first["perplexity"]["value"] / first["perplexity_ratio"]["value"]
     rows.sort(key=lambda x: (-round(x["bits_per_weight"]), x["perplexity"]))
-    out = Path(__file__).resolve().parent.parent / "src" / "lilliput" / "measured.json"
+    root = Path(__file__).resolve().parent.parent
+    out = root / "src" / "lilliput" / "measured.json"
     plain = {"protocol": PROTOCOL.format(original=original), "rows": rows}
     out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    draw(rows, root / "docs" / "methods" / "measured.svg")
     print(f"{len(rows)} rows in {out}")
 
 

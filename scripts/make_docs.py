@@ -16,6 +16,8 @@ from pathlib import Path
 from lilliput import catalogue, measured
 from lilliput.methods import discover
 
+PICTURE = "![KL divergence of the runs below against their bits per weight](measured.svg)"
+
 
 def pages() -> dict[str, str]:
     """File name to content."""
@@ -24,7 +26,7 @@ def pages() -> dict[str, str]:
     lines += ["| method | verb | writes | what it does |", "| --- | --- | --- | --- |"]
     lines += [f"| [{m.name}]({m.name}.md) | `{m.verb}` | {m.writes} | {m.summary} |" for m in methods]
     found = measured.figures()
-    lines += ["", "## Measured", "", found["protocol"], "", *measured.table(found["rows"])]
+    lines += ["", "## Measured", "", found["protocol"], "", PICTURE, "", *measured.table(found["rows"])]
     return {"index.md": "\n".join(lines) + "\n", **{f"{m.name}.md": catalogue.page(m) for m in methods}}
 
 

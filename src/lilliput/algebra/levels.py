@@ -10,13 +10,13 @@ Matrices are held as [in, out] here. What `obs` calls a code is the level itself
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lilliput.algebra import lattice, obs
+from lilliput.algebra.values import Levels
 
 _STEPS = 3  # of conjugate gradients for a refit
 _PANEL = 512  # rows of the Gram matrix that are widened at a time
@@ -24,53 +24,16 @@ ROOM = 1 << 18  # weights that are refitted at a time, each of which takes ten n
 
 
 @dataclass(frozen=True)
-class Levels:
-    """The tables of some rows as `obs.settle` reads them.
-
-    table: for each group float32 [out, k], ascending; group: the group of each column, in the order of the sweep;
-    exact: bool [in, out] in that order, weights that are stored by themselves, as what `dtype` makes of their distance
-    to the nearest level.
-    """
-
-    table: Sequence[Tensor]
-    bounds: Sequence[Tensor]
-    group: Sequence[int]
-    scale: Sequence[Tensor]
-    exact: Tensor | None
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(table: Tensor, group: Sequence[int], exact: Tensor | None, dtype: torch.dtype) -> Levels:
-        """From levels float32 [out, groups, k]."""
-        ordered = table.transpose(0, 1).contiguous()
-        bounds = ((ordered[..., 1:] + ordered[..., :-1]) / 2).unbind(0)
-        ones = torch.ones(len(table), device=table.device)
-        return Levels(ordered.unbind(0), bounds, group, [ones] * len(ordered), exact, dtype)
-
-    def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
-        """Write the level nearest to value [out] into code [out]; where it is exact, the value as it will be stored."""
-        g = self.group[column]
-        index = torch.searchsorted(self.bounds[g], value.unsqueeze(1))
-        code.copy_(self.table[g].gather(1, index).squeeze(1))
-        if self.exact is not None:
-            apart = (value - code).to(self.dtype).float()
-            code.add_(torch.where(self.exact[column], apart, 0.0))
-
-
-@dataclass(frozen=True)
 class Problem:
     """Rows to be rounded: weight float32 [out, in]; gram and its factor in `order` (None: as it is); damping and
-    shrinkage as in `obs.factorize`; exact, support: bool [out, in] or None; dtype: of what is stored exactly; block:
-    columns between two large products."""
+    shrinkage as in `obs.factorize`; support: bool [out, in] or None; block: columns between two large products."""
 
     weight: Tensor
     gram: Tensor
     factor: obs.Factor
     order: Tensor | None
     shrinkage: float
-    exact: Tensor | None
     support: Tensor | None
-    dtype: torch.dtype
     block: int = obs.BLOCK
 
 
@@ -84,9 +47,8 @@ def sweep(problem: Problem, table: Tensor, group: Tensor, stored: torch.dtype, r
     x = problem
     turned = x.weight.T.contiguous() if x.order is None else x.weight.T[x.order]
     held = None if x.support is None else x.support.T.contiguous()
-    free = None if x.exact is None else x.exact.T.contiguous()
     visits = group if x.order is None else group[x.order]
-    swept = Levels.of(table, visits.tolist(), free if free is None or x.order is None else free[x.order], x.dtype)
+    swept = Levels.of(table, visits.tolist())
     mask = held if held is None or x.order is None else held[x.order]
     values, deviation = torch.empty_like(turned), torch.empty_like(turned)
     for a in range(0, len(turned), x.block):
@@ -104,7 +66,7 @@ def sweep(problem: Problem, table: Tensor, group: Tensor, stored: torch.dtype, r
         gram.diagonal().mul_(1.0 + x.shrinkage)
         ridge = x.factor.damping * float(x.gram.diagonal().mean())
         gram.diagonal().add_(ridge)
-        fixed = free if held is None else ~held if free is None else free | ~held
+        fixed = None if held is None else ~held
         step = max(1, ROOM // max(len(values), 1))
         for _ in range(refits):
             table = table.clone()
@@ -112,7 +74,7 @@ def sweep(problem: Problem, table: Tensor, group: Tensor, stored: torch.dtype, r
                 rows = slice(a, a + step)
                 still = None if fixed is None else fixed[:, rows]
                 table[rows] = _refit(values[:, rows], deviation[:, rows], gram, table[rows], group, still, stored)
-            levels = Levels.of(table, group.tolist(), free, x.dtype)
+            levels = Levels.of(table, group.tolist())
             lattice.recode(values, deviation, gram, 0.0, levels, held, 0, len(values))
     return values.T, table
 

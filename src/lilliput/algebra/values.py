@@ -18,28 +18,29 @@ _ROWS = 2048  # outputs swept together: their working matrices stay small and on
 
 @dataclass(frozen=True)
 class Levels:
-    """Any values, nearest wins: for each group float32 [levels, out], rising; `group`: of each column, in sweep order.
+    """Any values, nearest wins, to the lower one on a tie.
 
-    A tie goes to the lower level.
+    table: for each group float32 [out, k], ascending; bounds: halfway between them; group: the group of each column, in
+    the order of the sweep.
     """
 
-    levels: Sequence[Tensor]
-    middle: Sequence[Tensor]
+    table: Sequence[Tensor]
+    bounds: Sequence[Tensor]
     group: Sequence[int]
     scale: Sequence[Tensor]
 
     @staticmethod
-    def of(levels: Tensor, group: Sequence[int]) -> Levels:
-        """From rising levels [out, groups, count]."""
-        turned = levels.permute(1, 2, 0).contiguous()
-        middle = (turned[:, 1:] + turned[:, :-1]) / 2
-        ones = torch.ones(levels.shape[0], device=levels.device)
-        return Levels(turned.unbind(0), middle.unbind(0), group, [ones] * levels.shape[1])
+    def of(table: Tensor, group: Sequence[int]) -> Levels:
+        """From levels float32 [out, groups, k]."""
+        ordered = table.transpose(0, 1).contiguous()
+        bounds = ((ordered[..., 1:] + ordered[..., :-1]) / 2).unbind(0)
+        ones = torch.ones(len(table), device=table.device)
+        return Levels(ordered.unbind(0), bounds, group, [ones] * len(ordered))
 
     def nearest(self, column: int, value: Tensor, code: Tensor) -> None:
         g = self.group[column]
-        index = (value > self.middle[g]).sum(0, keepdim=True)
-        torch.gather(self.levels[g], 0, index, out=code.unsqueeze(0))
+        index = torch.searchsorted(self.bounds[g], value.unsqueeze(1))
+        torch.gather(self.table[g], 1, index, out=code.unsqueeze(1))
 
 
 @dataclass(frozen=True)

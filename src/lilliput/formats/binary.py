@@ -25,7 +25,7 @@ from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import SCALE_DTYPES, IntegerFormat
 from lilliput.recipe import Target
 
-_CHUNK = 1 << 18  # weights whose groups are fitted at a time
+_CHUNK = 1 << 18  # weights that are fitted, encoded or decoded at a time
 Start = Literal["greedy", "uniform", "best"]
 
 
@@ -114,14 +114,24 @@ class BinaryFormat:
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """The nearest codes, int8 [out, in]; a tie goes to the lower value."""
         rows, width = weight.shape
-        codes = self._nearest(self._units(weight.float()), grid)[0].view(rows, -1)[:, :width]
-        return (codes - (1 << (self.bits - 1))).to(torch.int8)
+        codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
+        step = max(1, _CHUNK // max(width, 1))
+        for a in range(0, rows, step):
+            some = weight[a : a + step]
+            found = self._nearest(self._units(some.float()), grid.rows(a, a + step))[0].view(len(some), -1)
+            codes[a : a + step] = (found[:, :width] - (1 << (self.bits - 1))).to(torch.int8)
+        return codes
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """The values of codes [out, in], float32."""
-        index = self.group_of(codes.shape[1], codes.device) << self.bits
-        places = codes.long() + ((1 << (self.bits - 1)) + index)
-        return grid.levels().flatten(1).gather(1, places)
+        rows, width = codes.shape
+        first = (self.group_of(width, codes.device) << self.bits) + (1 << (self.bits - 1))
+        out = torch.empty(rows, width, device=codes.device)
+        step = max(1, _CHUNK // max(width, 1))
+        for a in range(0, rows, step):
+            levels = grid.rows(a, a + step).levels().flatten(1)
+            torch.gather(levels, 1, codes[a : a + step].long() + first, out=out[a : a + step])
+        return out
 
     def stored(self, rows: int, width: int) -> Stored:
         """See docs/native-format.md, kind "binary"."""

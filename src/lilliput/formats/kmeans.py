@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 20
+_FEW = 6  # steps that tell which of two ways is better
 _MOVES = 4  # levels of a unit that may be moved to where they are worth more
 _HOPE = 0.3  # of its cost, what a move has to gain before the other levels follow
 _SPLITS = 16  # places for a split that are tried for each level, on average
@@ -33,11 +34,11 @@ def fit(
     `zero`, bool [units]: units of which one level has to be exactly 0.
 
     Two starts, both on values of the unit: quantiles of h, and quantiles of h^(1/3) |gap|^(2/3), the density that is
-    best for many levels (Panter and Dite 1951). Each goes down until nothing moves, for `iterations` steps at most, and
-    the better end is taken. From there, as long as that helps, the two neighbouring clusters that lose the least are
-    merged, and the freed level splits the cluster that gains the most. The weighted squared error never rises; a
-    level that loses all its values stays. A unit with no more distinct values than levels keeps them exactly; levels
-    that are left over repeat the largest.
+    best for many levels (Panter and Dite 1951). Each goes a few steps down, and the better is taken. From there, as
+    long as that helps, the two neighbouring clusters that lose the least are merged, the freed level splits the cluster
+    that gains the most, and all go a few steps down; at last, until nothing moves, for `iterations` steps at most. The
+    weighted squared error never rises; a level that loses all its values stays. A unit with no more distinct values
+    than levels keeps them exactly; levels that are left over repeat the largest.
     """
     units, n = values.shape
     out = torch.empty(units, levels, device=values.device)
@@ -147,9 +148,10 @@ def _fit(values: Tensor, k: int, weights: Tensor | None, zero: Tensor | None, it
     unique = torch.zeros_like(data.values).scatter_(1, rank, data.values)  # the distinct values, first in each row
     gap = torch.zeros_like(data.values)
     gap[:, 1:] = data.values[:, 1:] - data.values[:, :-1]
-    best = data.descend(_start(data.weights, rank, distinct, unique, k), None, iterations)
+    few = min(iterations, _FEW)
+    best = data.descend(_start(data.weights, rank, distinct, unique, k), None, few)
     spread = (data.weights * gap * gap).pow(1 / 3)
-    other = data.descend(_start(spread, rank, distinct, unique, k), None, iterations)
+    other = data.descend(_start(spread, rank, distinct, unique, k), None, few)
     best = torch.where((data.error(other) < data.error(best))[:, None], other, best)
     active = torch.arange(len(best), device=best.device)
     for _ in range(_MOVES if k > 2 else 0):
@@ -158,10 +160,11 @@ def _fit(values: Tensor, k: int, weights: Tensor | None, zero: Tensor | None, it
         active, levels, some = active[worth], levels[worth], some.of(worth)
         if not len(active):
             break
-        levels = some.descend(levels, None, iterations)
+        levels = some.descend(levels, None, few)
         better = some.error(levels) < some.error(best[active])
         active = active[better]
         best[active] = levels[better]
+    best = data.descend(best, None, iterations)
     if zero is not None:
         held = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.abs().argmin(1, keepdim=True), True)
         held &= zero[:, None]

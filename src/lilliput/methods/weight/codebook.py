@@ -124,9 +124,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     for a in range(0, rows, step):
         b = min(a + step, rows)
         support = None if layer.support is None else layer.support[a:b]
-        problem = levels.Problem(
-            weight[a:b], stats.need("gram"), factor, order, o.shrinkage, None, support, form.dtype, o.block
-        )
+        problem = levels.Problem(weight[a:b], stats.need("gram"), factor, order, o.shrinkage, support, o.block)
         start = table.rows(a, b).levels.float().expand(b - a, -1, -1)
         values, found = levels.sweep(problem, start, group, form.dtype, refits)
         part = Table(found.to(form.dtype)) if form.group_size else table

@@ -18,7 +18,7 @@ from torch import Tensor
 from lilliput.algebra import lattice, obs
 from lilliput.algebra.values import Levels
 
-_STEPS = 3  # of conjugate gradients for a refit
+_STEPS = 2  # of conjugate gradients for a refit
 _PANEL = 512  # rows of the Gram matrix that are widened at a time
 ROOM = 1 << 18  # weights that are refitted at a time, each of which takes ten numbers in float64 meanwhile
 

@@ -43,7 +43,8 @@ def test_levels_and_kept_weights_equal_the_printed_sweep() -> None:
             inner = values.Levels.of(levels[a:b], [j // 8 for j in slots])
             return values.Kept.of(inner, kept[a:b, slots].T)
 
-        found, aims = values.sweep(w, factor, order, rounding, block=16)
+        aims = torch.empty_like(w)
+        found = values.sweep(w, factor, order, rounding, block=16, targets=aims)
         slow, wanted, curve = _slow(w, gram, slots, levels[:, torch.arange(40) // 8], kept)
         torch.testing.assert_close(found.double(), slow, rtol=0, atol=2e-3)
         torch.testing.assert_close(aims.double(), wanted, rtol=0, atol=2e-3)
@@ -65,5 +66,5 @@ def test_a_common_step_gives_the_codes_of_gptq() -> None:
         grid = part.grid.rows(a, b)  # type: ignore[attr-defined]
         return obs.Rounding.of(grid.scale, grid.zero, 3, b - a, [j // 8 for j in order.tolist()])
 
-    found, _ = values.sweep(w, obs.factorize(gram, 0.01, order), order, rounding, support=mask)
+    found = values.sweep(w, obs.factorize(gram, 0.01, order), order, rounding, support=mask)
     torch.testing.assert_close(found, layer.decode(), rtol=1e-6, atol=1e-7)

@@ -70,38 +70,45 @@ def sweep(
     rounding: Callable[[int, int], obs.Nearest],
     block: int = obs.BLOCK,
     support: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    targets: Tensor | None = None,
+) -> Tensor:
     """Round all inputs in `order` (int64 [in]; None: as they stand), errors pushed onto those that are still free.
 
-    `rounding(a, b)` rounds output rows [a, b), its columns in sweep order. Returns the new values and the targets that
-    they were rounded from, both float32 [out, in]; the loss with the factored matrix is the sum of
-    (pivot * (target - value))^2. Outside `support` [out, in] the values are 0.
+    `rounding(a, b)` rounds output rows [a, b), its columns in sweep order. Returns the new values, float32 [out, in],
+    and writes into `targets`, of the same shape, what they were rounded from; the loss with the factored matrix is the
+    sum of (pivot * (target - value))^2. Outside `support` [out, in] the values are 0.
     """
-    values, targets = torch.empty_like(weight), torch.empty_like(weight)
+    values = torch.empty_like(weight)
     for a in range(0, len(weight), _ROWS):
         b = min(a + _ROWS, len(weight))
         some = None if support is None else support[a:b]
-        values[a:b], targets[a:b] = _rows(weight[a:b], factor, order, rounding(a, b), block, some)
-    return values, targets
+        aims = None if targets is None else targets[a:b]
+        values[a:b] = _rows(weight[a:b], factor, order, rounding(a, b), block, some, aims)
+    return values
 
 
 def _rows(
-    weight: Tensor, factor: obs.Factor, order: Tensor | None, rounding: obs.Nearest, block: int, support: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor,
+    factor: obs.Factor,
+    order: Tensor | None,
+    rounding: obs.Nearest,
+    block: int,
+    support: Tensor | None,
+    targets: Tensor | None,
+) -> Tensor:
     turned = weight.T.contiguous() if order is None else weight.T[order]
     mask = None
     if support is not None:
         mask = support.T.contiguous() if order is None else support.T[order]
-    deviation, values, targets = (torch.empty_like(turned) for _ in range(3))
+    deviation, values = torch.empty_like(turned), torch.empty_like(turned)
     width = len(turned)
     for a in range(0, width, block):
         b = min(a + block, width)
         aim = obs.reach(turned, deviation, factor, a, b)
         some = None if mask is None else mask[a:b]
         obs.settle(aim, deviation[a:b], turned[a:b], factor.coupling[a:b, a:b], a, rounding, values[a:b], some)
-        targets[a:b] = aim  # what `settle` rounded each column from
         values[a:b].mul_(torch.stack([rounding.scale[g] for g in rounding.group[a:b]]))
-    if order is not None:
-        values = torch.empty_like(values).index_copy_(0, order, values)
-        targets = torch.empty_like(targets).index_copy_(0, order, targets)
-    return values.T, targets.T
+        if targets is not None:  # `aim` is now what `settle` rounded each column from
+            targets[:, slice(a, b) if order is None else order[a:b]] = aim.T
+    del turned, deviation
+    return values.T if order is None else torch.empty_like(values).index_copy_(0, order, values).T

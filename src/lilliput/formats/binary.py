@@ -25,7 +25,7 @@ from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import SCALE_DTYPES, IntegerFormat
 from lilliput.recipe import Target
 
-_CHUNK = 1 << 18  # weights that are fitted, encoded or decoded at a time
+_CHUNK = 1 << 17  # weights that are fitted, encoded or decoded at a time
 Start = Literal["greedy", "uniform", "best"]
 
 

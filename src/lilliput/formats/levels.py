@@ -18,10 +18,12 @@ from lilliput.errors import PlanError
 from lilliput.formats import groups, level_search, scales, tables
 from lilliput.formats import search as ranges
 from lilliput.formats.bits import row_bytes
-from lilliput.formats.format import CHUNK, Stored
+from lilliput.formats.format import Stored
 from lilliput.formats.integer import group_of, pack_codes, unpack_codes
 from lilliput.formats.scales import FloatScales, PowerScales, ScaleKind, Scales
 from lilliput.recipe import Target
+
+_CHUNK = 1 << 17  # weights looked up at a time; each takes up to 50 bytes meanwhile
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class LevelFormat:
         """Rows and columns, few at a time because indices are wide, with their scales [rows, groups, 1]."""
         count, width = codes.shape
         scale = grid.values()
-        step = max(1, CHUNK // max(width, 1))
+        step = max(1, _CHUNK // max(width, 1))
         for columns, some, size in groups.pieces(width, self.group_size):
             for a in range(0, count, step):
                 rows = slice(a, min(a + step, count))

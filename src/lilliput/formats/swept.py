@@ -18,7 +18,7 @@ from lilliput.formats.levels import LevelFormat
 from lilliput.formats.nested import NestedFormat
 from lilliput.formats.scales import FloatScales, Scales
 
-_COLUMNS = 128
+_COLUMNS = 16  # looked up at a time; a weight takes up to 50 bytes meanwhile
 NAMES = ("int", *levels.PRESETS)  # of a target's format
 
 
@@ -49,7 +49,7 @@ class Swept:
         if isinstance(self.form, LevelFormat):
             table, half = self.form.on(centred), 1 << (self.form.bits - 1)
             codes = torch.empty(centred.shape, dtype=torch.int8, device=centred.device)
-            for a in range(0, len(centred), _COLUMNS):  # indices are wide
+            for a in range(0, len(centred), _COLUMNS):
                 codes[a : a + _COLUMNS] = (table.index(centred[a : a + _COLUMNS]) - half).to(torch.int8)
             return codes.T
         zero = self.grid.zero

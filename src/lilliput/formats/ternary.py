@@ -33,6 +33,9 @@ class Grid:
         return Grid(self.scale[start:stop])
 
 
+_CHUNK = 1 << 17  # weights fitted at a time
+
+
 @dataclass(frozen=True)
 class TernaryFormat:
     """`group_size`: -1 one scale per output row, else inputs per group. Raises PlanError for 0 or below -1."""
@@ -74,21 +77,30 @@ class TernaryFormat:
         if not bool(torch.isfinite(weight.sum())) or not bool(torch.isfinite(weigh.sum())):
             raise LilliputError("the weight or its importance holds NaN or infinite values: it cannot be quantized")
         top = weigh.max() if weigh.numel() else weigh.new_tensor(0.0)
-        weigh = weigh / top if bool(top > 0) else torch.ones_like(weigh)
-        size = width if self.group_size < 0 else min(self.group_size, width)
-        room = (0, -width % max(size, 1))
-        units, h = (pad(x.float(), room).view(rows, -1, size) for x in (weight, weigh))
-        size_of, order = units.abs().sort(dim=-1, descending=True, stable=True)
-        h = h.gather(-1, order)
-        total, count = (h * size_of).cumsum(-1), h.cumsum(-1)
-        gain = torch.where(count > 0, total.square() / count, 0.0)
-        best = gain.argmax(-1, keepdim=True)
-        scale = torch.where(count > 0, total / count, 0.0).gather(-1, best).squeeze(-1)
+        scale = torch.empty(rows, self.groups(width), device=weight.device)
+        step = max(1, _CHUNK // max(width, 1))
+        for a in range(0, rows, step):
+            h = weigh[a : a + step].float()
+            h = h / top if bool(top > 0) else torch.ones_like(h)
+            scale[a : a + step] = self._scales(weight[a : a + step].float(), h)
         kept = as_stored(scale, self.scale_dtype)
         if not bool(torch.isfinite(kept).all()):
             name = dtype_name(self.scale_dtype)
             raise LilliputError(f"a scale exceeds the range of {name}: set scale_dtype to float32 for this layer")
         return Grid(kept.to(self.scale_dtype))
+
+    def _scales(self, weight: Tensor, weigh: Tensor) -> Tensor:
+        """The scales [rows, groups] of some rows, before they are rounded."""
+        rows, width = weight.shape
+        size = width if self.group_size < 0 else min(self.group_size, width)
+        room = (0, -width % max(size, 1))
+        units, h = (pad(x, room).view(rows, -1, size) for x in (weight, weigh))
+        size_of, order = units.abs().sort(dim=-1, descending=True, stable=True)
+        h = h.gather(-1, order)
+        total, count = (h * size_of).cumsum(-1), h.cumsum(-1)
+        gain = torch.where(count > 0, total.square() / count, 0.0)
+        best = gain.argmax(-1, keepdim=True)
+        return torch.where(count > 0, total / count, 0.0).gather(-1, best).squeeze(-1)
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """The nearest codes, int8 [out, in] of -1, 0, 1; |w| = s / 2 goes to 0."""
@@ -126,8 +138,11 @@ class TernaryFormat:
 def pack_ternary(codes: Tensor) -> Tensor:
     """Codes -1, 0, 1 [rows, width] to uint8 [rows, ceil(width / 5)]: the sum of (code + 1) 3^i over five neighbours."""
     rows, width = codes.shape
-    digits = pad(codes.to(torch.int64) + 1, (0, -width % PER_BYTE)).view(rows, -1, PER_BYTE)
-    return (digits * 3 ** torch.arange(PER_BYTE, device=codes.device)).sum(-1).to(torch.uint8)
+    digits = pad(codes.to(torch.uint8) + 1, (0, -width % PER_BYTE)).view(rows, -1, PER_BYTE)
+    packed = digits[..., -1].clone()
+    for i in range(PER_BYTE - 2, -1, -1):  # five digits are 242 at most
+        packed.mul_(3).add_(digits[..., i])
+    return packed
 
 
 def unpack_ternary(packed: Tensor, width: int) -> Tensor:

@@ -98,7 +98,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         inner = obs.Rounding.of(part.scale, part.zero, form.bits, b - a, visits)
         return values.Kept.of(inner, chosen[order].unsqueeze(1).expand(width, b - a))
 
-    found, _ = values.sweep(weight, factor, order, rounding, support=layer.support)
+    found = values.sweep(weight, factor, order, rounding, support=layer.support)
     dense = QuantizedPart(form, form.encode(torch.where(chosen, 0.0, found), grid), grid)
     columns = chosen.nonzero().squeeze(1)
     exact = (found - dense.decode())[:, columns]

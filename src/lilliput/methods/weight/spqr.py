@@ -12,8 +12,8 @@ for the paper's threshold, which is then whatever the last kept weight scores. W
 3. The final sweep leaves the kept weights what they have become by then and pushes no error of theirs; they are stored
    in float16. The grid holds 0 at their places, so they are reproduced bit by bit.
 
-The paper's groups of 16 hold scales and zero points of 3 bits themselves: scale_dtype int3/16. The gains of the
-screening are those of plain scales; all that is kept is fitted with the target's.
+The paper's groups of 16 hold scales and zero points of 3 bits themselves: scale_dtype int3/16. The choice of outliers,
+steps 1 and 2, goes by plain scales; only the final grid and sweep have the target's.
 
 Beyond the paper: ranges are searched, and correlations shrunk, as in `gptq`. No outliers: `gptq` with these groups.
 
@@ -89,7 +89,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     pivot = factor.pivot if order is None else torch.empty_like(factor.pivot).index_copy_(0, order, factor.pivot)
     importance = gram.diagonal() + o.damping * gram.diagonal().mean()
 
-    def sweep(mask: Tensor, grid: Any) -> tuple[Tensor, Tensor]:
+    def sweep(form: IntegerFormat | NestedFormat, grid: Any, mask: Tensor, targets: Tensor | None = None) -> Tensor:
         work = swept.start(form, grid)
         index = groups.index(weight.shape[1], form.group_size)
         visits = (index if order is None else index[order.cpu()]).tolist()
@@ -98,17 +98,19 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
             kept = mask[a:b].T if order is None else mask[a:b].T[order]
             return values.Kept.of(work.rows(a, b).rounding(b - a, visits), kept)
 
-        return values.sweep(weight, factor, order, rounding, support=layer.support)
+        return values.sweep(weight, factor, order, rounding, support=layer.support, targets=targets)
 
     mask = torch.zeros_like(held, dtype=torch.bool)
     if SparseSpec(o.share).count(*weight.shape):
-        gain = _gain(form if isinstance(form, IntegerFormat) else form.codes, held, importance, pivot.square(), o)
+        plain = form if isinstance(form, IntegerFormat) else form.codes
+        gain = _gain(plain, held, importance, pivot.square(), o)
         mask = sparse.highest(gain, o.share)
-        found, aim = sweep(mask, _fit(form, held, importance, mask, o))
-        score = torch.where(mask, gain, ((aim - found) * pivot).square())
+        aim = torch.empty_like(held)
+        found = sweep(plain, _fit(plain, held, importance, mask, o), mask, aim)
+        score = torch.where(mask, gain, aim.sub_(found).mul_(pivot).square_())
         mask = sparse.highest(score if layer.support is None else score * layer.support, o.share)
     grid = _fit(form, held, importance, mask, o)
-    found, _ = sweep(mask, grid)
+    found = sweep(form, grid, mask)
     codes = form.encode(torch.where(mask, 0.0, found), grid)
     dense = QuantizedPart(form, codes, grid)
     outliers = sparse.pick(found - dense.decode(), mask, o.share)

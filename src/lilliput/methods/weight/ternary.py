@@ -74,5 +74,5 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     def rounding(a: int, b: int) -> obs.Nearest:
         return values.Levels.of(form.levels(grid.rows(a, b)), visits)
 
-    found, _ = values.sweep(weight, factor, order, rounding, support=layer.support)
+    found = values.sweep(weight, factor, order, rounding, support=layer.support)
     return layer.with_part(QuantizedPart(form, form.encode(found, grid), grid))

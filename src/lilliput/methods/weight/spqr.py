@@ -51,6 +51,7 @@ WRITES: Literal["parts"] = "parts"
 FORMATS = ("int",)
 ROWWISE = False  # the outliers of a matrix are chosen together
 BASELINE: str | None = "rtn"
+SCRATCH = 16 << 20  # bytes beside what the plan counts for a sweep (measured)
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "spqr": [{"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False, "scale_dtype": "int3/16"}}],
 }

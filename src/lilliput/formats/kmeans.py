@@ -17,7 +17,7 @@ _FEW = 6  # steps that tell which of two ways is better
 _MOVES = 2  # levels of a unit that may be moved to where they are worth more
 _HOPE = 0.3  # of its cost, what a move has to gain before the other levels follow
 _SPLITS = 16  # places for a split that are tried for each level, on average
-_CHUNK = 1 << 17  # values worked on at a time; each takes about 150 bytes meanwhile
+_CHUNK = 1 << 16  # values worked on at a time; each takes about 150 bytes meanwhile
 
 
 def fit(

@@ -5,7 +5,8 @@
 
 Calibration: 32 x 512 tokens from the start. Perplexity: 16 windows of 1,024 tokens, float32, on the folder as re-read.
 A run named `original` is the model itself. Times are wall-clock seconds of the whole call, `forwards` the same in
-bfloat16 forward passes of the calibration tokens through the model (blocks and head), timed in the same process.
+bfloat16 forward passes of the calibration tokens through the model (blocks and head), timed in the same process on half
+of them and doubled.
 """
 
 from __future__ import annotations
@@ -107,16 +108,16 @@ def main() -> None:
             for run in runs[first : first + options.together]:
                 name, _, words = (x.strip() for x in run.partition("="))
                 folders[name] = options.model if words == "original" else str(base / name)
-                rows[name] = {"recipe": words}
+                row: dict[str, Any] = {"recipe": words}
                 if words != "original":
                     shared = ["--calibration", options.calibration]
                     try:
-                        rows[name] |= fresh([options.model, *shared, "--child", folders[name], "--run", words])
+                        row |= fresh([options.model, *shared, "--child", folders[name], "--run", words])
                     except subprocess.CalledProcessError:  # it has said why; the others of its batch go on
                         failed.append(name)
-                        del rows[name]
                         continue
-                    print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+                    print(name, json.dumps(row), file=sys.stderr, flush=True)
+                rows[name] = row
             if not rows:
                 continue
             measure(options, rows, folders)

@@ -1,5 +1,4 @@
-"""Sorted levels times a scale for each group, row or matrix: NormalFloat, dynamic tree, small floats, tables of one's
-own.
+"""Sorted levels times a scale for each group, row or matrix: NormalFloat, dynamic tree, small floats, own tables.
 
 A code is the index of a level less 2^(bits-1), and value = level * scale, computed in float32 from the scale as a file
 holds it (`formats.scales`). The index is that of the nearest level to w * (1 / scale).

@@ -19,6 +19,7 @@ from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.search import stored as as_stored
 from lilliput.recipe import Target
 
+_CHUNK = 1 << 17  # weights fitted at a time
 PER_BYTE = 5
 
 
@@ -31,9 +32,6 @@ class Grid:
     def rows(self, start: int, stop: int) -> Grid:
         """The grid of output rows [start, stop)."""
         return Grid(self.scale[start:stop])
-
-
-_CHUNK = 1 << 17  # weights fitted at a time
 
 
 @dataclass(frozen=True)

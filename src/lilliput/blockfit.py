@@ -8,7 +8,7 @@ each token's error is divided by the mean square of its output: some tokens are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -27,6 +27,7 @@ from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
 _EDGE = 0.5 - 2.0**-10  # how far from its code a position may lie
+_CHUNK = 1 << 17  # weights worked on at a time
 
 
 class FitOptions(Strict):
@@ -46,48 +47,55 @@ class FitOptions(Strict):
 
 @dataclass(frozen=True)
 class Start:
-    """A linear before the descent: what to approximate, and codes on a grid that do so already.
+    """Some rows of a linear before the descent: what to approximate, and codes on a grid that do so already.
 
-    weight float32 [out, in]: what the other parts leave over, 0 outside the support; base: those other parts' sum
+    weight float32 [rows, in]: what the other parts leave over, 0 outside the support; base: those other parts' sum
     (None: no others); scale, zero float32 [units]; codes int16, centred (code - zero); given: an earlier step's.
     """
 
-    layer: Layer
     units: Units
     weight: Tensor
     base: Tensor | None
+    support: Tensor | None
     scale: Tensor
     zero: Tensor
     codes: Tensor
     given: bool
 
     def origin(self, margin: float) -> Tensor:
-        """Positions float32 [out, in] that round to the codes: w / S where it does, else the nearest that does, moved
+        """Positions float32 [rows, in] that round to the codes: w / S where it does, else the nearest that does, moved
         towards the code by the share `margin`."""
         off = self.codes - self.weight / self.units.spread(self.scale)
         return self.codes - off.clamp_(-_EDGE, _EDGE).mul_(1.0 - margin)
 
-    def finished(self, codes: Tensor, grid: Grid) -> Layer:
-        """The layer with these codes (int8, zero points added) in place of the start's."""
-        parts = self.layer.parts[:-1] if self.given else self.layer.parts
-        held = codes
-        if self.layer.support is not None:
-            rest = (
-                torch.zeros(1, 1, dtype=torch.int8, device=codes.device)
-                if grid.zero is None
-                else self.units.spread(grid.zero)
-            )
-            held = torch.where(self.layer.support, codes, rest)
-        return replace(self.layer, parts=(*parts, QuantizedPart(self.units.form, held, grid)))
-
     def masked(self, value: Tensor) -> Tensor:
         """`value` with 0 outside the support, plus the other parts."""
-        value = value if self.layer.support is None else value * self.layer.support
+        value = value if self.support is None else value * self.support
         return value if self.base is None else value + self.base
+
+    def pieces(self) -> list[Start]:
+        """A few rows at a time, so that what a step works in stays in the caches; a grid per tensor stays whole."""
+        if self.scale.shape[0] == 1:
+            return [self]
+        step = max(1, _CHUNK // max(self.units.width, 1))
+
+        def rows(a: int, b: int) -> Start:
+            return Start(
+                replace(self.units, rows=b - a),
+                self.weight[a:b],
+                None if self.base is None else self.base[a:b],
+                None if self.support is None else self.support[a:b],
+                self.scale[a:b],
+                self.zero[a:b],
+                self.codes[a:b],
+                self.given,
+            )
+
+        return [rows(a, min(a + step, self.units.rows)) for a in range(0, self.units.rows, step)]
 
 
 class Fitted(Protocol):
-    """One linear under descent: leaves, and the weight that they stand for."""
+    """Rows of a linear under descent: leaves, and the weight that they stand for."""
 
     @property
     def parameters(self) -> Sequence[train.Parameter]:
@@ -95,29 +103,48 @@ class Fitted(Protocol):
         ...
 
     def weight(self) -> Tensor:
-        """The weight [out, in] for the present leaves, differentiable."""
+        """The weight [rows, in] for the present leaves, differentiable."""
         ...
 
-    def finish(self) -> Layer:
-        """The layer for the present leaves, as it would be stored."""
+    def finish(self) -> tuple[Tensor, Grid]:
+        """Codes int8 [rows, in], zero points added, and grid for the present leaves, as they would be stored."""
         ...
 
 
 Penalty = Callable[[Fitted, float], Tensor | None]
 
 
-def starts(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: FitOptions) -> dict[str, Start]:
-    """Where each linear of the block begins: at an earlier step's codes, or at the nearest ones on a grid of its own.
+@dataclass(frozen=True)
+class _Linear:
+    """A linear under descent: the layer before it, without codes of an earlier step, and its rows."""
 
-    Raises PlanError without bits in a target, or where an earlier step used another format than integers.
-    """
-    return {
-        name: _start(layer, io.stats.get(block.anatomy.linear(name).site), targets[name], o)
-        for name, layer in block.layers.items()
-    }
+    layer: Layer
+    form: IntegerFormat
+    fitted: Sequence[Fitted]
+
+    def weights(self) -> Iterator[Tensor]:
+        """Those of its rows, one after the other."""
+        return (x.weight() for x in self.fitted)
+
+    def finished(self) -> Layer:
+        """The layer for the present leaves, as it would be stored."""
+        codes, grids = zip(*(x.finish() for x in self.fitted), strict=True)
+        held, support = torch.cat(codes), self.layer.support
+        grid = Grid(torch.cat([g.scale for g in grids]), _joined([g.zero for g in grids]))
+        if support is not None:
+            rest = (
+                torch.zeros_like(held[:1, :1]) if grid.zero is None else Units(self.form, *held.shape).spread(grid.zero)
+            )
+            held = torch.where(support, held, rest)
+        return replace(self.layer, parts=(*self.layer.parts, QuantizedPart(self.form, held, grid)))
 
 
-def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions) -> Start:
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    there = [x for x in tensors if x is not None]
+    return torch.cat(there) if there else None
+
+
+def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions) -> tuple[Layer, Start]:
     given = bool(layer.parts) and isinstance(layer.parts[-1], QuantizedPart)
     before = replace(layer, parts=layer.parts[:-1] if given else layer.parts)
     weight = before.rest()
@@ -140,55 +167,67 @@ def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions)
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
     centred = (codes - units.spread(zero)).to(torch.int16)
-    return Start(layer, units, weight, base, scale, zero, centred, given)
+    return before, Start(units, weight, base, layer.support, scale, zero, centred, given)
 
 
 def descend(
     block: FitBlock,
     io: FitIO,
-    fitted: Mapping[str, Fitted],
-    schedule: train.Schedule,
+    targets: Mapping[str, Target],
     o: FitOptions,
+    begin: Callable[[Start], Fitted],
+    schedule: train.Schedule,
     penalty: Penalty | None = None,
 ) -> BlockFit:
-    """Train all linears of a block together; the layers of the best state."""
+    """Train all linears of a block together, from an earlier step's codes or the nearest ones on a grid of their own;
+    the layers of the best state.
+
+    Raises PlanError without bits in a target, or where an earlier step used another format than integers.
+    """
+    linears: dict[str, _Linear] = {}
+    for name, layer in block.layers.items():
+        before, start = _start(layer, io.stats.get(block.anatomy.linear(name).site), targets[name], o)
+        linears[name] = _Linear(before, start.units.form, [begin(piece) for piece in start.pieces()])
     order = _samples(len(io.inputs), o)
 
-    def whole() -> float:
-        finished = {name: x.finish().decode() for name, x in fitted.items()}
-        with torch.no_grad():
-            return sum(_losses(block, io, finished, range(len(io.inputs)), o)) / len(io.inputs)
+    # A mini-batch is judged by what its own samples lose at the start, so that an easy one is not mistaken for
+    # progress.
+    scale: list[float] = []
 
-    with torch.no_grad():
-        first = {name: x.finish().decode() for name, x in fitted.items()}
-        # A mini-batch is judged by what its own samples lose at the start, so that an easy one is not mistaken for
-        # progress.
-        scale = _losses(block, io, first, range(len(io.inputs)), o) if schedule.steps else []
-        del first
+    def whole() -> float:
+        with torch.no_grad():
+            finished = {name: x.finished().decode() for name, x in linears.items()}
+            losses = _losses(block, io, finished, range(len(io.inputs)), o)
+        if not scale:
+            scale.extend(losses)
+        return sum(losses) / len(losses)
 
     def slope(step: int) -> float:
         chosen = order[step]
         norm = max(sum(scale[n] for n in chosen), 1e-30)
         with torch.no_grad():
-            leaves = {name: x.weight() for name, x in fitted.items()}
+            leaves = {name: torch.cat(list(x.weights())) for name, x in linears.items()}
         for leaf in leaves.values():
             leaf.requires_grad_()
         with torch.enable_grad():
             total = sum(_losses(block, io, leaves, chosen, o, backward=norm))
-        for name, x in fitted.items():
+        for name, linear in linears.items():
             seen = leaves.pop(name).grad
-            with torch.enable_grad():
-                if seen is not None:
-                    x.weight().backward(seen)  # type: ignore[no-untyped-call]
-                extra = None if penalty is None else penalty(x, step / schedule.steps)
-                if extra is not None:
-                    extra.backward()  # type: ignore[no-untyped-call]
+            at = 0
+            for x in linear.fitted:
+                with torch.enable_grad():
+                    if seen is not None:
+                        weight = x.weight()
+                        weight.backward(seen[at : at + len(weight)])  # type: ignore[no-untyped-call]
+                        at += len(weight)
+                    extra = None if penalty is None else penalty(x, step / schedule.steps)
+                    if extra is not None:
+                        extra.backward()  # type: ignore[no-untyped-call]
         return total / norm
 
-    parameters = [p for x in fitted.values() for p in x.parameters]
+    parameters = [p for linear in linears.values() for x in linear.fitted for p in x.parameters]
     done = train.minimise(parameters, slope, whole, schedule)
-    with torch.no_grad():
-        return BlockFit({name: x.finish() for name, x in fitted.items()}, done.start, done.end)
+    return BlockFit({name: x.finished() for name, x in linears.items()}, done.start, done.end)
 
 
 def _samples(count: int, o: FitOptions) -> list[list[int]]:

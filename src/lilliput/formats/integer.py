@@ -97,15 +97,16 @@ class IntegerFormat:
         steps: int = 30,
         norm: float = 2.0,
         signed_scale: bool = False,
+        polish: bool = True,
     ) -> Grid:
         """The grid for `weight` [out, in].
 
         "minmax" covers the range: scale max|w| / (2^(b-1) - 1), or (hi - lo) / (2^b - 1) with lo <= 0 <= hi. "mse"
         shrinks that range on a scale of `steps` factors, every third and then the best one's neighbours, and keeps,
-        for each unit, the least sum of importance * |error|^norm,
-        then tries neighbouring zero points and the least-squares scale of the codes; it is never worse than minmax
-        under that measure. `importance` [in] or [out, in] is not negative; None counts all alike. `signed_scale` lets
-        a symmetric scale be negative, which puts the one extra code on the side where the longer tail is.
+        for each unit, the least sum of importance * |error|^norm, then with `polish` tries neighbouring zero points and
+        the least-squares scale of the codes; it is never worse than minmax under that measure. `importance` [in] or
+        [out, in] is not negative; None counts all alike. `signed_scale` lets a symmetric scale be negative, which puts
+        the one extra code on the side where the longer tail is.
         A unit of zeros gets scale 1. Scales below the smallest positive value of the scale dtype are raised to it.
 
         Raises LilliputError for NaN or infinity in the weight or importance, and for a scale above the scale dtype.
@@ -113,7 +114,7 @@ class IntegerFormat:
         rows, width = weight.shape
         weight = weight.float()
         importance = ranges.relative(weight, importance)
-        rule = ranges.Rule(self.bits, self.symmetric, self.scale_dtype, search, steps, norm, signed_scale)
+        rule = ranges.Rule(self.bits, self.symmetric, self.scale_dtype, search, steps, norm, signed_scale, polish)
         if self.group_size == 0:
             one = None if importance is None else importance.expand(rows, width).reshape(1, 1, -1)
             scale, zero = ranges.fit(weight.reshape(1, 1, -1), one, rule)

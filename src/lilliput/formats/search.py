@@ -66,6 +66,7 @@ class Rule:
     steps: int
     norm: float
     signed: bool
+    polish: bool = True
 
     @property
     def lowest(self) -> int:
@@ -113,7 +114,7 @@ def fit(w: Tensor, importance: Tensor | None, rule: Rule) -> tuple[Tensor, Tenso
     for move in (-1.0, 1.0):
         tried = stored(wide * (1.0 - unit * (at + move).clamp_(0.0, rule.steps - 1.0)), rule.dtype)
         best.take(tried, zero, work.error(tried, zero))
-    for _ in range(2):
+    for _ in range(2 if rule.polish else 0):
         tried = work.refit(best.scale, best.zero)
         best.take(tried, best.zero, work.error(tried, best.zero))
         for moved in work.neighbours(best.scale, best.zero):

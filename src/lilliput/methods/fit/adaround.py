@@ -25,8 +25,8 @@ from torch import Tensor
 from lilliput import blockfit
 from lilliput.algebra import rounding
 from lilliput.blockfit import FitOptions, Fitted, Start
+from lilliput.formats.integer import Grid
 from lilliput.methods.view import BlockFit, FitBlock, FitIO
-from lilliput.parts.layer import Layer
 from lilliput.recipe import Target
 from lilliput.train import Parameter, Schedule
 
@@ -52,7 +52,7 @@ class Options(FitOptions):
 
 @dataclass(frozen=True)
 class Rounder:
-    """One linear: floor float32 [out, in] in centred codes, and V."""
+    """Rows of a linear: floor float32 [out, in] in centred codes, and V."""
 
     start: Start
     floor: Tensor
@@ -76,14 +76,14 @@ class Rounder:
         code = torch.minimum(torch.maximum(self.floor + self.share(), low), high)
         return self.start.masked(code * self.start.units.spread(self.start.scale))
 
-    def finish(self) -> Layer:
+    def finish(self) -> tuple[Tensor, Grid]:
         with torch.no_grad():
             position = self.floor + (self.choice.value >= 0)
-            return self.start.finished(*rounding.encode(position, self.start.scale, self.start.zero, self.start.units))
+            return rounding.encode(position, self.start.scale, self.start.zero, self.start.units)
 
 
 def begin(start: Start) -> Rounder:
-    """A linear whose h is the fractional part, so that it rounds to the start's codes."""
+    """Rows of a linear whose h is the fractional part, so that they round to the start's codes."""
     position = start.origin(0.0)
     floor = position.floor()
     share = position.sub_(floor).add_(0.1).div_(1.2)
@@ -92,8 +92,7 @@ def begin(start: Start) -> Rounder:
 
 def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -> BlockFit:
     """All covered layers of a block, rounded together. Raises PlanError without bits in a target."""
-    rounders = {name: begin(start) for name, start in blockfit.starts(block, io, targets, o).items()}
-    count = sum(x.floor.numel() for x in rounders.values())
+    count = sum(x.weight.numel() for x in block.layers.values())
 
     def penalty(x: Fitted, progress: float) -> Tensor | None:
         if progress < _WARM or o.weight == 0 or not isinstance(x, Rounder):
@@ -103,4 +102,4 @@ def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -
         return undecided.sum() * (o.weight / count)
 
     rate = o.lr if o.lr is not None else 4.0 / max(o.iters, 1)
-    return blockfit.descend(block, io, rounders, Schedule(o.iters, rate, "adam"), o, penalty)
+    return blockfit.descend(block, io, targets, o, begin, Schedule(o.iters, rate, "adam"), penalty)

@@ -23,8 +23,8 @@ from torch import Tensor
 from lilliput import blockfit
 from lilliput.algebra import rounding
 from lilliput.blockfit import FitOptions, Start
+from lilliput.formats.integer import Grid
 from lilliput.methods.view import BlockFit, FitBlock, FitIO
-from lilliput.parts.layer import Layer
 from lilliput.recipe import Target
 from lilliput.train import Parameter, Schedule
 
@@ -48,7 +48,7 @@ class Options(FitOptions):
 
 @dataclass(frozen=True)
 class Rounder:
-    """One linear: factors of every weight, of every output, and of every unit's scale."""
+    """Rows of a linear: factors of every weight, of every output, and of every unit's scale."""
 
     start: Start
     origin: Tensor | None  # position that is divided (None: w / S)
@@ -73,16 +73,14 @@ class Rounder:
         scale = self._scale()
         return self.start.masked(rounding.rounded(self._position(scale), scale, self.start.zero, self.start.units))
 
-    def finish(self) -> Layer:
+    def finish(self) -> tuple[Tensor, Grid]:
         with torch.no_grad():
             scale = self._scale()
-            return self.start.finished(
-                *rounding.encode(self._position(scale), scale, self.start.zero, self.start.units)
-            )
+            return rounding.encode(self._position(scale), scale, self.start.zero, self.start.units)
 
 
 def begin(start: Start, o: Options) -> Rounder:
-    """A linear at its start."""
+    """Rows of a linear at their start."""
     leaf = torch.ones_like(start.weight, requires_grad=True)
     row = torch.ones(start.units.rows, 1, device=leaf.device, requires_grad=True)
     step = torch.ones_like(start.scale, requires_grad=True)
@@ -92,6 +90,5 @@ def begin(start: Start, o: Options) -> Rounder:
 
 def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -> BlockFit:
     """All covered layers of a block, quantized together. Raises PlanError without bits in a target."""
-    rounders = {name: begin(start, o) for name, start in blockfit.starts(block, io, targets, o).items()}
     rate = o.lr if o.lr is not None else 0.4 / max(o.iters, 1)
-    return blockfit.descend(block, io, rounders, Schedule(o.iters, rate, "adam"), o)
+    return blockfit.descend(block, io, targets, o, lambda start: begin(start, o), Schedule(o.iters, rate, "adam"))

@@ -29,8 +29,8 @@ from torch import Tensor
 from lilliput import blockfit
 from lilliput.algebra import rounding
 from lilliput.blockfit import FitOptions, Start
+from lilliput.formats.integer import Grid
 from lilliput.methods.view import BlockFit, FitBlock, FitIO
-from lilliput.parts.layer import Layer
 from lilliput.recipe import Target
 from lilliput.train import Parameter, Schedule
 
@@ -60,7 +60,7 @@ class Options(FitOptions):
 
 @dataclass(frozen=True)
 class Rounder:
-    """One linear: offsets, and factors of its range's upper and lower end."""
+    """Rows of a linear: offsets, and factors of its range's upper and lower end."""
 
     start: Start
     offset: Parameter  # V, float32 [out, in]
@@ -95,15 +95,14 @@ class Rounder:
         scale, zero = self.grid()
         return self.start.masked(rounding.rounded(self.position(scale), scale, zero, self.start.units))
 
-    def finish(self) -> Layer:
+    def finish(self) -> tuple[Tensor, Grid]:
         with torch.no_grad():
             scale, zero = self.grid()
-            codes, grid = rounding.encode(self.position(scale), scale, zero, self.start.units)
-        return self.start.finished(codes, grid)
+            return rounding.encode(self.position(scale), scale, zero, self.start.units)
 
 
 def begin(start: Start, o: Options) -> Rounder:
-    """A linear at its start."""
+    """Rows of a linear at their start."""
     count = max(o.iters, 1)
     wide = o.start == "minmax" and not start.given
     rate = o.lr if o.lr is not None else (1.0 if wide else 0.6) / count
@@ -121,5 +120,5 @@ def begin(start: Start, o: Options) -> Rounder:
 
 def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -> BlockFit:
     """All covered layers of a block, quantized together. Raises PlanError without bits in a target."""
-    rounders = {name: begin(start, o) for name, start in blockfit.starts(block, io, targets, o).items()}
-    return blockfit.descend(block, io, rounders, Schedule(o.iters, 1.0, o.rule), o)
+    schedule = Schedule(o.iters, 1.0, o.rule)
+    return blockfit.descend(block, io, targets, o, lambda start: begin(start, o), schedule)

@@ -13,7 +13,8 @@ for the paper's threshold, which is then whatever the last kept weight scores. W
    in float16. The grid holds 0 at their places, so they are reproduced bit by bit.
 
 The paper's groups of 16 hold scales and zero points of 3 bits themselves: scale_dtype int3/16. The choice of outliers,
-steps 1 and 2, goes by plain scales; only the final grid and sweep have the target's.
+steps 1 and 2, goes by plain scales; only the final grid and sweep have the target's. Screening searches ranges in
+coarser steps.
 
 Beyond the paper: ranges are searched, and correlations shrunk, as in `gptq`. No outliers: `gptq` with these groups.
 
@@ -51,6 +52,7 @@ WRITES: Literal["parts"] = "parts"
 FORMATS = ("int",)
 ROWWISE = False  # the outliers of a matrix are chosen together
 BASELINE: str | None = "rtn"
+_SCREEN = 9  # shares of the range that screening looks among; finer ones find the same outliers
 SCRATCH = 16 << 20  # bytes beside what the plan counts for a sweep (measured)
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "spqr": [{"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False, "scale_dtype": "int3/16"}}],
@@ -121,20 +123,25 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
 
 
 def _fit(form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Any:
-    """The grid of all weights but those of `mask`, which stand as the mean of the others in their group and count
+    """The grid of all weights but those of `mask`."""
+    held, counts = _rest(form, weight, importance, mask)
+    return ranged.fit(form, held, counts if o.search == "mse" else None, ranged.Search(o.search))
+
+
+def _rest(
+    form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights and importance in which those of `mask` stand as the mean of the others in their group and count
     nothing."""
-    weigh = importance if o.search == "mse" else None
-    how = ranged.Search(o.search)
     if not bool(mask.any()):
-        return ranged.fit(form, weight, weigh, how)
+        return weight, importance
     rows, width = weight.shape
     index = groups.index(width, form.group_size, weight.device).expand(rows, width)
     stay = (~mask).float()
     units = weight.new_zeros(groups.units(rows, width, form.group_size))
     total, count = units.scatter_add(1, index, weight * stay), units.scatter_add(1, index, stay)
     means = (total / count.clamp(min=1)).gather(1, index)
-    counts = None if weigh is None else weigh * stay
-    return ranged.fit(form, torch.where(mask, means, weight), counts, how)
+    return torch.where(mask, means, weight), importance * stay
 
 
 def _gain(form: IntegerFormat, weight: Tensor, importance: Tensor, curve: Tensor, o: Options) -> Tensor:
@@ -143,7 +150,9 @@ def _gain(form: IntegerFormat, weight: Tensor, importance: Tensor, curve: Tensor
     index = form.group_of(width, weight.device).expand(rows, width)
 
     def error(without: Tensor) -> Tensor:
-        grid = _fit(form, weight, importance, without, o)
+        held, counts = _rest(form, weight, importance, without)
+        weigh = counts if o.search == "mse" else None
+        grid = form.fit(held, search=o.search, importance=weigh, steps=_SCREEN, polish=False)
         return (form.decode(form.encode(weight, grid), grid) - weight).square() * curve
 
     def by_unit(x: Tensor) -> Tensor:

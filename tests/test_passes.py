@@ -43,6 +43,10 @@ RECIPES: Mapping[str, tuple[Step, ...]] = {
         Step(method="ranks", options={"weighting": "absmean", "alpha": 0.7, "steps": 6}),
         Step(method="svd-truncate", target=Target(ratio=0.6), options={"weighting": "absmean", "alpha": 0.7}),
     ),
+    "ranks by loss, svd-truncate": (
+        Step(method="ranks", options={"measure": "loss", "steps": 6, "fisher_samples": 2}),
+        Step(method="svd-truncate", target=Target(ratio=0.6), options={"weighting": "gram"}),
+    ),
     "hadamard, wanda 2:4, gptq": (
         Step(method="hadamard"),
         Step(method="wanda", target=Target(pattern="2:4")),
@@ -116,6 +120,7 @@ def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
     learning, scoring = ("spinquant" in name or "hadamard" in name), ("owl" in name or "ranks" in name)
     assert kinds.count("rotation") == learning
     assert kinds.count("score") == scoring * LAYERS
+    assert kinds.count("fisher") == ("loss" in name) * LAYERS
     assert kinds.count("block") == LAYERS
     scored: list[None] = []
     learned: list[None] = []

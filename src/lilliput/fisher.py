@@ -1,9 +1,9 @@
-"""The pass before the block loop that takes squared gradients, from the last block down: one file of the work folder
+"""The pass before all decisions that takes squared gradients, from the last block down: one file of the work folder
 for each, and a record with the checksum of the gradient that has come so far."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,7 +32,8 @@ def spill(plan: Plan, model: Model) -> int:
 
 def stored(plan: Plan) -> int:
     """Bytes of squared gradients, which stay in the work folder until their block is compressed."""
-    weights = sum(x.linear.parameters for x in plan.resolved.linears if any(task.fisher for task in x.tasks))
+    read = plan.resolved.squared()
+    weights = sum(x.linear.parameters for x in plan.resolved.linears if x.name in read)
     return torch.float32.itemsize * weights
 
 
@@ -44,6 +45,17 @@ def path_of(work: Work, block: int) -> Path:
 def kept(work: Work) -> list[str]:
     """Names of the files that the block loop still reads."""
     return [path.name for path in work.folder.glob("fisher-*.safetensors")]
+
+
+def reader(work: Work, block: int) -> Callable[[str], Tensor]:
+    """Squared gradients by the linear's name within the block, one at a time from its file."""
+
+    def read(name: str) -> Tensor:
+        with safe_open(path_of(work, block), framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+    return read
 
 
 def layer(path: Path | None, plan: LinearPlan, weights: BlockWeights) -> Layer:
@@ -70,10 +82,8 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
         raise RuntimeError("squared gradients were planned, but there are no tokens")
     prefixes = model.skeleton.block_names
     samples = Samples(ids[:count][ranks.share(count)], work.folder, progress)
-    wanted = [
-        {f"{x.name}.weight" for x in plan.resolved.of_block(n) if any(task.fisher for task in x.tasks)}
-        for n in range(len(prefixes))
-    ]
+    read = plan.resolved.squared()
+    wanted = [{f"{x.name}.weight" for x in plan.resolved.of_block(n) if x.name in read} for n in range(len(prefixes))]
     records = {int(record["block"]): record for record in work.find("fisher")}
     _tidy(work, samples, records, first, len(prefixes))
     with ranks.together():

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import export, memory, ranks
+from lilliput import export, fisher, memory, ranks
 from lilliput.activations import Activations, raw
 from lilliput.backward import Samples
 from lilliput.errors import LilliputError
@@ -204,7 +204,8 @@ def _score_blocks(
         if ranks.lead():
             weights = BlockWeights(model, index, anatomy)
             view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})
-            scores = task.method.module.score(view, BlockIO(stats), task.options)
+            io = BlockIO(stats, fisher.reader(work, index) if task.fisher else None)
+            scores = task.method.module.score(view, io, task.options)
             del view
         work.note(
             {

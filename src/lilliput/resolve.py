@@ -87,9 +87,15 @@ class Resolved:
     def fisher(self, samples: int) -> int:
         """How many of `samples` calibration samples the backward pass runs for squared gradients; 0: nobody reads
         them."""
-        asked = {x.step: x.options for plan in self.linears for x in plan.tasks if x.fisher}
+        tasks = (*self.allocations, *(x for plan in self.linears for x in plan.tasks))
+        asked = {x.step: x.options for x in tasks if x.fisher}
         counts = (getattr(options, "fisher_samples", None) for options in asked.values())
         return max((samples if count is None else min(count, samples) for count in counts), default=0)
+
+    def squared(self) -> frozenset[str]:
+        """The linears whose squared gradients some step reads."""
+        dividing = [name for task in self.allocations if task.fisher for name in self.governed(task)]
+        return frozenset(dividing) | {x.name for x in self.linears if any(task.fisher for task in x.tasks)}
 
     def governed(self, task: Task) -> dict[str, Task]:
         """By linear, the step whose target the allocation `task` decides: the next one that compresses it."""

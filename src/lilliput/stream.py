@@ -292,8 +292,8 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
                 work.note({"kind": "outside", "shard": shard, "sha256": hashes})
         progress.step(len(finished), count)
         if len(finished) < count:
-            plan = passes.allocated(plan, model, ids, work, progress)
             fisher.take(plan, model, everything, work, progress, len(finished))
+            plan = passes.allocated(plan, model, ids, work, progress)
             _blocks(plan, model, ids, work, progress, finished, first)
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):

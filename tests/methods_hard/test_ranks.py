@@ -80,12 +80,38 @@ def test_scores_are_the_errors_of_the_step_that_truncates(weighting: Any) -> Non
             assert error == pytest.approx(float((x.double() @ (w - out).double().T).square().sum()), rel=1e-3)
 
 
+def test_loss_weighs_errors_by_the_gradients_of_the_outputs() -> None:
+    """E|g|^2 of each linear follows from squared gradients of its weights, exactly where tokens are independent."""
+    g = torch.Generator().manual_seed(1)
+    linears = (Linear("a", "q", "a", 18, 30), Linear("b", "k", "a", 40, 30))
+    block = Block(linears, (Site("a", 30, ("a", "b"), 0),), (), Groups())
+    x = torch.randn(100, 30, generator=g)
+    stats = SiteStats(30, 100, gram=x.T @ x)
+    weights = {n: torch.randn(r, 30, generator=g) for n, r in (("a", 18), ("b", 40))}
+    slopes = {
+        n: torch.randn(100, len(w), generator=g) * s for (n, w), s in zip(weights.items(), (1.0, 7.0), strict=True)
+    }
+    # One token a sample: the gradient by the weights is g xT.
+    squares = {n: s.square().T @ x.square() / 100 for n, s in slopes.items()}
+    plain = ranks.score(BlockView(block, weights), BlockIO({"a": stats}), ranks.Options(measure="energy"))
+    io = BlockIO({"a": stats}, squares.__getitem__)
+    found = ranks.score(BlockView(block, weights), io, ranks.Options(measure="loss"))
+    for name, w in weights.items():
+        rows, width, *errors = found[name]
+        assert (rows, width) == w.shape
+        energy = float((slopes[name].square().sum(1) * x.square().sum(1)).mean()) / float(x.square().sum())
+        assert errors == pytest.approx([e * energy / rows for e in plain[name][2:]], rel=1e-5)
+    empty = BlockIO({"a": SiteStats(30, 0)}, squares.__getitem__)
+    nothing = ranks.score(BlockView(block, weights), empty, ranks.Options(measure="loss"))
+    assert not any(nothing["a"][2:])
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     shapes=st.lists(st.tuples(st.integers(12, 60), st.integers(12, 60), st.floats(0.5, 1.0)), min_size=1, max_size=6),
     ratio=st.floats(0.25, 1.0),
     rule=st.sampled_from(["sum", "threshold"]),
-    measure=st.sampled_from(["relative", "energy"]),
+    measure=st.sampled_from(["relative", "energy", "loss"]),
     itemsize=st.sampled_from([2, 4]),
 )
 def test_the_budget_is_met_from_below(

@@ -32,12 +32,14 @@ def _part(layer: Layer) -> QuantizedPart:
     return part
 
 
-def _reference(w: Tensor, scale: float, zero: float, bits: int, symmetric: bool, o: hqq.Options) -> tuple[float, float]:
-    """One unit: the best (scale, zero) that the iteration meets."""
+def _reference(
+    w: Tensor, scale: float, zero: float, bits: int, symmetric: bool, o: hqq.Options, real: bool = False
+) -> tuple[float, float]:
+    """One unit: the best (scale, zero) that the iteration meets; `real`: the zero is no integer."""
     low, high, p = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, o.norm
 
     def codes(s: float, z: float) -> Tensor:
-        return ((w / s).round() + z).clamp(low, high)
+        return (w / s + z).round().clamp(low, high) if real else ((w / s).round() + z).clamp(low, high)
 
     def loss(s: float, z: float) -> float:
         return float((w - (codes(s, z) - z) * s).abs().pow(p).sum())
@@ -50,7 +52,8 @@ def _reference(w: Tensor, scale: float, zero: float, bits: int, symmetric: bool,
         shrunk = e.sign() * (e.abs() - e.abs().clamp(min=1e-8).pow(p - 1) / beta).clamp(min=0)
         aim = w / scale - shrunk
         if not symmetric:
-            zero = min(max(round(float((q - aim).mean())), low), high)
+            zero = float((q - aim).mean())
+            zero = zero if real else min(max(round(zero), low), high)
         c = q - zero
         top, bottom = float((c * aim).sum()), float((c * c).sum())
         if o.scale and top > 0 and bottom > 0:
@@ -77,6 +80,31 @@ def test_grids_are_those_of_the_equations(bits: int, symmetric: bool, scale: boo
             same = abs(float(part.grid.scale[row, group]) - s) < 1e-5 * s
             agree += same and (symmetric or float(part.grid.zero[row, group]) == z)
     assert agree >= 35
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("scale", [True, False])
+def test_real_zero_points_are_those_of_the_equations(bits: int, scale: bool) -> None:
+    """As above, zero points to 1e-3 of a step; and they serve the l_p error better than integer ones."""
+    w, o = _weight(), hqq.Options(iters=8, start="minmax", scale=scale)
+    target = Target(format="affine", bits=bits, group_size=16, scale_dtype="float32")
+    part = _part(hqq.compress(Layer("x", w), EMPTY, target, o))
+    start = part.format.fit(w, search=False)  # type: ignore[call-arg]
+    agree = 0
+    for row in range(12):
+        for group in range(3):
+            unit = w[row, group * 16 : group * 16 + 16].double()
+            first = float(start.scale[row, group]), float(start.zero[row, group])
+            s, z = _reference(unit, *first, bits, False, o, real=True)
+            same = abs(float(part.grid.scale[row, group]) - s) < 1e-5 * s
+            agree += same and abs(float(part.grid.zero[row, group]) - z) < 1e-3
+    assert agree >= 34
+    whole = hqq.compress(Layer("x", w), EMPTY, _target(bits, 16, False), o)
+
+    def loss(found: Tensor) -> float:
+        return float((w - found).double().abs().pow(0.7).sum())
+
+    assert loss(part.decode()) < loss(whole.decode())
 
 
 @pytest.mark.parametrize("group", [16, 20, "channel", "tensor"])

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import binary, codebook, integer, levels, nested, sign, ternary, trellis, vector
+from lilliput.formats import affine, binary, codebook, integer, levels, nested, sign, ternary, trellis, vector
 from lilliput.formats.format import Format
 from lilliput.recipe import Target, nearest
 
 # The name in a target's `format` to what makes the format of it.
 _WANTED: Mapping[str, Callable[[Target], Format]] = {
     "int": nested.from_target,
+    "affine": affine.from_target,
     **dict.fromkeys(levels.PRESETS, levels.from_target),
     "binary": binary.from_target,
     "sign": sign.from_target,
@@ -27,6 +28,7 @@ _WANTED: Mapping[str, Callable[[Target], Format]] = {
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "int": integer.from_plain,
     "nested": nested.from_plain,
+    "affine": affine.from_plain,
     "levels": levels.from_plain,
     "binary": binary.from_plain,
     "sign": sign.from_plain,
@@ -71,4 +73,4 @@ def names() -> tuple[str, ...]:
 
 def holds_zero(form: Format) -> bool:
     """Whether a weight can be exactly 0 on every grid of the format."""
-    return not isinstance(form, (binary.BinaryFormat, sign.SignFormat))
+    return not isinstance(form, (affine.AffineFormat, binary.BinaryFormat, sign.SignFormat))

@@ -23,9 +23,13 @@ class BlockView:
 
 @dataclass(frozen=True)
 class BlockIO:
-    """Statistics by site name, as collected before this step changes anything."""
+    """Statistics by site name, as collected before this step changes anything.
+
+    `squares(linear)`: squared gradients float32 [out, in], read from disk; None where the step asks for none.
+    """
 
     stats: Mapping[str, SiteStats]
+    squares: Callable[[str], Tensor] | None = None
 
 
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]

@@ -2,7 +2,10 @@
 
 For each linear, and each ratio j / steps, the exact error that a truncation of this one alone leaves in its outputs on
 the calibration text: with the basis U of the weighting (see svd-truncate) it is e(k) = sum_{i>k} uT_i W G WT u_i, for
-all k from one decomposition; `weighting` gram gives the Eckart-Young tail. `measure` relative divides it by e(0).
+all k from one decomposition; `weighting` gram gives the Eckart-Young tail. `measure` relative divides it by e(0); loss
+multiplies it by what the model's loss makes of a unit of it: with F the mean squared gradients of the weights and g the
+gradient by an output y = W x, sum F = E|g|^2 E|x|^2 for independent tokens, and a step d of all outputs moves the loss
+by E(g d)^2 ~ E|g|^2 E|d|^2 / rows to second order.
 
     sum        of the remaining steps of all layers, the one that lowers the summed error most for each byte is taken
     threshold  the layer with the largest error goes one step up: in the end one threshold cuts all curves, which is
@@ -15,9 +18,10 @@ ASVD releases perplexity of the whole model as default, at one evaluation for ea
 pass serves for all. Summed relative errors are a model of it, which does not see what later layers make of an error.
 
 Paper: Yuan et al. 2023, arXiv 2312.05821 (STRS).
-Cost: one more forward pass through the dense model, one block resident, and a decomposition of each linear. Limits: the
-errors of layers are added as if they were independent, and inputs are those of the uncompressed model; among a handful
-of layers the greedy division can miss the best one, among many it comes within a few percent.
+Cost: one more forward pass through the dense model, one block resident, and a decomposition of each linear; loss: the
+backward pass too. Limits: the errors of layers are added as if they were independent, and inputs are those of the
+uncompressed model; among a handful of layers the greedy division can miss the best one, among many it comes within a
+few percent.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from lilliput.algebra import lowrank
 from lilliput.methods.scores import Budget, Scores, Share
@@ -36,7 +42,7 @@ from lilliput.methods.weight.svd_truncate import metric_of
 from lilliput.recipe import Strict, Target
 
 PAPER = "Yuan et al. 2023, arXiv 2312.05821"
-NEEDS: tuple[str, ...] = ("gram", "absmean")
+NEEDS: tuple[str, ...] = ("gram", "absmean", "fisher")
 WRITES: Literal["targets"] = "targets"
 DOUBLE = True
 BASELINE: str | None = None
@@ -59,16 +65,21 @@ class Options(Strict):
         "gram", description="whose truncation is measured; the same as in the step that truncates"
     )
     alpha: float = Field(0.5, ge=0.0, le=2.0, description="absmean: exponent of mean |x|")
-    measure: Literal["relative", "energy"] = Field(
-        "relative", description="errors as a share of the layer's own outputs, or as they are"
+    measure: Literal["relative", "energy", "loss"] = Field(
+        "relative",
+        description="errors as a share of the layer's own outputs, as they are, or by what they cost in loss",
     )
     rule: Literal["sum", "threshold"] = Field("sum", description="make the sum of all errors least, or the largest one")
     steps: int = Field(20, ge=2, le=200, description="ratios that are looked at, from 1 / steps to 1")
+    fisher_samples: int | None = Field(
+        None, ge=1, description="loss: calibration samples that squared gradients are taken over; none: all"
+    )
 
 
 def needs(o: Options) -> tuple[str, ...]:
     """Output errors take the Gram matrix whatever is truncated by."""
-    return ("gram", "absmean") if o.weighting == "absmean" else ("gram",)
+    taken = ("gram", "absmean") if o.weighting == "absmean" else ("gram",)
+    return (*taken, "fisher") if o.measure == "loss" else taken
 
 
 def refuse(target: Target, o: Options) -> str | None:
@@ -90,8 +101,17 @@ def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
         errors = lowrank.tails(weight, basis, gram)
         rows, width = weight.shape
         ranks = [0, *(rank_at(j, o.steps, rows, width) for j in range(1, o.steps))]
-        found[name] = (float(rows), float(width), *(float(errors[rank]) for rank in ranks))
+        unit = _cost(io, name, gram) / rows if o.measure == "loss" else 1.0
+        found[name] = (float(rows), float(width), *(unit * float(errors[rank]) for rank in ranks))
     return found
+
+
+def _cost(io: BlockIO, name: str, gram: Tensor | None) -> float:
+    """E|g|^2 of the linear's outputs but for a factor that all linears share; 0 where no token reached it."""
+    if io.squares is None:
+        raise RuntimeError("squared gradients were planned, and nobody brings them")
+    energy = 0.0 if gram is None else float(gram.diagonal().sum(dtype=torch.float64))
+    return float(io.squares(name).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0
 
 
 def rank_at(step: int, steps: int, rows: int, width: int) -> int:

@@ -2,12 +2,12 @@
 
 min over S, Z of sum |w - S (q - Z)|^p by half-quadratic splitting, in code units: with e the rounding error, the
 shrinkage e' = sign(e) max(|e| - |e|^(p-1) / beta, 0) takes the large errors for outliers and out of the way; then, for
-the codes q as they are, Z = mean(q - (w / S - e')) and beta grows by kappa. Zero points are stored as integers here, so
-Z is rounded; with `scale` the scale takes part too: S = sum c (w - S e') / sum c^2 with c = q - Z, as stored. That
-lowers the l_p error and, on a real model at 3 bits, raises the loss. Of all grids seen each unit keeps the one of least
-l_p error, its start included.
+the codes q as they are, Z = mean(q - (w / S - e')) and beta grows by kappa. Format affine keeps Z as it is found, in
+half precision, as the paper does; format int, which engines know, rounds it. With `scale` the scale takes part too:
+S = sum c (w - S e') / sum c^2 with c = q - Z, as stored. That lowers the l_p error and, on a real model at 3 bits,
+raises the loss. Of all grids seen each unit keeps the one of least l_p error, its start included.
 
-Paper: Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/ (zero points in half precision, scales fixed).
+Paper: Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/ (scales fixed).
 Cost: O(iters * out * in), no calibration. Limits: it does not know which inputs matter.
 """
 
@@ -21,8 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.algebra.rounding import Units
-from lilliput.formats import search
-from lilliput.formats.integer import Grid, from_target
+from lilliput.formats import affine, integer, search
+from lilliput.formats.affine import AffineFormat
+from lilliput.formats.integer import Grid
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Strict, Target
@@ -31,11 +32,11 @@ from lilliput.stats.site import SiteStats
 PAPER = "Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/"
 NEEDS: tuple[str, ...] = ()
 WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int",)
+FORMATS = ("int", "affine")
 ROWWISE = True
 BASELINE: str | None = None
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "hqq": [{"method": "hqq", "target": {"bits": 4, "group_size": 64, "symmetric": False}}],
+    "hqq": [{"method": "hqq", "target": {"format": "affine", "bits": 4, "group_size": 64}}],
 }
 
 
@@ -55,22 +56,31 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     weight = layer.rest()
     if layer.support is not None:
         weight = torch.where(layer.support, weight, 0.0)
-    form = from_target(target)
-    units = Units(form, *weight.shape)
-    grid = form.fit(weight, search=o.start)
+    form = affine.from_target(target) if target.format == "affine" else integer.from_target(target)
+    real = isinstance(form, AffineFormat)
+    units = Units(form.codes if isinstance(form, AffineFormat) else form, *weight.shape)
+    grid: Grid | affine.Grid
+    if isinstance(form, AffineFormat):
+        grid = form.fit(weight, search=o.start == "mse")
+    else:
+        grid = form.fit(weight, search=o.start)
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
     best, kept = error(weight, scale, zero, units, o.norm), (scale, zero)
     beta = o.beta
     for _ in range(o.iters):
-        scale, zero = update(weight, scale, zero, units, o, beta)
+        scale, zero = update(weight, scale, zero, units, o, beta, real)
         seen = error(weight, scale, zero, units, o.norm)
         better = seen < best
         best = torch.where(better, seen, best)
         kept = torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1])
         beta *= o.kappa
-    found = Grid(kept[0].to(form.scale_dtype), None if form.symmetric else kept[1].to(torch.int8))
-    return layer.with_part(QuantizedPart(form, form.encode(weight, found), found))
+    stored = kept[0].to(form.scale_dtype)
+    if isinstance(form, AffineFormat):
+        found = affine.Grid(stored, kept[1].to(form.scale_dtype))
+        return layer.with_part(QuantizedPart(form, form.encode(weight, found), found))
+    whole = Grid(stored, None if form.symmetric else kept[1].to(torch.int8))
+    return layer.with_part(QuantizedPart(form, form.encode(weight, whole), whole))
 
 
 def error(weight: Tensor, scale: Tensor, zero: Tensor, units: Units, norm: float) -> Tensor:
@@ -79,8 +89,10 @@ def error(weight: Tensor, scale: Tensor, zero: Tensor, units: Units, norm: float
     return _sum(units, code.sub_(exact).abs_().pow_(norm)) * scale.abs().pow(norm)
 
 
-def update(weight: Tensor, scale: Tensor, zero: Tensor, units: Units, o: Options, beta: float) -> tuple[Tensor, Tensor]:
-    """One round: the next scale (as stored) and zero, float32 [units]."""
+def update(
+    weight: Tensor, scale: Tensor, zero: Tensor, units: Units, o: Options, beta: float, real: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One round: the next scale and zero, as stored, float32 [units]; `real`: the zero is no integer."""
     exact, code = _codes(weight, scale, zero, units)
     miss = exact - code
     size = miss.abs()
@@ -89,8 +101,11 @@ def update(weight: Tensor, scale: Tensor, zero: Tensor, units: Units, o: Options
     moved = zero
     if not units.form.symmetric:
         count = _sum(units, torch.ones_like(weight))
-        moved = (zero + (_sum(units, code - wanted) / count)).round()
-        moved = moved.clamp_(units.form.lowest, units.form.highest)
+        moved = zero + _sum(units, code - wanted) / count
+        if real:
+            moved = moved.to(units.form.scale_dtype).float()
+        else:
+            moved = moved.round().clamp_(units.form.lowest, units.form.highest)
         # Codes keep their meaning: q is what it was, c = q - Z moves with Z.
         code = code + units.spread(zero - moved)
     if not o.scale:
@@ -104,7 +119,13 @@ def _codes(weight: Tensor, scale: Tensor, zero: Tensor, units: Units) -> tuple[T
     """w / S, and the centred code that it rounds to, float32 [out, in]."""
     exact = weight * units.spread(scale.reciprocal())
     low = units.spread(units.form.lowest - zero)
-    return exact, torch.minimum(torch.maximum(exact.round(), low), low + (units.form.highest - units.form.lowest))
+    part = zero - zero.round()
+    if bool(part.any()):
+        off = units.spread(part)
+        code = (exact + off).round_().sub_(off)
+    else:
+        code = exact.round()
+    return exact, torch.minimum(torch.maximum(code, low), low + (units.form.highest - units.form.lowest))
 
 
 def _sum(units: Units, values: Tensor) -> Tensor:

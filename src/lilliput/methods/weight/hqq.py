@@ -14,6 +14,7 @@ Cost: O(iters * out * in), no calibration. Limits: it does not know which inputs
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,9 @@ BASELINE: str | None = None
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "hqq": [{"method": "hqq", "target": {"format": "affine", "bits": 4, "group_size": 64}}],
 }
+
+
+_CHUNK = 1 << 17  # weights worked on at a time
 
 
 class Options(Strict):
@@ -66,50 +70,64 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         grid = form.fit(weight, search=o.start)
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
-    best, kept = error(weight, scale, zero, units, o.norm), (scale, zero)
-    beta = o.beta
+    step = len(weight) if len(scale) == 1 else max(1, _CHUNK // max(weight.shape[1], 1))
+    for a in range(0, len(weight), step):
+        rows = slice(a, min(a + step, len(weight)))
+        some = replace(units, rows=rows.stop - a)
+        of = slice(None) if len(scale) == 1 else rows
+        scale[of], zero[of] = splitting(weight[rows], scale[of], zero[of], some, o, real)
+    stored = scale.to(form.scale_dtype)
+    if isinstance(form, AffineFormat):
+        found = affine.Grid(stored, zero.to(form.scale_dtype))
+        return layer.with_part(QuantizedPart(form, form.encode(weight, found), found))
+    whole = Grid(stored, None if form.symmetric else zero.to(torch.int8))
+    return layer.with_part(QuantizedPart(form, form.encode(weight, whole), whole))
+
+
+def splitting(
+    weight: Tensor, scale: Tensor, zero: Tensor, units: Units, o: Options, real: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of least l_p error among those that the rounds meet, as stored, float32 [units].
+
+    weight [rows, in] and the grid that it starts from; `real`: zero points are no integers.
+    """
+    exact, code = _codes(weight, scale, zero, units)
+    best, kept, beta = _error(exact, code, scale, units, o.norm), (scale, zero), o.beta
     for _ in range(o.iters):
-        scale, zero = update(weight, scale, zero, units, o, beta, real)
-        seen = error(weight, scale, zero, units, o.norm)
+        scale, zero = _update(exact, code, scale, zero, units, o, beta, real)
+        exact, code = _codes(weight, scale, zero, units)
+        seen = _error(exact, code, scale, units, o.norm)
         better = seen < best
         best = torch.where(better, seen, best)
         kept = torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1])
         beta *= o.kappa
-    stored = kept[0].to(form.scale_dtype)
-    if isinstance(form, AffineFormat):
-        found = affine.Grid(stored, kept[1].to(form.scale_dtype))
-        return layer.with_part(QuantizedPart(form, form.encode(weight, found), found))
-    whole = Grid(stored, None if form.symmetric else kept[1].to(torch.int8))
-    return layer.with_part(QuantizedPart(form, form.encode(weight, whole), whole))
+    return kept
 
 
-def error(weight: Tensor, scale: Tensor, zero: Tensor, units: Units, norm: float) -> Tensor:
+def _error(exact: Tensor, code: Tensor, scale: Tensor, units: Units, norm: float) -> Tensor:
     """Sum of |error|^norm, float32 [units]."""
-    exact, code = _codes(weight, scale, zero, units)
-    return _sum(units, code.sub_(exact).abs_().pow_(norm)) * scale.abs().pow(norm)
+    return _sum(units, (code - exact).abs_().pow_(norm)) * scale.abs().pow(norm)
 
 
-def update(
-    weight: Tensor, scale: Tensor, zero: Tensor, units: Units, o: Options, beta: float, real: bool = False
+def _update(
+    exact: Tensor, code: Tensor, scale: Tensor, zero: Tensor, units: Units, o: Options, beta: float, real: bool
 ) -> tuple[Tensor, Tensor]:
-    """One round: the next scale and zero, as stored, float32 [units]; `real`: the zero is no integer."""
-    exact, code = _codes(weight, scale, zero, units)
+    """One round: the next scale and zero."""
     miss = exact - code
     size = miss.abs()
-    large = miss.sign() * (size - size.clamp(min=1e-8).pow(o.norm - 1) / beta).clamp_(min=0.0)
+    large = miss.sign() * (size - size.clamp(min=1e-8).pow_(o.norm - 1).div_(beta)).clamp_(min=0.0)
     wanted = exact - large
     moved = zero
     if not units.form.symmetric:
-        count = _sum(units, torch.ones_like(weight))
-        moved = zero + _sum(units, code - wanted) / count
+        moved = zero + _sum(units, code - wanted) / _sum(units, torch.ones_like(exact))
         if real:
             moved = moved.to(units.form.scale_dtype).float()
         else:
             moved = moved.round().clamp_(units.form.lowest, units.form.highest)
-        # Codes keep their meaning: q is what it was, c = q - Z moves with Z.
-        code = code + units.spread(zero - moved)
     if not o.scale:
         return scale, moved
+    # Codes keep their meaning: q is what it was, c = q - Z moves with Z.
+    code = code + units.spread(zero - moved)
     top, bottom = _sum(units, code * wanted), _sum(units, code.square())
     factor = torch.where((top > 0) & (bottom > 0), top / bottom, 1.0)
     return search.stored(scale * factor, units.form.scale_dtype), moved

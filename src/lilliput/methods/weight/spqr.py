@@ -13,8 +13,7 @@ for the paper's threshold, which is then whatever the last kept weight scores. W
    in float16. The grid holds 0 at their places, so they are reproduced bit by bit.
 
 The paper's groups of 16 hold scales and zero points of 3 bits themselves: scale_dtype int3/16. The choice of outliers,
-steps 1 and 2, goes by plain scales; only the final grid and sweep have the target's. Screening searches ranges in
-coarser steps.
+steps 1 and 2, goes by plain scales and coarsely searched ranges; only the final grid and sweep have the target's.
 
 Beyond the paper: ranges are searched, and correlations shrunk, as in `gptq`. No outliers: `gptq` with these groups.
 
@@ -36,7 +35,7 @@ from torch import Tensor
 from lilliput.algebra import obs, values
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, ranged, swept
-from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.integer import Grid, IntegerFormat
 from lilliput.formats.nested import NestedFormat, from_target
 from lilliput.parts import sparse
 from lilliput.parts.layer import Layer
@@ -52,7 +51,7 @@ WRITES: Literal["parts"] = "parts"
 FORMATS = ("int",)
 ROWWISE = False  # the outliers of a matrix are chosen together
 BASELINE: str | None = "rtn"
-_SCREEN = 9  # shares of the range that screening looks among; finer ones find the same outliers
+_SCREEN = 9  # shares of the range that are looked among to choose outliers; finer ones save 0.3 % of the error
 SCRATCH = 16 << 20  # bytes beside what the plan counts for a sweep (measured)
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "spqr": [{"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False, "scale_dtype": "int3/16"}}],
@@ -109,7 +108,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         gain = _gain(plain, held, importance, pivot.square(), o)
         mask = sparse.highest(gain, o.share)
         aim = torch.empty_like(held)
-        found = sweep(plain, _fit(plain, held, importance, mask, o), mask, aim)
+        found = sweep(plain, _coarse(plain, held, importance, mask, o), mask, aim)
         score = torch.where(mask, gain, aim.sub_(found).mul_(pivot).square_())
         mask = sparse.highest(score if layer.support is None else score * layer.support, o.share)
     grid = _fit(form, held, importance, mask, o)
@@ -126,6 +125,13 @@ def _fit(form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor,
     """The grid of all weights but those of `mask`."""
     held, counts = _rest(form, weight, importance, mask)
     return ranged.fit(form, held, counts if o.search == "mse" else None, ranged.Search(o.search))
+
+
+def _coarse(form: IntegerFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Grid:
+    """The same, from a search that is good enough to tell outliers."""
+    held, counts = _rest(form, weight, importance, mask)
+    weigh = counts if o.search == "mse" else None
+    return form.fit(held, search=o.search, importance=weigh, steps=_SCREEN, polish=False)
 
 
 def _rest(
@@ -150,9 +156,7 @@ def _gain(form: IntegerFormat, weight: Tensor, importance: Tensor, curve: Tensor
     index = form.group_of(width, weight.device).expand(rows, width)
 
     def error(without: Tensor) -> Tensor:
-        held, counts = _rest(form, weight, importance, without)
-        weigh = counts if o.search == "mse" else None
-        grid = form.fit(held, search=o.search, importance=weigh, steps=_SCREEN, polish=False)
+        grid = _coarse(form, weight, importance, without, o)
         return (form.decode(form.encode(weight, grid), grid) - weight).square() * curve
 
     def by_unit(x: Tensor) -> Tensor:

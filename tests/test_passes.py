@@ -40,7 +40,7 @@ RECIPES: Mapping[str, tuple[Step, ...]] = {
         Step(method="gptq", target=Target(bits=4, group_size="channel")),
     ),
     "ranks, svd-truncate": (
-        Step(method="ranks", options={"weighting": "absmean", "alpha": 0.7, "steps": 6}),
+        Step(method="ranks", options={"weighting": "absmean", "alpha": 0.7, "steps": 6, "measure": "energy"}),
         Step(method="svd-truncate", target=Target(ratio=0.6), options={"weighting": "absmean", "alpha": 0.7}),
     ),
     "ranks by loss, svd-truncate": (

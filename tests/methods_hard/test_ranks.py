@@ -66,7 +66,7 @@ def test_scores_are_the_errors_of_the_step_that_truncates(weighting: Any) -> Non
     x = torch.randn(100, 30, generator=g) @ torch.randn(30, 30, generator=g)
     stats = SiteStats(30, 100, gram=x.T @ x, absmean=x.abs().mean(0))
     weights = {n: torch.randn(r, 30, generator=g) for n, r in (("a", 18), ("b", 40))}
-    o = ranks.Options(weighting=weighting, steps=5)
+    o = ranks.Options(weighting=weighting, steps=5, measure="energy")
     found = ranks.score(BlockView(block, weights), BlockIO({"a": stats}), o)
     for name, w in weights.items():
         rows, width, whole, *errors = found[name]
@@ -136,11 +136,11 @@ def test_the_budget_is_met_from_below(
 
 
 def test_equal_layers_get_equal_ranks_and_steep_ones_fewer() -> None:
-    o = ranks.Options(steps=10)
+    o = ranks.Options(steps=10, measure="relative")
     scores, budget = case([(40, 40, 0.9)] * 3, 0.5, o)
     assert {t.rank for t in ranks.allocate(scores, budget, o).values()} == {10}
     for rule in ("sum", "threshold"):
-        chosen = ranks.Options(steps=10, rule=rule)  # type: ignore[arg-type]
+        chosen = ranks.Options(steps=10, rule=rule, measure="relative")  # type: ignore[arg-type]
         scores, budget = case([(40, 40, 0.7), (40, 40, 0.99)], 0.6, chosen)
         targets = ranks.allocate(scores, budget, chosen)
         flat = targets["1"].rank or 40
@@ -150,7 +150,7 @@ def test_equal_layers_get_equal_ranks_and_steep_ones_fewer() -> None:
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.85])
 def test_the_sum_is_close_to_the_least_of_all_divisions(ratio: float) -> None:
     """Below it lies max over prices p of sum_l min_j (e_lj + p size_lj) - p budget, whatever the division."""
-    o = ranks.Options(steps=10)
+    o = ranks.Options(steps=10, measure="relative")
     g = torch.Generator().manual_seed(0)
     decays = (0.8 + 0.195 * torch.rand(60, generator=g)).tolist()
     shapes = [((40, 40), (40, 120), (120, 40))[i % 3] for i in range(60)]
@@ -179,7 +179,7 @@ def test_the_sum_is_close_to_the_least_of_all_divisions(ratio: float) -> None:
 
 def test_one_threshold_cuts_all_curves() -> None:
     """STRS: the largest error of the division is the least that the budget allows, at the steps that are looked at."""
-    o = ranks.Options(steps=10, rule="threshold")
+    o = ranks.Options(steps=10, rule="threshold", measure="relative")
     shapes = [(40, 40, 0.8), (40, 40, 0.93), (30, 50, 0.97)]
     scores, budget = case(shapes, 0.6, o)
     targets = ranks.allocate(scores, budget, o)

@@ -2,10 +2,10 @@
 
 For each linear, and each ratio j / steps, the exact error that a truncation of this one alone leaves in its outputs on
 the calibration text: with the basis U of the weighting (see svd-truncate) it is e(k) = sum_{i>k} uT_i W G WT u_i, for
-all k from one decomposition; `weighting` gram gives the Eckart-Young tail. `measure` relative divides it by e(0); loss
-multiplies it by what the model's loss makes of a unit of it: with F the mean squared gradients of the weights and g the
-gradient by an output y = W x, sum F = E|g|^2 E|x|^2 for independent tokens, and a step d of all outputs moves the loss
-by E(g d)^2 ~ E|g|^2 E|d|^2 / rows to second order.
+all k from one decomposition; `weighting` gram gives the Eckart-Young tail. `measure` loss multiplies it by what the
+model's loss makes of a unit of it: with F the mean squared gradients of the weights and g the gradient by an output
+y = W x, sum F = E|g|^2 E|x|^2 for independent tokens, and a step d of all outputs moves the loss by
+E(g d)^2 ~ E|g|^2 E|d|^2 / rows to second order. Relative divides it by e(0) instead, energy takes it as it is.
 
     sum        of the remaining steps of all layers, the one that lowers the summed error most for each byte is taken
     threshold  the layer with the largest error goes one step up: in the end one threshold cuts all curves, which is
@@ -14,11 +14,12 @@ by E(g d)^2 ~ E|g|^2 E|d|^2 / rows to second order.
 until the bytes are spent that the recipe's ratio, alike for all layers, would take; what is left goes to single ranks.
 A layer at the last step stays as it is. The total is never above, and misses by less than one rank of any open layer.
 
-ASVD releases perplexity of the whole model as default, at one evaluation for each layer and ratio; here one forward
-pass serves for all. Summed relative errors are a model of it, which does not see what later layers make of an error.
+ASVD releases perplexity of the whole model as default, at one evaluation for each layer and ratio; here one forward and
+one backward pass serve for all. Relative errors need no backward pass, and do not see what later layers make of an
+error: on a real model they divide ranks worse than alike.
 
 Paper: Yuan et al. 2023, arXiv 2312.05821 (STRS).
-Cost: one more forward pass through the dense model, one block resident, and a decomposition of each linear; loss: the
+Cost: one more forward pass through the dense model, one block resident, a decomposition of each linear; for loss the
 backward pass too. Limits: the errors of layers are added as if they were independent, and inputs are those of the
 uncompressed model; among a handful of layers the greedy division can miss the best one, among many it comes within a
 few percent.
@@ -65,9 +66,8 @@ class Options(Strict):
         "gram", description="whose truncation is measured; the same as in the step that truncates"
     )
     alpha: float = Field(0.5, ge=0.0, le=2.0, description="absmean: exponent of mean |x|")
-    measure: Literal["relative", "energy", "loss"] = Field(
-        "relative",
-        description="errors as a share of the layer's own outputs, as they are, or by what they cost in loss",
+    measure: Literal["loss", "relative", "energy"] = Field(
+        "loss", description="errors by what they cost in loss, as a share of the layer's own outputs, or as they are"
     )
     rule: Literal["sum", "threshold"] = Field("sum", description="make the sum of all errors least, or the largest one")
     steps: int = Field(20, ge=2, le=200, description="ratios that are looked at, from 1 / steps to 1")

@@ -140,7 +140,9 @@ def test_what_the_plan_counted_is_what_is_stored(name: str, linear: str, toy: An
 def test_declared_bits_are_exact(name: str, group: int | str, symmetric: bool, toy: Any) -> None:
     w, stats = toy.tensors["up"], toy.io().stats["up"]
     for bits in (2, 3, 8):
-        out = _run(name, _layer("up", w), stats, _target(name, bits=bits, group_size=group, symmetric=symmetric))
+        out = _run(
+            name, _layer("up", w), stats, _target(name, format="int", bits=bits, group_size=group, symmetric=symmetric)
+        )
         (part,) = out.parts
         assert isinstance(part, QuantizedPart)
         assert (part.format.bits, part.format.symmetric) == (bits, symmetric)

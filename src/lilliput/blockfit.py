@@ -75,23 +75,19 @@ class Start:
 
     def pieces(self) -> list[Start]:
         """A few rows at a time, so that what a step works in stays in the caches; a grid per tensor stays whole."""
-        if self.scale.shape[0] == 1:
-            return [self]
-        step = max(1, _CHUNK // max(self.units.width, 1))
-
-        def rows(a: int, b: int) -> Start:
-            return Start(
-                replace(self.units, rows=b - a),
-                self.weight[a:b],
-                None if self.base is None else self.base[a:b],
-                None if self.support is None else self.support[a:b],
-                self.scale[a:b],
-                self.zero[a:b],
-                self.codes[a:b],
+        return [
+            Start(
+                units,
+                self.weight[rows],
+                None if self.base is None else self.base[rows],
+                None if self.support is None else self.support[rows],
+                self.scale[rows],
+                self.zero[rows],
+                self.codes[rows],
                 self.given,
             )
-
-        return [rows(a, min(a + step, self.units.rows)) for a in range(0, self.units.rows, step)]
+            for rows, units in self.units.apart(_CHUNK)
+        ]
 
 
 class Fitted(Protocol):

@@ -47,11 +47,11 @@ def kept(work: Work) -> list[str]:
     return [path.name for path in work.folder.glob("fisher-*.safetensors")]
 
 
-def reader(work: Work, block: int) -> Callable[[str], Tensor]:
-    """Squared gradients by the linear's name within the block, one at a time from its file."""
+def reader(path: Path) -> Callable[[str], Tensor]:
+    """Squared gradients by the linear's name within the block, one at a time from the block's file."""
 
     def read(name: str) -> Tensor:
-        with safe_open(path_of(work, block), framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             found: Tensor = file.get_tensor(name)
         return found
 
@@ -63,8 +63,7 @@ def layer(path: Path | None, plan: LinearPlan, weights: BlockWeights) -> Layer:
     where a step reads them; `path` is the file of its block."""
     weight, squares = weights.linear(plan.linear).to(weights.device), None
     if path is not None and any(task.fisher for task in plan.tasks):
-        with safe_open(path, framework="pt") as file:
-            squares = weights.through_folds(plan.linear, file.get_tensor(plan.linear.name)).to(weights.device)
+        squares = weights.through_folds(plan.linear, reader(path)(plan.linear.name)).to(weights.device)
     return Layer(plan.name, weight, fisher=squares)
 
 

@@ -204,7 +204,7 @@ def _score_blocks(
         if ranks.lead():
             weights = BlockWeights(model, index, anatomy)
             view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})
-            io = BlockIO(stats, fisher.reader(work, index) if task.fisher else None)
+            io = BlockIO(stats, fisher.reader(fisher.path_of(work, index)) if task.fisher else None)
             scores = task.method.module.score(view, io, task.options)
             del view
         work.note(

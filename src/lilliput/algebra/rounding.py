@@ -10,7 +10,7 @@ one scale S and zero point Z for each unit of weights (a row's group, a row, or 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,11 +53,19 @@ class Units:
         out = values.new_zeros(values.shape[0], self.form.groups(self.width))
         return out.index_add_(1, self.form.group_of(self.width, values.device), values)
 
-    def pieces(self) -> Iterator[slice]:
-        """Rows few at a time."""
-        step = max(1, _CHUNK // max(self.width, 1))
+    def pieces(self, weights: int = _CHUNK) -> Iterator[slice]:
+        """Rows few at a time, about so many weights."""
+        step = max(1, weights // max(self.width, 1))
         for a in range(0, self.rows, step):
             yield slice(a, min(a + step, self.rows))
+
+    def apart(self, weights: int) -> Iterator[tuple[slice, Units]]:
+        """Such pieces with the units of their own; a grid per tensor stays whole."""
+        if self.form.group_size == 0:
+            yield slice(0, self.rows), self
+            return
+        for rows in self.pieces(weights):
+            yield rows, replace(self, rows=rows.stop - rows.start)
 
     def of(self, numbers: Tensor, rows: slice) -> Tensor:
         """The grid numbers of some rows; one per tensor serves all."""

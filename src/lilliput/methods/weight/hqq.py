@@ -14,7 +14,6 @@ Cost: O(iters * out * in), no calibration. Limits: it does not know which inputs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,8 +22,7 @@ from torch import Tensor
 
 from lilliput.algebra.rounding import Units
 from lilliput.formats import affine, integer, search
-from lilliput.formats.affine import AffineFormat
-from lilliput.formats.integer import Grid
+from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Strict, Target
@@ -39,8 +37,6 @@ BASELINE: str | None = None
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "hqq": [{"method": "hqq", "target": {"format": "affine", "bits": 4, "group_size": 64}}],
 }
-
-
 _CHUNK = 1 << 17  # weights worked on at a time
 
 
@@ -60,28 +56,35 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     weight = layer.rest()
     if layer.support is not None:
         weight = torch.where(layer.support, weight, 0.0)
-    form = affine.from_target(target) if target.format == "affine" else integer.from_target(target)
-    real = isinstance(form, AffineFormat)
-    units = Units(form.codes if isinstance(form, AffineFormat) else form, *weight.shape)
-    grid: Grid | affine.Grid
-    if isinstance(form, AffineFormat):
-        grid = form.fit(weight, search=o.start == "mse")
-    else:
-        grid = form.fit(weight, search=o.start)
+    return layer.with_part((_affine if target.format == "affine" else _integer)(weight, target, o))
+
+
+def _affine(weight: Tensor, target: Target, o: Options) -> QuantizedPart:
+    form = affine.from_target(target)
+    grid = form.fit(weight, search=o.start == "mse")
+    scale, zero = _fitted(weight, grid.scale.float(), grid.zero.float(), form.codes, o, True)
+    found = affine.Grid(scale.to(form.scale_dtype), zero.to(form.scale_dtype))
+    return QuantizedPart(form, form.encode(weight, found), found)
+
+
+def _integer(weight: Tensor, target: Target, o: Options) -> QuantizedPart:
+    form = integer.from_target(target)
+    grid = form.fit(weight, search=o.start)
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
-    step = len(weight) if len(scale) == 1 else max(1, _CHUNK // max(weight.shape[1], 1))
-    for a in range(0, len(weight), step):
-        rows = slice(a, min(a + step, len(weight)))
-        some = replace(units, rows=rows.stop - a)
-        of = slice(None) if len(scale) == 1 else rows
-        scale[of], zero[of] = splitting(weight[rows], scale[of], zero[of], some, o, real)
-    stored = scale.to(form.scale_dtype)
-    if isinstance(form, AffineFormat):
-        found = affine.Grid(stored, zero.to(form.scale_dtype))
-        return layer.with_part(QuantizedPart(form, form.encode(weight, found), found))
-    whole = Grid(stored, None if form.symmetric else zero.to(torch.int8))
-    return layer.with_part(QuantizedPart(form, form.encode(weight, whole), whole))
+    scale, zero = _fitted(weight, scale, zero, form, o, False)
+    found = integer.Grid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))
+    return QuantizedPart(form, form.encode(weight, found), found)
+
+
+def _fitted(
+    weight: Tensor, scale: Tensor, zero: Tensor, form: IntegerFormat, o: Options, real: bool
+) -> tuple[Tensor, Tensor]:
+    """`splitting` of all rows, few at a time."""
+    found = scale.clone(), zero.clone()
+    for rows, units in Units(form, *weight.shape).apart(_CHUNK):
+        found[0][rows], found[1][rows] = splitting(weight[rows], scale[rows], zero[rows], units, o, real)
+    return found
 
 
 def splitting(

@@ -51,11 +51,11 @@ WRITES: Literal["parts"] = "parts"
 FORMATS = ("int",)
 ROWWISE = False  # the outliers of a matrix are chosen together
 BASELINE: str | None = "rtn"
-_SCREEN = 9  # shares of the range that are looked among to choose outliers; finer ones save 0.3 % of the error
 SCRATCH = 16 << 20  # bytes beside what the plan counts for a sweep (measured)
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "spqr": [{"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False, "scale_dtype": "int3/16"}}],
 }
+_SCREEN = 9  # shares of the range that are looked among to choose outliers; finer ones save 0.3 % of the error
 
 
 class Options(Strict):
@@ -123,31 +123,31 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
 
 def _fit(form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Any:
     """The grid of all weights but those of `mask`."""
-    held, counts = _rest(form, weight, importance, mask)
-    return ranged.fit(form, held, counts if o.search == "mse" else None, ranged.Search(o.search))
+    held, weigh = _rest(form, weight, importance, mask, o)
+    return ranged.fit(form, held, weigh, ranged.Search(o.search))
 
 
 def _coarse(form: IntegerFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Grid:
     """The same, from a search that is good enough to tell outliers."""
-    held, counts = _rest(form, weight, importance, mask)
-    weigh = counts if o.search == "mse" else None
+    held, weigh = _rest(form, weight, importance, mask, o)
     return form.fit(held, search=o.search, importance=weigh, steps=_SCREEN, polish=False)
 
 
 def _rest(
-    form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weights and importance in which those of `mask` stand as the mean of the others in their group and count
-    nothing."""
+    form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options
+) -> tuple[Tensor, Tensor | None]:
+    """Weights and, where ranges are searched, importance in which those of `mask` stand as the mean of the others in
+    their group and count nothing."""
+    searched = o.search == "mse"
     if not bool(mask.any()):
-        return weight, importance
+        return weight, importance if searched else None
     rows, width = weight.shape
     index = groups.index(width, form.group_size, weight.device).expand(rows, width)
     stay = (~mask).float()
     units = weight.new_zeros(groups.units(rows, width, form.group_size))
     total, count = units.scatter_add(1, index, weight * stay), units.scatter_add(1, index, stay)
     means = (total / count.clamp(min=1)).gather(1, index)
-    return torch.where(mask, means, weight), importance * stay
+    return torch.where(mask, means, weight), importance * stay if searched else None
 
 
 def _gain(form: IntegerFormat, weight: Tensor, importance: Tensor, curve: Tensor, o: Options) -> Tensor:

@@ -1,8 +1,14 @@
+"""Where the work runs: on this processor, or on an accelerator."""
+
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
-from lilliput import device
+from lilliput import api, device
 from lilliput.errors import PlanError
+from lilliput.progress import Quiet
 
 
 @pytest.fixture
@@ -41,3 +47,31 @@ def test_what_there_is_not() -> None:
             device.choose("cuda")
     with pytest.raises(PlanError, match="choose auto, cpu or cuda"):
         device.choose("abacus")
+
+
+STEPS = {
+    "awq, integers of three bits": "{method: awq}, {method: gptq, target: {bits: 3, group_size: 16}}",
+    "spqr": "{method: spqr, target: {bits: 3, group_size: 16, symmetric: false, scale_dtype: int3/16}}",
+    "trellis": "{method: quip, target: {format: trellis, bits: 2, group_size: channel}}",
+    "codebook": "{method: codebook, target: {format: codebook, bits: 3, group_size: channel}}",
+    "squeezellm": "{method: squeezellm, target: {format: codebook, bits: 3, group_size: channel}}",
+    "real zero points": "{method: hqq, target: {format: affine, bits: 3, group_size: 16}}",
+    "ranks": "{method: ranks}, {method: svd-truncate, target: {ratio: 0.8}, options: {weighting: gram}}",
+    "smoothquant, signround": "{method: smoothquant}, {method: signround, target: {bits: 4, group_size: 16}, "
+    "options: {iters: 2}}",
+    "wanda": "{method: wanda, target: {sparsity: 0.5}}",
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_run_on_an_accelerator_as_they_do_here(tiny: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    recipe = f"steps: [{STEPS[name]}]\n"
+    errors = []
+    for where in ("cpu", "cuda"):
+        done = api.compress(
+            tiny("llama"), tmp_path / where, recipe=recipe, device=where, dtype="float32", samples=2, tokens=32,
+            eval_windows=0, progress=Quiet(),
+        )  # fmt: skip
+        errors.append([row["error"] for row in done.rows])
+    assert errors[1] == pytest.approx(errors[0], rel=0.1, abs=1e-3)

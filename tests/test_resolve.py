@@ -89,3 +89,17 @@ def test_decompositions_in_float64_count_as_memory(model: Model) -> None:
         sizes.append(memory.estimate(blocks, shape, batch=1, lockstep=True, needs=frozenset(), rewriting=False)[0])
     assert sizes[1] > sizes[0]
     assert plan(model, {"method": "svd-truncate"}).layout.bytes >= plan(model, {"method": "magnitude"}).layout.bytes
+
+
+@pytest.mark.parametrize(("weighting", "lost"), [("absmean", "absolute inputs"), ("fisher", "squared gradients")])
+def test_what_a_turned_layer_does_not_have_cannot_be_read(model: Model, weighting: str, lost: str) -> None:
+    later = {"method": "svd-truncate", "options": {"weighting": weighting}}
+    with pytest.raises(PlanError, match=rf"step 2 \(svd-truncate\) on .*it reads .*{lost}"):
+        plan(model, {"method": "quip"}, later)
+    assert plan(model, {"method": "quip"}, {**later, "options": {"weighting": "gram"}}).bytes > 0
+
+
+@pytest.mark.parametrize("method", ["rtn", "loftq", "codebook", "squeezellm", "quantile-quant"])
+def test_no_method_takes_a_codebook_larger_than_its_data(model: Model, method: str) -> None:
+    with pytest.raises(PlanError, match="256 levels for 16 weights each"):
+        plan(model, {"method": method, "target": {"format": "codebook", "bits": 8, "group_size": 16}})

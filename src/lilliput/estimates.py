@@ -99,10 +99,15 @@ def beside(resolved: Resolved) -> tuple[int, int]:
 
 
 def scratch(resolved: Resolved) -> int:
-    """Bytes in which methods and formats work whatever the shapes of the weights."""
+    """Bytes in which methods and formats work beside copies of weights and Gram matrices."""
     methods = max((task.method.scratch for x in resolved.linears for task in x.tasks), default=0)
-    specs = {part for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)}
-    return methods + max((getattr(spec.format, "scratch", 0) for spec in specs), default=0)
+    formats = {
+        (part.format, x.linear.out_features, x.linear.in_features)
+        for x in resolved.linears
+        for part in x.scheme.parts
+        if isinstance(part, QuantizedSpec) and hasattr(part.format, "scratch")
+    }
+    return methods + max((form.scratch(rows, width) for form, rows, width in formats), default=0)
 
 
 def measuring(model: Model) -> int:

@@ -203,7 +203,7 @@ def _score_blocks(
         scores: Scores = {}
         if ranks.lead():
             weights = BlockWeights(model, index, anatomy)
-            view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)) for name in names})
+            view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)).to(weights.device) for name in names})
             io = BlockIO(stats, fisher.reader(fisher.path_of(work, index)) if task.fisher else None)
             scores = task.method.module.score(view, io, task.options)
             del view

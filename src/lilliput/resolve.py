@@ -15,6 +15,7 @@ from lilliput.anatomy.model import Anatomy, Linear
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known
 from lilliput.parts.scheme import Scheme
+from lilliput.parts.transform import ScaleSpec
 from lilliput.recipe import Recipe, Step, Target, Where
 
 GROUPS = (128, 64, 32)
@@ -200,6 +201,14 @@ def _inherited(tasks: list[Task]) -> list[Task]:
     return out
 
 
+def _lost(scheme: Scheme, task: Task) -> str | None:
+    """What the step reads that does not survive the transforms of the layer so far."""
+    if task.fisher and (scheme.inputs or scheme.outputs):
+        return "squared gradients"
+    turned = any(not isinstance(x, ScaleSpec) for x in scheme.inputs)
+    return "mean or largest absolute inputs" if turned and task.needs & {"absmean", "absmax"} else None
+
+
 def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> LinearPlan:
     scheme = Scheme()
     quantized = False
@@ -248,6 +257,12 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
                 continue
             if task.method.writes == "quantized" and quantized:
                 raise PlanError(f"{label}: an earlier step quantizes this layer already; keep one of them")
+            lost = _lost(scheme, task)
+            if lost is not None:
+                raise PlanError(
+                    f"{label}: it reads {lost}, which are not known of a layer that an earlier step has turned "
+                    f"({scheme.describe()}): choose another option, or leave one of the two steps out"
+                )
             if sparsity is not None and not task.method.masked:
                 raise PlanError(f"{label}: it would fill the zeros that an earlier step made: leave one of the two out")
             quantized = quantized or task.method.writes == "quantized"

@@ -145,7 +145,9 @@ def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | 
             stats = _collect(job, batches, inputs, sites, needs)
         names = sorted({name for link in job.anatomy.links for name in link.readers if name in covered})
         names = names if ranks.lead() else []
-        view = BlockView(job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)) for n in names})
+        view = BlockView(
+            job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)).to(job.weights.device) for n in names}
+        )
         job.weights.fold(_folds(task, view, BlockIO(stats)))
         touched = {name: job.weights.tensor(name) for name in job.weights.names() if job.weights.folded(name)}
         if batches is not None:

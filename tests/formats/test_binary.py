@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import known
+from lilliput.formats import groups, known
 from lilliput.formats.binary import BinaryFormat, Grid, from_target, of_integers
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.quantized import QuantizedPart
@@ -21,8 +21,8 @@ def _weight(rows: int = 12, width: int = 64, seed: int = 0) -> Tensor:
 def _error(form: BinaryFormat, w: Tensor, grid: Grid, h: Tensor | None = None) -> Tensor:
     """Weighted error of each group, [out, groups]."""
     miss = (form.decode(form.encode(w, grid), grid) - w).square() * (1.0 if h is None else h)
-    index = form.group_of(w.shape[1]).expand_as(w)
-    return torch.zeros(len(w), form.groups(w.shape[1])).scatter_add_(1, index, miss)
+    index = groups.index(w.shape[1], form.group_size).expand_as(w)
+    return torch.zeros(len(w), groups.count(w.shape[1], form.group_size)).scatter_add_(1, index, miss)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
@@ -32,7 +32,7 @@ def test_codes_are_the_nearest_of_all_sums(bits: int, size: int) -> None:
     grid = form.fit(w, rounds=2)
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=bits))).double()
     sums = (grid.alpha.double() @ signs.T) + grid.offset.double().unsqueeze(-1)  # [out, groups, 2^bits]
-    best = (sums[:, form.group_of(64)] - w.double().unsqueeze(-1)).abs().amin(-1)
+    best = (sums[:, groups.index(64, form.group_size)] - w.double().unsqueeze(-1)).abs().amin(-1)
     ours = (form.decode(form.encode(w, grid), grid).double() - w.double()).abs()
     torch.testing.assert_close(ours, best, rtol=0, atol=1e-7)
 
@@ -93,7 +93,7 @@ def test_bytes_sizes_and_reading(bits: int, size: int) -> None:
     part = QuantizedPart(form, form.encode(w, grid), grid)
     packed = part.pack()
     assert {n: (t.dtype, tuple(t.shape)) for n, t in packed.items()} == form.stored(5, 64)
-    assert part.bits() == 5 * 64 * bits + 5 * form.groups(64) * (bits + 1) * 16
+    assert part.bits() == 5 * 64 * bits + 5 * groups.count(64, form.group_size) * (bits + 1) * 16
     read = decode(
         LinearSpec("x", "x", 5, 64, quantized(form)), {"x.weight" + n: t for n, t in packed.items()}.__getitem__
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import known
+from lilliput.formats import groups, known
 from lilliput.formats.codebook import CodebookFormat, Table, from_target
 from lilliput.formats.integer import IntegerFormat
 from lilliput.recipe import Target
@@ -24,11 +24,11 @@ def test_codes_are_the_nearest_and_survive_packing(bits: int, size: int) -> None
     form, w = CodebookFormat(bits, size), _weight()
     table = form.fit(w)
     assert table.levels.dtype == torch.float16
-    assert table.levels.shape == ((1, 1) if size == 0 else (12, form.groups(64))) + (2**bits,)
+    assert table.levels.shape == ((1, 1) if size == 0 else (12, groups.count(64, form.group_size))) + (2**bits,)
     codes = form.encode(w, table)
     assert codes.dtype == torch.int8
     back = form.decode(codes, table)
-    levels = form.expand(table, 64).levels.float().expand(12, -1, -1)[:, form.group_of(64)]
+    levels = form.expand(table, 64).levels.float().expand(12, -1, -1)[:, groups.index(64, form.group_size)]
     miss = (levels - w[:, :, None]).abs().min(2).values
     torch.testing.assert_close((back - w).abs(), miss, rtol=0, atol=0)
     tensors = form.pack(codes, table)
@@ -87,6 +87,8 @@ def test_bad_settings_are_refused() -> None:
     with pytest.raises(PlanError, match=r"16 levels for 8 weights each: .* at most 3 bits"):
         CodebookFormat(4, 8).check(4, 64)
     CodebookFormat(4, 0).check(4, 8)
+    # A table for a whole matrix is fitted to all of it at once; rows are taken few at a time.
+    assert CodebookFormat(4, 0).scratch(4096, 4096) > 100 * CodebookFormat(4, -1).scratch(4096, 4096)
     with pytest.raises(PlanError, match=r"target\.format"):
         from_target(Target(bits=4, group_size=16))
     with pytest.raises(PlanError, match=r"target\.bits"):

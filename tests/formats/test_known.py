@@ -46,6 +46,12 @@ def test_a_folder_has_the_planned_bytes_and_opens(tiny: Tiny, tmp_path: Path, ta
     ("format: nf9", "unknown format 'nf9'.* Did you mean"),
     ("bits: 4, scale_dtype: int4/rows", "line 3: 'steps.0.target.scale_dtype': no kind of scales"),
     ("bits: 4, group_size: channel, scale_dtype: int4/row", "one scale per row cannot be"),
+    ("format: codebook, group_size: channel, scale_dtype: int4/row", "scales of kind 'int4/row' are not possible"),
+    ("format: e8, group_size: channel, scale_dtype: e4m3", "scales of kind 'e4m3' are not possible"),
+    ("format: ternary, bits: 2", "'ternary' has 1.6 bits a weight by its nature"),
+    ("format: sign, group_size: 16", "'sign' has a value for each row and each column"),
+    ("format: codebook, group_size: channel, symmetric: false", "'codebook' has no zero points"),
+    ("format: codebook, bits: 8, group_size: 16", "256 levels for 16 weights each: .* at most 4 bits"),
 ])  # fmt: skip
 def test_mistakes_are_found_by_the_plan(tiny: Tiny, target: str, said: str) -> None:
     with pytest.raises(PlanError, match=said):
@@ -65,3 +71,27 @@ def test_unknown_names() -> None:
     with pytest.raises(SourceError, match="newer"):
         known.from_plain({"kind": "next"})
     assert {"int", "nf4", "nvfp4"} <= set(known.names())
+
+
+def test_a_name_that_fixes_the_bits_needs_none() -> None:
+    assert known.completed(Target(format="e8")).bits == 2
+    assert known.completed(Target(format="codebook")).bits is None
+
+
+@pytest.mark.parametrize(
+    "target", ["format: e8, bits: 2", "format: vector, bits: 2", "format: trellis", "format: affine"]
+)
+def test_formats_without_an_exact_zero_are_refused_behind_pruning(tiny: Tiny, target: str) -> None:
+    recipe = _recipe("magnitude", "sparsity: 0.5") + _recipe("rtn", f"{target}, group_size: channel").partition("\n")[2]
+    with pytest.raises(PlanError, match="reaches every weight, so an earlier step's zeros would not stay"):
+        api.plan(tiny("qwen2"), recipe=recipe, **ROOM)
+
+
+@pytest.mark.parametrize("group", ["channel", "tensor", "16"])
+def test_a_fitted_table_holds_the_zeros_of_pruned_weights(tiny: Tiny, tmp_path: Path, group: str) -> None:
+    recipe = _recipe("magnitude", "sparsity: 0.5")
+    recipe += _recipe("rtn", f"format: codebook, bits: 2, group_size: {group}").partition("\n")[2]
+    done = api.compress(tiny("qwen2"), tmp_path / "out", recipe=recipe, eval_windows=0, progress=Quiet(), **ROOM)
+    model = AutoModelForCausalLM.from_pretrained(done.out)
+    linear = model.model.layers[0].self_attn.o_proj
+    assert float((linear(torch.eye(linear.in_features)) == 0).double().mean()) >= 0.5

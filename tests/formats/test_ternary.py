@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import known
+from lilliput.formats import groups, known
 from lilliput.formats.ternary import TernaryFormat, from_target, pack_ternary, unpack_ternary
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import quantized
@@ -49,7 +49,7 @@ def test_bytes_sizes_and_reading(size: int) -> None:
     packed = part.pack()
     assert {n: (t.dtype, tuple(t.shape)) for n, t in packed.items()} == form.stored(7, 33)
     assert part.bits() == 8 * sum(t.numel() * t.element_size() for t in packed.values())
-    assert part.bits() == 7 * 7 * 8 + 7 * form.groups(33) * 16
+    assert part.bits() == 7 * 7 * 8 + 7 * groups.count(33, form.group_size) * 16
     read = decode(
         LinearSpec("x", "x", 7, 33, quantized(form)), {"x.weight" + n: t for n, t in packed.items()}.__getitem__
     )

@@ -151,3 +151,10 @@ def test_a_block_is_settled_column_by_column_with_all_feedback(name: str, bits: 
     wanted = aim.double() + coupling.double().triu(1).T @ deviation.double()
     again = form.encode(wanted.T.float(), grid).T
     assert float((again != codes).double().mean()) < 0.01
+
+
+def test_a_learned_table_is_smaller_than_its_data() -> None:
+    with pytest.raises(PlanError, match=r"256 entries for 64 vectors of a \[8, 16\] linear"):
+        VectorFormat(2, 8, True, True).check(8, 16)
+    VectorFormat(2, 8, True, True).check(32, 16)
+    VectorFormat(8, 16, False, True).check(8, 16)  # E8P's is not fitted to anything

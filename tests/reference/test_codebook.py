@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lilliput.formats import groups
 from lilliput.methods.weight import codebook, gptq
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
@@ -57,8 +58,8 @@ def test_equals_the_printed_sweep(bits: int, group: int | str) -> None:
     assert isinstance(part, QuantizedPart)
     order = gram.diagonal().argsort(descending=True, stable=True).tolist()
     table = part.format.expand(part.grid, 80).levels.expand(24, -1, -1)  # type: ignore[attr-defined]
-    groups = part.format.group_of(80).tolist()  # type: ignore[attr-defined]
-    want = _sweep(w, _damped(gram, 0.2), order, table, groups)
+    own = groups.index(80, part.format.group_size).tolist()  # type: ignore[attr-defined]
+    want = _sweep(w, _damped(gram, 0.2), order, table, own)
     assert float((layer.decode().double() != want).double().mean()) <= 2e-3
 
 

@@ -46,9 +46,9 @@ def test_equals_the_truncated_decomposition(shape: tuple[int, int], rank: int) -
 @pytest.mark.parametrize("factors", ["float16", "int8"])
 def test_errors_never_rise_with_the_rank_and_the_full_one_restores(factors: str) -> None:
     layer = _layer()
-    errors = [float(_run(layer, rank, factors).rest().norm()) for rank in range(0, 25, 4)]
+    errors = [float(layer.rest().norm())]
+    errors += [float(_run(layer, rank, factors).rest().norm()) for rank in range(4, 25, 4)]
     assert all(b <= a for a, b in itertools.pairwise(errors))
-    assert errors[0] == pytest.approx(float(layer.rest().norm()))
     assert errors[-1] < (1e-3 if factors == "float16" else 2e-2) * errors[0]
 
 
@@ -72,9 +72,10 @@ def test_bad_targets_and_layers_are_refused() -> None:
     layer = _layer()
     with pytest.raises(PlanError, match=r"target\.rank"):
         lorc.scheme(Target(), lorc.Options(), 24, 40)
-    with pytest.raises(PlanError, match="24 is all"):
-        lorc.scheme(Target(rank=25), lorc.Options(), 24, 40)
-    with pytest.raises(PlanError, match="pruned"):
+    for rank in (0, 25):
+        with pytest.raises(PlanError, match=rf"rank {rank} of a \[24, 40\] linear: give 1 to 24"):
+            lorc.scheme(Target(rank=rank), lorc.Options(), 24, 40)
+    with pytest.raises(LilliputError, match="x is pruned"):
         _run(Layer("x", layer.weight, support=layer.weight > 0), 2)
-    with pytest.raises(LilliputError, match="x holds NaN"):
+    with pytest.raises(LilliputError, match="NaN"):
         _run(Layer("x", layer.weight * float("nan")), 2)

@@ -80,6 +80,9 @@ def test_shares_of_nothing_and_everything() -> None:
     w, stats = _weight(), _stats()
     one = rex.compress(Layer("x", w), stats, _target(), rex.Options(terms=1)).decode()
     assert torch.equal(rex.compress(Layer("x", w), stats, _target(), rex.Options(share=0.0)).decode(), one)
+    whole = Target(bits=4, group_size="tensor")
+    few = rex.compress(Layer("x", w), stats, whole, rex.Options(share=0.001))  # of which no output gets any
+    assert torch.equal(few.decode(), rex.compress(Layer("x", w), stats, whole, rex.Options(terms=1)).decode())
     both = rex.compress(Layer("x", w), stats, _target(), rex.Options()).rest()
     assert float(both.norm()) < 0.3 * float((w - one).norm())
 

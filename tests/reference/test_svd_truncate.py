@@ -76,8 +76,11 @@ def test_fisher_has_to_be_there() -> None:
     w, _, stats = case(20, 30)
     with pytest.raises(LilliputError, match="x has no Fisher information"):
         run(w, stats, Target(rank=6), weighting="fisher")
-    with pytest.raises(LilliputError, match="is 0 or NaN"):
-        run(w, stats, Target(rank=6), torch.zeros(20, 30), weighting="fisher")
+    with pytest.raises(LilliputError, match="holds NaN or infinity"):
+        run(w, stats, Target(rank=6), torch.full((20, 30), torch.inf), weighting="fisher")
+    # An expert that no token reached: all of its weights count alike.
+    unseen = run(w, stats, Target(rank=6), torch.zeros(20, 30), weighting="fisher").decode()
+    torch.testing.assert_close(unseen, run(w, stats, Target(rank=6)).decode(), rtol=0, atol=0)
     assert {o: needs(Options(weighting=o)) for o in ("none", "absmean", "gram", "fisher")} == {  # type: ignore[arg-type]
         "none": (),
         "absmean": ("absmean",),
@@ -128,7 +131,7 @@ def test_factors_are_lords_with_the_values_on_the_right() -> None:
 
 def test_ranks_from_ratio_and_what_stays_as_it_is() -> None:
     assert rank_of(Target(ratio=0.5), 30, 60) == 10
-    for target in (Target(ratio=1.0), Target(rank=20), Target(rank=500)):
+    for target in (Target(ratio=1.0), Target(rank=20), Target(rank=30)):
         assert rank_of(target, 30, 60) is None
         assert scheme(target, Options(), 30, 60).parts == ()
         layer = Layer("x", torch.ones(30, 60))
@@ -136,9 +139,11 @@ def test_ranks_from_ratio_and_what_stays_as_it_is() -> None:
     assert rank_of(Target(rank=19), 30, 60) == 19
     with pytest.raises(PlanError, match=r"target\.ratio"):
         rank_of(Target(), 30, 60)
-    for target in (Target(rank=0), Target(ratio=0.01)):
-        with pytest.raises(PlanError, match=r"no rank is left of a \[30, 60\] linear: give a target\.ratio of 0\.05"):
-            rank_of(target, 30, 60)
+    for rank in (0, 31, 100_000):
+        with pytest.raises(PlanError, match=rf"rank {rank} of a \[30, 60\] linear: give 1 to 30"):
+            rank_of(Target(rank=rank), 30, 60)
+    with pytest.raises(PlanError, match=r"no rank is left of a \[30, 60\] linear: give a target\.ratio of 0\.05"):
+        rank_of(Target(ratio=0.01), 30, 60)
     assert rank_of(Target(ratio=0.05), 30, 60) == 1
 
 

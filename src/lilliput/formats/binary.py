@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import integer
-from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
-from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
-from lilliput.formats.integer import SCALE_DTYPES, IntegerFormat
+from lilliput.formats import groups, integer
+from lilliput.formats.bits import row_bytes, unpack_bits
+from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.integer import SCALE_DTYPES, IntegerFormat, pack_codes
 from lilliput.recipe import Target
 
 _CHUNK = 1 << 17  # weights that are fitted, encoded or decoded at a time
@@ -73,17 +73,10 @@ class BinaryFormat:
         """For tables: "binary3 g64"."""
         return f"binary{self.bits} {'row' if self.group_size < 0 else f'g{self.group_size}'}"
 
-    def groups(self, width: int) -> int:
-        """Groups in a row of `width` inputs; the last is shorter when the group size does not divide the width."""
-        return 1 if self.group_size < 0 else -(-width // self.group_size)
-
-    def group_of(self, width: int, device: torch.device | str = "cpu") -> Tensor:
-        """The group of each input, int64 [width]."""
-        return torch.arange(width, device=device) // (self.group_size if self.group_size > 0 else max(width, 1))
-
     def size_bits(self, rows: int, width: int) -> int:
         """Exact size: codes, and bits + 1 numbers a group."""
-        return rows * width * self.bits + rows * self.groups(width) * (self.bits + 1) * self.scale_dtype.itemsize * 8
+        numbers = rows * groups.count(width, self.group_size) * (self.bits + 1)
+        return rows * width * self.bits + numbers * self.scale_dtype.itemsize * 8
 
     def fit(self, weight: Tensor, *, importance: Tensor | None = None, start: Start = "best", rounds: int = 15) -> Grid:
         """Alphas and offsets for `weight` [out, in] of least sum of importance * error^2, found by alternation.
@@ -125,7 +118,7 @@ class BinaryFormat:
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """The values of codes [out, in], float32."""
         rows, width = codes.shape
-        first = (self.group_of(width, codes.device) << self.bits) + (1 << (self.bits - 1))
+        first = (groups.index(width, self.group_size, codes.device) << self.bits) + (1 << (self.bits - 1))
         out = torch.empty(rows, width, device=codes.device)
         step = max(1, _CHUNK // max(width, 1))
         for a in range(0, rows, step):
@@ -135,21 +128,20 @@ class BinaryFormat:
 
     def stored(self, rows: int, width: int) -> Stored:
         """See docs/native-format.md, kind "binary"."""
-        groups = self.groups(width)
+        units = groups.count(width, self.group_size)
         return {
             "": (torch.uint8, (rows * row_bytes(width, self.bits),)),
-            "_alpha": (self.scale_dtype, (rows, groups, self.bits)),
-            "_offset": (self.scale_dtype, (rows, groups)),
+            "_alpha": (self.scale_dtype, (rows, units, self.bits)),
+            "_offset": (self.scale_dtype, (rows, units)),
         }
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
-        rows, width = codes.shape
-        packed = torch.empty(rows, row_bytes(width, self.bits), dtype=torch.uint8)
-        step = max(1, CHUNK // max(width, 1))
-        for a in range(0, rows, step):
-            packed[a : a + step] = pack_bits(codes[a : a + step], self.bits)
-        return {"": packed.view(-1), "_alpha": grid.alpha.contiguous(), "_offset": grid.offset.contiguous()}
+        return {
+            "": pack_codes(codes, self.bits),
+            "_alpha": grid.alpha.contiguous(),
+            "_offset": grid.offset.contiguous(),
+        }
 
     def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""

@@ -18,8 +18,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return unsigned.to(torch.uint8)
     padded = torch.nn.functional.pad(unsigned, (0, -width % 8)).view(rows, -1, 8)
-    words = (padded << (torch.arange(8) * bits)).sum(-1)
-    shifts = torch.arange(bits) * 8
+    words = (padded << (torch.arange(8, device=codes.device) * bits)).sum(-1)
+    shifts = torch.arange(bits, device=codes.device) * 8
     parts = (words.unsqueeze(-1) >> shifts) & 0xFF
     return parts.to(torch.uint8).view(rows, -1)[:, : row_bytes(width, bits)].contiguous()
 

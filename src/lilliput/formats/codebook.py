@@ -8,7 +8,8 @@ unit's n weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import kmeans
-from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
+from lilliput.formats import groups, kmeans
+from lilliput.formats.bits import row_bytes, unpack_bits
 from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
-from lilliput.formats.integer import SCALE_DTYPES, group_of
+from lilliput.formats.integer import SCALE_DTYPES, group_of, pack_codes, scale_dtype_of
 from lilliput.recipe import Target
 
 
@@ -62,18 +63,14 @@ class CodebookFormat:
         """For tables: "codebook3 row"."""
         return f"codebook{self.bits} {({-1: 'row', 0: 'tensor'}).get(self.group_size, f'g{self.group_size}')}"
 
-    def groups(self, width: int) -> int:
-        """Groups in a row of `width` inputs."""
-        return 1 if self.group_size <= 0 else -(-width // self.group_size)
-
-    def group_of(self, width: int, device: torch.device | str = "cpu") -> Tensor:
-        """The group of each input, int64 [width]."""
-        return torch.arange(width, device=device) // (self.group_size if self.group_size > 0 else max(width, 1))
-
     def size_bits(self, rows: int, width: int) -> int:
         """Exact size: codes and tables."""
-        units = 1 if self.group_size == 0 else rows * self.groups(width)
+        units = math.prod(groups.units(rows, width, self.group_size))
         return rows * width * self.bits + units * self.levels * self.dtype.itemsize * 8
+
+    def scratch(self, rows: int, width: int) -> int:
+        """Bytes that fitting a table of a [rows, width] matrix works in."""
+        return kmeans.scratch(rows * width if self.group_size == 0 else width, rows * width)
 
     def check(self, rows: int, width: int) -> None:
         """Raises PlanError where a unit of a [rows, width] matrix has fewer weights than its table has levels."""
@@ -113,10 +110,10 @@ class CodebookFormat:
         if self.group_size == 0:
             flat = (None if x is None else x.reshape(1, -1) for x in (importance, zero))
             return self.table(one(weight.reshape(1, -1), *flat)[:, None])
-        found = weight.new_empty(rows, self.groups(width), self.levels)
-        for columns, groups, size in self._pieces(width):
+        found = weight.new_empty(rows, groups.count(width, self.group_size), self.levels)
+        for columns, some, size in groups.pieces(width, self.group_size):
             parts = (None if x is None else x[:, columns].reshape(-1, size) for x in (importance, zero))
-            found[:, groups] = one(weight[:, columns].reshape(-1, size), *parts).view(rows, -1, self.levels)
+            found[:, some] = one(weight[:, columns].reshape(-1, size), *parts).view(rows, -1, self.levels)
         return self.table(found)
 
     def table(self, levels: Tensor) -> Table:
@@ -134,10 +131,10 @@ class CodebookFormat:
         rows, width = weight.shape
         codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
         step = max(1, CHUNK // max(width, 1))
-        for columns, groups, size in self._pieces(width):
+        for columns, some, size in groups.pieces(width, self.group_size):
             for a in range(0, rows, step):
                 b = min(a + step, rows)
-                levels = self.expand(grid, width).rows(a, b).levels[:, groups].expand(b - a, -1, -1)
+                levels = self.expand(grid, width).rows(a, b).levels[:, some].expand(b - a, -1, -1)
                 values = weight[a:b, columns].float().reshape(-1, size)
                 index = kmeans.nearest(values, levels.float().reshape(-1, self.levels))
                 codes[a:b, columns] = (index - (self.levels >> 1)).to(torch.int8).view(b - a, -1)
@@ -145,13 +142,13 @@ class CodebookFormat:
 
     def expand(self, grid: Table, width: int) -> Table:
         """The table with its groups written out: [out or 1, groups, 2^b]."""
-        return Table(grid.levels.expand(-1, self.groups(width), -1))
+        return Table(grid.levels.expand(-1, groups.count(width, self.group_size), -1))
 
     def decode(self, codes: Tensor, grid: Table) -> Tensor:
         """The values of codes [out, in], float32."""
         rows, width = codes.shape
         out = torch.empty(rows, width, dtype=torch.float32, device=codes.device)
-        start = self.group_of(width, codes.device) * self.levels + (self.levels >> 1)
+        start = groups.index(width, self.group_size, codes.device) * self.levels + (self.levels >> 1)
         table = grid.levels.float().flatten(1)
         step = max(1, CHUNK // max(width, 1))
         for a in range(0, rows, step):
@@ -162,7 +159,7 @@ class CodebookFormat:
 
     def stored(self, rows: int, width: int) -> Stored:
         """See docs/native-format.md, kind "codebook"."""
-        units = (1, 1) if self.group_size == 0 else (rows, self.groups(width))
+        units = groups.units(rows, width, self.group_size)
         return {
             "": (torch.uint8, (rows * row_bytes(width, self.bits),)),
             "_table": (self.dtype, (*units, self.levels)),
@@ -170,12 +167,7 @@ class CodebookFormat:
 
     def pack(self, codes: Tensor, grid: Table) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
-        rows, width = codes.shape
-        packed = torch.empty(rows, row_bytes(width, self.bits), dtype=torch.uint8)
-        step = max(1, CHUNK // max(width, 1))
-        for a in range(0, rows, step):
-            packed[a : a + step] = pack_bits(codes[a : a + step].cpu(), self.bits)
-        return {"": packed.view(-1), "_table": grid.levels.to(self.dtype).contiguous()}
+        return {"": pack_codes(codes, self.bits), "_table": grid.levels.to(self.dtype).contiguous()}
 
     def unpack(
         self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
@@ -193,16 +185,6 @@ class CodebookFormat:
             "dtype": dtype_name(self.dtype),
         }
 
-    def _pieces(self, width: int) -> Iterator[tuple[slice, slice, int]]:
-        """Columns, groups and group size of the even part of a row, and of its shorter last group where there is
-        one."""
-        size = width if self.group_size <= 0 else min(self.group_size, width)
-        even = width // size if size else 0
-        if even:
-            yield slice(0, even * size), slice(0, even), size
-        if even * size < width:
-            yield slice(even * size, width), slice(even, even + 1), width - even * size
-
 
 def from_plain(plain: Mapping[str, Any]) -> CodebookFormat:
     """Undo `CodebookFormat.plain`."""
@@ -213,11 +195,10 @@ def from_target(target: Target) -> CodebookFormat:
     """The codebook that a resolved target asks for; levels in its `scale_dtype` ("auto": float16).
 
     `symmetric` says nothing here: levels lie where the weights are. Raises PlanError when the target names another
-    format or no bits, or its group size still is "auto".
+    format, no bits or another kind of scales, or its group size still is "auto".
     """
     if target.format != "codebook":
         raise PlanError(f"levels are learned for format 'codebook', not '{target.format}': set target.format")
     if target.bits is None:
         raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(target.scale_dtype, torch.float16)
-    return CodebookFormat(target.bits, group_of(target), dtype)
+    return CodebookFormat(target.bits, group_of(target), scale_dtype_of(target))

@@ -7,6 +7,7 @@ was measured. When the group size does not divide the width, the last group of e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,7 +86,7 @@ class IntegerFormat:
 
     def size_bits(self, rows: int, width: int) -> int:
         """Exact size: codes, scales, and zero points at `bits` bits each."""
-        units = 1 if self.group_size == 0 else rows * self.groups(width)
+        units = math.prod(groups.units(rows, width, self.group_size))
         return rows * width * self.bits + units * (self.scale_dtype.itemsize * 8 + (0 if self.symmetric else self.bits))
 
     def fit(
@@ -107,13 +108,19 @@ class IntegerFormat:
         the least-squares scale of the codes; it is never worse than minmax under that measure. `importance` [in] or
         [out, in] is not negative; None counts all alike. `signed_scale` lets a symmetric scale be negative, which puts
         the one extra code on the side where the longer tail is.
-        A unit of zeros gets scale 1. Scales below the smallest positive value of the scale dtype are raised to it.
+        A unit of zeros, or of nothing, gets scale 1. Scales below the smallest positive value of the scale dtype are
+        raised to it.
 
         Raises LilliputError for NaN or infinity in the weight or importance, and for a scale above the scale dtype.
         """
         rows, width = weight.shape
         weight = weight.float()
         importance = ranges.relative(weight, importance)
+        if not weight.numel():
+            empty = torch.ones(groups.units(rows, width, self.group_size), device=weight.device)
+            return Grid(
+                empty.to(self.scale_dtype), None if self.symmetric else torch.zeros_like(empty, dtype=torch.int8)
+            )
         rule = ranges.Rule(self.bits, self.symmetric, self.scale_dtype, search, steps, norm, signed_scale, polish)
         if self.group_size == 0:
             one = None if importance is None else importance.expand(rows, width).reshape(1, 1, -1)
@@ -153,7 +160,7 @@ class IntegerFormat:
 
     def stored(self, rows: int, width: int) -> Stored:
         """See docs/native-format.md, kind "int"."""
-        grid = (1, 1) if self.group_size == 0 else (rows, self.groups(width))
+        grid = groups.units(rows, width, self.group_size)
         tensors: Stored = {
             "": (torch.uint8, (rows * row_bytes(width, self.bits),)),
             "_scale": (self.scale_dtype, grid),
@@ -207,7 +214,7 @@ class IntegerFormat:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Signed codes [rows, width] as the payload of a linear, uint8 [rows * row_bytes]."""
     rows, width = codes.shape
-    packed = torch.empty(rows, row_bytes(width, bits), dtype=torch.uint8)
+    packed = torch.empty(rows, row_bytes(width, bits), dtype=torch.uint8, device=codes.device)
     step = max(1, CHUNK // max(width, 1))
     for a in range(0, rows, step):
         packed[a : a + step] = pack_bits(codes[a : a + step], bits)

@@ -17,7 +17,8 @@ _FEW = 6  # steps that tell which of two ways is better
 _MOVES = 2  # levels of a unit that may be moved to where they are worth more
 _HOPE = 0.3  # of its cost, what a move has to gain before the other levels follow
 _SPLITS = 16  # places for a split that are tried for each level, on average
-_CHUNK = 1 << 16  # values worked on at a time; each takes about 150 bytes meanwhile
+_CHUNK = 1 << 16  # values worked on at a time
+_BYTES = 150  # that each takes meanwhile (measured)
 
 
 def fit(
@@ -51,6 +52,11 @@ def fit(
         pinned = None if zero is None else zero[a:b]
         out[a:b] = _fit(values[a:b].double(), levels, some, pinned, iterations)
     return out
+
+
+def scratch(unit: int, values: int) -> int:
+    """Bytes that `fit` works in for so many values in units of `unit`; a unit is never cut."""
+    return _BYTES * min(max(_CHUNK, unit), values)
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ _WANTED: Mapping[str, Callable[[Target], Format]] = {
     "trellis-half": trellis.half_from_target,
     "codebook": codebook.from_target,
 }
+# Formats whose bits nobody chooses.
+_BITS: Mapping[str, str] = {"ternary": "1.6", "sign": "1"}
 # The kind in config.json to what reads it.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "int": integer.from_plain,
@@ -51,11 +53,20 @@ def from_target(target: Target) -> Format:
 
 
 def completed(target: Target) -> Target:
-    """The target with what its format's name alone says: bits, group size and kind of scales.
+    """The target, as a user has written it, with what its format's name alone says: bits, group size, kind of scales.
 
     Raises PlanError where the target says otherwise.
     """
-    return levels.completed(target) if target.format in levels.PRESETS else target
+    name = target.format
+    if name in levels.PRESETS:
+        return levels.completed(target)
+    if name not in ("int", "affine") and name in _WANTED and not target.symmetric:
+        raise PlanError(f"'{name}' has no zero points: leave out symmetric, or take format int or affine")
+    if name in _BITS and target.bits is not None:
+        raise PlanError(f"'{name}' has {_BITS[name]} bits a weight by its nature: leave out bits")
+    if name == "sign" and target.group_size != "auto":
+        raise PlanError("'sign' has a value for each row and each column, not for groups: leave out group_size")
+    return target.model_copy(update={"bits": 2}) if name == "e8" and target.bits is None else target
 
 
 def from_plain(plain: Mapping[str, Any]) -> Format:
@@ -72,5 +83,6 @@ def names() -> tuple[str, ...]:
 
 
 def holds_zero(form: Format) -> bool:
-    """Whether a weight can be exactly 0 on every grid of the format."""
-    return not isinstance(form, (affine.AffineFormat, binary.BinaryFormat, sign.SignFormat))
+    """Whether a weight can be exactly 0 on every grid of the format; of codebooks on those that are told where."""
+    without = affine.AffineFormat | binary.BinaryFormat | sign.SignFormat | vector.VectorFormat | trellis.TrellisFormat
+    return not isinstance(form, without)

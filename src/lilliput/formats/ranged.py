@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lilliput.errors import PlanError
+from lilliput.formats.codebook import CodebookFormat
 from lilliput.formats.format import Format
 from lilliput.formats.integer import IntegerFormat
 from lilliput.formats.levels import LevelFormat
@@ -33,8 +34,9 @@ def check(form: Format, how: Search) -> None:
         )
 
 
-def fit(form: Format, weight: Tensor, importance: Tensor | None, how: Search) -> Any:
+def fit(form: Format, weight: Tensor, importance: Tensor | None, how: Search, support: Tensor | None = None) -> Any:
     """The grid of `form` for `weight` [out, in]; `importance` [in] or [out, in] weighs errors where `how` searches.
+    Outside `support`, bool [out, in], the weight is 0, and stays 0 in every format that can hold it.
 
     A format without ranges (a table fitted to the weights) is fitted in its own way, under the same importance. Raises
     PlanError as `check` does, and LilliputError for a weight or importance that is not finite.
@@ -51,4 +53,6 @@ def fit(form: Format, weight: Tensor, importance: Tensor | None, how: Search) ->
         )
     if isinstance(form, LevelFormat | NestedFormat):
         return form.fit(weight, search=how.search, importance=importance, steps=how.steps, norm=how.norm)
+    if isinstance(form, CodebookFormat) and support is not None:
+        return form.fit(weight, importance=importance, zero=~support)
     return form.fit(weight, importance=importance)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import integer
-from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
+from lilliput.formats.bits import row_bytes, unpack_bits
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.recipe import Target
 
@@ -100,7 +100,7 @@ class SignFormat:
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
-        return {"": pack_bits(codes, 1).view(-1), "_left": grid.left.contiguous(), "_right": grid.right.contiguous()}
+        return {"": integer.pack_codes(codes, 1), "_left": grid.left.contiguous(), "_right": grid.right.contiguous()}
 
     def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""

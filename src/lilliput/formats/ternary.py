@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import integer
+from lilliput.formats import groups, integer
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.search import stored as as_stored
 from lilliput.recipe import Target
@@ -51,17 +51,10 @@ class TernaryFormat:
         """For tables: "ternary g64"."""
         return f"ternary {'row' if self.group_size < 0 else f'g{self.group_size}'}"
 
-    def groups(self, width: int) -> int:
-        """Groups in a row of `width` inputs; the last is shorter when the group size does not divide the width."""
-        return 1 if self.group_size < 0 else -(-width // self.group_size)
-
-    def group_of(self, width: int, device: torch.device | str = "cpu") -> Tensor:
-        """The group of each input, int64 [width]."""
-        return torch.arange(width, device=device) // (self.group_size if self.group_size > 0 else max(width, 1))
-
     def size_bits(self, rows: int, width: int) -> int:
         """Exact size: every row's codes in whole bytes of five, and the scales."""
-        return 8 * rows * -(-width // PER_BYTE) + rows * self.groups(width) * self.scale_dtype.itemsize * 8
+        scales = rows * groups.count(width, self.group_size)
+        return 8 * rows * -(-width // PER_BYTE) + scales * self.scale_dtype.itemsize * 8
 
     def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> Grid:
         """The scales of least sum of h (w - s c)^2 over all codes c of -1, 0, 1 for `weight` [out, in].
@@ -75,7 +68,7 @@ class TernaryFormat:
         if not bool(torch.isfinite(weight.sum())) or not bool(torch.isfinite(weigh.sum())):
             raise LilliputError("the weight or its importance holds NaN or infinite values: it cannot be quantized")
         top = weigh.max() if weigh.numel() else weigh.new_tensor(0.0)
-        scale = torch.empty(rows, self.groups(width), device=weight.device)
+        scale = torch.empty(rows, groups.count(width, self.group_size), device=weight.device)
         step = max(1, _CHUNK // max(width, 1))
         for a in range(0, rows, step):
             h = weigh[a : a + step].float()
@@ -102,12 +95,12 @@ class TernaryFormat:
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """The nearest codes, int8 [out, in] of -1, 0, 1; |w| = s / 2 goes to 0."""
-        scale = grid.scale.float()[:, self.group_of(weight.shape[1], weight.device)]
+        scale = grid.scale.float()[:, groups.index(weight.shape[1], self.group_size, weight.device)]
         return torch.round(weight.float() / scale).clamp_(-1, 1).to(torch.int8)
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """The values of codes [out, in], float32."""
-        return codes * grid.scale.float()[:, self.group_of(codes.shape[1], codes.device)]
+        return codes * grid.scale.float()[:, groups.index(codes.shape[1], self.group_size, codes.device)]
 
     def levels(self, grid: Grid) -> Tensor:
         """The three values of each group, rising, float32 [out, groups, 3]."""
@@ -117,7 +110,7 @@ class TernaryFormat:
         """See docs/native-format.md, kind "ternary"."""
         return {
             "": (torch.uint8, (rows * -(-width // PER_BYTE),)),
-            "_scale": (self.scale_dtype, (rows, self.groups(width))),
+            "_scale": (self.scale_dtype, (rows, groups.count(width, self.group_size))),
         }
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:

@@ -45,8 +45,7 @@ class TrellisFormat:
         if not 8 <= self.window <= 16:
             raise PlanError(f"a register of {self.window} bits: choose 8 to 16")
 
-    @property
-    def scratch(self) -> int:
+    def scratch(self, rows: int, width: int) -> int:
         """Bytes that encoding works in whatever the shape."""
         return compiled.MEMORY if compiled.available() else 4 * max(_ROOM, 2 * _WALK << self.window)
 

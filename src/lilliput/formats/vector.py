@@ -25,7 +25,7 @@ from lilliput.algebra import compiled, e8, ldlq
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
 from lilliput.formats.format import Format, Stored, dtype_name, dtype_of
-from lilliput.formats.integer import group_of
+from lilliput.formats.integer import group_of, scale_dtype_of
 from lilliput.formats.search import stored as stored_scale
 from lilliput.recipe import Target
 
@@ -72,15 +72,15 @@ def checked(scale_dtype: torch.dtype) -> None:
 
 
 def unit_of(target: Target, name: str) -> tuple[bool, torch.dtype]:
-    """Whether a resolved target wants a scale for each row, and the scales' type. Raises PlanError for groups."""
+    """Whether a resolved target wants a scale for each row, and the scales' type. Raises PlanError for groups
+    and another kind of scales."""
     size = group_of(target)
     if size > 0:
         raise PlanError(
             f"the format '{name}' has one scale per row or per tensor, not per {size} inputs: "
             "set group_size to channel or tensor"
         )
-    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    return size == -1, dtypes.get(target.scale_dtype, torch.float16)
+    return size == -1, scale_dtype_of(target)
 
 
 def each_row(grid: Grid, rows: int) -> Tensor:
@@ -120,10 +120,18 @@ class VectorFormat:
         name = f"vector{self.dimension} of {1 << self.entry_bits}" if self.learned else "e8p"
         return f"{name} {'row' if self.per_row else 'tensor'}"
 
-    @property
-    def scratch(self) -> int:
+    def scratch(self, rows: int, width: int) -> int:
         """Bytes that encoding works in whatever the shape."""
         return compiled.MEMORY if compiled.available() and not self.learned else 0
+
+    def check(self, rows: int, width: int) -> None:
+        """Raises PlanError where a [rows, width] matrix has fewer vectors than a learned table has entries."""
+        vectors = self.vectors(rows) * width
+        if self.learned and 1 << self.entry_bits > vectors:
+            raise PlanError(
+                f"a table of {1 << self.entry_bits} entries for {vectors} vectors of a [{rows}, {width}] linear: a "
+                "codebook is smaller than its data; choose fewer bits, or exclude this layer"
+            )
 
     def vectors(self, rows: int) -> int:
         """Vectors in a column of `rows` weights."""

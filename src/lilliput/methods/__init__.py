@@ -69,14 +69,19 @@ class Method:
     def scheme(self, target: Target, options: BaseModel, rows: int, width: int) -> Scheme:
         """What the step adds to a [rows, width] linear: the module's own `scheme`, or one part of the target's format.
 
-        Raises PlanError where the method or format cannot have this target.
+        Raises PlanError where the method or format cannot have this target on a matrix of this shape.
         """
         if self.formats is not None and target.format not in self.formats:
             raise PlanError(f"'{self.name}' has no format '{target.format}': choose {', '.join(self.formats)}, or rtn")
         own = getattr(self.module, "scheme", None)
         if own is not None:
-            return own(target, options, rows, width)  # type: ignore[no-any-return]
-        return Scheme((QuantizedSpec(from_target(target)),)) if self.writes == "quantized" else Scheme()
+            scheme: Scheme = own(target, options, rows, width)
+        else:
+            scheme = Scheme((QuantizedSpec(from_target(target)),)) if self.writes == "quantized" else Scheme()
+        for part in scheme.parts:
+            if isinstance(part, QuantizedSpec) and hasattr(part.format, "check"):
+                part.format.check(rows, width)
+        return scheme
 
     def replaces(self, options: BaseModel) -> bool:
         """Whether the step leaves a plain weight of its own, which no other step may touch."""

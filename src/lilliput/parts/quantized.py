@@ -53,7 +53,7 @@ class QuantizedPart:
         return self.format.decode(self.codes, self.grid)
 
     def bits(self) -> int:
-        rows, width = self.decode().shape
+        rows, width = self.codes.shape
         return self.format.size_bits(rows, width)
 
     def pack(self) -> dict[str, Tensor]:

@@ -99,4 +99,4 @@ def divide(shares: Tensor, weights: Tensor, mean: float, spread: float) -> Tenso
 def _size(block: BlockView, io: BlockIO, name: str) -> Tensor:
     """Norm of each input of a linear over the calibration tokens, up to a factor that all inputs share."""
     stats = io.stats[block.anatomy.linear(name).site]
-    return stats.second_moment().sqrt() if stats.count else torch.ones(stats.width)
+    return stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=block.weights[name].device)

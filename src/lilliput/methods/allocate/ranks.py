@@ -149,7 +149,8 @@ def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]
         rank, share = chosen[n], budget[names[n]]
         if rank is not None:
             before = curves[n][place[n]].size
-            chosen[n] = _raised(share, rank, before + room)
+            rows, width = scores[names[n]][:2]
+            chosen[n] = _raised(share, rank, before + room, lowrank.break_even(int(rows), int(width)))
             room -= _size(share, _with(share, chosen[n])) - before
     return {name: _with(budget[name], rank) for name, rank in zip(names, chosen, strict=True)}
 
@@ -190,12 +191,12 @@ def _curve(score: Sequence[float], share: Share, o: Options) -> list[_Point]:
     return [*points, last]
 
 
-def _raised(share: Share, rank: int, most: int) -> int:
-    """The highest rank from `rank` on whose size is within `most` bytes, and that is smaller than the whole."""
+def _raised(share: Share, rank: int, most: int, end: int) -> int:
+    """The highest rank from `rank` on, below `end`, whose size is within `most` bytes and smaller than the whole."""
     limit = min(most, _size(share, _with(share, None)) - 1)
     low, high = rank, rank + 1
-    while _size(share, _with(share, high)) <= limit:
-        low, high = high, 2 * high
+    while high < end and _size(share, _with(share, high)) <= limit:
+        low, high = high, min(2 * high, end)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _size(share, _with(share, middle)) <= limit else (low, middle)

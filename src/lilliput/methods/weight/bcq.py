@@ -26,6 +26,7 @@ from pydantic import Field
 
 from lilliput.algebra import obs, values
 from lilliput.errors import PlanError
+from lilliput.formats import groups
 from lilliput.formats.binary import from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
@@ -84,7 +85,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         return layer.with_part(QuantizedPart(form, form.encode(weight, grid), grid))
     order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
-    index = form.group_of(weight.shape[1])
+    index = groups.index(weight.shape[1], form.group_size)
     visits = (index if order is None else index[order.cpu()]).tolist()
 
     def rounding(a: int, b: int) -> obs.Nearest:

@@ -27,10 +27,10 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.algebra import levels, obs
+from lilliput.formats import groups
 from lilliput.formats.codebook import Table, from_target
 from lilliput.parts.layer import Layer
-from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
-from lilliput.parts.scheme import Scheme
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
@@ -80,13 +80,6 @@ def needs(o: Options) -> tuple[str, ...]:
     return (*gram, "fisher") if o.weigh == "fisher" else gram
 
 
-def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
-    """Codes and tables. Raises PlanError for tables that are larger than what they stand for."""
-    form = from_target(target)
-    form.check(rows, width)
-    return Scheme((QuantizedSpec(form),))
-
-
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """Codes for what the layer's parts leave over; outside the support they decode to 0.
 
@@ -116,7 +109,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     if not o.sweep or factor is None:
         return layer.with_part(QuantizedPart(form, form.encode(kept, table), table))
     rows, width = weight.shape
-    group = form.group_of(width, weight.device)
+    group = groups.index(width, form.group_size, weight.device)
     refits = o.refits if form.group_size != 0 else 0
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
     fitted = table.levels.clone()

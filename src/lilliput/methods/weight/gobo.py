@@ -60,7 +60,6 @@ def _parts(target: Target, o: Options) -> tuple[CodebookFormat, SparseSpec]:
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
     """Codes with one table, and a sparse part. Raises PlanError for another group size than tensor."""
     form, sparse = _parts(target, o)
-    form.check(rows, width)
     return Scheme((QuantizedSpec(form), sparse))
 
 

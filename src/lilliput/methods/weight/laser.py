@@ -14,6 +14,7 @@ with `factored`, a rank from break-even on is refused, because it would save not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -63,7 +64,9 @@ def replaces(o: Options) -> bool:
 def rank_of(target: Target, o: Options, rows: int, width: int) -> int:
     """At least 1. Raises PlanError for a rank that the matrix cannot have, or that factors gain nothing from."""
     most = min(rows, width)
-    rank = max(1, int(o.kept * most)) if target.rank is None else lowrank.checked(target.rank, rows, width)
+    rank = (
+        max(1, math.floor(o.kept * most + 1e-9)) if target.rank is None else lowrank.checked(target.rank, rows, width)
+    )
     limit = lowrank.break_even(rows, width)
     if o.factored and rank >= limit:
         raise PlanError(

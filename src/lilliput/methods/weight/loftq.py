@@ -26,7 +26,9 @@ from torch import Tensor
 
 from lilliput.algebra import lowrank
 from lilliput.errors import PlanError
+from lilliput.formats import ranged
 from lilliput.formats.known import from_target
+from lilliput.formats.ranged import Search
 from lilliput.methods.weight import gptq
 from lilliput.methods.weight.eora import rank_of
 from lilliput.parts.layer import Layer
@@ -105,7 +107,8 @@ def _codes(name: str, weight: Tensor, stats: SiteStats, target: Target, o: Optio
         return gptq.compress(Layer(name, weight), stats, target, gptq.Options()).parts[0]
     form = from_target(target)
     importance = stats.need("gram").diagonal() if o.weighting == "gram" and stats.count else None
-    grid = form.fit(weight, importance=importance)
+    # The paper's grids cover the range; errors that count differently are looked for.
+    grid = ranged.fit(form, weight, importance, Search("minmax" if importance is None else "mse"))
     return QuantizedPart(form, form.encode(weight, grid), grid)
 
 

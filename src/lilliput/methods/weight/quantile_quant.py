@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError
+from lilliput.formats import groups
 from lilliput.formats.codebook import from_target
 from lilliput.parts.layer import Layer
-from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
-from lilliput.parts.scheme import Scheme
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
@@ -38,17 +38,11 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
         {"method": "quantile-quant", "target": {"format": "codebook", "bits": 4, "group_size": "channel"}}
     ],
 }
+_CHUNK = 1 << 18  # weights sorted at a time, in float64
 
 
 class Options(Strict):
     """None."""
-
-
-def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
-    """Codes and tables. Raises PlanError for tables that are larger than what they stand for."""
-    form = from_target(target)
-    form.check(rows, width)
-    return Scheme((QuantizedSpec(form),))
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
@@ -63,16 +57,18 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         weight = weight.masked_fill(holes, 0.0)
     if not bool(torch.isfinite(weight).all()):
         raise LilliputError(f"{layer.name}: the weight holds NaN or infinite values: it cannot be quantized")
-    width = weight.shape[1]
-    size = width if form.group_size <= 0 else min(form.group_size, width)
+    rows, width = weight.shape
     if form.group_size == 0:
         levels = _levels(weight.reshape(1, -1), form.levels, None if holes is None else holes.reshape(1, -1))[:, None]
     else:
-        found = []
-        for a in range(0, width, size):
-            gaps = None if holes is None else holes[:, a : a + size]
-            found.append(_levels(weight[:, a : a + size], form.levels, gaps))
-        levels = torch.stack(found, 1)
+        levels = weight.new_empty(rows, groups.count(width, form.group_size), form.levels)
+        step = max(1, _CHUNK // max(width, 1))
+        for columns, some, size in groups.pieces(width, form.group_size):
+            for a in range(0, rows, step):
+                part = slice(a, a + step)
+                gaps = None if holes is None else holes[part, columns].reshape(-1, size)
+                found = _levels(weight[part, columns].reshape(-1, size), form.levels, gaps)
+                levels[part, some] = found.view(-1, some.stop - some.start, form.levels)
     table = form.table(levels)
     return layer.with_part(QuantizedPart(form, form.encode(weight, table), table))
 

@@ -56,8 +56,13 @@ def needs(o: Options) -> tuple[str, ...]:
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
     """The terms, the later ones of some rows."""
     term = QuantizedSpec(from_target(target))
-    later: PartSpec = term if o.share == 1.0 else RowsSpec(round(o.share * rows), term)
+    later: PartSpec = term if o.share == 1.0 else RowsSpec(_count(rows, o), term)
     return Scheme((term, *[later] * (o.terms - 1)))
+
+
+def _count(rows: int, o: Options) -> int:
+    """Outputs that have the later terms."""
+    return round(o.share * rows)
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
@@ -70,7 +75,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         index = None
         if term and o.share < 1.0:
             missed = rest.square() if importance is None else rest.square() * importance
-            index = largest(missed.sum(1).unsqueeze(0), round(o.share * len(rest)))[0].nonzero().squeeze(1)
+            index = largest(missed.sum(1).unsqueeze(0), _count(len(rest), o))[0].nonzero().squeeze(1)
             rest = rest[index]
         grid = form.fit(rest, search=o.search, importance=importance)
         part = QuantizedPart(form, form.encode(rest, grid), grid)

@@ -116,7 +116,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         weight = torch.where(layer.support, weight, 0.0)
     form = from_target(target)
     importance = stats.second_moment() if needs(o) and stats.count else None
-    grid = ranged.fit(form, _clipped(weight, form, o), importance, _search(o))
+    grid = ranged.fit(form, _clipped(weight, form, o), importance, _search(o), layer.support)
     return layer.with_part(QuantizedPart(form, form.encode(weight, grid), grid))
 
 

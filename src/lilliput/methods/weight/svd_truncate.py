@@ -85,10 +85,10 @@ def needs(o: Options) -> tuple[str, ...]:
 def rank_of(target: Target, rows: int, width: int) -> int | None:
     """The rank that `target` gives a [rows, width] linear; None where it stays as it is, as nothing would be saved.
 
-    Raises PlanError where the target names neither rank nor ratio, or leaves no rank at all.
+    Raises PlanError where the target names neither rank nor ratio, leaves no rank at all, or one above the matrix's.
     """
     if target.rank is not None:
-        rank = target.rank
+        rank = lowrank.checked(target.rank, rows, width)
     elif target.ratio is not None:
         rank = math.floor(target.ratio * rows * width / (rows + width) + 1e-9)
     else:
@@ -147,8 +147,11 @@ def _fisher(layer: Layer, axis: Literal["outputs", "inputs", "both"]) -> tuple[T
         raise LilliputError(f"{layer.name} is transformed, and its Fisher information is not: use weighting 'gram'")
     squares = layer.fisher.double()
     columns, sums = squares.sum(0), squares.sum(1)
-    if not float(sums.sum()) > 0.0:
-        raise LilliputError(f"the Fisher information of {layer.name} is 0 or NaN: check the data")
+    total = float(sums.sum())
+    if not math.isfinite(total):
+        raise LilliputError(f"the Fisher information of {layer.name} holds NaN or infinity: check the data")
+    if not total > 0.0:
+        return None, None  # no token reached it, as an expert that nothing was routed to: all weights count alike
     # Outputs that no token used weigh little, not nothing: their rows are divided by their weight.
     rows = (sums / sums.mean()).clamp_min(1e-6).sqrt()
     return (columns if axis != "outputs" else None), (rows if axis != "inputs" else None)

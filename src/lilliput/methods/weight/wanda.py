@@ -39,5 +39,5 @@ class Options(Strict):
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """The layer with a support. Raises PlanError when the target asks for no sparsity."""
-    size = stats.second_moment().sqrt() if stats.count else torch.ones(stats.width)
+    size = stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=layer.weight.device)
     return layer.with_support(masks.choose(layer.rest().abs() * size, target, o.scope))

@@ -1,6 +1,6 @@
 """Peak memory of compressing random models: flat in depth, and within a hard budget.
 
-    python benchmarks/memory.py depth --folder SCRATCH           # width 1,024, 2 and 32 blocks: the same peak
+    python benchmarks/memory.py depth --folder SCRATCH           # width 1,024, 2 and 32 blocks: the same peaks
     python benchmarks/memory.py billion --folder SCRATCH         # Llama-3.2-1B's shape under --memory 1.5GB
 
 Each job is one `lilliput compress` process. Its VmHWM is read as it ends, file pages included, less that of a process
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("job", choices=("depth", "billion"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--memory", default="1.5GB")
+    parser.add_argument("--recipe", action="append", help="for depth: recipes that run at both (gptq unless given)")
     parser.add_argument("--out")
     options = parser.parse_args()
     folder: Path = options.folder
@@ -130,14 +131,16 @@ def main() -> None:
     text.write_text(" ".join(f"w{(n * 7919) % 1000}" for n in range(80_000)))
     results: dict[str, Any] = {}
     if options.job == "depth":
-        for layers in (2, 32):
-            model = folder / f"deep-{layers}"
-            if not model.exists():
-                write_model(model, layers=layers, hidden=1024, inner=2816, heads=16, kv=4, vocabulary=8192)
-            shared = ["--recipe", "gptq", "--samples", "16", "--tokens", "512", "--eval-windows", "2"]
-            results[f"{layers} blocks"] = measure(model, folder / f"out-{layers}-{time.time_ns()}", text, shared)
-        peaks = [row["peak_above_base"] for row in results.values()]
-        results["ratio"] = peaks[1] / peaks[0]
+        for recipe in options.recipe or ["gptq"]:
+            found: dict[str, Any] = {}
+            for layers in (2, 32):
+                model = folder / f"deep-{layers}"
+                if not model.exists():
+                    write_model(model, layers=layers, hidden=1024, inner=2816, heads=16, kv=4, vocabulary=8192)
+                shared = ["--recipe", recipe, "--samples", "16", "--tokens", "512", "--eval-windows", "2"]
+                found[f"{layers} blocks"] = measure(model, folder / f"out-{layers}-{time.time_ns()}", text, shared)
+            peaks = [row["peak_above_base"] for row in found.values()]
+            results[recipe] = found | {"ratio": peaks[1] / peaks[0]}
     else:
         model = folder / "billion"
         if not model.exists():

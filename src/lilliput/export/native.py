@@ -17,6 +17,8 @@ from lilliput.export.outcome import Outcome
 from lilliput.export.packing import dense
 from lilliput.parts.dense import DensePart, DenseSpec
 from lilliput.parts.layer import Layer
+from lilliput.parts.part import Part
+from lilliput.parts.pattern import LARGEST, PatternSpec, gather
 from lilliput.parts.scheme import Scheme
 from lilliput.runtime.native import LinearSpec, plain_config
 
@@ -25,16 +27,43 @@ if TYPE_CHECKING:
 
 
 def spec_of(outcome: Outcome) -> LinearSpec | None:
-    """The native description; None where the linear is a plain tensor. Dense experts are native too: the engine's
-    3-D expert tensors are assembled from all experts of a layer or from none."""
+    """The native description; None where the linear is a plain tensor.
+
+    A linear that is pruned by a pattern and nothing else stores the kept weights and their places. Dense experts are
+    native too: the engine's 3-D expert tensors are assembled from all experts of a layer or from none.
+    """
     scheme = outcome.scheme
     if not scheme.parts:
-        if not outcome.expert:
+        pattern = _pattern(outcome)
+        if pattern is None and not outcome.expert:
             return None
-        scheme = Scheme((DenseSpec(outcome.dtype),))
+        scheme = Scheme((DenseSpec(outcome.dtype) if pattern is None else pattern,))
     return LinearSpec(
         outcome.name, outcome.stored, outcome.out_features, outcome.in_features, scheme, outcome.transposed
     )
+
+
+def _pattern(outcome: Outcome) -> PatternSpec | None:
+    """How the weights that a pattern keeps are stored; None without a pattern, and where that would save nothing."""
+    n, m = (int(x) for x in (outcome.pattern or "1:1").split(":"))
+    if m > LARGEST:
+        return None
+    spec = PatternSpec(n, m, DenseSpec(outcome.dtype))
+    shape = outcome.out_features, outcome.in_features
+    return spec if spec.size_bits(*shape) < DenseSpec(outcome.dtype).size_bits(*shape) else None
+
+
+def _values(outcome: Outcome, layer: Layer) -> Part:
+    """The weights of a linear without parts, as `spec_of` describes them. ValueError: its zeros lie elsewhere."""
+    pattern, weight = _pattern(outcome), layer.decode()
+    if pattern is None:
+        return DensePart(weight, outcome.dtype)
+    if layer.support is None:
+        raise ValueError(f"{layer.name} was planned with {pattern.n} of {pattern.m} weights and is not pruned")
+    part = gather(weight, layer.support.float(), pattern.n, pattern.m, outcome.dtype)
+    if bool((part.decode() != weight.to(outcome.dtype)).any()):
+        raise ValueError(f"{layer.name} was planned with {pattern.n} of {pattern.m} weights and holds more")
+    return part
 
 
 class Native:
@@ -59,7 +88,7 @@ class Native:
         if spec is None:
             return {f"{outcome.stored}.weight": dense(outcome, layer)}
         if not outcome.scheme.parts:
-            layer = replace(layer, parts=(DensePart(layer.decode(), outcome.dtype),))
+            layer = replace(layer, parts=(_values(outcome, layer),))
         return {spec.payload + suffix: x for suffix, x in spec.scheme.pack(layer).items()}
 
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
@@ -79,7 +108,12 @@ class Native:
             notes.append(
                 f"{which} linear is decoded for its forward pass and multiplied dense, which saves memory and no time."
             )
-        zeros = sum((x.sparsity or 0) > 0 for x in outcomes)
+        patterns = sum(bool(spec.scheme.parts) and isinstance(spec.scheme.parts[0], PatternSpec) for spec in specs)
+        if patterns:
+            notes.append(
+                f"{patterns} linears store only the weights that their pattern keeps, and the places of these."
+            )
+        zeros = sum((x.sparsity or 0) > 0 for x in outcomes) - patterns
         if zeros:
             notes.append(
                 f"The zeros of {zeros} pruned linears are stored as values: engines run them dense, "

@@ -16,6 +16,8 @@ from lilliput.formats.format import Stored
 from lilliput.parts.dense import DensePart, DenseSpec
 from lilliput.parts.part import Get, Part, PartSpec
 
+LARGEST = 256  # neighbours that a pattern may span: places are bytes at most
+
 
 @dataclass(frozen=True)
 class PatternSpec:
@@ -29,8 +31,8 @@ class PatternSpec:
     values: PartSpec = DenseSpec(torch.float16)  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.m <= 256:
-            raise PlanError(f"a pattern of {self.n}:{self.m}: give n:m with 1 <= n <= m <= 256, such as 2:4")
+        if not 1 <= self.n <= self.m <= LARGEST:
+            raise PlanError(f"a pattern of {self.n}:{self.m}: give n:m with 1 <= n <= m <= {LARGEST}, such as 2:4")
 
     @property
     def place_bits(self) -> int:

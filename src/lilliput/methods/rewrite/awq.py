@@ -14,6 +14,9 @@ readers, which evens out the columns that share a scale, and then the exponents 
 prepares for GPTQ instead of rounding to nearest: the sweep pays R_jj^2 / s_j^2 for the squared rounding error of column
 j (`algebra.obs`), so the sum of that is compared; it needs no product with G.
 
+The paper's clip search is the step behind: `rtn` and `gptq` search the range of every group, of q and k too, for the
+least error weighted by the inputs' mean squares, which is the diagonal of what the paper compares.
+
 Paper: Lin et al. 2024, arXiv 2306.00978.
 Cost: n * min(out, rows) * in^2 multiply-adds for each reader. Limits: needs verified links; the choice supposes
 rounding to nearest, and a later GPTQ gains less from it.

@@ -5,7 +5,8 @@ singular the columns of W S give way to the first m left singular vectors (LSVD)
 whose factors, scales included, fit into `budget` bits for each weight, at most min(out, in).
 
 A factor of b bits is a symmetric integer grid with one half-precision scale for each of its rows, on the range of least
-squared error; float32 stands for unlimited bits. Beyond the paper's uniform quantizer nothing is dithered.
+squared error; float32 stands for unlimited bits. The paper's variants with dither and with a scale for each column are
+left out.
 
 Paper: Saha et al. 2023, arXiv 2310.11028 (Matrix compression via randomized low rank and low precision factorization).
 Cost: out * in * m for sketch and fit, m^2 * out for the least squares; `singular` adds an eigendecomposition. No data.

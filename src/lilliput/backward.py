@@ -1,8 +1,8 @@
 """The streamed backward pass: gradients of the language-model loss with one block resident, from the head down.
 
 The forward pass leaves the input of every block on disk; going back, each block is loaded again, run with gradients
-from its stored inputs, and freed. The embedding is not differentiated, so a tied head gets the head's share alone. Cost:
-two forward passes and one backward pass, and for each block one file of hidden states.
+from its stored inputs, and freed. The embedding is not differentiated, so a tied head gets the head's share alone.
+Cost: two forward passes and one backward pass, and for each block one file of hidden states.
 """
 
 from __future__ import annotations

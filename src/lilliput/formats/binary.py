@@ -23,6 +23,7 @@ from lilliput.formats import groups, integer
 from lilliput.formats.bits import row_bytes, unpack_bits
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.integer import SCALE_DTYPES, IntegerFormat, pack_codes
+from lilliput.formats.search import relative
 from lilliput.recipe import Target
 
 _CHUNK = 1 << 17  # weights that are fitted, encoded or decoded at a time
@@ -88,11 +89,11 @@ class BinaryFormat:
         Raises LilliputError for NaN or infinity, and for alphas above the scale dtype.
         """
         rows, width = weight.shape
-        weigh = weight.new_ones(1, width) if importance is None else importance.reshape(-1, width)
-        if not bool(torch.isfinite(weight.sum())) or not bool(torch.isfinite(weigh.sum())):
-            raise LilliputError("the weight or its importance holds NaN or infinite values: it cannot be quantized")
-        top = weigh.max() if weigh.numel() else weigh.new_tensor(0.0)
-        weigh = weigh / top if bool(top > 0) else torch.ones_like(weigh)
+        weigh = relative(weight, importance)
+        if weigh is None:
+            weigh = weight.new_ones(1, width)
+        if not bool(torch.isfinite(weight.sum())):
+            raise LilliputError("the weight holds NaN or infinite values: it cannot be quantized")
         step = max(1, _CHUNK // max(width, 1))
         done = []
         for a in range(0, rows, step):

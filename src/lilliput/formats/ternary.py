@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, integer
 from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.search import relative
 from lilliput.formats.search import stored as as_stored
 from lilliput.recipe import Target
 
@@ -64,16 +65,15 @@ class TernaryFormat:
         the threshold 0.7 mean|w| instead.) Raises LilliputError for NaN or infinity, or a scale above the scale dtype.
         """
         rows, width = weight.shape
-        weigh = torch.ones_like(weight) if importance is None else importance.to(weight).expand(rows, width)
-        if not bool(torch.isfinite(weight.sum())) or not bool(torch.isfinite(weigh.sum())):
-            raise LilliputError("the weight or its importance holds NaN or infinite values: it cannot be quantized")
-        top = weigh.max() if weigh.numel() else weigh.new_tensor(0.0)
+        weigh = relative(weight, importance)
+        weigh = weight.new_ones(1, width) if weigh is None else weigh
+        if not bool(torch.isfinite(weight.sum())):
+            raise LilliputError("the weight holds NaN or infinite values: it cannot be quantized")
+        weigh = weigh.expand(rows, width)
         scale = torch.empty(rows, groups.count(width, self.group_size), device=weight.device)
         step = max(1, _CHUNK // max(width, 1))
         for a in range(0, rows, step):
-            h = weigh[a : a + step].float()
-            h = h / top if bool(top > 0) else torch.ones_like(h)
-            scale[a : a + step] = self._scales(weight[a : a + step].float(), h)
+            scale[a : a + step] = self._scales(weight[a : a + step].float(), weigh[a : a + step].float())
         kept = as_stored(scale, self.scale_dtype)
         if not bool(torch.isfinite(kept).all()):
             name = dtype_name(self.scale_dtype)

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 HEAD = (
-    "| run | bits per weight | perplexity | ratio to the original [95 %] | KL, nats | C4, ratio | PTB, ratio "
+    "| run | bits per weight | perplexity | ratio to the original [95 %] | KL, nats [95 %] | C4, ratio | PTB, ratio "
     "| time, forwards | peak RAM |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
@@ -34,19 +34,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    ratio, low, high = row["ratio"]
     cells = [
         f"`{row['run']}`",
         f"{row['bits_per_weight']:.3f}",
         _number(row["perplexity"]),
-        f"{ratio:.3f} [{low:.3f}, {high:.3f}]",
-        f"{row['kl'][0]:.3f}",
+        _interval(row["ratio"]),
+        _interval(row["kl"]),
         f"{row['c4']:.3f}",
         f"{row['ptb']:.3f}",
         "" if row["forwards"] is None else f"{row['forwards']:.1f}",
         f"{row['peak_bytes'] / 1e6:.0f} MB",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _interval(found: Sequence[float]) -> str:
+    value, low, high = (f"{x:.3f}" for x in found)
+    return f"{value} [{low}, {high}]"
 
 
 def _number(value: float) -> str:

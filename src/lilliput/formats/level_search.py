@@ -12,7 +12,7 @@ from lilliput.formats import groups
 from lilliput.formats.search import stored
 from lilliput.formats.tables import Table
 
-_CHUNK = 1 << 18  # weights worked on at a time: a few float32 buffers of this size stay in the second-level caches
+CHUNK = 1 << 18  # weights worked on at a time: a few float32 buffers of this size stay in the second-level caches
 _STRIDE = 3
 
 
@@ -40,7 +40,7 @@ class Weighed:
             one = None if self.importance is None else self.importance.expand(rows, width).reshape(1, 1, -1)
             yield slice(0, 1), slice(0, 1), self.weight.reshape(1, 1, -1), one
             return
-        step = max(1, _CHUNK // max(width, 1))
+        step = max(1, CHUNK // max(width, 1))
         for columns, some, size in groups.pieces(width, self.size):
             for a in range(0, rows, step):
                 part = slice(a, min(a + step, rows))

@@ -22,7 +22,8 @@ from lilliput.formats.integer import group_of, pack_codes, unpack_codes
 from lilliput.formats.scales import FloatScales, PowerScales, ScaleKind, Scales
 from lilliput.recipe import Target
 
-_CHUNK = 1 << 17  # weights looked up at a time; each takes up to 50 bytes meanwhile
+_CHUNK = 1 << 17  # weights looked up at a time
+_BYTES = 50  # that a weight which is looked up takes meanwhile, at most
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class LevelFormat:
     def size_bits(self, rows: int, width: int) -> int:
         """Exact size: codes and scales."""
         return rows * width * self.bits + self.scales.size_bits(*groups.units(rows, width, self.group_size))
+
+    def scratch(self, rows: int, width: int) -> int:
+        """Bytes that looking for the scales of a [rows, width] matrix works in."""
+        return _BYTES * min(level_search.CHUNK, rows * width)
 
     def fit(
         self,

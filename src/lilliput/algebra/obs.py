@@ -115,6 +115,7 @@ class Rounding:
     group: Sequence[int]
     limits: tuple[float, float] | None = None  # the window where all share it
     snap: Callable[[Tensor], None] | None = None  # levels in place of whole numbers: rounds its argument to them
+    part: Sequence[Tensor] | None = None  # what zero points have beyond whole numbers; codes less it are whole
 
     @staticmethod
     def of(scale: Tensor, zero: Tensor | None, bits: int, rows: int, group: Sequence[int]) -> Rounding:
@@ -125,7 +126,15 @@ class Rounding:
         if zero is None:
             return Rounding(inverse, step.unbind(0), (), (), group, (lowest, highest))
         offset = zero.float().expand(rows, -1).T.contiguous()
-        return Rounding(inverse, step.unbind(0), (lowest - offset).unbind(0), (highest - offset).unbind(0), group)
+        part = offset - offset.round()
+        return Rounding(
+            inverse,
+            step.unbind(0),
+            (lowest - offset).unbind(0),
+            (highest - offset).unbind(0),
+            group,
+            part=part.unbind(0) if bool(part.any()) else None,
+        )
 
     @staticmethod
     def levels(scale: Tensor, snap: Callable[[Tensor], None], rows: int, group: Sequence[int]) -> Rounding:
@@ -141,7 +150,10 @@ class Rounding:
         if self.snap is not None:
             self.snap(code)
             return
-        code.round_()
+        if self.part is None:
+            code.round_()
+        else:
+            code.add_(self.part[g]).round_().sub_(self.part[g])
         if self.limits is not None:
             code.clamp_(*self.limits)
         else:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lilliput.errors import PlanError
+from lilliput.formats.affine import AffineFormat
 from lilliput.formats.codebook import CodebookFormat
 from lilliput.formats.format import Format
 from lilliput.formats.integer import IntegerFormat
@@ -53,6 +54,8 @@ def fit(form: Format, weight: Tensor, importance: Tensor | None, how: Search, su
         )
     if isinstance(form, LevelFormat | NestedFormat):
         return form.fit(weight, search=how.search, importance=importance, steps=how.steps, norm=how.norm)
+    if isinstance(form, AffineFormat):
+        return form.fit(weight, importance=importance, search=how.search == "mse")
     if isinstance(form, CodebookFormat) and support is not None:
         return form.fit(weight, importance=importance, zero=~support)
     return form.fit(weight, importance=importance)

@@ -11,26 +11,28 @@ from torch import Tensor
 
 from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
-from lilliput.formats import levels
+from lilliput.formats import affine, levels
+from lilliput.formats.affine import AffineFormat
 from lilliput.formats.format import Format
 from lilliput.formats.integer import Grid, IntegerFormat
 from lilliput.formats.levels import LevelFormat
 from lilliput.formats.nested import NestedFormat
 from lilliput.formats.scales import FloatScales, Scales
 
+Sweepable = IntegerFormat | AffineFormat | NestedFormat | LevelFormat
 _COLUMNS = 16  # looked up at a time; a weight takes up to 50 bytes meanwhile
-NAMES = ("int", *levels.PRESETS)  # of a target's format
+NAMES = ("int", "affine", *levels.PRESETS)  # of a target's format
 
 
 @dataclass(frozen=True)
 class Swept:
     """A fitted format as a sweep sees it.
 
-    `grid`: scales [out, groups] ([1, 1]: per tensor) and zero points int8 or None, a copy that the sweep may write to
-    where `moves` names the type that a scale is rounded to by itself (None: scales are fixed).
+    `grid`: scales [out, groups] ([1, 1]: per tensor) and zero points, int8, real or None, a copy that the sweep may
+    write to where `moves` names the type that a scale is rounded to by itself (None: scales are fixed).
     """
 
-    form: IntegerFormat | NestedFormat | LevelFormat
+    form: Sweepable
     grid: Grid
     moves: torch.dtype | None
 
@@ -56,21 +58,24 @@ class Swept:
         if zero is not None:
             columns = torch.tensor(group, device=centred.device)
             centred += zero.float().expand(centred.shape[1], -1).T[columns]
+            centred.round_()  # real zero points leave whole numbers but for the last bits
         return centred.T.to(torch.int8)
 
 
-def check(form: Format) -> IntegerFormat | NestedFormat | LevelFormat:
+def check(form: Format) -> Sweepable:
     """The format itself. Raises PlanError where a sweep cannot round to it."""
-    if not isinstance(form, IntegerFormat | NestedFormat | LevelFormat):
+    if not isinstance(form, Sweepable):
         raise PlanError(f"{form.describe()} cannot be swept column by column: choose {', '.join(NAMES)}")
     return form
 
 
-def start(form: IntegerFormat | NestedFormat | LevelFormat, grid: Any) -> Swept:
+def start(form: Sweepable, grid: Any) -> Swept:
     """`grid` is what the format's `fit` returned; it is left as it is."""
     if isinstance(form, IntegerFormat):
         zero = None if grid.zero is None else grid.zero.clone()
         return Swept(form, Grid(grid.scale.clone(), zero), form.scale_dtype if form.group_size != 0 else None)
+    if isinstance(form, AffineFormat):
+        return Swept(form, Grid(grid.scale.clone(), grid.zero), form.scale_dtype)
     if isinstance(form, NestedFormat):
         return Swept(form, form.grid(grid), None)
     kind = form.scales
@@ -82,6 +87,8 @@ def finish(swept: Swept, grid: Any) -> Any:
     """The format's own grid after the sweep; `grid` is the one that `start` was given."""
     if isinstance(swept.form, IntegerFormat):
         return swept.grid
+    if isinstance(swept.form, AffineFormat):
+        return affine.Grid(swept.grid.scale, grid.zero)
     if swept.moves is None:
         return grid
     return Scales(grid.kind, swept.grid.scale)

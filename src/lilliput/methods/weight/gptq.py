@@ -3,8 +3,8 @@
 Minimises |X WT - X WhatT|^2 = tr(D H DT), D = W - What, H = XT X + damping * mean(diag) * I. With H^-1 = UT U (U upper
 triangular), column by column: q = Q(w_j), e = (w_j - q) / U_jj, w_k -= e U_jk for all k > j; so that D = E U and the
 loss is |E|^2. The order is by decreasing diag(H); scales are fitted before on the original weight (static groups), so
-groups stay contiguous; Q may round to any levels with fixed scales (`formats.levels`, `formats.nested`). `algebra.obs`
-states the equal form that is computed.
+groups stay contiguous; Q may round to any levels with fixed scales (`formats.levels`, `nested`) and to real zero points
+(`formats.affine`). `algebra.obs` states the equal form that is computed.
 
 Beyond the paper, without gradients: `shrinkage` adds to each H_jj a share of itself, so that correlations which a short
 calibration text only seems to show move no weights (damping, a share of the mean, does this to weak inputs only); the

@@ -122,7 +122,9 @@ def main() -> None:
     parser.add_argument("job", choices=("depth", "billion"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--memory", default="1.5GB")
-    parser.add_argument("--recipe", action="append", help="for depth: recipes that run at both (gptq unless given)")
+    parser.add_argument(
+        "--recipe", action="append", help="for depth: RECIPE [STEP.KEY=VALUE ...]; gptq unless given"
+    )
     parser.add_argument("--out")
     options = parser.parse_args()
     folder: Path = options.folder
@@ -137,7 +139,9 @@ def main() -> None:
                 model = folder / f"deep-{layers}"
                 if not model.exists():
                     write_model(model, layers=layers, hidden=1024, inner=2816, heads=16, kv=4, vocabulary=8192)
-                shared = ["--recipe", recipe, "--samples", "16", "--tokens", "512", "--eval-windows", "2"]
+                name, *settings = recipe.split()
+                shared = ["--recipe", name, "--samples", "16", "--tokens", "512", "--eval-windows", "2"]
+                shared += [word for setting in settings for word in ("--set", setting)]
                 found[f"{layers} blocks"] = measure(model, folder / f"out-{layers}-{time.time_ns()}", text, shared)
             peaks = [row["peak_above_base"] for row in found.values()]
             results[recipe] = found | {"ratio": peaks[1] / peaks[0]}

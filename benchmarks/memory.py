@@ -122,9 +122,7 @@ def main() -> None:
     parser.add_argument("job", choices=("depth", "billion"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--memory", default="1.5GB")
-    parser.add_argument(
-        "--recipe", action="append", help="for depth: RECIPE [STEP.KEY=VALUE ...]; gptq unless given"
-    )
+    parser.add_argument("--recipe", action="append", help="for depth: RECIPE [STEP.KEY=VALUE ...]; gptq unless given")
     parser.add_argument("--out")
     options = parser.parse_args()
     folder: Path = options.folder

@@ -108,7 +108,7 @@ class Native:
             notes.append(
                 f"{which} linear is decoded for its forward pass and multiplied dense, which saves memory and no time."
             )
-        patterns = sum(bool(spec.scheme.parts) and isinstance(spec.scheme.parts[0], PatternSpec) for spec in specs)
+        patterns = sum(isinstance(spec.scheme.parts[0], PatternSpec) for spec in specs)
         if patterns:
             notes.append(
                 f"{patterns} linears store only the weights that their pattern keeps, and the places of these."

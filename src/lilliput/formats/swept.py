@@ -58,7 +58,8 @@ class Swept:
         if zero is not None:
             columns = torch.tensor(group, device=centred.device)
             centred += zero.float().expand(centred.shape[1], -1).T[columns]
-            centred.round_()  # real zero points leave whole numbers but for the last bits
+            if zero.is_floating_point():
+                centred.round_()  # whole numbers but for the last bits
         return centred.T.to(torch.int8)
 
 

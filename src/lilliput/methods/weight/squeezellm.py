@@ -67,7 +67,7 @@ def _sparse(target: Target, o: Options) -> SparseSpec | None:
 
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
-    """Codes with tables, and a sparse part. Raises PlanError for tables larger than what they stand for."""
+    """Codes with tables, and a sparse part. Raises PlanError without bits in the target."""
     form = from_target(target)
     sparse = _sparse(target, o)
     return Scheme((QuantizedSpec(form),) if sparse is None else (QuantizedSpec(form), sparse))

@@ -99,6 +99,7 @@ def fisher(
                 value.div_(tokens * tokens)
             streams.gradient = after
             yield block, found, after
+            del found  # not beside the squares of the block below
             before.delete()
         streams.gradient.delete()
 

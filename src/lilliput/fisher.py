@@ -112,6 +112,7 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
                     )
             short = name.removeprefix(f"{prefixes[block]}.").removesuffix(".weight")
             tensors[short] = (mean.T if name in transposed else mean).contiguous().cpu()
+            del total, mean
         if tensors and ranks.lead():
             save_atomically(path_of(work, block), tensors)
         del tensors, found

@@ -88,6 +88,8 @@ def _solved(
             stored, row = deliver(job, plan, piece, stats, share)
             tensors.update(stored)
             rows.append(row)
+        del layer, pieces, piece  # not beside the next linear's
+        memory.trim()  # the heap is full of holes by now, and more so the more blocks there are
     return tensors, rows
 
 

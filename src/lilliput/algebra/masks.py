@@ -29,7 +29,7 @@ def largest(score: Tensor, keep: int) -> Tensor:
         above = some > least
         ties = some == least
         room = keep - above.sum(1, keepdim=True)
-        mask[a : a + step] = above | (ties & (ties.cumsum(1) <= room))
+        mask[a : a + step] = above | (ties & (ties.cumsum(1, dtype=torch.int32) <= room))
     return mask
 
 

@@ -24,11 +24,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lilliput.algebra.masks import largest
 from lilliput.formats.codebook import CodebookFormat, from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
-from lilliput.parts.sparse import SparseSpec, gather
+from lilliput.parts.sparse import SparseSpec, highest, pick
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
@@ -96,10 +97,11 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         table = form.fit(weight, importance=importance, zero=holes)
         return layer.with_part(QuantizedPart(form, form.encode(weight, table), table))
     score = _score(weight, sensitivity, holes, round(o.sensitive * weight.numel()))
-    chosen = gather(torch.ones_like(weight), score, sparse.share).decode() > 0
+    chosen = highest(score, sparse.share)
+    del score
     table = form.fit(weight, importance=_left(importance, chosen, holes, form), zero=holes)
     part = QuantizedPart(form, form.encode(weight, table), table)
-    apart = gather(weight - part.decode(), chosen.float(), sparse.share, sparse.dtype)
+    apart = pick(weight - part.decode(), chosen, sparse.share, sparse.dtype)
     return layer.with_part(part, apart)
 
 
@@ -116,7 +118,5 @@ def _score(weight: Tensor, sensitivity: Tensor, holes: Tensor | None, count: int
     size = weight.abs()
     if holes is not None:
         size, sensitivity = size.masked_fill(holes, -1.0), sensitivity.masked_fill(holes, -1.0)
-    first = sensitivity.reshape(-1).argsort(descending=True, stable=True)[:count]
-    out = size.reshape(-1).clone()
-    out[first] = torch.where(out[first] < 0, out[first], 2 * out.max() + 1)
-    return out.view_as(weight)
+    first = largest(sensitivity.reshape(1, -1), count).view_as(weight)
+    return torch.where(first & (size >= 0), 2 * size.max() + 1, size)

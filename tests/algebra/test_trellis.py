@@ -35,7 +35,7 @@ def test_the_path_is_the_best_of_all(steps: tuple[int, int]) -> None:
     torch.testing.assert_close(found, torch.tensor(best, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("steps", [(1, 1), (2, 2), (2, 3), (4, 4), (3, 4)])
+@pytest.mark.parametrize("steps", [(1, 1), (2, 2), (2, 3), (4, 4), (3, 4), (4, 5)])
 def test_symbols_say_the_registers(steps: tuple[int, int]) -> None:
     x = torch.randn(2, 30, generator=torch.Generator().manual_seed(1))
     path = trellis.best_path(x, 9, steps)
@@ -43,7 +43,7 @@ def test_symbols_say_the_registers(steps: tuple[int, int]) -> None:
     assert torch.equal(trellis.registers(path & ((1 << bits) - 1), 9, steps), path)
 
 
-@pytest.mark.parametrize("steps", [(1, 1), (2, 2), (2, 3), (3, 3), (4, 4)])
+@pytest.mark.parametrize("steps", [(1, 1), (2, 2), (2, 3), (3, 3), (4, 4), (4, 5), (5, 5)])
 @pytest.mark.parametrize("shape", [(5, 61), (1, 2), (3, 1), (0, 7)])
 def test_compiled_or_not_the_path_is_the_same(steps: tuple[int, int], shape: tuple[int, int]) -> None:
     x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
+from lilliput.formats.bits import pack_bits, pack_unsigned, row_bytes, unpack_bits, unpack_unsigned
 
 
 def slow(row: list[int], bits: int) -> bytes:
@@ -26,3 +26,20 @@ def test_bytes_are_the_documented_ones(bits: int, width: int) -> None:
     back = unpack_bits(packed, bits, width)
     assert back.dtype == torch.int8
     assert torch.equal(back, codes)
+
+
+@pytest.mark.parametrize("bits", [3, 8, 9, 10, 16])
+@pytest.mark.parametrize("width", [1, 7, 24])
+def test_numbers_of_more_than_a_byte_are_the_documented_bytes(bits: int, width: int) -> None:
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (4, width), generator=g)
+    packed = pack_unsigned(codes, bits)
+    assert packed.shape == (4, row_bytes(width, bits))
+    assert torch.equal(unpack_unsigned(packed, bits, width), codes)
+    for row, held in zip(codes.tolist(), packed.tolist(), strict=True):
+        low = min(bits, 8)
+        number = sum((code & 255) << (j * low) for j, code in enumerate(row)).to_bytes(row_bytes(width, low), "little")
+        if bits > 8:
+            more = sum((code >> 8) << (j * (bits - 8)) for j, code in enumerate(row))
+            number += more.to_bytes(row_bytes(width, bits - 8), "little")
+        assert bytes(held) == number

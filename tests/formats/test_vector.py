@@ -12,6 +12,7 @@ from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.recipe import Target
 
 SPECS = [("e8", 2), ("vector", 2), ("vector", 3), ("vector", 4), ("trellis", 2), ("trellis", 3), ("trellis-half", 2)]
+SPECS += [("trellis-half", 4), ("trellis", 5)]
 
 
 def made(name: str, bits: int, unit: int = 0) -> Format:
@@ -56,6 +57,7 @@ def test_files_hold_what_was_decoded(name: str, bits: int, unit: int, rows: int,
         ("trellis", 2, 0.083),
         ("trellis-half", 2, 0.044),
         ("trellis", 3, 0.023),
+        ("trellis-half", 4, 0.0045),
     ],
 )
 def test_errors_on_a_gaussian_matrix(name: str, bits: int, most: float) -> None:
@@ -116,8 +118,8 @@ def test_importance_draws_the_entries() -> None:
         ({"format": "e8", "bits": 3}, "2 bits"),
         ({"format": "e8", "bits": 2, "group_size": 32}, "group_size to channel or tensor"),
         ({"format": "vector", "bits": 5}, "2 to 4 bits"),
-        ({"format": "trellis", "bits": 5}, "1 to 4 bits"),
-        ({"format": "trellis-half", "bits": 4}, "1 to 4 bits"),
+        ({"format": "trellis", "bits": 6}, "1 to 5 bits"),
+        ({"format": "trellis-half", "bits": 5}, "1 to 5 bits"),
         ({"format": "trellis"}, r"target\.bits"),
         ({"format": "e88", "bits": 2}, "'e8'"),
     ],

@@ -40,3 +40,18 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     words = (full.to(torch.int64) << (torch.arange(bits, device=device) * 8)).sum(-1)
     values = (words.unsqueeze(-1) >> (torch.arange(8, device=device) * bits)) & ((1 << bits) - 1)
     return (values.view(rows, -1)[:, :width] - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack_unsigned(codes: Tensor, bits: int) -> Tensor:
+    """Numbers [rows, width] below 2^bits, up to 16 bits, to uint8 [rows, row_bytes]. Of more than 8 bits the low bytes
+    of a row come first, then the bits above them, packed likewise."""
+    if bits <= 8:
+        return pack_bits(codes - (1 << (bits - 1)), bits)
+    return torch.cat(((codes & 0xFF).to(torch.uint8), pack_unsigned(codes >> 8, bits - 8)), 1)
+
+
+def unpack_unsigned(packed: Tensor, bits: int, width: int) -> Tensor:
+    """Undo `pack_unsigned`: uint8 [rows, row_bytes] to int64 [rows, width]."""
+    if bits <= 8:
+        return unpack_bits(packed, bits, width).long() + (1 << (bits - 1))
+    return packed[:, :width].long() | unpack_unsigned(packed[:, width:], bits - 8, width) << 8

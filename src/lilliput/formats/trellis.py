@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lilliput.algebra import compiled, ldlq, trellis
 from lilliput.errors import PlanError
-from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
+from lilliput.formats.bits import pack_unsigned, row_bytes, unpack_unsigned
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.vector import Grid, by_column, checked, each_row, rms_scale, unit_of
 from lilliput.recipe import Target
@@ -28,7 +28,7 @@ _ROOM = 1 << 23  # numbers of a table of costs that is kept at a time
 
 @dataclass(frozen=True)
 class TrellisFormat:
-    """`half_bits`: twice the bits of a weight, 2 to 8; `window`: bits of the register.
+    """`half_bits`: twice the bits of a weight, 2 to 10; `window`: bits of the register.
 
     Raises PlanError for other bits, and a window that is not 8 to 16.
     """
@@ -40,8 +40,8 @@ class TrellisFormat:
 
     def __post_init__(self) -> None:
         checked(self.scale_dtype)
-        if not 2 <= self.half_bits <= 8:
-            raise PlanError(f"{self.half_bits / 2:g} bits: trellis codes have 1 to 4 bits in steps of a half")
+        if not 2 <= self.half_bits <= 10:
+            raise PlanError(f"{self.half_bits / 2:g} bits: trellis codes have 1 to 5 bits in steps of a half")
         if not 8 <= self.window <= 16:
             raise PlanError(f"a register of {self.window} bits: choose 8 to 16")
 
@@ -106,15 +106,15 @@ class TrellisFormat:
         even = codes[0::2] & ((1 << low) - 1)
         odd = torch.zeros_like(even)
         odd[: len(codes) // 2] = codes[1::2] & ((1 << high) - 1)
-        pair = (even << high | odd) - (1 << (self.half_bits - 1))
-        return {"": pack_bits(pair, self.half_bits).flatten(), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
+        pair = even << high | odd
+        return {"": pack_unsigned(pair, self.half_bits).flatten(), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
 
     def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
         _, high = self.steps
         walk = self.walk(rows)
         first = start - start % walk  # the register is known where a walk begins
         packed = get("").view(-(-rows // 2), -1)[first // 2 : -(-stop // 2)]
-        pair = unpack_bits(packed, self.half_bits, width).long() + (1 << (self.half_bits - 1))
+        pair = unpack_unsigned(packed, self.half_bits, width)
         symbols = torch.stack((pair >> high, pair & ((1 << high) - 1)), 1).flatten(0, 1)
         padded = torch.nn.functional.pad(symbols, (0, 0, 0, -len(symbols) % walk)).view(-1, walk, width)
         codes = trellis.registers(padded, self.window, self.steps).flatten(0, 1)
@@ -136,7 +136,7 @@ def from_plain(plain: Mapping[str, Any]) -> TrellisFormat:
 
 
 def from_target(target: Target) -> TrellisFormat:
-    """Trellis codes for a resolved target. Raises PlanError without bits, above 4 and for groups of inputs."""
+    """Trellis codes for a resolved target. Raises PlanError without bits, above 5 and for groups of inputs."""
     return _made(target, 0)
 
 
@@ -147,5 +147,5 @@ def half_from_target(target: Target) -> TrellisFormat:
 
 def _made(target: Target, more: int) -> TrellisFormat:
     if target.bits is None:
-        raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..4")
+        raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..5")
     return TrellisFormat(2 * target.bits + more, *unit_of(target, target.format))

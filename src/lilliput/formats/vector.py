@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lilliput.algebra import compiled, e8, ldlq
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
+from lilliput.formats.bits import pack_unsigned, row_bytes, unpack_unsigned
 from lilliput.formats.format import Format, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import group_of, scale_dtype_of
 from lilliput.formats.search import stored as stored_scale
@@ -244,14 +244,14 @@ def _pack(entry: Tensor, bits: int) -> Tensor:
     """Entry numbers [n, in] to bytes, each row from a new byte."""
     if bits == 16:
         return torch.stack((entry & 0xFF, entry >> 8), -1).to(torch.uint8).flatten()
-    return pack_bits(entry - (1 << (bits - 1)), bits).flatten()
+    return pack_unsigned(entry, bits).flatten()
 
 
 def _unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     if bits == 16:
         pair = packed.view(len(packed), width, 2).long()
         return pair[..., 0] | pair[..., 1] << 8
-    return unpack_bits(packed, bits, width).long() + (1 << (bits - 1))
+    return unpack_unsigned(packed, bits, width)
 
 
 def e8_from_plain(plain: Mapping[str, Any]) -> VectorFormat:

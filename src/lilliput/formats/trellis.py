@@ -106,8 +106,8 @@ class TrellisFormat:
         even = codes[0::2] & ((1 << low) - 1)
         odd = torch.zeros_like(even)
         odd[: len(codes) // 2] = codes[1::2] & ((1 << high) - 1)
-        pair = even << high | odd
-        return {"": pack_unsigned(pair, self.half_bits).flatten(), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
+        packed = pack_unsigned(even << high | odd, self.half_bits).flatten()
+        return {"": packed, "_scale": grid.scale.to(self.scale_dtype).contiguous()}
 
     def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
         _, high = self.steps

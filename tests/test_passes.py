@@ -47,6 +47,10 @@ RECIPES: Mapping[str, tuple[Step, ...]] = {
         Step(method="ranks", options={"measure": "loss", "steps": 6, "fisher_samples": 2}),
         Step(method="svd-truncate", target=Target(ratio=0.6), options={"weighting": "gram"}),
     ),
+    "laser-search, laser": (
+        Step(method="laser-search", options={"kept": [0.05, 0.5], "late": 0.7, "share": 0.5}),
+        Step(method="laser"),
+    ),
     "hadamard, wanda 2:4, gptq": (
         Step(method="hadamard"),
         Step(method="wanda", target=Target(pattern="2:4")),
@@ -121,6 +125,8 @@ def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
     assert kinds.count("rotation") == learning
     assert kinds.count("score") == scoring * LAYERS
     assert kinds.count("fisher") == ("loss" in name) * LAYERS
+    assert kinds.count("found") == ("laser" in name)
+    assert (kinds.count("trial") > 1 + 2 * 7 * 2) == ("laser" in name), "all of two blocks, and what was put together"
     assert kinds.count("block") == LAYERS
     scored: list[None] = []
     learned: list[None] = []

@@ -8,6 +8,7 @@ Cost: two forward passes and one backward pass, and for each block one file of h
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,30 @@ def loss(skeleton: Skeleton, read: Read, samples: Samples) -> float:
     with _Streams(skeleton, samples, keep=False) as streams:
         _forward(skeleton, read, samples, streams)
         return _head(skeleton, read, samples, streams.inputs[-1], None, squares=False)[0]
+
+
+@contextmanager
+def losses(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callable[[int, Read], float]]:
+    """`loss` for many weights that differ little: a function of the first block that differs and of how tensors enter.
+
+    The states that enter every block are kept on disk while the context lasts, so that only the blocks from that one
+    on, and the head, run again. The number of blocks stands for the head alone.
+    """
+    with ExitStack() as stack, torch.no_grad():
+        streams = stack.enter_context(_Streams(skeleton, samples, keep=True, gradient=False))
+        _forward(skeleton, read, samples, streams)
+        shape = streams.inputs[0].shape
+        on_the_way = Activations(samples.folder / "backward-again.bin", shape, skeleton.dtype, create=True)
+        stack.callback(on_the_way.delete)
+
+        def again(first: int, read: Read) -> float:
+            inputs = streams.inputs[first]
+            for block in range(first, len(skeleton.block_names)):
+                _through(skeleton, read, block, inputs, on_the_way)
+                inputs = on_the_way
+            return _head(skeleton, read, samples, inputs, None, squares=False)[0]
+
+        yield again
 
 
 def fisher(
@@ -182,15 +207,18 @@ def _forward(skeleton: Skeleton, read: Read, samples: Samples, streams: _Streams
         for n in range(len(samples.ids)):
             streams.inputs[0].write(n, skeleton.embed(samples.ids[n : n + 1])[0])
         skeleton.unload(skeleton.embeddings)
-        calls = skeleton.calls(1, samples.ids.shape[1])
         last = min(len(skeleton.block_names), len(streams.inputs) - 1)
         for block in range(last):
-            _load(skeleton, read, skeleton.names_of(block))
-            for n in range(len(samples.ids)):
-                hidden = streams.inputs[block].read(n, n + 1).to(skeleton.device)
-                streams.inputs[block + 1].write(n, skeleton.run(block, hidden, calls))
-            skeleton.unload(skeleton.names_of(block))
-            memory.trim()
+            _through(skeleton, read, block, streams.inputs[block], streams.inputs[block + 1])
+
+
+def _through(skeleton: Skeleton, read: Read, block: int, inputs: Activations, outputs: Activations) -> None:
+    _load(skeleton, read, skeleton.names_of(block))
+    calls = skeleton.calls(1, inputs.shape[1])
+    for n in range(len(inputs)):
+        outputs.write(n, skeleton.run(block, inputs.read(n, n + 1).to(skeleton.device), calls))
+    skeleton.unload(skeleton.names_of(block))
+    memory.trim()
 
 
 def _head(
@@ -342,3 +370,14 @@ def peak(
     logits = min(max(LOGITS, vocabulary), tokens * vocabulary)
     head = vocabulary * hidden * (2 * itemsize + (10 if outside else 4)) + 4 * 4 * logits + 8 * tokens * hidden * 4
     return max(widest, head)
+
+
+def peak_of_loss(blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, itemsize: int, beside: int) -> int:
+    """Upper bound in bytes of what a loss without gradients holds; `beside`: what making a weight takes meanwhile."""
+    widest = 0
+    for block in {id(x): x for x in blocks}.values():
+        weights = sum(x.parameters for x in block.linears) * itemsize
+        held = max(x.out_features + x.in_features for x in block.linears)
+        widest = max(widest, weights + max(beside, 3 * tokens * (held + 4 * hidden) * 4))
+    logits = min(max(LOGITS, vocabulary), tokens * vocabulary)
+    return max(widest, vocabulary * hidden * 2 * itemsize + 3 * 4 * logits + 4 * tokens * hidden * 4)

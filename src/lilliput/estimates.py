@@ -38,6 +38,10 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
         passes = 1 + bool(resolved.rewrites) + len(resolved.allocations) + len(resolved.learned)
         seconds += passes * 3.0 * 2 * weights * count / rate
     seconds += 4 * 2 * weights * resolved.fisher(samples) * tokens / rate  # two passes forward, one back
+    for task in resolved.searches:
+        module = task.method.module
+        looked = module.passes(len(resolved.governed(task)), task.options) * module.looked_at(samples, task.options)
+        seconds += 3.0 * 2 * weights * looked * tokens / rate
     for task in {task.step: task for x in resolved.linears for task in x.together}.values():
         # Three products a weight and token for each step, and three passes that only look.
         looked = getattr(task.options, "iters", 0) * min(getattr(task.options, "batch", 1), samples) * 3 + 3 * samples
@@ -68,12 +72,19 @@ def _walks(x: LinearPlan) -> float:
 def phases(
     model: Model, resolved: Resolved, tensors: Sequence[TensorPlan], tokens: int, dtype: torch.dtype
 ) -> tuple[tuple[str, int], ...]:
-    """What turning the model and gradients of its loss take at their fullest, where a recipe asks for them."""
+    """What turning the model, gradients of its loss and losses under trial take at their fullest, where a recipe asks
+    for them."""
     width, vocabulary = model.skeleton.hidden_size, model.skeleton.shapes[model.skeleton.head][0]
     slopes: tuple[tuple[str, int], ...] = ()
+    if resolved.searches:
+        blocks = model.anatomy().blocks
+        beside = max(memory.decomposed(block) for block in blocks)
+        slopes = (
+            ("trying out candidates", backward.peak_of_loss(blocks, width, vocabulary, tokens, dtype.itemsize, beside)),
+        )
     if resolved.fisher(1):
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize, outside=False)
-        slopes = (("the backward pass for squared gradients", held),)
+        slopes = (*slopes, ("the backward pass for squared gradients", held))
     if not resolved.learned:
         return slopes
     turning = rotated.resident(width) * 5

@@ -80,7 +80,7 @@ def _site_bytes(block: Block, solving: bool, beside: tuple[int, int]) -> int:
     return worst
 
 
-def _decomposed(block: Block) -> int:
+def decomposed(block: Block) -> int:
     """The largest linear while it is decomposed in float64 beside its own weight and Gram matrix (measured)."""
     worst = 0
     for x in block.linears:
@@ -115,7 +115,7 @@ def estimate(
         parameters = sum(x.parameters for x in block.linears)
         widest = max(max(x.out_features, x.in_features) for x in block.linears)
         # A site is solved while no forward pass runs, and the other way round.
-        solving = max(_site_bytes(block, "gram" in needs, shape.beside), _decomposed(block) if shape.double else 0)
+        solving = max(_site_bytes(block, "gram" in needs, shape.beside), decomposed(block) if shape.double else 0)
         solving += shape.scratch
         if shape.fisher:
             solving += 2 * 4 * max(sum(block.linear(n).parameters for n in site.linears) for site in block.sites)

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import export, fisher, memory, ranks
+from lilliput import export, fisher, memory, ranks, trials
 from lilliput.activations import Activations, raw
 from lilliput.backward import Samples
 from lilliput.errors import LilliputError
 from lilliput.forward import Batches, embed, observe
 from lilliput.journal import Work, save_atomically
 from lilliput.methods.fold import ResidualRotation
-from lilliput.methods.scores import Scores, Share
+from lilliput.methods.scores import Budget, Scores, Share
 from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
 from lilliput.plan import Plan, divided
@@ -39,10 +39,11 @@ from lilliput.weights import BlockWeights
 def spill(plan: Plan, model: Model) -> int:
     """Bytes of hidden states that a step keeps on disk at once, beyond those of every run.
 
-    Learning: those that enter every place, and the gradient. Fitting: inputs, outputs and targets of a block.
+    Learning: those that enter every place, and the gradient. Fitting: inputs, outputs and targets of a block. Trying:
+    those that enter every block.
     """
     skeleton = model.skeleton
-    sizes = [0]
+    sizes = [trials.spill(plan, model)]
     if any(x.together for x in plan.resolved.linears):
         states = 2 * skeleton.dtype.itemsize + torch.float32.itemsize
         sizes.append(plan.samples * plan.tokens * skeleton.hidden_size * states)
@@ -106,31 +107,49 @@ def _save(path: Path, matrix: Tensor) -> None:
 
 
 def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
-    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks.
+    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks or
+    from losses of the whole model.
 
-    ids [n, T] are this rank's samples.
+    ids [N, T] are all samples, of which each rank takes its share.
     """
+    mine = None if ids is None else ids[ranks.share(len(ids))]
     for task in plan.resolved.allocations:
-        plan = _decided(plan, task, model, _scores(plan, task, model, ids, work, progress))
+        if task in plan.resolved.searches:
+            found = trials.search(plan, task, _budget(plan, task), model, ids, work, progress)
+            plan = _found(plan, task, model, *found)
+        else:
+            plan = _decided(plan, task, model, _scores(plan, task, model, mine, work, progress))
     return plan
 
 
 def decided(plan: Plan, model: Model, work: Work) -> Plan:
     """What `allocated` has made of the plan, once more from the journal of a run whose blocks are finished."""
     for task in plan.resolved.allocations:
-        plan = _decided(plan, task, model, _recorded(task, work))
+        found = trials.result(plan, task, work)
+        plan = (
+            _decided(plan, task, model, _recorded(task, work)) if found is None else _found(plan, task, model, *found)
+        )
     return plan
 
 
-def _decided(plan: Plan, task: Task, model: Model, scores: Scores) -> Plan:
+def _budget(plan: Plan, task: Task) -> Budget:
     governed = plan.resolved.governed(task)
-    budget = {
-        x.name: Share(x.block, x.linear.parameters, governed[x.name].target, _sizes(plan, x, governed[x.name]))
+    shapes = {x.name: (x.linear.out_features, x.linear.in_features) for x in plan.resolved.linears}
+    return {
+        x.name: Share(x.block, shapes[x.name], governed[x.name].target, _sizes(plan, x, governed[x.name]))
         for x in plan.resolved.linears
         if x.name in governed
     }
-    targets = task.method.module.allocate(scores, budget, task.options)
+
+
+def _decided(plan: Plan, task: Task, model: Model, scores: Scores) -> Plan:
+    targets = task.method.module.allocate(scores, _budget(plan, task), task.options)
     return divided(plan, model, plan.resolved.with_targets(task, targets))
+
+
+def _found(plan: Plan, task: Task, model: Model, targets: Mapping[str, Target], said: str) -> Plan:
+    plan = divided(plan, model, plan.resolved.with_targets(task, targets))
+    return replace(plan, notes=(*plan.notes, said))
 
 
 def _sizes(plan: Plan, linear: LinearPlan, task: Task) -> Callable[[Target], int]:

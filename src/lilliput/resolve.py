@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +81,11 @@ class Resolved:
     learned: tuple[Task, ...]
     needs: frozenset[str] = field(default=frozenset())  # statistics
     reads_tokens: bool = False  # whether any step looks at calibration samples
+
+    @property
+    def searches(self) -> tuple[Task, ...]:
+        """The allocations that decide by trying: by losses of the whole model."""
+        return tuple(task for task in self.allocations if hasattr(task.method.module, "search"))
 
     def of_block(self, block: int) -> tuple[LinearPlan, ...]:
         return tuple(x for x in self.linears if x.block == block)
@@ -372,13 +377,29 @@ def _refused(resolved: Resolved, width: int) -> None:
         if task.method.verb == "learn":
             reasons = [refuse(width, resolved.quantized(), task.options)] if refuse else []
         else:
-            targets = {x.target for x in resolved.governed(task).values()}
+            governed = resolved.governed(task)
+            targets = {x.target for x in governed.values()}
             if not targets:
                 raise PlanError(f"{at} divides a budget, but no step behind it compresses the layers that it covers")
+            if task in resolved.searches:
+                _tried(at, task, governed.values())
             reasons = [refuse(target, task.options) for target in targets] if refuse else []
         for reason in reasons:
             if reason is not None:
                 raise PlanError(f"{at}: {reason}")
+
+
+def _tried(at: str, task: Task, governed: Iterable[Task]) -> None:
+    """Raises PlanError for a step that a search cannot try out, or whose sizes would only be known behind it."""
+    names: tuple[str, ...] = task.method.module.GOVERNS
+    for x in governed:
+        if x.method.name not in names:
+            raise PlanError(f"{at} tries out {' or '.join(names)}, not '{x.method.name}': put that step behind it")
+        if not x.method.replaces(x.options):
+            raise PlanError(
+                f"{at} finds out which layers step {x.step + 1} ({x.method.name}) changes, and the size has to be "
+                "known before: store what it leaves as plain weights (factored=false)"
+            )
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

@@ -297,7 +297,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
         progress.step(len(finished), count)
         if len(finished) < count:
             fisher.take(plan, model, everything, work, progress, len(finished))
-            plan = passes.allocated(plan, model, ids, work, progress)
+            plan = passes.allocated(plan, model, everything, work, progress)
             _blocks(plan, model, ids, work, progress, finished, first)
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):

@@ -24,7 +24,7 @@ def test_ranges_are_those_of_the_definition() -> None:
 def _target(weight: torch.Tensor, least: int, fall: float = 0.1) -> Target:
     view = type("View", (), {"weights": {"a": weight}})()
     scores = finequant.score(view, None, finequant.Options())  # type: ignore[arg-type]
-    budget = {"a": Share(0, weight.numel(), Target(bits=4, group_size=least))}
+    budget = {"a": Share(0, (weight.shape[0], weight.shape[1]), Target(bits=4, group_size=least))}
     return finequant.allocate(scores, budget, finequant.Options(fall=fall))["a"]
 
 

@@ -74,7 +74,7 @@ def test_the_slope_is_the_authors_where_nothing_is_clipped() -> None:
 
 def test_blocks_share_a_sparsity_or_every_linear_has_its_own() -> None:
     target = Target(sparsity=0.5)
-    budget = {f"{b}.{n}": Share(b, 10, target) for b in (0, 1) for n in "xy"}
+    budget = {f"{b}.{n}": Share(b, (2, 5), target) for b in (0, 1) for n in "xy"}
     scores = {"0.x": (0.0, 10.0), "0.y": (4.0, 10.0), "1.x": (8.0, 10.0), "1.y": (9.0, 10.0)}
     by_block = owl.allocate(scores, budget, owl.Options())
     assert by_block["0.x"].sparsity == by_block["0.y"].sparsity == pytest.approx(0.58)
@@ -82,7 +82,7 @@ def test_blocks_share_a_sparsity_or_every_linear_has_its_own() -> None:
     by_linear = owl.allocate(scores, budget, owl.Options(per="linear"))
     assert len({t.sparsity for t in by_linear.values()}) == 4
     extreme = owl.allocate(
-        scores, {n: Share(s.block, 10, Target(sparsity=0.98)) for n, s in budget.items()}, owl.Options()
+        scores, {n: Share(s.block, (2, 5), Target(sparsity=0.98)) for n, s in budget.items()}, owl.Options()
     )
     assert all(0.96 <= float(t.sparsity or 0) <= 1.0 for t in extreme.values())
 

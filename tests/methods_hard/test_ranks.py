@@ -49,7 +49,7 @@ def case(
 ) -> tuple[Scores, Budget]:
     scores = {f"{i}": falling(r, w, d, o) for i, (r, w, d) in enumerate(shapes)}
     budget = {
-        f"{i}": Share(i, r * w, Target(ratio=ratio), size_of(r, w, itemsize)) for i, (r, w, _) in enumerate(shapes)
+        f"{i}": Share(i, (r, w), Target(ratio=ratio), size_of(r, w, itemsize)) for i, (r, w, _) in enumerate(shapes)
     }
     return scores, budget
 

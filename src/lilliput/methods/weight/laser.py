@@ -2,10 +2,8 @@
 
 What = sum of the first k terms of the SVD, k = floor(kept * min(out, in)) or the target's rank. `where` names the
 matrix. The authors find that a very low rank (kept about 0.01) of an MLP input matrix in a late block raises accuracy
-on some tasks. Which matrix, and which rank, is a question to the task, not to the calibration text, whose error every
-cut raises: make one folder for each candidate, such as `--recipe laser --set laser.include=model.layers.25.mlp.up_proj
---set laser.kept=0.01`, compare them by `lilliput eval` on the task, and add the best one as a further step (greedy
-composition). With `factored` false the result is a plain tensor that any engine reads, and saves nothing.
+on some tasks. Which matrices, and which ranks, `laser-search` in front of it finds by the model's loss on text of the
+task. With `factored` false the result is a plain tensor that any engine reads, and saves nothing.
 
 Paper: Sharma et al. 2023, arXiv 2312.13558.
 Cost: an eigendecomposition of the smaller side of each matrix. Limits: gains are task specific, and perplexity rises;
@@ -36,13 +34,13 @@ ROWWISE = False
 MASKED = False
 DOUBLE = True
 BASELINE: str | None = None
-_MLP_INPUT = ("up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
+MLP_INPUT = ("up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "laser": [
         {
             "method": "laser",
             "options": {"kept": 0.1},
-            "where": {"include": [f"*.1.mlp.{name}" for name in _MLP_INPUT]},
+            "where": {"include": [f"*.1.mlp.{name}" for name in MLP_INPUT]},
         }
     ],
 }
@@ -61,8 +59,15 @@ def replaces(o: Options) -> bool:
     return not o.factored
 
 
-def rank_of(target: Target, o: Options, rows: int, width: int) -> int:
-    """At least 1. Raises PlanError for a rank that the matrix cannot have, or that factors gain nothing from."""
+def rank_of(target: Target, o: Options, rows: int, width: int) -> int | None:
+    """At least 1; None where the layer stays as it is (a target.ratio of 1).
+
+    Raises PlanError for another ratio, a rank that the matrix cannot have, or one that factors gain nothing from.
+    """
+    if target.ratio == 1.0:
+        return None
+    if target.ratio is not None:
+        raise PlanError(f"'laser' has no target.ratio {target.ratio}: give it kept, a share of ranks, or target.rank")
     most = min(rows, width)
     rank = (
         max(1, math.floor(o.kept * most + 1e-9)) if target.rank is None else lowrank.checked(target.rank, rows, width)
@@ -79,13 +84,15 @@ def rank_of(target: Target, o: Options, rows: int, width: int) -> int:
 def scheme(target: Target, options: Options, rows: int, width: int) -> Scheme:
     """Two factors, or a plain tensor. Raises PlanError; see `rank_of`."""
     rank, factor = rank_of(target, options, rows, width), factor_spec(options.factors)
-    return Scheme((LowRankSpec(rank, factor, factor),) if options.factored else ())
+    return Scheme((LowRankSpec(rank, factor, factor),) if options.factored and rank is not None else ())
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """The layer with one part. Raises LilliputError for a weight that is not finite, and for a pruned layer."""
     weight = rest_of(layer)
     rank = rank_of(target, o, *weight.shape)
+    if rank is None:
+        return layer
     if o.factored:
         return layer.with_part(approximate(weight, rank, factor_spec(o.factors)))
     basis = lowrank.spectrum(weight).basis[:, :rank]

@@ -1,0 +1,122 @@
+"""LASER's search: the matrices, and their ranks, whose higher terms the model does better without.
+
+For each linear that the step behind (`laser`) covers in the last blocks, and each share of its ranks in `kept`, the
+loss of the whole model on calibration text when this one alone is lowered. Those that lower the loss are then put
+together, the best first, each at its best rank: one stays if the loss falls once more. All other linears stay as they
+are; if nothing lowers the loss, all of them do.
+
+What is found is found for the text, so it should be text of the task: `--data` takes a file of one's own, and a part
+of it (`share`) is looked at. The authors try about ten ranks of every matrix in all blocks, and find gains in the late
+ones, mostly at the lowest ranks of the matrices that enter an MLP: `--set laser-search.late=1 --set
+laser-search.kept=[0.9,0.5,0.25,0.1,0.05,0.01]`, and `where` of the step behind, widen the search.
+
+Paper: Sharma et al. 2023, arXiv 2312.13558.
+Cost: for each candidate a decomposition, and a forward pass from its block on over the samples that are looked at.
+Limits: differences of losses below what the arithmetic resolves decide too; a fall on few samples may be chance, so
+measure the result on other text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lilliput.errors import LilliputError
+from lilliput.methods.scores import Budget, Loss
+from lilliput.methods.weight import laser
+from lilliput.recipe import Strict, Target
+
+PAPER = "Sharma et al. 2023, arXiv 2312.13558"
+NEEDS: tuple[str, ...] = ()
+WRITES: Literal["targets"] = "targets"
+TOKENS = True
+DOUBLE = True
+BASELINE: str | None = None
+GOVERNS = ("laser",)
+_SHOWN = 5
+COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+    "laser-search": [
+        {"method": "laser-search"},
+        {"method": "laser", "where": {"include": [f"*.mlp.{name}" for name in laser.MLP_INPUT]}},
+    ],
+}
+
+
+class Options(Strict):
+    """See the module's docstring."""
+
+    kept: tuple[float, ...] = Field((0.01, 0.1, 0.5), min_length=1, description="shares of the ranks that are tried")
+    late: float = Field(0.5, gt=0.0, le=1.0, description="share of the blocks, from the last, that are searched")
+    share: float = Field(0.2, gt=0.0, le=1.0, description="share of the calibration samples that are looked at")
+
+
+def refuse(target: Target, o: Options) -> str | None:
+    """Why a step with this target cannot have its ranks searched."""
+    wrong = [share for share in o.kept if not 0.0 < share <= 1.0]
+    if wrong:
+        return f"a share of {wrong[0]} of the ranks: kept takes numbers above 0, to 1"
+    if target.rank is not None or target.ratio is not None:
+        return "the step that follows names its rank already: leave out target.rank and target.ratio, or this step"
+    return None
+
+
+def looked_at(samples: int, o: Options) -> int:
+    """How many of the calibration samples the losses are taken over; at least 1."""
+    return max(1, math.ceil(o.share * samples - 1e-9))
+
+
+def passes(linears: int, o: Options) -> float:
+    """Forward passes through all blocks that trying `linears` linears amounts to."""
+    return 1 + o.late * linears * len(o.kept) * o.late / 2
+
+
+def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target], str]:
+    """A rank for each linear that is lowered, ratio 1 for all others, and what was found in words.
+
+    Raises LilliputError where the loss of the model as it is is not finite.
+    """
+    blocks = sorted({share.block for share in budget.values()})
+    first = blocks[len(blocks) - math.ceil(o.late * len(blocks) - 1e-9)]
+    ranks = {name: _ranks(share.shape, o) for name, share in budget.items() if share.block >= first}
+    left = sum(len(some) for some in ranks.values())
+    least = before = loss({}, left)
+    if not math.isfinite(before):
+        raise LilliputError("the loss of the model as it is, is not finite: check the calibration text, or the dtype")
+    better: list[tuple[float, str, Target]] = []
+    for name, some in ranks.items():
+        tried = []
+        for rank in some:
+            left -= 1
+            target = budget[name].target.model_copy(update={"rank": rank, "ratio": None})
+            tried.append((loss({name: target}, left + len(better)), rank, target))
+        lost, _, target = min(tried, key=lambda x: x[:2], default=(math.inf, 0, budget[name].target))
+        if lost < before:
+            better.append((lost, name, target))
+    chosen: dict[str, Target] = {}
+    for number, (lost, name, target) in enumerate(sorted(better, key=lambda x: x[0])):
+        together = {**chosen, name: target}
+        now = lost if not chosen else loss(together, len(better) - number - 1)
+        if now < least:
+            chosen, least = together, now
+    whole = {name: share.target.model_copy(update={"rank": None, "ratio": 1.0}) for name, share in budget.items()}
+    return {**whole, **chosen}, _said(chosen, len(ranks), before, least)
+
+
+def _ranks(shape: tuple[int, int], o: Options) -> list[int]:
+    """The ranks to try, rising, below the largest."""
+    found = {laser.rank_of(Target(), laser.Options(kept=share), *shape) for share in o.kept}
+    return sorted(rank for rank in found if rank is not None and rank < min(shape))
+
+
+def _said(chosen: Mapping[str, Target], looked: int, before: float, after: float) -> str:
+    if not chosen:
+        return f"laser-search: none of {looked} linears lowers the loss ({before:.4f}); all stay as they are."
+    names = [f"{name} to rank {target.rank}" for name, target in chosen.items()]
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return (
+        f"laser-search: {len(chosen)} of {looked} linears lowered, loss on the samples {before:.4f} to {after:.4f}: "
+        f"{shown}."
+    )

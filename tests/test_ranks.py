@@ -146,6 +146,26 @@ def test_ranks_with_unlike_passes_and_experts(lockstep: bool, tiny: Tiny, togeth
     assert any(b == 0 < a for a, b in pairs)
 
 
+def test_ranks_that_try_out_agree_on_what_they_find(tiny: Tiny, together: Together, tmp_path: Path) -> None:
+    """Three of seven samples are looked at, by one process two of them; then one process alone has one and one none."""
+    for share in ("0.4", "0.1"):
+        recipe = tmp_path / f"search-{share}.yaml"
+        options = f"{{share: {share}, late: 1.0, kept: [0.1, 0.5]}}"
+        where = "where: {include: ['*.mlp.up_proj', '*.mlp.down_proj']}"
+        recipe.write_text(f"steps:\n  - method: laser-search\n    options: {options}\n  - method: laser\n    {where}\n")
+        command = line(tiny("llama"), tmp_path / f"two-{share}", str(recipe), "--json")
+        killed = together(line=command, at="lilliput.backward:_head", call=4, how="before", on=1)
+        assert killed["code"] == [2, -9], killed["stderr"]
+        again = together(line=command)
+        assert again["code"] == [0, 0], again["stderr"]
+        one = api.compress(
+            tiny("llama"), tmp_path / f"one-{share}", recipe=recipe, samples=7, eval_windows=0, progress=Quiet(), **SAME
+        )
+        assert digest(tmp_path / f"one-{share}") == digest(tmp_path / f"two-{share}")
+        (found,) = (note for note in one.plan.notes if note.startswith("laser-search: "))
+        assert found in json.loads(again["stdout"][0])["notes"]
+
+
 RECIPE = """
 name: everything
 steps:

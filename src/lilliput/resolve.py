@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lilliput.parts.transform import ScaleSpec
 from lilliput.recipe import Recipe, Step, Target, Where
 
 GROUPS = (128, 64, 32)
+_DECIDING = ("allocate", "search")  # verbs that give the steps behind them their targets
 FISHER = "fisher"  # among a method's needs: no statistic of inputs, but of gradients
 
 
@@ -84,8 +85,8 @@ class Resolved:
 
     @property
     def searches(self) -> tuple[Task, ...]:
-        """The allocations that decide by trying: by losses of the whole model."""
-        return tuple(task for task in self.allocations if hasattr(task.method.module, "search"))
+        """Those of the allocations that decide by trying: by losses of the whole model."""
+        return tuple(task for task in self.allocations if task.method.verb == "search")
 
     def of_block(self, block: int) -> tuple[LinearPlan, ...]:
         return tuple(x for x in self.linears if x.block == block)
@@ -180,7 +181,7 @@ def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
                 f"{at} turns the whole model before any block is looked at: move it in front of "
                 f"step {number} ({steps[number - 1][1].name})"
             )
-        if method.verb == "allocate":
+        if method.verb in _DECIDING:
             if touched is not None:
                 raise PlanError(
                     f"{at} divides the budget between layers, so it must come before {touched[1]} spends it"
@@ -193,7 +194,7 @@ def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
             )
         if method.verb in {"compress", "fit"}:
             touched = touched or (number, f"step {number + 1} ({method.name})")
-    if all(method.verb == "allocate" for _, method in steps):
+    if all(method.verb in _DECIDING for _, method in steps):
         raise PlanError("the recipe only divides a budget: add a step that prunes or quantizes")
 
 
@@ -359,7 +360,7 @@ def resolve(
         recipe=recipe,
         linears=tuple(plans),
         rewrites=dict.fromkeys(range(count), rewriting) if rewriting else {},
-        allocations=tuple(task for task in tasks if task.method.verb == "allocate"),
+        allocations=tuple(task for task in tasks if task.method.verb in _DECIDING),
         learned=tuple(task for task in tasks if task.method.verb == "learn"),
         needs=frozenset().union(*(task.needs for task in tasks)),
         reads_tokens=any(task.needs or task.fisher or getattr(task.method.module, "TOKENS", False) for task in tasks),
@@ -382,24 +383,11 @@ def _refused(resolved: Resolved, width: int) -> None:
             if not targets:
                 raise PlanError(f"{at} divides a budget, but no step behind it compresses the layers that it covers")
             if task in resolved.searches:
-                _tried(at, task, governed.values())
-            reasons = [refuse(target, task.options) for target in targets] if refuse else []
+                reasons = [task.method.cannot_try(x.method, x.options) for x in governed.values()]
+            reasons += [refuse(target, task.options) for target in targets] if refuse else []
         for reason in reasons:
             if reason is not None:
                 raise PlanError(f"{at}: {reason}")
-
-
-def _tried(at: str, task: Task, governed: Iterable[Task]) -> None:
-    """Raises PlanError for a step that a search cannot try out, or whose sizes would only be known behind it."""
-    names: tuple[str, ...] = task.method.module.GOVERNS
-    for x in governed:
-        if x.method.name not in names:
-            raise PlanError(f"{at} tries out {' or '.join(names)}, not '{x.method.name}': put that step behind it")
-        if not x.method.replaces(x.options):
-            raise PlanError(
-                f"{at} finds out which layers step {x.step + 1} ({x.method.name}) changes, and the size has to be "
-                "known before: store what it leaves as plain weights (factored=false)"
-            )
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from lilliput import passes
 from lilliput.activations import Activations
 from lilliput.errors import LilliputError, PlanError
 from lilliput.journal import Work
-from lilliput.methods.allocate.laser_search import Options, search
 from lilliput.methods.scores import Share
+from lilliput.methods.search.laser_search import Options, search
 from lilliput.model import open_model
 from lilliput.plan import Plan, make
 from lilliput.progress import Quiet
@@ -177,7 +177,7 @@ def test_losses_that_are_no_numbers_are_not_chosen() -> None:
         ([{"method": "laser-search"}, {"method": "rtn", "target": {"bits": 4}}], "tries out laser, not 'rtn'"),
         (
             [{"method": "laser-search"}, {"method": "laser", "options": {"factored": True}}],
-            r"the size has to be known before.*\(factored=false\)",
+            r"known too late for the size.*\(factored=false\)",
         ),
         ([{"method": "laser-search"}, {"method": "laser", "target": {"rank": 3}}], "names its rank already"),
         (

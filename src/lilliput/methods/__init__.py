@@ -24,6 +24,7 @@ VERBS: Mapping[str, str] = {
     "fit": "fit",
     "edit": "edit",
     "allocate": "allocate",
+    "search": "search",
     "learn": "learn",
     "objective": "objective",
     "cache": "cache",
@@ -87,6 +88,18 @@ class Method:
         """Whether the step leaves a plain weight of its own, which no other step may touch."""
         own = getattr(self.module, "replaces", None)
         return own is not None and bool(own(options))
+
+    def cannot_try(self, other: Method, options: BaseModel) -> str | None:
+        """Why this method, which decides by trying, cannot try out a step of the other one."""
+        names: tuple[str, ...] = self.module.GOVERNS
+        if other.name not in names:
+            return f"it tries out {' or '.join(names)}, not '{other.name}': put that step behind it"
+        if not other.replaces(options):
+            return (
+                f"which layers the step of '{other.name}' changes is known too late for the size to depend on it: let "
+                "it leave plain weights (factored=false)"
+            )
+        return None
 
     def completed(self, target: Target) -> Target:
         """The target with the method's own defaults. Rank and ratio stand for each other: either keeps both away."""

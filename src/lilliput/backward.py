@@ -18,7 +18,7 @@ from torch import Tensor
 from lilliput import memory
 from lilliput.activations import Activations
 from lilliput.anatomy.model import Block
-from lilliput.anatomy.skeleton import Skeleton
+from lilliput.anatomy.skeleton import Calls, Skeleton
 from lilliput.progress import Progress
 
 LOGITS = 1 << 22  # logits at a time, at least one token's
@@ -73,11 +73,12 @@ def losses(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callabl
         shape = streams.inputs[0].shape
         on_the_way = Activations(samples.folder / "backward-again.bin", shape, skeleton.dtype, create=True)
         stack.callback(on_the_way.delete)
+        calls = skeleton.calls(1, samples.ids.shape[1])
 
         def again(first: int, read: Read) -> float:
             inputs = streams.inputs[first]
             for block in range(first, len(skeleton.block_names)):
-                _through(skeleton, read, block, inputs, on_the_way)
+                _through(skeleton, read, block, calls, inputs, on_the_way)
                 inputs = on_the_way
             return _head(skeleton, read, samples, inputs, None, squares=False)[0]
 
@@ -120,8 +121,7 @@ def fisher(
             before = streams.gradient
             after = Activations(gradient_path(samples, block), shape, torch.float32, create=True)
             found = _squares(skeleton, read, block, streams, after, names[block])
-            for value in found.values():
-                value.div_(tokens * tokens)
+            found = {name: value.div_(tokens * tokens) for name, value in found.items()}
             streams.gradient = after
             yield block, found, after
             del found  # not beside the squares of the block below
@@ -207,14 +207,16 @@ def _forward(skeleton: Skeleton, read: Read, samples: Samples, streams: _Streams
         for n in range(len(samples.ids)):
             streams.inputs[0].write(n, skeleton.embed(samples.ids[n : n + 1])[0])
         skeleton.unload(skeleton.embeddings)
+        calls = skeleton.calls(1, samples.ids.shape[1])
         last = min(len(skeleton.block_names), len(streams.inputs) - 1)
         for block in range(last):
-            _through(skeleton, read, block, streams.inputs[block], streams.inputs[block + 1])
+            _through(skeleton, read, block, calls, streams.inputs[block], streams.inputs[block + 1])
 
 
-def _through(skeleton: Skeleton, read: Read, block: int, inputs: Activations, outputs: Activations) -> None:
+def _through(
+    skeleton: Skeleton, read: Read, block: int, calls: Calls, inputs: Activations, outputs: Activations
+) -> None:
     _load(skeleton, read, skeleton.names_of(block))
-    calls = skeleton.calls(1, inputs.shape[1])
     for n in range(len(inputs)):
         outputs.write(n, skeleton.run(block, inputs.read(n, n + 1).to(skeleton.device), calls))
     skeleton.unload(skeleton.names_of(block))
@@ -372,12 +374,17 @@ def peak(
     return max(widest, head)
 
 
-def peak_of_loss(blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, itemsize: int, beside: int) -> int:
-    """Upper bound in bytes of what a loss without gradients holds; `beside`: what making a weight takes meanwhile."""
+def peak_of_loss(
+    blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, itemsize: int, stored: int, beside: int
+) -> int:
+    """Upper bound in bytes of what a loss without gradients holds; `stored`: itemsize of the checkpoint, `beside`: what
+    making a weight takes meanwhile."""
     widest = 0
     for block in {id(x): x for x in blocks}.values():
         weights = sum(x.parameters for x in block.linears) * itemsize
         held = max(x.out_features + x.in_features for x in block.linears)
         widest = max(widest, weights + max(beside, 3 * tokens * (held + 4 * hidden) * 4))
     logits = min(max(LOGITS, vocabulary), tokens * vocabulary)
-    return max(widest, vocabulary * hidden * 2 * itemsize + 3 * 4 * logits + 4 * tokens * hidden * 4)
+    return max(
+        widest, vocabulary * hidden * (itemsize + max(itemsize, stored)) + 3 * 4 * logits + 4 * tokens * hidden * 4
+    )

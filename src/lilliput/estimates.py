@@ -35,7 +35,9 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
     weights = sum(x.linear.parameters for x in resolved.linears)
     seconds = 3.0  # opening
     if resolved.needs:
-        passes = 1 + bool(resolved.rewrites) + len(resolved.allocations) + len(resolved.learned)
+        passes = (
+            1 + bool(resolved.rewrites) + len(resolved.allocations) - len(resolved.searches) + len(resolved.learned)
+        )
         seconds += passes * 3.0 * 2 * weights * count / rate
     seconds += 4 * 2 * weights * resolved.fisher(samples) * tokens / rate  # two passes forward, one back
     for task in resolved.searches:
@@ -79,9 +81,9 @@ def phases(
     if resolved.searches:
         blocks = model.anatomy().blocks
         beside = max(memory.decomposed(block) for block in blocks)
-        slopes = (
-            ("trying out candidates", backward.peak_of_loss(blocks, width, vocabulary, tokens, dtype.itemsize, beside)),
-        )
+        stored = max(x.dtype.itemsize for x in tensors)
+        held = backward.peak_of_loss(blocks, width, vocabulary, tokens, dtype.itemsize, stored, beside)
+        slopes = (("trying out candidates", held),)
     if resolved.fisher(1):
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize, outside=False)
         slopes = (*slopes, ("the backward pass for squared gradients", held))

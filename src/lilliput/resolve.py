@@ -194,7 +194,7 @@ def _checked_order(steps: Sequence[tuple[Step, methods.Method]]) -> None:
             )
         if method.verb in {"compress", "fit"}:
             touched = touched or (number, f"step {number + 1} ({method.name})")
-    if all(method.verb in _DECIDING for _, method in steps):
+    if all(x.verb in _DECIDING for _, x in steps):
         raise PlanError("the recipe only divides a budget: add a step that prunes or quantizes")
 
 
@@ -371,6 +371,11 @@ def resolve(
 
 def _refused(resolved: Resolved, width: int) -> None:
     """Raises PlanError where a method says that it cannot do what its step asks for on this model."""
+    for other in (*resolved.rewrites.get(0, ()), *resolved.searches[1:]) if resolved.searches else ():
+        raise PlanError(
+            f"step {resolved.searches[0].step + 1} ({resolved.searches[0].method.name}) tries out weights as the model "
+            f"has them, and step {other.step + 1} ({other.method.name}) changes them too: leave one of the two out"
+        )
     for task in (*resolved.allocations, *resolved.learned):
         at = f"step {task.step + 1} ({task.method.name})"
         refuse = getattr(task.method.module, "refuse", None)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lilliput import backward, memory, ranks
 from lilliput.backward import Samples
+from lilliput.errors import LilliputError, ToldError
 from lilliput.journal import Work, save_atomically
 from lilliput.methods.scores import Budget
 from lilliput.model import Model
@@ -30,11 +31,16 @@ from lilliput.weights import BlockWeights
 
 
 def spill(plan: Plan, model: Model) -> int:
-    """Bytes of hidden states that are on disk at once while losses are taken."""
+    """Bytes that are on disk at once while losses are taken: hidden states, and weights that were tried together."""
     skeleton = model.skeleton
     states = (len(skeleton.block_names) + 2) * skeleton.dtype.itemsize
-    counts = (task.method.module.looked_at(plan.samples, task.options) for task in plan.resolved.searches)
-    return max(counts, default=0) * plan.tokens * skeleton.hidden_size * states
+    most = 0
+    for task in plan.resolved.searches:
+        outcomes = [plan.outcomes[name] for name in plan.resolved.governed(task)]
+        written = sum(x.out_features * x.in_features * x.dtype.itemsize for x in outcomes)
+        looked = task.method.module.looked_at(plan.samples, task.options)
+        most = max(most, looked * plan.tokens * skeleton.hidden_size * states + plan.processes * written)
+    return most
 
 
 def search(
@@ -49,8 +55,13 @@ def search(
     count = task.method.module.looked_at(plan.samples, task.options)
     for path in [*work.folder.glob("backward-*.bin"), *work.folder.glob("trial-*.safetensors")]:
         path.unlink()  # of a killed run
-    with _Trials(plan, task, model, ids[:count], work, progress) as trials:
-        targets, said = task.method.module.search(trials.loss, budget, task.options)
+    try:
+        with _Trials(plan, task, model, ids[:count], work, progress) as trials:
+            targets, said = task.method.module.search(trials.loss, budget, task.options)
+    except LilliputError as error:
+        if ranks.lead():
+            raise
+        raise ToldError(str(error)) from error  # all ranks find the same, and one says it
     changed = {name: _other(target, budget[name].target) for name, target in targets.items()}
     work.note({"kind": "found", "step": task.step, "targets": changed, "said": said})
     return targets, said

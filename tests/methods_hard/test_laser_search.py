@@ -150,7 +150,8 @@ def test_one_that_helps_alone_and_not_beside_the_best_stays_out() -> None:
     assert (
         said == "laser-search: 2 of 4 linears lowered, loss on the samples 2.0000 to 1.3000: a to rank 1, c to rank 1."
     )
-    assert asked[0] == 8, "the whole rank is not tried"
+    assert asked[0] == 8 + 3, "the whole rank is not tried"
+    assert asked[:9] == list(range(11, 2, -1))
     assert asked[-1] == 0
     assert len(asked) == 9 + 2, "the best one's loss is known"
 
@@ -166,6 +167,13 @@ def test_nothing_that_helps_changes_nothing() -> None:
 
 def test_losses_that_are_no_numbers_are_not_chosen() -> None:
     budget = {"a": Share(0, (10, 20), Target())}
+
+    def loss(changes: Mapping[str, Target], left: int) -> float:
+        ranks = [target.rank for target in changes.values()]
+        return {1: float("nan"), 5: 0.5}.get(ranks[0] or 0, 0.9) if ranks else 1.0
+
+    targets, _ = search(loss, budget, Options(kept=(0.1, 0.3, 0.5)))
+    assert targets["a"].rank == 5, "the lowest rank is tried first"
     targets, _ = search(lambda changes, left: float("nan") if changes else 1.0, budget, Options())
     assert targets["a"].rank is None
 
@@ -185,6 +193,8 @@ def test_losses_that_are_no_numbers_are_not_chosen() -> None:
             r"a share of 1\.5 of the ranks",
         ),
         ([{"method": "laser"}, {"method": "laser-search"}], "must come before"),
+        ([{"method": "awq"}, {"method": "laser-search"}, {"method": "laser"}], r"step 1 \(awq\) changes them too"),
+        ([{"method": "laser-search"}] * 2 + [{"method": "laser"}], r"step 2 \(laser-search\) changes them too"),
         ([{"method": "laser", "target": {"ratio": 0.5}}], "'laser' has no target.ratio 0.5"),
     ],
 )
@@ -210,4 +220,5 @@ def test_what_is_spilled_is_known_before(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(Activations, "__init__", counted)
     with Work(tmp_path / "out", "key") as work:
         run(made, model, IDS, work, Quiet())
-    assert passes.spill(made, model) == sum(sizes)
+    weights = sum(x.linear.parameters * 4 for x in made.resolved.linears)
+    assert passes.spill(made, model) == sum(sizes) + weights

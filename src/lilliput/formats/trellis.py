@@ -147,5 +147,5 @@ def half_from_target(target: Target) -> TrellisFormat:
 
 def _made(target: Target, more: int) -> TrellisFormat:
     if target.bits is None:
-        raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..5")
+        raise PlanError(f"a quantizing step needs the number of bits: set target.bits to 2..{5 - more}")
     return TrellisFormat(2 * target.bits + more, *unit_of(target, target.format))

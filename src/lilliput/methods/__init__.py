@@ -93,7 +93,10 @@ class Method:
         """Why this method, which decides by trying, cannot try out a step of the other one."""
         names: tuple[str, ...] = self.module.GOVERNS
         if other.name not in names:
-            return f"it tries out {' or '.join(names)}, not '{other.name}': put that step behind it"
+            return (
+                f"it tries out {' or '.join(names)}, not '{other.name}': put that step behind it, and restrict 'where' "
+                "of this step to its layers"
+            )
         if not other.replaces(options):
             return (
                 f"which layers the step of '{other.name}' changes is known too late for the size to depend on it: let "

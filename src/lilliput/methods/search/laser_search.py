@@ -8,7 +8,8 @@ are; if nothing lowers the loss, all of them do.
 What is found is found for the text, so it should be text of the task: `--data` takes a file of one's own, and a part
 of it (`share`) is looked at. The authors try about ten ranks of every matrix in all blocks, and find gains in the late
 ones, mostly at the lowest ranks of the matrices that enter an MLP: `--set laser-search.late=1 --set
-laser-search.kept=[0.9,0.5,0.25,0.1,0.05,0.01]`, and `where` of the step behind, widen the search.
+laser-search.kept=[0.9,0.5,0.25,0.1,0.05,0.01]`, and `where` of the step behind, widen the search. That step's own
+`kept` says nothing then.
 
 Paper: Sharma et al. 2023, arXiv 2312.13558.
 Cost: for each candidate a decomposition, and a forward pass from its block on over the samples that are looked at.
@@ -82,7 +83,8 @@ def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target]
     first = blocks[len(blocks) - math.ceil(o.late * len(blocks) - 1e-9)]
     ranks = {name: _ranks(share.shape, o) for name, share in budget.items() if share.block >= first}
     left = sum(len(some) for some in ranks.values())
-    least = before = loss({}, left)
+    more = max(0, len(ranks) - 1)  # what putting together may ask for behind that
+    least = before = loss({}, left + more)
     if not math.isfinite(before):
         raise LilliputError("the loss of the model as it is, is not finite: check the calibration text, or the dtype")
     better: list[tuple[float, str, Target]] = []
@@ -91,9 +93,11 @@ def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target]
         for rank in some:
             left -= 1
             target = budget[name].target.model_copy(update={"rank": rank, "ratio": None})
-            tried.append((loss({name: target}, left + len(better)), rank, target))
-        lost, _, target = min(tried, key=lambda x: x[:2], default=(math.inf, 0, budget[name].target))
-        if lost < before:
+            lost = loss({name: target}, left + more)
+            if lost < before:
+                tried.append((lost, rank, target))
+        if tried:
+            lost, _, target = min(tried, key=lambda x: x[:2])
             better.append((lost, name, target))
     chosen: dict[str, Target] = {}
     for number, (lost, name, target) in enumerate(sorted(better, key=lambda x: x[0])):

@@ -88,7 +88,10 @@ def scheme(target: Target, options: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """The layer with one part. Raises LilliputError for a weight that is not finite, and for a pruned layer."""
+    """The layer with one part, or as it is; see `rank_of`.
+
+    Raises LilliputError for a weight that is not finite, and for a pruned layer.
+    """
     weight = rest_of(layer)
     rank = rank_of(target, o, *weight.shape)
     if rank is None:

@@ -130,22 +130,36 @@ def _viterbi(window: int, steps: tuple[int, int]) -> Any:
 
         return _jit(repeat)
 
+    def least_of(part: int, first: int, last: int) -> Any:
+        def lower(numbers: Any, x: Any, spread: Any, least: Any) -> None:
+            # A register's predecessors differ in the bits that fall out at its top; its successors lie side by side.
+            for j in range(part):
+                apart = numbers[first * part + j] - x
+                best = apart * apart + spread[first * part + j]
+                for top in range(first + 1, last):
+                    apart = numbers[top * part + j] - x
+                    cost = apart * apart + spread[top * part + j]
+                    best = cost if cost < best else best
+                if first:
+                    best = least[j] if least[j] < best else best
+                least[j] = best
+
+        return _jit(lower)
+
     def step_of(bits: int) -> Any:
         many, part = 1 << bits, states >> bits
+        # More than 16 predecessors in one go are not made into vector instructions.
+        in_one = many <= 16
+        below = least_of(part, 0, min(many, 16))
+        above = below if in_one else least_of(part, 16, many)
         # More than 8 copies side by side are slow in one go (by the code that LLVM makes of it), quick in two.
         at_once = bits < 4
         first, then = repeat_of(part, many if at_once else 4), repeat_of(4 * part, many // 4)
 
         def step(numbers: Any, x: Any, spread: Any, room: Any, least: Any) -> None:
-            # A register's predecessors differ in the bits that fall out at its top; its successors lie side by side.
-            for j in range(part):
-                apart = numbers[j] - x
-                best = apart * apart + spread[j]
-                for top in range(1, many):
-                    apart = numbers[top * part + j] - x
-                    cost = apart * apart + spread[top * part + j]
-                    best = cost if cost < best else best
-                least[j] = best
+            below(numbers, x, spread, least)
+            if not in_one:
+                above(numbers, x, spread, least)
             if at_once:
                 first(least, spread)
             else:

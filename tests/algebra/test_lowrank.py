@@ -120,3 +120,20 @@ def test_break_even_and_possible_ranks() -> None:
     for rank in (0, 8):
         with pytest.raises(PlanError, match="give 1 to 7"):
             lowrank.checked(rank, 7, 9)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(9, 5), (5, 9)])
+def test_a_root_at_hand_changes_nothing(rows: int, width: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(rows, width, generator=g), torch.randn(30, width, generator=g)
+    gram = x.T @ x
+    root = lowrank.root_of(w, gram)
+    assert (root is None) == (rows <= width)
+    plain, known = lowrank.spectrum(w, gram), lowrank.spectrum(w, gram, root=root)
+    assert torch.equal(plain.basis, known.basis)
+    assert torch.equal(plain.energy, known.energy)
+    if root is not None:
+        other = lowrank.spectrum(w, gram, root=2 * root)
+        assert not torch.equal(other.energy, plain.energy), "it is taken"
+    assert lowrank.root_of(w, None) is None
+    assert lowrank.root_of(w, gram.diagonal()) is None

@@ -48,11 +48,14 @@ def checked(rank: int, rows: int, width: int) -> int:
     return rank
 
 
-def spectrum(weight: Tensor, metric: Tensor | None = None, rows: Tensor | None = None) -> Spectrum:
+def spectrum(
+    weight: Tensor, metric: Tensor | None = None, rows: Tensor | None = None, root: Tensor | None = None
+) -> Spectrum:
     """Decompose diag(rows) `weight` metric^(1/2); metric [in] (a diagonal), [in, in] or None; rows [out] or None.
 
-    Cost: one eigendecomposition of the smaller side (two where there are fewer inputs than outputs and a matrix as
-    metric). Raises LilliputError for NaN or infinity in the weight or the metric.
+    Cost: one eigendecomposition of the smaller side, and where there are fewer inputs than outputs and a matrix as
+    metric one more, unless the `root` is at hand (`root_of`). Raises LilliputError for NaN or infinity in the weight or
+    the metric.
     """
     held, metric = _finite(weight, metric)
     held = held if rows is None else held * rows.double()[:, None]
@@ -60,11 +63,25 @@ def spectrum(weight: Tensor, metric: Tensor | None = None, rows: Tensor | None =
         turned = held if metric is None else held * metric if metric.dim() == 1 else held @ metric
         energy, basis = torch.linalg.eigh(_symmetric(turned @ held.T))
         return Spectrum(basis.flip(1), energy.flip(0).clamp_min(0.0))
-    root = held if metric is None else held * metric.sqrt() if metric.dim() == 1 else held @ _root(metric)
-    energy, right = torch.linalg.eigh(_symmetric(root.T @ root))
+    if metric is not None and metric.dim() == 1:
+        held = held * metric.sqrt()
+    elif metric is not None:
+        held = held @ (_root(metric) if root is None else root)
+    energy, right = torch.linalg.eigh(_symmetric(held.T @ held))
     # Orthonormal also where a singular value is 0: whatever completes the basis.
-    basis = torch.linalg.qr(root @ right.flip(1)).Q
+    basis = torch.linalg.qr(held @ right.flip(1)).Q
     return Spectrum(basis, energy.flip(0).clamp_min(0.0))
+
+
+def root_of(weight: Tensor, metric: Tensor | None) -> Tensor | None:
+    """What `spectrum` needs of a metric for every matrix of this shape, float64 [in, in]; None where it needs nothing.
+
+    Raises LilliputError as it does.
+    """
+    if metric is None or metric.dim() == 1 or weight.shape[0] <= weight.shape[1]:
+        return None
+    _, metric = _finite(weight, metric)
+    return None if metric is None else _root(metric)
 
 
 def project(left: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:

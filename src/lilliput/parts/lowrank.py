@@ -125,14 +125,15 @@ def approximate(
     metric: Tensor | None = None,
     rows: Tensor | None = None,
     split: Literal["even", "right"] = "even",
+    root: Tensor | None = None,
 ) -> LowRankPart:
     """The product of rank `rank` nearest to `weight` [out, in], both factors stored as `spec` says.
 
-    `metric` and `rows` as in `algebra.lowrank`. Both factors carry the roots of the singular values, or the right one
-    carries them whole. The left factor is rounded first; the right one is fitted to what it has become. Raises
-    LilliputError for a weight or metric that is not finite, and for factors that the type cannot hold.
+    `metric`, `rows` and `root` as in `algebra.lowrank`. Both factors carry the roots of the singular values, or the
+    right one carries them whole. The left factor is rounded first; the right one is fitted to what it has become.
+    Raises LilliputError for a weight or metric that is not finite, and for factors that the type cannot hold.
     """
-    found = lowrank.spectrum(weight, metric, rows)
+    found = lowrank.spectrum(weight, metric, rows, root)
     basis = found.basis[:, :rank]
     if rows is not None:
         basis = basis / rows.double()[:, None]

@@ -91,10 +91,11 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         return layer.with_part(_codes(layer.name, weight, stats, target, o), _untrained(layer.name, weight, rank, o))
     product, least = torch.zeros_like(weight), float("inf")
     best: tuple[Part, ...] = ()
+    root = lowrank.root_of(weight, metric)
     for _ in range(o.turns):
         codes = _codes(layer.name, weight - product, stats, target, o)
         rest = weight - codes.decode()
-        part = approximate(rest, rank, factor_spec(o.factors), metric)
+        part = approximate(rest, rank, factor_spec(o.factors), metric, root=root)
         product = part.decode()
         error = lowrank.squared(rest - product, metric)
         if error < least:

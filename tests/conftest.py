@@ -84,6 +84,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of a model of three narrow blocks with noise on all weights, by seed; no tokenizer. Read it only."""
+
+    def make(seed: int) -> Path:
+        torch.manual_seed(seed)
+        config = tf.LlamaConfig(
+            vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
+        )  # fmt: skip
+        whole = tf.AutoModelForCausalLM.from_config(config).float()
+        with torch.no_grad():
+            for value in whole.parameters():
+                value.add_(torch.randn(value.shape) * 0.2)
+        folder = tmp_path_factory.mktemp("noisy")
+        whole.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def together() -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a job in several processes that know each other; see ranks_driver.py for jobs and answers."""
     script = Path(__file__).parent / "resume" / "ranks_driver.py"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,19 +64,8 @@ class KilledError(Exception):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
-    )  # fmt: skip
-    whole = tf.AutoModelForCausalLM.from_config(config).float()
-    with torch.no_grad():
-        for value in whole.parameters():
-            value.add_(torch.randn(value.shape) * 0.2)
-    folder = tmp_path_factory.mktemp("model")
-    whole.save_pretrained(folder)
-    return open_model(str(folder))
+def source(noisy: Callable[[int], Path]) -> Model:
+    return open_model(str(noisy(0)))
 
 
 def planned(source: Model, steps: tuple[Step, ...]) -> tuple[Plan, Model]:

@@ -134,9 +134,13 @@ def decided(plan: Plan, model: Model, work: Work) -> Plan:
 
 def _budget(plan: Plan, task: Task) -> Budget:
     governed = plan.resolved.governed(task)
-    shapes = {x.name: (x.linear.out_features, x.linear.in_features) for x in plan.resolved.linears}
     return {
-        x.name: Share(x.block, shapes[x.name], governed[x.name].target, _sizes(plan, x, governed[x.name]))
+        x.name: Share(
+            x.block,
+            (x.linear.out_features, x.linear.in_features),
+            governed[x.name].target,
+            _sizes(plan, x, governed[x.name]),
+        )
         for x in plan.resolved.linears
         if x.name in governed
     }

@@ -371,11 +371,6 @@ def resolve(
 
 def _refused(resolved: Resolved, width: int) -> None:
     """Raises PlanError where a method says that it cannot do what its step asks for on this model."""
-    for other in (*resolved.rewrites.get(0, ()), *resolved.searches[1:]) if resolved.searches else ():
-        raise PlanError(
-            f"step {resolved.searches[0].step + 1} ({resolved.searches[0].method.name}) tries out weights as the model "
-            f"has them, and step {other.step + 1} ({other.method.name}) changes them too: leave one of the two out"
-        )
     for task in (*resolved.allocations, *resolved.learned):
         at = f"step {task.step + 1} ({task.method.name})"
         refuse = getattr(task.method.module, "refuse", None)
@@ -389,10 +384,15 @@ def _refused(resolved: Resolved, width: int) -> None:
                 raise PlanError(f"{at} divides a budget, but no step behind it compresses the layers that it covers")
             if task in resolved.searches:
                 reasons = [task.method.cannot_try(x.method, x.options) for x in governed.values()]
+                reasons += [
+                    f"it tries out weights as the model has them, and step {x.step + 1} ({x.method.name}) changes them "
+                    "too: leave one of the two out"
+                    for x in (*resolved.rewrites.get(0, ()), *resolved.searches)
+                    if x is not task
+                ]
             reasons += [refuse(target, task.options) for target in targets] if refuse else []
-        for reason in reasons:
-            if reason is not None:
-                raise PlanError(f"{at}: {reason}")
+        for reason in filter(None, reasons):
+            raise PlanError(f"{at}: {reason}")
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,13 @@ from lilliput.recipe import Recipe, Step, Target
 from lilliput.stream import run
 
 KEPT = (0.05, 0.3, 0.7)
-LAYERS = 3
 IDS = torch.randint(0, 48, (5, 24), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(noisy: Callable[[int], Path]) -> Path:
     """A model with noise on top of it: lower ranks of some matrices lower its loss."""
-    torch.manual_seed(3)
-    config = tf.LlamaConfig(
-        vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
-    )  # fmt: skip
-    whole = tf.AutoModelForCausalLM.from_config(config).float()
-    with torch.no_grad():
-        for value in whole.parameters():
-            value.add_(torch.randn(value.shape) * 0.2)
-    out = tmp_path_factory.mktemp("model")
-    whole.save_pretrained(out)
-    return out
+    return noisy(3)
 
 
 def recipe(**options: Any) -> Recipe:

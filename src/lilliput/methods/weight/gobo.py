@@ -28,7 +28,7 @@ from lilliput.formats.codebook import CodebookFormat, from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
-from lilliput.parts.sparse import SparseSpec, gather
+from lilliput.parts.sparse import SparseSpec, highest, pick
 from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
 
@@ -77,14 +77,14 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         raise LilliputError(f"{layer.name}: the weight holds NaN or infinite values: it cannot be quantized")
     mean = weight[inside].double().mean() if bool(inside.any()) else weight.new_zeros(())
     far = torch.where(inside, (weight - mean).abs().float(), -1.0)
-    chosen = gather(torch.ones_like(weight), far, sparse.share).decode() > 0
+    chosen = highest(far, sparse.share)
     values = weight[inside & ~chosen].sort().values
     levels = _centroids(values, form.levels)
     if not bool(inside.all()):
         levels[levels.abs().argmin()] = 0.0
     table = form.table(levels[None, None])
     part = QuantizedPart(form, form.encode(weight, table), table)
-    return layer.with_part(part, gather(weight - part.decode(), chosen.float(), sparse.share, sparse.dtype))
+    return layer.with_part(part, pick(weight - part.decode(), chosen, sparse.share, sparse.dtype))
 
 
 def _centroids(values: Tensor, count: int) -> Tensor:

@@ -68,7 +68,7 @@ def through_transformers(folder: Path, prompt: str) -> str:
 def table(report: dict[str, Any], seconds: float) -> Table:
     """Size, quality with intervals, peak RAM and time."""
     predicted, measured = report["predicted"], report["measured"]
-    out = Table(title="SmolLM2-135M-Instruct at 4 bits", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    out = Table(title="SmolLM2-135M-Instruct at 4 bits", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("")
     for name in ("original", "planned", "compressed"):
         out.add_column(name, justify="right", no_wrap=True)

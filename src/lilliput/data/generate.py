@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lilliput.data.tokens import Tokens
+from lilliput.decoding import CachedModel
 from lilliput.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def generate_tokens(
     so another batch size or thread count may change them by rounding.
 
     All blocks are loaded at once, with a cache of keys and values for `batch` samples, and unloaded at the end.
-    Raises DataError when the logits are not finite.
+    Raises DataError when the logits are not finite, SourceError for a model that cannot go on from what it has read.
     """
     if samples < 1 or tokens < 1:
         raise DataError(f"{samples} samples of {tokens} tokens: both must be at least 1.")
@@ -68,16 +69,15 @@ def generate_tokens(
     # Models pad their vocabulary; what the tokenizer does not know must not be written.
     vocabulary = len(tokenizer)
     ids = torch.empty(samples, tokens, dtype=torch.int64)
+    writer = CachedModel(skeleton.model)
     model.load(names)
     try:
         for start in range(0, samples, batch):
             stop = min(samples, start + batch)
             ids[start:stop, 0] = _first(tokenizer, vocabulary, draws[start:stop, 0])
-            cache = None
             for at in range(1, tokens):
                 last = ids[start:stop, at - 1 : at].to(skeleton.device)
-                out = skeleton.model(input_ids=last, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = writer.step(last) if at > 1 else writer.start(last)
                 logits = out.logits[:, -1, :vocabulary].cpu()
                 if not bool(torch.isfinite(logits.sum(dim=-1)).all()):
                     raise DataError(f"the model's logits are not finite at token {at}: it cannot write its own text.")

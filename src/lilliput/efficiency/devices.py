@@ -11,6 +11,7 @@ from importlib import resources
 import torch
 import yaml
 
+from lilliput.decoding import CachedModel
 from lilliput.efficiency.serving import ARITHMETIC, Runtime
 from lilliput.errors import PlanError
 from lilliput.recipe import nearest
@@ -131,11 +132,11 @@ def _tiny_step(blocks: int, repeats: int, where: str, clock: Clock) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "vocab_size": 16}
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **shape)).eval().to(where)
+    model = CachedModel(LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **shape)).eval().to(where))
     token = torch.zeros(1, 1, dtype=torch.int64, device=where)
     with torch.inference_mode():
-        cache = model(input_ids=token, use_cache=True).past_key_values
-        return _best(lambda: model(input_ids=token, past_key_values=cache, use_cache=True), where, repeats, clock)
+        model.start(token)
+        return _best(lambda: model.step(token), where, repeats, clock)
 
 
 def synchronize(where: str) -> None:

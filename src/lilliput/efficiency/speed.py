@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lilliput.decoding import CachedModel
 from lilliput.efficiency.counts import prefill_flops
 from lilliput.efficiency.devices import Clock, matmul_peak, synchronize
 from lilliput.efficiency.peak import peak_memory
@@ -117,22 +118,20 @@ class Runner:
         self.ids = torch.randint(0, vocabulary, (batch, prompt + new), generator=generator).to(device)
         self.prompt = prompt
         last_only = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": True, **({"logits_to_keep": 1} if last_only else {})}
-        self._cache: Any = None
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
+        self._reader = CachedModel(self.model)
 
     def prefill(self) -> None:
         """Run the prompt and keep its cache; returns when the device has finished."""
-        self._cache = None
         with torch.inference_mode():
-            out = self.model(input_ids=self.ids[:, : self.prompt], **self._options)
-        self._cache = out.past_key_values
+            self._reader.start(self.ids[:, : self.prompt], **self._options)
         synchronize(self.device)
 
     def decode(self) -> None:
         """Run the next `new` tokens one by one; returns when the device has finished."""
         with torch.inference_mode():
             for i in range(self.prompt, self.prompt + self.new):
-                self.model(input_ids=self.ids[:, i : i + 1], past_key_values=self._cache, **self._options)
+                self._reader.step(self.ids[:, i : i + 1], **self._options)
         synchronize(self.device)
 
 

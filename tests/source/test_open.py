@@ -104,6 +104,39 @@ def test_progress_is_told(folder: Path) -> None:
     assert {x[2] for x in seen} == set(source.stored)
 
 
+def test_weights_that_are_passed_over_are_noted(folder: Path) -> None:
+    assert open_source(str(folder)).notes == ()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "those of model.safetensors" in open_source(str(folder)).notes[0]
+
+
+def test_an_adapter_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="merge_and_unload"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("declared", "rest"), [("float32", torch.bfloat16), (None, torch.float16), (None, None)])
+def test_eight_bit_floats_without_scales(
+    folder: Path, dtype: torch.dtype, declared: str | None, rest: torch.dtype | None
+) -> None:
+    """Read in the dtype that the config declares, else that of the other tensors, else one that holds them all."""
+    stored = load_file(folder / "model.safetensors")
+    stored = {k: v.to(dtype if "proj" in k else rest or dtype) for k, v in stored.items()}
+    save_file(stored, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"dtype": declared}))
+    source = open_source(str(folder))
+    want = torch.float32 if declared else rest or torch.bfloat16
+    assert torch.equal(source.read(NAME), stored[NAME].to(want))
+    assert torch.equal(source.read(NAME, (2, 5)), stored[NAME][2:5].to(want))
+    assert {source.stored[x].dtype for x in stored if "proj" in x} == {want}
+    assert source.stored[NAME].nbytes == stored[NAME].numel()
+    assert "8-bit floats without scales" in source.notes[0]
+    source.scan()
+
+
 def test_side_files(folder: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "modeling_x.py", "optimizer.pt", "notes.json"):
         (folder / name).write_text("{}")

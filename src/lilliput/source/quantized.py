@@ -12,10 +12,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lilliput.errors import SourceError
 from lilliput.source import compressed, native
-from lilliput.source.packed import Packed, Scaled, block_of
+from lilliput.source.packed import FP8, Packed, Scaled, block_of
 from lilliput.source.reader import Reader
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What quantization leaves beside the weights; it means nothing once they are plain.
 LEFT_OVER = (
     ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point",

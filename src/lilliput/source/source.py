@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,9 @@ class Source:
     """A checkpoint that is read tensor by tensor. Made by `open_source`.
 
     model: what the user wrote; folder: where config and tokenizer lie; config: without a quantization_config, since
-    weights are read as plain; text_config: the language model's own; stored: every tensor by its name in the files (for
-    GGUF by its name in transformers); notes: what a user should know about this checkpoint.
+    weights are read as plain; text_config: the language model's own; raw: config.json as it lies in the folder, empty
+    for GGUF; stored: every tensor by its name in the files (for GGUF by its name in transformers), without what
+    wrappers put in; notes: what a user should know about this checkpoint.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Source:
         reader: Reader,
         packed: Mapping[str, Packed],
         *,
+        raw: Mapping[str, Any] | None = None,
         gguf: str | None = None,
         quantization: str | None = None,
         trust_remote_code: bool = False,
@@ -68,6 +70,7 @@ class Source:
         self.folder = folder
         self.config = config
         self.text_config: PretrainedConfig = config.get_text_config(decoder=True)
+        self.raw: Mapping[str, Any] = raw or {}
         self.quantization = quantization
         self.notes = notes
         self._reader = reader

@@ -98,6 +98,18 @@ def choose(folder: Path, named: str | None = None) -> Path:
     return found[0]
 
 
+def named_in(index: Path) -> dict[str, Path]:
+    """Tensor name -> shard, as an index says. Raises SourceError: it is broken, or names a file of another folder."""
+    try:
+        named = json.loads(index.read_text())["weight_map"]
+        pairs = {str(name): index.parent / str(file) for name, file in named.items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{index} is not an index of shards ({error}). Copy or download it again.") from error
+    if stray := sorted(str(x) for x in set(named.values()) if Path(str(x)).name != str(x)):
+        raise SourceError(f"{index} names a file outside its folder: {stray[0]}. A shard's name has no directories.")
+    return pairs
+
+
 def files_of(chosen: Path) -> dict[str, Path | None]:
     """Tensor name -> file as the index says, or {"": the file} for one that is no index.
 
@@ -105,18 +117,11 @@ def files_of(chosen: Path) -> dict[str, Path | None]:
     """
     if chosen.suffix != ".json":
         return {"": chosen}
-    folder = chosen.parent
-    try:
-        named = json.loads(chosen.read_text())["weight_map"]
-        pairs = {str(name): folder / str(file) for name, file in named.items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{chosen} is not an index of shards ({error}). Copy or download it again.") from error
-    if stray := sorted(str(x) for x in set(named.values()) if Path(str(x)).name != str(x)):
-        raise SourceError(f"{chosen} names a file outside its folder: {stray[0]}. A shard's name has no directories.")
+    pairs = named_in(chosen)
     missing = sorted({x.name for x in pairs.values() if not x.is_file()})
     if missing:
         raise SourceError(
-            f"{folder} lacks {len(missing)} of {len(set(pairs.values()))} shards: {', '.join(missing[:4])}. "
+            f"{chosen.parent} lacks {len(missing)} of {len(set(pairs.values()))} shards: {', '.join(missing[:4])}. "
             "Copy or download the folder again."
         )
     return dict(pairs)

@@ -148,10 +148,10 @@ def _gptq(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: 
         if not name.endswith(".qweight"):
             continue
         base = name.removesuffix(".qweight")
+        bits, group = _gptq_grid(base, config, label)
         missing = [x for x in ("qzeros", "scales") if f"{base}.{x}" not in reader.entries]
         if missing:
             raise SourceError(f"{label}: {base}.{missing[0]} is missing, so {name} has no values.")
-        bits, group = _gptq_grid(base, config, label)
         width, rows = entry.shape[0] * 32 // bits, entry.shape[1]
         group = group if group > 0 else width
         order = f"{base}.g_idx" if f"{base}.g_idx" in reader.entries else None

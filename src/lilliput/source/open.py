@@ -18,6 +18,7 @@ from lilliput.source.packed import Packed, floats
 from lilliput.source.reader import Reader
 from lilliput.source.shards import INDEX, PICKLES, WHOLE, Shards, pickles, refuse_pickles
 from lilliput.source.source import Source
+from lilliput.source.turned import Turned
 from lilliput.source.wrapped import Unwrapped
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def _folder(model: str, folder: Path, trust_remote_code: bool, prefix: tuple[str
         _strip(config)
         method = str(how.get("quant_method", "compressed-tensors"))
         notes += (f"its weights are quantized already ({method}); they are read as {_short(dtype)}",)
+        if any(isinstance(x, Turned) for x in packed.values()):
+            notes += ("rotations that an engine applies while it runs (transform_config) are undone in its weights",)
     return Source(
         model, folder, config, reader, packed, raw=raw, quantization=method, trust_remote_code=trust_remote_code,
         notes=notes,

@@ -19,7 +19,8 @@ from lilliput.source.reader import Reader
 # What quantization leaves beside the weights; it means nothing once they are plain.
 LEFT_OVER = (
     ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point",
-    ".q_scale", ".k_scale", ".v_scale", ".weight_shape", ".activation_scale",
+    ".q_scale", ".k_scale", ".v_scale", ".weight_shape", ".activation_scale", "_q_attn.weight",
+    "_k_cache.weight",
 )  # fmt: skip
 
 

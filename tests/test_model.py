@@ -162,6 +162,18 @@ def test_names_without_the_base_models_prefix(tmp_path: Path) -> None:
     assert model.stored_name("lm_head.weight") == "lm_head.weight"
 
 
+@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "module._orig_mod.", "net."])
+def test_names_of_wrappers_are_neither_read_nor_written(tmp_path: Path, before: str) -> None:
+    """torch.compile, DDP, both, and a module of the user's own: transformers knows the tensors by none of these."""
+    state = save(CONFIGS["llama"](), tmp_path)
+    rename(tmp_path, lambda x: before + x)
+    model = open_model(str(tmp_path))
+    check(model, state)
+    assert {model.stored_name(x) for x in model.refs} == set(state)
+    assert model.carried == ()
+    assert f"({before}" in model.notes[0]
+
+
 def test_buffers_of_old_versions_are_carried(tmp_path: Path) -> None:
     state = save(CONFIGS["gpt2"](), tmp_path)
     values = load_file(tmp_path / "model.safetensors") | {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)}

@@ -18,6 +18,7 @@ from lilliput.report.card import Card, Figure, read_licence
 from lilliput.report.provenance import DataRow, LinearRow, Provenance, TensorRow, versions
 from lilliput.report.units import interval
 from lilliput.report.units import size as readable
+from lilliput.source.source import own_name
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]
         TensorRow(x.name, plan.shards[x.shard], str(x.dtype).removeprefix("torch."), x.shape, d.hashes[x.name])
         for x in plan.tensors
     )
-    data = d.tokens and DataRow(d.tokens.source, plan.samples, plan.tokens, d.tokens.fingerprint)
+    data = d.tokens and DataRow(own_name(d.tokens.source), plan.samples, plan.tokens, d.tokens.fingerprint)
     return Provenance(
-        model=plan.model,
+        model=d.model.source.name,
         fingerprint=plan.fingerprint,
         layout=plan.exporter,
         recipe=plan.resolved.recipe.model_dump(mode="json"),
@@ -91,7 +92,7 @@ def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int
     plain = evaluation.to_json()
     reference = plain.get("reference_perplexity")
     text = evaluation.texts[0]
-    where = f"{text.windows} x {text.tokens} tokens of {text.data}"
+    where = f"{text.windows} x {text.tokens} tokens of {own_name(text.data)}"
     labels = {
         "perplexity": f"perplexity on {where}",
         "perplexity_ratio": "perplexity, ratio to the original",
@@ -105,6 +106,12 @@ def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int
     return tuple(figures)
 
 
+def _portable(plain: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation without paths of this machine; the folder that was measured needs no name within itself."""
+    kept = {key: own_name(x) if key in ("against", "data") and x else x for key, x in plain.items() if key != "model"}
+    return kept | {"texts": [_portable(x) for x in plain["texts"]]} if "texts" in plain else kept
+
+
 def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: Any) -> None:
     plan, model = d.plan, d.model
     stored = {model.written_dtype(name) for name in model.skeleton.shapes}
@@ -114,10 +121,11 @@ def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[
         dtype=max(stored, key=lambda t: sum(model.written_dtype(n) == t for n in model.skeleton.shapes)),
         tied=model.tied,
         architecture=type(model.skeleton.model).__name__,
+        raw=model.source.raw,
     )
     card = Card(
-        title=f"{Path(plan.model).stem}-{plan.resolved.recipe.name}",
-        base_model=plan.model,
+        title=f"{model.source.name.rsplit('/', 1)[-1].removesuffix('.gguf')}-{plan.resolved.recipe.name}",
+        base_model=model.source.name,
         layout=plan.exporter if plan.quantization_config is not None else "dense",
         recipe=recipes.to_yaml(plan.resolved.recipe),
         figures=figures,
@@ -148,6 +156,6 @@ def write_report(
     """The card and lilliput.json again, now with what was measured on the folder as re-read."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     original = sum(x.nbytes for x in d.model.source.stored.values())
-    measured: dict[str, Any] = {} if evaluation is None else evaluation.to_json()
+    measured: dict[str, Any] = {} if evaluation is None else _portable(evaluation.to_json())
     measured |= {"bytes": size, "seconds": seconds, "peak_rss_bytes": peak}
     _write(folder, d, measured, notes, _figures(d.plan, evaluation, size, original))

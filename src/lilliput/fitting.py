@@ -14,7 +14,7 @@ from lilliput import lockstep
 from lilliput.activations import Activations
 from lilliput.anatomy.model import Block
 from lilliput.forward import Batches
-from lilliput.job import BlockJob, Rows, deliver
+from lilliput.job import BlockJob, Rows, deliver, lowered
 from lilliput.methods.view import BlockFit, FitBlock, FitIO, Run
 from lilliput.model import Model
 from lilliput.parts.layer import Layer
@@ -135,7 +135,10 @@ def fit_block(
     device = torch.device(job.model.skeleton.device)
     plans = {name: x for name, x in job.plans.items() if x.together}
     fresh = {name: x for name, x in plans.items() if name not in kept}
-    layers = {name: Layer(x.name, job.weights.linear(x.linear).to(device)) for name, x in fresh.items()}
+    layers = {
+        name: lowered(Layer(x.name, job.weights.linear(x.linear).to(device)), job.plan.outcomes[x.name].dtype)
+        for name, x in fresh.items()
+    }
     tasks = {name: x.together[0] for name, x in plans.items()}
     tensors: dict[str, Tensor] = {}
     rows: Rows = []

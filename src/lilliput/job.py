@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lilliput import export, lockstep
 from lilliput.anatomy.model import Block, Site
+from lilliput.errors import LilliputError
 from lilliput.model import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan import Plan
@@ -21,6 +23,9 @@ from lilliput.weights import BlockWeights
 
 Rows = list[dict[str, Any]]
 _CHUNK = 1 << 21  # weights whose error is measured at a time
+_SHARES = (1.0, 1 - 2**-6, 0.875, 0.75, 0.5, 0.25)  # of the range of the model's type, that weights may fill
+_FITTED = 0.875
+_WIDE = 1e38
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,44 @@ class BlockJob:
     def tap(self, site: Site) -> lockstep.Tap:
         block = self.model.skeleton.block(self.index)
         return lockstep.Tap(site.name, block.get_submodule(site.linears[0]))
+
+
+def within(layer: Layer, dtype: torch.dtype, solve: Callable[[Layer], Layer]) -> Layer:
+    """What `solve` makes of a layer, so that it decodes to numbers of `dtype`, in which engines hold it.
+
+    The value nearest to a weight at the top of float16 may lie beyond it. Such weights are shown to `solve` a little
+    smaller, until all that it returns is finite. Raises LilliputError where a quarter of the range is too much.
+    """
+    top = torch.finfo(dtype).max
+    if top > _WIDE:  # the range of float32
+        return solve(layer)
+    for share in _SHARES:
+        shown = layer if share == 1.0 else replace(layer, weight=layer.weight.clamp(-share * top, share * top))
+        done = solve(shown)
+        if fits(done.decode(), dtype):
+            return replace(done, weight=layer.weight) if done.weight is shown.weight else done
+    raise overflow(layer.name, dtype)
+
+
+def lowered(layer: Layer, dtype: torch.dtype) -> Layer:
+    """A layer for a fit, which may move a code by one: its weights fill 7/8 of the range of `dtype` at most."""
+    top = torch.finfo(dtype).max
+    return layer if top > _WIDE else replace(layer, weight=layer.weight.clamp(-_FITTED * top, _FITTED * top))
+
+
+def fits(decoded: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every number is one of `dtype`, found without a copy."""
+    low, high = torch.aminmax(decoded)
+    return bool(torch.isfinite(torch.stack([low, high]).to(dtype)).all())
+
+
+def overflow(name: str, dtype: torch.dtype) -> LilliputError:
+    """The one message for numbers that the model's own dtype does not have."""
+    kind = str(dtype).removeprefix("torch.")
+    return LilliputError(
+        f"{name} would decode to numbers beyond {kind}, in which the model is stored: exclude this layer from the "
+        "steps that compress it, or convert the model to bfloat16 first"
+    )
 
 
 def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool) -> tuple[float, str]:
@@ -81,10 +124,16 @@ def install(job: BlockJob, plan: LinearPlan, decoded: Tensor) -> None:
 def deliver(
     job: BlockJob, plan: LinearPlan, layer: Layer, stats: SiteStats, seconds: float
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A finished layer's tensors and its row; the block's module takes it over."""
+    """A finished layer's tensors and its row; the block's module takes it over.
+
+    Raises LilliputError where it decodes to numbers that the model's own dtype does not have.
+    """
     decoded = layer.decode()
+    dtype = job.plan.outcomes[plan.name].dtype
+    if not fits(decoded, dtype):
+        raise overflow(plan.name, dtype)
     if layer.parts and not plan.scheme.parts:  # a plain tensor holds what its type can
-        decoded = decoded.to(job.plan.outcomes[plan.name].dtype).float()
+        decoded = decoded.to(dtype).float()
     error, of = _error(layer.weight, decoded, stats, job.plan.dtype is torch.bfloat16)
     stored = _stored(job, plan, layer)
     install(job, plan, decoded)

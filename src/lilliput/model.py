@@ -159,6 +159,10 @@ def open_model(
     config: Any = source.text_config
     skeleton = Skeleton(config, dtype=dtype, device=device)
     names = _bind(source, skeleton)
+    if source.config is source.text_config and names.prefix not in ("", _base(skeleton)) and not source.from_gguf:
+        # A language model inside something of the user's own: transformers would not find it under these names.
+        source = open_source(str(model), trust_remote_code=trust_remote_code, prefix=(names.prefix, _base(skeleton)))
+        names = _bind(source, skeleton)
     embedding, head = skeleton.head if skeleton.tied else "", _head_name(skeleton)
     if skeleton.tied and head in names.refs and embedding not in names.refs:
         names = Names({**names.refs, embedding: names.refs[head]}, names.prefix, names.strange)

@@ -191,7 +191,7 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
 def _side_bytes(model: Model) -> int:
     """Bytes of the files beside the weights; a GGUF file has none, so its tokenizer is written out to see."""
     if not model.source.from_gguf:
-        return sum(path.stat().st_size for path in model.source.side_files())
+        return sum(path.stat().st_size for path in model.source.side_files().values())
     with tempfile.TemporaryDirectory() as folder:
         model.source.tokenizer().save_pretrained(folder)
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lilliput.errors import LilliputError
 from lilliput.formats import scales
 from lilliput.forward import Batches, embed, through
 from lilliput.inventory import METADATA
-from lilliput.job import BlockJob, Rows, deliver, install
+from lilliput.job import BlockJob, Rows, deliver, fits, install, lowered, overflow, within
 from lilliput.journal import Work, save_atomically
 from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
@@ -75,8 +76,9 @@ def _solved(
         layers = [fisher.layer(job.fisher, p, job.weights) for p in plans]
         layer = stack(layers)
         del layers
-        for task in plans[0].alone:
-            layer = _apply(task, layer, stats)
+        dtype = job.plan.outcomes[plans[0].name].dtype
+        layer = lowered(layer, dtype) if plans[0].together else layer
+        layer = within(layer, dtype, partial(_applied, plans[0].alone, stats))
         seconds = time.perf_counter() - start
         pieces = split(layer, [(p.name, p.linear.out_features) for p in plans])
         for plan, piece in zip(plans, pieces, strict=True):
@@ -93,9 +95,10 @@ def _solved(
     return tensors, rows
 
 
-def _apply(task: Task, layer: Layer, stats: SiteStats) -> Layer:
-    out: Layer = task.method.module.compress(layer, stats.through(layer.inputs), task.target, task.options)
-    return out
+def _applied(tasks: Sequence[Task], stats: SiteStats, layer: Layer) -> Layer:
+    for task in tasks:
+        layer = task.method.module.compress(layer, stats.through(layer.inputs), task.target, task.options)
+    return layer
 
 
 def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
@@ -257,7 +260,10 @@ def _block_tensors(job: BlockJob, done: Mapping[str, Tensor], shard: int) -> dic
             layer = Layer(linear.name, job.weights.linear(linear.linear))
             out.update(job.exporter.pack(job.plan.outcomes[linear.name], layer))
         else:
-            out[planned.name] = job.weights.tensor(planned.source[cut:]).to(planned.dtype).contiguous()
+            value = job.weights.tensor(planned.source[cut:])
+            if job.weights.folded(planned.source[cut:]) and not fits(value, planned.dtype):
+                raise overflow(planned.source, planned.dtype)
+            out[planned.name] = value.to(planned.dtype).contiguous()
     return out
 
 

@@ -43,7 +43,7 @@ def written(capabilities: ModuleType, place: Path, layout: str) -> Path:
     )
     write_side_files(
         folder,
-        source_side_files=[],
+        source_side_files={},
         config=json.loads((folder / "config.json").read_text()),
         provenance=Provenance("m", "f", layout, {}, "p", None, None, {}, tensors=rows),
         card=Card("t", "m", layout, ""),

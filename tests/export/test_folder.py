@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_writes_everything_and_copies_the_rest(tmp_path: Path) -> None:
     config = model_config(LlamaConfig(num_hidden_layers=1), quantization={"quant_method": "x"}, dtype=torch.bfloat16,
                           tied=False, architecture="LlamaForCausalLM")  # fmt: skip
     write_side_files(
-        folder, source_side_files=sorted(source.iterdir()), config=config, provenance=PROVENANCE, card=CARD
+        folder, source_side_files={x.name: x for x in source.iterdir()}, config=config, provenance=PROVENANCE, card=CARD
     )
     assert sorted(x.name for x in folder.iterdir()) == [
         "README.md", "chat_template.jinja", "config.json", "lilliput.json", "tokenizer.json"
@@ -80,7 +81,7 @@ def test_nothing_outside_the_folder_is_written(tmp_path: Path) -> None:
     outside.write_text("mine")
     (folder / "config.json").symlink_to(outside)
     with pytest.raises(PlanError, match="is a link"):
-        write_side_files(folder, source_side_files=[], config={}, provenance=PROVENANCE, card=CARD)
+        write_side_files(folder, source_side_files={}, config={}, provenance=PROVENANCE, card=CARD)
     assert outside.read_text() == "mine"
 
 
@@ -91,6 +92,96 @@ def test_a_wrapper_tells_its_language_model_too() -> None:
     assert plain["text_config"]["tie_word_embeddings"] is True
     assert plain["text_config"]["dtype"] == "float32"
     assert "quantization_config" not in plain
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+LOCAL = {"rope_theta": 1e6, "rope_local_base_freq": 3e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+OLD: dict[str, dict[str, Any]] = {
+    "scaled": {
+        "model_type": "llama",
+        "rope_theta": 5e5,
+        "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 128},
+    },
+    "a default that may change": {"model_type": "llama", "rope_theta": 1e4, "rope_scaling": None},
+    "older names": {"model_type": "qwen3", "rope_theta": 1e6, "rope_scaling": YARN},
+    "part of a head": {"model_type": "gpt_neox", "rotary_emb_base": 20_000, "rotary_pct": 0.5},
+    "by kind of layer": {"model_type": "gemma3_text", **LOCAL},
+    "within a wrapper": {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **LOCAL}},
+    "flat wrapper": {"model_type": "qwen2_vl", "hidden_size": 64, "rope_theta": 3e6},
+    "no rotation": {"model_type": "gpt2", "n_embd": 64, "activation_function": "relu"},
+}
+
+
+def read_back(folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
+    (folder / "config.json").write_text(json.dumps(plain))
+    config = AutoConfig.from_pretrained(folder)
+    found: dict[str, Any] = config.to_dict()
+    return found | {"theirs": config}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_keys_of_older_engines_stay_beside_the_new_ones(tmp_path: Path, kind: str) -> None:
+    """An engine that knows `rope_theta` alone would silently rotate by its default without it."""
+    raw = {**OLD[kind], "torch_dtype": "float16", "transformers_version": "4.45.0"}
+    before = read_back(tmp_path, raw)
+    config = before["theirs"]
+    plain = model_config(config, quantization=None, dtype=torch.bfloat16, tied=True, raw=raw)
+    after = read_back(tmp_path, plain)
+    inner, old = (plain["text_config"], raw["text_config"]) if "text_config" in raw else (plain, raw)
+    kept = old.keys() - {"torch_dtype", "transformers_version"}
+    assert {key: inner[key] for key in kept} == {key: old[key] for key in kept}
+    assert plain["torch_dtype"] == plain["dtype"] == "bfloat16"
+    for key in before.keys() - {"theirs", "dtype", "torch_dtype", "tie_word_embeddings", "text_config"}:
+        assert after[key] == before[key], key
+    assert after.get("text_config", after).get("rope_parameters") == (
+        before.get("text_config", before).get("rope_parameters")
+    )
+
+
+def test_what_holds_of_the_source_files_alone_is_left_out() -> None:
+    raw = {"auto_map": {"AutoConfig": "x.Y"}, "transformers_weights": "other.safetensors", "use_cache": False}
+    raw |= {"text_config": {"compression_config": {}, "quantization_config": {}, "auto_map": {}, "x": 1}}
+    plain = model_config(LlamaConfig(**raw), quantization=None, dtype=torch.bfloat16, tied=False, raw=raw)
+    assert plain["text_config"] == {"x": 1, "dtype": "bfloat16", "tie_word_embeddings": False}
+    assert not {"auto_map", "transformers_weights"} & plain.keys()
+    assert plain["use_cache"] is False
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+        ({"tokenizer_class": "OwnTokenizer"}, True),
+        ({"image_processor_type": "CLIPImageProcessor", "processor_class": "OwnProcessor"}, True),
+        ({}, True),
+    ],
+)
+def test_code_is_not_referred_to_where_transformers_has_the_class(
+    tmp_path: Path, config: dict[str, str], kept: bool
+) -> None:
+    path, folder = tmp_path / "tokenizer_config.json", tmp_path / "out"
+    folder.mkdir()
+    path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "eos_token": "é"}))
+    write_side_files(folder, source_side_files={path.name: path}, config={}, provenance=PROVENANCE, card=CARD)
+    written = json.loads((folder / path.name).read_text())
+    assert ("auto_map" in written) is kept
+    assert written["eos_token"] == "é"
+    assert config.items() <= written.items()
+
+
+def test_templates_keep_their_folder(tmp_path: Path) -> None:
+    path, folder = tmp_path / "tool_use.jinja", tmp_path / "out"
+    folder.mkdir()
+    path.write_text("TOOL")
+    name = "additional_chat_templates/tool_use.jinja"
+    write_side_files(folder, source_side_files={name: path}, config={}, provenance=PROVENANCE, card=CARD)
+    assert (folder / name).read_text() == "TOOL"
+    elsewhere = tmp_path / "linked"
+    elsewhere.mkdir()
+    (elsewhere / "additional_chat_templates").symlink_to(folder)
+    with pytest.raises(PlanError, match="is a link"):
+        write_side_files(elsewhere, source_side_files={name: path}, config={}, provenance=PROVENANCE, card=CARD)
 
 
 def test_index_names_every_tensor(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lilliput.errors import SourceError
 from lilliput.source import open_source
 from lilliput.source.scan import SAMPLE
+from lilliput.source.source import own_name
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -104,11 +105,51 @@ def test_progress_is_told(folder: Path) -> None:
     assert {x[2] for x in seen} == set(source.stored)
 
 
+def test_weights_that_are_passed_over_are_noted(folder: Path) -> None:
+    assert open_source(str(folder)).notes == ()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "those of model.safetensors" in open_source(str(folder)).notes[0]
+
+
+def test_an_adapter_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="merge_and_unload"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("declared", "rest"), [("float32", torch.bfloat16), (None, torch.float16), (None, None)])
+def test_eight_bit_floats_without_scales(
+    folder: Path, dtype: torch.dtype, declared: str | None, rest: torch.dtype | None
+) -> None:
+    """Read in the dtype that the config declares, else that of the other tensors, else one that holds them all."""
+    stored = load_file(folder / "model.safetensors")
+    stored = {k: v.to(dtype if "proj" in k else rest or dtype) for k, v in stored.items()}
+    save_file(stored, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"dtype": declared}))
+    source = open_source(str(folder))
+    want = torch.float32 if declared else rest or torch.bfloat16
+    assert torch.equal(source.read(NAME), stored[NAME].to(want))
+    assert torch.equal(source.read(NAME, (2, 5)), stored[NAME][2:5].to(want))
+    assert {source.stored[x].dtype for x in stored if "proj" in x} == {want}
+    assert source.stored[NAME].nbytes == stored[NAME].numel()
+    assert "8-bit floats without scales" in source.notes[0]
+    source.scan()
+
+
 def test_side_files(folder: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "modeling_x.py", "optimizer.pt", "notes.json"):
         (folder / name).write_text("{}")
-    names = [x.name for x in open_source(str(folder)).side_files()]
-    assert names == ["LICENSE", "chat_template.jinja", "generation_config.json", "tokenizer.json"]
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tool_use.jinja", "tekken.json", "tokenizer.model.v3"):
+        (folder / name).write_text("{}")
+    files = open_source(str(folder)).side_files()
+    assert list(files) == [
+        "LICENSE", "additional_chat_templates/tool_use.jinja", "chat_template.jinja", "generation_config.json",
+        "tekken.json", "tokenizer.json", "tokenizer.model.v3",
+    ]  # fmt: skip
+    assert all(files[name] == folder / name for name in files)
 
 
 def test_no_tokenizer(folder: Path) -> None:
@@ -134,17 +175,54 @@ def cached(folder: Path, cache: Path) -> None:
     blobs.mkdir()
     (cache / "models--org--tiny" / "refs").mkdir()
     (cache / "models--org--tiny" / "refs" / "main").write_text("abc")
-    for i, file in enumerate(sorted(folder.glob("*.*"))):
+    for i, file in enumerate(x for x in sorted(folder.rglob("*.*")) if cache not in x.parents):
         (blobs / f"{i}").write_bytes(file.read_bytes())
-        (snapshot / file.name).symlink_to(blobs / f"{i}")
+        link = snapshot / file.relative_to(folder)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(blobs / f"{i}")
 
 
 def test_a_hub_id_in_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("TOOL")
     cached(folder, tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     source = open_source("org/tiny")
     assert torch.equal(source.read(NAME), load_file(folder / "model.safetensors")[NAME])
     assert source.folder.name == "abc"
+    assert source.name == open_source(str(source.folder)).name == "org/tiny"
+    assert "additional_chat_templates/tool_use.jinja" in source.side_files()
+
+
+def test_a_hub_model_that_is_cached_in_part(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is named, and how to get it: without a network nobody knows what the hub has."""
+    cache = tmp_path / "cache"
+    cached(folder, cache)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--org--tiny" / "snapshots" / "abc"
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"only in part: it lacks its weights, .*hf download org/tiny"):
+        open_source("org/tiny")
+    held, absent = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    (snapshot / held).symlink_to(folder / "model.safetensors")
+    index = {"weight_map": {NAME: held, "lm_head.weight": absent}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError, match=rf"only in part: it lacks {absent}, .*hf download org/tiny"):
+        open_source("org/tiny")
+    (snapshot / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"only in part: it lacks config\.json"):
+        open_source("org/tiny")
+
+
+def test_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Llama-3.2-1B").mkdir()
+    (tmp_path / "x.Q4_K.gguf").touch()
+    monkeypatch.chdir(tmp_path / "Llama-3.2-1B")
+    for given in (".", "../Llama-3.2-1B", "../Llama-3.2-1B/", str(tmp_path / "Llama-3.2-1B")):
+        assert own_name(given) == "Llama-3.2-1B"
+    assert own_name(str(tmp_path / "x.Q4_K.gguf")) == "x.Q4_K.gguf"
+    assert own_name("org/Llama-3.2-1B") == "org/Llama-3.2-1B"
+    assert own_name("docs:library") == "docs:library"
 
 
 def test_a_hub_model_with_pickles_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

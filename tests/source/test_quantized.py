@@ -244,17 +244,17 @@ def test_mxfp4(tmp_path: Path) -> None:
     assert torch.equal(source.read(name, (1, 2)), want.bfloat16()[1:2])
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
-def test_gptq(tmp_path: Path, bits: int, ordered: bool, form: str) -> None:
-    width, rows, group = 64, 32, 16
+def gptq(
+    base: str, bits: int, group: int, form: str = "gptq", *, ordered: bool = False, index: bool = True
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A random linear in GPTQ's layout, and its values [32, 64]."""
+    width, rows = 64, 32
     code = torch.randint(0, 2**bits, (width, rows), generator=G)
     zero = torch.randint(1, 2**bits, (width // group, rows), generator=G)
     scale = torch.rand(width // group, rows, generator=G).half()
-    index = torch.arange(width) // group
+    of = torch.arange(width) // group
     if ordered:
-        index = index[torch.randperm(width, generator=G)]
+        of = of[torch.randperm(width, generator=G)]
 
     def words(x: Tensor) -> Tensor:  # along the first axis
         per = 32 // bits
@@ -263,16 +263,65 @@ def test_gptq(tmp_path: Path, bits: int, ordered: bool, form: str) -> None:
         return torch.as_tensor(out).to(torch.int64).bitwise_and(0xFFFFFFFF).to(torch.uint32).view(torch.int32)
 
     tensors = {
-        "m.a.qweight": words(code),
-        "m.a.qzeros": words((zero - int(form == "gptq")).T).T.contiguous(),
-        "m.a.scales": scale,
-        "m.a.g_idx": index.int(),
+        f"{base}.qweight": words(code),
+        f"{base}.qzeros": words((zero - int(form == "gptq")).T).T.contiguous(),
+        f"{base}.scales": scale,
     }
-    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "checkpoint_format": form}
+    if index:
+        tensors[f"{base}.g_idx"] = of.int()
+    return tensors, ((code - zero[of]).float() * scale[of].float()).T
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+def test_gptq(tmp_path: Path, bits: int, ordered: bool, form: str) -> None:
+    tensors, want = gptq("m.a", bits, 16, form, ordered=ordered)
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 16, "checkpoint_format": form}
     source = folder(tmp_path, tensors, config, "float32")
-    want = ((code - zero[index]).float() * scale[index].float()).T
     assert torch.equal(source.read("m.a.weight"), want)
     assert torch.equal(source.read("m.a.weight", (4, 6)), want[4:6])
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_gptq_with_rules_for_single_linears(tmp_path: Path, index: bool) -> None:
+    """The first rule that a name begins with decides; a rule may change one number and leave the other."""
+    rules = {
+        "-:m\\.dense": {},
+        "+:m\\.8": {"bits": 8, "group_size": 32},
+        ".*\\.1": {"group_size": 16},
+        "m.*": {"bits": 2},
+        "m\\.2": {"bits": 8},
+        "2": {"bits": 8},
+    }
+    grids = {"m.8.x": (8, 32), "m.8.1": (8, 32), "m.0.1": (4, 16), "m.2": (2, 64), "x.m.2": (4, 64)}
+    tensors: dict[str, Tensor] = {"m.dense.weight": torch.ones(3, WIDTH)}
+    want = {"m.dense.weight": torch.ones(3, WIDTH)}
+    for base, (bits, group) in grids.items():
+        some, want[f"{base}.weight"] = gptq(base, bits, group, index=index)
+        tensors |= some
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": rules}
+    source = folder(tmp_path, tensors, config, "float32")
+    for name, values in want.items():
+        assert torch.equal(source.read(name), values), name
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "rules", "message"),
+    [
+        (4, 32, {}, r"m\.a\.qzeros has shape \[4, 4\], but 4 bits in groups of 32.* need \[2, 4\]"),
+        (8, 16, {}, r"m\.a\.qzeros has shape \[4, 4\], but 8 bits"),
+        (4, 16, {"-:m": {}}, r"'-:m' in .* leaves m\.a out"),
+        (4, 16, {"+:m(": {"bits": 8}}, r"'\+:m\(' in its quantization_config's dynamic: "),
+        (4, 16, {"m": {"bits": 3}}, r"GPTQ at 3 bits \(m\.a\)"),
+    ],
+)
+def test_gptq_whose_config_is_of_another_file(
+    tmp_path: Path, bits: int, group: int, rules: dict[str, Any], message: str
+) -> None:
+    tensors, _ = gptq("m.a", 4, 16, index=False)
+    with pytest.raises(SourceError, match=message):
+        folder(tmp_path, tensors, {"quant_method": "gptq", "bits": bits, "group_size": group, "dynamic": rules})
 
 
 def test_gptq_that_cannot_be_read(tmp_path: Path) -> None:

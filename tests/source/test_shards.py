@@ -200,3 +200,31 @@ def test_no_weights_and_too_many(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "two.safetensors")
     with pytest.raises(SourceError, match="neither"):
         Shards(tmp_path)
+
+
+def test_one_file_goes_before_an_index(tmp_path: Path) -> None:
+    """As transformers chooses: the shards may be those of an earlier save."""
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    old = "model-00001-of-00001.safetensors"
+    save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / old)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a.weight": old}}))
+    assert torch.equal(Shards(tmp_path).read("a.weight"), torch.ones(2, 2))
+    (tmp_path / old).unlink()
+    assert torch.equal(Shards(tmp_path).read("a.weight"), torch.ones(2, 2))
+
+
+def test_what_the_config_names_goes_before_all(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    (tmp_path / "own.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "other.safetensors"}}))
+    for named in ("other.safetensors", "own.safetensors.index.json"):
+        reader = Shards(tmp_path, named)
+        assert torch.equal(reader.read("a.weight"), torch.zeros(2, 2))
+        assert reader.chosen.name == named
+
+
+@pytest.mark.parametrize("named", ["missing.safetensors", "pytorch_model.bin", "../model.safetensors"])
+def test_a_named_file_that_cannot_be_read(tmp_path: Path, named: str) -> None:
+    write(tmp_path)
+    with pytest.raises(SourceError, match=rf"config\.json names '{named}' as transformers_weights"):
+        Shards(tmp_path, named)

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from lilliput.anatomy.experts import is_batched, unroll
 from lilliput.errors import SourceError
 
+_NO_SDPA = ("scaled_dot_product_attention", "sdpa")
+# What a model's code raises where the numbers of a config do not go together.
+_BROKEN = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Built:
@@ -38,12 +44,13 @@ def build(config: Any, dtype: torch.dtype, device: str) -> Built:
         with torch.device("meta"), no_init_weights():
             try:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            except ValueError as error:
-                if "scaled_dot_product_attention" not in str(error) and "sdpa" not in str(error):
-                    raise SourceError(
-                        f"transformers cannot build this config as a causal language model: {error}"
-                    ) from error
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            except _BROKEN as error:
+                if not isinstance(error, ValueError) or not any(x in str(error) for x in _NO_SDPA):
+                    raise _unbuilt(config, error) from error
+                try:
+                    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+                except _BROKEN as again:
+                    raise _unbuilt(config, again) from again
         return model.eval().requires_grad_(False)
 
     model = make()
@@ -58,6 +65,20 @@ def build(config: Any, dtype: torch.dtype, device: str) -> Built:
     _fill_buffers(model, device)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return Built(model, _find_blocks(model, config), head, head.weight is embedding.weight, tuple(notes))
+
+
+def _unbuilt(config: Any, error: Exception) -> SourceError:
+    """The one message for a config that transformers takes and makes no model of."""
+    pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        return SourceError(
+            f"pad_token_id is {pad} in config.json, beyond a vocabulary of {size}, and transformers builds no model of "
+            "it: a pad token was added to the tokenizer alone. Correct pad_token_id, or set it to null."
+        )
+    first = (str(error).strip().splitlines() or [""])[0]
+    return SourceError(
+        f"transformers cannot build this config as a causal language model: {first or type(error).__name__}"
+    )
 
 
 def _unroll_experts(model: nn.Module) -> list[str]:

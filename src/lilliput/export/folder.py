@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 INDEX = "model.safetensors.index.json"
+# Of the source's files alone. Code is not carried over: a model is written only where transformers has its class.
+_OF_FILES = ("_name_or_path", "quantization_config", "compression_config", "transformers_weights", "auto_map")
+_CLASSES = (
+    "tokenizer_class",
+    "processor_class",
+    "image_processor_type",
+    "video_processor_type",
+    "feature_extractor_type",
+)
 OWN = ("config.json", "README.md", NAME, INDEX)  # written here, never carried over
 
 # name in the header, and rank in the file: wide types first, so that every tensor is aligned
@@ -45,19 +54,22 @@ def model_config(
     dtype: torch.dtype,
     tied: bool,
     architecture: str | None = None,
+    raw: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """config.json as plain data: the source's config with its new quantization, dtype and tying.
 
-    `architecture` names the model class where the source's config does not.
+    `architecture` names the model class where the source's config does not. `raw` is the source's config.json: what it
+    says under names of its own (`rope_theta`, and all that transformers has renamed or knows a default of) stays beside
+    the new names, so that engines of either generation read the folder as they read the source.
     """
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    for key in ("_name_or_path", "quantization_config", "torch_dtype"):
-        plain.pop(key, None)
+    plain = _both(_without(raw or {}), _without(plain))
     name = str(dtype).removeprefix("torch.")
-    plain |= {"dtype": name, "tie_word_embeddings": tied}
-    if isinstance(plain.get("text_config"), dict):
-        plain["text_config"] = {**plain["text_config"], "dtype": name, "tie_word_embeddings": tied}
-        plain["text_config"].pop("quantization_config", None)
+    for part in (plain, plain.get("text_config")):
+        if isinstance(part, dict):
+            part |= {"dtype": name, "tie_word_embeddings": tied}
+            if "torch_dtype" in part:
+                part["torch_dtype"] = name
     if not plain.get("architectures") and architecture:
         plain["architectures"] = [architecture]
     if quantization is not None:
@@ -65,21 +77,42 @@ def model_config(
     return plain
 
 
+def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what holds of the source's files alone: where they lay, how they were packed, code in them."""
+    kept = {key: value for key, value in config.items() if key not in _OF_FILES}
+    return {key: _without(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _both(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of either, `new` where both have one; entries within entries alike."""
+    merged = {**old, **new}
+    for key in old.keys() & new.keys():
+        if isinstance(old[key], dict) and isinstance(new[key], dict):
+            merged[key] = _both(old[key], new[key])
+    return merged
+
+
 def write_side_files(
     folder: Path,
     *,
-    source_side_files: Sequence[Path],
+    source_side_files: Mapping[str, Path],
     config: Mapping[str, Any],
     provenance: Provenance,
     card: Card,
 ) -> None:
-    """Write config.json, README.md and lilliput.json, and copy the source's side files by their plain names.
+    """Write config.json, README.md and lilliput.json, and copy the source's side files, given by name in the folder.
 
-    Nothing outside `folder` is written: a link that stands where a file is to go raises PlanError.
+    They are copied as they are, but for references to Python code (`auto_map`), which is not carried over: these go
+    where transformers has the classes itself. Nothing outside `folder` is written: a link that stands where a file is
+    to go raises PlanError.
     """
-    for path in source_side_files:
-        if path.name not in OWN:
-            shutil.copyfile(path, _free(folder, path.name))
+    for name, path in source_side_files.items():
+        if name in OWN:
+            continue
+        if (changed := _without_code(path)) is not None:
+            _write(folder, name, changed)
+        else:
+            shutil.copyfile(path, _free(folder, name))
     _write(folder, "config.json", json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     _write(folder, "README.md", render(card))
     _write(folder, NAME, provenance.to_json())
@@ -114,10 +147,30 @@ def safetensors_bytes(
     return 8 + length + -length % 8 + offset
 
 
+def _without_code(path: Path) -> str | None:
+    """A config of a tokenizer or processor without `auto_map`; None where it is to stay as it is."""
+    if path.suffix != ".json" or b'"auto_map"' not in (content := path.read_bytes()):
+        return None
+    import transformers
+
+    try:
+        config = json.loads(content)
+    except ValueError:
+        return None
+    if not isinstance(config, dict) or "auto_map" not in config:
+        return None
+    classes = [config[key] for key in _CLASSES if isinstance(config.get(key), str)]
+    if not classes or not all(hasattr(transformers, x) for x in classes):
+        return None
+    return json.dumps({k: v for k, v in config.items() if k != "auto_map"}, indent=2, ensure_ascii=False) + "\n"
+
+
 def _free(folder: Path, name: str) -> Path:
     path = folder / name
-    if path.is_symlink():
-        raise PlanError(f"{path} is a link, and nothing outside the output folder is written: remove it")
+    for part in (path.parent, path):
+        if part != folder and part.is_symlink():
+            raise PlanError(f"{part} is a link, and nothing outside the output folder is written: remove it")
+    path.parent.mkdir(exist_ok=True)
     return path
 
 

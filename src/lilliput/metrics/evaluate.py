@@ -24,6 +24,7 @@ from lilliput.metrics.logits import Scores, StreamedHead, same_head, score
 from lilliput.metrics.size import Size, measure
 from lilliput.metrics.text import TextResult, result
 from lilliput.model import Model, open_model
+from lilliput.source.source import own_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +156,9 @@ def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float]) ->
         notes.append("no linear is compressed: bits_per_weight is over all linears of the blocks")
     for source, share in shared.items():
         if share > OVERLAP:
-            notes.append(f"the model was calibrated on {share:.0%} of {source}: its figures look better than they are")
+            notes.append(
+                f"the model was calibrated on {share:.0%} of {own_name(source)}: its figures look better than they are"
+            )
     return tuple(notes)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lilliput.errors import SourceError
 from lilliput.source.packed import Packed, Scaled, block_of
 from lilliput.source.reader import Reader
+from lilliput.source.turned import undo
 
 INTEGER = {"pack-quantized", "int-quantized", "naive-quantized", "float-quantized"}
 LIBRARY = {"nvfp4-pack-quantized", "mxfp4-pack-quantized"}
@@ -61,7 +62,7 @@ def find(reader: Reader, raw: Mapping[str, Any], dtype: torch.dtype, label: str)
         base, _, leaf = name.rpartition(".")
         if leaf == "weight_packed" or (leaf == "weight" and f"{base}.weight_scale" in reader.entries):
             found[f"{base}.weight"] = _one(reader, base, leaf, config, dtype, label)
-    return found
+    return undo(reader, raw, found, label)
 
 
 def _one(reader: Reader, base: str, leaf: str, config: QuantizationConfig, dtype: torch.dtype, label: str) -> Packed:

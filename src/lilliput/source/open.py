@@ -14,18 +14,24 @@ from lilliput.errors import SourceError
 from lilliput.source import quantized
 from lilliput.source.gguf import Gguf
 from lilliput.source.hub import snapshot
+from lilliput.source.packed import Packed, floats
 from lilliput.source.reader import Reader
-from lilliput.source.shards import PICKLES, Shards, pickles, refuse_pickles
+from lilliput.source.shards import INDEX, PICKLES, WHOLE, Shards, pickles, refuse_pickles
 from lilliput.source.source import Source
+from lilliput.source.turned import Turned
+from lilliput.source.wrapped import Unwrapped
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+ADAPTER = "adapter_config.json"
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
+def open_source(model: str, *, trust_remote_code: bool = False, prefix: tuple[str, str] = ("", "")) -> Source:
     """A checkpoint by local folder, .gguf file or hub id; weights stay in the files until they are read.
+
+    `prefix`: what names in the files begin with, and what they are to begin with instead; see `Unwrapped`.
 
     Raises SourceError: not there, not a model, pickles, a missing or damaged shard, a quantization without a reader.
     """
@@ -33,10 +39,10 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
     if path.is_file():
         return _file(model, path)
     if path.is_dir():
-        return _folder(model, path, trust_remote_code)
+        return _folder(model, path, trust_remote_code, prefix)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise SourceError(f"There is no file or folder '{model}'. Check the path.")
-    return _folder(model, snapshot(model, trust_remote_code), trust_remote_code)
+    return _folder(model, snapshot(model, trust_remote_code), trust_remote_code, prefix)
 
 
 def _file(model: str, path: Path) -> Source:
@@ -55,7 +61,12 @@ def _file(model: str, path: Path) -> Source:
     raise SourceError(f"'{model}' is a file. Give the folder that holds it together with config.json, or a .gguf file.")
 
 
-def _folder(model: str, folder: Path, trust_remote_code: bool) -> Source:
+def _folder(model: str, folder: Path, trust_remote_code: bool, prefix: tuple[str, str]) -> Source:
+    if (folder / ADAPTER).is_file():
+        raise SourceError(
+            f"{folder} holds an adapter ({ADAPTER}), which belongs on top of a model's own weights. Merge the two "
+            "(`merge_and_unload()` of peft), save the result, and give that folder; or remove the adapter's files."
+        )
     if not (folder / "config.json").is_file():
         found = sorted(folder.glob("*.gguf"))
         if len(found) == 1:
@@ -71,18 +82,48 @@ def _folder(model: str, folder: Path, trust_remote_code: bool) -> Source:
         )
     raw = _json(folder / "config.json")
     config = _config(folder, trust_remote_code)
-    reader = Shards(folder)
+    named = raw.get("transformers_weights")
+    shards = Shards(folder, None if named is None else str(named))
+    reader = Unwrapped(shards, *prefix)
+    notes = _choice(folder, shards) + _renamed(reader)
     how = _quantization(raw)
-    if how is None:
-        return Source(model, folder, config, reader, {}, trust_remote_code=trust_remote_code)
     dtype = _declared(config, reader)
-    packed = quantized.find(reader, how, dtype, model)
-    _strip(config)
-    method = str(how.get("quant_method", "compressed-tensors"))
-    note = f"its weights are quantized already ({method}); they are read as {str(dtype).removeprefix('torch.')}"
+    if how is None:
+        packed: Mapping[str, Packed] = floats(reader, dtype)
+        method = None
+        if packed:
+            notes += (
+                f"{len(packed)} of its tensors are 8-bit floats without scales; they are read as {_short(dtype)}",
+            )
+    else:
+        packed = quantized.find(reader, how, dtype, model)
+        _strip(config)
+        method = str(how.get("quant_method", "compressed-tensors"))
+        notes += (f"its weights are quantized already ({method}); they are read as {_short(dtype)}",)
+        if any(isinstance(x, Turned) for x in packed.values()):
+            notes += ("rotations that an engine applies while it runs (transform_config) are undone in its weights",)
     return Source(
-        model, folder, config, reader, packed, quantization=method, trust_remote_code=trust_remote_code, notes=(note,)
-    )
+        model, folder, config, reader, packed, raw=raw, quantization=method, trust_remote_code=trust_remote_code,
+        notes=notes,
+    )  # fmt: skip
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _choice(folder: Path, shards: Shards) -> tuple[str, ...]:
+    """Which weights were taken, where the folder also has others."""
+    taken = shards.chosen.name
+    left = [x for x in (WHOLE, INDEX) if x != taken and (folder / x).is_file()]
+    return (f"its weights are those of {taken}, as transformers takes them, and not of {left[0]}",) if left else ()
+
+
+def _renamed(reader: Unwrapped) -> tuple[str, ...]:
+    if not reader.renamed:
+        return ()
+    name, stored = next(iter(reader.renamed.items()))
+    return (f"tensors are called as a wrapper around the model calls them ({stored}): read as {name}",)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -127,10 +168,13 @@ def _strip(config: PretrainedConfig) -> None:
 
 
 def _declared(config: PretrainedConfig, reader: Reader) -> torch.dtype:
-    """The dtype that the folder declares for its weights, else the one that most of its plain tensors have."""
+    """The dtype that the folder declares for its weights, else the one that most of its plain tensors have.
+
+    bfloat16, which holds every 8-bit float, where there is neither.
+    """
     for part in (config, config.get_text_config(decoder=True)):
         dtype = getattr(part, "dtype", None)
         if isinstance(dtype, torch.dtype) and dtype in PLAIN:
             return dtype
     sizes = {x: sum(e.nbytes for e in reader.entries.values() if e.dtype == x) for x in PLAIN}
-    return max(PLAIN, key=lambda x: sizes[x])
+    return max(PLAIN, key=lambda x: sizes[x]) if any(sizes.values()) else torch.bfloat16

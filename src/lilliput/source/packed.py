@@ -17,6 +17,7 @@ from torch import Tensor
 from lilliput.source.reader import Reader
 
 CHUNK = 1 << 20  # weights decoded at a time: temporaries are several int32 a weight
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Packed(Protocol):
@@ -32,6 +33,28 @@ class Packed(Protocol):
     def decode(self, reader: Reader, rows: tuple[int, int] | None = None) -> Tensor:
         """The weight, or its rows [start, stop) along the first axis."""
         ...
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor that is stored as its values, in a dtype that no model runs in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.stored,)
+
+    def decode(self, reader: Reader, rows: tuple[int, int] | None = None) -> Tensor:
+        """The values in `dtype`, or those of rows [start, stop)."""
+        return reader.read(self.stored, rows).to(self.dtype)
+
+
+def floats(reader: Reader, dtype: torch.dtype) -> dict[str, Packed]:
+    """The 8-bit floats of a checkpoint that tells of no scales, to be read as `dtype`, as transformers does."""
+    return {name: Cast(x.shape, dtype, name) for name, x in reader.entries.items() if x.dtype in FP8}
 
 
 @dataclass(frozen=True)

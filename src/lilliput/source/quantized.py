@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,14 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lilliput.errors import SourceError
 from lilliput.source import compressed, native
-from lilliput.source.packed import Packed, Scaled, block_of
+from lilliput.source.packed import FP8, Packed, Scaled, block_of
 from lilliput.source.reader import Reader
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What quantization leaves beside the weights; it means nothing once they are plain.
 LEFT_OVER = (
     ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point",
-    ".q_scale", ".k_scale", ".v_scale", ".weight_shape", ".activation_scale",
+    ".q_scale", ".k_scale", ".v_scale", ".weight_shape", ".activation_scale", "_q_attn.weight",
+    "_k_cache.weight",
 )  # fmt: skip
 
 
@@ -137,26 +138,64 @@ def _mxfp4(reader: Reader, dtype: torch.dtype, label: str) -> dict[str, Packed]:
 
 
 def _gptq(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: str) -> dict[str, Packed]:
-    bits, group = int(config.get("bits", 4)), int(config.get("group_size", 128))
-    if bits not in (2, 4, 8):
-        raise SourceError(
-            f"{label}: GPTQ at {bits} bits has no reader here (2, 4 and 8 have). Start from the original model."
-        )
     if str(config.get("checkpoint_format", "gptq")) not in ("gptq", "gptq_v2"):
         raise SourceError(
             f"{label}: GPTQ's layout '{config['checkpoint_format']}' has no reader here. Convert it to "
             "'gptq' with GPTQModel."
         )
+    plus = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
     found: dict[str, Packed] = {}
     for name, entry in reader.entries.items():
         if not name.endswith(".qweight"):
             continue
         base = name.removesuffix(".qweight")
+        bits, group = _gptq_grid(base, config, label)
         missing = [x for x in ("qzeros", "scales") if f"{base}.{x}" not in reader.entries]
         if missing:
             raise SourceError(f"{label}: {base}.{missing[0]} is missing, so {name} has no values.")
         width, rows = entry.shape[0] * 32 // bits, entry.shape[1]
+        group = group if group > 0 else width
         order = f"{base}.g_idx" if f"{base}.g_idx" in reader.entries else None
-        plus = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-        found[f"{base}.weight"] = Gptq((rows, width), dtype, base, bits, group if group > 0 else width, order, plus)
+        shapes = {x: reader.entries[f"{base}.{x}"].shape for x in ("qzeros", "scales")}
+        grid = -(-width // group)
+        wanted: dict[str, tuple[int, ...]] = {"qzeros": (grid, rows * bits // 32), "scales": (grid, rows)}
+        if order is not None:
+            shapes, wanted = shapes | {"g_idx": reader.entries[order].shape}, wanted | {"g_idx": (width,)}
+        if wrong := next((x for x in wanted if shapes[x] != wanted[x]), None):
+            raise SourceError(
+                f"{label}: {base}.{wrong} has shape {list(shapes[wrong])}, but {bits} bits in groups of {group}, as "
+                f"its quantization_config says of this linear, need {list(wanted[wrong])}. The config does not belong "
+                "to these files: copy both from one place."
+            )
+        found[f"{base}.weight"] = Gptq((rows, width), dtype, base, bits, group, order, plus)
     return found
+
+
+def _gptq_grid(base: str, config: Mapping[str, Any], label: str) -> tuple[int, int]:
+    """Bits and group size of a linear: the first rule of `dynamic` whose pattern its name begins with, else those of
+    all; a rule "-:..." leaves linears out, "+:..." or one without a sign gives them numbers of their own.
+
+    Raises SourceError: a rule that leaves out a linear with codes, a pattern that is none, bits without a reader.
+    """
+    rules: Mapping[str, Any] = config.get("dynamic") or {}
+    own: Mapping[str, Any] = {}
+    for pattern, rule in rules.items():
+        try:
+            hit = re.match(pattern.removeprefix("-:").removeprefix("+:"), base) is not None
+        except re.error as error:
+            raise SourceError(f"{label}: '{pattern}' in its quantization_config's dynamic: {error}.") from error
+        if hit and pattern.startswith("-:"):
+            raise SourceError(
+                f"{label}: '{pattern}' in its quantization_config's dynamic leaves {base} out, which is stored as "
+                "codes. The config does not belong to these files: copy both from one place."
+            )
+        if hit:
+            own = rule or {}
+            break
+    bits, group = (int(own.get(x, config.get(x, y))) for x, y in (("bits", 4), ("group_size", 128)))
+    if bits not in (2, 4, 8):
+        raise SourceError(
+            f"{label}: GPTQ at {bits} bits ({base}) has no reader here (2, 4 and 8 have). Start from the "
+            "original model."
+        )
+    return bits, group

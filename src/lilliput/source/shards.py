@@ -42,6 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64,
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -59,33 +60,30 @@ def refuse_pickles(names: list[str], folder: Path) -> SourceError:
     )
 
 
-def files_of(folder: Path) -> dict[str, Path | None]:
-    """Tensor name -> file as the index says, or {"": the one file} without an index.
+def choose(folder: Path, named: str | None = None) -> Path:
+    """The file of weights, or the index of several, that transformers takes.
 
-    Raises SourceError: no weights, pickles only, a broken index, a shard that the index names and the folder lacks.
+    The one that the config names as `transformers_weights` (`named`), else model.safetensors, else its index; else the
+    only safetensors file. Raises SourceError: no weights, pickles only, several files and nothing to say which, a named
+    file that the folder lacks.
     """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            named = json.loads(index.read_text())["weight_map"]
-            pairs = {str(name): folder / str(file) for name, file in named.items()}
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise SourceError(f"{index} is not an index of shards ({error}). Copy or download it again.") from error
-        if stray := sorted(str(x) for x in set(named.values()) if Path(str(x)).name != str(x)):
+    config = folder / "config.json"
+    if named is not None:
+        if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise SourceError(
-                f"{index} names a file outside its folder: {stray[0]}. A shard's name has no directories."
+                f"{config} names '{named}' as transformers_weights, which is neither a *.safetensors file of its "
+                "folder nor the index of several: correct the entry, or remove it."
             )
-        missing = sorted({x.name for x in pairs.values() if not x.is_file()})
-        if missing:
+        if not (folder / named).is_file():
             raise SourceError(
-                f"{folder} lacks {len(missing)} of {len(set(pairs.values()))} shards: {', '.join(missing[:4])}. "
-                "Copy or download the folder again."
+                f"{config} names '{named}' as transformers_weights, and the folder lacks it. Copy or download the "
+                "file, or remove the entry."
             )
-        return dict(pairs)
+        return folder / named
+    for name in (WHOLE, INDEX):
+        if (folder / name).is_file():
+            return folder / name
     found = sorted(folder.glob("*.safetensors"))
-    whole = folder / "model.safetensors"
-    if whole in found:
-        return {"": whole}
     if not found:
         if names := pickles(folder):
             raise refuse_pickles(names, folder)
@@ -95,9 +93,38 @@ def files_of(folder: Path) -> dict[str, Path | None]:
     if len(found) > 1:
         raise SourceError(
             f"{folder} has {len(found)} safetensors files ({found[0].name}, {found[1].name}, ...) and neither "
-            f"model.safetensors nor {INDEX} to say which are the model. Keep the one that is, as model.safetensors."
+            f"{WHOLE} nor {INDEX} to say which are the model. Keep the one that is, as {WHOLE}."
         )
-    return {"": found[0]}
+    return found[0]
+
+
+def named_in(index: Path) -> dict[str, Path]:
+    """Tensor name -> shard, as an index says. Raises SourceError: it is broken, or names a file of another folder."""
+    try:
+        named = json.loads(index.read_text())["weight_map"]
+        pairs = {str(name): index.parent / str(file) for name, file in named.items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{index} is not an index of shards ({error}). Copy or download it again.") from error
+    if stray := sorted(str(x) for x in set(named.values()) if Path(str(x)).name != str(x)):
+        raise SourceError(f"{index} names a file outside its folder: {stray[0]}. A shard's name has no directories.")
+    return pairs
+
+
+def files_of(chosen: Path) -> dict[str, Path | None]:
+    """Tensor name -> file as the index says, or {"": the file} for one that is no index.
+
+    Raises SourceError: a broken index, a shard that it names and the folder lacks.
+    """
+    if chosen.suffix != ".json":
+        return {"": chosen}
+    pairs = named_in(chosen)
+    missing = sorted({x.name for x in pairs.values() if not x.is_file()})
+    if missing:
+        raise SourceError(
+            f"{chosen.parent} lacks {len(missing)} of {len(set(pairs.values()))} shards: {', '.join(missing[:4])}. "
+            "Copy or download the folder again."
+        )
+    return dict(pairs)
 
 
 def _header(file: Path) -> dict[str, tuple[Entry, int]]:
@@ -125,10 +152,11 @@ def _header(file: Path) -> dict[str, tuple[Entry, int]]:
 
 
 class Shards:
-    """Reader of a folder's safetensors files, sharded or not."""
+    """Reader of a folder's safetensors files, sharded or not; `named`: see `choose`, whose answer is `chosen`."""
 
-    def __init__(self, folder: Path) -> None:
-        pairs = files_of(folder)
+    def __init__(self, folder: Path, named: str | None = None) -> None:
+        self.chosen = choose(folder, named)
+        pairs = files_of(self.chosen)
         self.files = tuple(sorted({x for x in pairs.values() if x is not None}))
         headers = {file: _header(file) for file in self.files}
         self._offsets: dict[str, int] = {}
@@ -139,7 +167,7 @@ class Shards:
                     self.entries[name], self._offsets[name] = entry, offset
         if absent := sorted(set(pairs) - set(self.entries) - {""}):
             raise SourceError(
-                f"{pairs[absent[0]]} lacks tensor {absent[0]}, which {INDEX} promises there"
+                f"{pairs[absent[0]]} lacks tensor {absent[0]}, which the index promises there"
                 f"{f' (and {len(absent) - 1} more)' if len(absent) > 1 else ''}. Copy or download the folder again."
             )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,26 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 SIDE = (
-    "tokenizer*.json", "tokenizer*.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "sentencepiece*.model", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
-    "*processor_config.json", "LICENSE*", "NOTICE*",
+    "tokenizer*.json", "tokenizer*.model", "tokenizer.model.*", "tiktoken.model", "*.tiktoken", "tekken.json",
+    "vocab*.json", "vocab.txt", "vocab.bpe", "merges.txt", "spiece.model", "spm*.model", "sentencepiece*.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
+    "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+
+
+def own_name(given: str) -> str:
+    """What to call a model or a text beyond this machine: a file or folder by its own name, an id as it is.
+
+    The folder of a model in the hub's cache is called by its id.
+    """
+    path = Path(given).expanduser()
+    if not path.exists():
+        return given
+    path = Path(os.path.abspath(path))
+    kind, *words = path.parent.parent.name.split("--")
+    if kind == "models" and words and path.parent.name == "snapshots":
+        return "/".join(words)
+    return path.name or given
 
 
 @dataclass(frozen=True)
@@ -47,8 +64,9 @@ class Source:
     """A checkpoint that is read tensor by tensor. Made by `open_source`.
 
     model: what the user wrote; folder: where config and tokenizer lie; config: without a quantization_config, since
-    weights are read as plain; text_config: the language model's own; stored: every tensor by its name in the files (for
-    GGUF by its name in transformers); notes: what a user should know about this checkpoint.
+    weights are read as plain; text_config: the language model's own; raw: config.json as it lies in the folder, empty
+    for GGUF; stored: every tensor by its name in the files (for GGUF by its name in transformers), without what
+    wrappers put in; notes: what a user should know about this checkpoint.
     """
 
     def __init__(
@@ -59,6 +77,7 @@ class Source:
         reader: Reader,
         packed: Mapping[str, Packed],
         *,
+        raw: Mapping[str, Any] | None = None,
         gguf: str | None = None,
         quantization: str | None = None,
         trust_remote_code: bool = False,
@@ -68,6 +87,7 @@ class Source:
         self.folder = folder
         self.config = config
         self.text_config: PretrainedConfig = config.get_text_config(decoder=True)
+        self.raw: Mapping[str, Any] = raw or {}
         self.quantization = quantization
         self.notes = notes
         self._reader = reader
@@ -81,6 +101,11 @@ class Source:
             if name not in used and not (quantization is not None and name.endswith(LEFT_OVER)):
                 stored[name] = Stored(name, entry.shape, entry.dtype, entry.nbytes)
         self.stored: Mapping[str, Stored] = stored
+
+    @property
+    def name(self) -> str:
+        """What the model is called beyond this machine: its hub id, or the own name of its folder or file."""
+        return own_name(self.model)
 
     @property
     def from_gguf(self) -> bool:
@@ -144,15 +169,16 @@ class Source:
                 f"). Copy tokenizer.json and tokenizer_config.json of the original model into {self.folder}."
             ) from error
 
-    def side_files(self) -> list[Path]:
-        """Files to carry over unchanged: tokenizer, chat template, generation config, licence. No weights, no code.
+    def side_files(self) -> dict[str, Path]:
+        """Name in the folder -> file to carry over: tokenizer, chat templates, generation config, licence. No weights,
+        no code.
 
         Empty for GGUF, which holds its tokenizer inside: write `tokenizer()` instead.
         """
         if self._gguf is not None:
-            return []
+            return {}
         found = {x for pattern in SIDE for x in self.folder.glob(pattern) if x.is_file() and x.suffix != ".py"}
-        return sorted(found)
+        return {x.relative_to(self.folder).as_posix(): x for x in sorted(found)}
 
 
 def _packed(name: str, packed: Packed, reader: Reader) -> Stored:

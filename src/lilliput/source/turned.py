@@ -1,0 +1,159 @@
+"""Rotations that an engine applies around a linear while it runs (compressed-tensors' `transform_config`), undone.
+
+A folder whose linears are rotated holds W' = U^-1 W V, and the engine multiplies their inputs and outputs by the rest.
+Read as plain weights they have to be what the engine computes: the rotations of inputs and outputs go into the weight,
+by the library's own code. Rotations of weights lie in the files already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformFactory, TransformScheme
+from compressed_tensors.utils.match import is_match
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from lilliput.errors import SourceError
+from lilliput.source.packed import Cast, Packed
+from lilliput.source.reader import Reader
+
+_WITHIN = {"input": "weight_input", "output": "weight_output"}  # an online rotation, and the same one of the weight
+_ATTENTION = ("q_attn", "k_cache")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One rotation around a linear, as it has to be applied to the stored weight."""
+
+    name: str
+    scheme: TransformScheme
+    args: TransformArgs
+
+    def __call__(self, weight: Tensor, shape: tuple[int, int]) -> Tensor:
+        """`weight` [out, in] (or [out, 1], a bias) of a linear of `shape`, float64."""
+        module = nn.Linear(1, 1, bias=False)  # only asked for its class, its sizes and where it is
+        module.out_features, module.in_features = shape
+        factory = TransformFactory.from_scheme(self.scheme, name=self.name)
+        turned: Tensor = factory.create_transform(module, self.args)(weight)
+        return turned
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A weight [out, in], or a bias [out], of a linear between rotations: `inner` with `turns` applied, in float64."""
+
+    inner: Packed
+    linear: tuple[int, int]
+    turns: tuple[Turn, ...]
+    beside: tuple[str, ...]  # stored tensors of the rotations, of no use any more
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.dtype
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*self.inner.parts, *self.beside)
+
+    def decode(self, reader: Reader, rows: tuple[int, int] | None = None) -> Tensor:
+        """The values in `dtype`, or those of rows [start, stop)."""
+        alone = all(turn.args.location == "weight_input" for turn in self.turns)  # outputs stay apart
+        values = self.inner.decode(reader, rows if alone else None).double()
+        column = values.dim() == 1
+        values = values.unsqueeze(1) if column else values
+        for turn in self.turns:
+            values = turn(values, self.linear)
+        values = values.squeeze(1) if column else values
+        values = values if alone or rows is None else values[rows[0] : rows[1]]
+        return values.to(self.dtype).contiguous()
+
+
+def undo(reader: Reader, raw: Mapping[str, Any], packed: Mapping[str, Packed], label: str) -> dict[str, Packed]:
+    """`packed` (logical name -> how to decode it) with the rotations that the config tells of taken into account.
+
+    Raises SourceError for rotations whose matrices no formula gives, and for those that no weight can absorb.
+    """
+    if not raw.get("transform_config"):
+        return dict(packed)
+    try:
+        config = TransformConfig.model_validate(raw["transform_config"])
+    except (ValidationError, ValueError) as error:
+        raise SourceError(
+            f"{label}: compressed-tensors cannot read its transform_config: {str(error).splitlines()[0]}."
+        ) from error
+    groups = config.config_groups.items()
+    online = [(name, scheme, args) for name, scheme in groups for args in scheme.apply if args.is_online()]
+    for name, scheme, args in online:
+        _check(name, scheme, args, label)
+    found = dict(packed)
+    for base, weight in _linears(reader, packed).items():
+        turns = [
+            Turn(name, scheme, TransformArgs(targets=[], location=_WITHIN[args.location], inverse=args.inverse))
+            for name, scheme, args in online
+            if args.location in _WITHIN and is_match(base, _class_of(base), args.targets, args.ignore)
+        ]
+        if not turns:
+            continue
+        shape = (weight.shape[0], weight.shape[1])
+        for turn in turns:
+            size = turn.scheme.head_dim or shape[turn.args.location == "weight_input"]
+            if size & (size - 1) or shape[turn.args.location == "weight_input"] % size:
+                raise _refusal(turn.name, f"compressed-tensors has no Hadamard matrix of {size} for {base}", label)
+        beside = tuple(
+            x for x in reader.entries for name, _, args in online if x.startswith(f"{base}.{name}_{args.location}.")
+        )
+        found[f"{base}.weight"] = Turned(weight, shape, tuple(turns), beside)
+        outer = tuple(x for x in turns if x.args.location == "weight_output")
+        bias = reader.entries.get(f"{base}.bias")
+        if outer and bias is not None:
+            found[f"{base}.bias"] = Turned(Cast(bias.shape, bias.dtype, f"{base}.bias"), shape, outer, ())
+    return found
+
+
+def _check(name: str, scheme: TransformScheme, args: TransformArgs, label: str) -> None:
+    """Raises SourceError for a rotation that cannot be undone here."""
+    why = None
+    if scheme.type != "hadamard" or scheme.randomize:
+        kind = "randomized" if scheme.randomize else f"of type '{scheme.type}'"
+        why = f"its matrix is {kind}, and only that of 'hadamard' follows from a formula"
+    elif args.location in _ATTENTION:
+        pair = [x for x in scheme.apply if x.location in _ATTENTION]
+        even = {(tuple(x.targets), tuple(x.ignore), x.inverse) for x in pair}
+        if {x.location for x in pair} != set(_ATTENTION) or len(even) != 1:  # of both alike it changes no product
+            why = f"it turns {args.location} alone, which no weight can absorb"
+    if why is not None:
+        raise _refusal(name, why, label)
+
+
+def _refusal(name: str, why: str, label: str) -> SourceError:
+    return SourceError(
+        f"{label}: the rotation '{name}' of its transform_config, which an engine applies while it runs, cannot be "
+        f"undone: {why}. Start from the unquantized model, which its model card names."
+    )
+
+
+def _linears(reader: Reader, packed: Mapping[str, Packed]) -> dict[str, Packed]:
+    """Every matrix of the files by the name of its module."""
+    found = {name.removesuffix(".weight"): x for name, x in packed.items() if len(x.shape) == 2}
+    used = {part for x in packed.values() for part in x.parts}
+    for name, entry in reader.entries.items():
+        base = name.removesuffix(".weight")
+        if base != name and name not in used and len(entry.shape) == 2:
+            found.setdefault(base, Cast(entry.shape, entry.dtype, name))
+    return found
+
+
+def _class_of(base: str) -> nn.Module:
+    """A module of the class that targets such as "Linear" mean; files do not tell, but embeddings are called so."""
+    leaf = base.rsplit(".", 1)[-1]
+    if "embed" in leaf or leaf in ("wte", "wpe"):
+        return nn.Embedding(1, 1, device="meta")
+    return nn.Linear(1, 1, bias=False, device="meta")

@@ -23,6 +23,7 @@ from lilliput.data.tokens import Tokens
 from lilliput.device import choose as choose_device
 from lilliput.errors import DataError, LilliputError, PlanError
 from lilliput.evidence import assemble
+from lilliput.export.tree import opener
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.journal import Work
@@ -336,9 +337,10 @@ def evaluate(
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The transformers model in `folder`, ready to run; folders in the native format included."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    auto = opener(AutoConfig.from_pretrained(folder))
+    loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=dtype or "auto").eval()
     return loaded
 
 

@@ -96,6 +96,11 @@ class Plan:
         dense = sum(x.nbytes // x.dtype.itemsize for x in self.tensors if x.kind not in {"quantized", "untied head"})
         return dense + sum(linears[name] for name in quantized)
 
+    @property
+    def room(self) -> int:
+        """Bytes of RAM that the run may take: the budget, or what was planned without one."""
+        return self.layout.bytes if self.budget is None else self.budget
+
     def hash(self, data_fingerprint: str) -> str:
         """Identifies runs that may continue each other: same result bytes, same way of computing them."""
         facts = {
@@ -342,6 +347,7 @@ def make(
                 *estimates.phases(model, resolved, tensors, tokens, dtype),
                 *([("measuring the result", estimates.measuring(model))] if measured else []),
                 *estimates.opening(model),
+                *estimates.comparing(model, budget, processes),
             ),
         ),
         budget=budget,

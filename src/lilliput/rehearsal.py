@@ -8,24 +8,20 @@ of one kind load alike, so one of each kind is tried.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from lilliput.errors import SourceError
 from lilliput.export import Exporter
 from lilliput.export.compressed_tensors import CompressedTensors
-from lilliput.export.folder import model_config
+from lilliput.export.engine import hollow, silence
 from lilliput.export.outcome import Outcome
 from lilliput.export.tree import module_name, skeleton, text_prefix
-from lilliput.inventory import lay_out
+from lilliput.inventory import lay_out, written_config
 from lilliput.model import Model
 
 
@@ -115,16 +111,9 @@ def _load(
             shape = torch.tensor([outcome.out_features, outcome.in_features])
             tensors[f"{outcome.stored}.weight_shape"] = shape
     source = model.source.config
-    plain = model_config(source, quantization=entry, dtype=torch.float32, tied=model.tied)
     try:
-        with _silently():
-            _, info = type(engine).from_pretrained(
-                None,
-                config=type(source).from_dict(plain),
-                state_dict=tensors,
-                device_map={"": "meta"},
-                output_loading_info=True,
-            )
+        with silence():
+            _, info = hollow(type(source).from_dict(written_config(model, entry)), tensors)
     except Exception as error:  # whatever the engine raises is the finding
         first = (str(error).strip().splitlines() or [""])[0]
         return _Seen(f"{type(error).__name__}: {first}")
@@ -132,16 +121,3 @@ def _load(
     tried = tuple(f"{module_name(names[i], modules, prefix)}." for i in kept)
     missing = {str(key) for key in info["missing_keys"]}
     return _Seen(None, frozenset(key for key in missing if key.startswith(tried)))
-
-
-@contextlib.contextmanager
-def _silently() -> Iterator[None]:
-    """Nothing that the loader reports of a rehearsal is meant for the user."""
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)

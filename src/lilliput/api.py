@@ -23,6 +23,8 @@ from lilliput.data.tokens import Tokens
 from lilliput.device import choose as choose_device
 from lilliput.errors import DataError, LilliputError, PlanError
 from lilliput.evidence import assemble
+from lilliput.export.engine import Look
+from lilliput.export.tree import opener
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.journal import Work
@@ -256,6 +258,7 @@ def _run(
     original: Model | None = None
     evaluation: Evaluation | None = None
     warnings: tuple[str, ...] = ()
+    seen: Look | None = None
     with Work(out, key, work, layout) as place:
         with ranks.together():
             if ranks.lead():
@@ -267,12 +270,14 @@ def _run(
         if ranks.lead():
             facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
             delivery.write_loadable(place.staging, facts)
+            seen = delivery.opened(place, out, made.room, progress)
             if eval_windows > 0:
                 original = open_model(opened.source.model, device=made.device)
                 evaluation = _measure(original, made, place, tokens, eval_data, eval_windows, progress)
                 warnings = evaluation.notes
+            warnings = (*warnings, *seen.notes)
             spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
-            delivery.write_report(place.staging, facts, evaluation, spent, peak, warnings)
+            delivery.write_report(place.staging, facts, seen, evaluation, spent, peak, warnings)
         place.publish()
     evidence = None
     if evaluation is not None and original is not None:
@@ -289,6 +294,7 @@ def _run(
         evaluation=evaluation,
         rows=tuple(rows),
         warnings=warnings,
+        engine=seen,
         evidence=evidence,
     )
 
@@ -311,7 +317,7 @@ def _measure(
         windows=windows,
         tokens=window(original),
         detail=True,
-        memory=made.layout.bytes if made.budget is None else made.budget,
+        memory=made.room,
         calibration=tokens,
         progress=progress,
     )
@@ -336,15 +342,20 @@ def evaluate(
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The transformers model in `folder`, ready to run; folders in the native format included."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    auto = opener(AutoConfig.from_pretrained(folder))
+    loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=dtype or "auto").eval()
     return loaded
 
 
-def verify(folder: str | Path) -> Verification:
-    """Whether a written folder is whole: hashes, shapes, finite values, and that its engine opens it."""
-    return verify_folder(Path(folder))
+def verify(folder: str | Path, *, memory: int | None = None) -> Verification:
+    """Whether a written folder is whole: hashes, shapes, finite values, and that its engine computes what it holds.
+
+    memory: bytes above `import lilliput`, half of what is free where None; a folder whose model needs more is compared
+    block by block.
+    """
+    return verify_folder(Path(folder), memory=memory)
 
 
 def inspect(model: str | Path, data: str | None = None, *, samples: int = 8, tokens: int = 512) -> dict[str, Any]:

@@ -155,14 +155,16 @@ def plan(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.")],
+    memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Check that a written folder is whole: hashes, shapes, finite, and that its engine loads it."""
+    """Check a written folder: hashes, shapes, finite, and that its engine opens it and computes what it holds."""
 
     def run() -> Any:
         from lilliput import api
+        from lilliput.report.units import parse_size
 
-        return plain(api.verify(folder))
+        return plain(api.verify(folder, memory=parse_size(memory, "--memory")))
 
     if answer(run, table.verify, as_json).get("problems"):
         raise typer.Exit(2)

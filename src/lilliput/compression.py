@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lilliput.export.engine import Look
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.plan import Plan
 
@@ -24,6 +25,7 @@ class Compression:
     evaluation: Evaluation | None
     rows: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...]
+    engine: Look | None = None  # what the engine makes of the folder; None where another process looked
     evidence: Mapping[str, Any] | None = None  # what pages and comparisons are made from (docs/report.md)
 
     def to_json(self) -> dict[str, Any]:
@@ -31,6 +33,7 @@ class Compression:
         predicted = self.plan.to_json()
         measured: dict[str, Any] = {} if self.evaluation is None else dict(self.evaluation.to_json())
         measured |= {
+            **({} if self.engine is None else {"engine": self.engine.detail}),
             "bytes": sum(path.stat().st_size for path in self.out.glob("*.safetensors")),
             "folder_bytes": self.folder_bytes,
             "seconds": self.seconds,

@@ -9,11 +9,15 @@ from typing import Any
 
 from lilliput import recipe as recipes
 from lilliput.data.tokens import Tokens
-from lilliput.export.folder import model_config, write_index, write_side_files
+from lilliput.errors import LilliputError
+from lilliput.export.engine import Look, look
+from lilliput.export.folder import write_index, write_side_files
+from lilliput.inventory import written_config
 from lilliput.journal import Work
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.model import Model
 from lilliput.plan import Plan, describe
+from lilliput.progress import Progress
 from lilliput.report.card import Card, Figure, read_licence
 from lilliput.report.provenance import DataRow, LinearRow, Provenance, TensorRow, versions
 from lilliput.report.units import interval
@@ -114,15 +118,7 @@ def _portable(plain: dict[str, Any]) -> dict[str, Any]:
 
 def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: Any) -> None:
     plan, model = d.plan, d.model
-    stored = {model.written_dtype(name) for name in model.skeleton.shapes}
-    config = model_config(
-        model.source.config,
-        quantization=plan.quantization_config,
-        dtype=max(stored, key=lambda t: sum(model.written_dtype(n) == t for n in model.skeleton.shapes)),
-        tied=model.tied,
-        architecture=type(model.skeleton.model).__name__,
-        raw=model.source.raw,
-    )
+    config = written_config(model, plan.quantization_config)
     card = Card(
         title=f"{model.source.name.rsplit('/', 1)[-1].removesuffix('.gguf')}-{plan.resolved.recipe.name}",
         base_model=model.source.name,
@@ -150,12 +146,31 @@ def write_loadable(folder: Path, d: Delivery) -> None:
     _write(folder, d, {}, (), ())
 
 
+def opened(work: Work, out: Path, memory: int, progress: Progress) -> Look:
+    """What the engine makes of the written folder. Raises LilliputError where it is not what was compressed."""
+    seen = look(work.staging, memory=memory, progress=progress)
+    if seen.problems:
+        raise LilliputError(
+            f"{out} is not written, because {seen.engine} does not compute what was compressed: "
+            f"{'; '.join(seen.problems[:3])}. Set `export: lilliput` in the recipe: that layout does not depend on how "
+            f"an engine reads others. What is finished stays in {work.folder}"
+        )
+    return seen
+
+
 def write_report(
-    folder: Path, d: Delivery, evaluation: Evaluation | None, seconds: float, peak: int, notes: tuple[str, ...]
+    folder: Path,
+    d: Delivery,
+    opened: Look,
+    evaluation: Evaluation | None,
+    seconds: float,
+    peak: int,
+    notes: tuple[str, ...],
 ) -> None:
     """The card and lilliput.json again, now with what was measured on the folder as re-read."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     original = sum(x.nbytes for x in d.model.source.stored.values())
     measured: dict[str, Any] = {} if evaluation is None else _portable(evaluation.to_json())
+    measured |= {"engine": opened.detail}
     measured |= {"bytes": size, "seconds": seconds, "peak_rss_bytes": peak}
     _write(folder, d, measured, notes, _figures(d.plan, evaluation, size, original))

@@ -134,3 +134,12 @@ def measuring(model: Model) -> int:
 def opening(model: Model) -> tuple[tuple[str, int], ...]:
     """transformers reads the whole metadata of a GGUF file, vocabulary and merges, into Python objects (measured)."""
     return (("opening the GGUF file", 230 * memory.MB),) if model.source.from_gguf else ()
+
+
+def comparing(model: Model, budget: int | None, processes: int) -> tuple[tuple[str, int], ...]:
+    """Comparing blocks of the result with those of its engine, where there is room for it; it is left out elsewhere."""
+    from lilliput.export.engine import least
+
+    needed = least(model.anatomy().blocks)
+    fits = int((memory.BASE + needed) * memory.SLACK) <= memory.room(budget, processes)
+    return (("opening the result in its engine", needed),) if fits else ()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lilliput import export, memory
+from lilliput.export.folder import model_config
 from lilliput.export.outcome import Outcome
 from lilliput.model import Model
 
@@ -88,3 +90,17 @@ def lay_out(
             planned.append(TensorPlan(stored_name, kind_of(canonical, model), dtype, shape, first + block, canonical))
     count = first + len(skeleton.block_names)
     return tuple(planned), tuple(f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count))
+
+
+def written_config(model: Model, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json of the output as plain data; its dtype is the one that most tensors have."""
+    names = list(model.skeleton.shapes)
+    stored = {model.written_dtype(name) for name in names}
+    return model_config(
+        model.source.config,
+        quantization=quantization,
+        dtype=max(stored, key=lambda t: sum(model.written_dtype(n) == t for n in names)),
+        tied=model.tied,
+        architecture=type(model.skeleton.model).__name__,
+        raw=model.source.raw,
+    )

@@ -159,13 +159,13 @@ def choose(
     batches = [full]
     while batches[-1] > 1:
         batches.append(batches[-1] // 2)
-    room = budget if budget is not None else max(available() // (2 * processes), 1)
+    most = room(budget, processes)
     options = [(lockstep, batch) for lockstep in (True, False) for batch in batches]
     smallest: Layout | None = None
     for lockstep, batch in options:
         size, where = estimate(blocks, shape, batch=batch, lockstep=lockstep, needs=needs, rewriting=rewriting)
         layout = Layout(batch, lockstep, size, where)
-        if size <= room:
+        if size <= most:
             return layout
         if smallest is None or size < smallest.bytes:
             smallest = layout
@@ -177,6 +177,11 @@ def choose(
         f"--memory {readable(budget)} is too little: {smallest.where} alone needs {readable(smallest.bytes)}; "
         f"give --memory {readable(smallest.bytes, up=True)} or more"
     )
+
+
+def room(budget: int | None, processes: int = 1) -> int:
+    """Bytes that each of so many processes may take: the budget, or its part of half the free memory."""
+    return budget if budget is not None else max(available() // (2 * processes), 1)
 
 
 def available() -> int:

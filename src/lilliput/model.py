@@ -106,6 +106,10 @@ class Model:
         dtype = self.dtype(canonical)
         return torch.float16 if self.source.from_gguf and dtype == torch.float32 else dtype
 
+    def parts(self, canonical: str) -> tuple[str, ...]:
+        """Names in the files of what a canonical tensor is stored as, or is a part of."""
+        return self.source.parts(self._ref(canonical).stored)
+
     def anatomy(self) -> Anatomy:
         """What the model is made of; found once."""
         if self._anatomy is None:

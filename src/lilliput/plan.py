@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import lilliput
-from lilliput import estimates, export, memory, rotated
+from lilliput import estimates, export, memory, rehearsal, rotated
 from lilliput.algebra import compiled
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
@@ -95,6 +95,11 @@ class Plan:
         quantized = {x.source for x in self.tensors if x.kind == "quantized"}
         dense = sum(x.nbytes // x.dtype.itemsize for x in self.tensors if x.kind not in {"quantized", "untied head"})
         return dense + sum(linears[name] for name in quantized)
+
+    @property
+    def room(self) -> int:
+        """Bytes of RAM that the run may take: the budget, or what was planned without one."""
+        return self.layout.bytes if self.budget is None else self.budget
 
     def hash(self, data_fingerprint: str) -> str:
         """Identifies runs that may continue each other: same result bytes, same way of computing them."""
@@ -217,9 +222,25 @@ def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
             pattern=x.pattern,
             transposed=x.linear.transposed,
             expert=x.linear.expert is not None,
+            router=x.linear.role == "router",
         )
         for x in resolved.linears
     }
+
+
+def _unloadable(exporter: export.Exporter, model: Model, resolved: Resolved) -> str | None:
+    """Why a layout cannot hold what the recipe may become: as allocations may divide it, or in the engine's loader."""
+    for task in resolved.allocations:
+        apart = getattr(task.method.module, "extremes", None)
+        if apart is not None:
+            names = resolved.governed(task).items()
+            choices = [(name, apart(x.target, task.options)) for name, x in names]
+            targets = {name: choice[n % len(choice)] for n, (name, choice) in enumerate(choices)}
+            mixed = _outcomes(model, resolved.with_targets(task, targets))
+            reason = exporter.refuse(tuple(mixed.values()), model.source.config)
+            if reason is not None:
+                return f"as step {task.step + 1} ({task.method.name}) may decide, {reason}"
+    return rehearsal.refuse(exporter, model, _outcomes(model, resolved))
 
 
 def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
@@ -230,8 +251,13 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     outcomes = _outcomes(model, resolved)
     ordered = tuple(outcomes.values())
     exporter = export.get(plan.exporter)
+    reason = exporter.refuse(ordered, model.source.config)
+    if reason is not None:
+        raise PlanError(f"the layout '{plan.exporter}' cannot hold what an allocation decided: {reason}")
     tensors, shards = lay_out(model, exporter, outcomes)
     config = exporter.config(ordered, model.source.config)
+    if config is not None and (plan.quantization_config or {}).get("dequantize"):
+        config["dequantize"] = True  # what the engine's loader needs does not depend on the decision
     return replace(
         plan, resolved=resolved, outcomes=outcomes, tensors=tensors, shards=shards, quantization_config=config
     )
@@ -291,7 +317,7 @@ def make(
         )
     outcomes = _outcomes(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
-    exporter = export.choose(ordered, model.source.config, recipe.export)
+    exporter = export.choose(ordered, model.source.config, recipe.export, lambda x: _unloadable(x, model, resolved))
     tensors, shards = lay_out(model, exporter, outcomes)
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
@@ -321,6 +347,7 @@ def make(
                 *estimates.phases(model, resolved, tensors, tokens, dtype),
                 *([("measuring the result", estimates.measuring(model))] if measured else []),
                 *estimates.opening(model),
+                *estimates.comparing(model, budget, processes),
             ),
         ),
         budget=budget,

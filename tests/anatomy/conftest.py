@@ -91,6 +91,20 @@ CONFIGS: Mapping[str, Any] = {
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(
         **LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, mlp_only_layers=[1]
     ),
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=24
+    ),
+    "gpt_oss": lambda: tf.GptOssConfig(
+        **LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=8
+    ),
+    "xglm": lambda: tf.XGLMConfig(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        ffn_dim=INNER,
+        num_layers=LAYERS,
+        attention_heads=HEADS,
+        max_position_embeddings=64,
+    ),
     "deepseek_v2": lambda: tf.DeepseekV2Config(**(LLAMA | LATENT)),
     "deepseek_v3": lambda: tf.DeepseekV3Config(**(LLAMA | LATENT)),
 }
@@ -108,8 +122,11 @@ class Random:
             for value in self.model.parameters():
                 value.add_(torch.randn(value.shape, generator=rng) * 0.1)
         self.tensors: dict[str, Tensor] = {}
-        for name, value in self.model.state_dict().items():
-            if name.endswith("experts.gate_up_proj"):
+        state = self.model.state_dict()
+        for name, value in state.items():
+            if f"{name}_bias" in state:  # another form of experts, which stays as it is
+                self.tensors[name] = value
+            elif name.endswith("experts.gate_up_proj"):
                 for e, both in enumerate(value):
                     gate, up = both.chunk(2, dim=0)
                     stem = name.removesuffix("gate_up_proj")

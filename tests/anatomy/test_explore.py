@@ -215,6 +215,24 @@ def test_mixture_of_experts(explored: Any, name: str, inner: int) -> None:
     assert len(block.residual_writers) == 5
 
 
+def test_a_gate_of_one_row_is_a_router_and_belongs_to_no_expert(explored: Any) -> None:
+    block = explored("qwen2_moe")[1].blocks[0]
+    roles = {x.name: x.role for x in block.linears}
+    assert roles["mlp.shared_expert_gate"] == "router"
+    assert roles["mlp.shared_expert.down_proj"] == "down"
+    assert block.groups.count("expert") == 4
+    members = {name for group in block.groups if group.kind == "expert" for name, _, _ in group.members}
+    assert "mlp.gate" in members
+    assert "mlp.shared_expert_gate" not in members
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "xglm"])
+def test_code_that_knows_no_float64_is_looked_at_in_float32(explored: Any, name: str) -> None:
+    block = explored(name)[1].blocks[0]
+    assert {"v", "o"} <= {x.role for x in block.linears}
+    assert any(x.kind == "linear" for x in block.links)
+
+
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
 def test_deepseek(explored: Any, name: str) -> None:
     _, anatomy = explored(name)

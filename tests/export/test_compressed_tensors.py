@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import Gemma3Config, GPT2Config, LlamaConfig
 
 from lilliput import export
 from lilliput.errors import PlanError
+from lilliput.export import Exporter
 from lilliput.export.compressed_tensors import CompressedTensors, exact_targets
 from lilliput.export.outcome import Outcome, largest_group
 from lilliput.formats.integer import IntegerFormat
@@ -92,6 +94,7 @@ def test_a_layer_that_is_not_what_was_planned_is_an_error() -> None:
         ([outcome(fmt=int4(), transposed=True)], "Conv1D"),
         ([outcome(fmt=int4(), dtype=torch.bfloat16)], "Nearest: scale_dtype bfloat16"),
         ([outcome(fmt=int4(symmetric=False)), outcome(DOWN, int4(-1, False))], "one scheme for all"),
+        ([outcome(fmt=int4(), router=True)], "decides which experts a token takes.*exclude 'router'"),
         ([outcome("m.experts.0.up_proj", int4(symmetric=False), expert=True)], "asymmetric grids in a model with"),
         ([outcome(fmt=int4()), outcome("m.experts.0.up_proj", expert=True)], "stays dense beside quantized"),
         ([outcome("m.experts.0.up_proj", int4(), expert=True)], "part of a tensor that engines read whole"),
@@ -131,6 +134,30 @@ def test_config_ignores_every_other_linear_by_name() -> None:
     assert with_zeros is not None
     assert with_zeros["dequantize"] is True
     assert CompressedTensors().config([outcome()], CONFIG) is None
+
+
+def test_decoded_while_loading_it_takes_one_scheme() -> None:
+    exporter = CompressedTensors(decoded=True)
+    entry = exporter.config([outcome(fmt=int4())], CONFIG)
+    assert entry is not None
+    assert entry["dequantize"] is True
+    assert exporter.refuse([outcome(fmt=int4()), outcome(DOWN, int4())], CONFIG) is None
+    assert "one scheme for all" in (exporter.refuse([outcome(fmt=int4()), outcome(DOWN, int4(-1))], CONFIG) or "")
+    assert "decodes the linears in the dtype of the scales" in (exporter.dense_note([outcome(fmt=int4())]) or "")
+
+
+def test_what_else_stands_against_a_layout() -> None:
+    found = [outcome(fmt=int4())]
+
+    def against(*forms: object) -> Callable[[Exporter], str | None]:
+        return lambda exporter: "no" if exporter in forms else None
+
+    plain, decoded = CompressedTensors(), CompressedTensors(decoded=True)
+    assert export.choose(found, CONFIG, refuse=against(plain)) == decoded
+    assert export.choose(found, CONFIG, "compressed-tensors", against(plain)) == decoded
+    assert export.choose(found, CONFIG, refuse=against(plain, decoded)).name == "lilliput"
+    with pytest.raises(PlanError, match="cannot hold this result: no"):
+        export.choose(found, CONFIG, "compressed-tensors", against(plain, decoded))
 
 
 def test_a_wrappers_other_linears_are_ignored_by_both_names() -> None:

@@ -17,6 +17,7 @@ from lilliput.anatomy.probe import Probe, differs
 from lilliput.anatomy.roles import flow, roles
 from lilliput.anatomy.rotation import residual
 from lilliput.anatomy.skeleton import Skeleton
+from lilliput.errors import SourceError
 
 SMALL = 4_000_000  # parameters of a block that is explored in float64
 
@@ -25,11 +26,18 @@ def explore(skeleton: Skeleton, seed: int = 0) -> Anatomy:
     """The anatomy of a skeleton's model, verified numerically with random weights; nothing of the skeleton changes.
 
     Blocks of one class, with equal tensor shapes and the same layer type, are one kind and share a description. A kind
-    is looked at in a miniature with narrower layers where its config allows one, else at its own size. Raises
-    SourceError where a block cannot be run by itself.
+    is looked at in a miniature with narrower layers where its config allows one, else at its own size; in float64, or
+    in float32 where the model's code knows no float64. Raises SourceError where a block cannot be run by itself.
     """
-    own = _Lazy(skeleton.config)
-    small = miniature(skeleton)
+    try:
+        return _explore(skeleton, seed, torch.float64)
+    except SourceError:
+        return _explore(skeleton, seed, torch.float32)
+
+
+def _explore(skeleton: Skeleton, seed: int, dtype: torch.dtype) -> Anatomy:
+    own = _Lazy(skeleton.config, dtype)
+    small = miniature(skeleton, dtype)
     kinds: dict[Any, Block] = {}
     blocks: list[Block] = []
     for i in range(len(skeleton.block_names)):
@@ -54,14 +62,15 @@ def explore(skeleton: Skeleton, seed: int = 0) -> Anatomy:
 class _Lazy:
     """A skeleton of the model's own size, built once and only where it is needed."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
         self.config = config
+        self.dtype = dtype
         self.built: Skeleton | None = None
 
     def get(self, shapes: Mapping[str, Sequence[int]]) -> Skeleton:
         if self.built is None:
             large = sum(math.prod(s) for s in shapes.values()) > SMALL
-            self.built = Skeleton(self.config, dtype=torch.float32 if large else torch.float64)
+            self.built = Skeleton(self.config, dtype=torch.float32 if large else self.dtype)
         return self.built
 
 

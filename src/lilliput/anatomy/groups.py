@@ -66,7 +66,7 @@ def expert_groups(probe: Probe, roles: Mapping[str, Role]) -> tuple[list[Group],
     """One group per expert: all its linears, and its row in the router."""
     groups: list[Group] = []
     notes: list[str] = []
-    for router in [n for n, r in roles.items() if r == "router"]:
+    for router in [n for n, r in roles.items() if r == "router" and probe.linears[n].router]:
         parent = router.rpartition(".")[0]
         own = {n: f for n, f in probe.linears.items() if f.expert is not None and n.startswith(f"{parent}.")}
         experts = sorted({f.expert for f in own.values() if f.expert is not None})

@@ -20,8 +20,8 @@ _INNER_WORDS = ("intermediate", "ffn", "inner", "mlp_hidden")
 _HEAD_WORDS = ("head_dim", "v_head_dim", "qk_nope_head_dim", "kv_channels")
 
 
-def miniature(skeleton: Skeleton) -> Skeleton | None:
-    """The skeleton with a narrow residual stream and few hidden channels, float64; None where there is no such thing.
+def miniature(skeleton: Skeleton, dtype: torch.dtype = torch.float64) -> Skeleton | None:
+    """The skeleton with a narrow residual stream and few hidden channels; None where there is no such thing.
 
     Heads and experts keep their number, and heads their size, so that every layout is the large model's.
     """
@@ -38,18 +38,18 @@ def miniature(skeleton: Skeleton) -> Skeleton | None:
             sizes[name] = _fresh(taken, INNER, 8)
     sizes = {n: size for n, size in sizes.items() if size * 2 <= int(getattr(config, n, 0) or 0)}
     for chosen in (sizes, {n: size for n, size in sizes.items() if n != "hidden_size"}):
-        small = _build(config, chosen) if chosen else None
+        small = _build(config, chosen, dtype) if chosen else None
         if small is not None and _shrunk(skeleton, small, config, chosen):
             return small
     return None
 
 
-def _build(config: Any, sizes: Mapping[str, int]) -> Skeleton | None:
+def _build(config: Any, sizes: Mapping[str, int], dtype: torch.dtype) -> Skeleton | None:
     config = copy.deepcopy(config)
     try:
         for name, size in sizes.items():
             setattr(config, name, size)
-        return Skeleton(config, dtype=torch.float64)
+        return Skeleton(config, dtype=dtype)
     except (SourceError, ValueError, TypeError, RuntimeError, ZeroDivisionError):
         return None  # this make of model does not come narrower: it is looked at in its own size
 

@@ -56,7 +56,7 @@ def roles(probe: Probe, sites: Sequence[Site], links: Sequence[Link], found: Flo
             producers.setdefault(target, []).append(name)
     linked = {(x.producer, x.site): x for x in links if x.kind == "linear"}
     for name, linear in probe.linears.items():
-        if linear.router:
+        if linear.router or linear.out_features == 1:  # one row: how much of a path each token takes
             out[name] = "router"
     for site in sites:
         feeders = [n for n in producers.get(site.name, ()) if n not in out]

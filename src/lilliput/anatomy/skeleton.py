@@ -160,17 +160,25 @@ class Skeleton:
             self._forward(ids.to(self.device))
         return hidden[0], Calls((ids.shape[0], ids.shape[1]), tuple(recorded))
 
-    def run(self, i: int, hidden: Tensor, calls: Calls, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run(
+        self,
+        i: int,
+        hidden: Tensor,
+        calls: Calls,
+        tensors: Mapping[str, Tensor] | None = None,
+        module: nn.Module | None = None,
+    ) -> Tensor:
         """Block i on hidden states [B, T, H] of the shape that `calls` was recorded for.
 
         `tensors`, by names relative to the block, take the place of its own for this call; gradients reach them.
+        `module` is called in place of the block: the same block of another copy of the model.
         """
         if tuple(hidden.shape[:2]) != calls.shape:
             raise ValueError(f"hidden states {tuple(hidden.shape)} do not fit calls recorded for {calls.shape}")
         call = calls.layers[i]
         args = call.args if call.keyword is not None else (hidden, *call.args)
         kwargs = call.kwargs if call.keyword is None else {**call.kwargs, call.keyword: hidden}
-        out = functional_call(self._layers[i], dict(tensors or {}), args, dict(kwargs))
+        out = functional_call(module or self._layers[i], dict(tensors or {}), args, dict(kwargs))
         result: Tensor = out if isinstance(out, Tensor) else out[0]
         return result
 

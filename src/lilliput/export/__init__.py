@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -48,31 +48,43 @@ class Exporter(Protocol):
 
 def get(name: str) -> Exporter:
     """The exporter `name`. Raises PlanError with the nearest name."""
+    return _forms(name)[0]
+
+
+def _forms(name: str) -> tuple[Exporter, ...]:
+    """The layout `name` in the forms that an engine may need it in, best first; they differ in config.json alone."""
     from lilliput.export.compressed_tensors import CompressedTensors
     from lilliput.export.native import Native
 
-    known: dict[str, Exporter] = {x.name: x for x in (CompressedTensors(), Native())}
+    known: dict[str, tuple[Exporter, ...]] = {
+        "compressed-tensors": (CompressedTensors(), CompressedTensors(decoded=True)),
+        "lilliput": (Native(),),
+    }
     if name not in known:
         raise PlanError(f"unknown export layout '{name}'.{nearest(name, known)}")
     return known[name]
 
 
-def choose(outcomes: Sequence[Outcome], config: PretrainedConfig, wanted: str = "auto") -> Exporter:
+def choose(
+    outcomes: Sequence[Outcome],
+    config: PretrainedConfig,
+    wanted: str = "auto",
+    refuse: Callable[[Exporter], str | None] = lambda _: None,
+) -> Exporter:
     """The layout to write: an engine's own where it holds the outcomes, else the native one.
 
-    Raises PlanError, with the nearest that loads, when `wanted` names a layout that cannot hold them, or none can.
+    `refuse` says what else stands against a layout. Raises PlanError, with the nearest that loads, when `wanted` names
+    a layout that cannot hold the outcomes, or none can.
     """
-    if wanted != "auto":
-        exporter = get(wanted)
-        reason = exporter.refuse(outcomes, config)
-        if reason is not None:
-            raise PlanError(f"the layout '{wanted}' cannot hold this result: {reason}")
-        return exporter
     reasons: list[str] = []
-    for name in ("compressed-tensors", "lilliput"):
-        exporter = get(name)
-        reason = exporter.refuse(outcomes, config)
-        if reason is None:
-            return exporter
-        reasons.append(f"{name}: {reason}")
+    for name in ("compressed-tensors", "lilliput") if wanted == "auto" else (wanted,):
+        said: list[str] = []
+        for exporter in _forms(name):
+            reason = exporter.refuse(outcomes, config) or refuse(exporter)
+            if reason is None:
+                return exporter
+            said.append(reason)
+        if wanted != "auto":
+            raise PlanError(f"the layout '{wanted}' cannot hold this result: {said[0]}")
+        reasons.append(f"{name}: {said[0]}")
     raise PlanError("no layout can hold this result. " + " ".join(reasons))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,8 +39,15 @@ def scheme_of(grid: IntegerFormat) -> Scheme:
     return (grid.bits, grid.symmetric, -1 if grid.group_size == 0 else grid.group_size)
 
 
+@dataclass(frozen=True)
 class CompressedTensors:
-    """Writes `pack-quantized` folders through the compressed-tensors library."""
+    """Writes `pack-quantized` folders through the compressed-tensors library.
+
+    decoded: the folder asks transformers to decode while it loads. Its models then keep plain weights, which some of
+    them cannot do without; vLLM and SGLang pass over the request.
+    """
+
+    decoded: bool = False
 
     name = "compressed-tensors"
 
@@ -57,6 +65,11 @@ class CompressedTensors:
                     f"'{x.name}' is a Conv1D, stored as [in, out], which engines do not look for. "
                     "Nearest: export 'lilliput', which holds it."
                 )
+            if x.router:
+                return (
+                    f"'{x.name}' decides which experts a token takes, and engines build it without a place for packed "
+                    "weights. Nearest: exclude 'router' from every step; export 'lilliput' holds it."
+                )
             if x.format is not None and x.ragged:
                 group = largest_group(quantized)
                 instead = f"group_size {group} divides every width" if group else "group_size 'channel' always fits"
@@ -70,7 +83,7 @@ class CompressedTensors:
                     f"'{x.name}' is {model} with {scale} scales, which engines cast to {model}: every weight would "
                     f"change. Nearest: scale_dtype {model}; export 'lilliput' keeps other scales."
                 )
-        return _refuse_together(outcomes, quantized) or _refuse_fused(outcomes, config)
+        return _refuse_together(outcomes, quantized, self.decoded) or _refuse_fused(outcomes, config)
 
     def describe(self, outcome: Outcome) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         stored, rows, width, fmt = outcome.stored, outcome.out_features, outcome.in_features, outcome.format
@@ -142,7 +155,7 @@ class CompressedTensors:
             ignore=dense_linears(outcomes, config),
         )
         entry: dict[str, Any] = built.model_dump(mode="json", exclude_none=True)
-        if any(not symmetric for _, symmetric, _ in members):
+        if self.decoded or any(not symmetric for _, symmetric, _ in members):
             # transformers 5.23.0 gives an unpacked shape to zero points unless it decodes while loading
             entry["dequantize"] = True
         return entry
@@ -156,7 +169,7 @@ class CompressedTensors:
                 "On a CPU transformers decodes every linear at load or at the first forward pass and then runs dense: "
                 "the file is smaller, the running model is not."
             )
-            notes.extend(_tolerances(quantized))
+            notes.extend(_tolerances(quantized, self.decoded))
         if zeros:
             notes.append(
                 f"The zeros of {len(zeros)} pruned linears are stored as values: engines run them dense, "
@@ -165,7 +178,7 @@ class CompressedTensors:
         return " ".join(notes) or None
 
 
-def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome]) -> str | None:
+def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome], decoded: bool) -> str | None:
     """What each linear could have by itself and an engine does not load side by side."""
     schemes = {scheme_of(x.format): x.name for x in quantized if x.format is not None}
     asymmetric = any(not symmetric for _, symmetric, _ in schemes)
@@ -175,11 +188,11 @@ def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome]) 
             f"asymmetric grids in a model with experts ('{experts[0].name}') load in no engine version tested. "
             "Nearest: symmetric: true; export 'lilliput' holds zero points."
         )
-    if asymmetric and len(schemes) > 1:
+    if (asymmetric or decoded) and len(schemes) > 1:
         first, second = list(schemes.values())[:2]
         return (
-            f"'{first}' and '{second}' differ in bits, symmetry or group, and a loader that decodes zero points takes "
-            "one scheme for all. Nearest: one target for all linears, or symmetric: true; "
+            f"'{first}' and '{second}' differ in bits, symmetry or group, and a loader that decodes takes one "
+            f"scheme for all. Nearest: one target for all linears{'' if decoded else ', or symmetric: true'}; "
             "export 'lilliput' holds mixed schemes."
         )
     if quantized and len({None if x.format is None else scheme_of(x.format) for x in experts}) > 1:
@@ -210,14 +223,15 @@ def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
     return narrow == wide or wide == torch.float32
 
 
-def _tolerances(quantized: Sequence[Outcome]) -> list[str]:
+def _tolerances(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
     """Where transformers decodes in the dtype of the scales instead of the model's."""
     formats = [x.format for x in quantized if x.format is not None]
-    eager = any(not f.symmetric for f in formats) or any(x.expert for x in quantized)
+    eager = decoded or any(not f.symmetric for f in formats) or any(x.expert for x in quantized)
     notes = []
     if eager and any(f.scale_dtype != torch.float32 for f in formats):
+        which = "the linears" if decoded else "zero points and experts"
         notes.append(
-            "transformers decodes zero points and experts in the dtype of the scales: loaded in a wider dtype, "
+            f"transformers decodes {which} in the dtype of the scales: loaded in a wider dtype, "
             "each weight is rounded once to that dtype."
         )
     split = _split_siblings(quantized)

@@ -18,7 +18,8 @@ class Outcome:
 
     `name` is the canonical name and `stored` the name in the files, both without ".weight"; `scheme` its parts and
     transforms, none where the linear stays dense; `dtype` that of the dense tensor it was or stays. `sparsity` and
-    `pattern` tell of zeros in it. `transposed`: the file holds [in, out] (Conv1D). `expert`: one of many experts.
+    `pattern` tell of zeros in it. `transposed`: the file holds [in, out] (Conv1D). `expert`: one of many experts;
+    `router`: it decides what each token takes of them.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Outcome:
     pattern: str | None = None
     transposed: bool = False
     expert: bool = False
+    router: bool = False
 
     @property
     def format(self) -> IntegerFormat | None:

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lilliput.errors import SourceError
 from lilliput.export.outcome import Outcome
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that `AutoModelForCausalLM.from_pretrained` builds for this config, on the meta device."""
-    from transformers import AutoModelForCausalLM
+def opener(config: PretrainedConfig) -> Any:
+    """The class of transformers whose `from_pretrained` opens a folder with this config as a model that writes text.
 
+    Wrappers of other inputs than text are often known to another one than `AutoModelForCausalLM`. Raises SourceError
+    where none knows it.
+    """
+    import transformers as tf
+
+    known = (tf.AutoModelForCausalLM, tf.AutoModelForImageTextToText, tf.AutoModelForMultimodalLM)
+    for auto in known:
+        if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {}):
+            return auto
+    raise SourceError(
+        f"transformers opens models of the type '{config.model_type}' by none of "
+        f"{', '.join(auto.__name__ for auto in known)}: give the folder of its language model alone"
+    )
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that `from_pretrained` builds for this config, on the meta device. SourceError where it builds none."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))  # building writes into the config
+        model: PreTrainedModel = opener(config).from_config(copy.deepcopy(config))  # building writes into the config
+    return model
 
 
 def text_prefix(model: nn.Module, config: PretrainedConfig) -> str:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, SourceError
+from lilliput.export.engine import look
 from lilliput.report.provenance import NAME, Provenance, TensorRow, read
 from lilliput.source.reader import Reader
 from lilliput.source.shards import Shards, pickles
 
-LOADED = 1 << 30  # folders of at most this many bytes are opened by the engine itself
 SHOWN = 20  # problems of one kind that are told one by one
 
 
@@ -58,8 +58,8 @@ class Verification:
         }
 
 
-def verify(folder: Path, *, load_limit: int = LOADED) -> Verification:
-    """Check a folder tensor by tensor, about 16 MB at a time; folders up to `load_limit` bytes are loaded as well.
+def verify(folder: Path, *, memory: int | None = None) -> Verification:
+    """Check a folder tensor by tensor, about 16 MB at a time, and what its engine makes of it, within `memory` bytes.
 
     Problems are reported, not raised. Raises SourceError only where there is no folder.
     """
@@ -90,11 +90,9 @@ def verify(folder: Path, *, load_limit: int = LOADED) -> Verification:
     if any(row.problems for row in rows) or config is None:
         notes.append("the engine was not started on a folder that is not whole")
     else:
-        rows.append(_reads(folder))
-        if sum(x.nbytes for x in reader.entries.values()) <= load_limit:
-            rows.append(_loads(folder))
-        else:
-            notes.append(f"larger than {load_limit} bytes: read by lilliput, not loaded by transformers")
+        row, more = _opens(folder, memory)
+        rows.append(row)
+        notes += more
     return Verification(str(folder), tuple(rows), tuple(notes))
 
 
@@ -165,36 +163,13 @@ def _not_finite(values: Tensor) -> int:
     return values.numel() - int(torch.isfinite(values).sum())
 
 
-def _reads(folder: Path) -> Check:
-    """Lilliput's own reader finds every tensor that the model needs, in its shape."""
-    from lilliput.model import open_model
-
+def _opens(folder: Path, memory: int | None) -> tuple[Check, tuple[str, ...]]:
+    """The engine opens the folder and computes what Lilliput's own reader decodes."""
     try:
-        opened = open_model(str(folder))
+        seen = look(folder, memory=memory)
     except LilliputError as error:
-        return Check("model", "every tensor in its shape", (str(error),))
-    return Check("model", f"{len(opened.refs)} tensors of {type(opened.skeleton.model).__name__}")
-
-
-def _loads(folder: Path) -> Check:
-    """transformers opens the folder and its logits are finite."""
-    import transformers
-
-    what, detail = "engine", f"transformers {transformers.__version__}"
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
-        problems = [f"transformers found no tensor for {name}" for name in sorted(info["missing_keys"])]
-        problems += [
-            f"transformers found another shape for {name}" for name in sorted(map(str, info["mismatched_keys"]))
-        ]
-        with torch.no_grad():
-            logits = model.eval()(input_ids=torch.arange(8).unsqueeze(0), use_cache=False).logits
-        if not bool(torch.isfinite(logits).all()):
-            problems.append("transformers opens the folder, and its logits are not finite")
-    except Exception as error:  # whatever the engine raises is the finding
-        first = (str(error).strip().splitlines() or [""])[0]
-        problems = [f"transformers does not open the folder: {type(error).__name__}: {first}"]
-    return Check(what, detail, _some(problems))
+        return Check("engine", "read by lilliput", (str(error),)), ()
+    return Check("engine", seen.detail, _some(list(seen.problems))), seen.notes
 
 
 def _some(problems: list[str]) -> tuple[str, ...]:

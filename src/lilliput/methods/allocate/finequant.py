@@ -56,6 +56,11 @@ def refuse(target: Target, o: Options) -> str | None:
     return None
 
 
+def extremes(target: Target, o: Options) -> tuple[Target, ...]:
+    """The farthest apart of the targets that linears with this one may get: its own groups, and one per row."""
+    return target, target.model_copy(update={"group_size": -1})
+
+
 def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
     """For each linear: its width, and the mean range at one group per row and at each of `SIZES`, 0 where that does
     not divide the width or is not below it."""

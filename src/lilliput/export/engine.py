@@ -1,0 +1,312 @@
+"""The engine's eye: what transformers makes of a folder, beside what Lilliput's own reader decodes.
+
+A folder may look fine to the code that wrote it while an engine draws random numbers for a tensor that it looks for
+under another name, unties a head, or decodes codes otherwise. So the engine's own model is built from the written
+config. First empty, on the meta device, which costs no memory for weights: it shows what the engine misses, finds in
+another shape, or cannot build. Then its blocks are filled one by one through its own loader and run on the same hidden
+states as ours. Where the whole model fits in memory, its logits are compared as well, as a user would get them.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lilliput import memory as ram
+from lilliput.activations import Activations
+from lilliput.anatomy.model import Block
+from lilliput.export.tree import module_name, skeleton, text_prefix
+from lilliput.forward import embed
+from lilliput.model import Model
+from lilliput.progress import Progress
+from lilliput.runtime.linear import CompressedLinear
+from lilliput.source.shards import Shards
+
+TOKENS = 32
+# What a block adds to its inputs, in the engine and as our reader decodes it, in float32: sums in another order differ
+# by 1e-6, decoding in half precision by the rounding of that precision. A wrong tensor differs by about 1. Logits add
+# up what all blocks differ by.
+EXACT = 1e-4
+CLOSE = {"block": 2e-2, "logits": 1e-1}
+# Where two experts are almost equally good, rounding decides between them: a quarter of the tokens may go elsewhere.
+ROUTED = 0.75
+SHAPE = ".weight_shape"  # read as a value while an engine decodes, so it is never left empty
+
+
+@dataclass(frozen=True)
+class Look:
+    """What came of opening a folder in its engine.
+
+    problems: what is wrong, in words; notes: what could not be checked or differs by rounding; blocks: how many were
+    compared; error: the largest relative difference of what a block adds to a token's hidden state; logits: that of the
+    whole model's logits, where it fits in memory.
+    """
+
+    engine: str
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    blocks: int = 0
+    error: float | None = None
+    logits: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @property
+    def detail(self) -> str:
+        """What was done, in words."""
+        words = [self.engine]
+        if self.error is not None:
+            words.append(f"{self.blocks} blocks compute what the files say, to {self.error:.0e}")
+        if self.logits is not None:
+            words.append(f"logits to {self.logits:.0e}")
+        return ", ".join(words)
+
+
+def look(folder: Path, *, memory: int | None = None, progress: Progress | None = None) -> Look:
+    """Open `folder` as its engine does and compare with our own reader, within `memory` bytes above a fresh import.
+
+    Problems are reported, not raised: whatever the engine raises is a finding.
+    """
+    import transformers
+
+    from lilliput.model import open_model
+
+    engine = f"transformers {transformers.__version__}"
+    with silence():
+        ours = open_model(str(folder), dtype=torch.float32)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        reader = Shards(folder)
+        model, problems, notes = _empty(config, _state(reader), ours.carried)
+        if model is None or problems:
+            return Look(engine, problems, notes)
+        with torch.no_grad():
+            return _compare(Look(engine, (), notes), model, config, reader, ours, memory, progress)
+
+
+def least(blocks: Sequence[Block]) -> int:
+    """Bytes that comparing takes at least: the largest block twice in float32, and once more while it is decoded."""
+    return max((12 * sum(x.parameters for x in block.linears) for block in blocks), default=0)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing that the engine's loader reports of a trial is for the user: the caller tells what it found."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _state(reader: Shards) -> dict[str, Tensor]:
+    """All tensors of a folder by stored name, on the meta device but for the shapes of packed ones."""
+    return {
+        name: reader.read(name) if name.endswith(SHAPE) else torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in reader.entries.items()
+    }
+
+
+def hollow(config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The engine's model in float32 on the meta device, loaded by its own loader, and what the loader said.
+
+    state: stored name to tensor, on the meta device but for what the loader reads as a value (`SHAPE`). Raises whatever
+    the engine raises.
+    """
+    kind = type(skeleton(config))
+    with silence():
+        model, info = kind.from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=dict(state),
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    return model.eval(), info
+
+
+def _fill(
+    model: nn.Module, quantizer: Any, block: nn.Module, reader: Shards, stored: Iterable[str], like: nn.Module
+) -> None:
+    """Load some stored tensors, which are a block's, through the engine's loader, ready to run.
+
+    quantizer: the engine's, None for a dense folder. Buffers that no file holds are taken from `like`, the same block
+    of our model.
+    """
+    from compressed_tensors.compressors import decompress_module
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    state = {name: reader.read(name) for name in stored}
+    how = LoadStateDictConfig(
+        device_map={"": "cpu"},
+        dtype=torch.float32,
+        hf_quantizer=quantizer,
+        weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+    )
+    with silence():
+        convert_and_load_state_dict_in_model(model, state, how)
+    for module in list(block.modules()):
+        if isinstance(module, CompressedLinear):
+            module.fill({name: reader.read(name) for name in module.spec.describe()}, torch.device("cpu"))
+        else:
+            decompress_module(module)  # what the first forward pass of the whole model does; leaves dense ones alone
+    ours = dict(like.named_modules())
+    for name, module in block.named_modules():
+        for key in module._non_persistent_buffers_set:
+            if name in ours and key in ours[name]._buffers:
+                module._buffers[key] = ours[name]._buffers[key]
+
+
+def _empty(
+    config: Any, state: Mapping[str, Tensor], carried: Sequence[str]
+) -> tuple[nn.Module | None, tuple[str, ...], tuple[str, ...]]:
+    """The engine's empty model, its problems and notes."""
+    try:
+        model, info = hollow(config, state)
+    except Exception as error:  # whatever the engine raises is the finding
+        return None, (f"transformers does not open it: {_first_line(error)}",), ()
+    problems = [
+        f"transformers finds no tensor for {name} and would draw it at random" for name in sorted(info["missing_keys"])
+    ]
+    problems += [f"transformers finds another shape for {name}" for name in sorted(map(str, info["mismatched_keys"]))]
+    problems += [str(x) for x in info.get("error_msgs") or ()]
+    strange = sorted(set(info["unexpected_keys"]) - set(carried))
+    notes = [f"transformers has no place for {len(strange)} tensors, {strange[0]} among them"] if strange else []
+    return model, tuple(problems), tuple(notes)
+
+
+def _compare(
+    found: Look,
+    model: nn.Module,
+    config: Any,
+    reader: Shards,
+    ours: Model,
+    memory: int | None,
+    progress: Progress | None,
+) -> Look:
+    """The engine's blocks, and its logits where there is room for all of them, beside those of our reader."""
+    sizes, room = ours.skeleton.shapes, ram.room(memory)
+    ids = torch.arange(1, 1 + min(TOKENS, ours.positions or TOKENS)).unsqueeze(0) % sizes[ours.skeleton.head][0]
+    whole = 8 * sum(prod(x) for x in sizes.values()) + sum(x.nbytes for x in reader.entries.values())
+    if ram.BASE + least(ours.anatomy().blocks) > room:
+        needed = ram.readable(ram.BASE + least(ours.anatomy().blocks), up=True)
+        note = f"blocks were not compared with those of {found.engine}, which takes {needed}: names and shapes were"
+        return replace(found, notes=(*found.notes, note))
+    errors: list[float] = []
+    try:
+        for error in _blocks(model, config, reader, ours, ids):
+            errors.append(error)
+            if progress is not None:
+                progress.step(len(errors), len(ours.skeleton.block_names), "in its engine")
+        found = replace(found, blocks=len(errors), error=max(errors))
+    except Exception as error:  # whatever the engine raises; alone it may be the way in which a block was called
+        found = replace(found, notes=(*found.notes, f"blocks could not be compared: {_first_line(error)}"))
+    if ram.BASE + whole <= room:
+        try:
+            found = replace(found, logits=_logits(type(model), reader.files[0].parent, ours, ids))
+        except Exception as error:
+            return replace(found, problems=(f"transformers opens it and cannot run it: {_first_line(error)}",))
+    return _judged(found, errors)
+
+
+def _judged(found: Look, errors: Sequence[float]) -> Look:
+    """Problems and notes for the differences that were found."""
+    problems, notes = list(found.problems), list(found.notes)
+    for what, error in (("block", found.error), ("logits", found.logits)):
+        if error is None:
+            continue
+        place = "the logits" if what == "logits" else f"block {errors.index(error)}"
+        if not math.isfinite(error):
+            problems.append(f"{place} of transformers are not finite: a weight is damaged or overflows")
+        elif error > CLOSE[what]:
+            problems.append(f"transformers computes {place} otherwise than the files say: it differs by {error:.2g}")
+    if not problems and (found.error or 0) > EXACT:
+        notes.append(
+            f"{found.engine} decodes in half precision: blocks differ by {found.error:.0e} from exact decoding"
+        )
+    return replace(found, problems=tuple(problems), notes=tuple(notes))
+
+
+def _logits(kind: Any, folder: Path, ours: Model, ids: Tensor) -> float:
+    """The whole model as a user opens it."""
+    with silence():
+        theirs = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        seen = theirs(input_ids=ids, use_cache=False).logits.float()
+    del theirs
+    names = list(ours.skeleton.shapes)
+    ours.load(names)
+    try:
+        model: Any = ours.skeleton.model
+        wanted = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        ours.unload(names)
+    routed = any(x.expert is not None for block in ours.anatomy().blocks for x in block.linears)
+    return _difference(seen, wanted, wanted.mean(-1, keepdim=True), routed)
+
+
+def _blocks(model: nn.Module, config: Any, reader: Shards, ours: Model, ids: Tensor) -> Iterator[float]:
+    """Block by block, one of the engine's beside one of ours, on the same inputs."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    how = getattr(config, "quantization_config", None)  # the loader takes it out of a model that it decodes at once
+    quantizer = None if how is None else AutoHfQuantizer.from_config(how, pre_quantized=True)
+    if quantizer is not None:
+        quantizer.validate_environment()
+    with tempfile.TemporaryDirectory(prefix="lilliput-engine-") as place:
+        store = Activations(Path(place) / "hidden", (*ids.shape, ours.skeleton.hidden_size), torch.float32, create=True)
+        calls = embed(ours, ids, 1, store).calls[1]
+        hidden = store.read(0, 1)
+        store.delete()
+    modules = dict(model.named_modules())
+    prefix = text_prefix(model, model.config)
+    for i, name in enumerate(ours.skeleton.block_names):
+        block = modules[module_name(name, modules, prefix)]
+        stored = {x for name in ours.skeleton.names_of(i) for x in ours.parts(name)}
+        stored |= {x for x in (f"{n.rpartition('.')[0]}{SHAPE}" for n in stored) if x in reader.entries}
+        ours.load_block(i)
+        _fill(model, quantizer, block, reader, sorted(stored), ours.skeleton.block(i))
+        wanted = ours.skeleton.run(i, hidden, calls)
+        routed = any(x.expert is not None for x in ours.anatomy().blocks[i].linears)
+        yield _difference(ours.skeleton.run(i, hidden, calls, module=block), wanted, hidden, routed)
+        ours.unload_block(i)
+        block.to("meta")
+        hidden = wanted
+        ram.trim()
+
+
+def _difference(seen: Tensor, wanted: Tensor, base: Tensor, routed: bool) -> float:
+    """The ratio of |seen - wanted| to |wanted - base|, the largest of all tokens; infinite where one is not finite.
+
+    routed: experts are chosen on the way, so that the `ROUTED` quantile counts instead.
+    """
+    if not bool(torch.isfinite(seen).all()):
+        return math.inf
+    off = (seen - wanted).double().norm(dim=-1)
+    size = (wanted - base).double().norm(dim=-1) + 1e-6 * wanted.double().norm(dim=-1)
+    ratio = (off / size.clamp_min(1e-30)).flatten()
+    return float(ratio.quantile(ROUTED) if routed else ratio.max())
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

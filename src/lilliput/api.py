@@ -154,6 +154,7 @@ def _space(made: Plan, model: Model, place: Work, eval_windows: int) -> None:
     place.need(made.folder_bytes, spill)
 
 
+@memory.steady()
 def compress(
     model: str | Path,
     out: str | Path,
@@ -236,7 +237,6 @@ def _run(
     progress: Progress,
     began: float,
 ) -> Compression:
-    memory.steady()
     tokens: Tokens | None = None
     with ranks.together():
         if ranks.lead():

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from lilliput import ranks
+from lilliput import memory, ranks
 from lilliput.errors import LilliputError, ToldError
 
 ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
@@ -46,6 +46,7 @@ def answer(run: Callable[[], Any], view: Callable[[Any], RenderableType], as_jso
     """
     with guarded(resume):
         with redirected():
+            memory.own_process()
             data = run()
         if not ranks.lead():
             return data

@@ -128,8 +128,6 @@ def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[
         licence=read_licence(model.source.folder),
         notes=(*plan.notes, *notes),
     )
-    if model.source.from_gguf:
-        model.source.tokenizer().save_pretrained(folder)
     write_side_files(
         folder,
         source_side_files=model.source.side_files(),

@@ -9,6 +9,7 @@ import torch
 
 from lilliput import backward, memory, rotated
 from lilliput.algebra import compiled
+from lilliput.errors import PlanError
 from lilliput.formats.trellis import TrellisFormat
 from lilliput.inventory import TensorPlan
 from lilliput.model import Model
@@ -123,12 +124,18 @@ def scratch(resolved: Resolved) -> int:
     return methods + max((form.scratch(rows, width) for form, rows, width in formats), default=0)
 
 
-def measuring(model: Model) -> int:
-    """The least that the closing evaluation takes: 8 windows of the result and the original, in float32."""
-    from lilliput.metrics.layout import least, window
+def measuring(model: Model, budget: int | None) -> int:
+    """What the closing evaluation takes beside `memory.BASE`: 8 windows of the result and the original, in float32.
+
+    The least that it can do with where it does not fit the budget.
+    """
+    from lilliput.metrics.layout import choose, least, window
 
     tokens = window(model)
-    return least([model, model], tokens, 8 * tokens, torch.float32.itemsize)
+    try:
+        return choose([model, model], tokens, budget, 8, torch.float32.itemsize).bytes
+    except PlanError:
+        return least([model, model], tokens, 8 * tokens, torch.float32.itemsize)
 
 
 def opening(model: Model) -> tuple[tuple[str, int], ...]:

@@ -64,11 +64,9 @@ def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
         return
     used, mapped = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     rows = torch.empty(len(used), table.weight.shape[1], dtype=skeleton.dtype_of(name), device=skeleton.device)
-    for a in range(0, model.shape(name)[0], memory.TABLE_ROWS):
-        here = (used >= a) & (used < a + memory.TABLE_ROWS)
-        if bool(here.any()):
-            piece = model.read_rows(name, a, min(a + memory.TABLE_ROWS, model.shape(name)[0]))
-            rows[here] = piece[used[here] - a].to(rows)
+    for first, last in model.spans(name, used):
+        here = (used >= first) & (used < last)
+        rows[here] = model.read_rows(name, first, last)[used[here] - first].to(rows)
     padding, table.padding_idx = table.padding_idx, None
     others = [n for n in skeleton.embeddings if n != name]
     model.load(others)

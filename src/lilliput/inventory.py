@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ METADATA = {"format": "pt"}
 # Tensors outside the blocks share files of at most this size; each block has a file of its own, so that a finished
 # block is never touched again.
 SHARD = 512 * memory.MB
+PIECE = 16 * memory.MB  # of a tensor with more than two axes
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class TensorPlan:
         for side in self.shape:
             count *= side
         return count * self.dtype.itemsize
+
+
+def rows_at_a_time(shape: tuple[int, ...]) -> int:
+    """How many rows of a tensor outside the blocks are in memory at a time, while they are read and written."""
+    if len(shape) <= 2:
+        return memory.TABLE_ROWS
+    return max(1, PIECE // (4 * prod(shape[1:])))
 
 
 def kind_of(name: str, model: Model) -> str:

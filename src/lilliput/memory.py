@@ -7,7 +7,8 @@ compares the estimate with the measurement.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lilliput.anatomy.model import Block, Linear
@@ -20,7 +21,8 @@ BASE = 160 * MB
 SLACK = 1.06
 STILL = 60 * MB  # the same where no forward pass runs
 TABLE_ROWS = 4096  # rows of the token table read at a time
-FORWARD = 32 * MB  # glibc's largest threshold for mapping
+GROWN = 32 * MB  # glibc's largest threshold for mapping
+FORWARD = GROWN
 
 
 @dataclass(frozen=True)
@@ -238,21 +240,47 @@ def readable(size: float, up: bool = False) -> str:
     return f"{int(size)}B"
 
 
-def steady(largest: int = 3 * MB) -> None:
-    """Let glibc map tensors of `largest` bytes or more one by one: freeing them gives their memory back at once.
+@contextmanager
+def steady(largest: int = 3 * MB) -> Iterator[None]:
+    """While the context lasts, glibc maps tensors of `largest` bytes or more one by one: freed, they are given back.
 
     By default the threshold grows with use, large tensors end up on the heap, and what a run holds at its fullest stays
     with the process: on SmolLM2 that took 370 MB where 230 to 300 do. A threshold of 1 MB would save another 40 MB, but
     every tensor then is faulted in page by page, which cost a fifth of the time. `FORWARD` is for forward passes and
     heads, whose tensors come and go in the same few sizes.
+
+    glibc cannot be told to let the threshold grow again. Behind the outermost context it stands where it would have
+    grown to by itself in a process that frees large tensors, at its most (`GROWN`).
     """
+    _thresholds.append(largest)
+    _set_threshold(largest)
+    try:
+        yield
+    finally:
+        _thresholds.pop()
+        trim()
+        _set_threshold(_thresholds[-1] if _thresholds else GROWN)
+
+
+_thresholds: list[int] = []  # of the contexts that are open, the innermost last
+
+
+def _set_threshold(size: int) -> None:
+    _mallopt(-3, size)  # M_MMAP_THRESHOLD
+    _mallopt(-1, (2 if size == GROWN else 8) * size)  # M_TRIM_THRESHOLD
+
+
+def own_process() -> None:
+    """What only a process that is ours alone may set, for it cannot be undone: one heap for all threads."""
+    _mallopt(-8, 1)  # M_ARENA_MAX
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    """Set a parameter of glibc's allocator; nothing where there is another one."""
     import ctypes
 
     try:
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, largest)  # M_MMAP_THRESHOLD
-        library.mallopt(-1, 8 * largest)  # M_TRIM_THRESHOLD
-        library.mallopt(-8, 1)  # M_ARENA_MAX
+        ctypes.CDLL("libc.so.6").mallopt(parameter, value)
     except (OSError, AttributeError):
         return
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lilliput import memory
 from lilliput.anatomy.explore import explore
 from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
@@ -20,6 +21,7 @@ from lilliput.source.names import Names, Ref, bind, single_name
 __all__ = ["Model", "Ref", "open_model"]
 
 ROWS = 1 << 12  # rows of two embeddings compared at a time
+SPARSE = 8  # rows between two wanted ones that are not worth a read of their own
 
 
 class Model:
@@ -77,6 +79,30 @@ class Model:
         if ref.index is not None or ref.rows is not None or ref.transposed:
             return self.read(canonical)[start:stop].contiguous()
         return self.source.read(ref.stored, (start, stop))
+
+    def spans(self, canonical: str, rows: Tensor) -> Iterator[tuple[int, int]]:
+        """What to read, [start, stop) at a time, to see the rows int64 [n] (ascending, each once) of a tensor.
+
+        At most `memory.TABLE_ROWS` at a time; where few rows of a stretch are wanted, hardly more than those.
+        """
+        ref = self._ref(canonical)
+        if ref.transposed or len(self.source.parts(ref.stored)) > 1:
+            yield from self._stretches(canonical, rows)
+            return
+        for first, last in self._stretches(canonical, rows):
+            wanted = rows[(rows >= first) & (rows < last)]
+            if len(wanted) * SPARSE > last - first:
+                yield first, last
+                continue
+            ends = (wanted.diff() > SPARSE).nonzero()[:, 0]
+            for group in wanted.tensor_split(ends + 1):
+                yield int(group[0]), int(group[-1]) + 1
+
+    def _stretches(self, canonical: str, rows: Tensor) -> Iterator[tuple[int, int]]:
+        """The stretches of `memory.TABLE_ROWS` rows in which any of the rows int64 [n] lies."""
+        count = self.shape(canonical)[0]
+        for number in sorted(set((rows // memory.TABLE_ROWS).tolist())):
+            yield number * memory.TABLE_ROWS, min((number + 1) * memory.TABLE_ROWS, count)
 
     def stored_name(self, canonical: str) -> str:
         """Name under which to write a tensor: its own in the files.

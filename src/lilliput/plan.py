@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,12 +192,8 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
 
 
 def _side_bytes(model: Model) -> int:
-    """Bytes of the files beside the weights; a GGUF file has none, so its tokenizer is written out to see."""
-    if not model.source.from_gguf:
-        return sum(path.stat().st_size for path in model.source.side_files().values())
-    with tempfile.TemporaryDirectory() as folder:
-        model.source.tokenizer().save_pretrained(folder)
-        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    """Bytes of the files beside the weights."""
+    return sum(path.stat().st_size for path in model.source.side_files().values())
 
 
 def _divided(processes: int) -> str:
@@ -345,7 +339,7 @@ def make(
             fisher=resolved.fisher(1) > 0,
             phases=(
                 *estimates.phases(model, resolved, tensors, tokens, dtype),
-                *([("measuring the result", estimates.measuring(model))] if measured else []),
+                *([("measuring the result", estimates.measuring(model, budget))] if measured else []),
                 *estimates.opening(model),
                 *estimates.comparing(model, budget, processes),
             ),

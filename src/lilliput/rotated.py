@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,9 +126,13 @@ class RotatedModel(Model):
         change = self._changes.get(canonical)
         if change is None:
             return super().read_rows(canonical, start, stop)
-        if change.kind != "outside" or canonical not in self.inner.refs:
+        if change.kind != "outside":
             return self.read(canonical)[start:stop].contiguous()
-        return self._turn_rows(self.inner.read_rows(canonical, start, stop), change)
+        return self._turn_rows(super().read_rows(canonical, start, stop), change)
+
+    def spans(self, canonical: str, rows: Tensor) -> Iterator[tuple[int, int]]:
+        """Whole stretches: how a row of a matrix product is rounded depends on how many rows there are."""
+        return self._stretches(canonical, rows)
 
     def _read_rows(self, canonical: str, change: Change) -> Tensor:
         return self._turn_rows(super().read(canonical), change)

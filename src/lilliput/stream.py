@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lilliput import export, fisher, fitting, lockstep, memory, order, passes, ranks
+from lilliput import export, fisher, fitting, inventory, lockstep, memory, order, passes, ranks
 from lilliput.activations import START_ANEW, Activations, raw
 from lilliput.anatomy.model import Site
 from lilliput.errors import LilliputError
+from lilliput.export.pieces import save_pieces
 from lilliput.formats import scales
 from lilliput.forward import Batches, embed, through
 from lilliput.inventory import METADATA
@@ -41,6 +42,31 @@ def _save(work: Work, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Write one output file so that it is there whole or not at all; returns the tensors' hashes."""
     save_atomically(work.staging / name, tensors, METADATA)
     return {key: _sha256(value) for key, value in tensors.items()}
+
+
+def _save_outside(plan: Plan, model: Model, shard: int, work: Work) -> dict[str, str]:
+    """Write a file of tensors outside the blocks, large ones a few rows at a time: a vocabulary's table may be the
+    largest thing of all, and dequantized it is four times what is written. Returns the tensors' hashes."""
+    tensors = {x.name: x for x in plan.of_shard(shard)}
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        planned = tensors[name]
+        carried = planned.kind == "carried"
+        rows = inventory.rows_at_a_time(planned.shape)
+        if not planned.shape or rows >= planned.shape[0]:
+            yield (model.source.read(planned.source) if carried else model.read(planned.source)).to(planned.dtype)
+            return
+        for start in range(0, planned.shape[0], rows):
+            stop = min(start + rows, planned.shape[0])
+            part = (
+                model.source.read(planned.source, (start, stop))
+                if carried
+                else model.read_rows(planned.source, start, stop)
+            )
+            yield part.to(planned.dtype)
+
+    layout = {x.name: (x.dtype, x.shape) for x in tensors.values()}
+    return save_pieces(work.staging / plan.shards[shard], layout, pieces, METADATA)
 
 
 def compress_site(
@@ -290,14 +316,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
             if shard not in whole:
                 hashes: dict[str, str] = {}
                 if ranks.lead():
-                    tensors = {
-                        x.name: (
-                            model.source.read(x.source) if x.kind == "carried" else model.read(x.source).to(x.dtype)
-                        ).contiguous()
-                        for x in plan.of_shard(shard)
-                    }
-                    hashes = _save(work, plan.shards[shard], tensors)
-                    del tensors
+                    hashes = _save_outside(plan, model, shard, work)
                     memory.trim()
                 work.note({"kind": "outside", "shard": shard, "sha256": hashes})
         progress.step(len(finished), count)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,23 +130,28 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[str]], total_size: i
 def safetensors_bytes(
     tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> int:
-    """Exact size of the safetensors file that holds these tensors, header and padding included.
+    """Exact size of the safetensors file that holds these tensors, header and padding included."""
+    header, _ = safetensors_header(tensors, metadata)
+    return len(header) + sum(prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
 
-    Offsets are written in decimal, so the header's length depends on the order of the tensors: widest type first, then
-    by name, as the library writes them.
-    """
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """What a safetensors file of these tensors begins with, its length and padding included, and their order behind it:
+    widest type first, then by name, as the library writes them."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     offset = 0
-    for name in sorted(tensors, key=lambda n: (-_STORED[tensors[n][0]][1], n)):
+    order = sorted(tensors, key=lambda n: (-_STORED[tensors[n][0]][1], n))
+    for name in order:
         dtype, shape = tensors[name]
-        size = dtype.itemsize
-        for extent in shape:
-            size *= extent
+        size = prod(shape) * dtype.itemsize
         offsets = [offset, offset + size]
         header[name] = {"dtype": _STORED[dtype][0], "shape": list(shape), "data_offsets": offsets}
         offset += size
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + length + -length % 8 + offset
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order
 
 
 def _without_code(path: Path) -> str | None:

@@ -13,6 +13,8 @@ from lilliput.model import Model
 # Tokens in a forward pass: enough for the matrix products, and few enough for the operations between them to stay in
 # the caches (twice as many cost 5 % on a CPU).
 PASS = 1024
+SLICE = 64 * ram.MB  # of each head in float32
+LOGITS = 4 * 4  # bytes that a logit takes: both models', and what is made of them
 
 
 def window(model: Model) -> int:
@@ -51,11 +53,57 @@ def _block(model: Model, batch: int, tokens: int, itemsize: int) -> int:
 @dataclass(frozen=True)
 class Layout:
     """How an evaluation spends its memory: windows per forward pass, and vocabulary entries of the heads and of the
-    logits at a time."""
+    logits at a time; and the bytes that it takes beside ram.BASE."""
 
     batch: int
     columns: int
     tile: int
+    bytes: int
+
+
+def _heads(models: list[Model], columns: int, tile: int, tokens: int) -> int:
+    """Bytes of a slice of each head, of the rows that are being cast, and of the logits."""
+    hidden = models[0].skeleton.hidden_size
+    casting = 8 * min(columns, ram.TABLE_ROWS) * hidden
+    return 4 * columns * len(models) * hidden + casting + LOGITS * tile * min(ROWS, tokens)
+
+
+def _bytes(models: list[Model], batch: int, columns: int, tile: int, tokens: int, seen: int, itemsize: int) -> int:
+    return max(
+        max(_outside(m, seen, itemsize) for m in models),
+        max(_block(m, batch, tokens, itemsize) for m in models),
+        _heads(models, columns, tile, tokens),
+    )
+
+
+def choose(
+    models: list[Model], tokens: int, budget: int | None, windows: int = 8, itemsize: int | None = None
+) -> Layout:
+    """The fastest layout within the budget, for so many `windows` of `tokens`.
+
+    itemsize: of the dtype that blocks are computed in, the first model's by default. Raises PlanError that names the
+    smallest budget that would do.
+    """
+    room = ceil((budget if budget is not None else max(ram.available() // 2, 1)) / ram.SLACK) - ram.BASE
+    size = models[0].skeleton.dtype.itemsize if itemsize is None else itemsize
+    entries = max(vocabulary(m) for m in models)
+    seen = windows * tokens
+    fewest = min(entries, 256)
+    floor = least(models, tokens, seen, size)
+    if budget is not None and floor > room:
+        need = ram.readable((floor + ram.BASE) * ram.SLACK, up=True)
+        raise PlanError(f"--memory {ram.readable(budget)} is too little to evaluate: give --memory {need} or more.")
+    batch = max(1, PASS // tokens)
+    while batch > 1 and max(_block(m, batch, tokens, size) for m in models) > room:
+        batch //= 2
+    tile = min(entries, TILE)
+    while tile > fewest and _heads(models, tile, tile, tokens) > room:
+        tile = max(fewest, tile // 2)
+    # Longer slices save nothing but a look at the hidden states, so they end where they would set the peak.
+    columns = min(entries, tile * max(1, SLICE // (4 * tile * models[0].skeleton.hidden_size)))
+    while columns > tile and _heads(models, columns, tile, tokens) > room:
+        columns = tile * max(1, columns // tile // 2)
+    return Layout(batch, columns, tile, _bytes(models, batch, columns, tile, tokens, seen, size))
 
 
 def least(models: list[Model], tokens: int, seen: int, itemsize: int) -> int:
@@ -64,29 +112,4 @@ def least(models: list[Model], tokens: int, seen: int, itemsize: int) -> int:
     itemsize: of the dtype that blocks are computed in.
     """
     fewest = min(256, *(vocabulary(m) for m in models))
-    return max(
-        max(_outside(m, seen, itemsize) for m in models),
-        max(_block(m, 1, tokens, itemsize) for m in models),
-        4 * fewest * len(models) * models[0].skeleton.hidden_size * 8,
-        fewest * 4 * 4 * min(ROWS, tokens) * 2,
-    )
-
-
-def choose(models: list[Model], tokens: int, budget: int | None, windows: int = 8) -> Layout:
-    """The fastest layout within the budget. Raises PlanError that names the smallest budget that would do."""
-    room = ceil((budget if budget is not None else max(ram.available() // 2, 1)) / ram.SLACK) - ram.BASE
-    entries = max(vocabulary(m) for m in models)
-    # A vocabulary entry costs its row of each head (twice while it is cast), and four columns of logits.
-    row = len(models) * int(models[0].source.text_config.hidden_size) * 8
-    logits = 4 * 4 * min(ROWS, tokens)
-    fewest = min(entries, 256)
-    itemsize = models[0].skeleton.dtype.itemsize
-    floor = least(models, tokens, windows * tokens, itemsize)
-    if budget is not None and floor > room:
-        need = ram.readable((floor + ram.BASE) * ram.SLACK, up=True)
-        raise PlanError(f"--memory {ram.readable(budget)} is too little to evaluate: give --memory {need} or more.")
-    batch = max(1, PASS // tokens)
-    while batch > 1 and max(_block(m, batch, tokens, itemsize) for m in models) > room:
-        batch //= 2
-    tile = min(entries, TILE, max(fewest, room // 2 // logits))
-    return Layout(batch, min(entries, max(fewest, (room - tile * logits) // row)), tile)
+    return _bytes(models, 1, fewest, fewest, tokens, seen, itemsize)

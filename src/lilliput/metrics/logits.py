@@ -7,7 +7,7 @@ Z = sum exp(l - m) of each model (log-sum-exp = m + log Z), the target's logit, 
     A = sum_v exp(r_v - m_r) (r_v - l_v),    KL(reference || model) = A / Z_r - lse(r) + lse(l).
 
 So one pass over both heads gives all metrics; the cost is the two matrix products and some eight sweeps over their
-results, which come in tiles of a few megabytes. Where the budget allows it there is one slice.
+results, which come in tiles of a few megabytes. Each head is read once, whatever the number of windows and slices.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lilliput.activations import Activations
 from lilliput.errors import SourceError
+from lilliput.memory import TABLE_ROWS
 from lilliput.model import Model
 
 # A tile of logits, 8 MB in float32: wide and high enough for the matrix product, and small enough for the allocator to
@@ -71,12 +72,13 @@ class StreamedHead:
         self._names = _head_tensors(model)
 
     def load(self, start: int, stop: int) -> None:
-        device = self._model.skeleton.device
         # In float32 whatever the blocks ran in: logits of size 20 in bfloat16 are off by up to 0.06, which is more than
         # careful quantization costs.
-        self._slice = {
-            k: self._model.read_rows(n, start, stop).to(device, torch.float32) for k, n in self._names.items()
-        }
+        for key, name in self._names.items():
+            shape = (stop - start, *self._model.shape(name)[1:])
+            self._slice[key] = torch.empty(shape, dtype=torch.float32, device=self._model.skeleton.device)
+            for first, last in _spans(start, stop, TABLE_ROWS):
+                self._slice[key][first - start : last - start] = self._model.read_rows(name, first, last)
         self._first = start
 
     def logits(self, window: int, start: int, stop: int, first: int, last: int) -> Tensor:

@@ -6,15 +6,14 @@ GPT-2 weights) is undone by transformers' own processors, tensor by tensor.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import _type_traits, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import _type_traits
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -27,8 +26,10 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from lilliput.errors import SourceError
 from lilliput.source.gguf_header import Stretch, read_header
+from lilliput.source.gguf_metadata import lean
 from lilliput.source.reader import Entry, pread, row_chunks
 
+PIECE = 1 << 16  # values dequantized at a time: temporaries of several float32 a value stay in the caches
 PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -106,9 +107,7 @@ class Gguf:
         pread(self.path, stretch.offset + start * row, buffer)
         if stretch.kind in PLAIN:
             return buffer, torch.from_numpy(buffer).view(PLAIN[stretch.kind]).reshape(shape)
-        with np.errstate(all="ignore"):  # a scale that is no number shows up in the scan, with its tensor's name
-            values = dequantize(buffer.reshape(*shape[:-1], -1), stretch.kind)
-        return buffer, torch.from_numpy(values).reshape(shape)
+        return buffer, torch.from_numpy(_dequantized(buffer, stretch.kind)).reshape(shape)
 
     def _undo(self, stored: str, values: Tensor) -> Tensor:
         """What the converter did to this tensor, undone."""
@@ -120,17 +119,31 @@ class Gguf:
         return out.to(values.dtype)
 
 
+def _dequantized(buffer: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.float32]:
+    """The values of whole blocks of bytes, flat. As `gguf.quants.dequantize` makes them, which goes through 16 rows at
+    a time, and so spends most of its time between numpy's operations."""
+    traits = _type_traits[kind]
+    traits.init_grid()  # type: ignore[no-untyped-call]
+    block, size = GGML_QUANT_SIZES[kind]
+    blocks = buffer.reshape(-1, size)
+    values = np.empty((len(blocks), block), dtype=np.float32)
+    step = max(1, PIECE // block)
+    with np.errstate(all="ignore"):  # a scale that is no number shows up in the scan, with its tensor's name
+        for start in range(0, len(blocks), step):
+            values[start : start + step] = traits.dequantize_blocks(blocks[start : start + step])
+    return values
+
+
 def _config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The transformers config, and the plain values that the processors read."""
     try:
-        values = load_gguf_checkpoint(str(path))["config"]
+        with lean():
+            values = load_gguf_checkpoint(str(path))["config"]
         config = AutoConfig.for_model(**values)
     except (ValueError, KeyError, NotImplementedError, IndexError) as error:
         raise SourceError(
             f"transformers cannot make a config out of {path}: {error}. Take the model as a safetensors folder instead."
         ) from error
-    finally:
-        gc.collect()  # the reader below leaves cycles that hold its map of the file
     return config, values
 
 

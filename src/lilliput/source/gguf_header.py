@@ -33,8 +33,11 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Header:
+    """nbytes: of the header itself, up to where the tensors' bytes begin."""
+
     architecture: str
     tensors: dict[str, Stretch]
+    nbytes: int
 
 
 class _Cursor:
@@ -84,22 +87,23 @@ def read_header(path: Path) -> Header:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            header, data_start = _walk(_Cursor(file))
+            header = _walk(_Cursor(file))
     except (ValueError, struct.error) as error:
         raise SourceError(f"{path} is no whole GGUF file: {error}. Copy or download it again.") from error
     tensors = {}
     for name, stretch in header.tensors.items():
-        offset = data_start + stretch.offset
+        offset = header.nbytes + stretch.offset
         if offset + stretch.nbytes > size:
             raise SourceError(
                 f"{path} is truncated: tensor {name} ends at byte {offset + stretch.nbytes} and the file at {size}. "
                 "Copy or download it again."
             )
         tensors[name] = Stretch(stretch.shape, stretch.kind, offset, stretch.nbytes)
-    return Header(header.architecture, tensors)
+    return Header(header.architecture, tensors, header.nbytes)
 
 
-def _walk(cursor: _Cursor) -> tuple[Header, int]:
+def _walk(cursor: _Cursor) -> Header:
+    """The header, in which offsets count from its end."""
     if cursor.take(4) != b"GGUF":
         raise ValueError("it does not begin with the letters GGUF")
     version = cursor.number("I")
@@ -120,4 +124,4 @@ def _walk(cursor: _Cursor) -> tuple[Header, int]:
         tensors[name] = Stretch(shape, kind, offset, prod(shape) // block * block_bytes)
     alignment = values.get("general.alignment")
     step = alignment if isinstance(alignment, int) and alignment > 0 else 32
-    return Header(str(values.get("general.architecture", "?")), tensors), -(-cursor.file.tell() // step) * step
+    return Header(str(values.get("general.architecture", "?")), tensors, -(-cursor.file.tell() // step) * step)

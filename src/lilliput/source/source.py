@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from transformers import AutoTokenizer
 from lilliput.errors import SourceError
 from lilliput.progress import Progress
 from lilliput.source import scan as scanning
+from lilliput.source.gguf_metadata import lean
 from lilliput.source.packed import Packed
 from lilliput.source.quantized import LEFT_OVER
 from lilliput.source.reader import Reader
@@ -95,6 +99,7 @@ class Source:
         self._gguf = gguf
         self._trust = trust_remote_code
         self._contents: str | None = None
+        self._written: Path | None = None
         used = {part for x in packed.values() for part in x.parts}
         stored = {name: _packed(name, x, reader) for name, x in packed.items()}
         for name, entry in reader.entries.items():
@@ -160,7 +165,8 @@ class Source:
         """The checkpoint's tokenizer. Raises SourceError when there is none."""
         try:
             if self._gguf is not None:
-                return AutoTokenizer.from_pretrained(str(self.folder), gguf_file=self._gguf)
+                with lean():
+                    return AutoTokenizer.from_pretrained(str(self.folder), gguf_file=self._gguf)
             return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=self._trust)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, json.JSONDecodeError) as error:
             text = str(error).strip().splitlines()
@@ -173,10 +179,16 @@ class Source:
         """Name in the folder -> file to carry over: tokenizer, chat templates, generation config, licence. No weights,
         no code.
 
-        Empty for GGUF, which holds its tokenizer inside: write `tokenizer()` instead.
+        A GGUF file holds its tokenizer inside: it is written to a folder that lasts as long as this object. Raises
+        SourceError where there is none.
         """
         if self._gguf is not None:
-            return {}
+            if self._written is None:
+                self._written = Path(tempfile.mkdtemp(prefix="lilliput-tokenizer-"))
+                weakref.finalize(self, shutil.rmtree, self._written, ignore_errors=True)
+                self.tokenizer().save_pretrained(self._written)
+            found = {x for x in self._written.rglob("*") if x.is_file()}
+            return {x.relative_to(self._written).as_posix(): x for x in sorted(found)}
         found = {x for pattern in SIDE for x in self.folder.glob(pattern) if x.is_file() and x.suffix != ".py"}
         return {x.relative_to(self.folder).as_posix(): x for x in sorted(found)}
 

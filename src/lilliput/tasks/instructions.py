@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lilliput.data.tokens import same_vocabulary
+from lilliput.data.tokens import same_vocabulary, vocabulary_of
 from lilliput.errors import DataError
 from lilliput.metrics import paired
 from lilliput.metrics.interval import Interval, clip, mean_interval
@@ -139,7 +139,8 @@ def compare_instructions(
     if len(asked) < 2:
         raise DataError(f"'{path}': {len(asked)} instructions give no interval: ask at least 2.")
     tokenizer = open_source(str(model)).tokenizer()
-    same_vocabulary(tokenizer, open_source(str(against)).tokenizer(), f"'{model}' and '{against}'")
+    theirs = vocabulary_of(open_source(str(against)).tokenizer())
+    same_vocabulary(vocabulary_of(tokenizer), theirs, f"'{model}' and '{against}'")
     folder = None if work is None else Path(work)
     with Quiet() if progress is None else progress as shown:
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lilliput import memory
 from lilliput.data.overlap import items_seen
-from lilliput.data.tokens import Tokens, same_vocabulary
+from lilliput.data.tokens import Tokens, same_vocabulary, vocabulary_of
 from lilliput.errors import DataError, SourceError
 from lilliput.metrics.evaluate import compute_dtype
 from lilliput.progress import Progress, Quiet
@@ -73,7 +73,7 @@ def _same_tokens(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, tasks: Sequence[Task], names: str
 ) -> None:
     """Raises DataError where two tokenizers do not cut the items alike."""
-    same_vocabulary(ours, theirs, names)
+    same_vocabulary(vocabulary_of(ours), vocabulary_of(theirs), names)
     for task in tasks:
         for item in task.items:
             text = task.kind.text(item)

@@ -11,10 +11,13 @@ from lilliput import backward, memory, rotated
 from lilliput.algebra import compiled
 from lilliput.errors import PlanError
 from lilliput.formats.trellis import TrellisFormat
-from lilliput.inventory import TensorPlan
+from lilliput.inventory import OUTSIDE, TensorPlan, at_a_time
 from lilliput.model import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.resolve import LinearPlan, Resolved
+
+TOKENIZER = 21  # bytes in memory for one of the tokenizer's files
+TOKENS = {".json", ".model", ".tiktoken", ".txt"}
 
 
 def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: torch.dtype, measured: bool) -> float:
@@ -91,9 +94,8 @@ def phases(
     if not resolved.learned:
         return slopes
     turning = rotated.resident(width) * 5
-    outside = [x for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]
-    shard = max(sum(x.nbytes for x in outside if x.shard == n) for n in {x.shard for x in outside})
-    phases = [("turning the model", turning), ("writing the turned head", 2 * shard + 2 * 4 * rotated.ROWS * width)]
+    written = max(at_a_time(x) for x in tensors if x.kind in OUTSIDE)
+    phases = [("turning the model", turning), ("writing the turned head", written + 2 * 4 * rotated.ROWS * width)]
     if any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
         phases.append(("learning a rotation", turning + held))
@@ -138,11 +140,6 @@ def measuring(model: Model, budget: int | None) -> int:
         return least([model, model], tokens, 8 * tokens, torch.float32.itemsize)
 
 
-def opening(model: Model) -> tuple[tuple[str, int], ...]:
-    """transformers reads the whole metadata of a GGUF file, vocabulary and merges, into Python objects (measured)."""
-    return (("opening the GGUF file", 230 * memory.MB),) if model.source.from_gguf else ()
-
-
 def comparing(model: Model, budget: int | None, processes: int) -> tuple[tuple[str, int], ...]:
     """Comparing blocks of the result with those of its engine, where there is room for it; it is left out elsewhere."""
     from lilliput.export.engine import least
@@ -150,3 +147,9 @@ def comparing(model: Model, budget: int | None, processes: int) -> tuple[tuple[s
     needed = least(model.anatomy().blocks)
     fits = int((memory.BASE + needed) * memory.SLACK) <= memory.room(budget, processes)
     return (("opening the result in its engine", needed),) if fits else ()
+
+
+def reading_tokenizer(model: Model) -> int:
+    """What the tokenizer takes while it is read: its file as text, as plain data, and the library's tables (measured
+    from 49,152 to 262,144 tokens)."""
+    return TOKENIZER * sum(x.stat().st_size for x in model.source.side_files().values() if x.suffix in TOKENS)

@@ -15,6 +15,7 @@ from lilliput.export.outcome import Outcome
 from lilliput.model import Model
 
 METADATA = {"format": "pt"}
+OUTSIDE = frozenset({"embedding", "head", "untied head", "carried"})  # kinds of tensors that may be large
 # Tensors outside the blocks share files of at most this size; each block has a file of its own, so that a finished
 # block is never touched again.
 SHARD = 512 * memory.MB
@@ -45,6 +46,12 @@ def rows_at_a_time(shape: tuple[int, ...]) -> int:
     if len(shape) <= 2:
         return memory.TABLE_ROWS
     return max(1, PIECE // (4 * prod(shape[1:])))
+
+
+def at_a_time(tensor: TensorPlan) -> int:
+    """Bytes that a tensor outside the blocks takes while it is written: its rows as stored, in float32 and as written."""
+    rows = min(rows_at_a_time(tensor.shape), tensor.shape[0]) if tensor.shape else 1
+    return rows * prod(tensor.shape[1:]) * (4 + 4 + tensor.dtype.itemsize)
 
 
 def kind_of(name: str, model: Model) -> str:

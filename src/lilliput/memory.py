@@ -16,6 +16,7 @@ from lilliput.errors import PlanError
 
 MB = 1 << 20
 _OUTSIDE, _BLOCK, _FIT = "writing what lies outside the blocks", "compressing a block", "fitting a block"
+TOKENIZER = "reading the tokenizer"
 # The model class's own modules, tokenizer and buffers, allocator slack: measured on SmolLM2 and Llama-shaped models.
 BASE = 160 * MB
 SLACK = 1.06
@@ -45,7 +46,7 @@ class Shape:
     tokens: int
     itemsize: int  # of the compute dtype
     stored: int  # itemsize of the checkpoint
-    outside: int  # bytes of the largest tensor outside the blocks, as stored
+    outside: int  # bytes that the largest tensor outside the blocks takes while it is written
     packed: int = 0  # bytes of the largest block's output file
     fitting: int = 0  # float32 copies of a block's weights that a step trains it with
     resident: int = 0  # bytes that stay all the time, such as a rotation
@@ -65,7 +66,8 @@ def live_per_token(block: Block, hidden: int) -> int:
         before = [x for x in ran if x.name.rsplit(".", 1)[0] == site.linears[0].rsplit(".", 1)[0]]
         # An activation function has merged gate and up by the time the down projection runs.
         held = sum(x.out_features for x in before if x.role in {"q", "k", "v", "qkv"})
-        fullest = max(fullest, 2 * hidden + site.width + held)
+        # The block's input, what is added to it behind the attention, and that sum normalised.
+        fullest = max(fullest, 3 * hidden + site.width + held)
         ran += [x for x in block.linears if x.name in names]
     return fullest
 
@@ -111,7 +113,7 @@ def estimate(
     phases[_OUTSIDE] = shape.outside
     if calibrating:
         rows = min(shape.vocabulary, shape.samples * shape.tokens)
-        phases["embedding"] = (rows * shape.itemsize + TABLE_ROWS * shape.stored) * shape.hidden
+        phases["embedding"] = (rows * shape.itemsize + TABLE_ROWS * (shape.stored + 4)) * shape.hidden
     per_block = 0
     for block in kinds:
         parameters = sum(x.parameters for x in block.linears)
@@ -138,7 +140,7 @@ def estimate(
         if shape.fitting:
             phases[_FIT] = max(phases.get(_FIT, 0), fit_bytes(block, shape, batch))
     phases[_BLOCK] = per_block
-    still = {_OUTSIDE} if calibrating else {_OUTSIDE, _BLOCK}
+    still = {_OUTSIDE, TOKENIZER} if calibrating else {_OUTSIDE, TOKENIZER, _BLOCK}
     whole = {name: size + (STILL if name in still else BASE) for name, size in phases.items()}
     where = max(whole, key=lambda name: whole[name])
     return int((shape.resident + whole[where]) * SLACK), where

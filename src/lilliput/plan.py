@@ -20,7 +20,7 @@ from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.formats.trellis import TrellisFormat
-from lilliput.inventory import METADATA, TensorPlan, lay_out
+from lilliput.inventory import METADATA, OUTSIDE, TensorPlan, at_a_time, lay_out
 from lilliput.model import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.recipe import Recipe
@@ -315,7 +315,6 @@ def make(
     tensors, shards = lay_out(model, exporter, outcomes)
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
-    sizes = [x.nbytes for x in tensors if x.kind in {"embedding", "head", "untied head", "carried"}]
     by_file: Counter[int] = Counter()
     for tensor in tensors:
         by_file[tensor.shard] += tensor.nbytes
@@ -328,7 +327,7 @@ def make(
             tokens=tokens,
             itemsize=dtype.itemsize,
             stored=max(x.dtype.itemsize for x in tensors),
-            outside=max(sizes, default=0),
+            outside=max((at_a_time(x) for x in tensors if x.kind in OUTSIDE), default=0),
             packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
             double=any(t.method.double for x in resolved.linears for t in x.tasks)
             or any(t.method.double for t in resolved.allocations),
@@ -340,8 +339,8 @@ def make(
             phases=(
                 *estimates.phases(model, resolved, tensors, tokens, dtype),
                 *([("measuring the result", estimates.measuring(model, budget))] if measured else []),
-                *estimates.opening(model),
                 *estimates.comparing(model, budget, processes),
+                (memory.TOKENIZER, estimates.reading_tokenizer(model)),
             ),
         ),
         budget=budget,

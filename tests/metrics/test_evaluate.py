@@ -1,11 +1,13 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, PhiConfig
 
 from lilliput import forward
+from lilliput.anatomy.skeleton import Skeleton
 from lilliput.data import load_tokens
 from lilliput.errors import DataError, PlanError, SourceError
 from lilliput.metrics import evaluate as room
@@ -59,7 +61,7 @@ def bias(model):
 )
 @pytest.mark.parametrize(("columns", "tile"), [(256, 256), (100, 37)])
 def test_perplexity_is_what_transformers_computes(folder, text, config, change, columns, tile, monkeypatch):
-    monkeypatch.setattr(layout, "choose", lambda *_: layout.Layout(2, columns, tile))
+    monkeypatch.setattr(layout, "choose", lambda *_: layout.Layout(2, columns, tile, 0))
     path = folder("model", config(), change=change)
     found = run(path, data=text)
     assert math.log(found.perplexity.value) == pytest.approx(loss(path, text), abs=1e-5)
@@ -152,16 +154,30 @@ def test_the_layout_follows_the_budget(folder, text):
     wide.vocab_size = 5_000
     path = folder("wide", wide)
     model = room.open_model(str(path))
-    assert layout.choose([model, model], 64, 10**9) == layout.Layout(16, 5_000, 4_096)
+    loose = layout.choose([model, model], 64, 10**9)
+    assert (loose.batch, loose.columns, loose.tile) == (16, 5_000, 4_096)
     tight = layout.choose([model, model], 64, int((layout.ram.BASE + 1_500_000) * layout.ram.SLACK))
     assert tight.batch < 16
-    assert tight.tile < tight.columns < 5_000
+    assert tight.tile <= tight.columns < 4_096
+    assert tight.bytes <= 1_500_000 < loose.bytes
+
     with pytest.raises(
         PlanError, match=r"--memory .* is too little to evaluate: give --memory (.*)MB or more"
     ) as caught:
         run(path, path, data=text, memory=50_000_000)
     enough = int(float(str(caught.value).split("give --memory ")[1].split("MB")[0]) * 1e6)
     run(path, path, data=text, memory=enough)
+
+
+def test_no_slice_of_a_large_head_is_longer_than_it_need_be(folder):
+    wide = LlamaConfig.from_pretrained(folder("model"))
+    wide.vocab_size = 1 << 20
+    model = SimpleNamespace(
+        skeleton=Skeleton(wide), source=SimpleNamespace(text_config=wide), dtype=lambda name: torch.float32
+    )
+    shape = layout.choose([model, model], 64, 10**12)
+    assert shape.columns % shape.tile == 0
+    assert 4 * shape.columns * wide.hidden_size <= layout.SLICE
 
 
 def test_nothing_is_left_behind(folder, text, tmp_path):

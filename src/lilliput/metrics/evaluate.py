@@ -253,9 +253,10 @@ def evaluate_all(
     loaded = [_load(source, tokenizer, windows, tokens, step) for source in sources]
     ours = vocabulary_of(tokenizer)
     del tokenizer  # one at a time: of 262,144 tokens it takes 0.1 GB, and three times that while it is read
+    ram.trim()
     for other in [*opened[1:], *([] if base is None else [base])]:
         _same_tokens(opened[0], other, ours, loaded, step)
-    ram.trim()
+        ram.trim()
     ids = torch.cat([text.ids for text in loaded])
     scores = _scores(opened, base, ids, Path(work) if work is not None else None, memory, progress)
     shared = {} if calibration is None else {text.source: overlap(calibration, text) for text in loaded}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lilliput.activations import Activations
 from lilliput.errors import SourceError
-from lilliput.memory import TABLE_ROWS
+from lilliput.memory import TABLE_ROWS, trim
 from lilliput.model import Model
 
 # A tile of logits, 8 MB in float32: wide and high enough for the matrix product, and small enough for the allocator to
@@ -258,6 +258,7 @@ def score(
             for head in heads:
                 head.unload()
                 head.load(begin, end)
+            trim()  # what reading left on the heap would lie beside the logits
             for window in range(windows):
                 for first, last in _spans(begin, end, tile):
                     for start, stop in _spans(0, width, rows):

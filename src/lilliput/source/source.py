@@ -184,9 +184,10 @@ class Source:
         """
         if self._gguf is not None:
             if self._written is None:
-                self._written = Path(tempfile.mkdtemp(prefix="lilliput-tokenizer-"))
-                weakref.finalize(self, shutil.rmtree, self._written, ignore_errors=True)
-                self.tokenizer().save_pretrained(self._written)
+                folder = Path(tempfile.mkdtemp(prefix="lilliput-tokenizer-"))
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                self.tokenizer().save_pretrained(folder)
+                self._written = folder
             found = {x for x in self._written.rglob("*") if x.is_file()}
             return {x.relative_to(self._written).as_posix(): x for x in sorted(found)}
         found = {x for pattern in SIDE for x in self.folder.glob(pattern) if x.is_file() and x.suffix != ".py"}

@@ -1,14 +1,18 @@
 """Estimates grow with what they count, and the layout is the fastest that fits."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lilliput import memory
 from lilliput.errors import PlanError
+from lilliput.inventory import TensorPlan, at_a_time
 from lilliput.model import open_model
 
 Tiny = Callable[[str], Path]
@@ -82,3 +86,60 @@ def test_the_peak_follows_what_is_touched() -> None:
     assert memory.peak_rss() >= before
     assert memory.peak_rss() >= memory.resident() - (8 << 20)
     assert 0 <= memory.peak_above_base() <= memory.peak_rss()
+
+
+def test_glibc_s_settings_end_with_the_outermost_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(memory, "_mallopt", lambda parameter, value: seen.append((parameter, value)))
+
+    def set_since() -> dict[int, int]:
+        found = dict(seen)
+        seen.clear()
+        return found
+
+    with memory.steady():
+        assert set_since() == {-3: 3 * memory.MB, -1: 24 * memory.MB}
+        with memory.steady(memory.FORWARD):
+            assert set_since()[-3] == memory.FORWARD
+        assert set_since()[-3] == 3 * memory.MB
+        with pytest.raises(ValueError, match="inside"), memory.steady(memory.FORWARD):
+            raise ValueError("inside")
+        assert set_since()[-3] == 3 * memory.MB
+    # Where glibc's threshold ends by itself once a process has freed large tensors; arenas are left alone.
+    assert set_since() == {-3: memory.GROWN, -1: 2 * memory.GROWN}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_library_call_leaves_the_host_s_allocator_usable(tmp_path: Path) -> None:
+    """Tensors of 8 MB are mapped anew each time inside the context, and behind it are kept on the heap again."""
+    script = """
+import resource, torch
+from lilliput import memory
+
+def faults() -> int:
+    for _ in range(3):
+        torch.ones(2 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with memory.steady():
+    inside = faults()
+print(inside, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    inside, behind = (int(x) for x in done.stdout.split())
+    assert inside > 20 * 100
+    assert behind < inside / 10
+
+
+def test_the_vocabulary_s_table_counts_by_pieces() -> None:
+    table = TensorPlan("x", "embedding", torch.float16, (262_144, 640), 0, "x")
+    assert at_a_time(table) == memory.TABLE_ROWS * 640 * 10
+    small = TensorPlan("x", "norm", torch.float32, (640,), 0, "x")
+    assert at_a_time(small) == 640 * 12
+    assert at_a_time(replace(small, shape=())) == 12
+    convolution = TensorPlan("x", "carried", torch.float32, (8, 1 << 20, 4), 0, "x")
+    assert at_a_time(convolution) == 12 * (4 << 20)

@@ -49,7 +49,7 @@ def rows_at_a_time(shape: tuple[int, ...]) -> int:
 
 
 def at_a_time(tensor: TensorPlan) -> int:
-    """Bytes that a tensor outside the blocks takes while it is written: its rows as stored, in float32 and as written."""
+    """Bytes that a tensor outside the blocks takes while it is written: rows as stored, in float32 and as written."""
     rows = min(rows_at_a_time(tensor.shape), tensor.shape[0]) if tensor.shape else 1
     return rows * prod(tensor.shape[1:]) * (4 + 4 + tensor.dtype.itemsize)
 

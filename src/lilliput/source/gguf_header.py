@@ -62,6 +62,14 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.count()).decode("utf-8", errors="replace")
 
+    def skip_strings(self, count: int) -> None:
+        """Pass over so many strings: the words of a vocabulary, which may be half a million."""
+        read, unpack = self.file.read, struct.Struct("<Q").unpack
+        for _ in range(count):
+            (size,) = unpack(read(8))
+            if size > MOST or len(read(size)) != size:
+                raise ValueError("it ends inside its header")
+
     def value(self, kind: int) -> str | int | None:
         """A string or uint32, which are used here; everything else is passed over."""
         if kind == STRING:
@@ -72,6 +80,8 @@ class _Cursor:
             inner, length = self.number("I"), self.count()
             if inner in SIZES:
                 self.take(SIZES[inner] * length)
+            elif inner == STRING:
+                self.skip_strings(length)
             else:
                 for _ in range(length):
                     self.value(inner)

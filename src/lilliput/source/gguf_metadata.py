@@ -109,9 +109,10 @@ class Metadata:
         parts: Strings | NDArray[np.generic]
         if kind == STRING:
             starts = np.empty(length, dtype=np.int64)
+            blob, size_at = self._blob, struct.Struct("<Q").unpack_from
             for i in range(length):
                 starts[i] = at
-                at += 8 + int(struct.unpack_from("<Q", self._blob, at)[0])
+                at += 8 + size_at(blob, at)[0]
             parts = Strings(self._blob, starts)
         else:
             end = at + length * SIZES[kind]

@@ -13,8 +13,10 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lilliput import memory
 from lilliput.errors import SourceError
 from lilliput.model import Model, open_model
+from lilliput.rotated import RotatedModel
 
 BASE = {
     "hidden_size": 32,
@@ -300,3 +302,25 @@ def test_unknown_tensor(tmp_path: Path) -> None:
     save(CONFIGS["llama"](), tmp_path)
     with pytest.raises(SourceError, match=r"no tensor named model\.nix"):
         open_model(str(tmp_path)).read("model.nix")
+
+
+def test_few_rows_are_read_alone_and_many_in_stretches(tiny: Callable[[str], Path], monkeypatch: Any) -> None:
+    model = open_model(str(tiny("llama")))
+    name = model.skeleton.embeddings[0]
+    monkeypatch.setattr(memory, "TABLE_ROWS", 128)
+
+    def spans(*rows: int) -> list[tuple[int, int]]:
+        return list(model.spans(name, torch.tensor(rows)))
+
+    assert spans(5) == [(5, 6)]
+    assert spans(5, 7, 60, 127, 128, 500) == [(5, 8), (60, 61), (127, 128), (128, 129), (500, 501)]
+    assert spans(*range(0, 128, 4), 300) == [(0, 128), (300, 301)]
+    assert spans() == []
+
+
+def test_rows_of_a_rotated_table_are_read_in_whole_stretches(tiny: Callable[[str], Path], monkeypatch: Any) -> None:
+    model = RotatedModel(open_model(str(tiny("llama"))))
+    monkeypatch.setattr(memory, "TABLE_ROWS", 128)
+    assert list(model.spans(model.skeleton.embeddings[0], torch.tensor([5, 500]))) == [(0, 128), (384, 512)]
+    whole = model.read(model.skeleton.head)
+    assert torch.equal(model.read_rows(model.skeleton.head, 128, 256), whole[128:256])

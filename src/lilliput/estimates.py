@@ -17,6 +17,7 @@ from lilliput.parts.quantized import QuantizedSpec
 from lilliput.resolve import LinearPlan, Resolved
 
 TOKENIZER = 21  # bytes in memory for one of the tokenizer's files
+WHOLE = "tokenizer.json"  # where it is there, nothing else is read
 TOKENS = {".json", ".model", ".tiktoken", ".txt"}
 
 
@@ -152,4 +153,6 @@ def comparing(model: Model, budget: int | None, processes: int) -> tuple[tuple[s
 def reading_tokenizer(model: Model) -> int:
     """What the tokenizer takes while it is read: its file as text, as plain data, and the library's tables (measured
     from 49,152 to 262,144 tokens)."""
-    return TOKENIZER * sum(x.stat().st_size for x in model.source.side_files().values() if x.suffix in TOKENS)
+    files = model.source.side_files()
+    chosen = [files[WHOLE]] if WHOLE in files else [x for x in files.values() if x.suffix in TOKENS]
+    return TOKENIZER * sum(x.stat().st_size for x in chosen)

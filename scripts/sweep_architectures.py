@@ -37,7 +37,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput import api
-from lilliput.errors import LilliputError
+from lilliput.errors import LilliputError, PlanError, SourceError
 from lilliput.export.tree import opener
 from lilliput.model import Model, open_model
 from lilliput.progress import Quiet
@@ -226,9 +226,9 @@ def measure(model: Model, place: Path, label: str) -> Result:
             settings=settings, data=str(text), samples=2, tokens=24, dtype="float32",
             device="cpu", eval_windows=0, progress=Quiet(),
         )  # fmt: skip
-    except LilliputError as error:
+    except (PlanError, SourceError) as error:
         return Result(label, "refused", said=str(error))
-    except Exception as error:
+    except Exception as error:  # whatever comes once the work is done is no refusal
         return Result(label, "wrong", said=f"compress ended with {_first(error)}")
     entry = done.plan.quantization_config
     layout = "dense" if entry is None else done.plan.exporter + (", decoded" if entry.get("dequantize") else "")

@@ -12,6 +12,7 @@ from lilliput.data.tokens import Tokens
 from lilliput.errors import LilliputError
 from lilliput.export.engine import Look, look
 from lilliput.export.folder import write_index, write_side_files
+from lilliput.export.tree import opener
 from lilliput.inventory import written_config
 from lilliput.journal import Work
 from lilliput.metrics.evaluate import Evaluation
@@ -127,6 +128,7 @@ def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[
         figures=figures,
         licence=read_licence(model.source.folder),
         notes=(*plan.notes, *notes),
+        opener=opener(model.source.config).__name__,
     )
     write_side_files(
         folder,

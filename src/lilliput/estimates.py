@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 
@@ -21,8 +22,9 @@ WHOLE = "tokenizer.json"  # where it is there, nothing else is read
 TOKENS = {".json", ".model", ".tiktoken", ".txt"}
 
 
-def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: torch.dtype, measured: bool) -> float:
-    """Time from a short measured product and the work that the shapes imply; a guide, not a promise."""
+@functools.cache
+def _rates(dtype: torch.dtype) -> tuple[float, float]:
+    """Operations a second of matrix products in `dtype` and in float32; measured once a process."""
     side = 1024
     a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
     f = torch.randn(side, side)
@@ -36,6 +38,12 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
         f @ f
     rate = 4 * 2 * side**3 / max(middle - start, 1e-9)
     slow = 2 * 2 * side**3 / max(time.perf_counter() - middle, 1e-9)
+    return rate, slow
+
+
+def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: torch.dtype, measured: bool) -> float:
+    """Time from a short measured product and the work that the shapes imply; a guide, not a promise."""
+    rate, slow = _rates(dtype)
     count = samples * tokens
     weights = sum(x.linear.parameters for x in resolved.linears)
     seconds = 3.0  # opening

@@ -8,8 +8,11 @@ of one kind load alike, so one of each kind is tried.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,8 +115,10 @@ def _load(
             tensors[f"{outcome.stored}.weight_shape"] = shape
     source = model.source.config
     try:
-        with silence():
-            _, info = hollow(type(source).from_dict(written_config(model, entry)), tensors)
+        with silence(), tempfile.TemporaryDirectory() as folder:
+            # Read from a file as the engine will: JSON has no infinities, and transformers its own way of writing them.
+            Path(folder, "config.json").write_text(json.dumps(written_config(model, entry)), encoding="utf-8")
+            _, info = hollow(type(source).from_pretrained(folder), tensors)
     except Exception as error:  # whatever the engine raises is the finding
         first = (str(error).strip().splitlines() or [""])[0]
         return _Seen(f"{type(error).__name__}: {first}")

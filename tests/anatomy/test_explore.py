@@ -383,3 +383,16 @@ def test_an_unknown_architecture_gives_what_could_be_verified() -> None:
             hidden = skeleton.run(i, hidden, calls)
         got = skeleton.logits(skeleton.finish(hidden))
         torch.testing.assert_close(got, real(input_ids=ids).logits)
+
+
+def test_head_sizes_that_differ_by_block_are_each_blocks_own() -> None:
+    config = tf.Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=12, hidden_size_per_layer_input=0, sliding_window=8,
+        max_position_embeddings=64, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    if not getattr(config, "is_heterogeneous", False):
+        pytest.skip("this transformers keeps one head size")
+    anatomy = explore(Skeleton(config))
+    assert [block.linear("self_attn.q_proj").out_features for block in anatomy.blocks] == [32, 48]
+    assert all(block.groups.count("head") == 2 for block in anatomy.blocks)

@@ -44,6 +44,8 @@ def test_a_path_is_no_base_model_of_the_hub(model: str) -> None:
 
 def test_native_folders_ask_for_the_import() -> None:
     assert "import lilliput" in render(Card("t", "m", "lilliput", ""))
+    wrapper = render(Card("t", "m", "lilliput", "", opener="AutoModelForImageTextToText"))
+    assert 'AutoModelForImageTextToText.from_pretrained("DIR")' in wrapper
 
 
 @pytest.mark.parametrize(

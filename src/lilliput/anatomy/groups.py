@@ -12,6 +12,7 @@ from lilliput.anatomy.links import channel_rows
 from lilliput.anatomy.model import Channels, Group, Link, Role, Site
 from lilliput.anatomy.probe import Probe, changed_channels
 from lilliput.anatomy.roles import Flow
+from lilliput.anatomy.setting import setting
 
 Member = tuple[str, Literal["rows", "columns"], tuple[int, int]]
 
@@ -117,8 +118,8 @@ def _maps(
 
 def _heads(probe: Probe) -> tuple[int, int]:
     config: Any = probe.skeleton.config
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    return heads, int(getattr(config, "num_key_value_heads", 0) or heads)
+    heads = int(setting(config, "num_attention_heads", probe.index) or 0)
+    return heads, int(setting(config, "num_key_value_heads", probe.index) or heads)
 
 
 def _chunks(probe: Probe, site: Site, feeders: Sequence[str]) -> list[tuple[str, tuple[int, int], Tensor]] | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.model import Block, Channels, Group, Groups, Link, Site
+from lilliput.anatomy.setting import named, setting
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 
@@ -27,16 +28,16 @@ def miniature(skeleton: Skeleton, dtype: torch.dtype = torch.float64) -> Skeleto
     """
     config = copy.deepcopy(skeleton.config)
     taken = {size for names in skeleton.names_of(0) for size in skeleton.shapes[names]}
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    heads = int(setting(config, "num_attention_heads") or 0)
     sizes: dict[str, int] = {}
-    if heads and (hasattr(config, "num_key_value_heads") or any(hasattr(config, w) for w in _HEAD_WORDS)):
-        if getattr(config, "head_dim", None) is None:
+    if heads and any(named(config, word) for word in ("num_key_value_heads", *_HEAD_WORDS)):
+        if setting(config, "head_dim", 0) is None:
             config.head_dim = config.hidden_size // heads  # or heads would shrink with the residual stream
         sizes["hidden_size"] = _fresh(taken, heads * -(-HIDDEN // heads), heads)
     for name, value in config.to_dict().items():
         if isinstance(value, int) and not isinstance(value, bool) and any(w in name for w in _INNER_WORDS):
             sizes[name] = _fresh(taken, INNER, 8)
-    sizes = {n: size for n, size in sizes.items() if size * 2 <= int(getattr(config, n, 0) or 0)}
+    sizes = {n: size for n, size in sizes.items() if size * 2 <= int(setting(config, n) or 0)}
     for chosen in (sizes, {n: size for n, size in sizes.items() if n != "hidden_size"}):
         small = _build(config, chosen, dtype) if chosen else None
         if small is not None and _shrunk(skeleton, small, config, chosen):

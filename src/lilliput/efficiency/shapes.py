@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from lilliput.anatomy.model import Block, Linear
+from lilliput.anatomy.setting import setting
 from lilliput.errors import SourceError
 from lilliput.model import Model
 
@@ -179,12 +180,12 @@ def _kind(config: Any, i: int) -> str:
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return str(kinds[i])
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    windowed = setting(config, "sliding_window", i) and getattr(config, "use_sliding_window", True)
     return "sliding_attention" if windowed else "full_attention"
 
 
 def _heads(config: Any, i: int) -> int:
-    heads = getattr(config, "num_attention_heads", None)
+    heads = setting(config, "num_attention_heads", i)
     heads = heads[i] if isinstance(heads, list | tuple) else heads
     if not isinstance(heads, int) or heads < 1:
         raise SourceError("config.json names no number of attention heads: attention cannot be counted")
@@ -195,11 +196,11 @@ def _attention(config: Any, i: int, kind: str, block: Block) -> Attention:
     heads = _heads(config, i)
     window = {
         "full_attention": None,
-        "sliding_attention": getattr(config, "sliding_window", None),
+        "sliding_attention": setting(config, "sliding_window", i),
         "chunked_attention": getattr(config, "attention_chunk_size", None),
     }[kind]
     rows = {x.role: x.out_features for x in block.linears if x.expert is None}
-    wide = next((x.in_features for x in block.linears if x.role == "o"), heads * _head_width(config, heads))
+    wide = next((x.in_features for x in block.linears if x.role == "o"), heads * _head_width(config, i, heads))
     if wide % heads:
         raise SourceError(f"config.json names {heads} heads, which do not divide the {wide} inputs of block {i}'s o")
     width = wide // heads
@@ -212,9 +213,9 @@ def _attention(config: Any, i: int, kind: str, block: Block) -> Attention:
     if "k" in rows and "v" in rows:
         shared = max(1, rows["v"] // width)
         return Attention(i, heads, rows["k"] // shared, width, rows["k"] + rows["v"], window)
-    shared = getattr(config, "num_key_value_heads", None) or heads
+    shared = setting(config, "num_key_value_heads", i) or heads
     return Attention(i, heads, width, width, 2 * int(shared) * width, window)
 
 
-def _head_width(config: Any, heads: int) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+def _head_width(config: Any, i: int, heads: int) -> int:
+    return int(setting(config, "head_dim", i) or config.hidden_size // heads)

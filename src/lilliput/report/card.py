@@ -24,7 +24,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Card:
-    """What the card tells. `licence`: license, license_name and license_link of the source's card, if any."""
+    """What the card tells.
+
+    `licence`: license, license_name and license_link of the source's card, if any; `opener`: the class of transformers
+    that opens the folder.
+    """
 
     title: str
     base_model: str
@@ -33,6 +37,7 @@ class Card:
     figures: tuple[Figure, ...] = ()
     licence: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
+    opener: str = "AutoModelForCausalLM"
 
 
 def read_licence(folder: Path) -> dict[str, str]:
@@ -66,7 +71,7 @@ def render(card: Card) -> str:
     lines += [f"Compressed from `{card.base_model}` with Lilliput.", ""]
     if not card.licence:
         lines += ["The source names no licence; the licence of the base model applies.", ""]
-    lines += ["## Use", "", "```python", *_usage(card.layout), "```", ""]
+    lines += ["## Use", "", "```python", *_usage(card.layout, card.opener), "```", ""]
     if card.figures:
         lines += ["## Measured", "", "| | compressed | original |", "| --- | --- | --- |"]
         lines += [f"| {f.name} | {f.compressed} | {f.original or '-'} |" for f in card.figures]
@@ -78,11 +83,11 @@ def render(card: Card) -> str:
     return "\n".join(lines)
 
 
-def _usage(layout: str) -> list[str]:
+def _usage(layout: str, opener: str) -> list[str]:
     lines = ["import lilliput  # registers the layout"] if layout == "lilliput" else []
     return [
         *lines,
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {opener}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("DIR")',
+        f'model = {opener}.from_pretrained("DIR")',
     ]

@@ -1,4 +1,3 @@
-import json
 import os
 from pathlib import Path
 
@@ -130,9 +129,23 @@ def test_atomic_files(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a", "one")
     write_atomically(tmp_path / "a", "two")
     assert (tmp_path / "a").read_text() == "two"
-    save_atomically(tmp_path / "b", {"x": torch.ones(2)}, {"format": "pt"})
+    save_atomically(tmp_path / "b", {"x": torch.ones(2)})
     assert load_file(tmp_path / "b")["x"].tolist() == [1.0, 1.0]
-    assert json.loads((tmp_path / "b").read_bytes()[8:].split(b"}}")[0] + b"}}")["__metadata__"] == {"format": "pt"}
     with pytest.raises(OSError):
         save_atomically(tmp_path / "no" / "b", {"x": torch.ones(2)})
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_and_folders_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with Work(tmp_path / "out", "plan") as work:
+            save_atomically(work.folder / "b", {"x": torch.ones(2)})
+            write_atomically(work.folder / "a", "one")
+            paths = [work.partial, *work.partial.rglob("*")]
+            assert {path.name for path in paths} == {".out.partial", "a", "b", "journal.jsonl", "lock", "model", "work"}
+            for path in paths:
+                assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+    finally:
+        os.umask(before)

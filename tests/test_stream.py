@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lilliput import api, memory, stream
+from lilliput import api, inventory, memory, stream
 from lilliput.data.load import load_tokens
 from lilliput.journal import Work
 from lilliput.metrics.size import measure
@@ -112,6 +113,34 @@ def test_the_folder_is_as_planned_and_loads(
     # It is another model than the original, and not a random one.
     change = float((logits - loaded_logits(source)).norm() / loaded_logits(source).norm())
     assert 1e-6 < change < 1.0
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_what_is_written_follows_the_umask(tiny: Tiny, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        compress(tiny("llama"), tmp_path / "out", "rtn")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_the_size_of_files_changes_no_tensor(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress(tiny("qwen2"), tmp_path / "one", "gptq", settings=("gptq.search=minmax",))
+    monkeypatch.setattr(inventory, "SHARD", 20_000)
+    done = compress(tiny("qwen2"), tmp_path / "many", "gptq", settings=("gptq.search=minmax",))
+    assert os.listdir(tmp_path / "one").count("model.safetensors") == 1
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(done.plan.shards) > 3
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in done.plan.tensors)
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    assert one.keys() == many.keys() == index["weight_map"].keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert api.verify(tmp_path / "many").problems == ()
+    torch.testing.assert_close(loaded_logits(tmp_path / "many"), loaded_logits(tmp_path / "one"), rtol=0, atol=0)
 
 
 def test_all_experts_are_compressed(tiny: Tiny, tmp_path: Path) -> None:

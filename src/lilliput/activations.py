@@ -33,7 +33,7 @@ class Activations:
         self._row = shape[1] * shape[2] * dtype.itemsize
         flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
         try:
-            self._file = os.open(path, flags, 0o600)
+            self._file = os.open(path, flags, 0o666)
         except FileNotFoundError:
             if create:
                 raise

@@ -268,7 +268,7 @@ def _run(
         peak = max(ranks.gathered(memory.peak_above_base()))
         made = passes.decided(made, opened, place)
         if ranks.lead():
-            facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), delivery.hashes(place))
+            facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), place.hashes())
             delivery.write_loadable(place.staging, facts)
             seen = delivery.opened(place, out, made.room, progress)
             if eval_windows > 0:

@@ -38,14 +38,6 @@ class Delivery:
     hashes: Mapping[str, str]  # stored tensor name -> sha256
 
 
-def hashes(work: Work) -> dict[str, str]:
-    """sha256 of every tensor that the run has written, by stored name."""
-    found: dict[str, str] = {}
-    for record in (*work.find("outside"), *work.find("block")):
-        found.update(record["sha256"])
-    return found
-
-
 def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]) -> Provenance:
     plan = d.plan
     formats = {x.name: (describe(x), plan.outcomes[x.name].stored) for x in plan.resolved.linears}
@@ -140,9 +132,10 @@ def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[
 
 
 def write_loadable(folder: Path, d: Delivery) -> None:
-    """Config, tokenizer and index: from here on the folder opens like any model, and can be measured."""
-    names = {d.plan.shards[n]: [x.name for x in d.plan.of_shard(n)] for n in range(len(d.plan.shards))}
-    write_index(folder, names, sum(x.nbytes for x in d.plan.tensors))
+    """Config, tokenizer and, for several files, index: from here on the folder opens like any model."""
+    if len(d.plan.shards) > 1:
+        names = {file: list(held) for file, held in d.plan.files.items()}
+        write_index(folder, names, sum(x.nbytes for x in d.plan.tensors))
     _write(folder, d, {}, (), ())
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 
 from lilliput import export, memory
-from lilliput.export.folder import model_config
+from lilliput.export.folder import model_config, safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.model import Model
 
 METADATA = {"format": "pt"}
 OUTSIDE = frozenset({"embedding", "head", "untied head", "carried"})  # kinds of tensors that may be large
-# Tensors outside the blocks share files of at most this size; each block has a file of its own, so that a finished
-# block is never touched again.
-SHARD = 512 * memory.MB
+SHARD = 5 * 10**9  # bytes of a file at most, header included, as engines and the hub have them
 PIECE = 16 * memory.MB  # of a tensor with more than two axes
 
 
@@ -31,6 +29,7 @@ class TensorPlan:
     dtype: torch.dtype
     shape: tuple[int, ...]
     shard: int
+    block: int | None  # None: outside the blocks
     source: str  # canonical (or, for carried ones, stored) name it comes from
 
     @property
@@ -73,39 +72,51 @@ def kind_of(name: str, model: Model) -> str:
 def lay_out(
     model: Model, exporter: export.Exporter, outcomes: Mapping[str, Outcome]
 ) -> tuple[tuple[TensorPlan, ...], tuple[str, ...]]:
-    """All tensors of the output, and the names of its files: those outside the blocks first, then one file a block."""
+    """All tensors of the output in the order of their work, those outside the blocks first, and the names of its files.
+
+    A file takes the tensors that come next, up to `SHARD` bytes; one that is larger by itself has a file of its own.
+    """
     skeleton = model.skeleton
     blocks = {name: n for n in range(len(skeleton.block_names)) for name in skeleton.names_of(n)}
-    outside = [name for name in skeleton.shapes if name not in blocks]
-    loose: list[tuple[str, str, torch.dtype, tuple[int, ...], str]] = [
-        (model.stored_name(name), kind_of(name, model), model.written_dtype(name), model.shape(name), name)
-        for name in outside
+    planned = [
+        TensorPlan(
+            model.stored_name(name), kind_of(name, model), model.written_dtype(name), model.shape(name), 0, None, name
+        )
+        for name in skeleton.shapes
+        if name not in blocks
     ]
     stored = model.source.stored
-    loose += [(name, "carried", stored[name].dtype, stored[name].shape, name) for name in model.carried]
-    shard, filled = 0, 0
-    planned: list[TensorPlan] = []
-    for name, kind, dtype, shape, source in loose:
-        tensor = TensorPlan(name, kind, dtype, shape, shard, source)
-        if filled and filled + tensor.nbytes > SHARD:
-            shard, filled = shard + 1, 0
-            tensor = TensorPlan(name, kind, dtype, shape, shard, source)
-        filled += tensor.nbytes
-        planned.append(tensor)
-    first = shard + 1 if planned else 0
+    planned += [
+        TensorPlan(name, "carried", stored[name].dtype, stored[name].shape, 0, None, name) for name in model.carried
+    ]
     for canonical, block in blocks.items():
         linear = canonical.removesuffix(".weight")
         outcome = outcomes.get(linear) if canonical.endswith(".weight") else None
         if outcome is not None:
             kind = "quantized" if outcome.scheme.parts else "linear"
             for name, (dtype, shape) in exporter.describe(outcome).items():
-                planned.append(TensorPlan(name, kind, dtype, tuple(shape), first + block, linear))
+                planned.append(TensorPlan(name, kind, dtype, tuple(shape), 0, block, linear))
         else:
-            stored_name, shape = model.stored_name(canonical), model.shape(canonical)
+            name, shape = model.stored_name(canonical), model.shape(canonical)
             dtype = model.written_dtype(canonical)
-            planned.append(TensorPlan(stored_name, kind_of(canonical, model), dtype, shape, first + block, canonical))
-    count = first + len(skeleton.block_names)
-    return tuple(planned), tuple(f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count))
+            planned.append(TensorPlan(name, kind_of(canonical, model), dtype, shape, 0, block, canonical))
+    return _shared_out(planned)
+
+
+def _shared_out(planned: Sequence[TensorPlan]) -> tuple[tuple[TensorPlan, ...], tuple[str, ...]]:
+    shard, filled = 0, 0
+    placed: list[TensorPlan] = []
+    for tensor in planned:
+        # A file by itself is more than its share of a header, except for offsets of more digits.
+        share = safetensors_bytes({tensor.name: (tensor.dtype, tensor.shape)}, METADATA) + 2 * len(str(SHARD))
+        if filled and filled + share > SHARD:
+            shard, filled = shard + 1, 0
+        filled += share
+        placed.append(replace(tensor, shard=shard))
+    count = shard + 1
+    if count == 1:
+        return tuple(placed), ("model.safetensors",)
+    return tuple(placed), tuple(f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count))
 
 
 def written_config(model: Model, quantization: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -36,11 +36,15 @@ def write_atomically(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def save_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that is there whole or not at all. Raises OSError, also for a full disk."""
     fresh = path.with_name(f".{path.name}.new")
     try:
-        save_file(dict(tensors), fresh, metadata=None if metadata is None else dict(metadata))
+        fresh.unlink(missing_ok=True)
+        fresh.touch()
+        mode = fresh.stat().st_mode  # as the umask has it; the library's files are for their owner alone
+        save_file(dict(tensors), fresh)
+        fresh.chmod(mode)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
@@ -127,7 +131,7 @@ class Work:
             raise _exists(self.out)
         self.partial.mkdir(parents=True, exist_ok=True)
         # The lock lies in the folder that must not be shared, and dies with the process that holds it.
-        self._lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -218,6 +222,13 @@ class Work:
 
     def find(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record.get("kind") == kind]
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 (hex) of every tensor of the output that is finished, by stored name."""
+        found: dict[str, str] = {}
+        for record in (*self.find("outside"), *self.find("block")):
+            found.update(record["sha256"])
+        return found
 
     def keep(self, files: Sequence[str]) -> None:
         """Delete what is in the work folder, except for the journal and these files."""

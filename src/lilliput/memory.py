@@ -47,7 +47,7 @@ class Shape:
     itemsize: int  # of the compute dtype
     stored: int  # itemsize of the checkpoint
     outside: int  # bytes that the largest tensor outside the blocks takes while it is written
-    packed: int = 0  # bytes of the largest block's output file
+    packed: int = 0  # bytes of the largest block's output
     fitting: int = 0  # float32 copies of a block's weights that a step trains it with
     resident: int = 0  # bytes that stay all the time, such as a rotation
     double: bool = False  # whether a step decomposes weights in float64

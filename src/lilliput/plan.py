@@ -60,8 +60,20 @@ class Plan:
     def of_shard(self, shard: int) -> tuple[TensorPlan, ...]:
         return tuple(x for x in self.tensors if x.shard == shard)
 
+    def of_block(self, block: int | None) -> tuple[TensorPlan, ...]:
+        """Tensors of a block; None: those outside the blocks."""
+        return tuple(x for x in self.tensors if x.block == block)
+
     def shard_bytes(self, shard: int) -> int:
-        return safetensors_bytes({x.name: (x.dtype, x.shape) for x in self.of_shard(shard)}, METADATA)
+        return safetensors_bytes(self.files[self.shards[shard]], METADATA)
+
+    @cached_property
+    def files(self) -> Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]:
+        """dtype and shape of every tensor, by name, of every file, by name."""
+        files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.shards}
+        for x in self.tensors:
+            files[self.shards[x.shard]][x.name] = x.dtype, x.shape
+        return files
 
     @cached_property
     def folder_bytes(self) -> int:
@@ -240,7 +252,7 @@ def _unloadable(exporter: export.Exporter, model: Model, resolved: Resolved) -> 
 def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     """The plan when an allocation has decided: targets such as ranks change sizes, so all tensors are laid out anew.
 
-    Files keep their names: those outside the blocks do not change, and each block has its own.
+    Files may change, so none is written before.
     """
     outcomes = _outcomes(model, resolved)
     ordered = tuple(outcomes.values())
@@ -315,9 +327,10 @@ def make(
     tensors, shards = lay_out(model, exporter, outcomes)
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
-    by_file: Counter[int] = Counter()
+    by_block: Counter[int] = Counter()
     for tensor in tensors:
-        by_file[tensor.shard] += tensor.nbytes
+        if tensor.block is not None:
+            by_block[tensor.block] += tensor.nbytes
     layout = memory.choose(
         anatomy.blocks,
         memory.Shape(
@@ -328,7 +341,7 @@ def make(
             itemsize=dtype.itemsize,
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max((at_a_time(x) for x in tensors if x.kind in OUTSIDE), default=0),
-            packed=max((by_file[n] for n in range(len(shards))[-len(skeleton.block_names) :]), default=0),
+            packed=max(by_block.values(), default=0),
             double=any(t.method.double for x in resolved.linears for t in x.tasks)
             or any(t.method.double for t in resolved.allocations),
             beside=estimates.beside(resolved),

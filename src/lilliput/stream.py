@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,18 +11,18 @@ import torch
 from torch import Tensor
 
 from lilliput import export, fisher, fitting, inventory, lockstep, memory, order, passes, ranks
-from lilliput.activations import START_ANEW, Activations, raw
+from lilliput.activations import START_ANEW, Activations
 from lilliput.anatomy.model import Site
 from lilliput.errors import LilliputError
-from lilliput.export.pieces import save_pieces
 from lilliput.formats import scales
 from lilliput.forward import Batches, embed, through
-from lilliput.inventory import METADATA
+from lilliput.inventory import TensorPlan
 from lilliput.job import BlockJob, Rows, deliver, fits, install, lowered, overflow, within
-from lilliput.journal import Work, save_atomically
+from lilliput.journal import Work
 from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
 from lilliput.model import Model
+from lilliput.output import Output
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import Plan
 from lilliput.progress import Progress
@@ -31,42 +30,6 @@ from lilliput.resolve import Task
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.weights import BlockWeights
-
-
-def _sha256(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().reshape(-1)
-    return hashlib.sha256(raw(flat)).hexdigest()
-
-
-def _save(work: Work, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Write one output file so that it is there whole or not at all; returns the tensors' hashes."""
-    save_atomically(work.staging / name, tensors, METADATA)
-    return {key: _sha256(value) for key, value in tensors.items()}
-
-
-def _save_outside(plan: Plan, model: Model, shard: int, work: Work) -> dict[str, str]:
-    """Write a file of tensors outside the blocks, large ones a few rows at a time: a vocabulary's table may be the
-    largest thing of all, and dequantized it is four times what is written. Returns the tensors' hashes."""
-    tensors = {x.name: x for x in plan.of_shard(shard)}
-
-    def pieces(name: str) -> Iterator[Tensor]:
-        planned = tensors[name]
-        carried = planned.kind == "carried"
-        rows = inventory.rows_at_a_time(planned.shape)
-        if not planned.shape or rows >= planned.shape[0]:
-            yield (model.source.read(planned.source) if carried else model.read(planned.source)).to(planned.dtype)
-            return
-        for start in range(0, planned.shape[0], rows):
-            stop = min(start + rows, planned.shape[0])
-            part = (
-                model.source.read(planned.source, (start, stop))
-                if carried
-                else model.read_rows(planned.source, start, stop)
-            )
-            yield part.to(planned.dtype)
-
-    layout = {x.name: (x.dtype, x.shape) for x in tensors.values()}
-    return save_pieces(work.staging / plan.shards[shard], layout, pieces, METADATA)
 
 
 def compress_site(
@@ -273,12 +236,12 @@ def _compress_sites(
             run()
 
 
-def _block_tensors(job: BlockJob, done: Mapping[str, Tensor], shard: int) -> dict[str, Tensor]:
-    """All tensors of a block's file: the compressed ones and the rest as they are, or as folds left them."""
+def _block_tensors(job: BlockJob, done: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a block: the compressed ones and the rest as they are, or as folds left them."""
     out = dict(done)
     cut = len(job.weights.prefix) + 1
     untouched = {x.name: x for x in job.plans.values() if not x.tasks}
-    for planned in job.plan.of_shard(shard):
+    for planned in job.plan.of_block(job.index):
         if planned.name in out:
             continue
         if planned.source in untouched:
@@ -293,41 +256,72 @@ def _block_tensors(job: BlockJob, done: Mapping[str, Tensor], shard: int) -> dic
     return out
 
 
+def _write(job: BlockJob, done: Mapping[str, Tensor], output: Output) -> dict[str, str]:
+    tensors = _block_tensors(job, done)
+    return output.write(tensors, lambda name: [tensors[name]])
+
+
 def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Rows:
     """Carry out a plan, from its first unwritten block on. Returns the report rows of all blocks, in order.
 
     ids [N, T] are all samples. Each rank takes its share of them through the blocks; the leader writes.
     """
-    skeleton = model.skeleton
-    count = len(skeleton.block_names)
-    first = len(plan.shards) - count
+    count = len(model.skeleton.block_names)
     finished = {int(r["block"]): r for r in work.find("block")}
-    whole = {int(r["shard"]) for r in work.find("outside")}
-    with ranks.together():
-        for name in (plan.shards[n] for n in (*whole, *(first + n for n in finished))):
-            if ranks.lead() and not (work.staging / name).is_file():
-                raise LilliputError(
-                    f"{work.staging / name} was written by the unfinished run and is gone; {START_ANEW}"
-                )
     model = passes.learned(plan, model, ids, work, progress)
     everything, ids = ids, None if ids is None else ids[ranks.share(len(ids))]
     with torch.no_grad():
-        for shard in range(first):
-            if shard not in whole:
-                hashes: dict[str, str] = {}
-                if ranks.lead():
-                    hashes = _save_outside(plan, model, shard, work)
-                    memory.trim()
-                work.note({"kind": "outside", "shard": shard, "sha256": hashes})
         progress.step(len(finished), count)
         if len(finished) < count:
             fisher.take(plan, model, everything, work, progress, len(finished))
             plan = passes.allocated(plan, model, everything, work, progress)
-            _blocks(plan, model, ids, work, progress, finished, first)
+        else:
+            plan = passes.decided(plan, model, work)
+        output = Output(work.staging, plan.files)
+        _begin(plan, model, work, output)
+        if len(finished) < count:
+            _blocks(plan, model, ids, work, progress, finished, output)
+        with ranks.together():
+            if ranks.lead():
+                output.finish()
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):
         rows += record["rows"]
     return rows
+
+
+def _begin(plan: Plan, model: Model, work: Work, output: Output) -> None:
+    """Lay out the files and write what lies outside the blocks, or take up the files of a run that has done so."""
+    hashes: dict[str, str] = {}
+    begun = bool(work.find("outside"))
+    with ranks.together():
+        if ranks.lead() and begun:
+            output.take_up(work.hashes())
+        elif ranks.lead():
+            output.lay_out()
+            outside = {x.name: x for x in plan.of_block(None)}
+            hashes = output.write(outside, lambda name: _pieces(outside[name], model))
+            memory.trim()
+    if not begun:
+        work.note({"kind": "outside", "sha256": hashes})
+
+
+def _pieces(planned: TensorPlan, model: Model) -> Iterator[Tensor]:
+    """A tensor outside the blocks, a large one a few rows at a time: a vocabulary's table may be the largest thing of
+    all, and dequantized it is four times what is written."""
+    carried = planned.kind == "carried"
+    rows = inventory.rows_at_a_time(planned.shape)
+    if not planned.shape or rows >= planned.shape[0]:
+        yield (model.source.read(planned.source) if carried else model.read(planned.source)).to(planned.dtype)
+        return
+    for start in range(0, planned.shape[0], rows):
+        stop = min(start + rows, planned.shape[0])
+        part = (
+            model.source.read(planned.source, (start, stop))
+            if carried
+            else model.read_rows(planned.source, start, stop)
+        )
+        yield part.to(planned.dtype)
 
 
 def _hidden(work: Work, block: int, shape: tuple[int, int, int], dtype: torch.dtype, create: bool) -> Activations:
@@ -341,7 +335,7 @@ def _blocks(
     work: Work,
     progress: Progress,
     finished: Mapping[int, Any],
-    first: int,
+    output: Output,
 ) -> None:
     anatomy = model.anatomy()
     skeleton = model.skeleton
@@ -375,11 +369,9 @@ def _blocks(
         model.unload_block(index)
         hashes: dict[str, str] = {}
         if ranks.lead():
-            tensors = _block_tensors(job, done, first + index)
-            del done
-            hashes = _save(work, plan.shards[first + index], tensors)
-            del tensors
-        # Only now is the block finished: its file is whole, and so are the inputs of the next one on all ranks.
+            hashes = _write(job, done, output)
+        del done
+        # Only now is the block finished: its tensors are on the disk, and the next one's inputs with all ranks.
         check = None if outputs is None else ranks.gathered(outputs.checksum())
         work.note({"kind": "block", "block": index, "rows": rows, "sha256": hashes, "hidden": check})
         if inputs is not None:

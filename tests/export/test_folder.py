@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, Gemma3Config, LlamaConfig
 
 from lilliput.errors import PlanError
-from lilliput.export.folder import model_config, safetensors_bytes, write_index, write_side_files
+from lilliput.export.folder import model_config, safetensors_bytes, safetensors_header, write_index, write_side_files
 from lilliput.report.card import Card, Figure
 from lilliput.report.provenance import DataRow, LinearRow, Provenance, TensorRow, read, versions
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.float16,
-    torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu,
+    torch.uint32, torch.uint64, torch.complex64,
 ]  # fmt: skip
 PROVENANCE = Provenance(
     model="a/b",
@@ -39,7 +41,9 @@ CARD = Card("b, 4 bits", "a/b", "compressed-tensors", "steps: []\n", (Figure("pe
 
 @pytest.mark.parametrize("count", [0, 1, 5, 60])
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_size_is_that_of_the_written_file(tmp_path: Path, count: int, metadata: dict[str, str] | None) -> None:
+def test_header_and_size_are_those_of_the_written_file(
+    tmp_path: Path, count: int, metadata: dict[str, str] | None
+) -> None:
     rng = torch.Generator().manual_seed(count)
     tensors = {}
     for i in range(count):
@@ -48,6 +52,10 @@ def test_size_is_that_of_the_written_file(tmp_path: Path, count: int, metadata: 
     save_file(tensors, tmp_path / "x", metadata=metadata)
     described = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
     assert safetensors_bytes(described, metadata) == (tmp_path / "x").stat().st_size
+    header, order = safetensors_header(described, metadata)
+    assert (tmp_path / "x").read_bytes().startswith(header)
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert order == file.offset_keys()
 
 
 def test_writes_everything_and_copies_the_rest(tmp_path: Path) -> None:

@@ -231,9 +231,7 @@ def test_a_whole_run_writes_what_the_divided_plan_says(toy: Any, tmp_path: Path)
     with Work(tmp_path / "out", "key") as work:
         stream.run(before, toy.model, toy.ids, work, Quiet())
         after = passes.decided(before, toy.model, work)
-        delivery.write_loadable(
-            work.staging, delivery.Delivery(after, toy.model, "key", None, (), delivery.hashes(work))
-        )
+        delivery.write_loadable(work.staging, delivery.Delivery(after, toy.model, "key", None, (), work.hashes()))
         whole = AutoModelForCausalLM.from_pretrained(work.staging)
         written = sum(path.stat().st_size for path in work.staging.glob("*.safetensors"))
     assert written == after.bytes

@@ -90,17 +90,17 @@ class Unbroken:
 
 
 @pytest.fixture(scope="session")
-def unbroken(tiny: Tiny, driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Unbroken]:
-    found: dict[tuple[str, bool], Unbroken] = {}
+def unbroken(tiny: Tiny, driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Unbroken]:
+    found: dict[tuple[str, bool, int | None], Unbroken] = {}
 
-    def make(recipe: str, tight: bool) -> Unbroken:
-        key = recipe, tight
+    def make(recipe: str, tight: bool, shard: int | None = None) -> Unbroken:
+        key = recipe, tight, shard
         if key not in found:
             out = tmp_path_factory.mktemp("unbroken") / "out"
             args = {"model": tiny("llama"), "recipe": recipe, **SAME, "settings": QUICK[recipe]}
             if tight:
                 args |= {**MANY, "memory": squeezed(tiny("llama"), recipe)}
-            done = driver(args={**args, "out": out})
+            done = driver(args={**args, "out": out}, **({} if shard is None else {"shard": shard}))
             assert done["code"] == 0, done["stderr"]
             assert done["lockstep"] is not tight or recipe == "magnitude"
             found[key] = Unbroken(args, Unbroken.weights_of(out))

@@ -5,17 +5,20 @@ look at the anatomy of the model that is named on the command line. A job: `args
 for the command line, and optionally `at` ("module:attribute"), `call` (the how-manieth, from 1) and `how`:
 
 - before, after: SIGKILL before or after the call;
-- torn: SIGKILL with the file of the call half written (`Work.note`, `save_file`);
+- torn: SIGKILL with half of what the call is to write (`Work.note`, `_write_at` of an output file);
 - interrupt: SIGINT before the call, as Ctrl-C sends it;
 - hold: wait before the call until the file `until` exists, having created `reached`;
-- fill: fill the disk of the folder `disk` before the call.
+- fill: fill the disk of the folder `disk` before the call;
+- refuse: instead of the call, what it raises on a disk that is full all the same.
 
+`shard` is the size of an output file at most, in bytes.
 A job with `background` is answered at once with its number; `wait` asks for its end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -32,7 +35,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from lilliput import api, cli
+from lilliput import api, cli, inventory
 from lilliput.model import Model, open_model
 from lilliput.progress import Quiet
 
@@ -49,8 +52,8 @@ def torn(args: tuple[Any, ...]) -> None:
         line = json.dumps(second)
         with (first.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
             file.write(line[: len(line) // 2])
-    else:  # save_file(tensors, path)
-        Path(second).write_bytes(b"\0" * 1000)
+    else:  # _write_at(handle, data, at)
+        os.pwrite(first, second[: len(second) // 2], args[2])
     die()
 
 
@@ -83,6 +86,8 @@ def patch(job: dict[str, Any]) -> None:
             with contextlib.suppress(OSError), Path(job["disk"], "ballast").open("wb", buffering=0) as file:
                 while True:
                     file.write(b"\0" * 4096)
+        if how == "refuse":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         answer = plain(*args, **options)
         if how == "after":
             die()
@@ -97,6 +102,7 @@ def child(job: dict[str, Any], answer: int, errors: Path) -> None:
     os.dup2(stderr, 1)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        inventory.SHARD = job.get("shard", inventory.SHARD)
         if "at" in job:
             patch(job)
         if "line" in job:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +17,14 @@ import pytest
 pytestmark = pytest.mark.slow
 
 Driver = Callable[..., dict[str, Any]]
-Whole = Callable[[str, bool], Any]
+Whole = Callable[..., Any]
 
 
-def half_done(driver: Driver, whole: Any, out: Path, **more: Any) -> dict[str, Any]:
+def half_done(driver: Driver, whole: Any, out: Path, shard: int | None = None, **more: Any) -> dict[str, Any]:
     """Arguments of a run that was killed in block 2."""
     args = {**whole.args, "out": out, **more}
-    killed = driver(args=args, at="lilliput.methods.weight.gptq:compress", call=10, how="before")
+    job: dict[str, Any] = {} if shard is None else {"shard": shard}
+    killed = driver(args=args, at="lilliput.methods.weight.gptq:compress", call=10, how="before", **job)
     assert killed["code"] == -9, killed["stderr"]
     return args
 
@@ -69,13 +72,58 @@ def test_damaged_hidden_states(
     assert driver(args={**whole.args, "out": tmp_path / "out"})["skipped"] == 0
 
 
-def test_a_finished_shard_that_is_gone(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
+def garble(path: Path, tensor: str) -> None:
+    """Change the last byte of a tensor."""
+    content = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", content[:8])
+    end = json.loads(content[8 : 8 + length])[tensor]["data_offsets"][1]
+    content[8 + length + end - 1] ^= 0x55
+    path.write_bytes(content)
+
+
+DONE, OPEN = (f"model.layers.{n}.mlp.up_proj.weight_packed" for n in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "model.safetensors.part was written by the unfinished run and is gone"),
+        (lambda path: os.truncate(path, path.stat().st_size - 8), "model.safetensors.part is not what the unfinished"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "model.safetensors.part is not what the unfinished"),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "model.safetensors.part is not what the unfinish"),
+        (lambda path: garble(path, "model.embed_tokens.weight"), "model.embed_tokens.weight in "),
+        (lambda path: garble(path, DONE), f"{DONE} in "),
+    ],
+    ids=["gone", "short", "long", "empty", "outside", "block"],
+)
+def test_damaged_output(
+    driver: Driver, unbroken: Whole, tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
     whole = unbroken("gptq", False)
     half_done(driver, whole, tmp_path / "out")
-    next((tmp_path / ".out.partial" / "model").glob("model-00002*")).unlink()
+    damage(tmp_path / ".out.partial" / "model" / "model.safetensors.part")
     refused = driver(line=whole.line(tmp_path / "out"))
     assert refused["code"] == 2
-    assert "model-00002-of-00005.safetensors was written by the unfinished run and is gone" in refused["stderr"]
+    last = refused["stderr"].strip().splitlines()[-1]
+    assert said in last
+    assert "start anew" in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_file_of_several(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
+    args = half_done(driver, unbroken("gptq", False), tmp_path / "out", shard=30_000)
+    path = next((tmp_path / ".out.partial" / "model").glob("model-00002-of-*"))
+    os.truncate(path, 100)
+    refused = driver(args=args, shard=30_000)
+    assert f"{path} is not what the unfinished run wrote" in refused["stderr"]
+
+
+def test_what_is_not_finished_is_written_again(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
+    whole = unbroken("gptq", False)
+    args = half_done(driver, whole, tmp_path / "out")
+    garble(tmp_path / ".out.partial" / "model" / "model.safetensors.part", OPEN)
+    assert driver(args=args)["skipped"] == 2
+    assert whole.weights_of(tmp_path / "out") == whole.weights
 
 
 def test_two_runs_on_one_folder(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
@@ -200,13 +248,16 @@ def test_too_little_space_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize(
-    ("at", "call"),
+    ("at", "call", "how"),
     [
-        ("lilliput.journal:save_file", 3),
-        ("lilliput.journal:Work.note", 3),
-        ("lilliput.stream:Activations", 3),
-        ("lilliput.delivery:write_side_files", 1),
-        ("lilliput.api:measure", 1),
+        ("lilliput.output:Output.lay_out", 1, "fill"),
+        ("lilliput.output:Output.write", 3, "fill"),
+        # Space that was reserved can be missing all the same, as where files are copied on write.
+        ("lilliput.output:_write_at", 40, "refuse"),
+        ("lilliput.journal:Work.note", 3, "fill"),
+        ("lilliput.stream:Activations", 3, "fill"),
+        ("lilliput.delivery:write_side_files", 1, "fill"),
+        ("lilliput.api:measure", 1, "fill"),
     ],
 )
 def test_a_disk_that_fills_up_meanwhile(
@@ -215,18 +266,19 @@ def test_a_disk_that_fills_up_meanwhile(
     disk: Callable[[int], Path],
     at: str,
     call: int,
+    how: str,
 ) -> None:
     whole = unbroken("gptq", False)
     place = disk(4_000_000)
     command = whole.line(place / "out")
-    full = driver(line=command, at=at, call=call, how="fill", disk=place)
+    full = driver(line=command, at=at, call=call, how=how, disk=place)
     assert full["code"] == 2, full["stderr"]
     said = [x for x in full["stderr"].splitlines() if "blocks " not in x]
     assert len(said) == 1, full["stderr"]
     assert "the disk is full" in said[0]
     assert "it goes on where it stopped" in said[0]
     assert not (place / "out").exists()
-    (place / "ballast").unlink()
+    (place / "ballast").unlink(missing_ok=True)
     again = driver(line=command)
     assert again["code"] == 0, again["stderr"]
     assert whole.weights_of(place / "out") == whole.weights

@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
+from lilliput.errors import LilliputError
+from lilliput.model import open_model
+
 pytestmark = pytest.mark.slow
 
 BLOCKS = 4
+OUTSIDE = 1 + 2  # header, embedding and final norm
+TENSORS = 7 * 3 + 2  # of a block: codes, scales and shapes of its linears, and its norms
+SMALL = 30_000  # bytes of a file: the embedding exceeds it, and files end within blocks
 Driver = Callable[..., dict[str, Any]]
-Whole = Callable[[str, bool], Any]
+Whole = Callable[..., Any]
 
 # recipe, small memory?, call to kill at, how-manieth, how, blocks that are finished by then
 KILLS: list[tuple[str, bool, str, int, str, int]] = [
@@ -33,12 +39,15 @@ KILLS: list[tuple[str, bool, str, int, str, int]] = [
     ("gptq", True, "lilliput.methods.weight.gptq:compress", 7, "after", 1),
     ("awq-gptq", False, "lilliput.methods.rewrite.awq:rewrite", 3, "before", 2),
     ("magnitude", False, "lilliput.methods.weight.magnitude:compress", 24, "after", 3),
-    # writing a shard: the first call writes what lies outside the blocks
-    ("gptq", False, "lilliput.journal:save_file", 1, "torn", 0),
-    ("gptq", False, "lilliput.journal:save_file", 3, "torn", 1),
-    ("awq-gptq", False, "lilliput.journal:save_file", 5, "after", 3),
-    ("magnitude", False, "pathlib:Path.replace", 4, "before", 1),
-    ("gptq", False, "pathlib:Path.replace", 4, "after", 1),
+    # writing tensors: the first call of `write` is for those outside the blocks, the first of `_write_at` the header
+    ("gptq", False, "os:posix_fallocate", 1, "before", 0),
+    ("gptq", False, "lilliput.output:_write_at", 1, "torn", 0),
+    ("gptq", False, "lilliput.output:_write_at", 2, "torn", 0),
+    ("gptq", False, "lilliput.output:_write_at", OUTSIDE + TENSORS + 10, "torn", 1),
+    ("gptq", True, "lilliput.output:_write_at", OUTSIDE + 3 * TENSORS, "torn", 2),
+    ("awq-gptq", False, "lilliput.output:Output.write", 5, "after", 3),
+    ("magnitude", False, "lilliput.output:Output.write", 3, "before", 1),
+    ("gptq", False, "lilliput.output:Output.write", 3, "after", 1),
     # writing the journal
     ("gptq", False, "lilliput.journal:write_atomically", 1, "before", 0),
     ("gptq", False, "lilliput.journal:Work.note", 1, "torn", 0),
@@ -50,9 +59,11 @@ KILLS: list[tuple[str, bool, str, int, str, int]] = [
     # writing the files beside the weights
     ("gptq", False, "shutil:copyfile", 1, "after", 4),
     ("magnitude", False, "lilliput.export.folder:_write", 3, "before", 4),
-    # renaming, and clearing up after it
+    # renaming the file of the weights and then the folder, and clearing up after it
     ("gptq", False, "pathlib:Path.rename", 1, "before", 4),
-    ("awq-gptq", False, "pathlib:Path.rename", 1, "after", 4),
+    ("gptq", False, "pathlib:Path.rename", 1, "after", 4),
+    ("gptq", False, "pathlib:Path.rename", 2, "before", 4),
+    ("awq-gptq", False, "pathlib:Path.rename", 2, "after", 4),
     ("gptq", False, "lilliput.journal:Work._clear", 1, "before", 4),
 ]
 
@@ -87,6 +98,48 @@ def test_killed_runs_go_on(
 
 
 @pytest.mark.parametrize(
+    ("at", "call", "how", "blocks"),
+    [
+        ("lilliput.output:Output._locate", 2, "before", 0),
+        ("lilliput.output:_write_at", 5 + OUTSIDE + TENSORS + 5, "torn", 1),
+        ("lilliput.output:_write_at", 5 + OUTSIDE + 2 * TENSORS - 1, "torn", 1),
+        ("lilliput.journal:Work.note", 3, "before", 1),
+        ("pathlib:Path.rename", 2, "after", 4),
+        ("lilliput.delivery:write_index", 1, "before", 4),
+        ("lilliput.journal:Work._clear", 1, "before", 4),
+    ],
+)
+def test_killed_runs_of_several_files(
+    driver: Driver, unbroken: Whole, tmp_path: Path, at: str, call: int, how: str, blocks: int
+) -> None:
+    args = {**unbroken("gptq", False).args, "out": tmp_path / "out"}
+    whole = unbroken("gptq", False, SMALL)
+    assert len(whole.weights) > 4
+    killed = driver(args=args, shard=SMALL, at=at, call=call, how=how)
+    assert killed["code"] == -9, killed["stderr"]
+    again = driver(args=args, shard=SMALL)
+    assert again["code"] == 0, again["stderr"]
+    assert whole.weights_of(tmp_path / "out") == whole.weights
+    assert again["skipped"] == blocks
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(whole.weights)
+
+
+@pytest.mark.parametrize("shard", [None, SMALL])
+def test_nothing_takes_an_unfinished_run_for_a_model(
+    driver: Driver, unbroken: Whole, tmp_path: Path, shard: int | None
+) -> None:
+    args = {**unbroken("gptq", False).args, "out": tmp_path / "out"}
+    job = {} if shard is None else {"shard": shard}
+    assert driver(args=args, at="lilliput.output:Output.finish", call=1, how="before", **job)["code"] == -9
+    assert os.listdir(tmp_path) == [".out.partial"]
+    for folder in (tmp_path / ".out.partial", tmp_path / ".out.partial" / "model"):
+        with pytest.raises(LilliputError):
+            open_model(str(folder))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
     ("at", "how"), [("lilliput.metrics.evaluate:score", "before"), ("lilliput.api:measure", "after")]
 )
 def test_killed_while_measuring(driver: Driver, unbroken: Whole, tmp_path: Path, at: str, how: str) -> None:
@@ -115,10 +168,15 @@ def test_killed_twice(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
     assert whole.weights_of(tmp_path / "out") == whole.weights
 
 
-def test_interrupted(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("at", "call"),
+    [("lilliput.methods.weight.gptq:compress", 6), ("lilliput.output:_write_at", OUTSIDE + TENSORS + 10)],
+)
+def test_interrupted(driver: Driver, unbroken: Whole, tmp_path: Path, at: str, call: int) -> None:
     whole = unbroken("gptq", False)
     command = whole.line(tmp_path / "out")
-    stopped = driver(line=command, at="lilliput.methods.weight.gptq:compress", call=6, how="interrupt")
+    stopped = driver(line=command, at=at, call=call, how="interrupt")
+    assert not (tmp_path / "out").exists()
     assert stopped["code"] == 130, stopped["stderr"]
     last = stopped["stderr"].strip().splitlines()[-1]
     assert last == "interrupted. Run the same command again: it goes on after the last finished block."

@@ -38,14 +38,18 @@ _STORED: dict[torch.dtype, tuple[str, int]] = {
     torch.int8: ("I8", 2),
     torch.float8_e5m2: ("F8_E5M2", 3),
     torch.float8_e4m3fn: ("F8_E4M3", 4),
+    torch.float8_e8m0fnu: ("F8_E8M0", 5),
     torch.int16: ("I16", 6),
     torch.uint16: ("U16", 7),
     torch.float16: ("F16", 8),
     torch.bfloat16: ("BF16", 9),
     torch.int32: ("I32", 10),
+    torch.uint32: ("U32", 11),
     torch.float32: ("F32", 12),
+    torch.complex64: ("C64", 13),
     torch.float64: ("F64", 14),
     torch.int64: ("I64", 15),
+    torch.uint64: ("U64", 16),
 }
 
 

@@ -127,7 +127,7 @@ def files_of(chosen: Path) -> dict[str, Path | None]:
     return dict(pairs)
 
 
-def _header(file: Path) -> dict[str, tuple[Entry, int]]:
+def header_of(file: Path) -> dict[str, tuple[Entry, int]]:
     """Entry and absolute offset of every tensor of a file, the header checked by the library."""
     try:
         with safe_open(file, framework="pt", backend="pread") as opened:
@@ -158,7 +158,7 @@ class Shards:
         self.chosen = choose(folder, named)
         pairs = files_of(self.chosen)
         self.files = tuple(sorted({x for x in pairs.values() if x is not None}))
-        headers = {file: _header(file) for file in self.files}
+        headers = {file: header_of(file) for file in self.files}
         self._offsets: dict[str, int] = {}
         self.entries: dict[str, Entry] = {}
         for file, header in headers.items():

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lilliput import output
 from lilliput.errors import LilliputError
 from lilliput.inventory import METADATA
 from lilliput.output import PART, Output
@@ -139,9 +139,10 @@ def test_a_tensor_that_is_not_as_planned_harms_no_other(tmp_path: Path) -> None:
     out = Output(tmp_path, {ONE: described(tensors)})
     out.lay_out()
     hashes = out.write(["b"], lambda name: [tensors[name]])
-    for bad in ([torch.ones(4, 4)], [torch.ones(3, 3)], [torch.ones(4, 3).double()], [tensors["a"], tensors["a"]], []):
+    others = [torch.ones(4, 4), torch.ones(3, 4), torch.ones(3, 3), torch.ones(12), torch.ones(4, 3).double()]
+    for pieces in (*([x] for x in others), [tensors["a"], tensors["a"]], []):
         with pytest.raises(RuntimeError, match="a is planned as"):
-            out.write(["a"], lambda _, bad=bad: bad)  # type: ignore[misc]
+            out.write(["a"], partial(lambda held, _: held, pieces))
     Output(tmp_path, {ONE: described(tensors)}).take_up(hashes)
 
 
@@ -153,13 +154,13 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tensors = {"a": torch.ones(4, 3)}
     out = Output(tmp_path, {ONE: described(tensors)})
     with monkeypatch.context() as patch:
-        patch.setattr(output.os, call, full)
+        patch.setattr(os, call, full)
         with pytest.raises(OSError, match=ONE) as error:
             out.lay_out()
         assert error.value.errno == errno.ENOSPC
     out.lay_out()
     if call != "posix_fallocate":
-        monkeypatch.setattr(output.os, call, full)
+        monkeypatch.setattr(os, call, full)
         with pytest.raises(OSError, match=ONE) as error:
             out.write(tensors, lambda name: [tensors[name]])
         assert error.value.errno == errno.ENOSPC

@@ -105,7 +105,8 @@ class Output:
         start, size = self._offsets[name], prod(shape) * dtype.itemsize
         digest, done = hashlib.sha256(), 0
         for piece in pieces:
-            if piece.dtype != dtype or done + piece.nbytes > size:
+            rows = piece.dtype == dtype and piece.dim() == len(shape) and piece.shape[1:] == shape[1:]
+            if not rows or done + piece.nbytes > size:
                 raise RuntimeError(f"{name} is planned as {dtype} {list(shape)}, not {piece.dtype} {list(piece.shape)}")
             if piece.numel():
                 data = raw(piece.detach().contiguous().reshape(-1))

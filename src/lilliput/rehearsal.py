@@ -30,7 +30,8 @@ from lilliput.model import Model
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the loader did: the error that it ended with, and the names of the module tree that it found nothing for."""
+    """What the loader did: the error that it ended with, and the names of the module tree that it found nothing for,
+    or another shape."""
 
     error: str | None
     missing: frozenset[str] = frozenset()
@@ -124,5 +125,5 @@ def _load(
         return _Seen(f"{type(error).__name__}: {first}")
     modules, prefix = dict(engine.named_modules()), text_prefix(engine, source)
     tried = tuple(f"{module_name(names[i], modules, prefix)}." for i in kept)
-    missing = {str(key) for key in info["missing_keys"]}
+    missing = {str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
     return _Seen(None, frozenset(key for key in missing if key.startswith(tried)))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lilliput import delivery, fisher, forward, journal, memory, passes, ranks, rotated, stream
-from lilliput import plan as planning
 from lilliput import recipe as recipes
 from lilliput.compression import Compression
 from lilliput.data.generate import generate_tokens
@@ -32,9 +31,9 @@ from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.metrics.layout import window
 from lilliput.model import Model, open_model
-from lilliput.plan import Plan
+from lilliput.plan import Plan, compute_dtype, make
 from lilliput.progress import Progress, Quiet
-from lilliput.recipe import Recipe
+from lilliput.recipe import Recipe, Step, Target, Where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,13 +64,13 @@ def _open(
         raise PlanError(f"{samples} samples of {tokens} tokens: calibration takes at least 1 sample of 2 tokens")
     wanted = _recipe(recipe, settings)
     where = choose_device(device)
-    compute = planning.compute_dtype(dtype, where)
+    compute = compute_dtype(dtype, where)
     opened = rotated.prepared(open_model(model, dtype=compute, device=where), wanted)
     if opened.positions is not None and tokens > opened.positions:
         raise PlanError(
             f"--tokens {tokens} is more than the {opened.positions} positions that the model knows: ask for fewer"
         )
-    made = planning.make(
+    made = make(
         opened,
         wanted,
         samples=samples,
@@ -363,7 +362,7 @@ def inspect(model: str | Path, data: str | None = None, *, samples: int = 8, tok
     from lilliput.anatomy.report import inspect as inspect_anatomy
     from lilliput.anatomy.report import outliers
 
-    opened = open_model(model, dtype=planning.compute_dtype("auto", "cpu"))
+    opened = open_model(model, dtype=compute_dtype("auto", "cpu"))
     found = inspect_anatomy(opened)
     if data is not None:
         ids = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=tokens).ids
@@ -378,7 +377,7 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str
 
     if not prompt.strip():
         raise DataError("the prompt is empty: give the model something to continue")
-    opened = open_model(model, dtype=planning.compute_dtype("auto", "cpu"))
+    opened = open_model(model, dtype=compute_dtype("auto", "cpu"))
     tokenizer = opened.source.tokenizer()
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
@@ -397,3 +396,6 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str
         )
     text: str = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     return text.strip()
+
+
+memory.set_base()

@@ -232,6 +232,7 @@ def evaluate_all(
     `seconds` and `peak_rss_bytes` are those of the whole call.
     """
     began = time.monotonic()
+    ram.based()
     if windows < 2 or tokens < 2:
         raise DataError(f"{windows} windows of {tokens} tokens: an interval needs 2 windows, a prediction 2 tokens.")
     step = tokens if stride is None else stride

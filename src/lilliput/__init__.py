@@ -1,7 +1,7 @@
 """Lilliput compresses Hugging Face causal language models, block by block, and proves what it cost.
 
-The names below load the package, torch and transformers with it, when the first of them is asked for: `lilliput --help`
-needs none of it.
+What a name needs, torch and transformers among it, is loaded when the name is first asked for: `lilliput --help` needs
+none of it.
 """
 
 import sys
@@ -37,6 +37,14 @@ __all__ = [
 ]
 
 
+# Where the names live that are not of the interface itself.
+_HOMES = {
+    "Compression": "compression",
+    "LilliputError": "errors",
+    **dict.fromkeys(("Recipe", "Step", "Target", "Where"), "recipe"),
+}
+
+
 class _Package(ModuleType):
     """The package, in which the submodule `plan` does not hide the function of the same name."""
 
@@ -48,8 +56,7 @@ class _Package(ModuleType):
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lilliput' has no attribute '{name}'")
-    # The interface imports all of the package, and so sets the base that memory is counted from.
-    return getattr(import_module("lilliput.api"), name)
+    return getattr(import_module(f"lilliput.{_HOMES.get(name, 'api')}"), name)
 
 
 def __dir__() -> list[str]:

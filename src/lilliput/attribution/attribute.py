@@ -118,9 +118,9 @@ def attribute(
     """Where a compressed model's divergence from its original comes from.
 
     Every block is restored by itself, exactly, and so are the `top` linears that the errors point to; the shares of the
-    other linears are estimates. Windows have `tokens` tokens: 256, or as many as both models know positions. Costs about
-    blocks / 2 forward passes of `windows` windows, and as many products with the head. Tensors are compared first, by
-    weights alone: a suspect is found without any checksum. `dtype` is what models are opened in that are not open yet.
+    other linears are estimates. Windows have `tokens` tokens: 256, or as many as both models know positions. Costs
+    about blocks / 2 forward passes of `windows` windows, and as many products with the head. Tensors are compared
+    first, by weights alone: a suspect is found without any checksum. `dtype` is that of models which are not open yet.
     Raises DataError for models of different shapes.
     """
     began = time.monotonic()

@@ -238,7 +238,7 @@ def evaluate_all(
     began = time.monotonic()
     ram.based()
     if windows < 2:
-        raise DataError(f"{windows} windows: an interval needs 2 or more.")
+        raise DataError(f"windows: {windows}; an interval needs 2 windows or more.")
     compute = compute_dtype(dtype)
     sources = [str(x) for x in ([data] if isinstance(data, str | Path) else data)]
     if not sources:

@@ -32,7 +32,7 @@ def tokens(models: Sequence[Model], wanted: int | None, most: int = WINDOW) -> i
     if wanted is None:
         return min(most, *(model.positions or most for model in models))
     if wanted < 2:
-        raise DataError(f"windows of {wanted} tokens: a prediction needs 2 or more.")
+        raise DataError(f"windows of {wanted} tokens; a prediction needs 2 tokens or more.")
     for model in models:
         if model.positions is not None and wanted > model.positions:
             raise DataError(

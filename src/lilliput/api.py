@@ -66,7 +66,7 @@ def _open(
     where = choose_device(device)
     compute = compute_dtype(dtype, where)
     opened = rotated.prepared(open_model(model, dtype=compute, device=where), wanted)
-    _known_positions(opened, tokens)
+    calibration.known_positions(opened, tokens)
     made = make(
         opened,
         wanted,
@@ -123,13 +123,6 @@ def plan(
             if place is not None:
                 journal.room(place, _spill(made, opened, 0))
         return made
-
-
-def _known_positions(model: Model, tokens: int) -> None:
-    if model.positions is not None and tokens > model.positions:
-        raise PlanError(
-            f"--tokens {tokens} is more than the {model.positions} positions that the model knows: ask for fewer"
-        )
 
 
 def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:
@@ -382,7 +375,7 @@ def inspect(
     ids: torch.Tensor | None = None
     if data is not None:
         length = min(512, opened.positions or 512) if tokens is None else tokens
-        _known_positions(opened, length)
+        calibration.known_positions(opened, length)
         tokenizer = opened.source.tokenizer()
         ids = load_tokens(data, tokenizer, samples=samples, tokens=length, vocabulary=opened.vocabulary).ids
     found = inspect_anatomy(opened)

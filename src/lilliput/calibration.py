@@ -65,3 +65,11 @@ def measurable(model: Model, data: str | None, windows: int) -> None:
             tokens=window(model),
             vocabulary=model.vocabulary,
         )
+
+
+def known_positions(model: Model, tokens: int) -> None:
+    """Raises PlanError for windows of more tokens than the model knows positions."""
+    if model.positions is not None and tokens > model.positions:
+        raise PlanError(
+            f"--tokens {tokens} is more than the {model.positions} positions that the model knows: ask for fewer"
+        )

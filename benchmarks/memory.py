@@ -5,8 +5,9 @@
     python benchmarks/memory.py vocabulary --folder SCRATCH      # 262,144 tokens in both containers, under 1 GB
 
 Each job is one `lilliput compress` process. Its VmHWM is read as it ends, file pages included, less that of a process
-that has only run `import lilliput`. The models are written block by block with random weights in bfloat16; the GGUF
-file has random blocks of 8 bits, as llama.cpp writes them where 256 does not divide a row.
+that has only run `import lilliput.api`, which imports all of the package. The models are written block by block with
+random weights in bfloat16; the GGUF file has random blocks of 8 bits, as llama.cpp writes them where 256 does not
+divide a row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 END = "<|endoftext|>"
 CHILD = """
 import json, sys
-import lilliput
+import lilliput.api
 from lilliput.memory import peak_rss
 base = peak_rss()
 from lilliput.cli import main

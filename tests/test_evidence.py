@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import lilliput
 from lilliput import model, report
 from lilliput.cli import app
+from lilliput.errors import DataError, SourceError
 from lilliput.evidence import gather
 from lilliput.report import sections
 from lilliput.report.page import render
@@ -148,3 +149,30 @@ def test_bad_input_is_one_message(pair: tuple[Path, Path], arguments: list[str],
     assert done.exit_code == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_later_part_that_fails_leaves_the_earlier_ones(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*a: Any, **k: Any) -> Any:
+        raise SourceError("no clock")
+
+    monkeypatch.setattr("lilliput.efficiency.measure_speed", fail)
+    line = ["eval", str(pair[0]), "--against", str(pair[1]), "--windows", "2", "--tokens", "32", "--speed", "--json"]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 2
+    assert "error: speed: no clock" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["failed"] == {"speed": "no clock"}
+    assert "speed" not in found
+    assert found["quality"]["data"][0]["kl"]
+    assert any("no clock" in note for note in found["notes"])
+    validate({k: v for k, v in found.items() if k in SCHEMA["properties"]}, SCHEMA)
+
+
+def test_tasks_are_looked_at_before_anything_is_measured(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lilliput.evidence.evaluate", None)
+    with pytest.raises(DataError, match="no file"):
+        gather(*pair, tasks=[f"mine={tmp_path / 'none.jsonl'}"])

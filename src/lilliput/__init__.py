@@ -1,13 +1,23 @@
-"""Lilliput compresses Hugging Face causal language models, block by block, and proves what it cost."""
+"""Lilliput compresses Hugging Face causal language models, block by block, and proves what it cost.
+
+What a name needs, torch and transformers among it, is loaded when the name is first asked for: `lilliput --help` needs
+none of it.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lilliput.runtime import register
+
+if TYPE_CHECKING:
+    from lilliput.api import compress, evaluate, generate, inspect, load, plan, verify
+    from lilliput.compression import Compression
+    from lilliput.errors import LilliputError
+    from lilliput.recipe import Recipe, Step, Target, Where
 
 __version__ = "0.1.0"
-
-from lilliput.api import compress, evaluate, generate, inspect, load, plan, verify
-from lilliput.compression import Compression
-from lilliput.errors import LilliputError
-from lilliput.memory import set_base
-from lilliput.recipe import Recipe, Step, Target, Where
-from lilliput.runtime import register
 
 __all__ = [
     "Compression",
@@ -26,5 +36,32 @@ __all__ = [
     "verify",
 ]
 
+
+# Where the names live that are not of the interface itself.
+_HOMES = {
+    "Compression": "compression",
+    "LilliputError": "errors",
+    **dict.fromkeys(("Recipe", "Step", "Target", "Where"), "recipe"),
+}
+
+
+class _Package(ModuleType):
+    """The package, in which the submodule `plan` does not hide the function of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lilliput' has no attribute '{name}'")
+    return getattr(import_module(f"lilliput.{_HOMES.get(name, 'api')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
 register()
-set_base()

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput import delivery, fisher, forward, journal, memory, passes, ranks, rotated, stream
-from lilliput import plan as planning
+from lilliput import calibration, delivery, fisher, forward, journal, memory, passes, ranks, rotated, stream
 from lilliput import recipe as recipes
 from lilliput.compression import Compression
-from lilliput.data.generate import generate_tokens
+from lilliput.continuation import continuation
 from lilliput.data.load import load_tokens
 from lilliput.data.tokens import Tokens
 from lilliput.device import choose as choose_device
@@ -32,7 +31,7 @@ from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.metrics.layout import window
 from lilliput.model import Model, open_model
-from lilliput.plan import Plan
+from lilliput.plan import Plan, compute_dtype, make
 from lilliput.progress import Progress, Quiet
 from lilliput.recipe import Recipe
 
@@ -65,13 +64,10 @@ def _open(
         raise PlanError(f"{samples} samples of {tokens} tokens: calibration takes at least 1 sample of 2 tokens")
     wanted = _recipe(recipe, settings)
     where = choose_device(device)
-    compute = planning.compute_dtype(dtype, where)
+    compute = compute_dtype(dtype, where)
     opened = rotated.prepared(open_model(model, dtype=compute, device=where), wanted)
-    if opened.positions is not None and tokens > opened.positions:
-        raise PlanError(
-            f"--tokens {tokens} is more than the {opened.positions} positions that the model knows: ask for fewer"
-        )
-    made = planning.make(
+    calibration.known_positions(opened, tokens)
+    made = make(
         opened,
         wanted,
         samples=samples,
@@ -104,10 +100,13 @@ def plan(
 ) -> Plan:
     """What `compress` with the same arguments would do. Reads no weights and writes nothing.
 
-    `memory` and `size` are budgets in bytes. Raises PlanError or SourceError for whatever stands in the way.
+    `memory` and `size` are budgets in bytes. The calibration text is read, and the place for `work` looked at. Raises
+    LilliputError for whatever stands in the way.
     """
     with ranks.joined(), ranks.together():
-        return _open(
+        place = None if work is None else Path(work).absolute()
+        _refuse_work(place)
+        opened, made = _open(
             model,
             recipe,
             settings,
@@ -118,7 +117,12 @@ def plan(
             dtype=dtype,
             device=device,
             seed=seed,
-        )[1]
+        )
+        if ranks.lead():
+            calibration.read(opened, made, data, seed)
+            if place is not None:
+                journal.room(place, _spill(made, opened, 0))
+        return made
 
 
 def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:
@@ -130,28 +134,14 @@ def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:
     return Tokens.of(ids, source) if tokens is None else tokens
 
 
-def _tokens(model: Model, made: Plan, data: str, seed: int | None) -> Tokens | None:
-    if not made.resolved.reads_tokens:
-        return None
-    tokenizer = model.source.tokenizer()
-    if data == "self":
-        whole = sum(x.nbytes for x in made.tensors if x.kind != "quantized") + made.parameters * made.dtype.itemsize
-        if made.budget is not None and whole > made.budget:
-            raise PlanError(
-                f"--data self loads the whole model to write its text: that needs {memory.readable(whole)}, more than "
-                f"--memory {memory.readable(made.budget)}; use --data docs or a file"
-            )
-        return generate_tokens(model, tokenizer, samples=made.samples, tokens=made.tokens, seed=seed or 0)
-    return load_tokens(data, tokenizer, samples=made.samples, tokens=made.tokens, seed=seed)
-
-
-def _space(made: Plan, model: Model, place: Work, eval_windows: int) -> None:
+def _spill(made: Plan, model: Model, eval_windows: int) -> int:
+    """Bytes of what lies in the work folder at its fullest."""
     hidden = int(model.source.text_config.hidden_size)
     spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
     spill = max(spill, passes.spill(made, model), fisher.spill(made, model)) + fisher.stored(made)
     if eval_windows:
         spill = max(spill, 2 * eval_windows * window(model) * hidden * 4)
-    place.need(made.folder_bytes, spill)
+    return spill
 
 
 @memory.steady()
@@ -221,8 +211,19 @@ def _refuse(target: Path, elsewhere: Path | None, eval_windows: int) -> None:
         raise LilliputError(f"{target} exists already: choose another --out, or move it away first")
     if not target.absolute().parent.is_dir():
         raise LilliputError(f"the folder {target.absolute().parent} does not exist: create it, or choose another --out")
+    _refuse_work(elsewhere)
     if eval_windows == 1:
         raise DataError("one window gives no interval: measure on 2 or more, or on 0 for no measurement")
+
+
+def _refuse_work(place: Path | None) -> None:
+    """Raises PlanError where no folder can be made at `place`."""
+    if place is None:
+        return
+    there = next(x for x in (place, *place.parents) if os.path.lexists(x))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written to" if there.is_dir() else "is no folder"
+        raise PlanError(f"--work {place}: {there} {why}; name a place where the unfinished run can lie")
 
 
 def _run(
@@ -240,12 +241,13 @@ def _run(
     tokens: Tokens | None = None
     with ranks.together():
         if ranks.lead():
+            # Text that is missing or too short is found now, not when the checkpoint has been read, or after the work.
+            tokens = calibration.read(opened, made, data, seed)
+            calibration.measurable(opened, eval_data, eval_windows)
             opened.source.scan()
             made = replace(made, fingerprint=opened.source.fingerprint())  # now that every byte has been read
-            tokens = _tokens(opened, made, data, seed)
-            if eval_data is not None and eval_windows:
-                # Text that is missing or too short is found now, not after the work.
-                load_tokens(eval_data, opened.source.tokenizer(), samples=eval_windows, tokens=window(opened))
+            if data == "self":
+                tokens = calibration.write(opened, made, seed)
     tokens = _shared(tokens, made)
     layout: dict[str, Any] = {"batch": made.layout.batch, "lockstep": made.layout.lockstep}
     if made.budget is None:
@@ -262,7 +264,7 @@ def _run(
     with Work(out, key, work, layout) as place:
         with ranks.together():
             if ranks.lead():
-                _space(made, opened, place, eval_windows)
+                place.need(made.folder_bytes, _spill(made, opened, eval_windows))
         skipped = len(place.find("block"))
         rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
         peak = max(ranks.gathered(memory.peak_above_base()))
@@ -313,7 +315,7 @@ def _measure(
         original,
         work=place.folder,
         device=made.device,
-        data=eval_data or "docs:library",
+        data=eval_data or calibration.EVALUATION,
         windows=windows,
         tokens=window(original),
         detail=True,
@@ -329,12 +331,15 @@ def evaluate(
     *,
     data: str = "docs:library",
     windows: int = 8,
-    tokens: int = 1024,
+    tokens: int | None = None,
     memory: int | None = None,
     dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity and, against a reference, the paired ratio, KL divergence and agreement, each with a 95 % interval."""
+    """Perplexity and, against a reference, the paired ratio, KL divergence and agreement, each with a 95 % interval.
+
+    Windows have `tokens` tokens: 1,024, or as many as the models know positions.
+    """
     return measure(
         model, against, data=data, windows=windows, tokens=tokens, memory=memory, dtype=dtype, progress=progress
     )
@@ -358,15 +363,23 @@ def verify(folder: str | Path, *, memory: int | None = None) -> Verification:
     return verify_folder(Path(folder), memory=memory)
 
 
-def inspect(model: str | Path, data: str | None = None, *, samples: int = 8, tokens: int = 512) -> dict[str, Any]:
-    """Anatomy of a model; with `data`, the outlier channels of each input site as well."""
+def inspect(
+    model: str | Path, data: str | None = None, *, samples: int = 8, tokens: int | None = None
+) -> dict[str, Any]:
+    """Anatomy of a model; with `data`, the outlier channels of each input site as well, over `samples` windows of
+    `tokens` tokens (512, or as many as the model knows positions)."""
     from lilliput.anatomy.report import inspect as inspect_anatomy
     from lilliput.anatomy.report import outliers
 
-    opened = open_model(model, dtype=planning.compute_dtype("auto", "cpu"))
-    found = inspect_anatomy(opened)
+    opened = open_model(model, dtype=compute_dtype("auto", "cpu"))
+    ids: torch.Tensor | None = None
     if data is not None:
-        ids = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=tokens).ids
+        length = min(512, opened.positions or 512) if tokens is None else tokens
+        calibration.known_positions(opened, length)
+        tokenizer = opened.source.tokenizer()
+        ids = load_tokens(data, tokenizer, samples=samples, tokens=length, vocabulary=opened.vocabulary).ids
+    found = inspect_anatomy(opened)
+    if ids is not None:
         with tempfile.TemporaryDirectory() as folder:
             seen = forward.site_statistics(opened, ids, Path(folder), frozenset({"absmax", "square"}))
         found["outliers"] = outliers(seen)
@@ -374,26 +387,12 @@ def inspect(model: str | Path, data: str | None = None, *, samples: int = 8, tok
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str:
-    """The model's greedy continuation of a prompt (through the chat template where there is one)."""
+    """The model's greedy continuation of a prompt (through the chat template where there is one).
 
-    if not prompt.strip():
-        raise DataError("the prompt is empty: give the model something to continue")
-    opened = open_model(model, dtype=planning.compute_dtype("auto", "cpu"))
-    tokenizer = opened.source.tokenizer()
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    opened.load(opened.skeleton.shapes)
-    whole: Any = opened.skeleton.model
-    with torch.no_grad():
-        out = whole.eval().generate(
-            encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-    text: str = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    It stops where transformers stops, and heeds what else generation_config.json says of a greedy choice. Raises
+    DataError for a prompt that the model cannot read or that leaves no room for `max_new_tokens`.
+    """
+    return continuation(open_model(model, dtype=compute_dtype("auto", "cpu")), prompt, max_new_tokens)
+
+
+memory.set_base()

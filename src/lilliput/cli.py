@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +44,9 @@ app = typer.Typer(
 )
 
 cli_evidence.register(app)
+# Bars of the libraries below would fill a log, so they are for terminals. Read as the libraries are imported, and by
+# child processes.
+_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 @app.callback()
@@ -231,4 +236,7 @@ def generate(
 
 def main() -> None:
     """Entry point of the `lilliput` command."""
+    if not sys.stderr.isatty():
+        for name in _BARS:
+            os.environ.setdefault(name, "1")
     app()

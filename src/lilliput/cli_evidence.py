@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ DataOpt = Annotated[
     ),
 ]
 WindowsOpt = Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")]
-TokensOpt = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+TokensOpt = Annotated[int | None, typer.Option(min=2, help="Tokens in a window [1,024, or all that the model knows].")]
 SpeedOpt = Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")]
 DtypeOpt = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 TasksOpt = Annotated[
@@ -34,7 +35,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="The original: adds every comparison, and the verdict.")] = None,
     data: DataOpt = None,
     windows: WindowsOpt = 8,
-    tokens: TokensOpt = 1024,
+    tokens: TokensOpt = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Begin windows this many tokens apart.")] = None,
     tasks: TasksOpt = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all of them by default.")] = None,
@@ -95,6 +96,7 @@ def evaluate(
     from lilliput.report import terminal
 
     found = command.answer(run, terminal.evaluation, as_json)
+    _complain([found])
     if not all(gate["passed"] for gate in found["gates"]):
         raise typer.Exit(MISSED)
 
@@ -104,7 +106,7 @@ def compare(
     against: Annotated[str | None, typer.Option(help="Their original; not needed for saved evidence.")] = None,
     data: DataOpt = None,
     windows: WindowsOpt = 8,
-    tokens: TokensOpt = 1024,
+    tokens: TokensOpt = None,
     speed: SpeedOpt = False,
     html: command.HtmlOpt = None,
     memory: command.MemoryOpt = None,
@@ -148,13 +150,23 @@ def compare(
 
     from lilliput.report import terminal
 
-    command.answer(run, lambda found: terminal.comparison(found["evidence"]), as_json)
+    found = command.answer(run, lambda found: terminal.comparison(found["evidence"]), as_json)
+    _complain(found["evidence"])
+
+
+def _complain(evidences: Sequence[Any]) -> None:
+    """Exit status 2 where a part that was asked for could not be measured; the others have been printed."""
+    failed = [f"{part}: {why}" for x in evidences for part, why in (x.get("failed") or {}).items()]
+    for line in failed:
+        command.say(f"error: {line}")
+    if failed:
+        raise typer.Exit(2)
 
 
 def _saved(path: Path) -> Any:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no evidence that `lilliput eval --json` wrote: {error}") from None
     if not isinstance(found, dict) or "quality" not in found:
         raise DataError(f"{path} holds no evidence: write it with `lilliput eval MODEL --against BASE --json`")

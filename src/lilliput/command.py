@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from rich.console import Console, RenderableType
 
 from lilliput import memory, ranks
 from lilliput.errors import LilliputError, ToldError
+from lilliput.report.units import finite
 
 ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
 RecipeOpt = Annotated[str, typer.Option(help="A named recipe, a method, a catalogue id, or a .yaml file.")]
@@ -62,18 +62,7 @@ def plain(answer: Any) -> Any:
 
 
 def dump(data: Any) -> str:
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(data: Any) -> Any:
-    """The same data with null for NaN and infinity, which JSON cannot say."""
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return data
+    return json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write(text: str) -> None:
@@ -103,12 +92,12 @@ def guarded(resume: bool = False) -> Iterator[None]:
     except ToldError:
         raise typer.Exit(2) from None
     except LilliputError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         more = " Run the same command again: it goes on after the last finished block." if resume else ""
         if ranks.lead():
-            _say(f"interrupted.{more}")
+            say(f"interrupted.{more}")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise typer.Exit(1) from None
@@ -117,9 +106,10 @@ def guarded(resume: bool = False) -> Iterator[None]:
         remedy = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = ". Make room" + (" and run the same command again: finished blocks are kept" if resume else "")
-        _say(f"error: {error.strerror or error}{place}{remedy}")
+        say(f"error: {error.strerror or error}{place}{remedy}")
         raise typer.Exit(2) from None
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """One line on standard error."""
     print(message, file=sys.stderr, flush=True)

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lilliput import recipe as recipes
+from lilliput.errors import LilliputError
 from lilliput.metrics.evaluate import Evaluation, compute_dtype, evaluate
 from lilliput.model import Model, open_model
 from lilliput.report import provenance
@@ -64,7 +66,7 @@ def gather(
     *,
     data: str | Path | Sequence[str | Path] = "docs:library",
     windows: int = 8,
-    tokens: int = 1024,
+    tokens: int | None = None,
     stride: int | None = None,
     memory: int | None = None,
     dtype: str = "float32",
@@ -85,10 +87,15 @@ def gather(
     Text metrics and the comparison of weights stream both models within `memory` bytes. The other parts run whole
     models: `tasks` (names, or NAME=FILE), `prompts` to continue greedily, `speed`. `evaluation`: text metrics that are
     known already, of `evaluate_all`. `where` finds the blocks and linears
-    that the loss comes from; `roofline` predicts times on named devices. Raises LilliputError for whatever cannot be
-    measured.
+    that the loss comes from; `roofline` predicts times on named devices. Raises LilliputError for whatever is known
+    beforehand not to be measurable, and where the text metrics fail. A later part that fails is missing in the
+    evidence, whose "failed" says why: what was measured before stays.
     """
     compute = compute_dtype(dtype)
+    if tasks:
+        from lilliput.tasks import check_tasks
+
+        check_tasks(model, against, tasks, limit=limit, shots=shots)
     ours = open_model(model, dtype=compute)
     base = None if against is None else open_model(against, dtype=compute)
     evaluation = evaluation or evaluate(
@@ -106,24 +113,44 @@ def gather(
     )
     first = evaluation.texts[0].data
     parts: Data = {}
+    failed: dict[str, str] = {}
     if base is not None:
-        parts["loss"] = _loss(ours, base, first, where, memory, work, progress)
+        with _kept("loss", failed):
+            parts["loss"] = _loss(ours, base, first, where, memory, work, progress)
         if prompts:
             from lilliput.metrics.generation import generation
 
-            parts["quality"] = {"generation": generation(ours, base, data=first, prompts=prompts).to_json()}
+            with _kept("prompts", failed):
+                parts["quality"] = {"generation": generation(ours, base, data=first, prompts=prompts).to_json()}
     if tasks:
         from lilliput.tasks import run_tasks
 
-        results = run_tasks(model, against, tasks, limit=limit, shots=shots, dtype=dtype, work=work, progress=progress)
-        parts["tasks"] = [x.to_json() for x in results]
+        with _kept("tasks", failed):
+            found = run_tasks(
+                model, against, tasks, limit=limit, shots=shots, dtype=dtype, work=work, progress=progress
+            )
+            parts["tasks"] = [x.to_json() for x in found]
     if speed:
         from lilliput.efficiency import measure_speed
 
-        parts["speed"] = measure_speed(model, against).to_json()
+        with _kept("speed", failed):
+            parts["speed"] = measure_speed(model, against).to_json()
     if roofline:
-        parts["roofline"] = {"rows": _rooflines(ours, base)}
+        with _kept("roofline", failed):
+            parts["roofline"] = {"rows": _rooflines(ours, base)}
+    if failed:
+        parts["failed"] = failed
+        parts["notes"] = [*evaluation.notes, *(f"{part}: not measured. {why}" for part, why in failed.items())]
     return evaluation, assemble(evaluation, ours, base, parts, gates or {})
+
+
+@contextmanager
+def _kept(part: str, failed: dict[str, str]) -> Iterator[None]:
+    """Notes why a part could not be measured, so that the others are not lost with it."""
+    try:
+        yield
+    except (LilliputError, OSError) as error:
+        failed[part] = str(error)
 
 
 def _loss(

@@ -88,7 +88,10 @@ def observe(
     targets = Activations(inputs.path.with_name(TARGETS), inputs.shape, torch.float32, create=True)
     try:
         lockstep.watch(taps, [one(a, b) for a, b in batches.bounds], see, stop_after=False)
-        stats = {name: fold.all_reduce(fold.finish(state)) for name, state in states.items()}
+        stats = {
+            name: fold.complete(state, f"{skeleton.block_names[index]}.{name}", skeleton.dtype)
+            for name, state in states.items()
+        }
         yield Observed(run, targets, stats)
     finally:
         targets.delete()

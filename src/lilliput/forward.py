@@ -119,7 +119,8 @@ def observe(
         states[site] = fold.update(states[site], x)
 
     lockstep.watch(taps, runs, see, stop_after=False)
-    return {name: fold.all_reduce(fold.finish(state)) for name, state in states.items()}
+    block = skeleton.block_names[index]
+    return {name: fold.complete(state, f"{block}.{name}", skeleton.dtype) for name, state in states.items()}
 
 
 def last_hidden(

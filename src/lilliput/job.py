@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,14 @@ def overflow(name: str, dtype: torch.dtype) -> LilliputError:
     )
 
 
+def _energy(x: Tensor, gram: Tensor | None) -> float:
+    """Sum of squares of x [rows, in], or of its outputs; in float64 where float32 overflows."""
+    found = float(x.square().sum() if gram is None else (x @ gram).mul_(x).sum())
+    if math.isfinite(found):
+        return found
+    return _energy(x.double(), None if gram is None else gram.double()) if x.dtype != torch.float64 else found
+
+
 def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool) -> tuple[float, str]:
     """Relative error of a finished layer: of its outputs where the Gram matrix is known, else of its weights.
 
@@ -101,13 +110,9 @@ def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool
     for a in range(0, len(weight), step):
         some = weight[a : a + step]
         change = decoded[a : a + step] - some
-        if gram is None:
-            lost += float(change.square().sum())
-            whole += float(some.square().sum())
-            continue
-        lost += float((change @ gram).mul_(change).sum())
-        with fold.reduced_products(rough):
-            whole += float((some @ gram).mul_(some).sum())
+        lost += _energy(change, gram)
+        with fold.reduced_products(rough and gram is not None):
+            whole += _energy(some, gram)
     ratio = (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
     return ratio, "weight" if gram is None else "output"
 

@@ -91,6 +91,19 @@ def published(out: Path, work: Path | None) -> bool:
     return written is not None and written.plan == begun(out, work).get("plan")
 
 
+def room(work: Path, size: int) -> None:
+    """Raises PlanError unless the disk of `work`, which need not exist yet, takes `size` bytes of activations beside
+    those of runs that are there already."""
+    place = next(x for x in (work, *work.parents) if x.exists())
+    there = sum(x.stat().st_size for x in work.glob("*.lilliput/**/*") if x.is_file())
+    free = shutil.disk_usage(place).free + there
+    if free < size:
+        raise PlanError(
+            f"the disk of {work} has {readable(free)} free but {readable(size)} of activations will be written: free "
+            "some space, or name another place with --work"
+        )
+
+
 class Work:
     """The hidden folder beside OUT in which a run lives until its output appears by rename.
 

@@ -6,6 +6,7 @@ compares the estimate with the measurement.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -218,19 +219,27 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-# Resident memory when the package had been imported: what budgets and reports count from.
-_base = 0
+# Resident memory when all of the package had been imported: what budgets and reports count from.
+_base: int | None = None
 
 
 def set_base() -> None:
-    """Remember the present resident memory as the base. `import lilliput` calls this once, at its end."""
+    """Remember the present resident memory as the base. `lilliput.api`, which imports all of the package, torch and
+    transformers, calls this once, at its end."""
     global _base
     _base = resident()
 
 
+def based() -> None:
+    """Make sure that there is a base, by importing the rest of the package where a caller has imported parts of it."""
+    if _base is None:
+        importlib.import_module("lilliput.api")
+
+
 def peak_above_base() -> int:
-    """Peak resident memory in bytes above that of a fresh `import lilliput`."""
-    return max(0, peak_rss() - _base)
+    """Peak resident memory in bytes above that of the freshly imported package."""
+    based()
+    return max(0, peak_rss() - (_base or 0))
 
 
 def readable(size: float, up: bool = False) -> str:

@@ -63,6 +63,12 @@ class Model:
         """Tokens of the longest context that the model knows; None where its config names no limit."""
         return self.skeleton.positions
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding: ids from there on cannot be read."""
+        table: Any = self.skeleton.model.get_input_embeddings()  # type: ignore[operator]
+        return int(table.weight.shape[0])
+
     def read(self, canonical: str) -> Tensor:
         """A tensor by canonical name: contiguous, on the CPU, in the dtype of the files."""
         ref = self._ref(canonical)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from lilliput.errors import LilliputError, ToldError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 # What torchrun tells each process; other launchers set the same.
@@ -25,6 +26,8 @@ _PATIENCE = timedelta(days=30)
 
 
 def _grouped() -> bool:
+    if "torch.distributed" not in sys.modules:
+        return False  # nobody can have made a group, and the command line asks before it needs torch
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -37,14 +40,18 @@ def _launched(environment: Mapping[str, str]) -> bool:
 def rank() -> int:
     """The number of this process, from 0."""
     if _grouped():
-        return torch.distributed.get_rank()
+        import torch.distributed as dist
+
+        return dist.get_rank()
     return int(os.environ["RANK"]) if _launched(os.environ) else 0
 
 
 def size() -> int:
     """How many processes there are."""
     if _grouped():
-        return torch.distributed.get_world_size()
+        import torch.distributed as dist
+
+        return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if _launched(os.environ) else 1
 
 
@@ -65,9 +72,13 @@ def joined() -> Iterator[None]:
     A group that the caller has made already is used, and left to the caller. Tensors on the CPU travel by gloo, those
     on an accelerator by nccl.
     """
+    if not _launched(os.environ):
+        yield
+        return
+    import torch
     import torch.distributed as dist
 
-    if not (dist.is_available() and _launched(os.environ)) or dist.is_initialized():
+    if not dist.is_available() or dist.is_initialized():
         yield
         return
     both = torch.cuda.is_available() and dist.is_nccl_available()
@@ -101,12 +112,16 @@ def share(count: int) -> slice:
 def same(tensor: Tensor) -> Tensor:
     """`tensor`, contiguous and of equal shape and dtype everywhere, overwritten with the leader's content."""
     if _grouped():
+        import torch
+
         with _talking():
             torch.distributed.broadcast(tensor.detach().view(-1).view(torch.uint8), 0)
     return tensor
 
 
 def _sent(value: T, source: int) -> T:
+    import torch
+
     mine = rank() == source
     text = json.dumps(value).encode() if mine else b""
     length = torch.tensor([len(text)])
@@ -131,6 +146,8 @@ def gathered(value: T) -> list[T]:
 def add(tensor: Tensor) -> Tensor:
     """`tensor` overwritten with its sum over all ranks."""
     if _grouped():
+        import torch
+
         with _talking():
             torch.distributed.all_reduce(tensor)
     return tensor
@@ -139,6 +156,8 @@ def add(tensor: Tensor) -> Tensor:
 def largest(tensor: Tensor) -> Tensor:
     """`tensor` overwritten with its largest values over all ranks."""
     if _grouped():
+        import torch
+
         with _talking():
             torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return tensor

@@ -122,7 +122,11 @@ def _collect(
     # Experts may be skipped by a batch, so only a block without them can be left early.
     early = all(x.expert is None for x in job.anatomy.linears)
     lockstep.watch(taps, through(job.model, job.index, batches, inputs, None), see, stop_after=early)
-    return {name: fold.all_reduce(fold.finish(state)) for name, state in states.items()}
+    return {name: fold.complete(state, _site(job, name), skeleton.dtype) for name, state in states.items()}
+
+
+def _site(job: BlockJob, name: str) -> str:
+    return f"{job.model.skeleton.block_names[job.index]}.{name}"
 
 
 def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | None) -> None:
@@ -222,7 +226,7 @@ def _compress_sites(
         def arrived(name: str) -> None:
             site = job.anatomy.site(name)
             state = current.pop(name, None) or fold.init(site.width, job.needs(site), skeleton.device)
-            take(site, fold.all_reduce(fold.finish(state)))
+            take(site, fold.complete(state, _site(job, name), skeleton.dtype))
 
         first_pass = through(job.model, job.index, batches, inputs, None)[:1]
         met = order.as_met(job.anatomy, wanted, [job.tap(site) for site in wanted], first_pass)

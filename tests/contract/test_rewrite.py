@@ -135,3 +135,20 @@ def test_smoothquant_is_the_printed_formula(toy: Any) -> None:
             torch.testing.assert_close(f.scale.double(), x**alpha / w ** (1 - alpha), rtol=1e-5, atol=0)
             if alpha == 1.0:
                 torch.testing.assert_close(x / f.scale.double(), torch.ones_like(x), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", REWRITE)
+def test_inputs_that_are_always_zero_get_no_scale(name: str, toy: Any) -> None:
+    """All inputs of all sites, and some of them."""
+    for share in (0.0, 0.5):
+        io = toy.io()
+        dead = {
+            site: stats.scaled((torch.arange(stats.width) >= (1 - share) * stats.width).float())
+            for site, stats in io.stats.items()
+        }
+        folds = _rewrite(name, toy.view(), BlockIO(dead), **_everywhere(name))
+        for f in folds:
+            assert bool(torch.isfinite(f.scale).all())
+            assert float(f.scale.min()) > 0
+        if not share:
+            assert all(torch.equal(f.scale, torch.ones_like(f.scale)) for f in folds)

@@ -23,6 +23,7 @@ class Resident:
             max_position_embeddings=64,
         )
         self.skeleton = Skeleton(config)
+        self.vocabulary = VOCABULARY
         generator = torch.Generator().manual_seed(0)
         self.weights = {n: torch.randn(s, generator=generator) * 0.3 for n, s in self.skeleton.shapes.items()}
         if poison:

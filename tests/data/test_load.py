@@ -9,8 +9,10 @@ from itertools import islice
 import pytest
 import torch
 from tokenizers import processors
+from tokenizers.processors import TemplateProcessing
 
 from lilliput.data import docs, load_tokens
+from lilliput.data.load import check
 from lilliput.data.tokens import Tokens, encode
 from lilliput.errors import DataError
 
@@ -182,7 +184,7 @@ def test_too_little_text_says_how_much_there_is(tokenizer, tmp_path):
     with pytest.raises(DataError, match=rf"holds {count} tokens"):
         load_tokens(path, tokenizer, samples=4, tokens=8, seed=3)
     path.write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match="holds no text"):
         load_tokens(path, tokenizer, samples=4, tokens=8)
 
 
@@ -315,3 +317,65 @@ def test_named_sets_out_of_reach(tokenizer, monkeypatch):
         load_tokens("wikitext2", tokenizer, samples=1, tokens=8)
     with pytest.raises(DataError, match=r"'ptb' is no source of text: .*wikitext2, c4.*only as a script"):
         load_tokens("ptb", tokenizer, samples=1, tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"text": "half \\ud83d of a pair"}', r"row 2 .*\\ud83d"),
+        ("[" * 100_000 + "]" * 100_000, "row 2 .*nested"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "row 2 .*number"),
+    ],
+    ids=["surrogate", "deep", "digits"],
+)
+def test_rows_that_no_text_can_be_made_of(tokenizer, tmp_path, row, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "fine \U0001f600 " * 3}) + "\n" + row + "\n")  # a whole pair is a character
+    with pytest.raises(DataError, match=said):
+        load_tokens(path, tokenizer, samples=2, tokens=64)
+
+
+def test_a_template_may_fail_in_any_way(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
+    for template in ("{{ messages[0]['content'] + 1 }}", "{{ 1 // 0 }}", "{{ messages[0].nothing.more }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(DataError, match=r"row 1 .*refuses this chat: \S"):
+            load_tokens(path, tokenizer, samples=1, tokens=2)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_file_without_text_says_so(tokenizer, tmp_path, suffix):
+    starts = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = starts
+    tokenizer.bos_token = "<|endoftext|>"
+    assert encode(tokenizer, "a")[0] == 0
+    path = tmp_path / f"empty{suffix}"
+    path.write_text("")
+    with pytest.raises(DataError, match="holds no text"):
+        load_tokens(path, tokenizer, samples=1, tokens=4)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_token_beyond_the_embedding_is_named(tokenizer, tmp_path, seed):
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<|new|>"])
+    path = tmp_path / "new.txt"
+    text = "old words " * 20 + "<|new|>"
+    path.write_text(text)
+    room = {"samples": 1, "seed": seed, "tokens": len(whole(tokenizer, text))}
+    with pytest.raises(DataError, match=rf"'<\|new\|>' with the id {size}, .*{size} rows"):
+        load_tokens(path, tokenizer, vocabulary=size, **room)
+    assert load_tokens(path, tokenizer, vocabulary=size + 1, **room).ids.max() == size
+    # Windows before it can be read.
+    assert load_tokens(path, tokenizer, samples=1, tokens=8, vocabulary=size).ids.shape == (1, 8)
+
+
+def test_a_source_is_checked_by_its_name_alone(tmp_path):
+    for name in ("docs", "docs:library", "wikitext2", "hub:some/set"):
+        check(name)
+    (tmp_path / "a.csv").write_text("a")
+    wrong = (("doc", "no source"), (tmp_path / "no.txt", "no file"), (tmp_path / "a.csv", "rename"), ("self", "itself"))
+    for name, said in wrong:
+        with pytest.raises(DataError, match=said):
+            check(name)

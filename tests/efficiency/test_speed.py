@@ -115,3 +115,24 @@ def test_bad_settings_are_refused(folder, monkeypatch):
     monkeypatch.setattr(timed.Runner, "__init__", other)
     with pytest.raises(SourceError, match="compare dtypes"):
         measure_speed(folder("gpt2"), folder("llama"), prompt=4, new=1, memory=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "positions", "expected"),
+    [
+        ((None, None), [], (512, 32)),
+        ((None, None), [2048, 543], (511, 32)),
+        ((None, None), [64, 2048], (60, 4)),
+        ((None, None), [2], (1, 1)),
+        ((100, None), [110], (100, 10)),
+        ((None, 20), [110], (90, 20)),
+        ((7, 3), [5], (7, 3)),  # what is asked for is not changed, but refused
+    ],
+)
+def test_lengths_fit_the_positions(asked, positions, expected):
+    assert timed._lengths(*asked, positions) == expected
+
+
+def test_a_model_of_few_positions_is_measured(folder):
+    found = measure_speed(folder("llama"), runs=2, warmup=0, memory=False)
+    assert (found.prefill.tokens, found.decode.tokens) == (60, 4)

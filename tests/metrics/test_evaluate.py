@@ -208,8 +208,10 @@ def test_bad_requests(folder, text):
     path = folder("model")
     with pytest.raises(DataError, match="needs 2 windows"):
         run(path, data=text, windows=1)
-    with pytest.raises(DataError, match="needs 2 windows"):
+    with pytest.raises(DataError, match="needs 2 tokens"):
         run(path, data=text, tokens=1)
+    with pytest.raises(DataError, match="more than the 128 positions"):
+        run(path, data=text, tokens=129)
     with pytest.raises(PlanError, match="unknown dtype 'int8'"):
         run(path, data=text, dtype="int8")
     with pytest.raises(DataError, match="tokens are needed"):
@@ -278,3 +280,13 @@ def test_strided_windows_score_their_last_tokens(folder, text):
     assert found.stride == 16
     with pytest.raises(DataError, match="stride"):
         run(path, data=text, stride=TOKENS + 1)
+
+
+def test_windows_are_as_long_as_all_models_can_read(folder, text):
+    short = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=96,
+    )  # fmt: skip
+    found = run(folder("model"), folder("short", short), data=text, windows=2, tokens=None)
+    assert found.texts[0].tokens == 96
+    assert run(folder("learned", gpt2()), data=text, windows=2, tokens=None).texts[0].tokens == 128

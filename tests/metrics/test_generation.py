@@ -1,9 +1,18 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lilliput.errors import DataError
 from lilliput.metrics.generation import CONTEXT, continuations, first_differences, generation
 from lilliput.model import open_model
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def test_the_first_difference_is_counted_from_the_start() -> None:
@@ -33,3 +42,13 @@ def test_two_models_part_and_one_does_not(folder, text) -> None:
     assert len(found.examples) == 3
     assert found.examples[0]["prompt"] == text.read_text()[:CONTEXT]
     assert found.to_json()["identical"]["value"] == pytest.approx(found.identical.value)
+
+
+def test_models_of_few_positions_get_shorter_prompts_and_answers(folder, text) -> None:
+    few = folder("few", LlamaConfig(**SMALL, max_position_embeddings=30))
+    found = generation(few, few, data=text, prompts=2)
+    assert found.new_tokens == 20
+    with pytest.raises(DataError, match="30 positions"):
+        generation(few, few, data=text, prompts=2, new_tokens=21)
+    with pytest.raises(DataError, match="2 prompts"):
+        generation(few, few, data=text, prompts=1)

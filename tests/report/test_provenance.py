@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lilliput.errors import SourceError
-from lilliput.report.provenance import NAME, Provenance, read, sha256
+from lilliput.report.provenance import NAME, LinearRow, Provenance, read, sha256
 
 SMALL = Provenance("m", "f", "dense", {}, "p", 1, None, {})
 
@@ -43,3 +44,13 @@ def test_hash_is_that_of_the_bytes(dtype: torch.dtype, monkeypatch: pytest.Monke
     assert sha256(tensor.T) == hashlib.sha256(raw).hexdigest()
     assert sha256(torch.zeros(0)) == hashlib.sha256(b"").hexdigest()
     assert sha256(torch.tensor(1.0)) == hashlib.sha256(torch.ones(1).numpy().tobytes()).hexdigest()
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    row = LinearRow("a", "a", "dense", 4.0, error=float("nan"))
+    made = replace(SMALL, measured={"kl": {"value": float("inf"), "low": 1.0}}, linears=(row,))
+    (tmp_path / NAME).write_text(made.to_json())
+    found = read(tmp_path)
+    assert found is not None
+    assert found.measured == {"kl": {"value": None, "low": 1.0}}
+    assert found.linears[0].error is None

@@ -130,3 +130,11 @@ def test_gates_take_the_worst_data_set_and_fail_without_a_figure() -> None:
     missing = check_gates({}, max_kl=1.0)
     assert [(x["value"], x["passed"]) for x in missing] == [(None, False)]
     assert "was not measured" in verdict({"gates": missing})["headline"]
+
+
+def test_ratios_beyond_float64_have_a_verdict() -> None:
+    """Losses of hundreds of nats, better in one window and worse in the other."""
+    found = exp_interval(torch.tensor([-2000.0, 2000.0])).to_json()
+    assert 0 < found["low"] < found["high"] < math.inf
+    assert further_windows(found, 2) == 100_000
+    assert verdict(evidence(found))["level"] == "unsure"

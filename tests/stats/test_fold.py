@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lilliput.errors import SourceError
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 
@@ -127,3 +128,17 @@ def test_two_processes_count_as_one(tmp_path: Path, together: Callable[..., dict
 def test_alone_a_reduction_changes_nothing() -> None:
     state = _folded(_x(), (300,))
     assert fold.all_reduce(state) is state
+
+
+@pytest.mark.parametrize("name", fold.NAMES)
+def test_what_is_not_finite_is_named(name: str) -> None:
+    fine = fold.update(fold.init(40, [name]), _x())
+    assert fold.complete(fine, "block.0.up", torch.bfloat16).count == 300
+    for bad in (float("inf"), float("nan")):
+        x = _x()
+        x[7, 3] = bad
+        with pytest.raises(SourceError, match=r"block\.0\.up.*bfloat16.*--dtype float32"):
+            fold.complete(fold.update(fold.init(40, [name]), x), "block.0.up", torch.bfloat16)
+    with pytest.raises(SourceError) as error:
+        fold.complete(fold.update(fold.init(40, [name]), x), "block.0.up", torch.float32)
+    assert "--dtype" not in str(error.value)

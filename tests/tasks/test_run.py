@@ -3,12 +3,15 @@ import shutil
 from itertools import pairwise
 
 import pytest
+from transformers import AutoTokenizer
 
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, PlanError, SourceError
 from lilliput.progress import Progress
 from lilliput.tasks import run
+from lilliput.tasks.decode import greedy
 from lilliput.tasks.files import load_task, parse
+from lilliput.tasks.likelihood import log_likelihoods
 from lilliput.tasks.run import loaded, overlap_note, run_tasks
 
 WORDS = ["names", "objects", "statement", "class", "value", "module", "assignment", "expression"]
@@ -135,3 +138,26 @@ def test_a_model_that_cannot_be_loaded(tiny, specs, tmp_path):
         pass
     with pytest.raises(SourceError):
         run_tasks(tmp_path / "nothing", None, specs)
+
+
+def test_tokens_beyond_the_embedding_are_found_before_a_model_is_loaded(tiny, jsonl, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(tiny("llama"), other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(other)
+    shapes = {
+        "c": {"context": "a <|new|> b", "choices": ["c", "d"], "label": 0},
+        "g": {"prompt": "a <|new|> b", "answer": "c", "pattern": ".*"},
+    }
+    specs = [f"{name}={jsonl(f'{name}.jsonl', row)}" for name, row in shapes.items()]
+    with loaded(other) as model:
+        # Prompts that no file has, as those of the harness.
+        with pytest.raises(DataError, match=r"'<\|new\|>'"):
+            log_likelihoods(model, [("a <|new|> b", "c")])
+        with pytest.raises(DataError, match=r"'<\|new\|>'"):
+            greedy(model, ["a <|new|> b"], tokens=2)
+    monkeypatch.setattr(run, "loaded", None)
+    for spec in specs:
+        with pytest.raises(DataError, match=r"'<\|new\|>' with the id 512"):
+            run_tasks(other, None, [spec])

@@ -21,6 +21,7 @@ from lilliput.attribution.turn import turned_like
 from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, producers, turned
 from lilliput.data import load_tokens
 from lilliput.errors import DataError
+from lilliput.metrics import layout
 from lilliput.model import Model, open_model
 from lilliput.weights import BlockWeights
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lilliput.progress import Progress
 
 TOP = 8  # linears that are restored one by one
+TOKENS = 256  # of a window, where nobody says
 _SPARSE = 0.4  # share of zeros that no rounding to 3 bits or more leaves
 
 
@@ -106,7 +108,7 @@ def attribute(
     *,
     data: str | Path = "docs:library",
     windows: int = 2,
-    tokens: int = 256,
+    tokens: int | None = None,
     top: int = TOP,
     memory: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -116,9 +118,10 @@ def attribute(
     """Where a compressed model's divergence from its original comes from.
 
     Every block is restored by itself, exactly, and so are the `top` linears that the errors point to; the shares of the
-    other linears are estimates. Costs about blocks / 2 forward passes of `windows` x `tokens` tokens, and as many
-    products with the head. Tensors are compared first, by weights alone: a suspect is found without any checksum.
-    `dtype` is what models are opened in that are not open yet. Raises DataError for models of different shapes.
+    other linears are estimates. Windows have `tokens` tokens: 256, or as many as both models know positions. Costs
+    about blocks / 2 forward passes of `windows` windows, and as many products with the head. Tensors are compared
+    first, by weights alone: a suspect is found without any checksum. `dtype` is that of models which are not open yet.
+    Raises DataError for models of different shapes.
     """
     began = time.monotonic()
     ours, base = _pair(model, against, dtype)
@@ -137,7 +140,8 @@ def attribute(
             "The compressed model works in turned coordinates: the original was turned like it to be compared."
         )
         base = found
-    ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens).ids
+    tokens = layout.tokens([ours, base], tokens, TOKENS)
+    ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens, vocabulary=base.vocabulary).ids
     levels = {x.linear: math.log(x.factor) for x in damaged if x.factor > 0 and x.factor != 1.0}
     with tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work) as name:
         run = partial(restore, ours, base, ids, Path(name), memory_bytes=memory, progress=progress)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lilliput.data.tokens import Tokens
+from lilliput.data.tokens import Tokens, known
 from lilliput.decoding import CachedModel
 from lilliput.errors import DataError
 
@@ -67,9 +67,11 @@ def generate_tokens(
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(samples, tokens, generator=generator, dtype=torch.float64)
     # Models pad their vocabulary; what the tokenizer does not know must not be written.
-    vocabulary = len(tokenizer)
+    vocabulary = min(len(tokenizer), model.vocabulary)
     ids = torch.empty(samples, tokens, dtype=torch.int64)
     writer = CachedModel(skeleton.model)
+    if tokenizer.bos_token_id is not None:
+        known([int(tokenizer.bos_token_id)], tokenizer, model.vocabulary, "'self'")
     model.load(names)
     try:
         for start in range(0, samples, batch):

@@ -20,6 +20,7 @@ def load_tokens(
     samples: int,
     tokens: int,
     seed: int | None = None,
+    vocabulary: int | None = None,
 ) -> Tokens:
     """`samples` windows of `tokens` tokens from a source of text.
 
@@ -28,24 +29,39 @@ def load_tokens(
     behind a colon where that is meant ("wikitext2:train" to calibrate on). The text is tokenized whole, special tokens
     only where the text, the chat template or (at the very start) the tokenizer puts them. Windows are consecutive from
     the first token; with a seed they are drawn from all non-overlapping windows of the first 16 million characters. No
-    padding.
+    padding. vocabulary: rows of the embedding that is to read the tokens, None for no check.
 
-    Raises DataError: unknown source, missing or unreadable file, bad row, too little text. The source "self" needs
-    the model: see `generate_tokens`.
+    Raises DataError: unknown source, missing or unreadable file, bad row, too little text, a token beyond the
+    embedding. The source "self" needs the model: see `generate_tokens`.
     """
+    name = str(source)
+    check(name)
+    if name in docs.SOURCES:
+        pieces = docs.pieces(name)
+    elif _hub(name):
+        pieces = hub.pieces(name, tokenizer)
+    else:
+        pieces = local.pieces(Path(name), tokenizer)
+    return windows(pieces, tokenizer, source=name, samples=samples, tokens=tokens, seed=seed, vocabulary=vocabulary)
+
+
+def _hub(name: str) -> bool:
+    return name.startswith(hub.PREFIX) or hub.is_named(name)
+
+
+def check(source: str | Path) -> None:
+    """Raises DataError for a name that is no source of text, and for a file that is not there or not of a known kind.
+    Reads nothing."""
     name = str(source)
     if name == "self":
         raise DataError("'self' is text that the model writes to calibrate itself; here it cannot be used.")
-    if name in docs.SOURCES:
-        pieces = docs.pieces(name)
-    elif name.startswith(hub.PREFIX) or hub.is_named(name):
-        pieces = hub.pieces(name, tokenizer)
-    elif Path(name).suffix or Path(name).exists():
-        pieces = local.pieces(Path(name), tokenizer)
+    if name in docs.SOURCES or _hub(name):
+        return
+    if Path(name).suffix or Path(name).exists():
+        local.check(Path(name))
     else:
         why = " The hub holds the Penn Treebank only as a script, which is not run." if name == "ptb" else ""
         raise DataError(
             f"'{name}' is no source of text: give {', '.join((*docs.SOURCES, *hub.NAMED))}, self, hub:DATASET, "
             f"or a .txt or .jsonl file.{why}"
         )
-    return windows(pieces, tokenizer, source=name, samples=samples, tokens=tokens, seed=seed)

@@ -34,16 +34,40 @@ def _blocks(path: Path) -> Iterator[str]:
             yield block
 
 
+def parse(line: str, where: str) -> Any:
+    """A line of a .jsonl file as plain data. Raises DataError, led by `where`, for what is not JSON or not Unicode."""
+    try:
+        row = json.loads(line)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(
+            f"{where} holds {half}, half of a surrogate pair and no character: repair the text, or write \\ufffd there."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+    except RecursionError:
+        raise DataError(f"{where} is nested too deep to be read: give a row with flat fields.") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise DataError(f"{where} holds a number that cannot be read: {error}.") from None
+    return row
+
+
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"row {number} of '{path}' is not JSON: {error.msg} at column {error.colno}.") from None
-            yield number, row
+            yield number, parse(line, f"row {number} of '{path}'")
+
+
+def check(path: Path) -> None:
+    """Raises DataError for a file that is not there, or no .txt or .jsonl file."""
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"'{path}': text is read from {' and '.join(SUFFIXES)} files; rename or convert it.")
+    if not path.exists():
+        raise DataError(f"there is no file '{path}'.")
 
 
 def pieces(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -52,15 +76,12 @@ def pieces(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     Raises DataError: no such file, not a .txt or .jsonl file, not readable, not UTF-8 (with the line), bad row (with
     its number).
     """
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"'{path}': text is read from {' and '.join(SUFFIXES)} files; rename or convert it.")
+    check(path)
     try:
         if path.suffix == ".txt":
             yield from _blocks(path)
         else:
             yield from render(_rows(path), tokenizer, source=str(path))
-    except FileNotFoundError:
-        raise DataError(f"there is no file '{path}'.") from None
     except UnicodeDecodeError:
         raise DataError(f"line {_bad_line(path)} of '{path}' is not UTF-8: convert the file to UTF-8.") from None
     except OSError as error:

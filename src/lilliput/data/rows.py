@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from lilliput.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,11 +30,19 @@ def _messages(turns: Any, where: str) -> list[dict[str, str]]:
     return messages
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def chat(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str, *, answer: bool = False
+) -> str:
+    """A chat as the model's template writes it, with `answer` up to where the model's answer begins.
+
+    Raises DataError, led by `where`, where the template fails.
+    """
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, ValueError) as error:
-        raise DataError(f"{where}: the model's chat template refuses this chat: {error}") from None
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    # A template is a program that came with the model: it can raise whatever an expression can.
+    except Exception as error:
+        said = str(error) or type(error).__name__
+        raise DataError(f"{where}: the model's chat template refuses this chat: {said}") from None
     return str(text)
 
 
@@ -48,7 +54,7 @@ def _instruction(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, whe
     if tokenizer.chat_template is None:
         return f"{ask}\n\n{fields[2]}", False
     messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": fields[2]}]
-    return _chat(messages, tokenizer, where), True
+    return chat(messages, tokenizer, where), True
 
 
 def _render(row: Any, tokenizer: PreTrainedTokenizerBase, where: str, column: str | None) -> tuple[str, bool]:
@@ -70,7 +76,7 @@ def _render(row: Any, tokenizer: PreTrainedTokenizerBase, where: str, column: st
     messages = _messages(value, where)
     if tokenizer.chat_template is None:
         raise DataError(f"{where}: a chat, but this model has no chat template: give rows with 'text'.")
-    return _chat(messages, tokenizer, where), True
+    return chat(messages, tokenizer, where), True
 
 
 def render(

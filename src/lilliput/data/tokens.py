@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +43,34 @@ class Tokens:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text` taken as a whole: a beginning-of-text token where the tokenizer adds one, and no other additions.
+    """Ids of `text` taken as a whole: a beginning-of-text token where the tokenizer adds one, and no other additions;
+    none for no text.
 
     The tokenizer's warning about texts longer than the model's context is off: the text is cut into windows later.
     """
+    if not text:
+        return []
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start = tokenizer.bos_token_id
     # Asked of the tokenizer instead of read from a flag: which flag decides differs between tokenizer classes.
     adds_start = start is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [start]
     return [start, *ids] if adds_start and ids[:1] != [start] else ids
+
+
+def known(ids: Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase, rows: int | None, where: str) -> None:
+    """Raises DataError, led by `where`, for the first of token ids beyond an embedding of so many rows (None: any)."""
+    if rows is None or not len(ids):
+        return
+    flat = ids if isinstance(ids, Tensor) else torch.tensor(ids)
+    if int(flat.max()) < rows:
+        return
+    first = int(flat[flat >= rows][0])
+    name = tokenizer.convert_ids_to_tokens(first)
+    raise DataError(
+        f"{where} holds the token {name!r} with the id {first}, but the model's embedding has {rows} rows (ids 0 to "
+        f"{rows - 1}): the tokenizer has tokens that the model was not resized for. Resize the model's embedding and "
+        "save it again, use the tokenizer that it was trained with, or give text without such tokens."
+    )
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -105,11 +124,13 @@ def windows(
     samples: int,
     tokens: int,
     seed: int | None,
+    vocabulary: int | None = None,
 ) -> Tokens:
     """Windows of the joined pieces: the first `samples`, or with a seed that many drawn without replacement.
 
     Windows are consecutive from the first token and never overlap. A draw keeps the order of the text and chooses
-    among the windows of the first 16 million characters. Raises DataError when the text is too short.
+    among the windows of the first 16 million characters. Raises DataError when the text is too short, or holds a token
+    beyond an embedding of `vocabulary` rows.
     """
     if samples < 1 or tokens < 1:
         raise DataError(f"{samples} samples of {tokens} tokens: both must be at least 1.")
@@ -119,7 +140,7 @@ def windows(
     else:
         ids = encode(tokenizer, "".join(_limited(pieces, DRAW_CHARACTERS)))
     if len(ids) < needed:
-        what = "is empty" if not ids else f"holds {len(ids)} tokens"
+        what = "holds no text" if not ids else f"holds {len(ids)} tokens"
         raise DataError(
             f"'{source}' {what}, but {samples} x {tokens} = {needed} tokens are needed: "
             "give more text, or ask for fewer or shorter samples."
@@ -127,7 +148,9 @@ def windows(
     count = len(ids) // tokens
     grid = torch.tensor(ids[: count * tokens], dtype=torch.int64).view(count, tokens)
     if seed is None:
-        return Tokens.of(grid[:samples].clone(), source)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(count, generator=generator)[:samples].sort().values
-    return Tokens.of(grid[chosen], source)
+        found = grid[:samples].clone()
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        found = grid[torch.randperm(count, generator=generator)[:samples].sort().values]
+    known(found, tokenizer, vocabulary, f"'{source}'")
+    return Tokens.of(found, source)

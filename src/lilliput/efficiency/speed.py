@@ -28,6 +28,8 @@ from lilliput.errors import DataError, SourceError
 from lilliput.metrics.interval import Interval, exp_interval
 from lilliput.model import open_model
 
+PROMPT, NEW = 512, 32  # tokens of the prompt and of the answer, where nobody says otherwise
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -175,8 +177,8 @@ def measure_speed(
     model: str | Path,
     base: str | Path | None = None,
     *,
-    prompt: int = 512,
-    new: int = 32,
+    prompt: int | None = None,
+    new: int | None = None,
     batch: int = 1,
     runs: int = 10,
     warmup: int = 2,
@@ -187,14 +189,16 @@ def measure_speed(
 ) -> Speed:
     """Speed of the folder `model`, and of `base` interleaved with it. Both are held in memory at once.
 
+    prompt, new: 512 and 32 tokens, or as many as both models know positions (15 of 16 for the prompt).
     dtype: of the loaded models, by default each folder's own; memory: measure the peak memory as well, by loading each
     model again in a child process (CPU only). Raises DataError (too few runs, a prompt of no tokens or beyond the
     model's positions) and SourceError (a model that cannot be read, base and model in different dtypes).
     """
     names = [str(model)] + ([str(base)] if base is not None else [])
+    opened = [shapes_of(open_model(x)) for x in names]
+    prompt, new = _lengths(prompt, new, [x.positions for x in opened if x.positions is not None])
     if min(prompt, new, batch) < 1:
         raise DataError(f"batch {batch}, prompt {prompt}, new {new}: each is 1 or more")
-    opened = [shapes_of(open_model(x)) for x in names]
     for name, shapes in zip(names, opened, strict=True):
         if shapes.positions is not None and prompt + new > shapes.positions:
             raise DataError(
@@ -243,6 +247,14 @@ def measure_speed(
         peak_rss_bytes=peaks[0],
         base_peak_rss_bytes=peaks[1],
     )
+
+
+def _lengths(prompt: int | None, new: int | None, positions: Sequence[int]) -> tuple[int, int]:
+    """Tokens of prompt and answer: what is not given is fitted to the positions that the models know."""
+    room = min(positions, default=PROMPT + NEW)
+    if new is None:
+        new = max(1, min(NEW, room // 16 if prompt is None else room - prompt))
+    return (max(1, min(PROMPT, room - new)) if prompt is None else prompt), new
 
 
 def _time(work: Callable[[], None], clock: Clock) -> float:

@@ -98,15 +98,18 @@ def _same_tokens(model: Model, against: Model, ours: str, texts: Sequence[Tokens
     same_vocabulary(ours, vocabulary_of(theirs), names)
     for text in texts:
         windows, tokens = text.ids.shape
-        if _load(text.source, theirs, windows, tokens, stride).fingerprint != text.fingerprint:
+        if _load(text.source, theirs, windows, tokens, stride, against.vocabulary).fingerprint != text.fingerprint:
             raise DataError(f"{names} cannot be compared: their tokenizers cut '{text.source}' into different tokens.")
 
 
-def _load(source: str, tokenizer: PreTrainedTokenizerBase, windows: int, tokens: int, stride: int) -> Tokens:
+def _load(
+    source: str, tokenizer: PreTrainedTokenizerBase, windows: int, tokens: int, stride: int, vocabulary: int
+) -> Tokens:
     """Windows that begin every `stride` tokens, from the first token on."""
     if stride >= tokens:
-        return load_tokens(source, tokenizer, samples=windows, tokens=tokens)
-    whole = load_tokens(source, tokenizer, samples=1, tokens=tokens + (windows - 1) * stride)
+        return load_tokens(source, tokenizer, samples=windows, tokens=tokens, vocabulary=vocabulary)
+    length = tokens + (windows - 1) * stride
+    whole = load_tokens(source, tokenizer, samples=1, tokens=length, vocabulary=vocabulary)
     return Tokens.of(whole.ids[0].unfold(0, tokens, stride).contiguous(), whole.source)
 
 
@@ -166,7 +169,7 @@ def evaluate(
     *,
     data: str | Path | Sequence[str | Path] = "docs:library",
     windows: int = 8,
-    tokens: int = 1024,
+    tokens: int | None = None,
     stride: int | None = None,
     detail: bool = False,
     memory: int | None = None,
@@ -179,9 +182,10 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a model and, against a reference, the paired ratio, KL divergence, agreement and flips.
 
-    Text: `windows` consecutive windows of `tokens` tokens from the start of `data`, each scored by itself without its
-    first token; several texts are measured each for itself, in one pass over the models. With a `stride` windows begin
-    that many tokens apart and only their last `stride` tokens are scored, so that each has a long context. `detail`
+    Text: `windows` consecutive windows of `tokens` tokens (1,024, or as many as all models know positions) from the
+    start of `data`, each scored by itself without its first token; several texts are measured each for itself, in one
+    pass over the models. With a `stride` windows begin that many tokens apart and only their last `stride` tokens are
+    scored, so that each has a long context. `detail`
     adds, against a reference, token classes, positions and the worst tokens. Both models are streamed block by block,
     the head in slices; hidden states lie in a file under `work` (the system's temporary folder by default). `memory`:
     bytes above a fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64. A model
@@ -216,7 +220,7 @@ def evaluate_all(
     *,
     data: str | Path | Sequence[str | Path] = "docs:library",
     windows: int = 8,
-    tokens: int = 1024,
+    tokens: int | None = None,
     stride: int | None = None,
     detail: bool = False,
     memory: int | None = None,
@@ -232,11 +236,9 @@ def evaluate_all(
     `seconds` and `peak_rss_bytes` are those of the whole call.
     """
     began = time.monotonic()
-    if windows < 2 or tokens < 2:
-        raise DataError(f"{windows} windows of {tokens} tokens: an interval needs 2 windows, a prediction 2 tokens.")
-    step = tokens if stride is None else stride
-    if not 1 <= step <= tokens:
-        raise DataError(f"a stride of {stride} does not fit windows of {tokens} tokens: give 1 to {tokens}.")
+    ram.based()
+    if windows < 2:
+        raise DataError(f"windows: {windows}; an interval needs 2 windows or more.")
     compute = compute_dtype(dtype)
     sources = [str(x) for x in ([data] if isinstance(data, str | Path) else data)]
     if not sources:
@@ -249,8 +251,12 @@ def evaluate_all(
         if against is None
         else open_model(against, dtype=compute, device=device, trust_remote_code=trust_remote_code)
     )
+    tokens = layout.tokens([*opened, *([] if base is None else [base])], tokens)
+    step = tokens if stride is None else stride
+    if not 1 <= step <= tokens:
+        raise DataError(f"a stride of {stride} does not fit windows of {tokens} tokens: give 1 to {tokens}.")
     tokenizer = opened[0].source.tokenizer()
-    loaded = [_load(source, tokenizer, windows, tokens, step) for source in sources]
+    loaded = [_load(source, tokenizer, windows, tokens, step, opened[0].vocabulary) for source in sources]
     ours = vocabulary_of(tokenizer)
     del tokenizer  # one at a time: of 262,144 tokens it takes 0.1 GB, and three times that while it is read
     ram.trim()

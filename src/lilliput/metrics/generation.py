@@ -16,10 +16,12 @@ from torch import Tensor
 
 from lilliput import memory as ram
 from lilliput.data import load_tokens
+from lilliput.errors import DataError
 from lilliput.metrics.interval import Interval, clip, mean_interval
 from lilliput.model import Model, open_model
 
 CONTEXT = 32  # tokens of a prompt
+NEW = 64  # of a continuation
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,30 @@ def generation(
     *,
     data: str | Path = "docs:library",
     prompts: int = 16,
-    new_tokens: int = 64,
+    new_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     examples: int = 4,
 ) -> GenerationResult:
     """Continue the first 32 tokens of `prompts` consecutive stretches of `data` with both models, one after the other.
 
-    The whole of one model is in memory at a time; one that is open already keeps its dtype and device. Raises DataError
-    for too little text or fewer than two prompts.
+    new_tokens: 64 unless given. Models that know fewer positions get shorter prompts and answers. The whole of one
+    model is in memory at a time; one that is open already keeps its dtype and device. Raises DataError for too little
+    text, fewer than two prompts, or answers that the models have no positions for.
     """
     models = [open_model(x, dtype=dtype, device=device) for x in (model, against)]
     tokenizer = models[0].source.tokenizer()
-    ids = load_tokens(data, tokenizer, samples=prompts, tokens=2 * CONTEXT).ids[:, :CONTEXT]
+    known = [x.positions for x in models if x.positions is not None]
+    room = min(known, default=CONTEXT + max(NEW, new_tokens or 0))
+    context = min(CONTEXT, max(1, room // 3))
+    new_tokens = min(NEW, room - context) if new_tokens is None else new_tokens
+    if prompts < 2 or not 1 <= new_tokens <= room - context:
+        raise DataError(
+            f"{prompts} prompts of {context} tokens, each with {new_tokens} new ones: give 2 prompts or more, and "
+            f"at most {room - context} new tokens for models that know {room} positions."
+        )
+    stretches = load_tokens(data, tokenizer, samples=prompts, tokens=2 * CONTEXT, vocabulary=models[0].vocabulary)
+    ids = stretches.ids[:, :context]
     found = [continuations(x, ids, new_tokens) for x in models]
     first = first_differences(found[0], found[1])
     order = first.argsort(stable=True).tolist()[:examples]

@@ -75,7 +75,8 @@ def exp_interval(logs: Tensor) -> Interval:
 
 
 def _exp(x: float) -> float:
-    return math.exp(min(x, 700.0))  # past that a float64 overflows; e^700 says "useless" just as well
+    # Past that a float64 overflows, or becomes 0 and has no logarithm; e^700 says "useless" just as well.
+    return math.exp(min(max(x, -700.0), 700.0))
 
 
 def clip(interval: Interval, low: float, high: float) -> Interval:

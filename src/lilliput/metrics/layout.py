@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
 from lilliput import memory as ram
-from lilliput.errors import PlanError
+from lilliput.errors import DataError, PlanError
 from lilliput.metrics.logits import ROWS, TILE
 from lilliput.model import Model
 
@@ -17,9 +18,28 @@ SLICE = 64 * ram.MB  # of each head in float32
 LOGITS = 4 * 4  # bytes that a logit takes: both models', and what is made of them
 
 
+WINDOW = 1024  # tokens, where nobody says
+
+
 def window(model: Model) -> int:
     """Tokens in a window where nobody says otherwise: 1,024, or as many as the model knows positions."""
-    return min(1024, model.positions or 1024)
+    return tokens([model], None)
+
+
+def tokens(models: Sequence[Model], wanted: int | None, most: int = WINDOW) -> int:
+    """Tokens in a window that all models can read: `wanted`, or as many as they know positions, up to `most`, where
+    nobody says. Raises DataError."""
+    if wanted is None:
+        return min(most, *(model.positions or most for model in models))
+    if wanted < 2:
+        raise DataError(f"windows of {wanted} tokens; a prediction needs 2 tokens or more.")
+    for model in models:
+        if model.positions is not None and wanted > model.positions:
+            raise DataError(
+                f"windows of {wanted} tokens are more than the {model.positions} positions that {model.source.model} "
+                "knows: ask for fewer."
+            )
+    return wanted
 
 
 def vocabulary(model: Model) -> int:

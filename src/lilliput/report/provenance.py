@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from lilliput.errors import SourceError
+from lilliput.report.units import finite
 
 NAME = "lilliput.json"
 SCHEMA = 1
@@ -75,8 +76,8 @@ class Provenance:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
-        """Sorted and indented, with a final newline: equal provenance gives equal bytes."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        """Sorted and indented, with a final newline: equal provenance gives equal bytes. What is no number is null."""
+        return json.dumps(finite(asdict(self)), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read(folder: Path) -> Provenance | None:

@@ -1,10 +1,11 @@
-"""Figures as people read and write them: bytes, durations, intervals."""
+"""Figures as people and JSON read and write them: bytes, durations, intervals, what is no number."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from typing import overload
+from typing import Any, overload
 
 from lilliput.errors import PlanError
 
@@ -61,3 +62,14 @@ def interval(value: Mapping[str, float], digits: int = 4) -> str:
     """A value with its 95 % interval: "1.052 [1.047, 1.058]"."""
     figures = [f"{float(value[key]):.{digits}g}" for key in ("value", "low", "high")]
     return f"{figures[0]} [{figures[1]}, {figures[2]}]"
+
+
+def finite(data: Any) -> Any:
+    """The same data with null for NaN and infinity, which JSON cannot say."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return data

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput import ranks
+from lilliput.errors import SourceError, ToldError
 from lilliput.stats.site import SiteStats
 
 NAMES = ("gram", "square", "mean", "absmax", "absmean")
@@ -88,6 +89,26 @@ def finish(state: SiteStats) -> SiteStats:
             corner.copy_(torch.triu(corner) + torch.triu(corner, 1).T)
             state.gram[b:, a:b] = state.gram[a:b, b:].T
     return state
+
+
+def complete(state: SiteStats, site: str, dtype: torch.dtype) -> SiteStats:
+    """The finished statistics of all processes' tokens.
+
+    Raises SourceError that names the site where inputs, or sums of their squares, overflow; dtype: what the model
+    computes in.
+    """
+    found = all_reduce(finish(state))
+    totals = (found.gram, found.square, found.mean, found.absmax, found.absmean)
+    # The diagonal is what overflows first.
+    seen = [x.diagonal() if x.dim() == 2 else x for x in totals if x is not None]
+    if all(bool(torch.isfinite(x).all()) for x in seen):
+        return found
+    how = str(dtype).removeprefix("torch.")
+    remedy = "check" if dtype is torch.float32 else "try --dtype float32, or check"
+    raise (SourceError if ranks.lead() else ToldError)(
+        f"{site}: its inputs hold NaN, infinity or numbers too large to be squared. The model overflows in {how} on "
+        f"this text, or a weight before it is broken: {remedy} the model's weights"
+    )
 
 
 def merge(a: SiteStats, b: SiteStats) -> SiteStats:

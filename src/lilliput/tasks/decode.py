@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lilliput.data.tokens import known
 from lilliput.errors import DataError
 from lilliput.tasks.likelihood import Loaded, ids_of, not_finite, tail_logits
 
@@ -68,7 +69,7 @@ def greedy(
 
     Prompts that leave no room for the answer lose tokens at their left. Prompts of similar length share a batch.
     step(done, total) counts prompts. Raises DataError where the model's context is no longer than `tokens` or a prompt
-    is empty, SourceError where logits are not finite on the longest prompt.
+    is empty or holds a token beyond the embedding, SourceError where logits are not finite on the longest prompt.
     """
     if tokens >= loaded.length:
         raise DataError(f"answers of {tokens} tokens leave no room in the {loaded.length} positions of {loaded.name}.")
@@ -78,6 +79,7 @@ def greedy(
     for i, prompt in enumerate(prompts):
         if not encoded[i]:
             raise DataError("a prompt is empty: give the model something to continue.")
+        known(encoded[i], loaded.tokenizer, loaded.vocabulary, "a prompt of the task")
         before = loaded.kept.get("greedy", prompt, list(stop), tokens)
         if before is None:
             waiting.append(i)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lilliput.data.local import parse as parse_row
 from lilliput.errors import DataError
 from lilliput.tasks import choice, cloze, generate
 from lilliput.tasks.shapes import Row, Shape, shape_of
@@ -80,11 +80,9 @@ def rows(path: Path) -> Iterator[tuple[int, Row]]:
                     continue
                 where = f"row {number} of '{path}'"
                 try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    row = parse_row(line.decode("utf-8-sig" if number == 1 else "utf-8"), where)
                 except UnicodeDecodeError:
                     raise DataError(f"{where} is not UTF-8: convert the file to UTF-8.") from None
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: a row is an object with fields, not {type(row).__name__}.")
                 yield number, row

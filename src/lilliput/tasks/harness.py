@@ -110,6 +110,12 @@ def _known(names: Sequence[str], folder: Path | None) -> Any:
     return manager
 
 
+def check(name: str, definition: Path | None = None) -> None:
+    """Raises LilliputError where the harness is not installed, DataError for a task that it does not know."""
+    installed()
+    _known([name], None if definition is None else definition.resolve().parent)
+
+
 def by_item(samples: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[float]]:
     """The harness's logged samples as scores by metric. Raises DataError where a task has no score for single items."""
     filters = {str(x["filter"]) for x in samples}

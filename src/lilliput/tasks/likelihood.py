@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.skeleton import positions
+from lilliput.data.tokens import known
 from lilliput.errors import DataError, SourceError
 from lilliput.tasks.kept import Kept
 
@@ -37,6 +38,12 @@ class Loaded:
     name: str
     length: int
     kept: Kept = field(default_factory=Kept)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding."""
+        table: Any = self.model.get_input_embeddings()
+        return int(table.weight.shape[0])
 
 
 @dataclass(frozen=True)
@@ -177,8 +184,11 @@ def scores(
 
     Requests that differ in their last token only (yes or no, A to E) share a forward pass. Batches go from long to
     short, and the head is applied where a continuation is predicted. step(done, total) counts requests. Raises
-    SourceError where logits are not finite, naming the module where that begins.
+    SourceError where logits are not finite, naming the module where that begins, DataError for a token beyond the
+    embedding.
     """
+    highest = max((x.inputs + x.targets for x in requests), key=max, default=())
+    known(highest, loaded.tokenizer, loaded.vocabulary, "an item of the task")
     found: dict[int, Score] = {}
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, x in enumerate(requests):

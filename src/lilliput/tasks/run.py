@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lilliput import memory
 from lilliput.data.overlap import items_seen
-from lilliput.data.tokens import Tokens, same_vocabulary, vocabulary_of
+from lilliput.data.tokens import Tokens, known, same_vocabulary, vocabulary_of
 from lilliput.errors import DataError, SourceError
 from lilliput.metrics.evaluate import compute_dtype
 from lilliput.progress import Progress, Quiet
@@ -125,6 +125,40 @@ def _answers(
     return found
 
 
+def check_tasks(
+    model: str | Path,
+    against: str | Path | None,
+    specs: Sequence[str | Spec],
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+) -> tuple[list[Spec], dict[str, Task], PreTrainedTokenizerBase]:
+    """The specifications, the items of those that name a file, and the model's tokenizer. Loads no model.
+
+    Raises LilliputError for whatever `run_tasks` would not be able to run, as far as it can be known.
+    """
+    parsed = [x if isinstance(x, Spec) else parse(x) for x in specs]
+    names = [x.name for x in parsed]
+    twice = next((x for x in names if names.count(x) > 1), None)
+    if twice is not None or not parsed:
+        raise DataError(f"the task '{twice}' is named twice." if twice else "no task is named: give NAME=FILE.jsonl.")
+    tasks = {x.name: load_task(x, limit=limit, shots=shots) for x in parsed if x.file is not None}
+    for x in parsed:
+        if x.file is None:
+            harness.check(x.name, x.definition)
+    sources = {str(x): open_source(str(x)) for x in (model, against) if x is not None}
+    tokenizers = {name: source.tokenizer() for name, source in sources.items()}
+    ours = tokenizers[str(model)]
+    for name, source in sources.items():
+        rows = getattr(source.text_config, "vocab_size", None)
+        for task in tasks.values():
+            for item in task.items:
+                known(ids_of(ours, task.kind.text(item)), ours, rows, f"an item of '{task.name}' for {name}")
+    if against is not None:
+        _same_tokens(ours, tokenizers[str(against)], list(tasks.values()), f"'{model}' and '{against}'")
+    return parsed, tasks, ours
+
+
 def run_tasks(
     model: str | Path,
     against: str | Path | None,
@@ -149,20 +183,8 @@ def run_tasks(
     Raises DataError (bad task or row, models with different tokenizers, no network for a task without a file),
     SourceError (a model that cannot be loaded, logits that are not finite), PlanError (unknown dtype).
     """
-    parsed = [x if isinstance(x, Spec) else parse(x) for x in specs]
-    names = [x.name for x in parsed]
-    twice = next((x for x in names if names.count(x) > 1), None)
-    if twice is not None or not parsed:
-        raise DataError(f"the task '{twice}' is named twice." if twice else "no task is named: give NAME=FILE.jsonl.")
-    # Every file is read before a model is loaded: mistakes show at once.
-    tasks = {x.name: load_task(x, limit=limit, shots=shots) for x in parsed if x.file is not None}
-    if len(tasks) < len(parsed):
-        harness.installed()
+    parsed, tasks, tokenizer = check_tasks(model, against, specs, limit=limit, shots=shots)
     folder = None if work is None else Path(work)
-    tokenizer = open_source(str(model)).tokenizer()
-    if against is not None:
-        theirs = open_source(str(against)).tokenizer()
-        _same_tokens(tokenizer, theirs, list(tasks.values()), f"'{model}' and '{against}'")
     with Quiet() if progress is None else progress as shown:
         with loaded(model, device=device, dtype=dtype, work=folder) as whole:
             ours = _answers(whole, parsed, tasks, limit, shots, shown)

@@ -12,7 +12,7 @@ the width has to be a power of two times factors of 12 and 20, otherwise a rando
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,9 @@ from lilliput.backward import Samples
 from lilliput.errors import PlanError
 from lilliput.methods.fold import ResidualRotation
 from lilliput.recipe import Strict, Target
-from lilliput.rotated import RotatedModel
+
+if TYPE_CHECKING:
+    from lilliput.rotated import RotatedModel  # which imports transformers
 
 PAPER = "Ashkboos et al. 2024, arXiv 2404.00456"
 NEEDS: tuple[str, ...] = ()

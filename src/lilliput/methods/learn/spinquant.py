@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,9 @@ from lilliput.errors import PlanError
 from lilliput.formats.integer import from_target
 from lilliput.methods.fold import ResidualRotation
 from lilliput.recipe import Strict, Target
-from lilliput.rotated import RotatedModel
+
+if TYPE_CHECKING:
+    from lilliput.rotated import RotatedModel  # which imports transformers
 
 PAPER = "Liu et al. 2024, arXiv 2405.16406"
 NEEDS: tuple[str, ...] = ()

@@ -103,7 +103,8 @@ def _search(link: Link, block: BlockView, io: BlockIO, grid_of: Format, o: Optio
         best, least = _better(_centred(spread.pow(-exponent)), best, least, readers, grid_of, o)
     start = best
     size = link.tie(stats.need("absmean"), "mean")
-    for i in range(1, o.grid):
+    # Where nothing ever enters, no scale changes anything, and there is no strong input to find.
+    for i in range(1, o.grid if bool(size.any()) else 1):
         best, least = _better(_centred(start * size.pow(i / o.grid)), best, least, readers, grid_of, o)
     return None if best is flat else best
 

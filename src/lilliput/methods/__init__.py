@@ -99,7 +99,13 @@ class Method:
                 f"it tries out {' or '.join(names)}, not '{other.name}': put that step behind it, and restrict 'where' "
                 "of this step to its layers"
             )
-        if not other.replaces(options):
+        if "fisher" in (other.module.needs(options) if hasattr(other.module, "needs") else other.needs):
+            return (
+                f"layers are tried out before squared gradients are known, and the step of '{other.name}' weighs by "
+                "them: give it another weighting, or leave this step out"
+            )
+        # Where the decision keeps to the bytes of the recipe's targets, parts may be of any size.
+        if not other.replaces(options) and not getattr(self.module, "KEEPS_BUDGET", False):
             return (
                 f"which layers the step of '{other.name}' changes is known too late for the size to depend on it: let "
                 "it leave plain weights (factored=false)"

@@ -70,10 +70,14 @@ class FactoredLinear(CompressedLinear):
         return nn.functional.linear(nn.functional.linear(x, right), left, bias)
 
 
+def factored(kind: type, spec: LinearSpec) -> bool:
+    """Whether a linear of this class runs as two thin products; other classes than the two plain ones may compute more
+    than a product."""
+    return kind in (nn.Linear, Conv1D) and spec.scheme.product is not None
+
+
 def _mixin(kind: type, spec: LinearSpec) -> type:
-    """What a linear of this class becomes; other classes than the two plain ones may compute more than a product."""
-    plain = kind in (nn.Linear, Conv1D)
-    return FactoredLinear if plain and spec.scheme.product is not None else CompressedLinear
+    return FactoredLinear if factored(kind, spec) else CompressedLinear
 
 
 def compress_(module: nn.Module, spec: LinearSpec) -> None:

@@ -83,11 +83,15 @@ def gather(
     """Measure `model` as it lies on disk, against its original if there is one: the evaluation and the evidence.
 
     Text metrics and the comparison of weights stream both models within `memory` bytes. The other parts run whole
-    models: `tasks` (names, or NAME=FILE), `prompts` to continue greedily, `speed`. `evaluation`: text metrics that are
+    models: `tasks` (names, or NAME=FILE; "instructions=FILE" has both answer them), `prompts` to continue greedily,
+    `speed`. `evaluation`: text metrics that are
     known already, of `evaluate_all`. `where` finds the blocks and linears
     that the loss comes from; `roofline` predicts times on named devices. Raises LilliputError for whatever cannot be
     measured.
     """
+    from lilliput.tasks.instructions import apart, compare_instructions
+
+    scored, instructed = apart(tasks, against)
     compute = compute_dtype(dtype)
     ours = open_model(model, dtype=compute)
     base = None if against is None else open_model(against, dtype=compute)
@@ -105,18 +109,21 @@ def gather(
         progress=progress,
     )
     first = evaluation.texts[0].data
-    parts: Data = {}
+    parts: Data = {"quality": {}}
     if base is not None:
         parts["loss"] = _loss(ours, base, first, where, memory, work, progress)
         if prompts:
             from lilliput.metrics.generation import generation
 
-            parts["quality"] = {"generation": generation(ours, base, data=first, prompts=prompts).to_json()}
-    if tasks:
+            parts["quality"]["generation"] = generation(ours, base, data=first, prompts=prompts).to_json()
+    shared: Data = {"limit": limit, "dtype": dtype, "work": work, "progress": progress}
+    if scored:
         from lilliput.tasks import run_tasks
 
-        results = run_tasks(model, against, tasks, limit=limit, shots=shots, dtype=dtype, work=work, progress=progress)
-        parts["tasks"] = [x.to_json() for x in results]
+        parts["tasks"] = [x.to_json() for x in run_tasks(model, against, scored, shots=shots, **shared)]
+    if against is not None and instructed:
+        found = [compare_instructions(model, against, x.file, **shared) for x in instructed if x.file is not None]
+        parts["quality"]["instructions"] = [x.to_json() for x in found]
     if speed:
         from lilliput.efficiency import measure_speed
 

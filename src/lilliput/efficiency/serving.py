@@ -30,8 +30,8 @@ _FP8 = ("fp8", "fbgemm_fp8", "finegrained_fp8")
 @dataclass(frozen=True)
 class Serving:
     """bits: read for each weight, scales and zero points included; arithmetic: whose peak counts ("fp32", "bf16",
-    "fp16", "fp8", "int8"); inputs: bytes of one element of what is multiplied; keep: share of the multiplications that are
-    carried out (n of m); decoded: bytes for each weight that are written and read again in each pass, because the
+    "fp16", "fp8", "int8"); inputs: bytes of one element of what is multiplied; keep: share of the multiplications that
+    are carried out (n of m); decoded: bytes for each weight that are written and read again in each pass, because the
     engine decodes it first; packed: bits for each weight in the file, where the engine decodes it once at load;
     forming: float32 operations for each weight that decoding takes in each pass (products of factors, rotations);
     between: elements for each token that one of two thin products leaves to the other. All are taken over the whole

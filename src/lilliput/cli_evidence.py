@@ -26,7 +26,7 @@ DtypeOpt = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 TasksOpt = Annotated[
     str | None,
     typer.Option(
-        help="Tasks, comma-separated: NAME=FILE.jsonl, NAME=FILE.yaml, instructions=FILE.jsonl, or one that lm-eval knows."
+        help="Tasks, comma-separated: NAME=FILE.jsonl, NAME=FILE.yaml, instructions=FILE.jsonl, or one lm-eval knows."
     ),
 ]
 

@@ -30,6 +30,7 @@ RECIPES = {
     "codes and columns": "steps:\n  - {method: owq, target: {bits: 3}, options: {columns: 3}}\n",
     "pattern": 'export: lilliput\nsteps:\n  - {method: wanda, target: {pattern: "2:4"}}\n',
     "codes": f"export: lilliput\nsteps:\n  - {{method: rtn, target: {{bits: 4, {GROUPS}}}}}\n",
+    "binary codes": "steps:\n  - {method: bcq, target: {format: binary, bits: 3, group_size: 16}}\n",
     "codes between products": "steps:\n  - {method: quip, target: {bits: 4, group_size: 16}, "
     "options: {turn: kronecker, diagonal: false}}\n",
 }
@@ -64,7 +65,7 @@ def carried_out(module: Any, tokens: int) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", [kind for kind in RECIPES if kind != "binary codes"])
 def test_what_is_counted_is_what_runs(written: Callable[[str], Path], kind: str) -> None:
     model, shapes = opened(written(kind))
     served = serving_of(model, shapes)
@@ -131,3 +132,30 @@ def test_the_roofline_of_a_sum_by_hand(written: Callable[[str], Path], device: D
     dense, forming = shapes.blocks * 3 * 2 * 128 * 64, shapes.blocks * 2 * 5 * 128 * 64
     assert gate.flops == pytest.approx(dense + forming)
     assert gate.seconds == pytest.approx(dense / 1000 + forming / 500)
+
+
+def test_tables_in_place_of_a_decoded_weight(written: Callable[[str], Path], device: Device) -> None:
+    """3 planes: up to 5 tokens at once are looked up; a token takes the tables, the look-ups and the groups' scales."""
+    model, shapes = opened(written("binary codes"))
+    served = serving_of(model, shapes)
+    (gate, *_) = [x for x in shapes.matrices if x.role == "gate"]
+    held = served[gate.tensor]
+    one = 2 * 256 * 64 + 3 * 128 * 64 // 8 + 2 * 128 * (64 // 16) * 4
+    assert held.at(5).keep * float(gate.flops) == pytest.approx(one)
+    assert (held.at(5).decoded, held.at(6).decoded) == (0.0, 2 * 4)
+    assert held.at(6).keep == 1.0
+    whole: Any = lilliput.load(written("binary codes"))
+    module = whole.get_submodule(gate.tensor.removesuffix(".weight"))
+    dense = 2 * 128 * 64
+    assert carried_out(module, 6) == 6 * dense, "decoded"
+    assert carried_out(module, 5) < 5 * one, "torch counts products alone: the tables and the offsets"
+    few, many = flops(shapes, 5, served), flops(shapes, 6, served)
+    assert few.decode == pytest.approx(many.decode - (flops(shapes, 6).decode - flops(shapes, 5).decode))
+    saved = sum(float(x.flops) * (1 - served[x.tensor].at(1).keep) for x in shapes.matrices)
+    assert flops(shapes, 5).prefill - few.prefill == pytest.approx(saved)
+    assert flops(shapes, 6).prefill == pytest.approx(many.prefill)
+    ours = Device("cpu", "cpu", {"fp32": 500.0, "bf16": 1000.0}, 10.0, 1e9, runtime="transformers")
+    work = workload(model, ours)
+    (row,) = [x for x in operators(work, ours, "decode", 2, 10) if x.name == "gate"]
+    stored = served[gate.tensor].bits / 8 * gate.weights
+    assert row.bytes == pytest.approx(shapes.blocks * (stored + 2 * 4 * (64 + 128)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -99,17 +99,17 @@ def flops(shapes: Shapes, context: int, served: Mapping[str, Serving] | None = N
     """
     if context < 1:
         raise PlanError(f"a context of {context} tokens: count operations at 1 token or more")
-    linear = sum(float(x.flops) * _keep(x, served) for x in shapes.matrices)
+    prefilling, decoding = (sum(float(x.flops) * _keep(x, served, n) for x in shapes.matrices) for n in (context, 1))
     prefill = sum(x.flops(x.pairs(context)) for x in shapes.attention)
     decode = sum(x.flops(x.seen(context)) for x in shapes.attention)
     return Flops(
-        float(linear + (_forming(shapes, served, context) + prefill) / context),
-        float(linear + _forming(shapes, served, 1) + decode),
+        float(prefilling + (_forming(shapes, served, context) + prefill) / context),
+        float(decoding + _forming(shapes, served, 1) + decode),
     )
 
 
-def _keep(matrix: Matrix, served: Mapping[str, Serving] | None) -> float:
-    return 1.0 if served is None else served[matrix.tensor].keep
+def _keep(matrix: Matrix, served: Mapping[str, Serving] | None, tokens: float) -> float:
+    return 1.0 if served is None else served[matrix.tensor].at(tokens * float(matrix.active)).keep
 
 
 def _forming(shapes: Shapes, served: Mapping[str, Serving] | None, tokens: int) -> float:
@@ -122,8 +122,9 @@ def _forming(shapes: Shapes, served: Mapping[str, Serving] | None, tokens: int) 
 def prefill_flops(shapes: Shapes, batch: int, tokens: int, served: Mapping[str, Serving] | None = None) -> float:
     """Operations of a prefill of batch x tokens tokens with logits at the last of each sequence; linears and attention
     only: what decoding weights takes is no work of the model's. served: as in `flops`."""
-    linears = sum(float(x.flops) * _keep(x, served) * (1 if x.role == "head" else tokens) for x in shapes.matrices)
-    return batch * float(linears + sum(x.flops(x.pairs(tokens)) for x in shapes.attention))
+    seen = {x.tensor: batch if x.role == "head" else batch * tokens for x in shapes.matrices}
+    linears = sum(float(x.flops) * _keep(x, served, seen[x.tensor]) * seen[x.tensor] for x in shapes.matrices)
+    return float(linears + batch * sum(x.flops(x.pairs(tokens)) for x in shapes.attention))
 
 
 def count(
@@ -196,7 +197,9 @@ def _parameters(model: Model) -> int:
 
 def _saved(shapes: Shapes, zeros: Mapping[str, Zeros], served: Mapping[str, Serving]) -> tuple[int, float]:
     saved = sum(zeros[x.tensor].count * x.active for x in shapes.matrices if x.tensor in zeros)
-    return round(saved), float(saved / sum(x.weights * float(x.active) * _keep(x, served) for x in shapes.matrices))
+    return round(saved), float(
+        saved / sum(x.weights * float(x.active) * _keep(x, served, inf) for x in shapes.matrices)
+    )
 
 
 def _by_kind(model: Model, shapes: Shapes) -> tuple[Kind, ...]:

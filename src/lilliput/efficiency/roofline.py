@@ -139,7 +139,7 @@ def operators(work: Workload, device: Device, phase: Phase, batch: int, context:
     add("embedding", plain, 0.0, 2.0 * tokens * shapes.hidden * item)
     for (matrix, held), times in work.groups().items():
         seen = batch if matrix.role == "head" else tokens
-        active = float(matrix.active)
+        active, held = float(matrix.active), held.at(seen * float(matrix.active))
         touched = matrix.touched(seen)
         weights = matrix.weights * touched * (held.bits / 8 + held.decoded)
         each = matrix.in_features * held.inputs + (matrix.out_features + 2 * held.between) * item

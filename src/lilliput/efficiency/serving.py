@@ -17,7 +17,8 @@ import torch
 
 from lilliput.errors import PlanError
 from lilliput.model import Model
-from lilliput.runtime.linear import factored
+from lilliput.runtime import lut
+from lilliput.runtime.linear import factored, tabled
 from lilliput.runtime.native import LinearSpec, parse_config
 from lilliput.source.compressed import scheme_for
 
@@ -30,12 +31,13 @@ _FP8 = ("fp8", "fbgemm_fp8", "finegrained_fp8")
 @dataclass(frozen=True)
 class Serving:
     """bits: read for each weight, scales and zero points included; arithmetic: whose peak counts ("fp32", "bf16",
-    "fp16", "fp8", "int8"); inputs: bytes of one element of what is multiplied; keep: share of the multiplications that
-    are carried out (n of m); decoded: bytes for each weight that are written and read again in each pass, because the
-    engine decodes it first; packed: bits for each weight in the file, where the engine decodes it once at load;
-    forming: float32 operations for each weight that decoding takes in each pass (products of factors, rotations);
-    between: elements for each token that one of two thin products leaves to the other. All are taken over the whole
-    matrix's weights, however few are stored."""
+    "fp16", "fp8", "int8"); inputs: bytes of one element of what is multiplied; keep: share of the multiplications
+    that are carried out (n of m); decoded: bytes for each weight that are written and read again in each pass,
+    because the engine decodes it first; packed: bits for each weight in the file, where the engine decodes it once at
+    load; forming: float32 operations for each weight that decoding takes in each pass (products of factors,
+    rotations); between: elements for each token that one of two thin products leaves to the other; tabled: tokens up
+    to which tables of partial sums serve without decoding, and their operations as a share of the dense product's.
+    All are taken over the whole matrix's weights, however few are stored."""
 
     label: str
     bits: float
@@ -46,6 +48,13 @@ class Serving:
     packed: float | None = None
     forming: float = 0.0
     between: int = 0
+    tabled: tuple[int, float] | None = None
+
+    def at(self, tokens: float) -> Serving:
+        """How a pass over so many tokens runs it."""
+        if self.tabled is None or tokens > self.tabled[0]:
+            return self
+        return replace(self, keep=self.tabled[1], decoded=0.0, forming=0.0, arithmetic="fp32")
 
 
 def dense(dtype: torch.dtype) -> Serving:
@@ -79,7 +88,7 @@ def sparse(n: int, m: int, dtype: torch.dtype) -> Serving:
     return replace(plain, label=f"{n}:{m} sparse weights", bits=stored, keep=n / m)
 
 
-def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool) -> Serving:
+def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool, few: bool) -> Serving:
     """A linear of Lilliput's own layout, `bits` stored for each weight, as `lilliput.runtime.linear` runs it.
 
     thin: its factors are decoded and two thin products run. Otherwise the dense weight is decoded: a single part
@@ -92,13 +101,15 @@ def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool) -> 
         written = 2.0 * dtype.itemsize * share
         return replace(held, label="low-rank factors", keep=share, decoded=written, between=product.rank)
     made = spec.scheme
+    form = lut.form_of(made, width) if few else None
+    looked = None if form is None else (lut.most(form), lut.operations(form, rows, width) / (2 * rows * width))
     turns = len(made.inputs) + len(made.outputs)
     through = 2.0 * dtype.itemsize
     if turns or len(made.parts) > 1:
         products = sum(1 for part in made.parts if part.operations(rows, width))
         # Zeros are written; a part or turn reads the sum and writes it, a product is written and read besides.
         through += 4.0 * (1 + 2 * (len(made.parts) + turns + products) + 1)
-    return replace(held, decoded=through, forming=made.operations(rows, width) / (rows * width))
+    return replace(held, decoded=through, forming=made.operations(rows, width) / (rows * width), tabled=looked)
 
 
 def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: Runtime) -> dict[str, Serving]:
@@ -125,7 +136,9 @@ def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: 
         spec = own.get(name.removesuffix(".weight"))
         if spec is not None:
             kind = type(model.skeleton.model.get_submodule(tensor.removesuffix(".weight")))
-            out[tensor] = native(spec, bits, dtype, thin=factored(kind, spec))
+            out[tensor] = native(
+                spec, bits, dtype, thin=factored(kind, spec), few=runtime == "transformers" and tabled(kind, spec)
+            )
         elif stored.nbytes >= elements * stored.dtype.itemsize:
             out[tensor] = plain
         elif runtime == "transformers":

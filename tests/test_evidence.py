@@ -1,9 +1,11 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import validate
+from rich.console import Console
 from typer.testing import CliRunner
 
 import lilliput
@@ -11,7 +13,7 @@ from lilliput import model, report
 from lilliput.cli import app
 from lilliput.errors import DataError, SourceError
 from lilliput.evidence import gather
-from lilliput.report import sections
+from lilliput.report import sections, terminal
 from lilliput.report.page import render
 from lilliput.source import open_source
 
@@ -39,6 +41,8 @@ def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp
     items.write_text(
         "".join(json.dumps({"context": "a b", "choices": ["c", "d"], "label": i % 2}) + "\n" for i in range(6))
     )
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"turns": [f"Explain {x}."]}) + "\n" for x in ("names", "values", "classes")))
     evaluation, evidence = gather(
         *pair,
         windows=3,
@@ -46,7 +50,8 @@ def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp
         where=True,
         prompts=2,
         roofline=True,
-        tasks=[f"mine={items}"],
+        tasks=[f"mine={items}", f"instructions={asked}"],
+        limit=6,
         gates={"max_kl": 100.0, "max_ppl_increase": None, "min_agreement": None},
     )
     validate(evidence, SCHEMA)
@@ -58,10 +63,17 @@ def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp
     assert len(evidence["loss"]["blocks"]) == len({row["block"] for row in evidence["loss"]["linears"]})
     assert evidence["size"]["bytes"] == evaluation.bytes
     assert evidence["quality"]["generation"]["prompts"] == 2
+    assert [x["prompts"] for x in evidence["quality"]["instructions"]] == [3]
+    assert [x["name"] for x in evidence["tasks"]] == ["mine"]
     assert all(sections._PLACE.match(row["sentence"]) for row in evidence["roofline"]["rows"])
     assert {row["name"] for row in evidence["tensors"]} >= {"model.norm.weight"}
     page = render(json.loads(json.dumps(evidence)))
     assert "<svg" in page
+    assert "Answers to instructions" in page
+    assert "nobody judged" in page
+    console = Console(width=200, file=io.StringIO())
+    console.print(terminal.evaluation(evidence))
+    assert "win rate, a proxy" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
@@ -140,6 +152,9 @@ def test_models_are_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
         (["--max-kl", "0.1"], "--against"),
         (["--against", "BASE", "--html", "/nowhere/x.html"], "does not exist"),
         (["--against", "BASE", "--tasks", "mine=/nowhere.jsonl"], "nowhere.jsonl"),
+        (["--against", "BASE", "--tasks", "instructions=/nowhere.jsonl"], "nowhere.jsonl"),
+        (["--against", "BASE", "--tasks", "instructions"], "give instructions=FILE.jsonl"),
+        (["--tasks", "instructions:mine=FILE"], "name the original with --against"),
     ],
 )
 def test_bad_input_is_one_message(pair: tuple[Path, Path], arguments: list[str], words: str) -> None:

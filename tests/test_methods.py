@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from lilliput import catalogue
+from lilliput import api, catalogue
 from lilliput.errors import PlanError
 from lilliput.methods import VERBS, Method, discover, get
 from lilliput.recipe import Target, Where, load, to_yaml
@@ -44,13 +46,32 @@ def test_options_have_defaults_and_hide_no_key(method: Method) -> None:
 @pytest.mark.parametrize(("name", "key"), IDS)
 def test_every_covered_id_has_a_recipe_that_runs_its_method(name: str, key: str) -> None:
     steps = get(name).covers[key]
-    if steps is None:
-        with pytest.raises(PlanError, match="no computation"):
+    if not isinstance(steps, list):
+        why = "no computation" if steps is None else steps[:40]
+        with pytest.raises(PlanError, match=why):
             load(key)
         return
     recipe = load(key)
     assert name in {step.method for step in recipe.steps}
     assert load(to_yaml(recipe)).steps == recipe.steps
+
+
+@pytest.mark.parametrize("name", sorted({*discover(), *catalogue.covering()}))
+def test_a_printed_recipe_is_one_that_plans(tiny: Callable[[str], Path], name: str) -> None:
+    """Or the command says why there is none, and where to read."""
+    method = catalogue.find(name)
+    steps = method.covers.get(name, method.recipe if name == method.name else None)
+    if isinstance(steps, list):
+        assert api.plan(tiny("qwen2"), recipe=to_yaml(load(name)), samples=2, tokens=16, device="cpu").bytes > 0
+        return
+    with pytest.raises(PlanError, match=rf"{name}'.*: (read|.*; read) about it with `lilliput methods {method.name}`"):
+        load(name)
+
+
+def test_methods_that_need_company_bring_it() -> None:
+    assert [step.method for step in load("spinquant").steps] == ["spinquant", "gptq"]
+    with pytest.raises(PlanError, match=r"no recipe runs 'slicegpt': .* no place in any layout"):
+        load("slicegpt")
 
 
 def test_no_id_is_covered_twice() -> None:

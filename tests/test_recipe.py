@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from lilliput import api, catalogue
 from lilliput.errors import PlanError
-from lilliput.recipe import Recipe, Step, Target, Where, load, named, to_yaml, with_settings
+from lilliput.methods import get
+from lilliput.recipe import Recipe, Step, Target, Where, described, load, named, to_yaml, with_settings
 
 COMPOSED = """\
 steps:
@@ -52,6 +56,21 @@ def test_named_recipes_load_and_are_short(name: str) -> None:
     text = resources.files("lilliput.recipes").joinpath(f"{name}.yaml").read_text()
     assert text.startswith("# ")
     assert len(text.splitlines()) < 30
+
+
+PAPERS = ("bcq", "gptq", "loftq", "owq", "quip", "spqr")
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_papers_settings_plan_and_say_what_differs(tiny: Callable[[str], Path], name: str) -> None:
+    ours, theirs = load(name), load(f"{name}-paper")
+    assert [step.method for step in theirs.steps] == [name]
+    assert (theirs.steps[0].target, theirs.steps[0].options) != (ours.steps[0].target, ours.steps[0].options)
+    told = described()[f"{name}-paper"]
+    assert re.search(r"\(.+ et al\. 20\d\d, arXiv \d{4}\.\d{5}\)", told)
+    assert f"The default `{name}`" in told
+    assert api.plan(tiny("qwen2"), recipe=f"{name}-paper", samples=2, tokens=16, device="cpu").bytes > 0
+    assert told in catalogue.page(get(name))
 
 
 def test_the_default_loads_everywhere() -> None:

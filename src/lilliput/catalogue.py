@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 from lilliput import measured
 from lilliput.errors import PlanError
 from lilliput.methods import Method, discover
-from lilliput.recipe import nearest
+from lilliput.recipe import described, load, nearest
 
 Steps = list[dict[str, Any]]
 
@@ -19,7 +19,8 @@ def index() -> list[dict[str, Any]]:
     """One entry per method, as plain data, sorted by name.
 
     `covers` lists the catalogue ids that the file implements, each with the `recipe` that runs it, or with
-    `documentation: true` where the id is an idea and no computation.
+    `documentation: true` where the id is an idea and no computation, or with `why` it cannot be run yet as well.
+    `no_recipe` says why no recipe runs the method, where none does.
     """
     return [entry(method) for _, method in sorted(discover().items())]
 
@@ -35,12 +36,16 @@ def entry(method: Method) -> dict[str, Any]:
         "needs": sorted(method.needs),
         "writes": method.writes,
         "baseline": method.baseline,
-        "covers": [
-            {"id": key, "documentation": True} if steps is None else {"id": key, "recipe": {"steps": steps}}
-            for key, steps in method.covers.items()
-        ],
+        "covers": [_covered(key, steps) for key, steps in method.covers.items()],
+        "no_recipe": method.recipe if isinstance(method.recipe, str) else None,
         "options": options(method),
     }
+
+
+def _covered(key: str, steps: Steps | str | None) -> dict[str, Any]:
+    if isinstance(steps, list):
+        return {"id": key, "recipe": {"steps": steps}}
+    return {"id": key, "documentation": True, **({} if steps is None else {"why": steps})}
 
 
 def options(method: Method) -> list[dict[str, Any]]:
@@ -80,15 +85,17 @@ def find(name: str, also: Iterable[str] = ()) -> Method:
 
 
 def steps_of(name: str, also: Iterable[str] = ()) -> Steps:
-    """Steps that run a catalogue id, or a method as its file says it is run by default. Raises PlanError."""
+    """Steps that run a catalogue id, or a method as its file says it is run by default. Raises PlanError that says why
+    where nothing does."""
     name = name.replace("_", "-")
     method = find(name, also)
-    steps = method.covers.get(name)
-    if steps is not None:
+    steps = method.covers.get(name, method.recipe if name == method.name else None)
+    if isinstance(steps, list):
         return steps
-    if name != method.name:
-        raise PlanError(f"'{name}' is an idea and no computation: read it with `lilliput methods {method.name}`")
-    return [{"method": name}]
+    read = f"read about it with `lilliput methods {method.name}`"
+    if steps is None:
+        raise PlanError(f"'{name}' is an idea and no computation: {read}")
+    raise PlanError(f"no recipe runs '{name}': {steps}; {read}")
 
 
 def page(method: Method) -> str:
@@ -101,6 +108,8 @@ def page(method: Method) -> str:
         f"- needs: {', '.join(sorted(method.needs)) or 'no statistics'}",
         f"- writes: {method.writes}",
     ]
+    if isinstance(method.recipe, str):
+        lines += [f"- no recipe: {method.recipe}"]
     if method.baseline is not None:
         lines += [f"- has to beat: `{method.baseline}`"]
     rows = options(method)
@@ -113,12 +122,19 @@ def page(method: Method) -> str:
     if method.covers:
         lines += ["", "## Covers", ""]
         for key, steps in method.covers.items():
-            how = "an idea, described above" if steps is None else f"`lilliput methods {key} --recipe`"
-            lines += [f"- `{key}`: {how}"]
+            how = f"`lilliput methods {key} --recipe`" if isinstance(steps, list) else "an idea, described above"
+            lines += [f"- `{key}`: {f'not to be run: {steps}' if isinstance(steps, str) else how}"]
+    made = {name: told for name, told in described().items() if _uses(name, method)}
+    if made:
+        lines += ["", "## Named recipes", "", *(f"- `{name}`: {told}" for name, told in made.items())]
     rows_measured = measured.of(method.name)
     if rows_measured:
         lines += ["", "## Measured", "", measured.figures()["protocol"], "", *measured.table(rows_measured)]
     return "\n".join(lines) + "\n"
+
+
+def _uses(recipe: str, method: Method) -> bool:
+    return any(step.method == method.name for step in load(recipe).steps)
 
 
 def _plain(value: object) -> str:

@@ -26,7 +26,9 @@ SpeedOpt = Annotated[bool, typer.Option("--speed", help="Measure prefill and dec
 DtypeOpt = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 TasksOpt = Annotated[
     str | None,
-    typer.Option(help="Tasks, comma-separated: NAME=FILE.jsonl, NAME=FILE.yaml, or a name that lm-eval knows."),
+    typer.Option(
+        help="Tasks, comma-separated: NAME=FILE.jsonl, NAME=FILE.yaml, instructions=FILE.jsonl, or one lm-eval knows."
+    ),
 ]
 
 

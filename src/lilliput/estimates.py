@@ -49,7 +49,11 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
     seconds = 3.0  # opening
     if resolved.needs:
         passes = (
-            1 + bool(resolved.rewrites) + len(resolved.allocations) - len(resolved.searches) + len(resolved.learned)
+            1
+            + bool(resolved.rewrites)
+            + len(resolved.allocations)
+            + len(resolved.learned)
+            - sum(not any(x.needs for x in resolved.governed(task).values()) for task in resolved.searches)
         )
         seconds += passes * 3.0 * 2 * weights * count / rate
     seconds += 4 * 2 * weights * resolved.fisher(samples) * tokens / rate  # two passes forward, one back

@@ -85,17 +85,20 @@ def gather(
     """Measure `model` as it lies on disk, against its original if there is one: the evaluation and the evidence.
 
     Text metrics and the comparison of weights stream both models within `memory` bytes. The other parts run whole
-    models: `tasks` (names, or NAME=FILE), `prompts` to continue greedily, `speed`. `evaluation`: text metrics that are
-    known already, of `evaluate_all`. `where` finds the blocks and linears
+    models: `tasks` (names, or NAME=FILE; "instructions=FILE" has both answer them), `prompts` to continue greedily,
+    `speed`. `evaluation`: text metrics that are known already, of `evaluate_all`. `where` finds the blocks and linears
     that the loss comes from; `roofline` predicts times on named devices. Raises LilliputError for whatever is known
     beforehand not to be measurable, and where the text metrics fail. A later part that fails is missing in the
     evidence, whose "failed" says why: what was measured before stays.
     """
+    from lilliput.tasks.instructions import apart, compare_instructions
+
+    scored, instructed = apart(tasks, against)
     compute = compute_dtype(dtype)
-    if tasks:
+    if scored:
         from lilliput.tasks import check_tasks
 
-        check_tasks(model, against, tasks, limit=limit, shots=shots)
+        check_tasks(model, against, scored, limit=limit, shots=shots)
     ours = open_model(model, dtype=compute)
     base = None if against is None else open_model(against, dtype=compute)
     evaluation = evaluation or evaluate(
@@ -112,7 +115,7 @@ def gather(
         progress=progress,
     )
     first = evaluation.texts[0].data
-    parts: Data = {}
+    parts: Data = {"quality": {}}
     failed: dict[str, str] = {}
     if base is not None:
         with _kept("loss", failed):
@@ -121,15 +124,17 @@ def gather(
             from lilliput.metrics.generation import generation
 
             with _kept("prompts", failed):
-                parts["quality"] = {"generation": generation(ours, base, data=first, prompts=prompts).to_json()}
-    if tasks:
+                parts["quality"]["generation"] = generation(ours, base, data=first, prompts=prompts).to_json()
+    shared: Data = {"limit": limit, "dtype": dtype, "work": work, "progress": progress}
+    if scored:
         from lilliput.tasks import run_tasks
 
         with _kept("tasks", failed):
-            found = run_tasks(
-                model, against, tasks, limit=limit, shots=shots, dtype=dtype, work=work, progress=progress
-            )
-            parts["tasks"] = [x.to_json() for x in found]
+            parts["tasks"] = [x.to_json() for x in run_tasks(model, against, scored, shots=shots, **shared)]
+    if against is not None and instructed:
+        with _kept("instructions", failed):
+            answers = [compare_instructions(model, against, x.file, **shared) for x in instructed if x.file is not None]
+            parts["quality"]["instructions"] = [x.to_json() for x in answers]
     if speed:
         from lilliput.efficiency import measure_speed
 

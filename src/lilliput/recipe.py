@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -142,6 +143,16 @@ def named() -> tuple[str, ...]:
     """Names of the recipes that come with the package, sorted."""
     files = (Path(x.name) for x in resources.files("lilliput.recipes").iterdir())
     return tuple(sorted(x.stem for x in files if x.suffix == ".yaml"))
+
+
+def described() -> Mapping[str, str]:
+    """What each of the named recipes is, in their own words: the comment that its file begins with."""
+    found = {}
+    for name in named():
+        lines = resources.files("lilliput.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        told = itertools.takewhile(lambda line: line.startswith("#"), lines)
+        found[name] = " ".join(line.removeprefix("#").strip() for line in told)
+    return found
 
 
 def parse(text: str, source: str = "recipe", name: str = "custom") -> Recipe:

@@ -68,6 +68,28 @@ def test_equals_the_equations(symmetric: bool, group: int | str) -> None:
     assert bool((dense.decode()[:, kept] == 0).all())
 
 
+def test_a_search_that_counts_all_inputs_alike_leaves_out_the_kept_ones() -> None:
+    """The range of each row is the best of the shares tried for the weights that stay, the columns being chosen."""
+    w, stats = _case()
+    o = owq.Options(columns=5, importance=False)
+    dense, columns = owq.compress(Layer("x", w), stats, _target(), o).parts
+    assert isinstance(dense, QuantizedPart)
+    assert isinstance(columns, ColumnsPart)
+    form = IntegerFormat(3, False, -1, torch.float32)
+    stay = [j for j in range(w.shape[1]) if j not in columns.columns.tolist()]
+
+    def error(grid: object) -> Tensor:
+        step, zero = form.expand(grid, w.shape[1])  # type: ignore[arg-type]
+        code = (torch.round(w / step) + zero).clamp(form.lowest, form.highest)
+        return ((code - zero) * step - w)[:, stay].double().square().sum(1)
+
+    weighed = owq.compress(Layer("x", w), stats, _target(), owq.Options(columns=5)).parts[0]
+    assert isinstance(weighed, QuantizedPart)
+    only = form.fit(w[:, stay])
+    assert bool((error(dense.grid) <= error(only) + 1e-9).all())
+    assert float(error(dense.grid).sum()) < float(error(weighed.grid).sum())
+
+
 def test_no_columns_is_gptq() -> None:
     w, stats = _case()
     for group in ("channel", 16, "tensor"):

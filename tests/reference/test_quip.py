@@ -182,3 +182,24 @@ def test_masks_and_what_is_no_number_are_refused() -> None:
                 ill = SiteStats(48, 9, gram=torch.full((48, 48), float("inf")))
                 with pytest.raises(LilliputError, match="NaN or infini"):
                     _run(w, ill, _target(form, bits), turn=turn, diagonal=diagonal)
+
+
+def test_the_papers_range_is_one_for_the_matrix() -> None:
+    """Levels -r + 2 r k / (2^b - 1), r = 2.4 root mean squares of the turned weight, to half a unit of float32."""
+    w, stats = _case()
+    for bits in (2, 3):
+        layer = _run(w, stats, _target("affine", bits, "channel"), turn="kronecker", search="rms", refine=0)
+        part = _part(layer)
+        turned = Layer("x", w).between(layer.inputs, layer.outputs).rest().double()
+        reach = 2.4 * float(turned.square().mean().sqrt())
+        wanted = torch.linspace(-reach, reach, 1 << bits, dtype=torch.float64)
+        found = part.decode().double().unique()
+        far = (found[:, None] - wanted).abs().amin(1)
+        assert float(far.max()) < 1e-5 * reach
+        assert len(found) > 1
+        assert {float(x) for x in part.grid.scale.unique()} == {float(part.grid.scale[0, 0])}
+
+
+def test_the_papers_range_asks_for_levels_beside_0() -> None:
+    with pytest.raises(PlanError, match=r"set target\.format to affine"):
+        quip.scheme(_target("int", 2), quip.Options(search="rms"), 32, 48)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lilliput.formats.binary import BinaryFormat
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer
@@ -17,7 +18,8 @@ from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import of
 from lilliput.parts.transform import Rotation
 from lilliput.runtime import linear as runtime
-from lilliput.runtime.linear import FactoredLinear, compress_
+from lilliput.runtime import lut
+from lilliput.runtime.linear import FactoredLinear, TabledLinear, compress_
 from lilliput.runtime.native import LinearSpec, read_linear
 
 ROWS, WIDTH = 24, 32
@@ -103,3 +105,39 @@ def test_everything_else_is_decoded(what: str) -> None:
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
     factor = 2.0 if what == "own class" else 1.0
     torch.testing.assert_close(module(x), factor * (x @ layer.decode().T), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_binary_codes_run_by_tables_while_tokens_are_few(
+    kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = BinaryFormat(3, 16)
+    grid = form.fit(weight(), rounds=1)
+    layer = Layer("x", weight()).with_part(QuantizedPart(form, form.encode(weight(), grid), grid))
+    module = Conv1D(ROWS, WIDTH) if kind is Conv1D else nn.Linear(WIDTH, ROWS)
+    module.bias.data = torch.linspace(-1, 1, ROWS)
+    bias = module.bias.detach().to(dtype).double()
+    module = filled(module.to(dtype), layer, transposed=kind is Conv1D)
+    assert isinstance(module, TabledLinear)
+    packed = of(layer).pack(layer)
+    assert torch.equal(module.stored("x.weight"), packed[""])
+    held = sum(x.nbytes for name, x in module.named_buffers() if name.startswith("packed_"))
+    assert held == sum(x.nbytes for x in packed.values()), "no more memory than the file has"
+    asked: list[int] = []
+    real = lut.matmul
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        asked.append(len(x))
+        return real(x, *rest)
+
+    monkeypatch.setattr(lut, "matmul", counted)
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for tokens in (1, lut.most(form), lut.most(form) + 1, 40):
+        x = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        wanted = x.double() @ layer.decode().double().T + bias
+        with torch.no_grad():
+            got = module(x)
+        assert (got.dtype, got.shape) == (dtype, (1, tokens, ROWS))
+        assert float((got.double() - wanted).abs().max()) < rounding * (1 + float(wanted.abs().max()))
+    assert asked == [1, lut.most(form)]

@@ -70,6 +70,12 @@ def transform(x: Tensor, *, transposed: bool = False) -> Tensor:
     return y.reshape(x.shape)
 
 
+def sides(width: int) -> tuple[int, int]:
+    """Orders of the two matrices that `transform` multiplies by. Raises PlanError for a width without a transform."""
+    left, right = _halves(width)
+    return len(left), len(right)
+
+
 @functools.lru_cache(maxsize=32)
 def _halves(width: int) -> tuple[Tensor, Tensor]:
     """Two matrices whose Kronecker product is the orthonormal Hadamard matrix of order `width`, float64."""

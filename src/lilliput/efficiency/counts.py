@@ -1,22 +1,24 @@
 """Size and operations of a model, counted from shapes: nothing here is measured.
 
-A linear of [out, in] costs 2 * out * in operations per token (a multiplication and an addition each), attention
-4 * heads * width for each token that a token attends to: all of the context in decoding, half of it on average in a
-causal prefill. Norms, activations and rotations of positions are left out, as is usual (Kaplan et al. 2020, "Scaling
-Laws for Neural Language Models", table 1): under 1 % in models of more than a few million parameters.
+A linear of [out, in] costs 2 * out * in operations per token (a multiplication and an addition each), less where the
+runtime runs two thin products in its place, and what decoding takes in products of its own is counted once for each
+pass. Attention costs 4 * heads * width for each token that a token attends to: all of the context in decoding, half of
+it on average in a causal prefill. Norms, activations and rotations of positions are left out, as is usual (Kaplan et
+al. 2020, "Scaling Laws for Neural Language Models", table 1): under 1 % in models of more than a few million
+parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
 
 from lilliput.efficiency.serving import Runtime, Serving, servings
-from lilliput.efficiency.shapes import Shapes, shapes_of
+from lilliput.efficiency.shapes import Matrix, Shapes, shapes_of
 from lilliput.efficiency.zeros import Zeros
 from lilliput.errors import PlanError
 from lilliput.metrics import size
@@ -89,21 +91,40 @@ class Counts:
         return out
 
 
-def flops(shapes: Shapes, context: int) -> Flops:
-    """Operations per token at a context of `context` tokens. Raises PlanError for fewer than one."""
+def flops(shapes: Shapes, context: int, served: Mapping[str, Serving] | None = None) -> Flops:
+    """Operations per token at a context of `context` tokens. Raises PlanError for fewer than one.
+
+    served: how each matrix runs (None: as a dense product); what decoding its weights takes in a pass is shared by the
+    tokens of a prefill.
+    """
     if context < 1:
         raise PlanError(f"a context of {context} tokens: count operations at 1 token or more")
-    linear = sum(x.flops for x in shapes.matrices)
+    prefilling, decoding = (sum(float(x.flops) * _keep(x, served, n) for x in shapes.matrices) for n in (context, 1))
     prefill = sum(x.flops(x.pairs(context)) for x in shapes.attention)
     decode = sum(x.flops(x.seen(context)) for x in shapes.attention)
-    return Flops(float(linear + prefill / context), float(linear + decode))
+    return Flops(
+        float(prefilling + (_forming(shapes, served, context) + prefill) / context),
+        float(decoding + _forming(shapes, served, 1) + decode),
+    )
 
 
-def prefill_flops(shapes: Shapes, batch: int, tokens: int) -> float:
+def _keep(matrix: Matrix, served: Mapping[str, Serving] | None, tokens: float) -> float:
+    return 1.0 if served is None else served[matrix.tensor].at(tokens * float(matrix.active)).keep
+
+
+def _forming(shapes: Shapes, served: Mapping[str, Serving] | None, tokens: int) -> float:
+    """Operations that decoding weights takes in one pass over so many tokens."""
+    if served is None:
+        return 0.0
+    return sum(x.touched(tokens) * served[x.tensor].forming * x.weights for x in shapes.matrices)
+
+
+def prefill_flops(shapes: Shapes, batch: int, tokens: int, served: Mapping[str, Serving] | None = None) -> float:
     """Operations of a prefill of batch x tokens tokens with logits at the last of each sequence; linears and attention
-    only."""
-    linears = sum(x.flops * (1 if x.role == "head" else tokens) for x in shapes.matrices)
-    return batch * float(linears + sum(x.flops(x.pairs(tokens)) for x in shapes.attention))
+    only: what decoding weights takes is no work of the model's. served: as in `flops`."""
+    seen = {x.tensor: batch if x.role == "head" else batch * tokens for x in shapes.matrices}
+    linears = sum(float(x.flops) * _keep(x, served, seen[x.tensor]) * seen[x.tensor] for x in shapes.matrices)
+    return float(linears + batch * sum(x.flops(x.pairs(tokens)) for x in shapes.attention))
 
 
 def count(
@@ -122,18 +143,20 @@ def count(
     """
     shapes = shapes_of(model)
     dtype = served_dtype(model)
+    served = serving_of(model, shapes, runtime)
     found = size.measure(model)
-    saved, share = (None, None) if zeros is None else _saved(shapes, zeros)
+    saved, share = (None, None) if zeros is None else _saved(shapes, zeros, served)
     theirs = None if base is None else size.measure(base).bytes
     original = None if base is None else shapes_of(base)
+    before = None if base is None or original is None else serving_of(base, original, runtime)
     return Counts(
         parameters=_parameters(model),
         bytes=found.bytes,
-        ram_bytes=weight_bytes(model, _servings(model, shapes, runtime), dtype),
+        ram_bytes=weight_bytes(model, served, dtype),
         bits_per_weight=found.bits_per_weight,
         model_bits_per_weight=found.model_bits_per_weight,
         context=context,
-        flops_per_token=flops(shapes, context),
+        flops_per_token=flops(shapes, context, served),
         kv_bytes_per_token=sum(x.cached for x in shapes.attention) * dtype.itemsize,
         by_kind=_by_kind(model, shapes),
         runtime=runtime,
@@ -142,10 +165,8 @@ def count(
         macs_saved_share=share,
         base_parameters=None if base is None else _parameters(base),
         base_bytes=theirs,
-        base_ram_bytes=None
-        if base is None or original is None
-        else weight_bytes(base, _servings(base, original, runtime), served_dtype(base)),
-        base_flops_per_token=None if original is None else flops(original, context),
+        base_ram_bytes=None if base is None or before is None else weight_bytes(base, before, served_dtype(base)),
+        base_flops_per_token=None if original is None else flops(original, context, before),
         compression_ratio=None if theirs is None else theirs / found.bytes,
         notes=shapes.notes,
     )
@@ -165,7 +186,8 @@ def weight_bytes(model: Model, served: Mapping[str, Serving], dtype: torch.dtype
     return round(total)
 
 
-def _servings(model: Model, shapes: Shapes, runtime: Runtime) -> dict[str, Serving]:
+def serving_of(model: Model, shapes: Shapes, runtime: Runtime = "transformers") -> dict[str, Serving]:
+    """How each matrix of a folder runs; see `lilliput.efficiency.serving.servings`."""
     return servings(model, [x.tensor for x in shapes.matrices], served_dtype(model), runtime)
 
 
@@ -173,9 +195,11 @@ def _parameters(model: Model) -> int:
     return sum(prod(x) for x in model.skeleton.shapes.values())
 
 
-def _saved(shapes: Shapes, zeros: Mapping[str, Zeros]) -> tuple[int, float]:
+def _saved(shapes: Shapes, zeros: Mapping[str, Zeros], served: Mapping[str, Serving]) -> tuple[int, float]:
     saved = sum(zeros[x.tensor].count * x.active for x in shapes.matrices if x.tensor in zeros)
-    return round(saved), float(saved / sum(x.weights * x.active for x in shapes.matrices))
+    return round(saved), float(
+        saved / sum(x.weights * float(x.active) * _keep(x, served, inf) for x in shapes.matrices)
+    )
 
 
 def _by_kind(model: Model, shapes: Shapes) -> tuple[Kind, ...]:

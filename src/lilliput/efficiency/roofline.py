@@ -6,9 +6,11 @@ arithmetic at the device's peak and its bytes at the device's bandwidth; operato
     seconds = overhead + sum over operators of max(flops / peak, bytes / bandwidth)
 
 Each operand is counted once: weights once a pass, inputs and outputs of each matrix, keys and values written once and
-read once (fused attention). Named devices have no overhead, and what that leaves out (kernel launches, caches, Python,
-imperfect kernels) only adds time: predictions are lower bounds, and speed-ups are what a perfect engine would show. On
-this machine the overhead of transformers is measured: where matrices are small, it is most of a decoding step.
+read once (fused attention). Where decoding a weight takes products of its own, as sums with low-rank terms and
+rotations do, they are done in float32 once a pass. Named devices have no overhead, and what that leaves out (kernel
+launches, caches, Python, imperfect kernels) only adds time: predictions are lower bounds, and speed-ups are what a
+perfect engine would show. On this machine the overhead of transformers is measured: where matrices are small, it is
+most of a decoding step.
 
 A prefill computes logits at the last token of each sequence only, as generation does. A decoding step adds one token to
 each sequence and attends to `context` tokens, itself included. With experts, a pass over t tokens reads each expert
@@ -137,11 +139,14 @@ def operators(work: Workload, device: Device, phase: Phase, batch: int, context:
     add("embedding", plain, 0.0, 2.0 * tokens * shapes.hidden * item)
     for (matrix, held), times in work.groups().items():
         seen = batch if matrix.role == "head" else tokens
-        active = float(matrix.active)
-        touched = 1.0 if active == 1 else 1.0 - (1.0 - active) ** seen
+        active, held = float(matrix.active), held.at(seen * float(matrix.active))
+        touched = matrix.touched(seen)
         weights = matrix.weights * touched * (held.bits / 8 + held.decoded)
-        through = matrix.copies * active * seen * (matrix.in_features * held.inputs + matrix.out_features * item)
+        each = matrix.in_features * held.inputs + (matrix.out_features + 2 * held.between) * item
+        through = matrix.copies * active * seen * each
         add(matrix.role, held.arithmetic, times * float(matrix.flops) * held.keep * seen, times * (weights + through))
+        if held.forming:  # behind the reading of what is stored, and before the product
+            add(matrix.role, "fp32", times * matrix.weights * touched * held.forming, 0.0)
     for x in shapes.attention:
         pairs = x.pairs(context) if phase == "prefill" else x.seen(context)
         queries = tokens * x.heads * (x.key_width + x.value_width) * item

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
@@ -17,6 +17,9 @@ import torch
 
 from lilliput.errors import PlanError
 from lilliput.model import Model
+from lilliput.runtime import lut
+from lilliput.runtime.linear import factored, tabled
+from lilliput.runtime.native import LinearSpec, parse_config
 from lilliput.source.compressed import scheme_for
 
 Runtime = Literal["transformers", "kernels"]
@@ -28,9 +31,13 @@ _FP8 = ("fp8", "fbgemm_fp8", "finegrained_fp8")
 @dataclass(frozen=True)
 class Serving:
     """bits: read for each weight, scales and zero points included; arithmetic: whose peak counts ("fp32", "bf16",
-    "fp16", "fp8", "int8"); inputs: bytes of one element of what is multiplied; keep: share of the multiplications that
-    are carried out (n of m); decoded: bytes for each weight that are written and read again in each pass, because the
-    engine decodes it first; packed: bits for each weight in the file, where the engine decodes it once at load."""
+    "fp16", "fp8", "int8"); inputs: bytes of one element of what is multiplied; keep: share of the multiplications
+    that are carried out (n of m); decoded: bytes for each weight that are written and read again in each pass,
+    because the engine decodes it first; packed: bits for each weight in the file, where the engine decodes it once at
+    load; forming: float32 operations for each weight that decoding takes in each pass (products of factors,
+    rotations); between: elements for each token that one of two thin products leaves to the other; tabled: tokens up
+    to which tables of partial sums serve without decoding, and their operations as a share of the dense product's.
+    All are taken over the whole matrix's weights, however few are stored."""
 
     label: str
     bits: float
@@ -39,6 +46,15 @@ class Serving:
     keep: float = 1.0
     decoded: float = 0.0
     packed: float | None = None
+    forming: float = 0.0
+    between: int = 0
+    tabled: tuple[int, float] | None = None
+
+    def at(self, tokens: float) -> Serving:
+        """How a pass over so many tokens runs it."""
+        if self.tabled is None or tokens > self.tabled[0]:
+            return self
+        return replace(self, keep=self.tabled[1], decoded=0.0, forming=0.0, arithmetic="fp32")
 
 
 def dense(dtype: torch.dtype) -> Serving:
@@ -72,17 +88,36 @@ def sparse(n: int, m: int, dtype: torch.dtype) -> Serving:
     return replace(plain, label=f"{n}:{m} sparse weights", bits=stored, keep=n / m)
 
 
-def decoded_each_pass(packed: Serving, dtype: torch.dtype) -> Serving:
-    """The packed bytes are read, the dense matrix is written and read again: once in each pass."""
-    plain = dense(dtype)
-    return replace(plain, label=packed.label, bits=packed.bits, decoded=2.0 * dtype.itemsize)
+def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool, few: bool) -> Serving:
+    """A linear of Lilliput's own layout, `bits` stored for each weight, as `lilliput.runtime.linear` runs it.
+
+    thin: its factors are decoded and two thin products run. Otherwise the dense weight is decoded: a single part
+    without transforms is written once, a sum is taken part by part in float32, turned back, and rounded.
+    """
+    rows, width = spec.out_features, spec.in_features
+    held, product = replace(dense(dtype), label=f"{int(bits)}-bit weights", bits=bits), spec.scheme.product
+    if thin and product is not None:
+        share = product.rank * (rows + width) / (rows * width)
+        written = 2.0 * dtype.itemsize * share
+        return replace(held, label="low-rank factors", keep=share, decoded=written, between=product.rank)
+    made = spec.scheme
+    form = lut.form_of(made, width) if few else None
+    looked = None if form is None else (lut.most(form), lut.operations(form, rows, width) / (2 * rows * width))
+    turns = len(made.inputs) + len(made.outputs)
+    through = 2.0 * dtype.itemsize
+    if turns or len(made.parts) > 1:
+        products = sum(1 for part in made.parts if part.operations(rows, width))
+        # Zeros are written; a part or turn reads the sum and writes it, a product is written and read besides.
+        through += 4.0 * (1 + 2 * (len(made.parts) + turns + products) + 1)
+    return replace(held, decoded=through, forming=made.operations(rows, width) / (rows * width), tabled=looked)
 
 
 def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: Runtime) -> dict[str, Serving]:
     """How each of these matrices of a folder is served, plain tensors in `dtype`. Reads headers and config.json only.
 
     "transformers": compressed-tensors and other packed folders are decoded at load (or in the first pass) and run
-    dense; Lilliput's own layout stays packed and is decoded in each pass. "kernels": an engine with a fused kernel for
+    dense; Lilliput's own layout stays packed, runs products of factors as two thin products and is decoded in each pass
+    otherwise. "kernels": an engine with a fused kernel for
     the layout, such as vLLM; there is none for Lilliput's own layout. Zeros stored as values are run as values.
     Raises PlanError for an unknown runtime or dtype.
     """
@@ -90,6 +125,7 @@ def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: 
         raise PlanError(f"unknown runtime '{runtime}': one of {', '.join(RUNTIMES)}")
     plain = dense(dtype)
     arithmetic = _input_arithmetic(model)
+    own = parse_config(_config(model)) if model.source.quantization == "lilliput" else {}
     out: dict[str, Serving] = {}
     for tensor in tensors:
         name = model.refs[tensor].stored
@@ -97,16 +133,30 @@ def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: 
         elements = prod(stored.shape)
         bits = 8 * stored.nbytes / elements
         held = replace(plain, label=f"{int(bits)}-bit weights", bits=bits)
-        if stored.nbytes >= elements * stored.dtype.itemsize:
+        spec = own.get(name.removesuffix(".weight"))
+        if spec is not None:
+            kind = type(model.skeleton.model.get_submodule(tensor.removesuffix(".weight")))
+            out[tensor] = native(
+                spec, bits, dtype, thin=factored(kind, spec), few=runtime == "transformers" and tabled(kind, spec)
+            )
+        elif stored.nbytes >= elements * stored.dtype.itemsize:
             out[tensor] = plain
-        elif model.source.quantization == "lilliput":
-            out[tensor] = decoded_each_pass(held, dtype)
         elif runtime == "transformers":
             out[tensor] = replace(plain, packed=bits)
         else:
             inputs = arithmetic(name.removesuffix(".weight"))
             out[tensor] = held if inputs is None else replace(w8a8(inputs), bits=bits)
     return out
+
+
+def _config(model: Model) -> Mapping[str, Any]:
+    """What config.json says of how the weights are stored."""
+    raw: dict[str, Any] = json.loads((model.source.folder / "config.json").read_text(encoding="utf-8"))
+    places = (raw, raw.get("text_config") or {}, raw.get("llm_config") or {})
+    found: Mapping[str, Any] = next(
+        x[k] for x in places for k in ("quantization_config", "compression_config") if x.get(k)
+    )
+    return found
 
 
 def _input_arithmetic(model: Model) -> Callable[[str], str | None]:
@@ -118,10 +168,8 @@ def _input_arithmetic(model: Model) -> Callable[[str], str | None]:
         return lambda _: None
     from compressed_tensors.quantization import QuantizationConfig
 
-    raw: dict[str, Any] = json.loads((model.source.folder / "config.json").read_text(encoding="utf-8"))
-    places = (raw, raw.get("text_config") or {}, raw.get("llm_config") or {})
-    how = next(x[k] for x in places for k in ("quantization_config", "compression_config") if x.get(k))
-    config = QuantizationConfig.model_validate({k: v for k, v in how.items() if k not in ("dequantize", "version")})
+    how = {k: v for k, v in _config(model).items() if k not in ("dequantize", "version")}
+    config = QuantizationConfig.model_validate(how)
 
     def find(linear: str) -> str | None:
         scheme = scheme_for(linear, config)

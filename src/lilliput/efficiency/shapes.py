@@ -46,6 +46,11 @@ class Matrix:
         """Operations per token that arrives: 2 * out * in for each copy that runs for it."""
         return 2 * self.weights * self.active
 
+    def touched(self, tokens: float) -> float:
+        """The share of its copies that a pass over so many tokens reads."""
+        active = float(self.active)
+        return 1.0 if active == 1 else 1.0 - (1.0 - active) ** tokens
+
     @property
     def compressible(self) -> bool:
         return self.block is not None and self.role != "router"

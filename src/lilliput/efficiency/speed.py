@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from lilliput.decoding import CachedModel
-from lilliput.efficiency.counts import prefill_flops
+from lilliput.efficiency.counts import prefill_flops, serving_of
 from lilliput.efficiency.devices import Clock, matmul_peak, synchronize
 from lilliput.efficiency.peak import peak_memory
 from lilliput.efficiency.shapes import shapes_of
@@ -195,7 +195,10 @@ def measure_speed(
     model's positions) and SourceError (a model that cannot be read, base and model in different dtypes).
     """
     names = [str(model)] + ([str(base)] if base is not None else [])
-    opened = [shapes_of(open_model(x)) for x in names]
+    models = [open_model(x) for x in names]
+    opened = [shapes_of(x) for x in models]
+    served = [serving_of(x, shapes) for x, shapes in zip(models, opened, strict=True)]
+    del models
     prompt, new = _lengths(prompt, new, [x.positions for x in opened if x.positions is not None])
     if min(prompt, new, batch) < 1:
         raise DataError(f"batch {batch}, prompt {prompt}, new {new}: each is 1 or more")
@@ -229,7 +232,7 @@ def measure_speed(
         )
         for i, tokens in ((0, prompt), (1, new))
     ]
-    work = [prefill_flops(x, batch, prompt) for x in opened]
+    work = [prefill_flops(x, batch, prompt, how) for x, how in zip(opened, served, strict=True)]
     before = [x.base_seconds for x in phases]
     return Speed(
         runs=runs,

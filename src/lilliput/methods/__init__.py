@@ -37,12 +37,13 @@ class Method:
 
     `needs`: names of site statistics, or "fisher" (squared gradients by weight); `writes`: "quantized", "parts",
     "support", "fold" or "targets"; `covers`: catalogue id to the recipe that runs it (a list of steps as plain data),
-    or None where the id is an idea and no computation; `formats`: the target's formats that it can have (None: every
-    one); `rowwise`: each output row is treated by itself, so linears of one site may be stacked; `masked`: it keeps
-    the zeros of a pruned linear; `default`: fields of the target for a step that names none of them; `double`: it
-    decomposes weights in float64; `scratch`: bytes that it works in beyond a few copies of the weights and the Gram
-    matrix, whatever their shapes; `baseline`: the method whose error this one must beat (None: it is a baseline);
-    `note`: what the plan says of a recipe that has it.
+    or None where the id is an idea and no computation, or a sentence where it cannot be run yet; `recipe`: the steps
+    that run the method by default where it cannot run alone, or why none do; `formats`: the target's formats that it
+    can have (None: every one); `rowwise`: each output row is treated by itself, so linears of one site may be stacked;
+    `masked`: it keeps the zeros of a pruned linear; `default`: fields of the target for a step that names none of them;
+    `double`: it decomposes weights in float64; `scratch`: bytes that it works in beyond a few copies of the weights and
+    the Gram matrix, whatever their shapes; `baseline`: the method whose error this one must beat (None: it is a
+    baseline); `note`: what the plan says of a recipe that has it.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Method:
     paper: str
     needs: frozenset[str]
     writes: str
-    covers: Mapping[str, list[dict[str, Any]] | None]
+    covers: Mapping[str, list[dict[str, Any]] | str | None]
+    recipe: list[dict[str, Any]] | str
     formats: tuple[str, ...] | None
     rowwise: bool
     masked: bool
@@ -97,7 +99,13 @@ class Method:
                 f"it tries out {' or '.join(names)}, not '{other.name}': put that step behind it, and restrict 'where' "
                 "of this step to its layers"
             )
-        if not other.replaces(options):
+        if "fisher" in (other.module.needs(options) if hasattr(other.module, "needs") else other.needs):
+            return (
+                f"layers are tried out before squared gradients are known, and the step of '{other.name}' weighs by "
+                "them: give it another weighting, or leave this step out"
+            )
+        # Where the decision keeps to the bytes of the recipe's targets, parts may be of any size.
+        if not other.replaces(options) and not getattr(self.module, "KEEPS_BUDGET", False):
             return (
                 f"which layers the step of '{other.name}' changes is known too late for the size to depend on it: let "
                 "it leave plain weights (factored=false)"
@@ -139,6 +147,7 @@ def _load(family: str, name: str) -> Method:
         needs=frozenset(module.NEEDS),
         writes=module.WRITES,
         covers=module.COVERS,
+        recipe=getattr(module, "RECIPE", [{"method": public}]),
         formats=getattr(module, "FORMATS", None),
         rowwise=getattr(module, "ROWWISE", False),
         masked=getattr(module, "MASKED", True),

@@ -29,6 +29,9 @@ class ColumnsSpec:
     def stored(self, rows: int, width: int) -> Stored:
         return {"": (self.dtype, (rows * self.count,)), "_column": (torch.int32, (self.count,))}
 
+    def operations(self, rows: int, width: int) -> int:
+        return 0
+
     def add_to(self, out: Tensor, get: Get) -> None:
         out.index_add_(1, get("_column").long(), get("").view(len(out), self.count).to(out.dtype))
 

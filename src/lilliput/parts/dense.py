@@ -28,6 +28,9 @@ class DenseSpec:
     def stored(self, rows: int, width: int) -> Stored:
         return {"": (self.dtype, (rows * width,))}
 
+    def operations(self, rows: int, width: int) -> int:
+        return 0
+
     def add_to(self, out: Tensor, get: Get) -> None:
         out += get("").view(out.shape)
 

@@ -47,6 +47,10 @@ class LowRankSpec:
         self.right.add_to(right, below(get, "_right"))
         return left, right
 
+    def operations(self, rows: int, width: int) -> int:
+        factors = self.left.operations(rows, self.rank) + self.right.operations(self.rank, width)
+        return factors + 2 * self.rank * rows * width
+
     def add_to(self, out: Tensor, get: Get) -> None:
         left, right = self.factors(get, out.shape[0], out.shape[1], torch.empty(0, device=out.device))
         out += left @ right

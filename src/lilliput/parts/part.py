@@ -31,6 +31,10 @@ class PartSpec(Protocol):
         """Tensors in the file, by suffix: "" is the payload, one-dimensional."""
         ...
 
+    def operations(self, rows: int, width: int) -> int:
+        """Multiplications and additions that decoding takes in matrix products; looking codes up is none."""
+        ...
+
     def add_to(self, out: Tensor, get: Get) -> None:
         """Add the values of the stored tensors to `out` [rows, width], any float dtype, in place."""
         ...

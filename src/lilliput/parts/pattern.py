@@ -57,6 +57,9 @@ class PatternSpec:
         places: Stored = {"_place": (torch.uint8, (rows * row_bytes(kept, self.place_bits),))}
         return self.values.stored(rows, kept) | places
 
+    def operations(self, rows: int, width: int) -> int:
+        return self.values.operations(rows, self.kept(width))
+
     def add_to(self, out: Tensor, get: Get) -> None:
         rows, width = out.shape
         kept = self.kept(width)

@@ -26,6 +26,9 @@ class QuantizedSpec:
     def stored(self, rows: int, width: int) -> Stored:
         return self.format.stored(rows, width)
 
+    def operations(self, rows: int, width: int) -> int:
+        return 0
+
     def add_to(self, out: Tensor, get: Get) -> None:
         rows, width = out.shape
         step = max(1, CHUNK // max(width, 1))  # few rows at a time: codes are wide while they are unpacked

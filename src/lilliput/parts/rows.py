@@ -28,6 +28,9 @@ class RowsSpec:
     def stored(self, rows: int, width: int) -> Stored:
         return self.inner.stored(self.count, width) | {"_rows": (torch.int32, (self.count,))}
 
+    def operations(self, rows: int, width: int) -> int:
+        return self.inner.operations(self.count, width)
+
     def add_to(self, out: Tensor, get: Get) -> None:
         some = torch.zeros(self.count, out.shape[1], device=out.device)
         self.inner.add_to(some, get)

@@ -80,6 +80,12 @@ class Scheme:
             tensors |= {prefix(i) + suffix: x for suffix, x in part.pack().items()}
         return tensors | transform.pack("in", layer.inputs) | transform.pack("out", layer.outputs)
 
+    def operations(self, rows: int, width: int) -> int:
+        """Multiplications and additions that decoding a [rows, width] linear to a plain weight takes."""
+        parts = sum(part.operations(rows, width) for part in self.parts)
+        into = rows * sum(x.operations(width) for x in self.inputs)
+        return parts + into + width * sum(x.operations(rows) for x in self.outputs)
+
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""
         entry: dict[str, Any] = {"parts": [part.plain() for part in self.parts]}

@@ -47,6 +47,9 @@ class SparseSpec:
             "_row": (torch.int32, (rows + 1,)),
         }
 
+    def operations(self, rows: int, width: int) -> int:
+        return 0
+
     def add_to(self, out: Tensor, get: Get) -> None:
         row = get("_row").long()
         index = torch.repeat_interleave(torch.arange(len(row) - 1, device=out.device), row.diff())

@@ -59,6 +59,10 @@ class TransformSpec(Protocol):
         """Tensors in the file, by suffix."""
         ...
 
+    def operations(self, width: int) -> int:
+        """Multiplications and additions that one vector takes."""
+        ...
+
     def load(self, width: int, get: Get) -> Transform:
         """The transform of vectors [width], with its stored tensors."""
         ...
@@ -79,6 +83,9 @@ class ScaleSpec:
 
     def stored(self, width: int) -> Stored:
         return {"": (self.dtype, (width,))}
+
+    def operations(self, width: int) -> int:
+        return width
 
     def load(self, width: int, get: Get) -> Scale:
         return Scale(get(""))
@@ -133,6 +140,13 @@ class Rotation:
 
     def stored(self, width: int) -> Stored:
         return {}
+
+    def operations(self, width: int) -> int:
+        if self.kind == "hadamard":
+            order = hadamard_order(width)
+            mixing = width // order
+            return width * (1 + 2 * sum(hadamard.sides(order)) + (2 * mixing if mixing > 1 else 0))
+        return 2 * width * sum(_sides(width))
 
     def load(self, width: int, get: Get) -> Rotation:
         return self
@@ -191,12 +205,17 @@ def _signs_and_mixing(width: int, seed: int) -> tuple[Tensor, Tensor]:
     return signs, torch.ones(1, 1, dtype=torch.float64) if count == 1 else _orthogonal(count, generator)
 
 
+def _sides(width: int) -> tuple[int, int]:
+    """Two factors of `width`, as close as they can be, the smaller first."""
+    p = max(d for d in range(1, math.isqrt(width) + 1) if width % d == 0)
+    return p, width // p
+
+
 @functools.lru_cache(maxsize=16)
 def _kronecker(width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Both factors, float64, and the permutation, int64 [width]."""
-    p = max(d for d in range(1, math.isqrt(width) + 1) if width % d == 0)
     generator = torch.Generator().manual_seed(seed)
-    left, right = (_orthogonal(n, generator) for n in (p, width // p))
+    left, right = (_orthogonal(n, generator) for n in _sides(width))
     return left, right, torch.randperm(width, generator=generator)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lilliput.report import cells, figures
@@ -27,6 +28,7 @@ def quality(evidence: Data) -> Section | None:
         *_positions(found.get("positions") or ()),
         *_tasks(evidence.get("tasks") or ()),
         *_generation(found.get("generation") or {}),
+        *_instructions(found.get("instructions") or ()),
         *_worst(found.get("worst") or ()),
     ]
     return Section("quality", "Quality", blocks) if blocks else None
@@ -234,6 +236,43 @@ def _generation(found: Data) -> list[Block]:
         for x in (found.get("examples") or ())[:_EXAMPLES]
     )
     return [*blocks, Examples(rows)] if rows else blocks
+
+
+def instruction_table(rows: Sequence[Data]) -> Table:
+    """What both models write when they are told to; nobody says which is better."""
+    shown = [
+        (
+            words(Path(str(x["source"])).name),
+            cells.number(x.get("prompts")),
+            cells.shares(x.get("win_rate")),
+            cells.shares(x.get("identical")),
+            cells.interval(x.get("base_length"), 3),
+            cells.interval(x.get("ours_length"), 3),
+            cells.shares(x.get("base_repetition")),
+            cells.shares(x.get("ours_repetition")),
+        )
+        for x in rows
+    ]
+    columns = (
+        "instructions",
+        "prompts",
+        "win rate, a proxy",
+        "equal answers",
+        "tokens, original",
+        "tokens, compressed",
+    )
+    note = "Repeated: share of an answer's 4-grams that occurred before in it."
+    note = " ".join([*dict.fromkeys(f"{str(x['note']).capitalize()}." for x in rows if x.get("note")), note])
+    repeated = ("repeated, original", "repeated, compressed")
+    return table((*columns, *repeated), shown, "Answers to instructions.", note=note)
+
+
+def _instructions(rows: Sequence[Data]) -> list[Block]:
+    if not rows:
+        return []
+    answers = [x for row in rows for x in row.get("examples") or ()][:_EXAMPLES]
+    told = tuple(example(str(x["prompt"]), str(x["ours"]), str(x["base"]), "") for x in answers)
+    return [instruction_table(rows), *([Examples(told)] if told else [])]
 
 
 def _worst(rows: Sequence[Data]) -> list[Block]:

@@ -19,7 +19,7 @@ from lilliput.report import cells
 from lilliput.report.cells import Cell, Table, table, words
 from lilliput.report.compare import comparison_rows, comparison_table, headline
 from lilliput.report.page import BADGES, gates, headline_figures
-from lilliput.report.quality import data_table, task_table
+from lilliput.report.quality import data_table, instruction_table, task_table
 from lilliput.report.sections import speed_table
 from lilliput.report.verdict import verdict
 
@@ -29,6 +29,7 @@ _LINEARS = 5
 # What fits beside each other on 100 columns; the page and --json have all of it.
 _DATA = ("data", "perplexity, × original", "KL, nats", "same top token", "perplexity")
 _TASKS = ("task", "verdict", "difference", "items")
+_ANSWERS = ("instructions", "win rate, a proxy", "equal answers", "tokens, original", "tokens, compressed")
 _SPEED = ("phase", "original, median", "compressed, median", "speed-up")
 _MODELS = ("model", "verdict", "perplexity, × original", "KL, nats", "size", "speed, × original", "best by")
 
@@ -51,6 +52,7 @@ def evaluation(evidence: Data) -> RenderableType:
         gates(evidence),
         _only(data_table(found.get("data") or ()), _DATA),
         _only(task_table(evidence.get("tasks") or ()), _TASKS),
+        _only(instruction_table(found.get("instructions") or ()), _ANSWERS),
         _only(speed_table(evidence.get("speed") or {}), _SPEED),
         _worst_linears(evidence.get("loss") or {}),
     ]

@@ -1,7 +1,8 @@
 """CompressedLinear: a linear that keeps its packed tensors and is decoded while it runs.
 
 The module keeps its class: it becomes a subclass whose `weight` is a property, so its own forward pass computes what it
-always did, and an nn.Linear, a Conv1D or a model's variant of either needs no copy of its arithmetic. Code that reads
+always did, and an nn.Linear, a Conv1D or a model's variant of either needs no copy of its arithmetic. Two kinds of
+linears run without being decoded: products of factors, and binary codes while there are few tokens. Code that reads
 `module.weight` gets the decoded tensor.
 """
 
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lilliput.formats import binary
+from lilliput.formats.format import CHUNK
+from lilliput.formats.integer import pack_codes
 from lilliput.parts.part import below
+from lilliput.runtime import lut
 from lilliput.runtime.native import LinearSpec, decode
 
 PREFIX = "packed_"  # the buffers hold bytes, so that casting the model does not touch scales
@@ -70,10 +75,79 @@ class FactoredLinear(CompressedLinear):
         return nn.functional.linear(nn.functional.linear(x, right), left, bias)
 
 
+class TabledLinear(CompressedLinear):
+    """A binary-coded linear that holds bit planes, as many bytes as the file does.
+
+    A few tokens on a CPU, as in decoding, are multiplied through tables of partial sums, in float32; for more of them,
+    and elsewhere, the weight is decoded.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        if f"{PREFIX}0" not in self._buffers:
+            return CompressedLinear.weight.fget(self)  # type: ignore[attr-defined, no-any-return]
+        marker: Tensor = getattr(self, MARKER)
+        spec, form, grid, held = self.spec, self._form(), self._grid(), self._planes()
+        dense = torch.empty(spec.out_features, spec.in_features, dtype=marker.dtype, device=held.device)
+        step = max(1, CHUNK // spec.in_features)
+        for a in range(0, spec.out_features, step):
+            dense[a : a + step] = form.decode(lut.codes_of(held[:, a : a + step]), grid.rows(a, a + step))
+        return dense.T.contiguous() if spec.transposed else dense
+
+    def stored(self, name: str) -> Tensor:
+        if name == self.spec.payload:
+            held = self._planes()
+            return pack_codes(lut.codes_of(held), len(held))
+        return super().stored(name)
+
+    def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        super().fill(tensors, device)
+        spec, form = self.spec, self._form()
+        get = below(super().stored, spec.payload)
+        codes, _ = form.unpack(get, spec.out_features, spec.in_features, 0, spec.out_features)
+        self.register_buffer(f"{PREFIX}0", lut.planes(codes, form.bits).view(-1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self._planes()
+        tokens = x.numel() // self.spec.in_features
+        if x.device.type != "cpu" or held.device.type != "cpu" or tokens * len(held) > lut.LOOKS or not tokens:
+            found: Tensor = super().forward(x)
+            return found
+        out = lut.matmul(x.reshape(tokens, -1).float(), held, self._grid())
+        bias: Tensor | None = getattr(self, "bias", None)
+        out = out if bias is None else out + bias.float()
+        return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _form(self) -> binary.BinaryFormat:
+        form = lut.form_of(self.spec.scheme, self.spec.in_features)
+        if form is None:
+            raise TypeError(f"{self.spec.name} is {self.spec.scheme.describe()}, which no tables serve")
+        return form
+
+    def _planes(self) -> Tensor:
+        raw: Tensor = getattr(self, f"{PREFIX}0")
+        return raw.view(-1, self.spec.out_features, self.spec.in_features // lut.INPUTS)
+
+    def _grid(self) -> binary.Grid:
+        get = below(super().stored, self.spec.payload)
+        return binary.Grid(get("_alpha"), get("_offset"))
+
+
+def tabled(kind: type, spec: LinearSpec) -> bool:
+    """Whether a linear of this class multiplies few tokens through tables."""
+    return kind in (nn.Linear, Conv1D) and lut.form_of(spec.scheme, spec.in_features) is not None
+
+
+def factored(kind: type, spec: LinearSpec) -> bool:
+    """Whether a linear of this class runs as two thin products; other classes than the two plain ones may compute more
+    than a product."""
+    return kind in (nn.Linear, Conv1D) and spec.scheme.product is not None
+
+
 def _mixin(kind: type, spec: LinearSpec) -> type:
-    """What a linear of this class becomes; other classes than the two plain ones may compute more than a product."""
-    plain = kind in (nn.Linear, Conv1D)
-    return FactoredLinear if plain and spec.scheme.product is not None else CompressedLinear
+    if tabled(kind, spec):
+        return TabledLinear
+    return FactoredLinear if factored(kind, spec) else CompressedLinear
 
 
 def compress_(module: nn.Module, spec: LinearSpec) -> None:

@@ -1,4 +1,4 @@
-"""Products with binary-coded weights by tables of partial sums, as LUT-GEMM computes them; a reference for kernels.
+"""Products with binary-coded weights by tables of partial sums, as LUT-GEMM computes them: nothing is decoded.
 
 y = sum over groups of z sum_j x_j + sum_i alpha_i (B_i x). Of eight inputs there are 2^8 signed sums: they are tabled
 once, and every eight weights of a bit plane, one byte, then cost one look-up instead of eight multiply-adds.
@@ -10,11 +10,35 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lilliput.formats.binary import BinaryFormat, Grid
+from lilliput.parts.quantized import QuantizedSpec
+from lilliput.parts.scheme import Scheme
 
 INPUTS = 8  # of one table
+LOOKS = 16  # tokens times planes up to which look-ups took at most about half of the time of decoding, on a CPU
+
+
+def form_of(scheme: Scheme, width: int) -> BinaryFormat | None:
+    """The format of a linear that tables serve: one binary-coded part and nothing else, in groups of whole bytes."""
+    if len(scheme.parts) != 1 or scheme.inputs or scheme.outputs:
+        return None
+    form = getattr(scheme.parts[0], "format", None) if isinstance(scheme.parts[0], QuantizedSpec) else None
+    if not isinstance(form, BinaryFormat):
+        return None
+    size = width if form.group_size < 0 else form.group_size
+    return form if size % INPUTS == 0 and width % size == 0 else None
+
+
+def most(form: BinaryFormat) -> int:
+    """Tokens up to which tables are quicker than a decoded weight; 0 for none."""
+    return LOOKS // form.bits
+
+
+def operations(form: BinaryFormat, rows: int, width: int) -> int:
+    """Additions and multiplications for a token: the tables, one addition a look-up, and what groups are scaled by."""
+    groups = 1 if form.group_size < 0 else width // form.group_size
+    return 2 * (1 << INPUTS) * width + rows * form.bits * width // INPUTS + 2 * rows * groups * (form.bits + 1)
 
 
 def tables(x: Tensor) -> Tensor:
@@ -28,32 +52,38 @@ def tables(x: Tensor) -> Tensor:
 
 
 def planes(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes [out, n] (n a multiple of 8) as bytes of bit planes, int64 [bits, out, n / 8]."""
-    unsigned = codes.long() + (1 << (bits - 1))
-    split = torch.stack([unsigned >> i & 1 for i in range(bits)])
-    powers = 1 << torch.arange(INPUTS, device=codes.device)
-    return (split.view(bits, len(codes), -1, INPUTS) * powers).sum(-1)
+    """Signed codes [out, n] (n a multiple of 8) as bytes of bit planes, uint8 [bits, out, n / 8]."""
+    eights = (codes.short() + (1 << (bits - 1))).view(len(codes), -1, INPUTS)
+    out = torch.zeros(bits, *eights.shape[:2], dtype=torch.uint8, device=codes.device)
+    for i in range(bits):
+        for j in range(INPUTS):
+            out[i] |= ((eights[..., j] >> i & 1) << j).to(torch.uint8)
+    return out
 
 
-def matmul(x: Tensor, form: BinaryFormat, codes: Tensor, grid: Grid) -> Tensor:
-    """x WT for x [tokens, in] and the binary-coded W [out, in], in x's dtype: [tokens, out].
+def codes_of(held: Tensor) -> Tensor:
+    """Undo `planes`: int8 [out, n]."""
+    bits, rows, _ = held.shape
+    numbers = torch.arange(1 << INPUTS, device=held.device)
+    each = (numbers.unsqueeze(1) >> torch.arange(INPUTS, device=held.device) & 1).to(torch.uint8)
+    spread = each.view(torch.int64).view(-1)  # eight bits of a byte as eight bytes, which shift all at once
+    out = torch.zeros(held[0].numel(), dtype=torch.int64, device=held.device)
+    for i, plane in enumerate(held):
+        out |= spread.index_select(0, plane.reshape(-1).int()) << i
+    return (out.view(torch.uint8).view(rows, -1).short() - (1 << (bits - 1))).to(torch.int8)
 
-    Groups are filled up with zero inputs to multiples of eight.
+
+def matmul(x: Tensor, held: Tensor, grid: Grid) -> Tensor:
+    """x WT for x [tokens, in] and the binary-coded W [out, in] with the bit planes `held`, in x's dtype: [tokens, out].
+
+    The groups of `grid` are of whole bytes: see `form_of`.
     """
-    rows, width = codes.shape
-    size = width if form.group_size < 0 else min(form.group_size, width)
-
-    def units(t: Tensor) -> Tensor:
-        whole = pad(t, (0, -width % size)).view(len(t), -1, size)
-        return pad(whole, (0, -size % INPUTS))
-
-    inputs = units(x)
-    held = units(codes)
-    groups = held.shape[1]
-    table = tables(inputs.reshape(len(x), -1))
-    out = inputs.sum(-1) @ grid.offset.to(x).T
-    place = torch.arange(table.shape[1], device=x.device)
-    for i, plane in enumerate(planes(held.reshape(rows, -1), form.bits)):
-        sums = table[:, place, plane].view(len(x), rows, groups, -1).sum(-1)
+    _, rows, count = held.shape
+    groups = grid.offset.shape[1]
+    table = tables(x).view(len(x), -1)
+    starts = torch.arange(count, dtype=torch.int32, device=x.device) << INPUTS
+    out = x.view(len(x), groups, -1).sum(-1) @ grid.offset.to(x).T
+    for i, plane in enumerate(held):
+        sums = table.index_select(1, (plane.int() + starts).view(-1)).view(len(x), rows, groups, -1).sum(-1)
         out += (sums * grid.alpha[..., i].to(x)).sum(-1)
     return out

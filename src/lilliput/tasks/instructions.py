@@ -21,10 +21,11 @@ from lilliput.metrics.interval import Interval, clip, mean_interval
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
 from lilliput.tasks.decode import greedy
-from lilliput.tasks.files import rows
+from lilliput.tasks.files import Spec, parse, rows
 from lilliput.tasks.likelihood import Loaded, ids_of, log_likelihoods
 from lilliput.tasks.run import loaded
 
+KNOWN = "instructions"  # what such a task is called: instructions=FILE, or instructions:LABEL=FILE
 NGRAM = 4
 NOTE = "win rate: share of prompts where the base model finds our answer likelier than its own; a proxy, nobody judged"
 _SHOWN = 5
@@ -96,6 +97,31 @@ def instruction(row: Mapping[str, Any], where: str) -> str:
     return "\n\n".join(x for x in (row[name], inner.get("input")) if isinstance(x, str) and x)
 
 
+def apart(tasks: Sequence[str], against: str | Path | None) -> tuple[list[str], list[Spec]]:
+    """The tasks that have right answers, as they were named, and the files of instructions.
+
+    Raises DataError where instructions name no file or hold a bad row, and where there is no base model beside them.
+    """
+    scored = [x for x in tasks if parse(x).known != KNOWN]
+    specs = [parse(x) for x in tasks if x not in scored]
+    for spec in specs:
+        if spec.file is None or spec.examples is not None:
+            raise DataError(f"instructions have a file of rows and no worked examples: give {spec.name}=FILE.jsonl.")
+        if against is None:
+            raise DataError(
+                f"'{spec.name}' has no right answers, only those of two models: name the original with --against."
+            )
+        _asked(spec.file, None)
+    return scored, specs
+
+
+def _asked(path: Path, limit: int | None) -> list[str]:
+    asked = [instruction(row, f"row {number} of '{path}'") for number, row in rows(path)][:limit]
+    if len(asked) < 2:
+        raise DataError(f"'{path}': {len(asked)} instructions give no interval: ask at least 2.")
+    return asked
+
+
 def _prompts(model: Loaded, asked: Sequence[str]) -> list[str]:
     """Through the chat template where there is one, else as a question with room for an answer."""
     tokenizer = model.tokenizer
@@ -135,9 +161,7 @@ def compare_instructions(
     (bad row, fewer than two instructions, models with different tokenizers), SourceError and PlanError as `run_tasks`.
     """
     path = Path(file)
-    asked = [instruction(row, f"row {number} of '{path}'") for number, row in rows(path)][:limit]
-    if len(asked) < 2:
-        raise DataError(f"'{path}': {len(asked)} instructions give no interval: ask at least 2.")
+    asked = _asked(path, limit)
     tokenizer = open_source(str(model)).tokenizer()
     theirs = vocabulary_of(open_source(str(against)).tokenizer())
     same_vocabulary(vocabulary_of(tokenizer), theirs, f"'{model}' and '{against}'")

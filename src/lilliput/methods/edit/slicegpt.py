@@ -25,6 +25,7 @@ NEEDS: tuple[str, ...] = ("gram",)
 WRITES: Literal["fold"] = "fold"
 BASELINE: str | None = None
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {}
+RECIPE = "the transforms that it puts between blocks have no place in any layout that is written here yet"
 
 
 class Options(Strict):

@@ -39,6 +39,7 @@ TOKENS = True
 WRITES: Literal["fold"] = "fold"
 BASELINE: str | None = None
 COVERS: Mapping[str, list[dict[str, Any]] | None] = {}
+RECIPE: list[dict[str, Any]] = [{"method": "spinquant"}, {"method": "gptq", "target": {"bits": 4}}]
 
 
 class Options(Strict):

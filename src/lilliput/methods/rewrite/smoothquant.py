@@ -4,6 +4,9 @@ For a norm and the linears that read it: s_j = max|X_j|^a / max_o |W_oj|^(1-a), 
 gain (and bias) is divided by s, the readers' columns are multiplied by it. The function stays the same; inputs become
 easier to quantize and weights harder. a = 0.5 suits OPT and BLOOM, 0.75 GLM, 0.8 to 0.9 the LLaMA family.
 
+Today inputs stay at 16 bits in everything that is written: the step prepares a model for W8A8, and the recipe quantizes
+the weights alone, W8A16. What the method is made for, 8-bit inputs, an engine has to add.
+
 Paper: Xiao et al. 2023, arXiv 2211.10438.
 Cost: none beyond the inputs' maxima. Limits: made for 8-bit inputs; alone it does not help 4-bit weights. Channels that
 are zero in the inputs or in all weights keep their scale.

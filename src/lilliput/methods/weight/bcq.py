@@ -9,7 +9,8 @@ Beyond the paper: with `sweep` the codes are then chosen anew by the GPTQ sweep,
 pushed onto the inputs that are still free; alphas stay.
 
 LUT-GEMM computes with the codes: sum_i alpha_i (B_i x), where B_i x is a sum over tables of the 2^8 signed sums of
-eight inputs (`runtime.lut`).
+eight inputs. The runtime does so for a few tokens at a time on a CPU, as in decoding, where groups are of whole bytes:
+look-ups then take a twentieth to three quarters of the time of decoding the weight (one token least).
 
 Paper: Xu et al. 2018, arXiv 1802.00150; LUT-GEMM: Park et al. 2022, arXiv 2206.09557.
 Cost: per round of alternation out * in * (b + 1)^2 multiply-adds and a sort of 2^b levels a group; the sweep as in

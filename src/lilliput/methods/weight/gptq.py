@@ -34,7 +34,7 @@ from lilliput.formats import ranged, swept
 from lilliput.formats.groups import index
 from lilliput.formats.integer import Grid, IntegerFormat
 from lilliput.formats.known import from_target
-from lilliput.formats.swept import Swept
+from lilliput.formats.swept import Sweepable, Swept
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme, quantized
@@ -96,14 +96,19 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
 
     Raises PlanError without bits in the target, LilliputError for a weight or Gram matrix that is not finite.
     """
-    form = swept.check(from_target(target))
+    return rounded(layer, stats, swept.check(from_target(target)), o)
+
+
+def rounded(layer: Layer, stats: SiteStats, form: Sweepable, o: Options, grid: Any = None) -> Layer:
+    """`compress` on a format; `grid`: scales of the caller's, in the format's own form, in place of fitted ones."""
     weight = layer.rest()
     gram = stats.need("gram")
     kept = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
     importance = _importance(gram, factor, order, o)
-    grid = ranged.fit(form, kept, importance, _search(o))
+    if grid is None:
+        grid = ranged.fit(form, kept, importance, _search(o))
     work = swept.start(form, grid)
     rows, width = weight.shape
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)

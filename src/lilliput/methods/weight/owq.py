@@ -52,6 +52,7 @@ class Options(Strict):
         0.2, ge=0.0, le=10.0, description="added to each Gram diagonal entry, as a share of itself; 0 is the paper's"
     )
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
+    importance: bool = Field(True, description="in the search, weigh input j by its mean square; the paper does not")
 
 
 def kept(o: Options, rows: int, width: int) -> int:
@@ -79,7 +80,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     held = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     diagonal = gram.diagonal()
     importance = diagonal + o.damping * diagonal.mean()
-    weigh = importance if o.search == "mse" else None
+    weigh = importance if o.search == "mse" and o.importance else None
     plain = form.fit(held, search=o.search, importance=weigh)
     miss = (form.decode(form.encode(held, plain), plain) - held).square().sum(0)
     top = (miss * diagonal).argsort(descending=True, stable=True)[: kept(o, rows, width)]
@@ -90,7 +91,8 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     order = torch.where(chosen, torch.inf, start).argsort(stable=True)
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
     left = torch.where(chosen, 0.0, held)
-    grid = form.fit(left, search=o.search, importance=None if weigh is None else torch.where(chosen, 0.0, weigh))
+    counted = torch.ones_like(diagonal) if weigh is None and o.search == "mse" else weigh
+    grid = form.fit(left, search=o.search, importance=None if counted is None else torch.where(chosen, 0.0, counted))
     visits = form.group_of(width)[order.cpu()].tolist()
 
     def rounding(a: int, b: int) -> obs.Nearest:

@@ -6,10 +6,11 @@
    what_k = Q(w_k + sum_{i<k} (w_i - what_i) T_ik).
 4. y = UT (What (V (x / s))): nothing but the seed and, in float16, 1 / s is stored of the turns.
 
-Q is the format. "int" rounds single weights (QuIP), on ranges searched as gptq's are; the paper's range of 2.4 root
-mean squares is wider than the least error asks for. "e8" is the codebook of QuIP#, "trellis" the code of QTIP, "vector"
-a learned codebook. These three round eight, many, or a few outputs of one input together. Outputs do not interact in
-tr(D H DT), so this needs no block LDLQ, and no feedback between inputs is lost.
+Q is the format. "int" and "affine" round single weights (QuIP), on ranges searched as gptq's are; `search` rms is the
+paper's range instead, [-r, r] with r = 2.4 root mean squares of the whole matrix, wider than the least error asks for:
+its evenly spaced levels lie on both sides of 0 and not on it, which takes "affine". "e8" is the codebook of QuIP#,
+"trellis" the code of QTIP, "vector" a learned codebook. These three round eight, many, or a few outputs of one input
+together. Outputs do not interact in tr(D H DT), so this needs no block LDLQ, and no feedback between inputs is lost.
 
 Beyond the papers, without gradients: `shrinkage` as in gptq, before anything is turned; `widen`, because what step 3
 rounds is larger than W by the errors that it takes up; and `refine` passes take the scales to their least-squares
@@ -34,7 +35,8 @@ from torch import Tensor
 
 from lilliput.algebra import ldlq, obs
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import vector
+from lilliput.formats import affine, groups, vector
+from lilliput.formats.affine import AffineFormat
 from lilliput.formats.integer import IntegerFormat
 from lilliput.formats.known import from_target
 from lilliput.formats.search import stored as stored_scale
@@ -51,10 +53,11 @@ from lilliput.stats.site import SiteStats
 PAPER = "Chee et al. 2023, arXiv 2307.13304"
 NEEDS: tuple[str, ...] = ("gram",)
 WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int", "e8", "vector", "trellis", "trellis-half")
+FORMATS = ("int", "affine", "e8", "vector", "trellis", "trellis-half")
 ROWWISE = False
 BASELINE: str | None = "rtn"
 _FURTHEST = 64.0  # of a scale from 1
+_REACH = 2.4  # root mean squares of a turned weight, in the paper's range
 
 
 class Options(Strict):
@@ -67,6 +70,9 @@ class Options(Strict):
     shrinkage: float = Field(
         0.2, ge=0.0, le=10.0, description="added to each Gram diagonal entry, as a share of itself; 0 is the paper's"
     )
+    search: Literal["mse", "rms"] = Field(
+        "mse", description="range of int and affine: of least error, or 2.4 root mean squares of the matrix (affine)"
+    )
     widen: float = Field(1.08, gt=0.0, le=4.0, description="factor on the scale of codebooks before the sweep")
     refine: int = Field(1, ge=0, le=50, description="passes of coordinate descent over scales and columns")
 
@@ -76,9 +82,15 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {"quip": [{"method": "quip",
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
     """Codes between the turns. Raises PlanError where the format cannot have the target."""
+    form = from_target(target)
+    if o.search == "rms" and not isinstance(form, AffineFormat):
+        raise PlanError(
+            f"search rms spaces levels evenly about 0, and {form.describe()} cannot: set target.format to affine and "
+            "group_size to channel, or leave search out"
+        )
     scales = (ScaleSpec(),) if o.diagonal else ()
     into, out_of = _turns(o)
-    return Scheme((QuantizedSpec(from_target(target)),), (*scales, *into), out_of)
+    return Scheme((QuantizedSpec(form),), (*scales, *into), out_of)
 
 
 def _turns(o: Options) -> tuple[tuple[Rotation, ...], tuple[Rotation, ...]]:
@@ -107,9 +119,10 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     inputs: tuple[Transform, ...] = (_balance(layer, stats.need("gram")), *into) if o.diagonal else into
     turned = layer.between(inputs, out_of) if inputs or out_of else layer
     stats = stats.through(inputs)  # in place of what it is made from: Gram matrices are large
-    if isinstance(form, IntegerFormat):
+    if isinstance(form, IntegerFormat | AffineFormat):
         options = gptq.Options(act_order=False, damping=o.damping, shrinkage=0.0, refine=o.refine)
-        return gptq.compress(turned, stats, target, options)
+        grid = _even(turned.rest(), form) if o.search == "rms" and isinstance(form, AffineFormat) else None
+        return gptq.rounded(turned, stats, form, options, grid)
     if not isinstance(form, VectorFormat | TrellisFormat):
         raise PlanError(f"'quip' has no sweep for {form.describe()}")
     return turned.with_part(_walk(turned.rest(), stats.need("gram"), form, o))
@@ -125,6 +138,14 @@ def _balance(layer: Layer, gram: Tensor) -> Scale:
     exponent = torch.where(known, (energy.clamp(min=1e-300).log() - size.clamp(min=1e-300).log()) / 4, 0.0)
     exponent = torch.where(known, exponent - exponent.sum() / known.sum().clamp(min=1), 0.0)
     return Scale(exponent.neg().exp().clamp(1 / _FURTHEST, _FURTHEST).half())
+
+
+def _even(weight: Tensor, form: AffineFormat) -> affine.Grid:
+    """Levels evenly spaced on [-r, r], r being 2.4 root mean squares of `weight` [out, in]: the same in every group."""
+    units = groups.units(weight.shape[0], weight.shape[1], form.group_size)
+    step = 2 * _REACH * weight.square().mean().sqrt() / ((1 << form.bits) - 1)
+    scale = stored_scale(step.reshape(1, 1), form.scale_dtype).to(form.scale_dtype).expand(units).contiguous()
+    return affine.Grid(scale, torch.full_like(scale, -0.5))
 
 
 def _walk(weight: Tensor, gram: Tensor, form: VectorFormat | TrellisFormat, o: Options) -> QuantizedPart:

@@ -10,8 +10,19 @@ are; the search means the same there. Two ranges cut the weights of a unit befor
 "percentile" at a percentile of |w|, "kl" at the share of the row's ranges that changes the histogram of |w|, in 2048
 bins, least by its KL divergence from what the levels can tell apart.
 
-Codes are decoded before they multiply ("fake" quantization). Integer arithmetic, S_x S_w times a product of codes,
-would give the same up to rounding, and needs quantized inputs as well.
+Whether parameters are trained after the rounding is put in is all that parts post-training quantization from
+quantization-aware training (`ptq-vs-qat`). All methods here are of the first kind: they read a finished model and at
+most some calibration text. `signround`, `adaround` and `flexround` use gradients, of one block's outputs and of
+rounding alone; `spinquant` learns a rotation. Nobody trains the weights on a loss of the whole model; a written folder
+is where such a training would start.
+
+What is quantized (`wo-vs-wa`): weights alone, W4A16, save memory and the time to read it, and multiply in 16 bits;
+weights and inputs, W8A8, also multiply in 8 bits where the hardware can; keys and values in the cache, KV8, are a third
+choice. All recipes here are of the first kind: inputs and cache stay in the model's own type, whatever `bits` says.
+
+"Fake" quantization decodes codes and multiplies floats; integer execution (`fake-vs-integer`) multiplies codes, y = S_x
+S_w sum_j x_j w_j in 32-bit integers, and gives the same up to the rounding of floats. Every folder written here runs by
+the first; the second needs quantized inputs and integer kernels, and is not here yet.
 
 Paper: Jacob et al. 2018, arXiv 1712.05877 (the quantizer); GLM-130B, arXiv 2210.02414 (row-wise int4).
 Cost: O(out * in) for min-max, `steps` times that for the search. Limits: errors of a row's weights are not balanced
@@ -55,7 +66,7 @@ def _recipe(
     return [{"method": "rtn", "target": target, "options": options}]
 
 
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
+COVERS: Mapping[str, list[dict[str, Any]] | str | None] = {
     "rtn": [{"method": "rtn", "target": {"bits": 4}}],
     "uniform-affine": _recipe(symmetric=False),
     "sym-asym": _recipe(symmetric=True),
@@ -74,7 +85,8 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
     "zeroquant-v2": _recipe(bits=8, group_size="channel"),
     "code-model-quant": _recipe(bits=8, group_size=32),
     "edge-quant-apps": _recipe(group_size=32),
-    "fake-vs-integer": None,
+    "fake-vs-integer": "its integer half, y = S_x S_w times a product of codes, needs integer kernels, which are not "
+    "here yet; every recipe runs the fake half",
     "ptq-vs-qat": None,
     "wo-vs-wa": None,
 }

@@ -168,7 +168,7 @@ def compress(
 
     model: Hugging Face id, folder with safetensors, or GGUF file. recipe: a named recipe, a method's name, a YAML file
     or a Recipe; `settings` such as "gptq.bits=3" change it. data: calibration text, `samples` windows of `tokens`
-    tokens. memory: the most bytes of RAM to take above `import lilliput`. size: the most bytes that `out` may have.
+    tokens. memory: the most bytes of RAM to take above the imported package. size: the most bytes that `out` may have.
     eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for
     none. A killed call continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
 
@@ -357,8 +357,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
 def verify(folder: str | Path, *, memory: int | None = None) -> Verification:
     """Whether a written folder is whole: hashes, shapes, finite values, and that its engine computes what it holds.
 
-    memory: bytes above `import lilliput`, half of what is free where None; a folder whose model needs more is compared
-    block by block.
+    memory: bytes above the imported package, half of what is free where None; a folder whose model needs more is
+    compared block by block.
     """
     return verify_folder(Path(folder), memory=memory)
 

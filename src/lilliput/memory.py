@@ -1,6 +1,6 @@
 """What a run occupies, estimated from shapes: an upper bound that is meant to be tight.
 
-Everything counts above a fresh `import lilliput`. The terms were fitted to measured peaks; `benchmarks/memory.py`
+Everything counts above a fresh `import lilliput.api`. The terms were fitted to measured peaks; `benchmarks/memory.py`
 compares the estimate with the measurement.
 """
 

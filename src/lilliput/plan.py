@@ -29,7 +29,7 @@ from lilliput.resolve import LinearPlan, Resolved, as_json, resolve
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe resolved against a model. Sizes in bytes, time in seconds, memory above a fresh `import lilliput`."""
+    """A recipe resolved against a model. Sizes in bytes, time in seconds, memory above the imported package."""
 
     model: str
     fingerprint: str

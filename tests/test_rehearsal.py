@@ -154,7 +154,7 @@ def test_a_rehearsal_says_nothing_to_the_user(folder: Make, capfd: pytest.Captur
 
 
 def test_rows_that_end_within_a_word_are_no_finding(folder: Make, capfd: pytest.CaptureFixture[str]) -> None:
-    """Without values a loader that decodes takes 40 codes of 3 bits, 4 words, for 42, and says so at length."""
+    """Without values a loader that decodes takes 40 codes of 3 bits, in 4 words, for 42; and says so at length."""
     capfd.readouterr()
     made = plan(folder("narrow"), "rtn", "rtn.bits=3", "rtn.group_size=channel")
     assert made.exporter == "compressed-tensors"

@@ -21,7 +21,7 @@ from torch import Tensor
 from lilliput.errors import SourceError
 from lilliput.export import Exporter
 from lilliput.export.compressed_tensors import CompressedTensors
-from lilliput.export.engine import hollow, silence
+from lilliput.export.engine import hollow, trial
 from lilliput.export.outcome import Outcome
 from lilliput.export.tree import module_name, skeleton, text_prefix
 from lilliput.inventory import lay_out, written_config
@@ -116,7 +116,7 @@ def _load(
             tensors[f"{outcome.stored}.weight_shape"] = shape
     source = model.source.config
     try:
-        with silence(), tempfile.TemporaryDirectory() as folder:
+        with trial(), tempfile.TemporaryDirectory() as folder:
             # Read from a file as the engine will: JSON has no infinities, and transformers its own way of writing them.
             Path(folder, "config.json").write_text(json.dumps(written_config(model, entry)), encoding="utf-8")
             _, info = hollow(type(source).from_pretrained(folder), tensors)

@@ -88,7 +88,7 @@ def look(folder: Path, *, memory: int | None = None, progress: Progress | None =
     from lilliput.model import open_model
 
     engine = f"transformers {transformers.__version__}"
-    with silence():
+    with trial():
         ours = open_model(str(folder), dtype=torch.float32)
         config = transformers.AutoConfig.from_pretrained(folder)
         reader = Shards(folder)
@@ -105,8 +105,10 @@ def least(blocks: Sequence[Block]) -> int:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """Nothing that the engine's loader reports of a trial is for the user: the caller tells what it found."""
+def trial() -> Iterator[None]:
+    """The engine's loader on trial: it reports nothing, because the caller tells what it found, and does all by itself
+    where several processes share a run, because only one of them looks."""
+    from compressed_tensors.offload.utils import as_single_threaded
     from loguru import logger  # compressed-tensors reports through it, to the stderr of its first import
     from transformers.utils import logging
 
@@ -115,7 +117,7 @@ def silence() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     logger.disable(_LIBRARY)
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), as_single_threaded():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -140,7 +142,7 @@ def hollow(config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Module, Mapping
     what is wider by less than a word is no finding.
     """
     kind = type(skeleton(config))
-    with silence():
+    with trial():
         model, info = kind.from_pretrained(
             None,
             config=copy.deepcopy(config),
@@ -179,7 +181,7 @@ def _fill(
         hf_quantizer=quantizer,
         weight_mapping=get_model_conversion_mapping(model, None, quantizer),
     )
-    with silence():
+    with trial():
         convert_and_load_state_dict_in_model(model, state, how)
     for module in list(block.modules()):
         if isinstance(module, CompressedLinear):
@@ -265,7 +267,7 @@ def _judged(found: Look, errors: Sequence[float]) -> Look:
 
 def _logits(kind: Any, folder: Path, ours: Model, ids: Tensor) -> float:
     """The whole model as a user opens it."""
-    with silence():
+    with trial():
         theirs = kind.from_pretrained(folder, dtype=torch.float32).eval()
         seen = theirs(input_ids=ids, use_cache=False).logits.float()
     del theirs

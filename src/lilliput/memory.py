@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lilliput.anatomy.model import Block, Linear
 from lilliput.errors import PlanError
+
+if TYPE_CHECKING:  # what the command line imports needs no torch
+    from lilliput.anatomy.model import Block, Linear
 
 MB = 1 << 20
 _OUTSIDE, _BLOCK, _FIT = "writing what lies outside the blocks", "compressing a block", "fitting a block"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lilliput.errors import PlanError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what the command line imports needs no torch
     from lilliput.anatomy.model import Block, Linear
 
 MB = 1 << 20
@@ -51,7 +51,7 @@ class Shape:
     itemsize: int  # of the compute dtype
     stored: int  # itemsize of the checkpoint
     outside: int  # bytes that the largest tensor outside the blocks takes while it is written
-    packed: int = 0  # bytes of the largest block's output
+    packed: int = 0  # bytes of the largest block's output file
     fitting: int = 0  # float32 copies of a block's weights that a step trains it with
     resident: int = 0  # bytes that stay all the time, such as a rotation
     double: bool = False  # whether a step decomposes weights in float64

@@ -52,9 +52,8 @@ _TINY: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a small random model, by name (see _TINY), with a BPE tokenizer of 512 tokens. Read it only."""
-    root = tmp_path_factory.mktemp("tiny")
+def tokenizer() -> tf.PreTrainedTokenizerFast:
+    """A BPE tokenizer of 512 tokens that knows every byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,7 +64,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         show_progress=False,
     )
     tokenizer.train_from_iterator(islice(docs.pieces("docs:reference"), 20), trainer)
-    whole = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: tf.PreTrainedTokenizerFast) -> Callable[[str], Path]:
+    """The folder of a small random model, by name (see _TINY), with a BPE tokenizer of 512 tokens. Read it only."""
+    root = tmp_path_factory.mktemp("tiny")
 
     def make(name: str) -> Path:
         folder = root / name
@@ -77,7 +82,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                     if parameter.dim() >= 2:
                         parameter.mul_(4.0)  # predictions far from uniform
             model.save_pretrained(folder)
-            whole.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         return folder
 
     return make

@@ -19,12 +19,12 @@ from lilliput.plan import Plan
 from lilliput.progress import Quiet
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**SIZES),
-    "falcon": lambda: tf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
+    "falcon": lambda: tf.FalconConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
     "llama4": lambda: tf.Llama4TextConfig(
         **SIZES, num_local_experts=4, head_dim=16, intermediate_size_mlp=64, interleave_moe_layer_step=2
     ),
@@ -47,7 +47,7 @@ Make = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: tf.PreTrainedTokenizerFast) -> Make:
     root = tmp_path_factory.mktemp("rehearsal")
 
     def make(name: str) -> Path:
@@ -55,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Make:
             torch.manual_seed(0)
             config = CONFIGS[name]()
             opener(config).from_config(config).float().save_pretrained(root / name)
+            tokenizer.save_pretrained(root / name)
         return root / name
 
     return make

@@ -15,7 +15,7 @@ UV ?= uv>=0.9,<1
 UPGRADE ?= --upgrade
 OUT ?= out/SmolLM2-135M-w4
 
-.PHONY: help demo install test test-fast test-newest lock lint format types docs check clean
+.PHONY: help demo install test test-fast sweep test-newest lock lint format types docs check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -1
@@ -35,7 +35,11 @@ demo: install
 	$(BIN)/python scripts/demo.py --out "$(OUT)"
 
 test: install
-	$(BIN)/python -m pytest -m "" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not sweep" $(PARALLEL)
+
+# Every architecture that transformers knows, tiny: ten minutes more.
+sweep: install
+	$(BIN)/python -m pytest -m sweep -n auto tests/engine/test_sweep.py
 
 test-fast: install
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -43,7 +47,7 @@ test-fast: install
 # The newest releases that pyproject.toml allows, looked up each time.
 test-newest:
 	$(INSTALL) "$(VENV)-newest"
-	$(VENV)-newest/bin/python -m pytest -m "" $(PARALLEL)
+	$(VENV)-newest/bin/python -m pytest -m "not sweep" $(PARALLEL)
 
 $(VENV)-lock/bin/uv:
 	"$(PYTHON)" -m venv "$(VENV)-lock"

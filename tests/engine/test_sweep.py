@@ -25,12 +25,12 @@ def sweep() -> ModuleType:
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_nothing_is_wrong(sweep: ModuleType, tmp_path: Path, name: str) -> None:
     row = sweep.sweep(name, tmp_path)
     assert [x for x in row.results if x.kind == "wrong"] == []
-    written = sweep.PAGE.read_text(encoding="utf-8")
+    written = sweep.PAGE.read_text(encoding="utf-8") if sweep.PAGE.exists() else ""
     if f"of transformers {transformers.__version__} " in written:  # another version may well do something else
         assert sweep.line(row) in written.splitlines()
 

@@ -42,6 +42,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         image_token_index=63,
     ),
 }  # fmt: skip
+BLIND = ("rtn.importance=false", "rtn.search=minmax")  # these models have no tokenizer
 ROOM: dict[str, Any] = {"samples": 2, "tokens": 16, "device": "cpu", "dtype": "float32"}
 Make = Callable[[str], Path]
 
@@ -62,14 +63,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: tf.PreTrainedTok
 
 
 def plan(model: Path, recipe: str = "rtn", *settings: str) -> Plan:
-    return api.plan(model, recipe=recipe, settings=settings, **ROOM)
+    return api.plan(model, recipe=recipe, settings=(*BLIND, *settings), **ROOM)
 
 
-def with_export(model: Path, layout: str, tmp_path: Path, method: str, *, exclude: str = "[lm_head, router]") -> Plan:
+def with_export(model: Path, layout: str, tmp_path: Path, exclude: str = "[lm_head, router]") -> Plan:
     recipe = tmp_path / "recipe.yaml"
-    step = f"{{method: {method}, target: {{bits: 4}}, where: {{exclude: {exclude}}}}}"
+    step = f"{{method: rtn, target: {{bits: 4}}, where: {{exclude: {exclude}}}}}"
     recipe.write_text(f"export: {layout}\nsteps: [{step}]\n")
-    return api.plan(model, recipe=recipe, **ROOM)
+    return api.plan(model, recipe=recipe, settings=BLIND, **ROOM)
 
 
 def test_a_plain_model_gets_the_engines_own_layout(folder: Make) -> None:
@@ -84,7 +85,7 @@ def test_where_the_model_reads_weights_of_packed_linears_they_are_decoded_while_
 ) -> None:
     """Falcon's initialization reads `module.weight` of every linear, which a packed one lacks."""
     done = api.compress(
-        folder("falcon"), tmp_path / "out", recipe="rtn", settings=("rtn.importance=false",), eval_windows=0,
+        folder("falcon"), tmp_path / "out", recipe="rtn", settings=BLIND, eval_windows=0,
         progress=Quiet(), **ROOM,
     )  # fmt: skip
     written = json.loads((done.out / "config.json").read_text())["quantization_config"]
@@ -104,19 +105,19 @@ def test_where_the_model_reads_weights_of_packed_linears_they_are_decoded_while_
 
 def test_mixed_schemes_are_not_decoded_while_loading(folder: Make, tmp_path: Path) -> None:
     recipe = tmp_path / "mixed.yaml"
+    blind = "options: {importance: false, search: minmax}"
     recipe.write_text(
         "steps:\n"
-        "  - {method: rtn, target: {bits: 4}, where: {include: ['*h_to_4h*']}}\n"
-        "  - {method: rtn, target: {bits: 8}, where: {exclude: ['*h_to_4h*', lm_head]}}\n"
+        f"  - {{method: rtn, target: {{bits: 4}}, where: {{include: ['*h_to_4h*']}}, {blind}}}\n"
+        f"  - {{method: rtn, target: {{bits: 8}}, where: {{exclude: ['*h_to_4h*', lm_head]}}, {blind}}}\n"
     )
     assert api.plan(folder("falcon"), recipe=recipe, **ROOM).exporter == "lilliput"
-    assert api.plan(folder("llama"), recipe="rtn", **ROOM).exporter == "compressed-tensors"
 
 
 def test_experts_that_a_loader_looks_for_one_by_one_take_the_native_layout(folder: Make, tmp_path: Path) -> None:
     assert plan(folder("llama4")).exporter == "lilliput"
     with pytest.raises(PlanError, match=r"finds no '.*experts.*' for Llama4ForCausalLM.*Nearest: export 'lilliput'"):
-        with_export(folder("llama4"), "compressed-tensors", tmp_path, "rtn")
+        with_export(folder("llama4"), "compressed-tensors", tmp_path)
 
 
 def test_a_router_is_packed_in_the_native_layout_alone(folder: Make, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_a_router_is_packed_in_the_native_layout_alone(folder: Make, tmp_path: P
     assert made.exporter == "lilliput"
     assert "model.layers.0.mlp.gate.weight_scale" in {x.name for x in made.tensors}
     with pytest.raises(PlanError, match=r"'model.layers.0.mlp.gate' decides which experts.*exclude 'router'"):
-        with_export(folder("qwen3_moe"), "compressed-tensors", tmp_path, "rtn", exclude="[]")
+        with_export(folder("qwen3_moe"), "compressed-tensors", tmp_path, "[]")
 
 
 def test_groups_that_an_allocation_may_set_apart_decide_the_layout(folder: Make, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_groups_that_an_allocation_may_set_apart_decide_the_layout(folder: Make,
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "export: compressed-tensors\nsteps:\n  - {method: finequant}\n"
-        "  - {method: rtn, target: {bits: 4, group_size: 32}}\n"
+        "  - {method: rtn, target: {bits: 4, group_size: 32}, options: {importance: false, search: minmax}}\n"
     )
     with pytest.raises(PlanError, match=r"as step 1 \(finequant\) may decide, .*engines read all experts by one"):
         api.plan(folder("mixtral"), recipe=recipe, **ROOM)

@@ -136,7 +136,7 @@ def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:
 
 def _spill(made: Plan, model: Model, eval_windows: int) -> int:
     """Bytes of what lies in the work folder at its fullest."""
-    hidden = int(model.source.text_config.hidden_size)
+    hidden = model.skeleton.hidden_size  # of what flows between blocks, which may be wider than the embeddings
     spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
     spill = max(spill, passes.spill(made, model), fisher.spill(made, model)) + fisher.stored(made)
     if eval_windows:

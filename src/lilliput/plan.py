@@ -334,7 +334,7 @@ def make(
     layout = memory.choose(
         anatomy.blocks,
         memory.Shape(
-            hidden=int(model.source.text_config.hidden_size),
+            hidden=skeleton.hidden_size,
             vocabulary=embedding,
             samples=-(-samples // processes),
             tokens=tokens,

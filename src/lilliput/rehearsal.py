@@ -47,10 +47,11 @@ def refuse(exporter: Exporter, model: Model, outcomes: Mapping[str, Outcome]) ->
         return None
     engine = skeleton(model.source.config)
     name = type(engine).__name__
-    if exporter.name == "lilliput":
-        return _swapped(engine, entry)
+    native = exporter.name == "lilliput"
+    if native and (reason := _swapped(engine, entry)) is not None:
+        return reason
     kept = _kinds(model, outcomes)
-    packed = CompressedTensors().config(tuple(outcomes.values()), model.source.config)
+    packed = entry if native else CompressedTensors().config(tuple(outcomes.values()), model.source.config)
     written = _load(engine, model, exporter, outcomes, packed, kept)
     if written.error is not None and entry != packed:  # decoded while loading, which nothing but an error calls for
         written = _load(engine, model, exporter, outcomes, entry, kept)
@@ -59,17 +60,15 @@ def refuse(exporter: Exporter, model: Model, outcomes: Mapping[str, Outcome]) ->
     dense = _load(engine, model, exporter, {}, None, kept)
     if dense.error is not None:
         return None
+    nearest = "" if native else " Nearest: export 'lilliput', which it loads."
     if written.error is not None:
-        return (
-            f"transformers does not load its tensors into {name} ({written.error}). "
-            "Nearest: export 'lilliput', which it loads."
-        )
+        return f"transformers does not load its tensors into {name} ({written.error}).{nearest}"
     lost = sorted(written.missing - dense.missing)
     if not lost:
         return None
     return (
-        f"transformers finds no '{lost[0]}' for {name} in it and would go on with random numbers. "
-        "Nearest: export 'lilliput', which it loads, or leave such linears out of every step."
+        f"transformers finds no '{lost[0]}' for {name} in it and would go on with random numbers."
+        f"{nearest or ' Nearest: leave such linears out of every step.'}"
     )
 
 

@@ -350,7 +350,7 @@ def _blocks(
     if plan.resolved.needs:
         if ids is None:
             raise RuntimeError("calibration was planned but there are no tokens")
-        shape = (len(ids), ids.shape[1], int(model.source.text_config.hidden_size))
+        shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
         with ranks.together():
             inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
             rotations = (f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned)

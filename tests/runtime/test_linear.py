@@ -46,6 +46,20 @@ class Scaled(nn.Linear):
         return 2.0 * super().forward(x)
 
 
+@pytest.mark.parametrize(("kind", "shape"), [(nn.Linear, (ROWS, WIDTH)), (Conv1D, (WIDTH, ROWS))])
+def test_before_it_is_filled_the_weight_has_its_shape_and_no_values(kind: type, shape: tuple[int, int]) -> None:
+    """Initializations of models read shapes while transformers loads."""
+    module: Any = nn.Linear(WIDTH, ROWS) if kind is nn.Linear else Conv1D(ROWS, WIDTH)
+    part = IntegerFormat(4, True, 16)
+    layer = Layer("x", weight())
+    grid = part.fit(layer.weight)
+    scheme = of(layer.with_part(QuantizedPart(part, part.encode(layer.weight, grid), grid)))
+    compress_(module, LinearSpec("x", "x", ROWS, WIDTH, scheme, kind is Conv1D))
+    assert tuple(module.weight.shape) == shape
+    assert module.weight.is_meta
+    assert module.weight._is_hf_initialized
+
+
 @pytest.mark.parametrize("name", ["float16", "float32", "int8", "int4"])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("bias", [True, False])

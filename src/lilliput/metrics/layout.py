@@ -65,7 +65,7 @@ def _block(model: Model, batch: int, tokens: int, itemsize: int) -> int:
         shapes = [skeleton.shapes[name] for name in skeleton.names_of(i)]
         weights = max(weights, sum(prod(x) for x in shapes))
         widest = max(widest, *(max(x) for x in shapes if x))
-    hidden = int(model.source.text_config.hidden_size)
+    hidden = model.skeleton.hidden_size
     live = batch * tokens * (4 * widest + 6 * hidden)
     return (weights + live) * itemsize
 

@@ -35,11 +35,12 @@ class CompressedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The decoded weight, [out, in] or [in, out] as the linear's class has it, in the dtype of the model.
 
-        Empty until `fill`, and marked so that transformers draws no random weights into it.
+        Until `fill` it has a shape and no values, and is marked so that transformers draws no random weights into it.
         """
         marker: Tensor = getattr(self, MARKER)
         if f"{PREFIX}0" not in self._buffers:
-            empty = torch.empty(0, dtype=marker.dtype)
+            shape = self.spec.out_features, self.spec.in_features
+            empty = torch.empty(shape[::-1] if self.spec.transposed else shape, dtype=marker.dtype, device="meta")
             empty._is_hf_initialized = True  # type: ignore[attr-defined]
             return empty
         dense = decode(self.spec, self.stored, marker.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -105,7 +105,7 @@ def _rounded(tensors: dict[str, Tensor], folds: Sequence[ScaleFold], toy: Any, o
     return total
 
 
-@pytest.mark.parametrize("options", [{"even": False}, {}, {"judge": "sweep"}, {"rows": 16}])
+@pytest.mark.parametrize("options", [{"even": False}, {}, {"judge": "sweep"}, {"rows": 16}, {"outputs": "linears"}])
 def test_awq_lowers_the_error_of_rounding(options: dict[str, Any], toy: Any) -> None:
     nearest = rtn.Options(steps=8)
     folds = _rewrite("awq", toy.view(), toy.io(), **options)
@@ -118,6 +118,44 @@ def test_awq_with_even_inputs_and_weights_changes_nothing_by_input_size(toy: Any
     signs = {n: (torch.randint(0, 2, x.shape, generator=g) * 2 - 1).float() for n, x in toy.inputs.items()}
     other = type(toy)(toy.tensors, signs, toy.block)
     assert _rewrite("awq", other.view(), other.io(), even=False) == []
+
+
+@pytest.mark.parametrize("judge", ["rounding", "sweep"])
+def test_awq_counts_an_error_by_what_it_does_to_the_block(judge: str, toy: Any) -> None:
+    """Queries a thousand times as large through a gate that hardly moves: in the sum of all outputs they decide alone,
+    although the values' errors are what leaves the block."""
+    tensors = toy.tensors | {"q": toy.tensors["q"] * 1000}
+    # What evens out the columns of q makes those of v uneven.
+    tensors["v"] = tensors["v"] / tensors["q"].square().mean(0).sqrt() * 10
+    io = BlockIO(toy.io().stats, moved=lambda w: 1.0 if "v" in w else 1e-9)
+    other = type(toy)(tensors, toy.inputs, toy.block)
+
+    def errors(**options: Any) -> dict[str, float]:
+        folds = _rewrite("awq", other.view(), io, judge=judge, rows=0, **options)
+        scale = next((f.scale for f in folds if f.link.site == "q"), torch.ones(48))
+        stats = io.stats["q"].scaled(1 / scale)
+        found = {}
+        for n in ("q", "v"):
+            w = tensors[n] * scale
+            d = (w - rtn.compress(Layer(n, w), stats, TARGET, rtn.Options(steps=8)).decode()).double()
+            found[n] = float(((d @ stats.need("gram").double()) * d).sum())
+        return found
+
+    alike, block = errors(outputs="linears"), errors()
+    assert alike["q"] < block["q"]
+    assert block["v"] < 0.7 * alike["v"]
+
+
+def test_awq_measures_the_block_once_for_each_role_that_shares_an_input(toy: Any) -> None:
+    asked: list[set[str]] = []
+
+    def moved(weights: Mapping[str, Tensor]) -> float:
+        asked.append(set(weights))
+        assert all(not torch.equal(w, toy.tensors[n]) for n, w in weights.items())
+        return 1.0
+
+    _rewrite("awq", toy.view(), BlockIO(toy.io().stats, moved=moved))
+    assert asked == [{"q"}, {"k"}, {"v"}]
 
 
 def test_awq_needs_bits(toy: Any) -> None:

@@ -25,6 +25,7 @@ rounding to nearest, and a later GPTQ gains less from it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,9 @@ class Options(Strict):
     grid: int = Field(20, ge=2, le=100, description="exponents of the inputs tried: 0, 1/grid, ..., (grid - 1)/grid")
     even: bool = Field(True, description="also try scales that even out the weights' columns")
     judge: Literal["rounding", "sweep"] = Field("rounding", description="what quantizes later: rtn, or gptq's sweep")
+    outputs: Literal["block", "linears"] = Field(
+        "block", description="an error counts by what it does to the block's output, or all readers' own outputs alike"
+    )
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group in the trial quantization")
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")
     rows: int = Field(256, ge=0, description="judge by so many rows of each linear, evenly spaced (0: all)")
@@ -76,11 +80,22 @@ def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequen
     return folds
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """A linear that reads the link's input: what is judged of it [rows, in], what errors cost (Gram matrix [in, in] or
+    price [in]), and how much its error counts."""
+
+    name: str
+    weight: Tensor
+    cost: Tensor
+    share: float = 1.0
+
+
 def _search(link: Link, block: BlockView, io: BlockIO, grid_of: Format, o: Options) -> Tensor | None:
     stats = io.stats.get(link.site)
     if stats is None or stats.count == 0:
         return None
-    readers: list[tuple[Tensor, Tensor]] = []
+    readers: list[_Reader] = []
     grams: dict[str, Tensor] = {}
     square = torch.zeros(stats.width, dtype=torch.float64)
     for name in link.readers:
@@ -93,10 +108,12 @@ def _search(link: Link, block: BlockView, io: BlockIO, grid_of: Format, o: Optio
         step = 1 if not o.rows else max(1, weight.shape[0] // o.rows)
         if linear.site not in grams:
             grams[linear.site] = own.need("gram") if o.judge == "rounding" else _price(own.need("gram"), o)
-        readers.append((weight[::step], grams[linear.site]))
+        readers.append(_Reader(name, weight[::step], grams[linear.site]))
     if not readers:
         return None
-    flat = torch.ones(stats.width, device=readers[0][0].device)
+    flat = torch.ones(stats.width, device=readers[0].weight.device)
+    if o.outputs == "block":
+        readers = _weighed(readers, flat, block, io, grid_of, o)
     best, least = flat, _error(readers, flat, grid_of, o)
     spread = link.tie(square.sqrt().to(flat), "mean").clamp(min=1e-12)
     for exponent in (0.25, 0.5, 0.75, 1.0) if o.even else ():
@@ -107,6 +124,29 @@ def _search(link: Link, block: BlockView, io: BlockIO, grid_of: Format, o: Optio
     for i in range(1, o.grid if bool(size.any()) else 1):
         best, least = _better(_centred(start * size.pow(i / o.grid)), best, least, readers, grid_of, o)
     return None if best is flat else best
+
+
+def _weighed(
+    readers: Sequence[_Reader], flat: Tensor, block: BlockView, io: BlockIO, grid_of: Format, o: Options
+) -> list[_Reader]:
+    """The readers with what an error of theirs moves in the block's output, measured for one role at a time."""
+    roles: dict[str, list[_Reader]] = {}
+    for reader in readers:
+        roles.setdefault(block.anatomy.linear(reader.name).role, []).append(reader)
+    if len(roles) == 1:
+        return list(readers)  # one share for all changes no choice
+    if io.moved is None:
+        raise RuntimeError("a block's output was asked for without calibration samples")
+    found: list[_Reader] = []
+    for some in roles.values():
+        rounded = {}
+        for reader in some:
+            weight = block.weights[reader.name]
+            rounded[reader.name] = weight - _miss(weight.clone(), reader.cost, flat, grid_of, o)[0]
+        own = _error(some, flat, grid_of, o)
+        share = io.moved(rounded) / own if own > 0 else 0.0
+        found += [replace(reader, share=share) for reader in some]
+    return found
 
 
 def _price(gram: Tensor, o: Options) -> Tensor:
@@ -122,29 +162,28 @@ def _centred(scale: Tensor) -> Tensor:
 
 
 def _better(
-    scale: Tensor,
-    best: Tensor,
-    least: float,
-    readers: Sequence[tuple[Tensor, Tensor]],
-    grid_of: Format,
-    o: Options,
+    scale: Tensor, best: Tensor, least: float, readers: Sequence[_Reader], grid_of: Format, o: Options
 ) -> tuple[Tensor, float]:
     error = _error(readers, scale, grid_of, o)
     return (scale, error) if error < least else (best, least)
 
 
-def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: Format, o: Options) -> float:
-    """The error that `judge` names, summed over readers (weight [out, in], Gram matrix [in, in] or price [in])."""
+def _miss(scaled: Tensor, cost: Tensor, scale: Tensor, grid_of: Format, o: Options) -> tuple[Tensor, Tensor]:
+    """Rounding errors of a scaled weight [out, in], which is overwritten, and the price of each column's squares."""
+    price = (cost.diagonal() if cost.dim() == 2 else cost) / scale.square()
+    grid = ranged.fit(grid_of, scaled, price if o.search == "mse" else None, ranged.Search(o.search, o.steps))
+    return scaled.sub_(grid_of.decode(grid_of.encode(scaled, grid), grid)), price
+
+
+def _error(readers: Sequence[_Reader], scale: Tensor, grid_of: Format, o: Options) -> float:
+    """The error that `judge` names, summed over the readers by their shares."""
     total = 0.0
-    for weight, cost in readers:
-        scaled = weight * scale
-        price = (cost.diagonal() if cost.dim() == 2 else cost) / scale.square()
-        how = ranged.Search(o.search, o.steps)
-        grid = ranged.fit(grid_of, scaled, price if o.search == "mse" else None, how)
-        miss = scaled.sub_(grid_of.decode(grid_of.encode(scaled, grid), grid))
-        if cost.dim() == 2:
+    for reader in readers:
+        miss, price = _miss(reader.weight * scale, reader.cost, scale, grid_of, o)
+        if reader.cost.dim() == 2:
             miss.div_(scale)
-            total += float(((miss @ cost) * miss).sum(dtype=torch.float64))
+            error = float(((miss @ reader.cost) * miss).sum(dtype=torch.float64))
         else:
-            total += float((miss.square().sum(0) * price).sum(dtype=torch.float64))
+            error = float((miss.square().sum(0) * price).sum(dtype=torch.float64))
+        total += reader.share * error
     return total

@@ -1,10 +1,15 @@
 """AWQ: scale up the weights of strong inputs before quantization, so that they are rounded more finely.
 
 For each link (who produces an input -> the linears that read it): m_j = mean |X_j|; for a = 0, 1/n, ..., (n-1)/n:
-s = m^a / sqrt(max s * min s), What = Q(W diag(s)) diag(s)^-1; the a of least output error over all readers is kept, and
-s folds into the producer. The error is exact over the calibration tokens, from the Gram matrix G of the inputs:
-sum over readers of tr((W - What) G (W - What)T). a = 0 is no change, so that error never rises. Inputs that share a
-producer row (grouped queries) share the mean of their m.
+s = m^a / sqrt(max s * min s), What = Q(W diag(s)) diag(s)^-1; the a of least error is kept, and s folds into the
+producer. A reader's error is exact over the calibration tokens, from the Gram matrix G of the inputs:
+e(s) = tr((W - What) G (W - What)T). a = 0 is no change, so the judged error never rises. Inputs that share a producer
+row (grouped queries) share the mean of their m.
+
+Several readers are judged, as in the paper's code, by what reaches the block's output: the sum over readers of
+b e(s) / e(1), where b is how far the block's output moves with that reader alone rounded, s = 1 (`outputs` "block"; one
+measurement for each role, so that experts cost no more). The plain sum of e(s) ("linears") lets large outputs decide
+alone: errors of queries, which the softmax softens, hide those of values, which pass through.
 
 Of linears with many outputs only `rows` are looked at: rows agree on the strong inputs, and all of them cost several
 times as much (0 does look at all, and only then is the error exact).
@@ -18,8 +23,9 @@ The paper's clip search is the step behind: `rtn` and `gptq` search the range of
 least error weighted by the inputs' mean squares, which is the diagonal of what the paper compares.
 
 Paper: Lin et al. 2024, arXiv 2306.00978.
-Cost: n * min(out, rows) * in^2 multiply-adds for each reader. Limits: needs verified links; the choice supposes
-rounding to nearest, and a later GPTQ gains less from it.
+Cost: n * min(out, rows) * in^2 multiply-adds for each reader; two batches through the block for each role.
+Limits: needs verified links; the choice supposes rounding to nearest, and a later GPTQ gains less from it; queries,
+keys and values in one matrix count as one reader.
 """
 
 from __future__ import annotations

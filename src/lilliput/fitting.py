@@ -56,8 +56,9 @@ def runner(model: Model, index: int, anatomy: Block, batches: Batches) -> Run:
 def movement(
     model: Model, index: int, anatomy: Block, batches: Batches, inputs: Activations
 ) -> Callable[[Mapping[str, Tensor]], float]:
-    """How far other weights move the outputs of a loaded block; see `BlockIO.moved`. Looks at two batches, apart."""
-    bounds = sorted({batches.bounds[0], batches.bounds[len(batches.bounds) // 2]})
+    """How far other weights move the outputs of a loaded block; see `BlockIO.moved`. Looks at two samples, each by
+    itself, so that the size of batches does not matter."""
+    samples = sorted({0, len(inputs) // 2})
     device = model.skeleton.device
     before: list[Tensor] = []
     run: Run | None = None
@@ -66,10 +67,10 @@ def movement(
         nonlocal run
         if run is None:
             run = runner(model, index, anatomy, batches)
-            before.extend(run({}, inputs.read(a, b).to(device)) for a, b in bounds)
+            before.extend(run({}, inputs.read(n, n + 1).to(device)) for n in samples)
         total, tokens = 0.0, 0
-        for (a, b), was in zip(bounds, before, strict=True):
-            change = run(weights, inputs.read(a, b).to(device)) - was
+        for n, was in zip(samples, before, strict=True):
+            change = run(weights, inputs.read(n, n + 1).to(device)) - was
             # Token by token, as a norm behind sees it: a few are a hundred times larger than the others.
             share = change.square().sum(-1) / was.square().sum(-1).clamp(min=1e-30)
             total += float(share.sum(dtype=torch.float64))

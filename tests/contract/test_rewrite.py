@@ -13,7 +13,7 @@ from lilliput import methods
 from lilliput.errors import PlanError
 from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
-from lilliput.methods.weight import rtn
+from lilliput.methods.weight import gptq, rtn
 from lilliput.parts.layer import Layer
 from lilliput.recipe import Target
 from lilliput.stats import fold
@@ -120,42 +120,44 @@ def test_awq_with_even_inputs_and_weights_changes_nothing_by_input_size(toy: Any
     assert _rewrite("awq", other.view(), other.io(), even=False) == []
 
 
-@pytest.mark.parametrize("judge", ["rounding", "sweep"])
-def test_awq_counts_an_error_by_what_it_does_to_the_block(judge: str, toy: Any) -> None:
-    """Queries a thousand times as large through a gate that hardly moves: in the sum of all outputs they decide alone,
-    although the values' errors are what leaves the block."""
+@pytest.mark.parametrize(("judge", "later"), [("rounding", rtn), ("sweep", gptq)])
+def test_awq_judges_attention_by_the_blocks_output(judge: str, later: Any, toy: Any) -> None:
+    """Values alone leave the block; queries are a thousand times as large, and the sum of outputs sees only them."""
     tensors = toy.tensors | {"q": toy.tensors["q"] * 1000}
     # What evens out the columns of q makes those of v uneven.
     tensors["v"] = tensors["v"] / tensors["q"].square().mean(0).sqrt() * 10
-    io = BlockIO(toy.io().stats, moved=lambda w: 1.0 if "v" in w else 1e-9)
+    gram = toy.io().stats["q"].need("gram")
+
+    def lost(name: str, weight: Tensor) -> float:
+        d = (tensors[name] - weight).double()
+        return float(((d @ gram.double()) * d).sum())
+
+    asked: list[float] = []
+
+    def moved(weights: Mapping[str, Tensor]) -> float:
+        assert set(weights) == {"q", "k", "v"}
+        asked.append(lost("v", weights["v"]))
+        return asked[-1]
+
     other = type(toy)(tensors, toy.inputs, toy.block)
+    io = BlockIO(toy.io().stats, moved=moved)
 
     def errors(**options: Any) -> dict[str, float]:
         folds = _rewrite("awq", other.view(), io, judge=judge, rows=0, **options)
         scale = next((f.scale for f in folds if f.link.site == "q"), torch.ones(48))
         stats = io.stats["q"].scaled(1 / scale)
-        found = {}
-        for n in ("q", "v"):
-            w = tensors[n] * scale
-            d = (w - rtn.compress(Layer(n, w), stats, TARGET, rtn.Options(steps=8)).decode()).double()
-            found[n] = float(((d @ stats.need("gram").double()) * d).sum())
-        return found
+        how = later.Options(steps=8)
+        return {
+            n: lost(n, later.compress(Layer(n, tensors[n] * scale), stats, TARGET, how).decode() / scale) for n in "qv"
+        }
 
-    alike, block = errors(outputs="linears"), errors()
+    alike = errors(outputs="linears")
+    assert asked == []
+    block = errors()
+    assert len(asked) == 1 + 4 + 19
     assert alike["q"] < block["q"]
     assert block["v"] < 0.7 * alike["v"]
-
-
-def test_awq_measures_the_block_once_for_each_role_that_shares_an_input(toy: Any) -> None:
-    asked: list[set[str]] = []
-
-    def moved(weights: Mapping[str, Tensor]) -> float:
-        asked.append(set(weights))
-        assert all(not torch.equal(w, toy.tensors[n]) for n, w in weights.items())
-        return 1.0
-
-    _rewrite("awq", toy.view(), BlockIO(toy.io().stats, moved=moved))
-    assert asked == [{"q"}, {"k"}, {"v"}]
+    assert block["v"] == pytest.approx(min(asked), rel=1e-4)  # what was tried is what the later step makes
 
 
 def test_awq_needs_bits(toy: Any) -> None:

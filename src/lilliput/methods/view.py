@@ -27,7 +27,7 @@ class BlockIO:
 
     `squares(linear)`: squared gradients float32 [out, in], read from disk; None where the step asks for none.
     `moved(weights)`: how far the block's output moves with `weights` [out, in], by linear, in place of the linears'
-    own: the mean over tokens of |change|^2 / |output|^2, on a few calibration samples; None for a step without them.
+    own: the mean over tokens of |change|^2 / |output|^2, on two calibration samples; None without calibration.
     """
 
     stats: Mapping[str, SiteStats]

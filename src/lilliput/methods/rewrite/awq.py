@@ -6,10 +6,10 @@ producer. A reader's error is exact over the calibration tokens, from the Gram m
 e(s) = tr((W - What) G (W - What)T). a = 0 is no change, so the judged error never rises. Inputs that share a producer
 row (grouped queries) share the mean of their m.
 
-Several readers are judged, as in the paper's code, by what reaches the block's output: the sum over readers of
-b e(s) / e(1), where b is how far the block's output moves with that reader alone rounded, s = 1 (`outputs` "block"; one
-measurement for each role, so that experts cost no more). The plain sum of e(s) ("linears") lets large outputs decide
-alone: errors of queries, which the softmax softens, hide those of values, which pass through.
+Readers whose outputs meet those of other tokens (queries, keys, values) are judged, as in the paper's code, by how far
+the block's output moves with all of them compressed (`outputs` "block"), under "sweep" by GPTQ itself. Their own errors
+do not tell: those of queries, which the softmax softens, are ten to ninety times those of values, and of the values'
+errors attention passes on what many tokens have in common.
 
 Of linears with many outputs only `rows` are looked at: rows agree on the strong inputs, and all of them cost several
 times as much (0 does look at all, and only then is the error exact).
@@ -23,15 +23,14 @@ The paper's clip search is the step behind: `rtn` and `gptq` search the range of
 least error weighted by the inputs' mean squares, which is the diagonal of what the paper compares.
 
 Paper: Lin et al. 2024, arXiv 2306.00978.
-Cost: n * min(out, rows) * in^2 multiply-adds for each reader; two batches through the block for each role.
-Limits: needs verified links; the choice supposes rounding to nearest, and a later GPTQ gains less from it; queries,
-keys and values in one matrix count as one reader.
+Cost: n * min(out, rows) * in^2 multiply-adds for each reader; for queries, keys and values n + 4 times two samples
+through the block, and under "sweep" as many times their GPTQ. Limits: needs verified links; what other steps than `rtn`
+and `gptq` will make of the weights is not foreseen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -45,7 +44,10 @@ from lilliput.formats.format import Format
 from lilliput.formats.known import from_target
 from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
+from lilliput.methods.weight import gptq
+from lilliput.parts.layer import Layer
 from lilliput.recipe import Strict, Target
+from lilliput.stats.site import SiteStats
 
 PAPER = "Lin et al. 2024, arXiv 2306.00978"
 NEEDS: tuple[str, ...] = ("gram", "absmean")
@@ -58,6 +60,7 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
         {"method": "rtn", "target": {"bits": 4}},
     ],
 }
+_TOKENWISE = ("o", "gate", "up", "gate_up", "down")  # roles whose outputs meet no other token's before the block's
 
 
 class Options(Strict):
@@ -67,7 +70,7 @@ class Options(Strict):
     even: bool = Field(True, description="also try scales that even out the weights' columns")
     judge: Literal["rounding", "sweep"] = Field("rounding", description="what quantizes later: rtn, or gptq's sweep")
     outputs: Literal["block", "linears"] = Field(
-        "block", description="an error counts by what it does to the block's output, or all readers' own outputs alike"
+        "block", description="judge queries, keys and values by the block's output, or by their own like all others"
     )
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group in the trial quantization")
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")
@@ -80,79 +83,78 @@ def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequen
     grid_of = from_target(target)
     folds: list[ScaleFold] = []
     for link in block.anatomy.links:
-        scale = _search(link, block, io, grid_of, o)
+        scale = _search(link, block, io, target, grid_of, o)
         if scale is not None:
             folds.append(ScaleFold(link, scale))
     return folds
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """A linear that reads the link's input: what is judged of it [rows, in], what errors cost (Gram matrix [in, in] or
-    price [in]), and how much its error counts."""
-
-    name: str
-    weight: Tensor
-    cost: Tensor
-    share: float = 1.0
+_Judge = Callable[[Tensor], float]
 
 
-def _search(link: Link, block: BlockView, io: BlockIO, grid_of: Format, o: Options) -> Tensor | None:
+def _search(link: Link, block: BlockView, io: BlockIO, target: Target, grid_of: Format, o: Options) -> Tensor | None:
     stats = io.stats.get(link.site)
     if stats is None or stats.count == 0:
         return None
-    readers: list[_Reader] = []
-    grams: dict[str, Tensor] = {}
+    readers: dict[str, SiteStats] = {}
     square = torch.zeros(stats.width, dtype=torch.float64)
     for name in link.readers:
         linear = block.anatomy.linear(name)
         own = io.stats.get(linear.site, stats)
         if name not in block.weights or linear.role == "router" or not own.count:
             continue
-        weight = block.weights[name]
-        square += weight.square().sum(0, dtype=torch.float64).cpu()
-        step = 1 if not o.rows else max(1, weight.shape[0] // o.rows)
-        if linear.site not in grams:
-            grams[linear.site] = own.need("gram") if o.judge == "rounding" else _price(own.need("gram"), o)
-        readers.append(_Reader(name, weight[::step], grams[linear.site]))
+        square += block.weights[name].square().sum(0, dtype=torch.float64).cpu()
+        readers[name] = own
     if not readers:
         return None
-    flat = torch.ones(stats.width, device=readers[0].weight.device)
-    if o.outputs == "block":
-        readers = _weighed(readers, flat, block, io, grid_of, o)
-    best, least = flat, _error(readers, flat, grid_of, o)
+    mixed = not all(block.anatomy.linear(name).role in _TOKENWISE for name in readers)
+    if mixed and o.outputs == "block":
+        judge = _through(readers, block, io, target, grid_of, o)
+    else:
+        judge = _alone(readers, block, grid_of, o)
+    flat = torch.ones(stats.width, device=block.weights[next(iter(readers))].device)
+    best, least = flat, judge(flat)
     spread = link.tie(square.sqrt().to(flat), "mean").clamp(min=1e-12)
     for exponent in (0.25, 0.5, 0.75, 1.0) if o.even else ():
-        best, least = _better(_centred(spread.pow(-exponent)), best, least, readers, grid_of, o)
+        best, least = _better(_centred(spread.pow(-exponent)), best, least, judge)
     start = best
     size = link.tie(stats.need("absmean"), "mean")
     # Where nothing ever enters, no scale changes anything, and there is no strong input to find.
     for i in range(1, o.grid if bool(size.any()) else 1):
-        best, least = _better(_centred(start * size.pow(i / o.grid)), best, least, readers, grid_of, o)
+        best, least = _better(_centred(start * size.pow(i / o.grid)), best, least, judge)
     return None if best is flat else best
 
 
-def _weighed(
-    readers: Sequence[_Reader], flat: Tensor, block: BlockView, io: BlockIO, grid_of: Format, o: Options
-) -> list[_Reader]:
-    """The readers with what an error of theirs moves in the block's output, measured for one role at a time."""
-    roles: dict[str, list[_Reader]] = {}
-    for reader in readers:
-        roles.setdefault(block.anatomy.linear(reader.name).role, []).append(reader)
-    if len(roles) == 1:
-        return list(readers)  # one share for all changes no choice
+def _alone(readers: Mapping[str, SiteStats], block: BlockView, grid_of: Format, o: Options) -> _Judge:
+    """Each reader by its own outputs: the error that `judge` names, summed."""
+    costs: dict[str, Tensor] = {}
+    judged: list[tuple[Tensor, Tensor]] = []
+    for name, stats in readers.items():
+        site = block.anatomy.linear(name).site
+        if site not in costs:
+            costs[site] = stats.need("gram") if o.judge == "rounding" else _price(stats.need("gram"), o)
+        weight = block.weights[name]
+        judged.append((weight[:: max(1, weight.shape[0] // o.rows) if o.rows else 1], costs[site]))
+    return lambda scale: _error(judged, scale, grid_of, o)
+
+
+def _through(
+    readers: Mapping[str, SiteStats], block: BlockView, io: BlockIO, target: Target, grid_of: Format, o: Options
+) -> _Judge:
+    """All readers together by what reaches the block's output, each as the later step would make it."""
     if io.moved is None:
         raise RuntimeError("a block's output was asked for without calibration samples")
-    found: list[_Reader] = []
-    for some in roles.values():
-        rounded = {}
-        for reader in some:
-            weight = block.weights[reader.name]
-            rounded[reader.name] = weight - _miss(weight.clone(), reader.cost, flat, grid_of, o)[0]
-        own = _error(some, flat, grid_of, o)
-        share = io.moved(rounded) / own if own > 0 else 0.0
-        found += [replace(reader, share=share) for reader in some]
-    return found
+    moved = io.moved
+    later = gptq.Options(damping=o.damping, search=o.search, steps=o.steps)
+
+    def compressed(name: str, stats: SiteStats, scale: Tensor) -> Tensor:
+        scaled = block.weights[name] * scale
+        if o.judge == "sweep":
+            return gptq.compress(Layer(name, scaled), stats.scaled(1.0 / scale), target, later).decode() / scale
+        grid = _fit(scaled, stats.need("gram").diagonal() / scale.square(), grid_of, o)
+        return grid_of.decode(grid_of.encode(scaled, grid), grid) / scale
+
+    return lambda scale: moved({name: compressed(name, stats, scale) for name, stats in readers.items()})
 
 
 def _price(gram: Tensor, o: Options) -> Tensor:
@@ -167,29 +169,26 @@ def _centred(scale: Tensor) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _better(
-    scale: Tensor, best: Tensor, least: float, readers: Sequence[_Reader], grid_of: Format, o: Options
-) -> tuple[Tensor, float]:
-    error = _error(readers, scale, grid_of, o)
+def _better(scale: Tensor, best: Tensor, least: float, judge: _Judge) -> tuple[Tensor, float]:
+    error = judge(scale)
     return (scale, error) if error < least else (best, least)
 
 
-def _miss(scaled: Tensor, cost: Tensor, scale: Tensor, grid_of: Format, o: Options) -> tuple[Tensor, Tensor]:
-    """Rounding errors of a scaled weight [out, in], which is overwritten, and the price of each column's squares."""
-    price = (cost.diagonal() if cost.dim() == 2 else cost) / scale.square()
-    grid = ranged.fit(grid_of, scaled, price if o.search == "mse" else None, ranged.Search(o.search, o.steps))
-    return scaled.sub_(grid_of.decode(grid_of.encode(scaled, grid), grid)), price
+def _fit(scaled: Tensor, price: Tensor, grid_of: Format, o: Options) -> Any:
+    return ranged.fit(grid_of, scaled, price if o.search == "mse" else None, ranged.Search(o.search, o.steps))
 
 
-def _error(readers: Sequence[_Reader], scale: Tensor, grid_of: Format, o: Options) -> float:
-    """The error that `judge` names, summed over the readers by their shares."""
+def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: Format, o: Options) -> float:
+    """The error that `judge` names, summed over readers (weight [out, in], Gram matrix [in, in] or price [in])."""
     total = 0.0
-    for reader in readers:
-        miss, price = _miss(reader.weight * scale, reader.cost, scale, grid_of, o)
-        if reader.cost.dim() == 2:
+    for weight, cost in readers:
+        scaled = weight * scale
+        price = (cost.diagonal() if cost.dim() == 2 else cost) / scale.square()
+        grid = _fit(scaled, price, grid_of, o)
+        miss = scaled.sub_(grid_of.decode(grid_of.encode(scaled, grid), grid))
+        if cost.dim() == 2:
             miss.div_(scale)
-            error = float(((miss @ reader.cost) * miss).sum(dtype=torch.float64))
+            total += float(((miss @ cost) * miss).sum(dtype=torch.float64))
         else:
-            error = float((miss.square().sum(0) * price).sum(dtype=torch.float64))
-        total += reader.share * error
+            total += float((miss.square().sum(0) * price).sum(dtype=torch.float64))
     return total

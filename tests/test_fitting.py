@@ -87,7 +87,7 @@ def test_half_precision_gains_as_well(tiny: Tiny, tmp_path: Path) -> None:
 def test_movement_is_the_mean_share_of_change_in_a_tokens_output(
     tiny: Tiny, tmp_path: Path, name: str, batch: int
 ) -> None:
-    """Against the block run by itself with the weights in place, on the first and the middle sample, of any batch."""
+    """Against the block run by itself with the weights in place, on the first two samples, however they are batched."""
     model = open_model(str(tiny(name)), dtype=torch.float32)
     anatomy = model.anatomy().blocks[0]
     ids = torch.randint(0, 512, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -106,7 +106,7 @@ def test_movement_is_the_mean_share_of_change_in_a_tokens_output(
         for factor in (1.0, 1.1):
             model.skeleton.load({f"{prefix}.{n}.weight": w * factor for n, w in own.items()})
             calls = model.skeleton.calls(1, 16)
-            outputs.append(torch.cat([model.skeleton.run(0, store.read(n, n + 1), calls) for n in (0, 4)]))
+            outputs.append(torch.cat([model.skeleton.run(0, store.read(n, n + 1), calls) for n in (0, 1)]))
     change = (outputs[1] - outputs[0]).double().square().sum(-1) / outputs[0].double().square().sum(-1)
     assert found == pytest.approx(float(change.mean()), rel=1e-4)
     assert found > 1e-4

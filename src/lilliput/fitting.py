@@ -56,9 +56,11 @@ def runner(model: Model, index: int, anatomy: Block, batches: Batches) -> Run:
 def movement(
     model: Model, index: int, anatomy: Block, batches: Batches, inputs: Activations
 ) -> Callable[[Mapping[str, Tensor]], float]:
-    """How far other weights move the outputs of a loaded block; see `BlockIO.moved`. Looks at two samples, each by
-    itself, so that the size of batches does not matter."""
-    samples = sorted({0, len(inputs) // 2})
+    """How far other weights move the outputs of a loaded block; see `BlockIO.moved`.
+
+    Looks at the first two samples, each by itself: neither the size of batches nor the number of processes matters.
+    """
+    samples = range(min(2, len(inputs)))
     device = model.skeleton.device
     before: list[Tensor] = []
     run: Run | None = None

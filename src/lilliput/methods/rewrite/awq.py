@@ -6,10 +6,10 @@ producer. A reader's error is exact over the calibration tokens, from the Gram m
 e(s) = tr((W - What) G (W - What)T). a = 0 is no change, so the judged error never rises. Inputs that share a producer
 row (grouped queries) share the mean of their m.
 
-Readers whose outputs meet those of other tokens (queries, keys, values) are judged, as in the paper's code, by how far
-the block's output moves with all of them compressed (`outputs` "block"), under "sweep" by GPTQ itself. Their own errors
-do not tell: those of queries, which the softmax softens, are ten to ninety times those of values, and of the values'
-errors attention passes on what many tokens have in common.
+Readers whose outputs meet those of other tokens (queries, keys, values) can be judged, as in the paper's code, by how
+far the block's output moves with all of them compressed (`outputs` "block"), under "sweep" by GPTQ itself. Their own
+errors tell less: those of queries, which the softmax softens, are ten to ninety times those of values, and of the
+values' errors attention passes on what many tokens have in common.
 
 Of linears with many outputs only `rows` are looked at: rows agree on the strong inputs, and all of them cost several
 times as much (0 does look at all, and only then is the error exact).
@@ -23,9 +23,9 @@ The paper's clip search is the step behind: `rtn` and `gptq` search the range of
 least error weighted by the inputs' mean squares, which is the diagonal of what the paper compares.
 
 Paper: Lin et al. 2024, arXiv 2306.00978.
-Cost: n * min(out, rows) * in^2 multiply-adds for each reader; for queries, keys and values n + 4 times two samples
-through the block, and under "sweep" as many times their GPTQ. Limits: needs verified links; what other steps than `rtn`
-and `gptq` will make of the weights is not foreseen.
+Cost: n * min(out, rows) * in^2 multiply-adds for each reader; where the block's output judges, n + 4 times two samples
+through the block, and under "sweep" as many times the readers' GPTQ. Limits: needs verified links; what other steps
+than `rtn` and `gptq` will make of the weights is not foreseen.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Options(Strict):
     even: bool = Field(True, description="also try scales that even out the weights' columns")
     judge: Literal["rounding", "sweep"] = Field("rounding", description="what quantizes later: rtn, or gptq's sweep")
     outputs: Literal["block", "linears"] = Field(
-        "block", description="judge queries, keys and values by the block's output, or by their own like all others"
+        "linears", description="judge queries, keys and values by their own, like all others, or by the block's output"
     )
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group in the trial quantization")
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")

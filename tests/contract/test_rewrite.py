@@ -153,7 +153,7 @@ def test_awq_judges_attention_by_the_blocks_output(judge: str, later: Any, toy: 
 
     alike = errors(outputs="linears")
     assert asked == []
-    block = errors()
+    block = errors(outputs="block")
     assert len(asked) == 1 + 4 + 19
     assert alike["q"] < block["q"]
     assert block["v"] < 0.7 * alike["v"]

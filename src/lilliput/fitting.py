@@ -53,6 +53,35 @@ def runner(model: Model, index: int, anatomy: Block, batches: Batches) -> Run:
     return run
 
 
+def movement(
+    model: Model, index: int, anatomy: Block, batches: Batches, inputs: Activations
+) -> Callable[[Mapping[str, Tensor]], float]:
+    """How far other weights move the outputs of a loaded block; see `BlockIO.moved`.
+
+    Looks at the first two samples, each by itself: neither the size of batches nor the number of processes matters.
+    """
+    samples = range(min(2, len(inputs)))
+    device = model.skeleton.device
+    before: list[Tensor] = []
+    run: Run | None = None
+
+    def moved(weights: Mapping[str, Tensor]) -> float:
+        nonlocal run
+        if run is None:
+            run = runner(model, index, anatomy, batches)
+            before.extend(run({}, inputs.read(n, n + 1).to(device)) for n in samples)
+        total, tokens = 0.0, 0
+        for n, was in zip(samples, before, strict=True):
+            change = run(weights, inputs.read(n, n + 1).to(device)) - was
+            # Token by token, as a norm behind sees it: a few are a hundred times larger than the others.
+            share = change.square().sum(-1) / was.square().sum(-1).clamp(min=1e-30)
+            total += float(share.sum(dtype=torch.float64))
+            tokens += share.numel()
+        return total / tokens
+
+    return moved
+
+
 def _float(tensor: Tensor) -> int:
     return tensor.dim() if tensor.is_floating_point() else -1
 

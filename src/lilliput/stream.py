@@ -138,15 +138,17 @@ def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | 
         if not sites:
             continue
         stats: dict[str, SiteStats] = {}
+        moved = None
         if task.needs and batches is not None and inputs is not None:
             needs = {site.name: task.needs for site in sites}
             stats = _collect(job, batches, inputs, sites, needs)
+            moved = fitting.movement(job.model, job.index, job.anatomy, batches, inputs)
         names = sorted({name for link in job.anatomy.links for name in link.readers if name in covered})
         names = names if ranks.lead() else []
         view = BlockView(
             job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)).to(job.weights.device) for n in names}
         )
-        job.weights.fold(_folds(task, view, BlockIO(stats)))
+        job.weights.fold(_folds(task, view, BlockIO(stats, moved=moved)))
         touched = {name: job.weights.tensor(name) for name in job.weights.names() if job.weights.folded(name)}
         if batches is not None:
             job.model.skeleton.load({job.weights.canonical(name): value for name, value in touched.items()})

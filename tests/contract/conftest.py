@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -31,7 +32,13 @@ class Toy:
 
     def io(self) -> BlockIO:
         folded = {n: fold.update(fold.init(x.shape[1], fold.NAMES), x) for n, x in self.inputs.items()}
-        return BlockIO({n: fold.finish(s) for n, s in folded.items()})
+        return BlockIO({n: fold.finish(s) for n, s in folded.items()}, moved=self.moved)
+
+    def moved(self, weights: Mapping[str, Tensor]) -> float:
+        x = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(6))
+        before = forward(self.tensors, x)
+        change = forward({**self.tensors, **weights}, x) - before
+        return float((change.square().sum(1) / before.square().sum(1)).mean())
 
 
 def forward(t: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from lilliput import methods
 from lilliput.errors import PlanError
 from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
-from lilliput.methods.weight import rtn
+from lilliput.methods.weight import gptq, rtn
 from lilliput.parts.layer import Layer
 from lilliput.recipe import Target
 from lilliput.stats import fold
@@ -105,7 +105,7 @@ def _rounded(tensors: dict[str, Tensor], folds: Sequence[ScaleFold], toy: Any, o
     return total
 
 
-@pytest.mark.parametrize("options", [{"even": False}, {}, {"judge": "sweep"}, {"rows": 16}])
+@pytest.mark.parametrize("options", [{"even": False}, {}, {"judge": "sweep"}, {"rows": 16}, {"outputs": "linears"}])
 def test_awq_lowers_the_error_of_rounding(options: dict[str, Any], toy: Any) -> None:
     nearest = rtn.Options(steps=8)
     folds = _rewrite("awq", toy.view(), toy.io(), **options)
@@ -118,6 +118,46 @@ def test_awq_with_even_inputs_and_weights_changes_nothing_by_input_size(toy: Any
     signs = {n: (torch.randint(0, 2, x.shape, generator=g) * 2 - 1).float() for n, x in toy.inputs.items()}
     other = type(toy)(toy.tensors, signs, toy.block)
     assert _rewrite("awq", other.view(), other.io(), even=False) == []
+
+
+@pytest.mark.parametrize(("judge", "later"), [("rounding", rtn), ("sweep", gptq)])
+def test_awq_judges_attention_by_the_blocks_output(judge: str, later: Any, toy: Any) -> None:
+    """Values alone leave the block; queries are a thousand times as large, and the sum of outputs sees only them."""
+    tensors = toy.tensors | {"q": toy.tensors["q"] * 1000}
+    # What evens out the columns of q makes those of v uneven.
+    tensors["v"] = tensors["v"] / tensors["q"].square().mean(0).sqrt() * 10
+    gram = toy.io().stats["q"].need("gram")
+
+    def lost(name: str, weight: Tensor) -> float:
+        d = (tensors[name] - weight).double()
+        return float(((d @ gram.double()) * d).sum())
+
+    asked: list[float] = []
+
+    def moved(weights: Mapping[str, Tensor]) -> float:
+        assert set(weights) == {"q", "k", "v"}
+        asked.append(lost("v", weights["v"]))
+        return asked[-1]
+
+    other = type(toy)(tensors, toy.inputs, toy.block)
+    io = BlockIO(toy.io().stats, moved=moved)
+
+    def errors(**options: Any) -> dict[str, float]:
+        folds = _rewrite("awq", other.view(), io, judge=judge, rows=0, **options)
+        scale = next((f.scale for f in folds if f.link.site == "q"), torch.ones(48))
+        stats = io.stats["q"].scaled(1 / scale)
+        how = later.Options(steps=8)
+        return {
+            n: lost(n, later.compress(Layer(n, tensors[n] * scale), stats, TARGET, how).decode() / scale) for n in "qv"
+        }
+
+    alike = errors(outputs="linears")
+    assert asked == []
+    block = errors(outputs="block")
+    assert len(asked) == 1 + 4 + 19
+    assert alike["q"] < block["q"]
+    assert block["v"] < 0.7 * alike["v"]
+    assert block["v"] == pytest.approx(min(asked), rel=1e-4)  # what was tried is what the later step makes
 
 
 def test_awq_needs_bits(toy: Any) -> None:

@@ -1,10 +1,15 @@
 """AWQ: scale up the weights of strong inputs before quantization, so that they are rounded more finely.
 
 For each link (who produces an input -> the linears that read it): m_j = mean |X_j|; for a = 0, 1/n, ..., (n-1)/n:
-s = m^a / sqrt(max s * min s), What = Q(W diag(s)) diag(s)^-1; the a of least output error over all readers is kept, and
-s folds into the producer. The error is exact over the calibration tokens, from the Gram matrix G of the inputs:
-sum over readers of tr((W - What) G (W - What)T). a = 0 is no change, so that error never rises. Inputs that share a
-producer row (grouped queries) share the mean of their m.
+s = m^a / sqrt(max s * min s), What = Q(W diag(s)) diag(s)^-1; the a of least error is kept, and s folds into the
+producer. A reader's error is exact over the calibration tokens, from the Gram matrix G of the inputs:
+e(s) = tr((W - What) G (W - What)T). a = 0 is no change, so the judged error never rises. Inputs that share a producer
+row (grouped queries) share the mean of their m.
+
+Readers whose outputs meet those of other tokens (queries, keys, values) can be judged, as in the paper's code, by how
+far the block's output moves with all of them compressed (`outputs` "block"), under "sweep" by GPTQ itself. Their own
+errors tell less: those of queries, which the softmax softens, are ten to ninety times those of values, and of the
+values' errors attention passes on what many tokens have in common.
 
 Of linears with many outputs only `rows` are looked at: rows agree on the strong inputs, and all of them cost several
 times as much (0 does look at all, and only then is the error exact).
@@ -18,13 +23,14 @@ The paper's clip search is the step behind: `rtn` and `gptq` search the range of
 least error weighted by the inputs' mean squares, which is the diagonal of what the paper compares.
 
 Paper: Lin et al. 2024, arXiv 2306.00978.
-Cost: n * min(out, rows) * in^2 multiply-adds for each reader. Limits: needs verified links; the choice supposes
-rounding to nearest, and a later GPTQ gains less from it.
+Cost: n * min(out, rows) * in^2 multiply-adds for each reader; where the block's output judges, n + 4 times two samples
+through the block, and under "sweep" as many times the readers' GPTQ. Limits: needs verified links; what other steps
+than `rtn` and `gptq` will make of the weights is not foreseen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,7 +44,10 @@ from lilliput.formats.format import Format
 from lilliput.formats.known import from_target
 from lilliput.methods.fold import ScaleFold
 from lilliput.methods.view import BlockIO, BlockView
+from lilliput.methods.weight import gptq
+from lilliput.parts.layer import Layer
 from lilliput.recipe import Strict, Target
+from lilliput.stats.site import SiteStats
 
 PAPER = "Lin et al. 2024, arXiv 2306.00978"
 NEEDS: tuple[str, ...] = ("gram", "absmean")
@@ -51,6 +60,7 @@ COVERS: Mapping[str, list[dict[str, Any]] | None] = {
         {"method": "rtn", "target": {"bits": 4}},
     ],
 }
+_TOKENWISE = ("o", "gate", "up", "gate_up", "down")  # roles whose outputs meet no other token's before the block's
 
 
 class Options(Strict):
@@ -59,6 +69,9 @@ class Options(Strict):
     grid: int = Field(20, ge=2, le=100, description="exponents of the inputs tried: 0, 1/grid, ..., (grid - 1)/grid")
     even: bool = Field(True, description="also try scales that even out the weights' columns")
     judge: Literal["rounding", "sweep"] = Field("rounding", description="what quantizes later: rtn, or gptq's sweep")
+    outputs: Literal["block", "linears"] = Field(
+        "linears", description="judge queries, keys and values by their own, like all others, or by the block's output"
+    )
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group in the trial quantization")
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")
     rows: int = Field(256, ge=0, description="judge by so many rows of each linear, evenly spaced (0: all)")
@@ -70,43 +83,78 @@ def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequen
     grid_of = from_target(target)
     folds: list[ScaleFold] = []
     for link in block.anatomy.links:
-        scale = _search(link, block, io, grid_of, o)
+        scale = _search(link, block, io, target, grid_of, o)
         if scale is not None:
             folds.append(ScaleFold(link, scale))
     return folds
 
 
-def _search(link: Link, block: BlockView, io: BlockIO, grid_of: Format, o: Options) -> Tensor | None:
+_Judge = Callable[[Tensor], float]
+
+
+def _search(link: Link, block: BlockView, io: BlockIO, target: Target, grid_of: Format, o: Options) -> Tensor | None:
     stats = io.stats.get(link.site)
     if stats is None or stats.count == 0:
         return None
-    readers: list[tuple[Tensor, Tensor]] = []
-    grams: dict[str, Tensor] = {}
+    readers: dict[str, SiteStats] = {}
     square = torch.zeros(stats.width, dtype=torch.float64)
     for name in link.readers:
         linear = block.anatomy.linear(name)
         own = io.stats.get(linear.site, stats)
         if name not in block.weights or linear.role == "router" or not own.count:
             continue
-        weight = block.weights[name]
-        square += weight.square().sum(0, dtype=torch.float64).cpu()
-        step = 1 if not o.rows else max(1, weight.shape[0] // o.rows)
-        if linear.site not in grams:
-            grams[linear.site] = own.need("gram") if o.judge == "rounding" else _price(own.need("gram"), o)
-        readers.append((weight[::step], grams[linear.site]))
+        square += block.weights[name].square().sum(0, dtype=torch.float64).cpu()
+        readers[name] = own
     if not readers:
         return None
-    flat = torch.ones(stats.width, device=readers[0][0].device)
-    best, least = flat, _error(readers, flat, grid_of, o)
+    mixed = not all(block.anatomy.linear(name).role in _TOKENWISE for name in readers)
+    if mixed and o.outputs == "block":
+        judge = _through(readers, block, io, target, grid_of, o)
+    else:
+        judge = _alone(readers, block, grid_of, o)
+    flat = torch.ones(stats.width, device=block.weights[next(iter(readers))].device)
+    best, least = flat, judge(flat)
     spread = link.tie(square.sqrt().to(flat), "mean").clamp(min=1e-12)
     for exponent in (0.25, 0.5, 0.75, 1.0) if o.even else ():
-        best, least = _better(_centred(spread.pow(-exponent)), best, least, readers, grid_of, o)
+        best, least = _better(_centred(spread.pow(-exponent)), best, least, judge)
     start = best
     size = link.tie(stats.need("absmean"), "mean")
     # Where nothing ever enters, no scale changes anything, and there is no strong input to find.
     for i in range(1, o.grid if bool(size.any()) else 1):
-        best, least = _better(_centred(start * size.pow(i / o.grid)), best, least, readers, grid_of, o)
+        best, least = _better(_centred(start * size.pow(i / o.grid)), best, least, judge)
     return None if best is flat else best
+
+
+def _alone(readers: Mapping[str, SiteStats], block: BlockView, grid_of: Format, o: Options) -> _Judge:
+    """Each reader by its own outputs: the error that `judge` names, summed."""
+    costs: dict[str, Tensor] = {}
+    judged: list[tuple[Tensor, Tensor]] = []
+    for name, stats in readers.items():
+        site = block.anatomy.linear(name).site
+        if site not in costs:
+            costs[site] = stats.need("gram") if o.judge == "rounding" else _price(stats.need("gram"), o)
+        weight = block.weights[name]
+        judged.append((weight[:: max(1, weight.shape[0] // o.rows) if o.rows else 1], costs[site]))
+    return lambda scale: _error(judged, scale, grid_of, o)
+
+
+def _through(
+    readers: Mapping[str, SiteStats], block: BlockView, io: BlockIO, target: Target, grid_of: Format, o: Options
+) -> _Judge:
+    """All readers together by what reaches the block's output, each as the later step would make it."""
+    if io.moved is None:
+        raise RuntimeError("a block's output was asked for without calibration samples")
+    moved = io.moved
+    later = gptq.Options(damping=o.damping, search=o.search, steps=o.steps)
+
+    def compressed(name: str, stats: SiteStats, scale: Tensor) -> Tensor:
+        scaled = block.weights[name] * scale
+        if o.judge == "sweep":
+            return gptq.compress(Layer(name, scaled), stats.scaled(1.0 / scale), target, later).decode() / scale
+        grid = _fit(scaled, stats.need("gram").diagonal() / scale.square(), grid_of, o)
+        return grid_of.decode(grid_of.encode(scaled, grid), grid) / scale
+
+    return lambda scale: moved({name: compressed(name, stats, scale) for name, stats in readers.items()})
 
 
 def _price(gram: Tensor, o: Options) -> Tensor:
@@ -121,16 +169,13 @@ def _centred(scale: Tensor) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _better(
-    scale: Tensor,
-    best: Tensor,
-    least: float,
-    readers: Sequence[tuple[Tensor, Tensor]],
-    grid_of: Format,
-    o: Options,
-) -> tuple[Tensor, float]:
-    error = _error(readers, scale, grid_of, o)
+def _better(scale: Tensor, best: Tensor, least: float, judge: _Judge) -> tuple[Tensor, float]:
+    error = judge(scale)
     return (scale, error) if error < least else (best, least)
+
+
+def _fit(scaled: Tensor, price: Tensor, grid_of: Format, o: Options) -> Any:
+    return ranged.fit(grid_of, scaled, price if o.search == "mse" else None, ranged.Search(o.search, o.steps))
 
 
 def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: Format, o: Options) -> float:
@@ -139,8 +184,7 @@ def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: For
     for weight, cost in readers:
         scaled = weight * scale
         price = (cost.diagonal() if cost.dim() == 2 else cost) / scale.square()
-        how = ranged.Search(o.search, o.steps)
-        grid = ranged.fit(grid_of, scaled, price if o.search == "mse" else None, how)
+        grid = _fit(scaled, price, grid_of, o)
         miss = scaled.sub_(grid_of.decode(grid_of.encode(scaled, grid), grid))
         if cost.dim() == 2:
             miss.div_(scale)

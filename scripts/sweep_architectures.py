@@ -63,7 +63,7 @@ transformers opens whole and with the logits of the decoded weights; "decoded": 
 while it loads, for models whose own code needs plain weights. `native` is `rtn` with `export: lilliput`. Refusals come
 before any work, with the message on the right.
 
-Made by `scripts/sweep_architectures.py --write`; tests/engine/test_sweep.py does it again.
+Made by `scripts/sweep_architectures.py --write`; `make sweep` does it again.
 """
 
 # How large an integer field may be, by its name: the first pattern that fits decides. None: as it is.

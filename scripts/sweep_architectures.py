@@ -104,6 +104,7 @@ BESIDES: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {"num_hidden_layers": 3, "n_recurrent_layers": 1},
     "gemma4_text": {"hidden_size_per_layer_input": 0},  # as the larger ones have it: no inputs from the tokens
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -114,7 +115,13 @@ BESIDES: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16]},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
 }
 
 

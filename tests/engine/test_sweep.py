@@ -31,7 +31,8 @@ def test_nothing_is_wrong(sweep: ModuleType, tmp_path: Path, name: str) -> None:
     row = sweep.sweep(name, tmp_path)
     assert [x for x in row.results if x.kind == "wrong"] == []
     written = sweep.PAGE.read_text(encoding="utf-8") if sweep.PAGE.exists() else ""
-    if f"of transformers {transformers.__version__} " in written:  # another version may well do something else
+    # Another version may well do something else, and what cannot be made may lack a package.
+    if f"of transformers {transformers.__version__} " in written and not row.unmade:
         assert sweep.line(row) in written.splitlines()
 
 

@@ -234,7 +234,9 @@ def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
     }
 
 
-def _unloadable(exporter: export.Exporter, model: Model, resolved: Resolved) -> str | None:
+def _unloadable(
+    exporter: export.Exporter, model: Model, resolved: Resolved, outcomes: Mapping[str, Outcome]
+) -> str | None:
     """Why a layout cannot hold what the recipe may become: as allocations may divide it, or in the engine's loader."""
     for task in resolved.allocations:
         apart = getattr(task.method.module, "extremes", None)
@@ -246,7 +248,7 @@ def _unloadable(exporter: export.Exporter, model: Model, resolved: Resolved) -> 
             reason = exporter.refuse(tuple(mixed.values()), model.source.config)
             if reason is not None:
                 return f"as step {task.step + 1} ({task.method.name}) may decide, {reason}"
-    return rehearsal.refuse(exporter, model, _outcomes(model, resolved))
+    return rehearsal.refuse(exporter, model, outcomes)
 
 
 def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
@@ -323,7 +325,9 @@ def make(
         )
     outcomes = _outcomes(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
-    exporter = export.choose(ordered, model.source.config, recipe.export, lambda x: _unloadable(x, model, resolved))
+    exporter = export.choose(
+        ordered, model.source.config, recipe.export, lambda x: _unloadable(x, model, resolved, outcomes)
+    )
     tensors, shards = lay_out(model, exporter, outcomes)
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)

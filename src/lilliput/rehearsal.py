@@ -21,7 +21,7 @@ from torch import Tensor
 from lilliput.errors import SourceError
 from lilliput.export import Exporter
 from lilliput.export.compressed_tensors import CompressedTensors
-from lilliput.export.engine import hollow, trial
+from lilliput.export.engine import first_line, hollow, trial
 from lilliput.export.outcome import Outcome
 from lilliput.export.tree import module_name, skeleton, text_prefix
 from lilliput.inventory import lay_out, written_config
@@ -118,10 +118,9 @@ def _load(
         with trial(), tempfile.TemporaryDirectory() as folder:
             # Read from a file as the engine will: JSON has no infinities, and transformers its own way of writing them.
             Path(folder, "config.json").write_text(json.dumps(written_config(model, entry)), encoding="utf-8")
-            _, info = hollow(type(source).from_pretrained(folder), tensors)
+            _, info = hollow(type(engine), type(source).from_pretrained(folder), tensors)
     except Exception as error:  # whatever the engine raises is the finding
-        first = (str(error).strip().splitlines() or [""])[0]
-        return _Seen(f"{type(error).__name__}: {first}")
+        return _Seen(first_line(error))
     modules, prefix = dict(engine.named_modules()), text_prefix(engine, source)
     tried = tuple(f"{module_name(names[i], modules, prefix)}." for i in kept)
     missing = {str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])}

@@ -1,7 +1,7 @@
 """The engine's eye: what transformers makes of a folder, beside what Lilliput's own reader decodes.
 
 A folder may look fine to the code that wrote it while an engine draws random numbers for a tensor that it looks for
-under another name, unties a head, or decodes codes otherwise. So the engine's own model is built from the written
+under another name, or decodes codes otherwise. So the engine's own model is built from the written
 config. First empty, on the meta device, which costs no memory for weights: it shows what the engine misses, finds in
 another shape, or cannot build. Then its blocks are filled one by one through its own loader and run on the same hidden
 states as ours. Where the whole model fits in memory, its logits are compared as well, as a user would get them.
@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,6 @@ class Look:
     blocks: int = 0
     error: float | None = None
     logits: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
     @property
     def detail(self) -> str:
@@ -134,14 +130,13 @@ def _state(reader: Shards) -> dict[str, Tensor]:
     }
 
 
-def hollow(config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Module, Mapping[str, Any]]:
+def hollow(kind: Any, config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Module, Mapping[str, Any]]:
     """The engine's model in float32 on the meta device, loaded by its own loader, and what the loader said.
 
-    state: stored name to tensor, on the meta device but for what the loader reads as a value (`SHAPE`). Raises whatever
-    the engine raises. Without values a loader that decodes knows the width of a row only up to its last word of codes:
-    what is wider by less than a word is no finding.
+    kind: its class; state: stored name to tensor, on the meta device but for what the loader reads as a value
+    (`SHAPE`). Raises whatever the engine raises. Without values a loader that decodes knows the width of a row only up
+    to its last word of codes: what is wider by less than a word is no finding.
     """
-    kind = type(skeleton(config))
     with trial():
         model, info = kind.from_pretrained(
             None,
@@ -200,9 +195,9 @@ def _empty(
 ) -> tuple[nn.Module | None, tuple[str, ...], tuple[str, ...]]:
     """The engine's empty model, its problems and notes."""
     try:
-        model, info = hollow(config, state)
+        model, info = hollow(type(skeleton(config)), config, state)
     except Exception as error:  # whatever the engine raises is the finding
-        return None, (f"transformers does not open it: {_first_line(error)}",), ()
+        return None, (f"transformers does not open it: {first_line(error)}",), ()
     problems = [
         f"transformers finds no tensor for {name} and would draw it at random" for name in sorted(info["missing_keys"])
     ]
@@ -238,12 +233,12 @@ def _compare(
                 progress.step(len(errors), len(ours.skeleton.block_names), "in its engine")
         found = replace(found, blocks=len(errors), error=max(errors))
     except Exception as error:  # whatever the engine raises; alone it may be the way in which a block was called
-        found = replace(found, notes=(*found.notes, f"blocks could not be compared: {_first_line(error)}"))
+        found = replace(found, notes=(*found.notes, f"blocks could not be compared: {first_line(error)}"))
     if ram.BASE + whole <= room:
         try:
             found = replace(found, logits=_logits(type(model), reader.files[0].parent, ours, ids))
         except Exception as error:
-            return replace(found, problems=(f"transformers opens it and cannot run it: {_first_line(error)}",))
+            return replace(found, problems=(f"transformers opens it and cannot run it: {first_line(error)}",))
     return _judged(found, errors)
 
 
@@ -255,7 +250,7 @@ def _judged(found: Look, errors: Sequence[float]) -> Look:
             continue
         place = "the logits" if what == "logits" else f"block {errors.index(error)}"
         if not math.isfinite(error):
-            problems.append(f"{place} of transformers are not finite: a weight is damaged or overflows")
+            problems.append(f"what comes out of {place} is not finite: a weight is damaged or overflows")
         elif error > CLOSE[what]:
             problems.append(f"transformers computes {place} otherwise than the files say: it differs by {error:.2g}")
     if not problems and (found.error or 0) > EXACT:
@@ -317,7 +312,7 @@ def _difference(seen: Tensor, wanted: Tensor, base: Tensor, routed: bool) -> flo
 
     routed: experts are chosen on the way, so that the `ROUTED` quantile counts instead.
     """
-    if not bool(torch.isfinite(seen).all()):
+    if not bool(torch.isfinite(seen).all() & torch.isfinite(wanted).all()):
         return math.inf
     off = (seen - wanted).double().norm(dim=-1)
     size = (wanted - base).double().norm(dim=-1) + 1e-6 * wanted.double().norm(dim=-1)
@@ -325,5 +320,6 @@ def _difference(seen: Tensor, wanted: Tensor, base: Tensor, routed: bool) -> flo
     return float(ratio.quantile(ROUTED) if routed else ratio.max())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an engine's error says first, with its class."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

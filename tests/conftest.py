@@ -1,5 +1,6 @@
 """For all tests: one thread, no network, nothing fetched; small models that several rooms share."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +51,24 @@ _TINY: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=False,
     ),
 }
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[..., ModuleType]:
+    """A function that imports NAME.py of scripts/, or of another folder of the repository: quicker than a process."""
+
+    def load(name: str, folder: str = "scripts") -> ModuleType:
+        path = Path(__file__).resolve().parents[1] / folder / f"{name}.py"
+        module_name = f"{folder}_{name}"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # where dataclasses and pickles look for it
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
 import torch
 import transformers
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "check_capabilities.py"
-
 
 @pytest.fixture(scope="session")
-def capabilities() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_capabilities", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_capabilities"] = module
-    spec.loader.exec_module(module)
-    return module
+def capabilities(script: Callable[..., ModuleType]) -> ModuleType:
+    return script("check_capabilities")
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,18 +10,10 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "sweep_architectures.py"
-
 
 @pytest.fixture(scope="module")
-def sweep() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep_architectures", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep_architectures"] = module
-    spec.loader.exec_module(module)
-    return module
+def sweep(script: Callable[..., ModuleType]) -> ModuleType:
+    return script("sweep_architectures")
 
 
 @pytest.mark.sweep

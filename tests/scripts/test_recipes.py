@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +9,10 @@ from types import ModuleType
 
 import pytest
 
-PLACE = Path(__file__).resolve().parents[2] / "benchmarks" / "recipes.py"
-
 
 @pytest.fixture(scope="module")
-def recipes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_recipes", PLACE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def recipes(script: Callable[..., ModuleType]) -> ModuleType:
+    return script("recipes", "benchmarks")
 
 
 def test_texts_have_names_and_windows(recipes: ModuleType) -> None:

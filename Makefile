@@ -15,11 +15,11 @@ UV ?= uv>=0.9,<1
 UPGRADE ?= --upgrade
 OUT ?= out/SmolLM2-135M-w4
 
-.PHONY: help demo install test test-fast sweep test-newest lock lint format types docs check clean
+.PHONY: help demo install test test-fast sweep test-newest lock lint format types imports docs check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -1
-	@echo "also: install test-fast test-newest lock lint format types docs clean"
+	@echo "also: install test-fast test-newest lock lint format types imports docs clean"
 
 INSTALL = PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" MODEL_PACKAGE="$(MODEL_PACKAGE)" \
 	bash scripts/install.sh
@@ -73,7 +73,10 @@ types: install
 docs: install
 	$(BIN)/python scripts/make_docs.py
 
-check: lint types
+imports: install
+	$(BIN)/lint-imports --no-cache
+
+check: lint types imports
 	$(BIN)/python scripts/make_docs.py --check
 	$(BIN)/python scripts/check_capabilities.py
 

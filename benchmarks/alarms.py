@@ -23,7 +23,7 @@ from torch import Tensor
 from lilliput.data import load_tokens
 from lilliput.metrics import evaluate
 from lilliput.metrics.interval import Interval, exp_interval
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 TRIES = 200
 SIXTEEN = 16

@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py benchmarks/methods.json
 
-Writes src/lilliput/measured.json, which `python scripts/make_docs.py` puts onto the pages, and the picture there.
+Writes src/lilliput/methods/measured.json, which `python scripts/make_docs.py` puts onto the pages, and the picture.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lilliput import recipe
+from lilliput.recipe import load as recipe
 
 MOST_BITS, MOST_KL = 5.5, 4.0  # what lies beyond is in the table
 PROTOCOL = (
@@ -113,7 +113,7 @@ def main() -> None:
     original = first["perplexity"]["value"] / first["perplexity_ratio"]["value"]
     rows.sort(key=lambda x: (-round(x["bits_per_weight"]), x["perplexity"]))
     root = Path(__file__).resolve().parent.parent
-    out = root / "src" / "lilliput" / "measured.json"
+    out = root / "src" / "lilliput" / "methods" / "measured.json"
     plain = {"protocol": PROTOCOL.format(original=original), "rows": rows}
     out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     draw(rows, root / "docs" / "methods" / "measured.svg")

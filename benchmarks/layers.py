@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lilliput import methods
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Target
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

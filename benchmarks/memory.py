@@ -26,7 +26,7 @@ import json, sys
 import lilliput.api
 from lilliput.memory import peak_rss
 base = peak_rss()
-from lilliput.cli import main
+from lilliput.cli.main import main
 try:
     main()
 finally:

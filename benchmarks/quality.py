@@ -28,7 +28,7 @@ def compress(model: str, calibration: str, out: str, words: list[str]) -> dict[s
     import torch
 
     import lilliput
-    from lilliput import memory
+    from lilliput.machine import memory
 
     began = time.perf_counter()
     result = lilliput.compress(

@@ -57,7 +57,7 @@ def measured(folder: str, model: str, texts: dict[str, tuple[str, int]]) -> dict
     """The metrics on every text; texts of equally many windows share one pass."""
     from lilliput.metrics.evaluate import evaluate
     from lilliput.metrics.layout import window
-    from lilliput.model import open_model
+    from lilliput.model.stored import open_model
 
     tokens = window(open_model(model))
     found: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.child:
         print(json.dumps(compress(options.model, options.child, options.recipes[0].split(), options)))
         return
-    from lilliput.recipe import named
+    from lilliput.recipe.load import named
 
     texts = texts_of(options.data, options.windows)
     protocol = {

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lilliput.efficiency import measure_device, measure_speed, rooflines
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 
 def compare(base: Path, folder: Path, *, contexts: list[int], new: int, runs: int) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lilliput.report.units import duration, interval, size
+from lilliput.units import duration, interval, size
 
 PROMPT = "Explain in one sentence why the sky is blue."
 QUALITY = (
@@ -45,7 +45,7 @@ def packaged_model() -> Path:
 
 def lilliput(*arguments: str) -> dict[str, Any]:
     """One lilliput command in a process of its own, so that its peak RAM is its own; progress shows meanwhile."""
-    command = [sys.executable, "-c", "from lilliput.cli import main; main()", *arguments, "--json"]
+    command = [sys.executable, "-c", "from lilliput.cli.main import main; main()", *arguments, "--json"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if ended.returncode != 0:
         sys.exit(ended.returncode)

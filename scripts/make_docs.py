@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lilliput import catalogue, measured
-from lilliput.methods import discover
+from lilliput.methods import discover, measured
+from lilliput.recipe import page
 
 PICTURE = "![KL divergence of the runs below against their bits per weight](measured.svg)"
 
@@ -27,7 +27,7 @@ def pages() -> dict[str, str]:
     lines += [f"| [{m.name}]({m.name}.md) | `{m.verb}` | {m.writes} | {m.summary} |" for m in methods]
     found = measured.figures()
     lines += ["", "## Measured", "", found["protocol"], "", PICTURE, "", *measured.table(found["rows"])]
-    return {"index.md": "\n".join(lines) + "\n", **{f"{m.name}.md": catalogue.page(m) for m in methods}}
+    return {"index.md": "\n".join(lines) + "\n", **{f"{m.name}.md": page.page(m) for m in methods}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

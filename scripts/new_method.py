@@ -35,8 +35,8 @@ from pydantic import Field
 from lilliput.formats.integer import from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "replace: authors, year, arXiv number"
 NEEDS: tuple[str, ...] = ()  # replace: the statistics you read, of lilliput.stats.fold.NAMES
@@ -75,8 +75,8 @@ import torch
 from lilliput.methods.weight.MODULE import Options, compress
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 
 def reference(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -140,9 +140,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lilliput.methods.fold import Fold, ScaleFold
-from lilliput.methods.view import BlockIO, BlockView
-from lilliput.recipe import Strict, Target
+from lilliput.target import Strict, Target
+from lilliput.folds.kinds import Fold, ScaleFold
+from lilliput.verbs.view import BlockIO, BlockView
 
 PAPER = "replace: authors, year, arXiv number"
 NEEDS: tuple[str, ...] = ("absmax",)  # replace: the statistics you read, of lilliput.stats.fold.NAMES
@@ -178,11 +178,11 @@ import math
 import torch
 
 from lilliput.anatomy.model import Block, Linear, Link, Site
-from lilliput.methods.fold import ScaleFold
 from lilliput.methods.rewrite.MODULE import Options, rewrite
-from lilliput.methods.view import BlockIO, BlockView
-from lilliput.recipe import Target
 from lilliput.stats.fold import init, update
+from lilliput.target import Target
+from lilliput.folds.kinds import ScaleFold
+from lilliput.verbs.view import BlockIO, BlockView
 
 
 def reference(inputs: torch.Tensor, strength: float) -> list[float]:
@@ -227,7 +227,7 @@ def write(root: Path, family: str, name: str) -> tuple[Path, Path]:
         sys.exit(f"error: {root} is no checkout of lilliput: {methods} does not exist")
     if taken:
         sys.exit(f"error: there is a method '{name}' already: {taken[0]}")
-    files = (methods / family / f"{module}.py", root / "tests" / "reference" / f"test_{module}.py")
+    files = (methods / family / f"{module}.py", root / "tests" / "methods" / family / f"test_{module}.py")
     for path, template in zip(files, TEMPLATES[family], strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(template.replace("MODULE", module).replace("NAME", name), encoding="utf-8")

@@ -37,9 +37,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput import api
+from lilliput.anatomy.wrapper import opener
 from lilliput.errors import LilliputError, PlanError, SourceError
-from lilliput.export.tree import opener
-from lilliput.model import Model, open_model
+from lilliput.model.stored import Model, open_model
 from lilliput.progress import Quiet
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"

@@ -54,7 +54,7 @@ def test_engine_and_verification(compressed: lilliput.Compression) -> None:
     """transformers alone opens the folder, and its logits are those of our own decode."""
     from transformers import AutoModelForCausalLM
 
-    from lilliput.model import open_model
+    from lilliput.model.stored import open_model
 
     assert lilliput.verify(compressed.out).problems == ()
     ids = torch.randint(0, 49_000, (1, 48), generator=torch.Generator().manual_seed(0))

@@ -10,14 +10,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lilliput.runtime import register
+from lilliput.version import __version__
 
 if TYPE_CHECKING:
     from lilliput.api import compress, evaluate, generate, inspect, load, plan, verify
-    from lilliput.compression import Compression
     from lilliput.errors import LilliputError
-    from lilliput.recipe import Recipe, Step, Target, Where
-
-__version__ = "0.1.0"
+    from lilliput.recipe.schema import Recipe, Step, Where
+    from lilliput.run.result import Compression
+    from lilliput.target import Target
 
 __all__ = [
     "Compression",
@@ -39,9 +39,10 @@ __all__ = [
 
 # Where the names live that are not of the interface itself.
 _HOMES = {
-    "Compression": "compression",
+    "Compression": "run.result",
     "LilliputError": "errors",
-    **dict.fromkeys(("Recipe", "Step", "Target", "Where"), "recipe"),
+    "Target": "target",
+    **dict.fromkeys(("Recipe", "Step", "Where"), "recipe"),
 }
 
 

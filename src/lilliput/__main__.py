@@ -1,5 +1,5 @@
 """`python -m lilliput`, and so `torchrun -m lilliput`, is the `lilliput` command."""
 
-from lilliput.cli import main
+from lilliput.cli.main import main
 
 main()

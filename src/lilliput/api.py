@@ -9,34 +9,35 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from lilliput import calibration, delivery, fisher, forward, journal, memory, passes, ranks, rotated, stream
 from lilliput import recipe as recipes
-from lilliput.compression import Compression
-from lilliput.continuation import continuation
+from lilliput.data.continuation import continuation
 from lilliput.data.load import load_tokens
 from lilliput.data.tokens import Tokens
-from lilliput.device import choose as choose_device
 from lilliput.errors import DataError, LilliputError, PlanError
-from lilliput.evidence import assemble
 from lilliput.export.engine import Look
-from lilliput.export.tree import opener
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
-from lilliput.journal import Work
+from lilliput.machine import memory, ranks
+from lilliput.machine.device import choose as choose_device
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.metrics.layout import window
-from lilliput.model import Model, open_model
-from lilliput.plan import Plan, compute_dtype, make
+from lilliput.model import rotated
+from lilliput.model.stored import Model, open_model
+from lilliput.plan.plan import Plan, compute_dtype, make
+from lilliput.plan.resolve import rotates
 from lilliput.progress import Progress, Quiet
-from lilliput.recipe import Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from lilliput.recipe.schema import Recipe
+from lilliput.report.evidence import assemble
+from lilliput.run import calibration, delivery, fisher, journal, passes, stream
+from lilliput.run.journal import Work
+from lilliput.run.result import Compression
+from lilliput.runtime.load import load as load
+from lilliput.streaming import forward
 
 DEFAULT_RECIPE = "w4"
 
@@ -65,7 +66,7 @@ def _open(
     wanted = _recipe(recipe, settings)
     where = choose_device(device)
     compute = compute_dtype(dtype, where)
-    opened = rotated.prepared(open_model(model, dtype=compute, device=where), wanted)
+    opened = rotated.prepared(open_model(model, dtype=compute, device=where), rotates(wanted))
     calibration.known_positions(opened, tokens)
     made = make(
         opened,
@@ -345,15 +346,6 @@ def evaluate(
     )
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The transformers model in `folder`, ready to run; folders in the native format included."""
-    from transformers import AutoConfig
-
-    auto = opener(AutoConfig.from_pretrained(folder))
-    loaded: PreTrainedModel = auto.from_pretrained(folder, dtype=dtype or "auto").eval()
-    return loaded
-
-
 def verify(folder: str | Path, *, memory: int | None = None) -> Verification:
     """Whether a written folder is whole: hashes, shapes, finite values, and that its engine computes what it holds.
 
@@ -368,8 +360,8 @@ def inspect(
 ) -> dict[str, Any]:
     """Anatomy of a model; with `data`, the outlier channels of each input site as well, over `samples` windows of
     `tokens` tokens (512, or as many as the model knows positions)."""
-    from lilliput.anatomy.report import inspect as inspect_anatomy
-    from lilliput.anatomy.report import outliers
+    from lilliput.model.inspect import inspect as inspect_anatomy
+    from lilliput.model.inspect import outliers
 
     opened = open_model(model, dtype=compute_dtype("auto", "cpu"))
     ids: torch.Tensor | None = None

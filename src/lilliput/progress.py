@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from lilliput.report.units import duration
+from lilliput.units import duration
 
 
 class Progress:

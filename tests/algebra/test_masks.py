@@ -3,7 +3,6 @@ import torch
 
 from lilliput.algebra import masks
 from lilliput.errors import LilliputError, PlanError
-from lilliput.recipe import Target
 
 
 def test_the_largest_stay_and_the_earlier_of_equals() -> None:
@@ -24,26 +23,24 @@ def test_equals_a_stable_sort() -> None:
 
 def test_scopes_and_patterns() -> None:
     score = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).abs()
-    layer = masks.choose(score, Target(sparsity=0.4), "layer")
+    layer = masks.choose(score, 0.4, None, "layer")
     assert int(layer.sum()) == 96 - round(0.4 * 96)
     assert float(score[layer].min()) > float(score[~layer].max())
-    row = masks.choose(score, Target(sparsity=0.4), "row")
+    row = masks.choose(score, 0.4, None, "row")
     assert row.sum(1).tolist() == [12 - round(0.4 * 12)] * 8
-    pattern = masks.choose(score, Target(pattern="1:3"), "row")
+    pattern = masks.choose(score, None, "1:3", "row")
     assert bool((pattern.view(8, 4, 3).sum(2) == 1).all())
     # A pattern as wide as the row is the row scope; a wider window keeps at least as much score.
-    assert torch.equal(
-        masks.choose(score, Target(pattern="6:12"), "row"), masks.choose(score, Target(sparsity=0.5), "row")
-    )
-    kept = [float((score * masks.choose(score, Target(pattern=p), "row")).sum()) for p in ("1:2", "2:4", "6:12")]
+    assert torch.equal(masks.choose(score, None, "6:12", "row"), masks.choose(score, 0.5, None, "row"))
+    kept = [float((score * masks.choose(score, None, p, "row")).sum()) for p in ("1:2", "2:4", "6:12")]
     assert kept == sorted(kept)
 
 
 def test_refusals() -> None:
     with pytest.raises(PlanError, match="2:5 does not divide a width of 12"):
-        masks.choose(torch.ones(2, 12), Target(pattern="2:5"), "row")
+        masks.choose(torch.ones(2, 12), None, "2:5", "row")
     with pytest.raises(PlanError, match="sparsity"):
-        masks.choose(torch.ones(2, 12), Target(), "row")
+        masks.choose(torch.ones(2, 12), None, None, "row")
     for value in (float("nan"), float("inf")):
         with pytest.raises(LilliputError, match="NaN"):
             masks.largest(torch.tensor([[1.0, value, 2.0]]), 1)

@@ -6,8 +6,8 @@ from torch import Tensor
 from lilliput.algebra import obs, values
 from lilliput.methods.weight import gptq
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 
 def _case(rows: int = 10, width: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import lilliput
 from lilliput.attribution import attribute
 from lilliput.errors import DataError
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 
 def planted(base: Path, name: str, strength: float) -> Path:

@@ -8,7 +8,7 @@ import torch
 
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.attribution.restore import restore
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 
 def test_the_original_passes_its_blocks_once(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lilliput.algebra.rotations import orthogonal
 from lilliput.attribution.turn import _rotation, turned_like
-from lilliput.model import open_model
-from lilliput.rotated import RotatedModel
+from lilliput.model.rotated import RotatedModel
+from lilliput.model.stored import open_model
 
 
 def table(values: Tensor) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lilliput.attribution.weights import WeightLoss, compare, turned
-from lilliput.model import Model, open_model
+from lilliput.model.stored import Model, open_model
 
 
 def loss(name: str, role: str, linear: bool, cosine: float) -> WeightLoss:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lilliput import api, cli
+from lilliput import api
+from lilliput.cli import main as cli
 
 Tiny = Callable[[str], Path]
 SHORT = ["--samples", "2", "--tokens", "32", "--device", "cpu", "--dtype", "float32"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import lilliput
-from lilliput import cli
+from lilliput.cli import main as cli
 from lilliput.errors import PlanError, SourceError
 
 REPORT = {
@@ -220,7 +220,7 @@ def test_methods_lists_and_prints_recipes(monkeypatch: pytest.MonkeyPatch, capfd
 def test_a_printed_recipe_can_be_used(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from lilliput.recipe import load
+    from lilliput.recipe.load import load
 
     run(monkeypatch, None, "methods", "gptq", "--recipe")
     file = tmp_path / "r.yaml"
@@ -229,7 +229,7 @@ def test_a_printed_recipe_can_be_used(
 
 
 def test_help_names_every_command() -> None:
-    script = "from lilliput import cli; cli.main()"
+    script = "from lilliput.cli import main; main.main()"
     ended = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     for command in ("compress", "plan", "eval", "verify", "methods", "inspect", "generate"):

@@ -11,7 +11,7 @@ import pytest
 COMMANDS = ("compress", "plan", "eval", "compare", "verify", "methods", "inspect", "generate")
 LOOK = """
 import json, sys
-from lilliput.cli import main
+from lilliput.cli.main import main
 sys.argv = {line!r}
 try:
     main()
@@ -42,12 +42,12 @@ def test_every_name_is_there_and_the_submodule_of_the_same_name_too() -> None:
 import sys
 import lilliput
 assert "torch" not in sys.modules
-from lilliput.plan import Plan
+from lilliput.plan.plan import Plan
 assert callable(lilliput.plan) and callable(lilliput.compress)
 from lilliput import *
 assert compress is lilliput.compress and plan is lilliput.plan
 assert all(x in dir(lilliput) and getattr(lilliput, x) is not None for x in lilliput.__all__)
-from lilliput import memory
+from lilliput.machine import memory
 assert memory._base and memory._base > 100 << 20  # all of the package was there when it was set
 try:
     lilliput.nothing
@@ -59,7 +59,7 @@ except AttributeError as error:
 
 def test_a_base_is_set_where_only_a_part_was_imported() -> None:
     script = """
-from lilliput import memory
+from lilliput.machine import memory
 assert memory._base is None
 memory.based()
 assert memory.peak_above_base() < memory._base

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.model import Block, Linear, Link, Site
-from lilliput.methods.view import BlockIO, BlockView
 from lilliput.stats import fold
+from lilliput.verbs.view import BlockIO, BlockView
 
 WIDTH, KEYS, INNER, TOKENS = 48, 16, 96, 1500
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lilliput import api, catalogue, cli, methods
-from lilliput import recipe as recipes
+from lilliput import api, methods
+from lilliput.cli import main as cli
+from lilliput.methods import index as catalogue
 from lilliput.progress import Quiet
+from lilliput.recipe import load as recipes
 
 pytestmark = pytest.mark.slow
 

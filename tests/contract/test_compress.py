@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput import catalogue, methods
+from lilliput import methods
 from lilliput.errors import LilliputError
+from lilliput.methods import index as catalogue
 from lilliput.parts import scheme
 from lilliput.parts.layer import Layer, split, stack
+from lilliput.parts.linear import LinearSpec, decode
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Target
-from lilliput.runtime.native import LinearSpec, decode
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 COMPRESS = sorted(n for n, m in methods.discover().items() if m.verb == "compress")
 QUANTIZE = [n for n in COMPRESS if methods.get(n).writes == "quantized"]

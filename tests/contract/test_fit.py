@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lilliput import methods
-from lilliput.activations import Activations
 from lilliput.errors import PlanError
-from lilliput.methods.view import BlockFit, FitBlock, FitIO
 from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Target
+from lilliput.streaming.states import Activations
+from lilliput.target import Target
+from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
 FIT = sorted(n for n, m in methods.discover().items() if m.verb == "fit")
 TARGET = Target(bits=3, group_size=16, symmetric=False)

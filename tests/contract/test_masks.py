@@ -9,8 +9,8 @@ import torch
 
 from lilliput.methods import discover
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 ROWS, WIDTH = 7, 24
 CASES = [

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lilliput import methods
 from lilliput.errors import PlanError
-from lilliput.methods.fold import ScaleFold
-from lilliput.methods.view import BlockIO, BlockView
+from lilliput.folds.kinds import ScaleFold
 from lilliput.methods.weight import gptq, rtn
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Target
 from lilliput.stats import fold
+from lilliput.target import Target
+from lilliput.verbs.view import BlockIO, BlockView
 
 REWRITE = sorted(n for n, m in methods.discover().items() if m.verb == "rewrite")
 TARGET = Target(bits=3, group_size=16, symmetric=False)

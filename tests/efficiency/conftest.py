@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 from lilliput.efficiency.devices import Device
-from lilliput.model import Model, open_model
+from lilliput.model.stored import Model, open_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,

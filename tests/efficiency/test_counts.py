@@ -8,7 +8,7 @@ from lilliput.efficiency.counts import count, flops, prefill_flops
 from lilliput.efficiency.shapes import shapes_of
 from lilliput.efficiency.zeros import count_zeros
 from lilliput.errors import PlanError
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 LINEARS = 2 * (32 * 32 + 16 * 32 + 16 * 32 + 32 * 32 + 3 * 32 * 48)  # of both blocks
 HEAD = 256 * 32

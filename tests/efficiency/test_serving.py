@@ -6,7 +6,7 @@ import torch
 
 from lilliput.efficiency.serving import dense, servings, sparse, w8a8, weight_only
 from lilliput.errors import PlanError
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lilliput
 from lilliput.efficiency.shapes import Attention, shapes_of
 from lilliput.errors import SourceError
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "mistral", "gpt2"])

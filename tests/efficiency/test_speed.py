@@ -4,8 +4,10 @@ from itertools import count
 import pytest
 import torch
 
+from lilliput.efficiency import runner
 from lilliput.efficiency import speed as timed
-from lilliput.efficiency.speed import Runner, interleave, measure_speed, speedup, timing
+from lilliput.efficiency.runner import Runner
+from lilliput.efficiency.speed import interleave, measure_speed, speedup, timing
 from lilliput.errors import DataError, SourceError
 
 
@@ -112,7 +114,7 @@ def test_bad_settings_are_refused(folder, monkeypatch):
     def other(self, path, **options):
         kept(self, path, **{**options, "dtype": torch.bfloat16 if "gpt2" in str(path) else None})
 
-    monkeypatch.setattr(timed.Runner, "__init__", other)
+    monkeypatch.setattr(runner.Runner, "__init__", other)
     with pytest.raises(SourceError, match="compare dtypes"):
         measure_speed(folder("gpt2"), folder("llama"), prompt=4, new=1, memory=False)
 

@@ -17,7 +17,7 @@ from lilliput.efficiency.devices import Device
 from lilliput.efficiency.roofline import operators, workload
 from lilliput.efficiency.shapes import Shapes, shapes_of
 from lilliput.efficiency.zeros import count_zeros
-from lilliput.model import Model, open_model
+from lilliput.model.stored import Model, open_model
 from lilliput.progress import Quiet
 
 GROUPS = "group_size: 16"

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from lilliput.efficiency import zeros
 from lilliput.efficiency.shapes import shapes_of
 from lilliput.efficiency.zeros import count_zeros
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 
 def test_zeros_and_patterns_by_matrix(folder, tmp_path, monkeypatch):

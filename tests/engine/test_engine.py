@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lilliput import memory
 from lilliput.export import engine, get
 from lilliput.export.engine import CLOSE, EXACT, look
-from lilliput.model import open_model
+from lilliput.machine import memory
+from lilliput.model.stored import open_model
 
 CASES = [
     ("compressed-tensors", ("plain", "llama", 4, True)),

@@ -15,8 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from lilliput.errors import SourceError
 from lilliput.export.native import Native
+from lilliput.parts.linear import parse_config, read_linear
 from lilliput.runtime.linear import CompressedLinear
-from lilliput.runtime.native import parse_config, read_linear
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from lilliput import api
 from lilliput.errors import PlanError
+from lilliput.parts.linear import parse_config, read_linear
 from lilliput.progress import Quiet
 from lilliput.runtime.linear import CompressedLinear
-from lilliput.runtime.native import parse_config, read_linear
 
 STEPS = """
 steps:

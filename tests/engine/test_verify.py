@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from lilliput.errors import SourceError
 from lilliput.export import get
+from lilliput.export.card import Card
 from lilliput.export.folder import write_index, write_side_files
+from lilliput.export.provenance import NAME, Provenance, TensorRow, sha256
 from lilliput.export.verify import verify
-from lilliput.report.card import Card
-from lilliput.report.provenance import NAME, Provenance, TensorRow, sha256
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LINEAR = "model.layers.1.mlp.up_proj"

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, Gemma3Config, LlamaConfig
 
 from lilliput.errors import PlanError
+from lilliput.export.card import Card, Figure
 from lilliput.export.folder import model_config, safetensors_bytes, safetensors_header, write_index, write_side_files
-from lilliput.report.card import Card, Figure
-from lilliput.report.provenance import DataRow, LinearRow, Provenance, TensorRow, read, versions
+from lilliput.export.provenance import DataRow, LinearRow, Provenance, TensorRow, read, versions
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.float16,

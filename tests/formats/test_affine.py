@@ -6,10 +6,10 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known
 from lilliput.formats.affine import AffineFormat, from_target
 from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.linear import LinearSpec, decode
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import quantized
-from lilliput.recipe import Target
-from lilliput.runtime.native import LinearSpec, decode
+from lilliput.target import Target
 
 
 def _weight(rows: int = 7, width: int = 33, seed: int = 0) -> Tensor:

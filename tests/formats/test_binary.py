@@ -8,10 +8,10 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, known
 from lilliput.formats.binary import BinaryFormat, Grid, from_target, of_integers
 from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.linear import LinearSpec, decode
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import quantized
-from lilliput.recipe import Target
-from lilliput.runtime.native import LinearSpec, decode
+from lilliput.target import Target
 
 
 def _weight(rows: int = 12, width: int = 64, seed: int = 0) -> Tensor:

@@ -5,8 +5,8 @@ from lilliput.errors import PlanError
 from lilliput.formats import clip
 from lilliput.methods.weight import rtn
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 
 def _weight(rows: int = 6, width: int = 512) -> torch.Tensor:

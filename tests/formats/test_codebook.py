@@ -10,7 +10,7 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, known
 from lilliput.formats.codebook import CodebookFormat, Table, from_target
 from lilliput.formats.integer import IntegerFormat
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 SIZES = (-1, 0, 16, 24)  # 24 leaves a last group of 16 of a width of 64
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lilliput.formats import known
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 TARGETS: dict[str, dict[str, Any]] = {
     "int": {"bits": 3, "group_size": 32, "symmetric": False},

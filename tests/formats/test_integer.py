@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats.integer import Grid, IntegerFormat, from_target
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 SIZES = (-1, 0, 16, 24)  # 24 leaves a last group of 16 of a width of 64
 

@@ -12,7 +12,7 @@ from lilliput import api
 from lilliput.errors import PlanError, SourceError
 from lilliput.formats import known
 from lilliput.progress import Quiet
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 Tiny = Callable[[str], Path]
 ROOM: dict[str, Any] = {"samples": 2, "tokens": 32, "device": "cpu", "dtype": "float32"}
@@ -44,7 +44,7 @@ def test_a_folder_has_the_planned_bytes_and_opens(tiny: Tiny, tmp_path: Path, ta
 @pytest.mark.parametrize(("target", "said"), [
     ("format: nf4, bits: 3", "step 1 .*'nf4' has 4 bits"),
     ("format: nf9", "unknown format 'nf9'.* Did you mean"),
-    ("bits: 4, scale_dtype: int4/rows", "line 3: 'steps.0.target.scale_dtype': no kind of scales"),
+    ("bits: 4, scale_dtype: int4/rows", "line 2: no kind of scales is called 'int4/rows'"),
     ("bits: 4, group_size: channel, scale_dtype: int4/row", "one scale per row cannot be"),
     ("format: codebook, group_size: channel, scale_dtype: int4/row", "scales of kind 'int4/row' are not possible"),
     ("format: e8, group_size: channel, scale_dtype: e4m3", "scales of kind 'e4m3' are not possible"),

@@ -7,7 +7,7 @@ from torch import Tensor
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known, level_search, scales, tables
 from lilliput.formats.levels import PRESETS, LevelFormat
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 NAMES = sorted(PRESETS)
 

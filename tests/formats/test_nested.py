@@ -8,7 +8,7 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known
 from lilliput.formats.integer import IntegerFormat
 from lilliput.formats.nested import NestedFormat
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 KINDS = ("e8m0", "e4m3", "int8/256", "int8/5", "int4/row", "int3/16", "int3/2")
 

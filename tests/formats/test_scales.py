@@ -7,7 +7,6 @@ from torch import Tensor
 from lilliput.errors import PlanError, SourceError
 from lilliput.formats import scales
 from lilliput.formats.scales import Scales
-from lilliput.recipe import Target
 
 NAMES = (
     "float16",
@@ -164,7 +163,5 @@ def test_a_search_never_loses_to_covering(name: str) -> None:
 def test_nonsense_is_refused_with_the_nearest(name: str, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         scales.parse(name)
-    with pytest.raises(ValueError, match=said):
-        Target(scale_dtype=name)
     with pytest.raises(SourceError, match="newer"):
         scales.from_plain(name)

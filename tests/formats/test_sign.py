@@ -5,10 +5,10 @@ from torch import Tensor
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known
 from lilliput.formats.sign import SignFormat, from_target
+from lilliput.parts.linear import LinearSpec, decode
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import quantized
-from lilliput.recipe import Target
-from lilliput.runtime.native import LinearSpec, decode
+from lilliput.target import Target
 
 
 def _weight(rows: int = 12, width: int = 20, seed: int = 0) -> Tensor:

@@ -14,8 +14,8 @@ from lilliput.formats.levels import LevelFormat
 from lilliput.methods.weight import gptq, rtn
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 TARGETS: list[dict[str, Any]] = [
     {"format": "nf4", "group_size": 16},

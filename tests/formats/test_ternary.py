@@ -7,10 +7,10 @@ from torch import Tensor
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, known
 from lilliput.formats.ternary import TernaryFormat, from_target, pack_ternary, unpack_ternary
+from lilliput.parts.linear import LinearSpec, decode
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import quantized
-from lilliput.recipe import Target
-from lilliput.runtime.native import LinearSpec, decode
+from lilliput.target import Target
 
 
 def _weight(rows: int = 7, width: int = 33, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from lilliput.formats.format import Format
 from lilliput.formats.trellis import TrellisFormat
 from lilliput.formats.vector import Grid, VectorFormat
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 SPECS = [("e8", 2), ("vector", 2), ("vector", 3), ("vector", 4), ("trellis", 2), ("trellis", 3), ("trellis-half", 2)]
 SPECS += [("trellis-half", 4), ("trellis", 5)]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, PhiConfig
 
-from lilliput import forward
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.data import load_tokens
 from lilliput.errors import DataError, PlanError, SourceError
 from lilliput.metrics import evaluate as room
 from lilliput.metrics import layout
 from lilliput.metrics.evaluate import evaluate, evaluate_all
+from lilliput.streaming import forward
 
 WINDOWS, TOKENS = 3, 48
 

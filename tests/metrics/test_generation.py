@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lilliput.errors import DataError
 from lilliput.metrics.generation import CONTEXT, continuations, first_differences, generation
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 SMALL = {
     "vocab_size": 256,

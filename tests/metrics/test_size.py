@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from lilliput import export
 from lilliput.errors import SourceError
 from lilliput.export.outcome import Outcome
+from lilliput.export.provenance import LinearRow, Provenance
 from lilliput.formats.integer import IntegerFormat
 from lilliput.metrics.size import measure
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import quantized
-from lilliput.report.provenance import LinearRow, Provenance
 
 GRID = IntegerFormat(bits=4, symmetric=False, group_size=16, scale_dtype=torch.float32)
 

@@ -14,6 +14,7 @@ from lilliput.parts import known, pattern, sparse
 from lilliput.parts.columns import ColumnsPart, ColumnsSpec
 from lilliput.parts.dense import DensePart, DenseSpec
 from lilliput.parts.layer import Layer
+from lilliput.parts.linear import LinearSpec, decode
 from lilliput.parts.lowrank import LowRankPart, LowRankSpec, plain_factors
 from lilliput.parts.part import Part
 from lilliput.parts.pattern import PatternPart, PatternSpec
@@ -22,7 +23,6 @@ from lilliput.parts.rows import RowsPart, RowsSpec
 from lilliput.parts.scheme import Scheme, from_plain, of
 from lilliput.parts.sparse import SparsePart, SparseSpec, column_dtype
 from lilliput.parts.transform import Rotation, Scale
-from lilliput.runtime.native import LinearSpec, decode
 
 ROWS, WIDTH = 7, 20
 

@@ -10,15 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lilliput import api
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 from lilliput.parts import transform
 from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer
+from lilliput.parts.linear import LinearSpec, decode, parse_config, plain_config
 from lilliput.parts.scheme import of
 from lilliput.parts.transform import Rotation, Scale, hadamard_order
 from lilliput.progress import Quiet
 from lilliput.runtime.linear import CompressedLinear
-from lilliput.runtime.native import LinearSpec, decode, parse_config, plain_config
 from lilliput.stats import fold
 
 KINDS = ("hadamard", "kronecker")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lilliput import methods
 from lilliput.errors import LilliputError, PlanError
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Target
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 CODEBOOKS = sorted(n for n, m in methods.discover().items() if m.formats == ("codebook",))
 

@@ -13,10 +13,10 @@ from lilliput.errors import LilliputError
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
 from lilliput.parts.scheme import of
-from lilliput.recipe import Target
-from lilliput.resolve import Task
+from lilliput.plan.resolve import Task
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 QUANTIZE = sorted(
     n

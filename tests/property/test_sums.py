@@ -13,10 +13,10 @@ from lilliput import methods
 from lilliput.errors import LilliputError
 from lilliput.parts import scheme
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Target
-from lilliput.runtime.native import LinearSpec, decode
+from lilliput.parts.linear import LinearSpec, decode
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
+from lilliput.target import Target
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "spqr": ({"bits": 3}, {"share": 0.07}),

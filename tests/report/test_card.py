@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lilliput.report.card import Card, Figure, read_licence, render
+from lilliput.export.card import Card, Figure, read_licence, render
 
 
 def front(text: str) -> dict[str, Any]:

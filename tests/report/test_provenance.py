@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lilliput.errors import SourceError
-from lilliput.report.provenance import NAME, LinearRow, Provenance, read, sha256
+from lilliput.export.provenance import NAME, LinearRow, Provenance, read, sha256
 
 SMALL = Provenance("m", "f", "dense", {}, "p", 1, None, {})
 
@@ -38,7 +38,7 @@ def test_newer_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
 def test_hash_is_that_of_the_bytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lilliput.report.provenance._HASHED", 16)
+    monkeypatch.setattr("lilliput.export.provenance._HASHED", 16)
     tensor = torch.arange(35).view(5, 7).to(dtype)
     raw = tensor.T.contiguous().view(torch.uint8).numpy().tobytes()
     assert sha256(tensor.T) == hashlib.sha256(raw).hexdigest()

@@ -35,8 +35,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from lilliput import api, cli, inventory
-from lilliput.model import Model, open_model
+from lilliput import api
+from lilliput.cli import main as cli
+from lilliput.model.stored import Model, open_model
+from lilliput.plan import tensors as inventory
 from lilliput.progress import Quiet
 
 torch.set_num_threads(1)
@@ -124,8 +126,8 @@ def warm(model: str) -> None:
     """Every fork finds the anatomy ready, and does not time the machine for the plan."""
     found = open_model(model).anatomy()
     setattr(Model, "anatomy", lambda self: found)  # noqa: B010
-    # `lilliput.plan` is the function of that name; the module is found by import_module alone.
-    setattr(importlib.import_module("lilliput.estimates"), "seconds", lambda *args, **options: 1.0)  # noqa: B010
+    # `lilliput.plan.plan` is the function of that name; the module is found by import_module alone.
+    setattr(importlib.import_module("lilliput.plan.cost"), "seconds", lambda *args, **options: 1.0)  # noqa: B010
 
 
 def main() -> None:

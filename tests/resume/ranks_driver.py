@@ -20,8 +20,8 @@ from typing import Any
 
 import kill_driver
 
-from lilliput import cli
-from lilliput.model import Model
+from lilliput.cli import main as cli
+from lilliput.model.stored import Model
 
 LIMIT = 60  # seconds after which a rank that hangs is ended
 plain = Model.anatomy

@@ -250,13 +250,13 @@ def test_too_little_space_is_refused_before_the_work(
 @pytest.mark.parametrize(
     ("at", "call", "how"),
     [
-        ("lilliput.output:Output.lay_out", 1, "fill"),
-        ("lilliput.output:Output.write", 3, "fill"),
+        ("lilliput.run.output:Output.lay_out", 1, "fill"),
+        ("lilliput.run.output:Output.write", 3, "fill"),
         # Space that was reserved can be missing all the same, as where files are copied on write.
-        ("lilliput.output:_write_at", 40, "refuse"),
-        ("lilliput.journal:Work.note", 3, "fill"),
-        ("lilliput.stream:Activations", 3, "fill"),
-        ("lilliput.delivery:write_side_files", 1, "fill"),
+        ("lilliput.run.output:_write_at", 40, "refuse"),
+        ("lilliput.run.journal:Work.note", 3, "fill"),
+        ("lilliput.run.stream:Activations", 3, "fill"),
+        ("lilliput.run.delivery:write_side_files", 1, "fill"),
         ("lilliput.api:measure", 1, "fill"),
     ],
 )

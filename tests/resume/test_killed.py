@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lilliput.errors import LilliputError
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 pytestmark = pytest.mark.slow
 
@@ -26,14 +26,14 @@ Whole = Callable[..., Any]
 KILLS: list[tuple[str, bool, str, int, str, int]] = [
     # reading
     ("gptq", False, "lilliput.source.source:Source.scan", 1, "before", 0),
-    ("gptq", False, "lilliput.model:Model.read", 25, "before", 1),
-    ("magnitude", False, "lilliput.model:Model.read", 12, "after", 1),
+    ("gptq", False, "lilliput.model.stored:Model.read", 25, "before", 1),
+    ("magnitude", False, "lilliput.model.stored:Model.read", 12, "after", 1),
     # calibrating
     ("gptq", False, "lilliput.stats.fold:update", 6, "before", 1),
     ("gptq", True, "lilliput.stats.fold:update", 20, "after", 1),
     ("awq-gptq", False, "lilliput.stats.fold:update", 9, "before", 1),
-    ("gptq", False, "lilliput.activations:Activations.write", 3, "before", 1),
-    ("gptq", True, "lilliput.activations:Activations.write", 14, "after", 2),
+    ("gptq", False, "lilliput.streaming.states:Activations.write", 3, "before", 1),
+    ("gptq", True, "lilliput.streaming.states:Activations.write", 14, "after", 2),
     # solving
     ("gptq", False, "lilliput.methods.weight.gptq:compress", 16, "before", 3),
     ("gptq", True, "lilliput.methods.weight.gptq:compress", 7, "after", 1),
@@ -41,21 +41,21 @@ KILLS: list[tuple[str, bool, str, int, str, int]] = [
     ("magnitude", False, "lilliput.methods.weight.magnitude:compress", 24, "after", 3),
     # writing tensors: the first call of `write` is for those outside the blocks, the first of `_write_at` the header
     ("gptq", False, "os:posix_fallocate", 1, "before", 0),
-    ("gptq", False, "lilliput.output:_write_at", 1, "torn", 0),
-    ("gptq", False, "lilliput.output:_write_at", 2, "torn", 0),
-    ("gptq", False, "lilliput.output:_write_at", OUTSIDE + TENSORS + 10, "torn", 1),
-    ("gptq", True, "lilliput.output:_write_at", OUTSIDE + 3 * TENSORS, "torn", 2),
-    ("awq-gptq", False, "lilliput.output:Output.write", 5, "after", 3),
-    ("magnitude", False, "lilliput.output:Output.write", 3, "before", 1),
-    ("gptq", False, "lilliput.output:Output.write", 3, "after", 1),
+    ("gptq", False, "lilliput.run.output:_write_at", 1, "torn", 0),
+    ("gptq", False, "lilliput.run.output:_write_at", 2, "torn", 0),
+    ("gptq", False, "lilliput.run.output:_write_at", OUTSIDE + TENSORS + 10, "torn", 1),
+    ("gptq", True, "lilliput.run.output:_write_at", OUTSIDE + 3 * TENSORS, "torn", 2),
+    ("awq-gptq", False, "lilliput.run.output:Output.write", 5, "after", 3),
+    ("magnitude", False, "lilliput.run.output:Output.write", 3, "before", 1),
+    ("gptq", False, "lilliput.run.output:Output.write", 3, "after", 1),
     # writing the journal
-    ("gptq", False, "lilliput.journal:write_atomically", 1, "before", 0),
-    ("gptq", False, "lilliput.journal:Work.note", 1, "torn", 0),
-    ("gptq", True, "lilliput.journal:Work.note", 4, "torn", 2),
-    ("awq-gptq", False, "lilliput.journal:Work.note", 5, "before", 3),
+    ("gptq", False, "lilliput.run.journal:write_atomically", 1, "before", 0),
+    ("gptq", False, "lilliput.run.journal:Work.note", 1, "torn", 0),
+    ("gptq", True, "lilliput.run.journal:Work.note", 4, "torn", 2),
+    ("awq-gptq", False, "lilliput.run.journal:Work.note", 5, "before", 3),
     # between the journal and the end of the hidden states that went in
-    ("gptq", False, "lilliput.activations:Activations.delete", 2, "before", 2),
-    ("gptq", True, "lilliput.activations:Activations.delete", 4, "after", 4),
+    ("gptq", False, "lilliput.streaming.states:Activations.delete", 2, "before", 2),
+    ("gptq", True, "lilliput.streaming.states:Activations.delete", 4, "after", 4),
     # writing the files beside the weights
     ("gptq", False, "shutil:copyfile", 1, "after", 4),
     ("magnitude", False, "lilliput.export.folder:_write", 3, "before", 4),
@@ -64,7 +64,7 @@ KILLS: list[tuple[str, bool, str, int, str, int]] = [
     ("gptq", False, "pathlib:Path.rename", 1, "after", 4),
     ("gptq", False, "pathlib:Path.rename", 2, "before", 4),
     ("awq-gptq", False, "pathlib:Path.rename", 2, "after", 4),
-    ("gptq", False, "lilliput.journal:Work._clear", 1, "before", 4),
+    ("gptq", False, "lilliput.run.journal:Work._clear", 1, "before", 4),
 ]
 
 
@@ -100,13 +100,13 @@ def test_killed_runs_go_on(
 @pytest.mark.parametrize(
     ("at", "call", "how", "blocks"),
     [
-        ("lilliput.output:Output._locate", 2, "before", 0),
-        ("lilliput.output:_write_at", 5 + OUTSIDE + TENSORS + 5, "torn", 1),
-        ("lilliput.output:_write_at", 5 + OUTSIDE + 2 * TENSORS - 1, "torn", 1),
-        ("lilliput.journal:Work.note", 3, "before", 1),
+        ("lilliput.run.output:Output._locate", 2, "before", 0),
+        ("lilliput.run.output:_write_at", 5 + OUTSIDE + TENSORS + 5, "torn", 1),
+        ("lilliput.run.output:_write_at", 5 + OUTSIDE + 2 * TENSORS - 1, "torn", 1),
+        ("lilliput.run.journal:Work.note", 3, "before", 1),
         ("pathlib:Path.rename", 2, "after", 4),
-        ("lilliput.delivery:write_index", 1, "before", 4),
-        ("lilliput.journal:Work._clear", 1, "before", 4),
+        ("lilliput.run.delivery:write_index", 1, "before", 4),
+        ("lilliput.run.journal:Work._clear", 1, "before", 4),
     ],
 )
 def test_killed_runs_of_several_files(
@@ -131,7 +131,7 @@ def test_nothing_takes_an_unfinished_run_for_a_model(
 ) -> None:
     args = {**unbroken("gptq", False).args, "out": tmp_path / "out"}
     job = {} if shard is None else {"shard": shard}
-    assert driver(args=args, at="lilliput.output:Output.finish", call=1, how="before", **job)["code"] == -9
+    assert driver(args=args, at="lilliput.run.output:Output.finish", call=1, how="before", **job)["code"] == -9
     assert os.listdir(tmp_path) == [".out.partial"]
     for folder in (tmp_path / ".out.partial", tmp_path / ".out.partial" / "model"):
         with pytest.raises(LilliputError):
@@ -170,7 +170,7 @@ def test_killed_twice(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("at", "call"),
-    [("lilliput.methods.weight.gptq:compress", 6), ("lilliput.output:_write_at", OUTSIDE + TENSORS + 10)],
+    [("lilliput.methods.weight.gptq:compress", 6), ("lilliput.run.output:_write_at", OUTSIDE + TENSORS + 10)],
 )
 def test_interrupted(driver: Driver, unbroken: Whole, tmp_path: Path, at: str, call: int) -> None:
     whole = unbroken("gptq", False)

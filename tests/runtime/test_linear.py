@@ -13,6 +13,7 @@ from lilliput.formats.binary import BinaryFormat
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer
+from lilliput.parts.linear import LinearSpec, read_linear
 from lilliput.parts.lowrank import approximate, factor_spec
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import of
@@ -20,7 +21,6 @@ from lilliput.parts.transform import Rotation
 from lilliput.runtime import linear as runtime
 from lilliput.runtime import lut
 from lilliput.runtime.linear import FactoredLinear, TabledLinear, compress_
-from lilliput.runtime.native import LinearSpec, read_linear
 
 ROWS, WIDTH = 24, 32
 

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from lilliput.report.units import interval
+from lilliput.units import interval
 
 
 def between(low: float, value: float, high: float) -> dict[str, float]:

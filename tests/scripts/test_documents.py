@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lilliput.recipe import load, named
+from lilliput.recipe.load import load, named
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/methods/*.md")])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from lilliput import export
 from lilliput.export.outcome import Outcome
 from lilliput.formats.integer import IntegerFormat
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import quantized

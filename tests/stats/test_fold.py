@@ -93,7 +93,7 @@ def test_scaled_statistics_are_those_of_the_scaled_inputs() -> None:
 
 _RANK = """
 import torch
-from lilliput import ranks
+from lilliput.machine import ranks
 from lilliput.stats import fold
 
 with ranks.joined():

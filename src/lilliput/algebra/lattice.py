@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput.algebra.obs import BLOCK, Nearest, Rounding, settle
-from lilliput.formats.search import stored
+from lilliput.algebra.ranges import stored
 
 
 def loss(gram: Tensor, deviation: Tensor) -> float:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.recipe import Target
 
 _CHUNK = 1 << 22
 
@@ -33,21 +32,22 @@ def largest(score: Tensor, keep: int) -> Tensor:
     return mask
 
 
-def choose(score: Tensor, target: Target, scope: str) -> Tensor:
-    """The mask [out, in] that `target` asks for: its pattern N:M, or its sparsity within each row or the whole layer.
+def choose(score: Tensor, sparsity: float | None, pattern: str | None, scope: str) -> Tensor:
+    """The mask [out, in] that keeps N of every M inputs by the pattern N:M, or else a share `sparsity` of zeros within
+    each row or the whole layer.
 
-    round(sparsity * n) weights of a scope of n leave. Raises PlanError when the target names neither, or M does not
-    divide the width.
+    round(sparsity * n) weights of a scope of n leave. Raises PlanError when both are None, or M does not divide the
+    width.
     """
     rows, width = score.shape
-    if target.pattern is not None:
-        n, m = (int(x) for x in target.pattern.split(":"))
+    if pattern is not None:
+        n, m = (int(x) for x in pattern.split(":"))
         if width % m:
-            raise PlanError(f"the pattern {target.pattern} does not divide a width of {width}: leave this layer out")
+            raise PlanError(f"the pattern {pattern} does not divide a width of {width}: leave this layer out")
         return largest(score.reshape(-1, m), n).view(rows, width)
-    if target.sparsity is None:
+    if sparsity is None:
         raise PlanError("a pruning step needs target.sparsity (0 to 1) or target.pattern (such as 2:4)")
     if scope == "row":
-        return largest(score, width - round(target.sparsity * width))
+        return largest(score, width - round(sparsity * width))
     flat = score.reshape(1, -1)
-    return largest(flat, flat.shape[1] - round(target.sparsity * flat.shape[1])).view(rows, width)
+    return largest(flat, flat.shape[1] - round(sparsity * flat.shape[1])).view(rows, width)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lilliput import memory as ram
 from lilliput.attribution.restore import Restored, restore
 from lilliput.attribution.suspects import Suspect, find
 from lilliput.attribution.turn import turned_like
 from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, producers, turned
 from lilliput.data import load_tokens
 from lilliput.errors import DataError
+from lilliput.machine import memory as ram
 from lilliput.metrics import layout
-from lilliput.model import Model, open_model
-from lilliput.weights import BlockWeights
+from lilliput.model.block import BlockWeights
+from lilliput.model.stored import Model, open_model
 
 if TYPE_CHECKING:
     from lilliput.progress import Progress

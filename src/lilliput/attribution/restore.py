@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lilliput import memory
-from lilliput.activations import Activations
-from lilliput.forward import Batches, embed, finish, through
+from lilliput.machine import memory
 from lilliput.metrics.layout import choose
 from lilliput.metrics.logits import StreamedHead, score
-from lilliput.model import Model
+from lilliput.model.stored import Model
 from lilliput.progress import Progress
+from lilliput.streaming.forward import Batches, embed, finish, through
+from lilliput.streaming.states import Activations
 
 Swap = Mapping[str, Callable[[], Tensor]]  # by linear of a block: makes the weight [out, in] to put there
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.model import Model
-from lilliput.rotated import ROWS, RotatedModel
+from lilliput.model.rotated import ROWS, RotatedModel
+from lilliput.model.stored import Model
 
 _RESIDUE = 0.01  # relative difference that rounding a table to bfloat16 or float16 stays well under
 _RANK = 1e-6  # smallest over largest singular value under which the tables do not say where every direction went

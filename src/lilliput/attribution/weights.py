@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.model import Block, Link
-from lilliput.model import Model
-from lilliput.weights import BlockWeights
+from lilliput.model.block import BlockWeights
+from lilliput.model.stored import Model
 
 Pair = tuple[Tensor, Tensor]  # a weight float32 [out, in] of the compressed model, and the original's
 _FOLDED = 0.05  # |log| of a gain or row factor from which on it is a fold and no rounding

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lilliput.data.tokens import Tokens, known
-from lilliput.decoding import CachedModel
 from lilliput.errors import DataError
+from lilliput.runtime.cache import CachedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lilliput.model import Model
+    from lilliput.model.stored import Model
 
 BATCH = 32
 

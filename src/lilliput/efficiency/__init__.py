@@ -2,7 +2,8 @@
 
 from lilliput.efficiency.counts import Counts, count
 from lilliput.efficiency.devices import Device, device, devices, measure_device
-from lilliput.efficiency.roofline import Row, rooflines
+from lilliput.efficiency.prediction import Row
+from lilliput.efficiency.roofline import rooflines
 from lilliput.efficiency.serving import Serving, dense, sparse, w8a8, weight_only
 from lilliput.efficiency.shapes import shapes_of
 from lilliput.efficiency.speed import Speed, measure_speed

@@ -22,7 +22,7 @@ from lilliput.efficiency.shapes import Matrix, Shapes, shapes_of
 from lilliput.efficiency.zeros import Zeros
 from lilliput.errors import PlanError
 from lilliput.metrics import size
-from lilliput.model import Model
+from lilliput.model.stored import Model
 
 _KINDS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
 _KINDS |= {"gate": "mlp", "up": "mlp", "gate_up": "mlp", "down": "mlp", "other": "other linears"}

@@ -11,10 +11,9 @@ from importlib import resources
 import torch
 import yaml
 
-from lilliput.decoding import CachedModel
 from lilliput.efficiency.serving import ARITHMETIC, Runtime
-from lilliput.errors import PlanError
-from lilliput.recipe import nearest
+from lilliput.errors import PlanError, nearest
+from lilliput.runtime.cache import CachedModel
 
 THIS = "this-cpu"
 _HALF = ("bf16", "fp16", "fp32")

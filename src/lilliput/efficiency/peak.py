@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from transformers import AutoModelForCausalLM  # noqa: F401  (imported so that the base holds it)
 
-    from lilliput.efficiency.speed import Runner
-    from lilliput.memory import peak_rss, resident
+    from lilliput.efficiency.runner import Runner
+    from lilliput.machine.memory import peak_rss, resident
 
     torch.set_num_threads(given.threads)
     base = resident()

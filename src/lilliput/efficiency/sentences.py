@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lilliput.report.units import size
+from lilliput.units import size
 
 if TYPE_CHECKING:
     from lilliput.efficiency.devices import Device
-    from lilliput.efficiency.roofline import Row, Workload
+    from lilliput.efficiency.prediction import Row, Workload
 
 FASTER = 1.05  # speed-ups between 1 / FASTER and FASTER are called none: predictions are no finer
 _DOING = {

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 
 from lilliput.errors import PlanError
-from lilliput.model import Model
+from lilliput.model.stored import Model
+from lilliput.parts.linear import LinearSpec, parse_config
 from lilliput.runtime import lut
 from lilliput.runtime.linear import factored, tabled
-from lilliput.runtime.native import LinearSpec, parse_config
 from lilliput.source.compressed import scheme_for
 
 Runtime = Literal["transformers", "kernels"]

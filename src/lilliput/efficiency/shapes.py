@@ -14,7 +14,7 @@ from typing import Any
 from lilliput.anatomy.model import Block, Linear
 from lilliput.anatomy.setting import setting
 from lilliput.errors import SourceError
-from lilliput.model import Model
+from lilliput.model.stored import Model
 
 # How configs call the number of experts that each token goes through, and the size of a chunk of attention.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k")

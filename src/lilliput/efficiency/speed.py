@@ -10,7 +10,6 @@ depend on what they are, except through the choice of experts.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from typing import Any, Protocol
 
 import torch
 
-from lilliput.decoding import CachedModel
 from lilliput.efficiency.counts import prefill_flops, serving_of
-from lilliput.efficiency.devices import Clock, matmul_peak, synchronize
+from lilliput.efficiency.devices import Clock, matmul_peak
 from lilliput.efficiency.peak import peak_memory
+from lilliput.efficiency.runner import Runner
 from lilliput.efficiency.shapes import shapes_of
 from lilliput.errors import DataError, SourceError
 from lilliput.metrics.interval import Interval, exp_interval
-from lilliput.model import open_model
+from lilliput.model.stored import open_model
 
 PROMPT, NEW = 512, 32  # tokens of the prompt and of the answer, where nobody says otherwise
 
@@ -93,48 +92,6 @@ class Runs(Protocol):
 
     def prefill(self) -> None: ...
     def decode(self) -> None: ...
-
-
-class Runner:
-    """A model in memory with one prompt int64 [batch, prompt]; `decode` goes on for `new` tokens from the last
-    prefill."""
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        prompt: int,
-        new: int,
-        batch: int = 1,
-        dtype: torch.dtype | None = None,
-        device: str = "cpu",
-    ) -> None:
-        from lilliput.api import load
-
-        self.device = device
-        self.new = new
-        self.model: Any = load(folder, dtype=dtype).to(device)
-        self.dtype: torch.dtype = self.model.dtype
-        vocabulary = int(self.model.get_input_embeddings().num_embeddings)
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, vocabulary, (batch, prompt + new), generator=generator).to(device)
-        self.prompt = prompt
-        last_only = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
-        self._reader = CachedModel(self.model)
-
-    def prefill(self) -> None:
-        """Run the prompt and keep its cache; returns when the device has finished."""
-        with torch.inference_mode():
-            self._reader.start(self.ids[:, : self.prompt], **self._options)
-        synchronize(self.device)
-
-    def decode(self) -> None:
-        """Run the next `new` tokens one by one; returns when the device has finished."""
-        with torch.inference_mode():
-            for i in range(self.prompt, self.prompt + self.new):
-                self._reader.step(self.ids[:, i : i + 1], **self._options)
-        synchronize(self.device)
 
 
 def interleave(

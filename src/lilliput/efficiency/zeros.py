@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput.efficiency.shapes import Matrix, Shapes
-from lilliput.model import Model
+from lilliput.model.stored import Model
 
 PATTERNS = ((2, 4), (4, 8))  # n:m that hardware or kernels know, the tighter first
 _CHUNK = 1 << 22  # weights looked at a time

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lilliput.errors import PlanError
+from lilliput.errors import PlanError, nearest
 from lilliput.export.outcome import Outcome
 from lilliput.parts.layer import Layer
-from lilliput.recipe import nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

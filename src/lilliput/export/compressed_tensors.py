@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lilliput.anatomy.wrapper import skeleton
+from lilliput.export.dense import dense_linears
 from lilliput.export.outcome import Outcome, largest_group
 from lilliput.export.packing import dense, quantized_part
-from lilliput.export.tree import dense_linears, skeleton
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
 from lilliput.source.names import single_name

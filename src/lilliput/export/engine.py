@@ -24,15 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput import memory as ram
-from lilliput.activations import Activations
+from lilliput import units
 from lilliput.anatomy.model import Block
-from lilliput.export.tree import module_name, skeleton, text_prefix
-from lilliput.forward import embed
-from lilliput.model import Model
+from lilliput.anatomy.wrapper import module_name, skeleton, text_prefix
+from lilliput.machine import memory as ram
+from lilliput.model.stored import Model
 from lilliput.progress import Progress
 from lilliput.runtime.linear import CompressedLinear
 from lilliput.source.shards import Shards
+from lilliput.streaming.forward import embed
+from lilliput.streaming.states import Activations
 
 TOKENS = 32
 # What a block adds to its inputs, in the engine and as our reader decodes it, in float32: sums in another order differ
@@ -81,7 +82,7 @@ def look(folder: Path, *, memory: int | None = None, progress: Progress | None =
     """
     import transformers
 
-    from lilliput.model import open_model
+    from lilliput.model.stored import open_model
 
     engine = f"transformers {transformers.__version__}"
     with trial():
@@ -222,7 +223,7 @@ def _compare(
     ids = torch.arange(1, 1 + min(TOKENS, ours.positions or TOKENS)).unsqueeze(0) % sizes[ours.skeleton.head][0]
     whole = 8 * sum(prod(x) for x in sizes.values()) + sum(x.nbytes for x in reader.entries.values())
     if ram.BASE + least(ours.anatomy().blocks) > room:
-        needed = ram.readable(ram.BASE + least(ours.anatomy().blocks), up=True)
+        needed = units.readable(ram.BASE + least(ours.anatomy().blocks), up=True)
         note = f"blocks were not compared with those of {found.engine}, which takes {needed}: names and shapes were"
         return replace(found, notes=(*found.notes, note))
     errors: list[float] = []

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lilliput.errors import PlanError
-from lilliput.report.card import Card, render
-from lilliput.report.provenance import NAME, Provenance
+from lilliput.export.card import Card, render
+from lilliput.export.provenance import NAME, Provenance
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -17,10 +17,10 @@ from lilliput.export.outcome import Outcome
 from lilliput.export.packing import dense
 from lilliput.parts.dense import DensePart, DenseSpec
 from lilliput.parts.layer import Layer
+from lilliput.parts.linear import LinearSpec, plain_config
 from lilliput.parts.part import Part
 from lilliput.parts.pattern import LARGEST, PatternSpec, gather
 from lilliput.parts.scheme import Scheme
-from lilliput.runtime.native import LinearSpec, plain_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError, SourceError
 from lilliput.export.engine import look
-from lilliput.report.provenance import NAME, Provenance, TensorRow, read
+from lilliput.export.provenance import NAME, Provenance, TensorRow, read
 from lilliput.source.reader import Reader
 from lilliput.source.shards import Shards, pickles
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lilliput.algebra import ranges
 from lilliput.errors import PlanError
 from lilliput.formats import groups, integer
-from lilliput.formats import search as ranges
 from lilliput.formats.bits import row_bytes
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.integer import IntegerFormat, pack_codes, unpack_codes
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 _CHUNK = 1 << 18  # weights fitted at a time
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the range, about its middle, that a fit begins with

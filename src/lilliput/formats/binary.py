@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lilliput.algebra.ranges import relative
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, integer
 from lilliput.formats.bits import row_bytes, unpack_bits
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.integer import SCALE_DTYPES, IntegerFormat, pack_codes
-from lilliput.formats.search import relative
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 _CHUNK = 1 << 17  # weights that are fitted, encoded or decoded at a time
 Start = Literal["greedy", "uniform", "best"]

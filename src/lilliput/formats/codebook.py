@@ -21,7 +21,7 @@ from lilliput.formats import groups, kmeans
 from lilliput.formats.bits import row_bytes, unpack_bits
 from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import SCALE_DTYPES, group_of, pack_codes, scale_dtype_of
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 
 @dataclass(frozen=True)

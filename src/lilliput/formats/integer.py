@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lilliput.algebra import ranges
 from lilliput.errors import PlanError
 from lilliput.formats import groups
-from lilliput.formats import search as ranges
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
 from lilliput.formats.format import CHUNK, DTYPES, Stored, dtype_name, dtype_of
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHUNK = 1 << 18  # weights worked on at a time: two float32 buffers of this size stay in the cores' second-level caches

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lilliput.errors import PlanError, SourceError
+from lilliput.errors import PlanError, SourceError, nearest
 from lilliput.formats import affine, binary, codebook, integer, levels, nested, sign, ternary, trellis, vector
 from lilliput.formats.format import Format
-from lilliput.recipe import Target, nearest
+from lilliput.target import Target
 
 # The name in a target's `format` to what makes the format of it.
 _WANTED: Mapping[str, Callable[[Target], Format]] = {

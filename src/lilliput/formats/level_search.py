@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lilliput.algebra.ranges import stored
 from lilliput.formats import groups
-from lilliput.formats.search import stored
 from lilliput.formats.tables import Table
 
 CHUNK = 1 << 18  # weights worked on at a time: a few float32 buffers of this size stay in the second-level caches

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lilliput.algebra import ranges
 from lilliput.errors import PlanError
 from lilliput.formats import groups, level_search, scales, tables
-from lilliput.formats import search as ranges
 from lilliput.formats.bits import row_bytes
 from lilliput.formats.format import Stored
 from lilliput.formats.integer import group_of, pack_codes, unpack_codes
 from lilliput.formats.scales import FloatScales, PowerScales, ScaleKind, Scales
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 _CHUNK = 1 << 17  # weights looked up at a time
 _BYTES = 50  # that a weight which is looked up takes meanwhile, at most

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lilliput.algebra import ranges
 from lilliput.errors import PlanError
 from lilliput.formats import groups, integer, scales
-from lilliput.formats import search as ranges
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
 from lilliput.formats.format import Stored
 from lilliput.formats.integer import Grid, IntegerFormat, group_of, pack_codes, unpack_codes
@@ -24,7 +24,7 @@ from lilliput.formats.level_search import Weighed
 from lilliput.formats.levels import check_group, describe_scales
 from lilliput.formats.scales import FloatScales, ScaleKind, Scales
 from lilliput.formats.shared_scales import AffineScales
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 
 @dataclass(frozen=True)

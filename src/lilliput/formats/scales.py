@@ -25,9 +25,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lilliput.algebra.ranges import stored as rounded
 from lilliput.errors import PlanError, SourceError
 from lilliput.formats.format import DTYPES, Stored, dtype_name
-from lilliput.formats.search import stored as rounded
 from lilliput.formats.shared_scales import AffineScales, BlockScales, Get, RowScales, Second, filled
 
 EXAMPLES = ("float16", "bfloat16", "float32", "e8m0", "e4m3", "int8/256", "int4/row", "int3/16")
@@ -232,7 +232,7 @@ def parse(name: str) -> ScaleKind:
         return PowerScales() if name == "e8m0" else SmallFloatScales()
     found = re.fullmatch(r"int([0-9]+)/(row|[0-9]+)", name)
     if found is None:
-        from lilliput.recipe import nearest  # recipes check their scale_dtype here
+        from lilliput.errors import nearest  # recipes check their scale_dtype here
 
         raise PlanError(f"no kind of scales is called '{name}'.{nearest(name, EXAMPLES)}")
     bits, over = int(found[1]), found[2]

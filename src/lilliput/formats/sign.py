@@ -16,7 +16,7 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import integer
 from lilliput.formats.bits import row_bytes, unpack_bits
 from lilliput.formats.format import Stored, dtype_name, dtype_of
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 
 @dataclass(frozen=True)

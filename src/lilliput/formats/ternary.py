@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lilliput.algebra.ranges import relative
+from lilliput.algebra.ranges import stored as as_stored
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, integer
 from lilliput.formats.format import Stored, dtype_name, dtype_of
-from lilliput.formats.search import relative
-from lilliput.formats.search import stored as as_stored
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 _CHUNK = 1 << 17  # weights fitted at a time
 PER_BYTE = 5

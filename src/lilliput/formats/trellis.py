@@ -20,7 +20,7 @@ from lilliput.errors import PlanError
 from lilliput.formats.bits import pack_unsigned, row_bytes, unpack_unsigned
 from lilliput.formats.format import Stored, dtype_name, dtype_of
 from lilliput.formats.vector import Grid, by_column, checked, each_row, rms_scale, unit_of
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 _WALK = 256  # rows; each walk begins at register 0, where little can be chosen yet, and is the work of one core
 _ROOM = 1 << 23  # numbers of a table of costs that is kept at a time

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from lilliput.algebra import compiled, e8, ldlq
+from lilliput.algebra.ranges import stored as stored_scale
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats.bits import pack_unsigned, row_bytes, unpack_unsigned
 from lilliput.formats.format import Format, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import group_of, scale_dtype_of
-from lilliput.formats.search import stored as stored_scale
-from lilliput.recipe import Target
+from lilliput.target import Target
 
 _CHUNK = 1 << 12  # vectors compared with a codebook at a time
 _SAMPLE = 1 << 15  # vectors that k-means looks at

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lilliput.errors import PlanError
+from lilliput.errors import PlanError, nearest
 from lilliput.formats.known import from_target
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Target, nearest
+from lilliput.target import Target
 
 VERBS: Mapping[str, str] = {
     "weight": "compress",

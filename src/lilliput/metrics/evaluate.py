@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lilliput import memory as ram
 from lilliput.data import Tokens, load_tokens, overlap
 from lilliput.data.tokens import same_vocabulary, vocabulary_of
 from lilliput.errors import DataError, PlanError
-from lilliput.forward import finish, last_hidden
+from lilliput.machine import memory as ram
 from lilliput.metrics import layout
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.layout import vocabulary
 from lilliput.metrics.logits import Scores, StreamedHead, same_head, score
 from lilliput.metrics.size import Size, measure
 from lilliput.metrics.text import TextResult, result
-from lilliput.model import Model, open_model
+from lilliput.model.stored import Model, open_model
 from lilliput.source.source import own_name
+from lilliput.streaming.forward import finish, last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput import memory as ram
 from lilliput.data import load_tokens
 from lilliput.errors import DataError
+from lilliput.machine import memory as ram
 from lilliput.metrics.interval import Interval, clip, mean_interval
-from lilliput.model import Model, open_model
+from lilliput.model.stored import Model, open_model
 
 CONTEXT = 32  # tokens of a prompt
 NEW = 64  # of a continuation

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
-from lilliput import memory as ram
+from lilliput import units
 from lilliput.errors import DataError, PlanError
+from lilliput.machine import memory as ram
 from lilliput.metrics.logits import ROWS, TILE
-from lilliput.model import Model
+from lilliput.model.stored import TABLE_ROWS, Model
 
 # Tokens in a forward pass: enough for the matrix products, and few enough for the operations between them to stay in
 # the caches (twice as many cost 5 % on a CPU).
@@ -51,10 +52,10 @@ def _outside(model: Model, seen: int, itemsize: int) -> int:
     """Bytes of the embeddings in the compute dtype, of the token table the rows of at most `seen` tokens, and of the
     rows at hand as they are stored."""
     shapes = model.skeleton.shapes
-    rows = {n: min(shapes[n][0], max(seen, ram.TABLE_ROWS)) for n in model.skeleton.embeddings}
+    rows = {n: min(shapes[n][0], max(seen, TABLE_ROWS)) for n in model.skeleton.embeddings}
     sizes = {n: rows[n] * prod(shapes[n][1:]) for n in rows}
     stored = max((sizes[n] * model.dtype(n).itemsize for n in sizes), default=0)
-    return sum(sizes.values()) * itemsize + min(stored, ram.TABLE_ROWS * model.skeleton.hidden_size * 4)
+    return sum(sizes.values()) * itemsize + min(stored, TABLE_ROWS * model.skeleton.hidden_size * 4)
 
 
 def _block(model: Model, batch: int, tokens: int, itemsize: int) -> int:
@@ -84,7 +85,7 @@ class Layout:
 def _heads(models: list[Model], columns: int, tile: int, tokens: int) -> int:
     """Bytes of a slice of each head, of the rows that are being cast, and of the logits."""
     hidden = models[0].skeleton.hidden_size
-    casting = 8 * min(columns, ram.TABLE_ROWS) * hidden
+    casting = 8 * min(columns, TABLE_ROWS) * hidden
     return 4 * columns * len(models) * hidden + casting + LOGITS * tile * min(ROWS, tokens)
 
 
@@ -111,8 +112,8 @@ def choose(
     fewest = min(entries, 256)
     floor = least(models, tokens, seen, size)
     if budget is not None and floor > room:
-        need = ram.readable((floor + ram.BASE) * ram.SLACK, up=True)
-        raise PlanError(f"--memory {ram.readable(budget)} is too little to evaluate: give --memory {need} or more.")
+        need = units.readable((floor + ram.BASE) * ram.SLACK, up=True)
+        raise PlanError(f"--memory {units.readable(budget)} is too little to evaluate: give --memory {need} or more.")
     batch = max(1, PASS // tokens)
     while batch > 1 and max(_block(m, batch, tokens, size) for m in models) > room:
         batch //= 2

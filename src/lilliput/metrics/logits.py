@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lilliput.activations import Activations
 from lilliput.errors import SourceError
-from lilliput.memory import TABLE_ROWS, trim
-from lilliput.model import Model
+from lilliput.machine.memory import trim
+from lilliput.model.stored import TABLE_ROWS, Model
+from lilliput.streaming.states import Activations
 
 # A tile of logits, 8 MB in float32: wide and high enough for the matrix product, and small enough for the allocator to
 # use the same memory again.

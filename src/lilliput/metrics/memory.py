@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lilliput.memory import peak_rss
+from lilliput.machine.memory import peak_rss
 
 __all__ = ["peak_rss", "reset_peak"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from lilliput.model import Model
-from lilliput.report import provenance
+from lilliput.export import provenance
+from lilliput.model.stored import Model
 
 
 @dataclass(frozen=True)

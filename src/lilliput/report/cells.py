@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lilliput.report import units
+from lilliput import units
 
 Data = Mapping[str, Any]
 MISSING = "–"

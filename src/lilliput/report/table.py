@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lilliput.report.units import duration, interval, size
+from lilliput.units import duration, interval, size
 
 Data = Mapping[str, Any]
 _ROWS = 40  # longer lists are for --json

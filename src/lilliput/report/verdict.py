@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lilliput.metrics.interval import t_quantile
-from lilliput.report.units import size
+from lilliput.units import size
 
 Data = Mapping[str, Any]
 BAD_RATIO = 1.25

@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from lilliput.formats import binary
 from lilliput.formats.format import CHUNK
 from lilliput.formats.integer import pack_codes
+from lilliput.parts.linear import LinearSpec, decode
 from lilliput.parts.part import below
 from lilliput.runtime import lut
-from lilliput.runtime.native import LinearSpec, decode
 
 PREFIX = "packed_"  # the buffers hold bytes, so that casting the model does not touch scales
 MARKER = "packed_dtype"  # an empty tensor that follows `model.to(...)`: the dtype to decode to, and the device

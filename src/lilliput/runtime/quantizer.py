@@ -13,10 +13,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lilliput.anatomy.experts import unroll
+from lilliput.anatomy.wrapper import module_name, text_prefix
 from lilliput.errors import SourceError
-from lilliput.export.tree import module_name, text_prefix
+from lilliput.parts.linear import LinearSpec, parse_config
 from lilliput.runtime.linear import CompressedLinear, compress_
-from lilliput.runtime.native import LinearSpec, parse_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import SourceError
-from lilliput.runtime.native import LinearSpec, parse_config
-from lilliput.runtime.native import decode as decode_linear
+from lilliput.parts.linear import LinearSpec, parse_config
+from lilliput.parts.linear import decode as decode_linear
 from lilliput.source.packed import Packed
 from lilliput.source.reader import Reader
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lilliput import ranks
 from lilliput.errors import SourceError, ToldError
+from lilliput.machine import ranks
 from lilliput.stats.site import SiteStats
 
 NAMES = ("gram", "square", "mean", "absmax", "absmean")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lilliput import memory
 from lilliput.data.overlap import items_seen
 from lilliput.data.tokens import Tokens, known, same_vocabulary, vocabulary_of
 from lilliput.errors import DataError, SourceError
+from lilliput.machine import memory
 from lilliput.metrics.evaluate import compute_dtype
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
@@ -48,7 +48,7 @@ def loaded(
     """
     import torch
 
-    from lilliput.api import load
+    from lilliput.runtime.load import load
 
     compute = compute_dtype(dtype)
     source = open_source(str(model))

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.methods.scores import Budget, Scores
-from lilliput.methods.view import BlockIO, BlockView
-from lilliput.recipe import Strict, Target
+from lilliput.target import Strict, Target
+from lilliput.verbs.scores import Budget, Scores
+from lilliput.verbs.view import BlockIO, BlockView
 
 PAPER = "Kim et al. 2023, arXiv 2308.09723"
 NEEDS: tuple[str, ...] = ()

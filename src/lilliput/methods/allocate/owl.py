@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.methods.scores import Budget, Scores
-from lilliput.methods.view import BlockIO, BlockView
-from lilliput.recipe import Strict, Target
+from lilliput.target import Strict, Target
+from lilliput.verbs.scores import Budget, Scores
+from lilliput.verbs.view import BlockIO, BlockView
 
 PAPER = "Yin et al. 2024, arXiv 2310.05175"
 NEEDS: tuple[str, ...] = ("square",)

@@ -37,10 +37,10 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.algebra import lowrank
-from lilliput.methods.scores import Budget, Scores, Share
-from lilliput.methods.view import BlockIO, BlockView
 from lilliput.methods.weight.svd_truncate import metric_of
-from lilliput.recipe import Strict, Target
+from lilliput.target import Strict, Target
+from lilliput.verbs.scores import Budget, Scores, Share
+from lilliput.verbs.view import BlockIO, BlockView
 
 PAPER = "Yuan et al. 2023, arXiv 2312.05821"
 NEEDS: tuple[str, ...] = ("gram", "absmean", "fisher")

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from lilliput.algebra.rotations import principal
 from lilliput.anatomy.model import Groups
-from lilliput.methods.edits import EditPlan
-from lilliput.recipe import Strict
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict
+from lilliput.verbs.edits import EditPlan
 
 PAPER = "Ashkboos et al. 2024, arXiv 2401.15024"
 NEEDS: tuple[str, ...] = ("gram",)

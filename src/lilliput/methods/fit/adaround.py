@@ -22,13 +22,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput import blockfit
-from lilliput.algebra import rounding
-from lilliput.blockfit import FitOptions, Fitted, Start
+from lilliput.formats import rounding
 from lilliput.formats.integer import Grid
-from lilliput.methods.view import BlockFit, FitBlock, FitIO
-from lilliput.recipe import Target
-from lilliput.train import Parameter, Schedule
+from lilliput.target import Target
+from lilliput.training import block as blockfit
+from lilliput.training.block import FitOptions, Fitted, Start
+from lilliput.training.minimise import Parameter, Schedule
+from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
 PAPER = "Nagel et al. 2020, arXiv 2004.10568"
 NEEDS: tuple[str, ...] = ("square",)

@@ -18,13 +18,13 @@ from pydantic import Field
 
 from lilliput.algebra import hadamard
 from lilliput.algebra.rotations import orthogonal
-from lilliput.backward import Samples
 from lilliput.errors import PlanError
-from lilliput.methods.fold import ResidualRotation
-from lilliput.recipe import Strict, Target
+from lilliput.folds.kinds import ResidualRotation
+from lilliput.streaming.backward import Samples
+from lilliput.target import Strict, Target
 
 if TYPE_CHECKING:
-    from lilliput.rotated import RotatedModel  # which imports transformers
+    from lilliput.model.rotated import RotatedModel  # which imports transformers
 
 PAPER = "Ashkboos et al. 2024, arXiv 2404.00456"
 NEEDS: tuple[str, ...] = ()

@@ -21,17 +21,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput import backward
 from lilliput.algebra import hadamard
 from lilliput.algebra.rotations import cayley, orthogonal
-from lilliput.backward import Samples
 from lilliput.errors import PlanError
+from lilliput.folds.kinds import ResidualRotation
 from lilliput.formats.integer import from_target
-from lilliput.methods.fold import ResidualRotation
-from lilliput.recipe import Strict, Target
+from lilliput.streaming import backward
+from lilliput.streaming.backward import Samples
+from lilliput.target import Strict, Target
 
 if TYPE_CHECKING:
-    from lilliput.rotated import RotatedModel  # which imports transformers
+    from lilliput.model.rotated import RotatedModel  # which imports transformers
 
 PAPER = "Liu et al. 2024, arXiv 2405.16406"
 NEEDS: tuple[str, ...] = ()

@@ -39,15 +39,15 @@ from torch import Tensor
 
 from lilliput.algebra import obs
 from lilliput.anatomy.model import Link
+from lilliput.folds.kinds import ScaleFold
 from lilliput.formats import ranged
 from lilliput.formats.format import Format
 from lilliput.formats.known import from_target
-from lilliput.methods.fold import ScaleFold
-from lilliput.methods.view import BlockIO, BlockView
 from lilliput.methods.weight import gptq
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
+from lilliput.verbs.view import BlockIO, BlockView
 
 PAPER = "Lin et al. 2024, arXiv 2306.00978"
 NEEDS: tuple[str, ...] = ("gram", "absmean")

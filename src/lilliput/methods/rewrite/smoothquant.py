@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from lilliput.methods.fold import ScaleFold
-from lilliput.methods.view import BlockIO, BlockView
-from lilliput.recipe import Strict, Target
+from lilliput.folds.kinds import ScaleFold
+from lilliput.target import Strict, Target
+from lilliput.verbs.view import BlockIO, BlockView
 
 PAPER = "Xiao et al. 2023, arXiv 2211.10438"
 NEEDS: tuple[str, ...] = ("absmax",)

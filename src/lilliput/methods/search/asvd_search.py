@@ -29,8 +29,8 @@ from pydantic import Field
 
 from lilliput.algebra import lowrank
 from lilliput.errors import LilliputError
-from lilliput.methods.scores import Budget, Loss, Share
-from lilliput.recipe import Strict, Target
+from lilliput.target import Strict, Target
+from lilliput.verbs.scores import Budget, Loss, Share
 
 PAPER = "Yuan et al. 2023, arXiv 2312.05821"
 NEEDS: tuple[str, ...] = ()

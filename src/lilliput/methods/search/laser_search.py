@@ -26,9 +26,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from lilliput.errors import LilliputError
-from lilliput.methods.scores import Budget, Loss
 from lilliput.methods.weight import laser
-from lilliput.recipe import Strict, Target
+from lilliput.target import Strict, Target
+from lilliput.verbs.scores import Budget, Loss
 
 PAPER = "Sharma et al. 2023, arXiv 2312.13558"
 NEEDS: tuple[str, ...] = ()

@@ -31,8 +31,8 @@ from lilliput.formats import groups
 from lilliput.formats.binary import from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Xu et al. 2018, arXiv 1802.00150"
 NEEDS: tuple[str, ...] = ("gram",)

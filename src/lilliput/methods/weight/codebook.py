@@ -31,8 +31,8 @@ from lilliput.formats import groups
 from lilliput.formats.codebook import Table, from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Kim et al. 2024, arXiv 2306.07629"
 NEEDS: tuple[str, ...] = ("gram", "square", "fisher")

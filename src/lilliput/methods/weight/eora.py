@@ -23,8 +23,8 @@ from lilliput.errors import PlanError
 from lilliput.parts.layer import Layer
 from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spec, rest_of
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Liu et al. 2024, arXiv 2410.21271"
 NEEDS: tuple[str, ...] = ("gram",)

@@ -29,8 +29,8 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.parts.sparse import SparseSpec, highest, pick
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Zadeh et al. 2020, arXiv 2005.03842"
 NEEDS: tuple[str, ...] = ()

@@ -38,8 +38,8 @@ from lilliput.formats.swept import Sweepable, Swept
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme, quantized
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Frantar et al. 2023, arXiv 2210.17323"
 NEEDS: tuple[str, ...] = ("gram",)

@@ -20,13 +20,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.algebra.rounding import Units
-from lilliput.formats import affine, integer, search
+from lilliput.algebra import ranges as search
+from lilliput.formats import affine, integer
 from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.rounding import Units
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/"
 NEEDS: tuple[str, ...] = ()

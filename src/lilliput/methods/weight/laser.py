@@ -24,8 +24,8 @@ from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer
 from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spec, rest_of
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Sharma et al. 2023, arXiv 2312.13558"
 NEEDS: tuple[str, ...] = ()

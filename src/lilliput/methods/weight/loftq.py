@@ -36,8 +36,8 @@ from lilliput.parts.lowrank import Factors, LowRankPart, LowRankSpec, approximat
 from lilliput.parts.part import Part
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Li et al. 2023, arXiv 2310.08659"
 NEEDS: tuple[str, ...] = ("gram",)

@@ -21,8 +21,8 @@ from lilliput.errors import PlanError
 from lilliput.parts.layer import Layer
 from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spec, rest_of
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Yao et al. 2023, arXiv 2303.08302"
 NEEDS: tuple[str, ...] = ()

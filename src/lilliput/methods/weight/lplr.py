@@ -27,8 +27,8 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.parts.layer import Layer
 from lilliput.parts.lowrank import Factors, LowRankPart, LowRankSpec, as_part, factor_spec, rest_of
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Saha et al. 2023, arXiv 2310.11028"
 NEEDS: tuple[str, ...] = ()

@@ -24,8 +24,8 @@ from pydantic import Field
 
 from lilliput.algebra import masks
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Han et al. 2015, arXiv 1506.02626"
 NEEDS: tuple[str, ...] = ()
@@ -47,4 +47,4 @@ class Options(Strict):
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """The layer with a support. Raises PlanError when the target asks for no sparsity."""
-    return layer.with_support(masks.choose(layer.rest().abs(), target, o.scope))
+    return layer.with_support(masks.choose(layer.rest().abs(), target.sparsity, target.pattern, o.scope))

@@ -25,8 +25,8 @@ from lilliput.formats.integer import IntegerFormat, from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme, quantized
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Frantar and Alistarh 2022, arXiv 2208.11580"
 NEEDS: tuple[str, ...] = ("gram",)

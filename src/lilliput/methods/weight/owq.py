@@ -27,8 +27,8 @@ from lilliput.parts.columns import ColumnsPart, ColumnsSpec
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Lee et al. 2023, arXiv 2306.02272"
 NEEDS: tuple[str, ...] = ("gram",)

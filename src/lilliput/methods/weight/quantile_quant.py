@@ -24,8 +24,8 @@ from lilliput.formats import groups
 from lilliput.formats.codebook import from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Dettmers et al. 2022, arXiv 2110.02861"
 NEEDS: tuple[str, ...] = ()

@@ -34,12 +34,12 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.algebra import ldlq, obs
+from lilliput.algebra.ranges import stored as stored_scale
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import affine, groups, vector
 from lilliput.formats.affine import AffineFormat
 from lilliput.formats.integer import IntegerFormat
 from lilliput.formats.known import from_target
-from lilliput.formats.search import stored as stored_scale
 from lilliput.formats.trellis import TrellisFormat
 from lilliput.formats.vector import VectorFormat
 from lilliput.methods.weight import gptq
@@ -47,8 +47,8 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.parts.transform import Rotation, Scale, ScaleSpec, Transform
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Chee et al. 2023, arXiv 2307.13304"
 NEEDS: tuple[str, ...] = ("gram",)

@@ -25,8 +25,8 @@ from lilliput.parts.part import PartSpec
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.rows import RowsPart, RowsSpec
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Yvinec et al. 2022, arXiv 2203.14645"
 NEEDS: tuple[str, ...] = ("square",)

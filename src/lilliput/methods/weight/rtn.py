@@ -48,8 +48,8 @@ from lilliput.formats.nested import NestedFormat
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme, quantized
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Jacob et al. 2018, arXiv 1712.05877"
 NEEDS: tuple[str, ...] = ("square",)

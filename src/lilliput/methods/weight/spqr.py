@@ -42,8 +42,8 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.parts.sparse import SparseSpec
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Dettmers et al. 2023, arXiv 2306.03078"
 NEEDS: tuple[str, ...] = ("gram",)

@@ -30,8 +30,8 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.parts.sparse import SparseSpec, highest, pick
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Kim et al. 2024, arXiv 2306.07629"
 NEEDS: tuple[str, ...] = ("fisher", "square")

@@ -37,8 +37,8 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.parts.layer import Layer
 from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spec, rest_of
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Eckart and Young 1936; Yuan et al. 2023, arXiv 2312.05821; Wang et al. 2024, arXiv 2403.07378"
 NEEDS: tuple[str, ...] = ("gram", "absmean", "fisher")

@@ -19,8 +19,8 @@ from lilliput.errors import PlanError
 from lilliput.formats.sign import from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Xu et al. 2024, arXiv 2402.11295"
 NEEDS: tuple[str, ...] = ("square",)

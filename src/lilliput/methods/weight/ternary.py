@@ -23,8 +23,8 @@ from lilliput.formats import groups
 from lilliput.formats.ternary import from_target
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Li et al. 2016, arXiv 1605.04711"
 NEEDS: tuple[str, ...] = ("gram",)

@@ -18,8 +18,8 @@ from pydantic import Field
 
 from lilliput.algebra import masks
 from lilliput.parts.layer import Layer
-from lilliput.recipe import Strict, Target
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
 
 PAPER = "Sun et al. 2024, arXiv 2306.11695"
 NEEDS: tuple[str, ...] = ("square",)
@@ -40,4 +40,4 @@ class Options(Strict):
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """The layer with a support. Raises PlanError when the target asks for no sparsity."""
     size = stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=layer.weight.device)
-    return layer.with_support(masks.choose(layer.rest().abs() * size, target, o.scope))
+    return layer.with_support(masks.choose(layer.rest().abs() * size, target.sparsity, target.pattern, o.scope))

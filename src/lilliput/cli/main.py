@@ -1,0 +1,244 @@
+"""The command line: arguments to one call of `lilliput.api`, its answer to a table or to one JSON object."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lilliput.cli import measure as cli_evidence
+from lilliput.cli.command import (
+    DataOpt,
+    DeviceOpt,
+    DtypeOpt,
+    HtmlOpt,
+    JsonOpt,
+    MemoryOpt,
+    ModelArg,
+    RecipeOpt,
+    SamplesOpt,
+    SeedOpt,
+    SetOpt,
+    SizeOpt,
+    TokensOpt,
+    WorkOpt,
+    answer,
+    dump,
+    guarded,
+    plain,
+    redirected,
+    write,
+)
+from lilliput.errors import PlanError, ToldError
+from lilliput.machine import ranks
+from lilliput.report import table
+
+app = typer.Typer(
+    name="lilliput",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+cli_evidence.register(app)
+# Bars of the libraries below would fill a log, so they are for terminals. Read as the libraries are imported, and by
+# child processes.
+_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+
+
+@app.callback()
+def together(context: typer.Context) -> None:
+    """Compress a Hugging Face causal language model under a budget, and say what it cost."""
+    if ranks.size() > 1 and context.invoked_subcommand not in {"compress", "plan"}:
+        with guarded():
+            error = f"{ranks.size()} processes were started, but {context.invoked_subcommand} is the work of one"
+            raise (PlanError if ranks.lead() else ToldError)(f"{error}: start it without torchrun")
+
+
+@app.command()
+def compress(
+    model: ModelArg,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    recipe: RecipeOpt = "w4",
+    data: DataOpt = "docs",
+    samples: SamplesOpt = 128,
+    tokens: TokensOpt = 512,
+    memory: MemoryOpt = None,
+    size: SizeOpt = None,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = "auto",
+    work: WorkOpt = None,
+    settings: SetOpt = None,
+    seed: SeedOpt = None,
+    eval_data: Annotated[str | None, typer.Option(help="Text to measure on [docs:library].")] = None,
+    eval_windows: Annotated[int, typer.Option(min=0, help="Windows of 1,024 tokens to measure on; 0: none.")] = 8,
+    html: HtmlOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Compress MODEL into a folder that engines load, and report what it cost."""
+
+    def run() -> Any:
+        from lilliput.report import page
+
+        if html is not None:
+            page.writable(html)
+            if not eval_windows:
+                raise PlanError("a page shows what was measured: leave --html out, or ask for --eval-windows")
+        from lilliput import api
+        from lilliput.progress import Progress
+        from lilliput.units import parse_size
+
+        with Progress() as progress:
+            done = api.compress(
+                model,
+                out,
+                recipe=recipe,
+                data=data,
+                samples=samples,
+                tokens=tokens,
+                memory=parse_size(memory, "--memory"),
+                size=parse_size(size, "--size"),
+                dtype=dtype,
+                device=device,
+                work=work,
+                seed=seed,
+                settings=tuple(settings or ()),
+                eval_data=eval_data,
+                eval_windows=eval_windows,
+                progress=progress,
+            )
+        if html is not None and ranks.lead():
+            page.write(html, page.render(done.evidence or {}))
+        return done.to_json()
+
+    answer(run, table.compress, as_json, resume=True)
+
+
+@app.command()
+def plan(
+    model: ModelArg,
+    recipe: RecipeOpt = "w4",
+    data: DataOpt = "docs",
+    samples: SamplesOpt = 128,
+    tokens: TokensOpt = 512,
+    memory: MemoryOpt = None,
+    size: SizeOpt = None,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = "auto",
+    work: WorkOpt = None,
+    settings: SetOpt = None,
+    seed: SeedOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """What compress would do: bytes by kind of tensor, bits per weight, peak RAM, time. Reads no weights."""
+
+    def run() -> Any:
+        from lilliput import api
+        from lilliput.units import parse_size
+
+        return api.plan(
+            model,
+            recipe=recipe,
+            data=data,
+            samples=samples,
+            tokens=tokens,
+            memory=parse_size(memory, "--memory"),
+            size=parse_size(size, "--size"),
+            dtype=dtype,
+            device=device,
+            work=work,
+            seed=seed,
+            settings=tuple(settings or ()),
+        ).to_json()
+
+    answer(run, table.plan, as_json)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.")],
+    memory: MemoryOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Check a written folder: hashes, shapes, finite, and that its engine opens it and computes what it holds."""
+
+    def run() -> Any:
+        from lilliput import api
+        from lilliput.units import parse_size
+
+        return plain(api.verify(folder, memory=parse_size(memory, "--memory")))
+
+    if answer(run, table.verify, as_json).get("problems"):
+        raise typer.Exit(2)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method or a catalogue id.")] = None,
+    recipe: Annotated[bool, typer.Option("--recipe", help="Print a recipe that runs NAME, as YAML.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """All methods; one method's page; or a recipe that runs a method or a catalogue id."""
+    from lilliput.methods import index as catalogue
+    from lilliput.recipe import page
+    from lilliput.recipe.load import load, to_yaml
+
+    with guarded():
+        if recipe:
+            if name is None:
+                raise PlanError("--recipe needs a name, a method's or a catalogue id: `lilliput methods gptq --recipe`")
+            found = load(name)
+            write(dump(found.model_dump(mode="json", exclude_defaults=True)) if as_json else to_yaml(found))
+        elif as_json:
+            write(dump(catalogue.index() if name is None else catalogue.entry(catalogue.find(name))))
+        elif name is not None:
+            write(page.page(catalogue.find(name)))
+        else:
+            Console().print(table.methods(catalogue.index()))
+
+
+@app.command()
+def inspect(
+    model: ModelArg,
+    data: Annotated[str | None, typer.Option(help="Text to measure per-site outliers on.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Anatomy of MODEL: blocks, sites, links, groups, parameter counts; outliers by site when --data is given."""
+
+    def run() -> Any:
+        from lilliput import api
+
+        return plain(api.inspect(model, data=data))
+
+    answer(run, table.inspect, as_json)
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
+) -> None:
+    """Let MODEL continue a prompt, to see with your own eyes that it still speaks."""
+
+    def run() -> Any:
+        from lilliput import api
+
+        return api.generate(model, prompt, max_new_tokens=max_new_tokens)
+
+    with guarded():
+        with redirected():
+            text = run()
+        write(f"{text}\n")
+
+
+def main() -> None:
+    """Entry point of the `lilliput` command."""
+    if not sys.stderr.isatty():
+        for name in _BARS:
+            os.environ.setdefault(name, "1")
+    app()

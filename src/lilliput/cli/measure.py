@@ -1,0 +1,181 @@
+"""The commands that measure and compare: `lilliput eval` and `lilliput compare`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lilliput.cli import command
+from lilliput.errors import DataError, PlanError
+
+MISSED = 3  # exit status where a stated limit is missed
+
+DataOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", help="Text to measure on: docs:library, a file, wikitext2, c4, hub:DATASET[:CONFIG][:SPLIT]. Repeat."
+    ),
+]
+WindowsOpt = Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")]
+TokensOpt = Annotated[int | None, typer.Option(min=2, help="Tokens in a window [1,024, or all that the model knows].")]
+SpeedOpt = Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")]
+DtypeOpt = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+TasksOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks, comma-separated: NAME=FILE.jsonl, NAME=FILE.yaml, instructions=FILE.jsonl, or one lm-eval knows."
+    ),
+]
+
+
+def evaluate(
+    model: command.ModelArg,
+    against: Annotated[str | None, typer.Option(help="The original: adds every comparison, and the verdict.")] = None,
+    data: DataOpt = None,
+    windows: WindowsOpt = 8,
+    tokens: TokensOpt = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Begin windows this many tokens apart.")] = None,
+    tasks: TasksOpt = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all of them by default.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples before each item; the task's own number.")] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="Prompts that both models continue greedily; 0: none.")] = 0,
+    where: Annotated[bool, typer.Option("--where", help="Find where the loss comes from; --html does too.")] = False,
+    speed: SpeedOpt = False,
+    roofline: Annotated[bool, typer.Option("--roofline", help="Predict times on named devices.")] = False,
+    html: command.HtmlOpt = None,
+    max_kl: Annotated[float | None, typer.Option(min=0.0, help="Exit 3 above this KL divergence, nats.")] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(min=0.0, help="Exit 3 above this rise of perplexity; 0.05 is 5 %.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Exit 3 below this share of equal first choices.")
+    ] = None,
+    memory: command.MemoryOpt = None,
+    dtype: DtypeOpt = "float32",
+    as_json: command.JsonOpt = False,
+) -> None:
+    """Measure MODEL as it lies on disk: every figure with its 95 % interval, and a verdict."""
+
+    def run() -> Any:
+        from lilliput.progress import Progress
+        from lilliput.report import page
+        from lilliput.report.evidence import gather
+        from lilliput.units import parse_size
+
+        limits = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_agreement": min_agreement}
+        if against is None and any(x is not None for x in limits.values()):
+            raise PlanError("a limit compares with the original: name it with --against")
+        if html is not None:
+            page.writable(html)
+        with Progress() as progress:
+            evaluation, evidence = gather(
+                model,
+                against,
+                data=data or ["docs:library"],
+                windows=windows,
+                tokens=tokens,
+                stride=stride,
+                memory=parse_size(memory, "--memory"),
+                dtype=dtype,
+                tasks=[x.strip() for x in (tasks or "").split(",") if x.strip()],
+                limit=limit,
+                shots=shots,
+                prompts=prompts,
+                where=where or (html is not None and against is not None),
+                speed=speed,
+                roofline=roofline or html is not None,
+                gates=limits,
+                progress=progress,
+            )
+        if html is not None:
+            page.write(html, page.render(evidence))
+        return evaluation.to_json() | evidence | {"suspects": (evidence.get("loss") or {}).get("suspects", [])}
+
+    from lilliput.report import terminal
+
+    found = command.answer(run, terminal.evaluation, as_json)
+    _complain([found])
+    if not all(gate["passed"] for gate in found["gates"]):
+        raise typer.Exit(MISSED)
+
+
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="DIR DIR...", help="Compressed models, or saved evidence.")],
+    against: Annotated[str | None, typer.Option(help="Their original; not needed for saved evidence.")] = None,
+    data: DataOpt = None,
+    windows: WindowsOpt = 8,
+    tokens: TokensOpt = None,
+    speed: SpeedOpt = False,
+    html: command.HtmlOpt = None,
+    memory: command.MemoryOpt = None,
+    dtype: DtypeOpt = "float32",
+    as_json: command.JsonOpt = False,
+) -> None:
+    """Compressed models of one original side by side: folders, or files that `lilliput eval --json` wrote."""
+
+    def run() -> Any:
+        from lilliput.metrics.evaluate import evaluate_all
+        from lilliput.progress import Progress
+        from lilliput.report import page
+        from lilliput.report.compare import comparison_rows, render_comparison
+        from lilliput.report.evidence import gather
+        from lilliput.units import parse_size
+
+        if html is not None:
+            page.writable(html)
+        folders = [name for name in models if not name.endswith(".json")]
+        if folders and against is None:
+            raise PlanError(f"to measure {folders[0]} its original is needed: name it with --against")
+        saved = {name: _saved(Path(name)) for name in models if name not in folders}
+        shared: Any = {
+            "data": data or ["docs:library"],
+            "windows": windows,
+            "tokens": tokens,
+            "memory": parse_size(memory, "--memory"),
+            "dtype": dtype,
+        }
+        with Progress() as progress:
+            texts = evaluate_all(folders, against, **shared, detail=True, progress=progress) if folders else []
+            measured = {
+                name: gather(name, against, **shared, speed=speed, evaluation=evaluation, progress=progress)[1]
+                for name, evaluation in zip(folders, texts, strict=True)
+            }
+        found: list[Any] = [(saved | measured)[name] for name in models]
+        rows = comparison_rows(found)
+        if html is not None:
+            page.write(html, render_comparison(found))
+        return {"models": rows, "evidence": found}
+
+    from lilliput.report import terminal
+
+    found = command.answer(run, lambda found: terminal.comparison(found["evidence"]), as_json)
+    _complain(found["evidence"])
+
+
+def _complain(evidences: Sequence[Any]) -> None:
+    """Exit status 2 where a part that was asked for could not be measured; the others have been printed."""
+    failed = [f"{part}: {why}" for x in evidences for part, why in (x.get("failed") or {}).items()]
+    for line in failed:
+        command.say(f"error: {line}")
+    if failed:
+        raise typer.Exit(2)
+
+
+def _saved(path: Path) -> Any:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no evidence that `lilliput eval --json` wrote: {error}") from None
+    if not isinstance(found, dict) or "quality" not in found:
+        raise DataError(f"{path} holds no evidence: write it with `lilliput eval MODEL --against BASE --json`")
+    return found
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command(name="eval")(evaluate)
+    app.command(name="compare")(compare)

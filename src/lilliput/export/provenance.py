@@ -1,0 +1,115 @@
+"""lilliput.json: where a written folder comes from, and what every tensor in it is. Schema: docs/provenance.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from lilliput.errors import SourceError
+from lilliput.units import finite
+
+NAME = "lilliput.json"
+SCHEMA = 1
+_HASHED = 1 << 24  # bytes handed to the hash at a time
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One stored tensor: its file, torch dtype name, shape, and the sha256 of its bytes."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """One linear: `bits` per weight with all overhead, `error` as the run measured it, seconds spent."""
+
+    name: str
+    stored: str
+    format: str
+    bits: float
+    error: float | None = None
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """What the run was calibrated on."""
+
+    source: str
+    samples: int
+    tokens: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Everything that lilliput.json tells."""
+
+    model: str
+    fingerprint: str
+    layout: str
+    recipe: Mapping[str, Any]
+    plan: str
+    seed: int | None
+    data: DataRow | None
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    linears: tuple[LinearRow, ...] = ()
+    tensors: tuple[TensorRow, ...] = ()
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Sorted and indented, with a final newline: equal provenance gives equal bytes. What is no number is null."""
+        return json.dumps(finite(asdict(self)), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read(folder: Path) -> Provenance | None:
+    """The folder's lilliput.json; None where there is none. Raises SourceError for a damaged or newer one."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        found = TypeAdapter(Provenance).validate_json(path.read_bytes())
+    except (ValidationError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise SourceError(f"{path} is damaged ({first}): write the folder again") from None
+    if found.schema != SCHEMA:
+        raise SourceError(f"{path} has schema {found.schema}, this lilliput reads {SCHEMA}: use the one that wrote it")
+    return found
+
+
+def sha256(tensor: Tensor) -> str:
+    """Hash of a tensor's bytes as a file holds them (row-major, little-endian), hex."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.sha256()
+    for start in range(0, raw.numel(), _HASHED):
+        digest.update(raw[start : start + _HASHED].numpy().data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that shape the result."""
+    found = {"python": platform.python_version()}
+    for name in ("lilliput", "torch", "transformers", "compressed-tensors", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

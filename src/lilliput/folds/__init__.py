@@ -1,0 +1,1 @@
+"""Folds: changes of weights after which the model computes the same function."""

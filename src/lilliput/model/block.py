@@ -1,0 +1,105 @@
+"""The tensors of one block as the steps see them: read on demand, with the folds of rewrites applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lilliput.anatomy.model import Block, Linear
+from lilliput.errors import LilliputError
+from lilliput.folds.kinds import ScaleFold
+from lilliput.model.stored import Model
+
+
+class BlockWeights:
+    """Tensors of one block under names relative to it. Nothing is kept but the folded scales: reading is cheap."""
+
+    def __init__(self, model: Model, index: int, anatomy: Block) -> None:
+        self.prefix = model.skeleton.block_names[index]
+        self.anatomy = anatomy
+        self._model = model
+        self._rows: dict[str, Tensor] = {}  # tensor name -> factor of its output rows
+        self._columns: dict[str, Tensor] = {}  # tensor name -> factor of its input columns
+        self._offset: dict[str, float] = {}  # gains stored as gain - offset
+        self._transposed = {f"{x.name}.weight" for x in anatomy.linears if x.transposed}
+
+    @property
+    def device(self) -> str:
+        """Where the block is computed with."""
+        return self._model.skeleton.device
+
+    def names(self) -> tuple[str, ...]:
+        """All tensors of the block, relative names."""
+        cut = len(self.prefix) + 1
+        index = self._model.skeleton.block_names.index(self.prefix)
+        return tuple(name[cut:] for name in self._model.skeleton.names_of(index))
+
+    def canonical(self, name: str) -> str:
+        return f"{self.prefix}.{name}"
+
+    def folded(self, name: str) -> bool:
+        return name in self._rows or name in self._columns
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in its stored orientation: in its stored dtype, or float32 where a fold touched it."""
+        value = self._model.read(self.canonical(name))
+        if not self.folded(name):
+            return value
+        value = value.float() + self._offset.get(name, 0.0)
+        rows, columns = self._rows.get(name), self._columns.get(name)
+        if name in self._transposed:
+            rows, columns = columns, rows
+        if rows is not None:
+            value = value * (rows if value.dim() == 1 else rows[:, None])
+        if columns is not None:
+            value = value * columns
+        return value - self._offset.get(name, 0.0)
+
+    def linear(self, linear: Linear) -> Tensor:
+        """The weight of a linear, float32 [out, in], contiguous and the caller's own."""
+        value = self.tensor(f"{linear.name}.weight").float()
+        return (value.T if linear.transposed else value).contiguous()
+
+    def through_folds(self, linear: Linear, squares: Tensor) -> Tensor:
+        """Squared gradients [out, in] by a weight that no fold has touched, as those by the weight as it is now."""
+        for factors, side in ((self._rows, (-1, 1)), (self._columns, (1, -1))):
+            factor = factors.get(f"{linear.name}.weight")
+            if factor is not None:
+                squares = squares / factor.square().view(side)
+        return squares
+
+    def to_stored(self, linear: Linear, weight: Tensor) -> Tensor:
+        """A weight [out, in] in the orientation of its module."""
+        return weight.T.contiguous() if linear.transposed else weight
+
+    def fold(self, folds: Iterable[ScaleFold]) -> dict[str, Tensor]:
+        """Take folds over; returns, by site, the factor on its inputs that they amount to."""
+        sites: dict[str, Tensor] = {}
+        for fold in folds:
+            link = fold.link
+            scale = fold.scale.detach().to("cpu", torch.float32)
+            if scale.shape != link.index.shape or not bool(torch.isfinite(scale).all()) or float(scale.min()) <= 0:
+                raise LilliputError(f"a rewrite gave unusable scales for {self.prefix}.{link.producer}")
+            if not torch.equal(link.tie(scale), scale):
+                raise LilliputError(f"scales for {self.prefix}.{link.producer} differ where query heads share a row")
+            producer = self._model.shape(self.canonical(f"{link.producer}.weight"))
+            width = producer[1 if self._is_transposed(link.producer) else 0]
+            inverse = torch.ones(width)
+            inverse[link.index] = 1.0 / scale
+            for suffix in ("weight", "bias"):
+                name = f"{link.producer}.{suffix}"
+                if self.canonical(name) in self._model.skeleton.shapes:
+                    self._rows[name] = self._rows.get(name, torch.ones(width)) * inverse
+                    if link.kind == "norm" and suffix == "weight":
+                        self._offset[name] = link.offset
+            for reader in link.readers:
+                name = f"{reader}.weight"
+                self._columns[name] = self._columns.get(name, torch.ones_like(scale)) * scale
+            for site in {x.site for x in self.anatomy.linears if x.name in link.readers}:
+                sites[site] = sites.get(site, torch.ones_like(scale)) / scale
+        return sites
+
+    def _is_transposed(self, linear: str) -> bool:
+        return f"{linear}.weight" in self._transposed

@@ -1,0 +1,265 @@
+"""A source bound to its skeleton: tensors by the names of the module tree, read from wherever the files have them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.anatomy.explore import explore
+from lilliput.anatomy.model import Anatomy
+from lilliput.anatomy.skeleton import Skeleton
+from lilliput.errors import SourceError
+from lilliput.source import Source, Stored, open_source
+from lilliput.source.names import Names, Ref, bind, single_name
+
+__all__ = ["Model", "Ref", "open_model"]
+
+TABLE_ROWS = 4096  # rows of the token table read at a time
+ROWS = 1 << 12  # rows of two embeddings compared at a time
+SPARSE = 8  # rows between two wanted ones that are not worth a read of their own
+
+
+class Model:
+    """A language model whose tensors are read by canonical name. Made by `open_model`.
+
+    refs: canonical name -> where it lies in the files; carried: stored tensors that the language model does not know
+    (vision towers, buffers of old versions), to be written through unchanged; copies: stored tensors that only repeat a
+    tied one, not to be written; fused: experts that transformers loads only as part of a 3-D tensor; notes: what a user
+    should know.
+    """
+
+    def __init__(self, source: Source, skeleton: Skeleton, names: Names, notes: tuple[str, ...] = ()) -> None:
+        self.source = source
+        self.skeleton = skeleton
+        self.refs: Mapping[str, Ref] = {x: names.refs[x] for x in skeleton.shapes}
+        self.notes = source.notes + tuple(skeleton.notes) + notes
+        self._prefix = names.prefix
+        self._head = _head_name(skeleton)
+        head = names.refs.get(self._head)
+        used = {x.stored for x in self.refs.values()}
+        self.copies: tuple[str, ...] = (head.stored,) if skeleton.tied and head and head.stored not in used else ()
+        self.carried: tuple[str, ...] = tuple(x for x in source.stored if x not in used and x not in self.copies)
+        self._anatomy: Anatomy | None = None
+        parts = [x for x, ref in self.refs.items() if ref.index is not None]
+        self.fused: tuple[str, ...] = tuple(x for x in parts if single_name(x, skeleton.model) is None)
+        if self.fused:
+            self.notes += (
+                f"{type(skeleton.model).__name__} loads experts only as one 3-D tensor "
+                f"({self.refs[self.fused[0]].stored}): single experts can be written in the native format alone",
+            )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.skeleton.tied
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest context that the model knows; None where its config names no limit."""
+        return self.skeleton.positions
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding: ids from there on cannot be read."""
+        table: Any = self.skeleton.model.get_input_embeddings()  # type: ignore[operator]
+        return int(table.weight.shape[0])
+
+    def read(self, canonical: str) -> Tensor:
+        """A tensor by canonical name: contiguous, on the CPU, in the dtype of the files."""
+        ref = self._ref(canonical)
+        if ref.index is None:
+            value = self.source.read(ref.stored, ref.rows)
+        else:
+            value = self.source.read(ref.stored, (ref.index, ref.index + 1))[0]
+            value = value if ref.rows is None else value[ref.rows[0] : ref.rows[1]].clone()
+        return (value.T if ref.transposed else value).contiguous()
+
+    def read_rows(self, canonical: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor that is stored whole; contiguous, on the CPU, in the dtype of the files."""
+        ref = self._ref(canonical)
+        if ref.index is not None or ref.rows is not None or ref.transposed:
+            return self.read(canonical)[start:stop].contiguous()
+        return self.source.read(ref.stored, (start, stop))
+
+    def spans(self, canonical: str, rows: Tensor) -> Iterator[tuple[int, int]]:
+        """What to read, [start, stop) at a time, to see the rows int64 [n] (ascending, each once) of a tensor.
+
+        At most `TABLE_ROWS` at a time; where few rows of a stretch are wanted, hardly more than those.
+        """
+        ref = self._ref(canonical)
+        if ref.transposed or len(self.source.parts(ref.stored)) > 1:
+            yield from self._stretches(canonical, rows)
+            return
+        for first, last in self._stretches(canonical, rows):
+            wanted = rows[(rows >= first) & (rows < last)]
+            if len(wanted) * SPARSE > last - first:
+                yield first, last
+                continue
+            ends = (wanted.diff() > SPARSE).nonzero()[:, 0]
+            for group in wanted.tensor_split(ends + 1):
+                yield int(group[0]), int(group[-1]) + 1
+
+    def _stretches(self, canonical: str, rows: Tensor) -> Iterator[tuple[int, int]]:
+        """The stretches of `TABLE_ROWS` rows in which any of the rows int64 [n] lies."""
+        count = self.shape(canonical)[0]
+        for number in sorted(set((rows // TABLE_ROWS).tolist())):
+            yield number * TABLE_ROWS, min((number + 1) * TABLE_ROWS, count)
+
+    def stored_name(self, canonical: str) -> str:
+        """Name under which to write a tensor: its own in the files.
+
+        For a part of a fused tensor it is a name under which transformers loads the part by itself (see `fused`), and
+        for a head that was tied and no longer is, the head's name beside the embedding.
+        """
+        if canonical == self._head and canonical not in self.refs:
+            base = _base(self.skeleton)
+            outer = self._prefix.removesuffix(base) if base and f".{self._prefix}".endswith(f".{base}") else ""
+            return self.copies[0] if self.copies else outer + canonical
+        ref = self._ref(canonical)
+        if ref.index is None and ref.rows is None:
+            return ref.stored
+        return self._aligned(single_name(canonical, self.skeleton.model) or canonical)
+
+    def shape(self, canonical: str) -> tuple[int, ...]:
+        """Shape of a canonical tensor."""
+        return self._ref(canonical).shape(self.source.stored[self._ref(canonical).stored].shape)
+
+    def dtype(self, canonical: str) -> torch.dtype:
+        """Dtype that `read` returns for a canonical tensor."""
+        return self.source.stored[self._ref(canonical).stored].dtype
+
+    def written_dtype(self, canonical: str) -> torch.dtype:
+        """Dtype in which a dense tensor is written: its own, but float16 for what a GGUF file held in blocks."""
+        dtype = self.dtype(canonical)
+        return torch.float16 if self.source.from_gguf and dtype == torch.float32 else dtype
+
+    def parts(self, canonical: str) -> tuple[str, ...]:
+        """Names in the files of what a canonical tensor is stored as, or is a part of."""
+        return self.source.parts(self._ref(canonical).stored)
+
+    def anatomy(self) -> Anatomy:
+        """What the model is made of; found once."""
+        if self._anatomy is None:
+            self._anatomy = explore(self.skeleton)
+        return self._anatomy
+
+    def load(self, names: Iterable[str]) -> None:
+        """Read tensors into the skeleton by canonical name, one at a time."""
+        for name in names:
+            self.skeleton.load({name: self.read(name)})
+
+    def unload(self, names: Iterable[str]) -> None:
+        """Send tensors of the skeleton back to the meta device."""
+        self.skeleton.unload(names)
+
+    def load_block(self, i: int) -> None:
+        """Read block i into the skeleton."""
+        self.load(self.skeleton.names_of(i))
+
+    def unload_block(self, i: int) -> None:
+        """Free block i of the skeleton."""
+        self.unload(self.skeleton.names_of(i))
+
+    def _ref(self, canonical: str) -> Ref:
+        if canonical not in self.refs:
+            raise SourceError(f"{self.source.model} has no tensor named {canonical}.")
+        return self.refs[canonical]
+
+    def _aligned(self, canonical: str) -> str:
+        base = _base(self.skeleton)
+        return self._prefix + canonical.removeprefix(base) if base and canonical.startswith(base) else canonical
+
+
+def open_model(
+    model: str | Path | Model,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Model:
+    """Open a checkpoint and bind its tensors to the module tree that runs them; only tied weights are read, to compare.
+
+    dtype, device: what the skeleton computes in. A model that is open already comes back as it is, with the dtype and
+    the device that it was opened with, so that callers who measure several things open it once. Raises SourceError when
+    a tensor that the model needs is missing or has another shape than the config asks for.
+    """
+    if isinstance(model, Model):
+        return model
+    source = open_source(str(model), trust_remote_code=trust_remote_code)
+    notes: tuple[str, ...] = ()
+    config: Any = source.text_config
+    skeleton = Skeleton(config, dtype=dtype, device=device)
+    names = _bind(source, skeleton)
+    if source.config is source.text_config and names.prefix not in ("", _base(skeleton)) and not source.from_gguf:
+        # A language model inside something of the user's own: transformers would not find it under these names.
+        source = open_source(str(model), trust_remote_code=trust_remote_code, prefix=(names.prefix, _base(skeleton)))
+        names = _bind(source, skeleton)
+    embedding, head = skeleton.head if skeleton.tied else "", _head_name(skeleton)
+    if skeleton.tied and head in names.refs and embedding not in names.refs:
+        names = Names({**names.refs, embedding: names.refs[head]}, names.prefix, names.strange)
+    elif skeleton.tied and head in names.refs and not _equal(source, names.refs[head], names.refs[embedding]):
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
+        skeleton = Skeleton(config, dtype=dtype, device=device)
+        names = _bind(source, skeleton)
+        notes = (f"the config ties {head} to {embedding}, but both are stored and differ: they are kept apart",)
+    elif not skeleton.tied and head not in names.refs and getattr(source.config, "tie_word_embeddings", False):
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = True
+        skeleton = Skeleton(config, dtype=dtype, device=device)
+        names = _bind(source, skeleton)
+    _check(source, skeleton, names)
+    return Model(source, skeleton, names, notes)
+
+
+def _bind(source: Source, skeleton: Skeleton) -> Names:
+    stored = {name: x.shape for name, x in source.stored.items()}
+    return bind(stored, [*skeleton.shapes, _head_name(skeleton)], skeleton.model)
+
+
+def _base(skeleton: Skeleton) -> str:
+    prefix = str(getattr(skeleton.model, "base_model_prefix", ""))
+    return f"{prefix}." if prefix else ""
+
+
+def _head_name(skeleton: Skeleton) -> str:
+    """The head's own tensor name, also where it is tied to the embedding."""
+    model: nn.Module = skeleton.model
+    return next(f"{name}.weight" for name, x in model.named_modules() if x is skeleton.head_module)
+
+
+def _equal(source: Source, a: Ref, b: Ref) -> bool:
+    """Whether two stored tensors hold the same numbers; read a few rows at a time."""
+    if a == b:
+        return True
+    first, second = source.stored[a.stored], source.stored[b.stored]
+    if first.shape != second.shape:
+        return False
+    ranges = ((x, min(first.shape[0], x + ROWS)) for x in range(0, first.shape[0], ROWS))
+    return all(torch.equal(source.read(a.stored, x), source.read(b.stored, x)) for x in ranges)
+
+
+def _check(source: Source, skeleton: Skeleton, names: Names) -> None:
+    """Raises SourceError unless every tensor of the module tree is stored with its shape."""
+    missing = [x for x in skeleton.shapes if x not in names.refs]
+    if missing:
+        odd = next(iter(names.strange.items()), None)
+        why = f" {odd[0]} would need the conversion {odd[1]}, which is not known here." if odd else ""
+        raise SourceError(
+            f"{source.model} lacks {len(missing)} of the {len(skeleton.shapes)} tensors that its config asks for: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.{why} Check that config.json belongs to "
+            "these files and that none of them is missing."
+        )
+    for name, shape in skeleton.shapes.items():
+        ref = names.refs[name]
+        stored: Stored = source.stored[ref.stored]
+        if ref.shape(stored.shape) != shape:
+            raise SourceError(
+                f"{ref.stored} in {source.file_of(ref.stored)} has shape {list(stored.shape)}, but the config asks for "
+                f"{list(shape)} as {name}. config.json does not belong to these files: copy both from one place."
+            )

@@ -1,0 +1,400 @@
+"""What will happen: every tensor with its exact bytes, peak memory and time. All user errors surface here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+
+from lilliput import export, units
+from lilliput.algebra import compiled
+from lilliput.errors import PlanError
+from lilliput.export.folder import safetensors_bytes
+from lilliput.export.outcome import Outcome
+from lilliput.formats.trellis import TrellisFormat
+from lilliput.model import rotated
+from lilliput.model.stored import Model
+from lilliput.parts.quantized import QuantizedSpec
+from lilliput.plan import cost as estimates
+from lilliput.plan import footprint, rehearsal
+from lilliput.plan.resolve import LinearPlan, Resolved, as_json, resolve
+from lilliput.plan.tensors import METADATA, OUTSIDE, TensorPlan, at_a_time, lay_out
+from lilliput.recipe.schema import Recipe
+from lilliput.version import __version__
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved against a model. Sizes in bytes, time in seconds, memory above the imported package."""
+
+    model: str
+    fingerprint: str
+    resolved: Resolved
+    exporter: str
+    quantization_config: Mapping[str, Any] | None
+    outcomes: Mapping[str, Outcome]  # by canonical linear name
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[str, ...]
+    layout: footprint.Layout
+    samples: int
+    tokens: int
+    dtype: torch.dtype
+    device: str
+    threads: int
+    budget: int | None
+    seed: int | None
+    seconds: float
+    notes: tuple[str, ...]
+    side_bytes: int
+    processes: int = 1  # that share the samples
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of all safetensors files, headers included."""
+        return sum(self.shard_bytes(n) for n in range(len(self.shards)))
+
+    def of_shard(self, shard: int) -> tuple[TensorPlan, ...]:
+        return tuple(x for x in self.tensors if x.shard == shard)
+
+    def of_block(self, block: int | None) -> tuple[TensorPlan, ...]:
+        """Tensors of a block; None: those outside the blocks."""
+        return tuple(x for x in self.tensors if x.block == block)
+
+    def shard_bytes(self, shard: int) -> int:
+        return safetensors_bytes(self.files[self.shards[shard]], METADATA)
+
+    @cached_property
+    def files(self) -> Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]:
+        """dtype and shape of every tensor, by name, of every file, by name."""
+        files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.shards}
+        for x in self.tensors:
+            files[self.shards[x.shard]][x.name] = x.dtype, x.shape
+        return files
+
+    @cached_property
+    def folder_bytes(self) -> int:
+        """Bytes of the whole folder, within a percent."""
+        rows = 520 * len(self.resolved.linears) + 120 * len(self.tensors) + 12_000
+        return self.bytes + self.side_bytes + rows
+
+    @cached_property
+    def compressed(self) -> tuple[LinearPlan, ...]:
+        return tuple(x for x in self.resolved.linears if x.tasks)
+
+    @cached_property
+    def bits_per_weight(self) -> float | None:
+        """Stored bits over the weights of the compressed linears, scales, zeros, shapes and all."""
+        weights = sum(x.linear.parameters for x in self.compressed)
+        names = {x.name for x in self.compressed}
+        stored = sum(x.nbytes for x in self.tensors if x.source in names)
+        return 8 * stored / weights if weights else None
+
+    @cached_property
+    def model_bits_per_weight(self) -> float:
+        """Stored bits of every tensor over the parameters of the original model."""
+        return 8 * sum(x.nbytes for x in self.tensors) / max(self.parameters, 1)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the original model (quantization's own tensors do not count)."""
+        linears = {x.name: x.linear.parameters for x in self.resolved.linears}
+        quantized = {x.source for x in self.tensors if x.kind == "quantized"}
+        dense = sum(x.nbytes // x.dtype.itemsize for x in self.tensors if x.kind not in {"quantized", "untied head"})
+        return dense + sum(linears[name] for name in quantized)
+
+    @property
+    def room(self) -> int:
+        """Bytes of RAM that the run may take: the budget, or what was planned without one."""
+        return self.layout.bytes if self.budget is None else self.budget
+
+    def hash(self, data_fingerprint: str) -> str:
+        """Identifies runs that may continue each other: same result bytes, same way of computing them."""
+        facts = {
+            "model": self.fingerprint,
+            "recipe": as_json(self.resolved.recipe),
+            "exporter": self.exporter,
+            "data": data_fingerprint,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "dtype": str(self.dtype),
+            "device": self.device,
+            "threads": self.threads,
+            "batch": self.layout.batch,
+            "lockstep": self.layout.lockstep,
+            "memory": self.budget,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+            **({"processes": self.processes} if self.processes > 1 else {}),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything a script may want: `bytes`, both bit counts, `peak_rss_bytes`, `seconds`, `tensors` and more."""
+        by_kind: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "bytes": 0})
+        for tensor in self.tensors:
+            by_kind[tensor.kind]["tensors"] += 1
+            by_kind[tensor.kind]["bytes"] += tensor.nbytes
+        return {
+            "model": self.model,
+            "recipe": as_json(self.resolved.recipe),
+            "format": self.exporter,
+            "bytes": self.bytes,
+            "folder_bytes": self.folder_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
+            "parameters": self.parameters,
+            "peak_rss_bytes": self.layout.bytes,
+            "peak_phase": self.layout.where,
+            "seconds": self.seconds,
+            "samples": self.samples,
+            "tokens_per_sample": self.tokens,
+            "batch": self.layout.batch,
+            "lockstep": self.layout.lockstep,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+            "by_kind": dict(by_kind),
+            "formats": dict(Counter(describe(x) for x in self.resolved.linears)),
+            "notes": list(self.notes),
+            "tensors": [
+                {
+                    "name": x.name,
+                    "kind": x.kind,
+                    "dtype": str(x.dtype).removeprefix("torch."),
+                    "shape": list(x.shape),
+                    "bytes": x.nbytes,
+                    "file": self.shards[x.shard],
+                    "source": x.source,
+                }
+                for x in self.tensors
+            ],
+        }
+
+
+def describe(plan: LinearPlan) -> str:
+    """What a linear becomes, in a few words."""
+    words = [plan.scheme.describe()] if plan.scheme.parts else []
+    if plan.pattern is not None:
+        words.append(f"{plan.pattern} sparse")
+    elif plan.sparsity:
+        words.append(f"{plan.sparsity:.0%} sparse")
+    return " + ".join(words) or "dense"
+
+
+def scale_dtype(model: Model) -> torch.dtype:
+    """Scales are stored in the model's own half precision; float32 models take float16."""
+    stored = {model.written_dtype(name) for name in model.skeleton.names_of(0) if name.endswith(".weight")}
+    return torch.bfloat16 if torch.bfloat16 in stored else torch.float16
+
+
+def compute_dtype(wanted: str, device: str) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    if wanted != "auto":
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if wanted not in known:
+            raise PlanError(f"--dtype {wanted} is not known: choose auto, float32, bfloat16 or float16")
+        return known[wanted]
+    if device != "cpu":
+        return torch.bfloat16
+    flags = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if flags else torch.float32
+
+
+def _side_bytes(model: Model) -> int:
+    """Bytes of the files beside the weights."""
+    return sum(path.stat().st_size for path in model.source.side_files().values())
+
+
+def _divided(processes: int) -> str:
+    if processes == 1:
+        return ""
+    return f"{processes} processes share the calibration samples; --memory and the planned peak are those of each"
+
+
+def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
+    """What each linear becomes, by canonical name."""
+    return {
+        x.name: Outcome(
+            name=x.name,
+            stored=model.stored_name(f"{x.name}.weight").removesuffix(".weight"),
+            out_features=x.linear.out_features,
+            in_features=x.linear.in_features,
+            scheme=x.scheme,
+            dtype=model.written_dtype(f"{x.name}.weight"),
+            sparsity=x.sparsity,
+            pattern=x.pattern,
+            transposed=x.linear.transposed,
+            expert=x.linear.expert is not None,
+            router=x.linear.role == "router",
+        )
+        for x in resolved.linears
+    }
+
+
+def _unloadable(
+    exporter: export.Exporter, model: Model, resolved: Resolved, outcomes: Mapping[str, Outcome]
+) -> str | None:
+    """Why a layout cannot hold what the recipe may become: as allocations may divide it, or in the engine's loader."""
+    for task in resolved.allocations:
+        apart = getattr(task.method.module, "extremes", None)
+        if apart is not None:
+            names = resolved.governed(task).items()
+            choices = [(name, apart(x.target, task.options)) for name, x in names]
+            targets = {name: choice[n % len(choice)] for n, (name, choice) in enumerate(choices)}
+            mixed = _outcomes(model, resolved.with_targets(task, targets))
+            reason = exporter.refuse(tuple(mixed.values()), model.source.config)
+            if reason is not None:
+                return f"as step {task.step + 1} ({task.method.name}) may decide, {reason}"
+    return rehearsal.refuse(exporter, model, outcomes)
+
+
+def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
+    """The plan when an allocation has decided: targets such as ranks change sizes, so all tensors are laid out anew.
+
+    Files may change, so none is written before.
+    """
+    outcomes = _outcomes(model, resolved)
+    ordered = tuple(outcomes.values())
+    exporter = export.get(plan.exporter)
+    reason = exporter.refuse(ordered, model.source.config)
+    if reason is not None:
+        raise PlanError(f"the layout '{plan.exporter}' cannot hold what an allocation decided: {reason}")
+    tensors, shards = lay_out(model, exporter, outcomes)
+    config = exporter.config(ordered, model.source.config)
+    if config is not None and (plan.quantization_config or {}).get("dequantize"):
+        config["dequantize"] = True  # what the engine's loader needs does not depend on the decision
+    return replace(
+        plan, resolved=resolved, outcomes=outcomes, tensors=tensors, shards=shards, quantization_config=config
+    )
+
+
+def _remarks(resolved: Resolved) -> tuple[str, ...]:
+    """What a reader of the plan would not expect: layers that a step leaves alone, sizes that calibration decides."""
+    kept = [
+        x.name
+        for x in resolved.linears
+        if x.tasks
+        and not x.scheme.parts
+        and x.sparsity is None
+        and not any(task.method.replaces(task.options) for task in x.tasks)
+    ]
+    notes = [task.method.note for task in resolved.allocations if task.method.note is not None]
+    if kept:
+        shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
+        notes.append(
+            f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller ({shown})."
+        )
+    formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
+    if any(isinstance(form, TrellisFormat) for form in formats) and not compiled.available():
+        notes.append("trellis codes take twenty times as long without numba: pip install 'lilliput[fast]'.")
+    return tuple(notes)
+
+
+def make(
+    model: Model,
+    recipe: Recipe,
+    *,
+    samples: int,
+    tokens: int,
+    budget: int | None,
+    size: int | None,
+    seed: int | None,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    measured: bool = True,
+    processes: int = 1,
+) -> Plan:
+    """Resolve `recipe` on `model`; `measured`: an evaluation follows, in the same memory; `processes` share samples.
+
+    Raises PlanError for whatever cannot be carried out; reads no weights.
+    """
+    anatomy = model.anatomy()
+    resolved = resolve(recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size)
+    together = next((task for x in resolved.linears for task in x.together), None)
+    if together is not None and processes > 1:
+        raise PlanError(
+            f"step {together.step + 1} ({together.method.name}) trains a block on all samples in one process: start one"
+        )
+    if resolved.reads_tokens and processes > samples:
+        raise PlanError(
+            f"{processes} processes cannot share {samples} calibration samples: start at most {samples}, or ask for "
+            "more --samples"
+        )
+    outcomes = _outcomes(model, resolved)
+    ordered: Sequence[Outcome] = tuple(outcomes.values())
+    exporter = export.choose(
+        ordered, model.source.config, recipe.export, lambda x: _unloadable(x, model, resolved, outcomes)
+    )
+    tensors, shards = lay_out(model, exporter, outcomes)
+    skeleton = model.skeleton
+    embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
+    by_block: Counter[int] = Counter()
+    for tensor in tensors:
+        if tensor.block is not None:
+            by_block[tensor.block] += tensor.nbytes
+    layout = footprint.choose(
+        anatomy.blocks,
+        footprint.Shape(
+            hidden=skeleton.hidden_size,
+            vocabulary=embedding,
+            samples=-(-samples // processes),
+            tokens=tokens,
+            itemsize=dtype.itemsize,
+            stored=max(x.dtype.itemsize for x in tensors),
+            outside=max((at_a_time(x) for x in tensors if x.kind in OUTSIDE), default=0),
+            packed=max(by_block.values(), default=0),
+            double=any(t.method.double for x in resolved.linears for t in x.tasks)
+            or any(t.method.double for t in resolved.allocations),
+            beside=estimates.beside(resolved),
+            scratch=estimates.scratch(resolved),
+            fitting=max((t.method.module.COPIES for x in resolved.linears for t in x.together), default=0),
+            resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
+            fisher=resolved.fisher(1) > 0,
+            phases=(
+                *estimates.phases(model, resolved, tensors, tokens, dtype),
+                *([("measuring the result", estimates.measuring(model, budget))] if measured else []),
+                *estimates.comparing(model, budget, processes),
+                (footprint.TOKENIZER, estimates.reading_tokenizer(model)),
+            ),
+        ),
+        budget=budget,
+        needs=resolved.needs,
+        rewriting=bool(resolved.rewrites),
+        processes=processes,
+    )
+    note = exporter.dense_note(ordered)
+    plan = Plan(
+        model=model.source.model,
+        fingerprint=model.source.fingerprint(),
+        resolved=resolved,
+        exporter=exporter.name,
+        quantization_config=exporter.config(ordered, model.source.config),
+        outcomes=outcomes,
+        tensors=tensors,
+        shards=shards,
+        layout=layout,
+        samples=samples,
+        tokens=tokens,
+        dtype=dtype,
+        device=device,
+        threads=torch.get_num_threads(),
+        budget=budget,
+        seed=seed,
+        seconds=estimates.seconds(model, resolved, samples, tokens, dtype, measured=measured),
+        notes=tuple(x for x in (note, *_remarks(resolved), *anatomy.notes, _divided(processes)) if x),
+        side_bytes=_side_bytes(model),
+        processes=processes,
+    )
+    if size is not None and plan.folder_bytes > size:
+        over = plan.folder_bytes - size
+        raise PlanError(
+            f"the recipe makes {plan.folder_bytes} bytes, {over} bytes ({units.readable(over)}) more than --size "
+            f"{size}: lower the bits, enlarge the groups or prune more"
+        )
+    return plan

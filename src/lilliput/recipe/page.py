@@ -1,0 +1,52 @@
+"""A method's page, and what its recipes had when they were measured."""
+
+from __future__ import annotations
+
+from lilliput.methods import Method, measured
+from lilliput.methods.index import options
+from lilliput.recipe.load import described, load
+
+
+def page(method: Method) -> str:
+    """A method's page in Markdown: its docstring, what it reads and writes, its options and the ids it covers."""
+    summary, _, body = (method.module.__doc__ or "").strip().partition("\n")
+    lines = [f"# {method.name}", "", summary, "", *(["```text", body.strip(), "```", ""] if body.strip() else [])]
+    lines += [
+        f"- paper: {method.paper}",
+        f"- verb: `{method.verb}`",
+        f"- needs: {', '.join(sorted(method.needs)) or 'no statistics'}",
+        f"- writes: {method.writes}",
+    ]
+    if isinstance(method.recipe, str):
+        lines += [f"- no recipe: {method.recipe}"]
+    if method.baseline is not None:
+        lines += [f"- has to beat: `{method.baseline}`"]
+    rows = options(method)
+    lines += ["", "## Options", ""]
+    if rows:
+        lines += ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{r['name']}` | {r['type']} | `{_plain(r['default'])}` | {r['description']} |" for r in rows]
+    else:
+        lines += ["None."]
+    if method.covers:
+        lines += ["", "## Covers", ""]
+        for key, steps in method.covers.items():
+            how = f"`lilliput methods {key} --recipe`" if isinstance(steps, list) else "an idea, described above"
+            lines += [f"- `{key}`: {f'not to be run: {steps}' if isinstance(steps, str) else how}"]
+    made = {name: told for name, told in described().items() if _uses(name, method)}
+    if made:
+        lines += ["", "## Named recipes", "", *(f"- `{name}`: {told}" for name, told in made.items())]
+    rows_measured = measured.of(method.name)
+    if rows_measured:
+        lines += ["", "## Measured", "", measured.figures()["protocol"], "", *measured.table(rows_measured)]
+    return "\n".join(lines) + "\n"
+
+
+def _uses(recipe: str, method: Method) -> bool:
+    return any(step.method == method.name for step in load(recipe).steps)
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,238 @@
+"""Everything that is known about a compressed model, as the one object that pages, tables and gates are made from.
+
+`docs/report.md` documents it key by key. Parts that were not run are absent.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lilliput import recipe as recipes
+from lilliput.errors import LilliputError
+from lilliput.export import provenance
+from lilliput.metrics.evaluate import Evaluation, compute_dtype, evaluate
+from lilliput.model.stored import Model, open_model
+from lilliput.recipe import schema
+from lilliput.report.verdict import check_gates, verdict
+
+if TYPE_CHECKING:
+    from lilliput.progress import Progress
+
+SCHEMA = 1
+CONTEXTS = (512, 4096)  # tokens, of the predicted times
+Data = dict[str, Any]
+_TEXT = (
+    "perplexity",
+    "reference_perplexity",
+    "perplexity_ratio",
+    "kl",
+    "kl_p95",
+    "kl_p99",
+    "agreement",
+    "flips",
+)
+
+
+def assemble(
+    evaluation: Evaluation,
+    model: Model,
+    against: Model | None,
+    parts: Mapping[str, Any],
+    gates: Mapping[str, float | None],
+) -> Data:
+    """The evidence of an evaluation of `model`, of what its files say, and of further parts, by their keys; gates:
+    max_kl, max_ppl_increase and min_agreement, None for no limit. The verdict comes last, from all of it."""
+    from lilliput.efficiency import count, count_zeros, shapes_of
+
+    found = _described(evaluation, model)
+    steps = [step.get("target") or {} for step in (found.get("recipe") or {}).get("steps") or ()]
+    # Reads every weight once more, and a grid has zeros of its own that nobody means to skip.
+    pruned = any(x.get("sparsity") or x.get("pattern") for x in steps)
+    zeros = count_zeros(model, shapes_of(model)) if pruned else None
+    found |= {"size": count(model, against, zeros=zeros).to_json()} | dict(parts)
+    found["quality"] = _quality(evaluation) | dict(parts.get("quality") or {})
+    found["gates"] = check_gates(found, **gates)
+    found["verdict"] = verdict(found)
+    return found
+
+
+def gather(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    data: str | Path | Sequence[str | Path] = "docs:library",
+    windows: int = 8,
+    tokens: int | None = None,
+    stride: int | None = None,
+    memory: int | None = None,
+    dtype: str = "float32",
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    shots: int | None = None,
+    prompts: int = 0,
+    where: bool = False,
+    speed: bool = False,
+    roofline: bool = False,
+    work: str | Path | None = None,
+    gates: Mapping[str, float | None] | None = None,
+    evaluation: Evaluation | None = None,
+    progress: Progress | None = None,
+) -> tuple[Evaluation, Data]:
+    """Measure `model` as it lies on disk, against its original if there is one: the evaluation and the evidence.
+
+    Text metrics and the comparison of weights stream both models within `memory` bytes. The other parts run whole
+    models: `tasks` (names, or NAME=FILE; "instructions=FILE" has both answer them), `prompts` to continue greedily,
+    `speed`. `evaluation`: text metrics that are known already, of `evaluate_all`. `where` finds the blocks and linears
+    that the loss comes from; `roofline` predicts times on named devices. Raises LilliputError for whatever is known
+    beforehand not to be measurable, and where the text metrics fail. A later part that fails is missing in the
+    evidence, whose "failed" says why: what was measured before stays.
+    """
+    from lilliput.tasks.instructions import apart, compare_instructions
+
+    scored, instructed = apart(tasks, against)
+    compute = compute_dtype(dtype)
+    if scored:
+        from lilliput.tasks import check_tasks
+
+        check_tasks(model, against, scored, limit=limit, shots=shots)
+    ours = open_model(model, dtype=compute)
+    base = None if against is None else open_model(against, dtype=compute)
+    evaluation = evaluation or evaluate(
+        ours,
+        base,
+        data=data,
+        windows=windows,
+        tokens=tokens,
+        stride=stride,
+        detail=base is not None,
+        memory=memory,
+        dtype=dtype,
+        work=work,
+        progress=progress,
+    )
+    first = evaluation.texts[0].data
+    parts: Data = {"quality": {}}
+    failed: dict[str, str] = {}
+    if base is not None:
+        with _kept("loss", failed):
+            parts["loss"] = _loss(ours, base, first, where, memory, work, progress)
+        if prompts:
+            from lilliput.metrics.generation import generation
+
+            with _kept("prompts", failed):
+                parts["quality"]["generation"] = generation(ours, base, data=first, prompts=prompts).to_json()
+    shared: Data = {"limit": limit, "dtype": dtype, "work": work, "progress": progress}
+    if scored:
+        from lilliput.tasks import run_tasks
+
+        with _kept("tasks", failed):
+            parts["tasks"] = [x.to_json() for x in run_tasks(model, against, scored, shots=shots, **shared)]
+    if against is not None and instructed:
+        with _kept("instructions", failed):
+            answers = [compare_instructions(model, against, x.file, **shared) for x in instructed if x.file is not None]
+            parts["quality"]["instructions"] = [x.to_json() for x in answers]
+    if speed:
+        from lilliput.efficiency import measure_speed
+
+        with _kept("speed", failed):
+            parts["speed"] = measure_speed(model, against).to_json()
+    if roofline:
+        with _kept("roofline", failed):
+            parts["roofline"] = {"rows": _rooflines(ours, base)}
+    if failed:
+        parts["failed"] = failed
+        parts["notes"] = [*evaluation.notes, *(f"{part}: not measured. {why}" for part, why in failed.items())]
+    return evaluation, assemble(evaluation, ours, base, parts, gates or {})
+
+
+@contextmanager
+def _kept(part: str, failed: dict[str, str]) -> Iterator[None]:
+    """Notes why a part could not be measured, so that the others are not lost with it."""
+    try:
+        yield
+    except (LilliputError, OSError) as error:
+        failed[part] = str(error)
+
+
+def _loss(
+    model: Model,
+    against: Model,
+    data: str,
+    where: bool,
+    memory: int | None,
+    work: str | Path | None,
+    progress: Progress | None,
+) -> Data:
+    from lilliput.attribution import attribute, suspects
+
+    if not where:
+        return {"suspects": [x.to_json() for x in suspects(model, against)]}
+    return attribute(model, against, data=data, memory=memory, work=work, progress=progress).to_json()
+
+
+def _rooflines(model: Model, against: Model | None) -> list[Data]:
+    from lilliput.efficiency import devices, measure_device, rooflines
+
+    longest = model.positions or max(CONTEXTS)
+    contexts = sorted({min(x, longest) for x in CONTEXTS})
+    rows = rooflines(model, against, [*devices(), measure_device()], contexts=contexts)
+    return [x.to_json() for x in rows]
+
+
+def _described(evaluation: Evaluation, model: Model) -> Data:
+    """What is known without running anything: names, recipe, tensors, origin."""
+    found: Data = {
+        "schema": SCHEMA,
+        "title": Path(evaluation.model).name,
+        "model": evaluation.model,
+        "against": evaluation.against,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "notes": list(evaluation.notes),
+    }
+    record = provenance.read(model.source.folder)
+    rows = {} if record is None else {f"{x.stored}.weight": x for x in record.linears}
+    found["tensors"] = [
+        {
+            "name": name,
+            "kind": "quantized" if name in rows and rows[name].format != "dense" else "dense",
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "shape": list(x.shape),
+            "bytes": x.nbytes,
+            "bits": 8 * x.nbytes / max(1, prod(x.shape)),
+            "error": rows[name].error if name in rows else None,
+        }
+        for name, x in model.source.stored.items()
+    ]
+    if record is not None:
+        recipe = schema.Recipe.model_validate(record.recipe)
+        found["recipe"] = {"steps": record.recipe.get("steps", []), "text": recipes.to_yaml(recipe)}
+        found["provenance"] = {
+            "original": record.model,
+            "format": record.layout,
+            "plan": record.plan,
+            "seed": record.seed,
+            "calibration": None if record.data is None else dict(vars(record.data)),
+            "versions": dict(record.versions),
+        }
+    return found
+
+
+def _quality(evaluation: Evaluation) -> Data:
+    plains = [x.to_json() for x in evaluation.texts]
+    rows = []
+    for text, plain in zip(evaluation.texts, plains, strict=True):
+        row: Data = {"name": _short(text.data), "source": text.data, "fingerprint": text.fingerprint}
+        row |= {"windows": text.windows, "tokens": text.windows * text.tokens}
+        rows.append(row | {key: plain[key] for key in _TEXT})
+    return {"data": rows} | {key: plains[0][key] for key in ("classes", "positions", "worst") if plains[0][key]}
+
+
+def _short(source: str) -> str:
+    """A name for a text: of a file its folder and stem."""
+    path = Path(source)
+    return f"{path.parent.name}/{path.stem}".strip("/") if path.suffix else source

@@ -1,0 +1,1 @@
+"""How a plan is carried out: drivers of the verbs, journal, delivery."""

@@ -1,0 +1,169 @@
+"""What turns finished weight files into a folder that users and engines can take: config, index, card, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lilliput import recipe as recipes
+from lilliput.anatomy.wrapper import opener
+from lilliput.data.tokens import Tokens
+from lilliput.errors import LilliputError
+from lilliput.export.card import Card, Figure, read_licence
+from lilliput.export.engine import Look, look
+from lilliput.export.folder import write_index, write_side_files
+from lilliput.export.provenance import DataRow, LinearRow, Provenance, TensorRow, versions
+from lilliput.metrics.evaluate import Evaluation
+from lilliput.model.stored import Model
+from lilliput.plan.plan import Plan, describe
+from lilliput.plan.tensors import written_config
+from lilliput.progress import Progress
+from lilliput.run.journal import Work
+from lilliput.source.source import own_name
+from lilliput.units import interval
+from lilliput.units import size as readable
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Everything that is known when the last block is written."""
+
+    plan: Plan
+    model: Model
+    key: str  # hash of the plan with its data
+    tokens: Tokens | None
+    rows: tuple[Mapping[str, Any], ...]
+    hashes: Mapping[str, str]  # stored tensor name -> sha256
+
+
+def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]) -> Provenance:
+    plan = d.plan
+    formats = {x.name: (describe(x), plan.outcomes[x.name].stored) for x in plan.resolved.linears}
+    linears = tuple(
+        LinearRow(
+            name=str(row["name"]),
+            stored=formats[row["name"]][1],
+            format=formats[row["name"]][0],
+            bits=float(row["bits"]),
+            error=float(row["error"]),
+            seconds=float(row["seconds"]),
+            notes=(
+                f"methods: {' -> '.join(row['methods'])}",
+                f"relative error of its {row['error_of']}s",
+                f"{row['tokens']} calibration tokens",
+                f"{row['zeros']:.4f} of the weights are zero",
+            ),
+        )
+        for row in d.rows
+    )
+    tensors = tuple(
+        TensorRow(x.name, plan.shards[x.shard], str(x.dtype).removeprefix("torch."), x.shape, d.hashes[x.name])
+        for x in plan.tensors
+    )
+    data = d.tokens and DataRow(own_name(d.tokens.source), plan.samples, plan.tokens, d.tokens.fingerprint)
+    return Provenance(
+        model=d.model.source.name,
+        fingerprint=plan.fingerprint,
+        layout=plan.exporter,
+        recipe=plan.resolved.recipe.model_dump(mode="json"),
+        plan=d.key,
+        seed=plan.seed,
+        data=data or None,
+        versions=versions(),
+        notes=(*plan.notes, *notes),
+        measured=measured,
+        linears=linears,
+        tensors=tensors,
+    )
+
+
+def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int) -> tuple[Figure, ...]:
+    figures = [Figure("weights", readable(size), readable(original))]
+    if plan.bits_per_weight is not None:
+        figures.append(Figure("bits per weight, compressed linears", f"{plan.bits_per_weight:.2f}"))
+    figures.append(Figure("bits per weight, whole model", f"{plan.model_bits_per_weight:.2f}"))
+    if evaluation is None:
+        return tuple(figures)
+    plain = evaluation.to_json()
+    reference = plain.get("reference_perplexity")
+    text = evaluation.texts[0]
+    where = f"{text.windows} x {text.tokens} tokens of {own_name(text.data)}"
+    labels = {
+        "perplexity": f"perplexity on {where}",
+        "perplexity_ratio": "perplexity, ratio to the original",
+        "kl": "KL divergence from the original, nats",
+        "agreement": "top-1 agreement with the original",
+    }
+    for key, label in labels.items():
+        if plain.get(key) is not None:
+            beside = interval(reference) if key == "perplexity" and reference else ""
+            figures.append(Figure(label, interval(plain[key]), beside))
+    return tuple(figures)
+
+
+def _portable(plain: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation without paths of this machine; the folder that was measured needs no name within itself."""
+    kept = {key: own_name(x) if key in ("against", "data") and x else x for key, x in plain.items() if key != "model"}
+    return kept | {"texts": [_portable(x) for x in plain["texts"]]} if "texts" in plain else kept
+
+
+def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: Any) -> None:
+    plan, model = d.plan, d.model
+    config = written_config(model, plan.quantization_config)
+    card = Card(
+        title=f"{model.source.name.rsplit('/', 1)[-1].removesuffix('.gguf')}-{plan.resolved.recipe.name}",
+        base_model=model.source.name,
+        layout=plan.exporter if plan.quantization_config is not None else "dense",
+        recipe=recipes.to_yaml(plan.resolved.recipe),
+        figures=figures,
+        licence=read_licence(model.source.folder),
+        notes=(*plan.notes, *notes),
+        opener=opener(model.source.config).__name__,
+    )
+    write_side_files(
+        folder,
+        source_side_files=model.source.side_files(),
+        config=config,
+        provenance=_provenance(d, measured, notes),
+        card=card,
+    )
+
+
+def write_loadable(folder: Path, d: Delivery) -> None:
+    """Config, tokenizer and, for several files, index: from here on the folder opens like any model."""
+    if len(d.plan.shards) > 1:
+        names = {file: list(held) for file, held in d.plan.files.items()}
+        write_index(folder, names, sum(x.nbytes for x in d.plan.tensors))
+    _write(folder, d, {}, (), ())
+
+
+def opened(work: Work, out: Path, memory: int, progress: Progress) -> Look:
+    """What the engine makes of the written folder. Raises LilliputError where it is not what was compressed."""
+    seen = look(work.staging, memory=memory, progress=progress)
+    if seen.problems:
+        raise LilliputError(
+            f"{out} is not written, because {seen.engine} does not compute what was compressed: "
+            f"{'; '.join(seen.problems[:3])}. Set `export: lilliput` in the recipe: that layout does not depend on how "
+            f"an engine reads others. What is finished stays in {work.folder}"
+        )
+    return seen
+
+
+def write_report(
+    folder: Path,
+    d: Delivery,
+    opened: Look,
+    evaluation: Evaluation | None,
+    seconds: float,
+    peak: int,
+    notes: tuple[str, ...],
+) -> None:
+    """The card and lilliput.json again, now with what was measured on the folder as re-read."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    original = sum(x.nbytes for x in d.model.source.stored.values())
+    measured: dict[str, Any] = {} if evaluation is None else _portable(evaluation.to_json())
+    measured |= {"engine": opened.detail}
+    measured |= {"bytes": size, "seconds": seconds, "peak_rss_bytes": peak}
+    _write(folder, d, measured, notes, _figures(d.plan, evaluation, size, original))

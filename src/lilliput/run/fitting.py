@@ -1,0 +1,184 @@
+"""The block loop's side of the verb `fit`: a block that can be run with other weights, and what it should give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lilliput.anatomy.model import Block
+from lilliput.model.stored import Model
+from lilliput.parts.layer import Layer
+from lilliput.plan.resolve import Task
+from lilliput.run.linear import BlockJob, Rows, deliver, lowered
+from lilliput.stats import fold
+from lilliput.stats.site import SiteStats
+from lilliput.streaming import lockstep
+from lilliput.streaming.forward import Batches
+from lilliput.streaming.states import Activations
+from lilliput.verbs.view import BlockFit, FitBlock, FitIO, Run
+
+TARGETS = "targets.bin"
+
+
+def runner(model: Model, index: int, anatomy: Block, batches: Batches) -> Run:
+    """A loaded block as a function of the weights of its linears and its inputs; see `FitBlock`.
+
+    Where the skeleton computes in half precision, matrix products do too, while hidden states, norms and biases stay
+    float32: differences between two runs are then those of the weights, not of rounded sums.
+    """
+    skeleton = model.skeleton
+    names = skeleton.names_of(index)
+    cut = len(skeleton.block_names[index]) + 1
+    transposed = {x.name for x in anatomy.linears if x.transposed}
+    small = {n[cut:]: skeleton.tensor(n).float() for n in names if _float(skeleton.tensor(n)) == 1}
+    half = skeleton.dtype is not torch.float32
+    calls = dict(batches.calls)
+
+    def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        count = len(hidden)
+        if count not in calls:
+            calls[count] = skeleton.calls(count, hidden.shape[1])
+        tensors = dict(small)
+        for name, value in weights.items():
+            tensors[f"{name}.weight"] = value.T if name in transposed else value
+        device = torch.device(skeleton.device).type
+        with torch.autocast(device, skeleton.dtype) if half else nullcontext():
+            return skeleton.run(index, hidden.float(), calls[count], tensors).float()
+
+    return run
+
+
+def movement(
+    model: Model, index: int, anatomy: Block, batches: Batches, inputs: Activations
+) -> Callable[[Mapping[str, Tensor]], float]:
+    """How far other weights move the outputs of a loaded block; see `BlockIO.moved`.
+
+    Looks at the first two samples, each by itself: neither the size of batches nor the number of processes matters.
+    """
+    samples = range(min(2, len(inputs)))
+    device = model.skeleton.device
+    before: list[Tensor] = []
+    run: Run | None = None
+
+    def moved(weights: Mapping[str, Tensor]) -> float:
+        nonlocal run
+        if run is None:
+            run = runner(model, index, anatomy, batches)
+            before.extend(run({}, inputs.read(n, n + 1).to(device)) for n in samples)
+        total, tokens = 0.0, 0
+        for n, was in zip(samples, before, strict=True):
+            change = run(weights, inputs.read(n, n + 1).to(device)) - was
+            # Token by token, as a norm behind sees it: a few are a hundred times larger than the others.
+            share = change.square().sum(-1) / was.square().sum(-1).clamp(min=1e-30)
+            total += float(share.sum(dtype=torch.float64))
+            tokens += share.numel()
+        return total / tokens
+
+    return moved
+
+
+def _float(tensor: Tensor) -> int:
+    return tensor.dim() if tensor.is_floating_point() else -1
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A block before its steps: how to run it, what it gives (in a file), and the statistics of its sites."""
+
+    run: Run
+    targets: Activations
+    stats: Mapping[str, SiteStats]
+
+
+@contextmanager
+def observe(
+    model: Model, index: int, anatomy: Block, batches: Batches, inputs: Activations, needs: frozenset[str]
+) -> Iterator[Observed]:
+    """One pass of the loaded block as it is; the file of its outputs, beside `inputs`, goes when the context ends."""
+    skeleton = model.skeleton
+    run = runner(model, index, anatomy, batches)
+    states = {site.name: fold.init(site.width, needs, skeleton.device) for site in anatomy.sites}
+    taps = [lockstep.Tap(s.name, skeleton.block(index).get_submodule(s.linears[0])) for s in anatomy.sites]
+
+    def see(site: str, x: Tensor) -> None:
+        states[site] = fold.update(states[site], x)
+
+    def one(start: int, stop: int) -> Callable[[], None]:
+        def forward() -> None:
+            targets.write(start, run({}, inputs.read(start, stop).to(skeleton.device)))
+
+        return forward
+
+    targets = Activations(inputs.path.with_name(TARGETS), inputs.shape, torch.float32, create=True)
+    try:
+        lockstep.watch(taps, [one(a, b) for a, b in batches.bounds], see, stop_after=False)
+        stats = {
+            name: fold.complete(state, f"{skeleton.block_names[index]}.{name}", skeleton.dtype)
+            for name, state in states.items()
+        }
+        yield Observed(run, targets, stats)
+    finally:
+        targets.delete()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One step's result, and how long it took."""
+
+    result: BlockFit
+    seconds: float
+
+
+def carry_out(
+    anatomy: Block,
+    batches: Batches,
+    inputs: Activations,
+    seen: Observed,
+    layers: Mapping[str, Layer],
+    tasks: Mapping[str, Task],
+) -> Iterator[Fit]:
+    """The steps of `tasks` (by linear) in their order; the caller installs each result before it asks for the next."""
+    piece = max(b - a for a, b in batches.bounds)
+    io = FitIO(seen.stats, inputs, seen.targets, piece)
+    for step in sorted({task.step for task in tasks.values()}):
+        began = time.perf_counter()
+        mine = {name: task for name, task in tasks.items() if task.step == step}
+        first = next(iter(mine.values()))
+        block = FitBlock(anatomy, {name: layers[name] for name in mine}, seen.run)
+        with torch.enable_grad():
+            out: BlockFit = first.method.module.fit(block, io, {n: t.target for n, t in mine.items()}, first.options)
+        if out.layers.keys() != mine.keys():
+            raise RuntimeError(f"{first.method.name} was to fit {sorted(mine)} and returned {sorted(out.layers)}")
+        yield Fit(out, time.perf_counter() - began)
+
+
+def fit_block(
+    job: BlockJob, batches: Batches, inputs: Activations, seen: Observed, kept: dict[str, Layer]
+) -> tuple[dict[str, Tensor], Rows]:
+    """Apply the fit steps to a block whose other steps are done; as `compress_site`, with the block's loss in the rows.
+
+    `kept`: what earlier steps made of its linears; the others come as they are.
+    """
+    device = torch.device(job.model.skeleton.device)
+    plans = {name: x for name, x in job.plans.items() if x.together}
+    fresh = {name: x for name, x in plans.items() if name not in kept}
+    layers = {
+        name: lowered(Layer(x.name, job.weights.linear(x.linear).to(device)), job.plan.outcomes[x.name].dtype)
+        for name, x in fresh.items()
+    }
+    tasks = {name: x.together[0] for name, x in plans.items()}
+    tensors: dict[str, Tensor] = {}
+    rows: Rows = []
+    for fit in carry_out(job.anatomy, batches, inputs, seen, layers | kept, tasks):
+        for name, layer in fit.result.layers.items():
+            plan = job.plans[name]
+            share = fit.seconds * plan.linear.parameters / sum(x.weight.numel() for x in fit.result.layers.values())
+            stored, row = deliver(job, plan, layer, replace(seen.stats[plan.linear.site], gram=None), share)
+            tensors.update(stored)
+            rows.append({**row, "block_loss": [fit.result.start, fit.result.end]})
+    return tensors, rows

@@ -1,0 +1,261 @@
+"""Passes before the main one: rotations that are learned for the whole model, and scores behind global decisions.
+
+Each is journalled, so a killed run takes up what is finished: a learned rotation is a file of the work folder, scores
+are records of the journal, block by block. Squared gradients are `fisher`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lilliput import export
+from lilliput.errors import LilliputError
+from lilliput.folds.kinds import ResidualRotation
+from lilliput.machine import memory, ranks
+from lilliput.model.block import BlockWeights
+from lilliput.model.rotated import RotatedModel
+from lilliput.model.stored import Model
+from lilliput.plan.plan import Plan, divided
+from lilliput.plan.resolve import LinearPlan, Task, retargeted
+from lilliput.progress import Progress
+from lilliput.run import fisher
+from lilliput.run import search as trials
+from lilliput.run.journal import Work, save_atomically
+from lilliput.stats.site import SiteStats
+from lilliput.streaming.backward import Samples
+from lilliput.streaming.forward import Batches, embed, observe
+from lilliput.streaming.states import Activations, raw
+from lilliput.target import Target
+from lilliput.verbs.scores import Budget, Scores, Share
+from lilliput.verbs.view import BlockIO, BlockView
+
+
+def spill(plan: Plan, model: Model) -> int:
+    """Bytes of hidden states that a step keeps on disk at once, beyond those of every run.
+
+    Learning: those that enter every place, and the gradient. Fitting: inputs, outputs and targets of a block. Trying:
+    those that enter every block.
+    """
+    skeleton = model.skeleton
+    sizes = [trials.spill(plan, model)]
+    if any(x.together for x in plan.resolved.linears):
+        states = 2 * skeleton.dtype.itemsize + torch.float32.itemsize
+        sizes.append(plan.samples * plan.tokens * skeleton.hidden_size * states)
+    for task in plan.resolved.learned:
+        if getattr(task.method.module, "TOKENS", False):
+            samples = min(plan.samples, getattr(task.options, "sequences", plan.samples))
+            states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + torch.float32.itemsize
+            sizes.append(samples * plan.tokens * skeleton.hidden_size * states)
+    return max(sizes)
+
+
+def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
+    """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did.
+
+    ids [N, T] are all samples: a rotation is learned by the leading rank alone, for its loss is one of all of them.
+    """
+    for task in plan.resolved.learned:
+        if not isinstance(model, RotatedModel):
+            raise RuntimeError("a rotation was planned for a model that was not prepared for one")
+        path = work.folder / f"rotation-{task.step:02d}.safetensors"
+        records = [r for r in work.find("rotation") if r["step"] == task.step]
+        width = model.skeleton.hidden_size
+        matrix = torch.empty(width, width, dtype=torch.float64)
+        if not records:
+            if ranks.lead():
+                samples = None if ids is None else Samples(ids, work.folder, progress)
+                with torch.enable_grad():
+                    folds = task.method.module.learn(model, samples, plan.resolved.quantized(), task.options)
+                matrix = _product(folds, width)
+                _save(path, matrix)
+            work.note({"kind": "rotation", "step": task.step, "sha256": _sha256(matrix)})
+        with ranks.together():
+            if records and ranks.lead():
+                matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
+                if _sha256(matrix) != records[0]["sha256"]:
+                    raise LilliputError(
+                        f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
+                        "start anew"
+                    )
+        matrix = ranks.same(matrix.contiguous())
+        model = model.rotated(matrix)
+        memory.trim()
+    return model
+
+
+def _product(folds: Any, width: int) -> Tensor:
+    out = torch.eye(width, dtype=torch.float64)
+    for fold in folds:
+        if not isinstance(fold, ResidualRotation):
+            raise RuntimeError(f"a learned fold is a ResidualRotation, not a {type(fold).__name__}")
+        out = out @ fold.matrix.to("cpu", torch.float64)
+    return out
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(raw(tensor.contiguous().reshape(-1))).hexdigest()
+
+
+def _save(path: Path, matrix: Tensor) -> None:
+    save_atomically(path, {"rotation": matrix.contiguous()})
+
+
+def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
+    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks or
+    from losses of the whole model.
+
+    ids [N, T] are all samples, of which each rank takes its share.
+    """
+    mine = None if ids is None else ids[ranks.share(len(ids))]
+    for task in plan.resolved.allocations:
+        if task in plan.resolved.searches:
+            found = trials.search(plan, task, _budget(plan, task), model, ids, work, progress)
+            plan = _found(plan, task, model, *found)
+        else:
+            plan = _decided(plan, task, model, _scores(plan, task, model, mine, work, progress))
+    return plan
+
+
+def decided(plan: Plan, model: Model, work: Work) -> Plan:
+    """What `allocated` has made of the plan, once more from the journal of a run whose blocks are finished."""
+    for task in plan.resolved.allocations:
+        found = trials.result(plan, task, work)
+        plan = (
+            _decided(plan, task, model, _recorded(task, work)) if found is None else _found(plan, task, model, *found)
+        )
+    return plan
+
+
+def _budget(plan: Plan, task: Task) -> Budget:
+    governed = plan.resolved.governed(task)
+    return {
+        x.name: Share(
+            x.block,
+            (x.linear.out_features, x.linear.in_features),
+            governed[x.name].target,
+            _sizes(plan, x, governed[x.name]),
+        )
+        for x in plan.resolved.linears
+        if x.name in governed
+    }
+
+
+def _decided(plan: Plan, task: Task, model: Model, scores: Scores) -> Plan:
+    targets = task.method.module.allocate(scores, _budget(plan, task), task.options)
+    return divided(plan, model, plan.resolved.with_targets(task, targets))
+
+
+def _found(plan: Plan, task: Task, model: Model, targets: Mapping[str, Target], said: str) -> Plan:
+    plan = divided(plan, model, plan.resolved.with_targets(task, targets))
+    return replace(plan, notes=(*plan.notes, said))
+
+
+def _sizes(plan: Plan, linear: LinearPlan, task: Task) -> Callable[[Target], int]:
+    """Bytes in the file by the target of the step `task`."""
+    exporter = export.get(plan.exporter)
+
+    def size(target: Target) -> int:
+        outcome = replace(plan.outcomes[linear.name], scheme=retargeted(linear, task, target).scheme)
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in exporter.describe(outcome).values())
+
+    return size
+
+
+def _recorded(task: Task, work: Work) -> Scores:
+    done = [r for r in work.find("score") if r["step"] == task.step]
+    return {name: tuple(values) for record in done for name, values in record["scores"].items()}
+
+
+def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Scores:
+    """Scores of all linears that the step governs, by full name, from the first block without a record on."""
+    done = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
+    count = len(model.skeleton.block_names)
+    for path in work.folder.glob(f"score-{task.step:02d}-*.bin"):
+        # A run killed between a record and its tidying leaves the states of a finished block behind.
+        if path != _states_path(work, task, len(done)) or len(done) == count:
+            path.unlink()
+    if len(done) < count:
+        with torch.no_grad():
+            _score_blocks(plan, task, model, ids, work, progress, done)
+    return _recorded(task, work)
+
+
+def _score_blocks(
+    plan: Plan,
+    task: Task,
+    model: Model,
+    ids: Tensor | None,
+    work: Work,
+    progress: Progress,
+    done: list[dict[str, Any]],
+) -> None:
+    count, start = len(model.skeleton.block_names), len(done)
+    batches: Batches | None = None
+    inputs: Activations | None = None
+    if task.needs:
+        if ids is None:
+            raise RuntimeError("scores were planned from calibration, but there are no tokens")
+        with ranks.together():
+            inputs = _states(plan, task, model, ids, work, start, create=start == 0)
+            if start and inputs.checksum() != done[-1]["hidden"][ranks.rank()]:
+                raise LilliputError(
+                    f"{inputs.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
+                    "start anew"
+                )
+        batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
+    governed = plan.resolved.governed(task)
+    progress.step(start, count, "scoring")
+    for index in range(start, count):
+        anatomy = model.anatomy().blocks[index]
+        prefix = model.skeleton.block_names[index]
+        names = [x.name for x in anatomy.linears if f"{prefix}.{x.name}" in governed]
+        stats: Mapping[str, SiteStats] = {}
+        outputs: Activations | None = None
+        if batches is not None and inputs is not None and ids is not None:
+            model.load_block(index)
+            outputs = _states(plan, task, model, ids, work, index + 1, create=True)
+            sites = [site for site in anatomy.sites if set(site.linears) & set(names)]
+            stats = observe(model, index, batches, inputs, outputs, sites, task.needs)
+            model.unload_block(index)
+        scores: Scores = {}
+        if ranks.lead():
+            weights = BlockWeights(model, index, anatomy)
+            view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)).to(weights.device) for name in names})
+            io = BlockIO(stats, fisher.reader(fisher.path_of(work, index)) if task.fisher else None)
+            scores = task.method.module.score(view, io, task.options)
+            del view
+        work.note(
+            {
+                "kind": "score",
+                "step": task.step,
+                "block": index,
+                "scores": {f"{prefix}.{name}": list(values) for name, values in scores.items()},
+                "hidden": None if outputs is None else ranks.gathered(outputs.checksum()),
+            }
+        )
+        if inputs is not None:
+            inputs.delete()
+        inputs = outputs
+        memory.trim()
+        progress.step(index + 1, count, "scoring")
+    if inputs is not None:
+        inputs.delete()
+
+
+def _states(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, block: int, *, create: bool) -> Activations:
+    """Hidden states that enter a block, under names that the main pass does not use."""
+    shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
+    return Activations(_states_path(work, task, block), shape, plan.dtype, create=create)
+
+
+def _states_path(work: Work, task: Task, block: int) -> Path:
+    return work.folder / f"score-{task.step:02d}-{block:04d}.bin"

@@ -1,0 +1,265 @@
+"""What the methods of the family `fit` share: one loss of the whole block, each linear with trained numbers of its own.
+
+The loss is the mean squared difference between the outputs of the block and those of the uncompressed one, on the same
+inputs, as a share of what the start loses; so rates and penalties mean the same in every block. With `weigh` "tokens"
+each token's error is divided by the mean square of its output: some tokens are a hundred times larger than the others
+(attention sinks), and would decide everything although the next norm brings them down to the size of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput.errors import PlanError
+from lilliput.formats.integer import Grid, IntegerFormat, from_target
+from lilliput.formats.rounding import Units
+from lilliput.parts.layer import Layer
+from lilliput.parts.quantized import QuantizedPart
+from lilliput.stats.site import SiteStats
+from lilliput.target import Strict, Target
+from lilliput.training import minimise as train
+from lilliput.verbs.view import BlockFit, FitBlock, FitIO
+
+_EDGE = 0.5 - 2.0**-10  # how far from its code a position may lie
+_CHUNK = 1 << 17  # weights worked on at a time
+
+
+class FitOptions(Strict):
+    """What every method of the family has; the plan reads `iters` and `batch` to foresee the time."""
+
+    iters: int = Field(200, ge=0, description="steps of descent; 0 returns the start")
+    lr: float | None = Field(None, gt=0.0, description="length of the first step; none: the method's own choice")
+    batch: int = Field(8, ge=1, description="samples that a step looks at")
+    seed: int = Field(0, ge=0, description="seed of the order of the samples")
+    start: Literal["mse", "minmax"] = Field(
+        "mse", description="grid of a layer that no earlier step quantized: of least weighted error, or covering it"
+    )
+    weigh: Literal["tokens", "alike"] = Field(
+        "tokens", description="tokens: a token's error counts by its mean square output, as a norm behind sees it"
+    )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Some rows of a linear before the descent: what to approximate, and codes on a grid that do so already.
+
+    weight float32 [rows, in]: what the other parts leave over, 0 outside the support; base: those other parts' sum
+    (None: no others); scale, zero float32 [units]; codes int16, centred (code - zero); given: an earlier step's.
+    """
+
+    units: Units
+    weight: Tensor
+    base: Tensor | None
+    support: Tensor | None
+    scale: Tensor
+    zero: Tensor
+    codes: Tensor
+    given: bool
+
+    def origin(self, margin: float) -> Tensor:
+        """Positions float32 [rows, in] that round to the codes: w / S where it does, else the nearest that does, moved
+        towards the code by the share `margin`."""
+        off = self.codes - self.weight / self.units.spread(self.scale)
+        return self.codes - off.clamp_(-_EDGE, _EDGE).mul_(1.0 - margin)
+
+    def masked(self, value: Tensor) -> Tensor:
+        """`value` with 0 outside the support, plus the other parts."""
+        value = value if self.support is None else value * self.support
+        return value if self.base is None else value + self.base
+
+    def pieces(self) -> list[Start]:
+        """A few rows at a time, so that what a step works in stays in the caches; a grid per tensor stays whole."""
+        return [
+            Start(
+                units,
+                self.weight[rows],
+                None if self.base is None else self.base[rows],
+                None if self.support is None else self.support[rows],
+                self.scale[rows],
+                self.zero[rows],
+                self.codes[rows],
+                self.given,
+            )
+            for rows, units in self.units.apart(_CHUNK)
+        ]
+
+
+class Fitted(Protocol):
+    """Rows of a linear under descent: leaves, and the weight that they stand for."""
+
+    @property
+    def parameters(self) -> Sequence[train.Parameter]:
+        """The leaves."""
+        ...
+
+    def weight(self) -> Tensor:
+        """The weight [rows, in] for the present leaves, differentiable."""
+        ...
+
+    def finish(self) -> tuple[Tensor, Grid]:
+        """Codes int8 [rows, in], zero points added, and grid for the present leaves, as they would be stored."""
+        ...
+
+
+Penalty = Callable[[Fitted, float], Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear under descent: the layer before it, without codes of an earlier step, and its rows."""
+
+    layer: Layer
+    form: IntegerFormat
+    fitted: Sequence[Fitted]
+
+    def weights(self) -> Iterator[Tensor]:
+        """Those of its rows, one after the other."""
+        return (x.weight() for x in self.fitted)
+
+    def finished(self) -> Layer:
+        """The layer for the present leaves, as it would be stored."""
+        codes, grids = zip(*(x.finish() for x in self.fitted), strict=True)
+        held, support = torch.cat(codes), self.layer.support
+        grid = Grid(torch.cat([g.scale for g in grids]), _joined([g.zero for g in grids]))
+        if support is not None:
+            rest = (
+                torch.zeros_like(held[:1, :1]) if grid.zero is None else Units(self.form, *held.shape).spread(grid.zero)
+            )
+            held = torch.where(support, held, rest)
+        return replace(self.layer, parts=(*self.layer.parts, QuantizedPart(self.form, held, grid)))
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    there = [x for x in tensors if x is not None]
+    return torch.cat(there) if there else None
+
+
+def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions) -> tuple[Layer, Start]:
+    given = bool(layer.parts) and isinstance(layer.parts[-1], QuantizedPart)
+    before = replace(layer, parts=layer.parts[:-1] if given else layer.parts)
+    weight = before.rest()
+    base = layer.weight - weight if before.parts else None
+    if layer.support is not None:
+        weight = torch.where(layer.support, weight, 0.0)
+    if given:
+        part = layer.parts[-1]
+        form = part.format if isinstance(part, QuantizedPart) else None
+        if not isinstance(part, QuantizedPart) or not isinstance(form, IntegerFormat):
+            raise PlanError(f"{layer.name}: only codes of integer formats can be fitted further: leave the step out")
+        grid, codes = part.grid, part.codes
+    else:
+        form = from_target(target)
+        seen = stats is not None and stats.count and o.start == "mse"
+        importance = stats.second_moment().to(weight) if stats is not None and seen else None
+        grid = form.fit(weight, search=o.start, importance=importance)
+        codes = form.encode(weight, grid)
+    units = Units(form, *weight.shape)
+    scale = grid.scale.float()
+    zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
+    centred = (codes - units.spread(zero)).to(torch.int16)
+    return before, Start(units, weight, base, layer.support, scale, zero, centred, given)
+
+
+def descend(
+    block: FitBlock,
+    io: FitIO,
+    targets: Mapping[str, Target],
+    o: FitOptions,
+    begin: Callable[[Start], Fitted],
+    schedule: train.Schedule,
+    penalty: Penalty | None = None,
+) -> BlockFit:
+    """Train all linears of a block together, from an earlier step's codes or the nearest ones on a grid of their own;
+    the layers of the best state.
+
+    Raises PlanError without bits in a target, or where an earlier step used another format than integers.
+    """
+    linears: dict[str, _Linear] = {}
+    for name, layer in block.layers.items():
+        before, start = _start(layer, io.stats.get(block.anatomy.linear(name).site), targets[name], o)
+        linears[name] = _Linear(before, start.units.form, [begin(piece) for piece in start.pieces()])
+    order = _samples(len(io.inputs), o)
+
+    # A mini-batch is judged by what its own samples lose at the start, so that an easy one is not mistaken for
+    # progress.
+    scale: list[float] = []
+
+    def whole() -> float:
+        with torch.no_grad():
+            finished = {name: x.finished().decode() for name, x in linears.items()}
+            losses = _losses(block, io, finished, range(len(io.inputs)), o)
+        if not scale:
+            scale.extend(losses)
+        return sum(losses) / len(losses)
+
+    def slope(step: int) -> float:
+        chosen = order[step]
+        norm = max(sum(scale[n] for n in chosen), 1e-30)
+        with torch.no_grad():
+            leaves = {name: torch.cat(list(x.weights())) for name, x in linears.items()}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        with torch.enable_grad():
+            total = sum(_losses(block, io, leaves, chosen, o, backward=norm))
+        for name, linear in linears.items():
+            seen = leaves.pop(name).grad
+            at = 0
+            for x in linear.fitted:
+                with torch.enable_grad():
+                    if seen is not None:
+                        weight = x.weight()
+                        weight.backward(seen[at : at + len(weight)])  # type: ignore[no-untyped-call]
+                        at += len(weight)
+                    extra = None if penalty is None else penalty(x, step / schedule.steps)
+                    if extra is not None:
+                        extra.backward()  # type: ignore[no-untyped-call]
+        return total / norm
+
+    parameters = [p for linear in linears.values() for x in linear.fitted for p in x.parameters]
+    done = train.minimise(parameters, slope, whole, schedule)
+    return BlockFit({name: x.finished() for name, x in linears.items()}, done.start, done.end)
+
+
+def _samples(count: int, o: FitOptions) -> list[list[int]]:
+    """The samples of each step: every sample once before any comes again."""
+    generator = torch.Generator().manual_seed(o.seed)
+    batch = min(o.batch, count)
+    line: list[int] = []
+    out: list[list[int]] = []
+    for _ in range(o.iters):
+        while len(line) < batch:
+            line += [n for n in torch.randperm(count, generator=generator).tolist() if n not in line[-batch:]]
+        out.append(sorted(line[:batch]))
+        line = line[batch:]
+    return out
+
+
+def _losses(
+    block: FitBlock,
+    io: FitIO,
+    weights: Mapping[str, Tensor],
+    chosen: Sequence[int],
+    o: FitOptions,
+    backward: float | None = None,
+) -> list[float]:
+    """The mean squared error of each chosen sample; with `backward`, gradients of their sum over that number."""
+    out: list[float] = []
+    for a in range(0, len(chosen), io.piece):
+        some = chosen[a : a + io.piece]
+        device = next(iter(weights.values())).device
+        hidden = torch.cat([io.inputs.read(n, n + 1) for n in some]).to(device)
+        wanted = torch.cat([io.targets.read(n, n + 1) for n in some]).to(device)
+        error = (block.run(weights, hidden) - wanted).square().mean(2)
+        if o.weigh == "tokens":
+            error = error / wanted.square().mean(2).clamp_(min=1e-12)
+        each = error.mean(1)
+        if backward is not None:
+            (each.sum() / backward).backward()  # type: ignore[no-untyped-call]
+        out += each.detach().tolist()
+    return out

@@ -1,0 +1,84 @@
+"""Figures as people and JSON read and write them: bytes, durations, intervals, what is no number."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, overload
+
+from lilliput.errors import PlanError
+
+_UNITS: Mapping[str, int] = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}{tail}": 1000 ** (i + 1) for i, letter in enumerate("kmgt") for tail in ("", "b")},
+    **{f"{letter}ib": 1024 ** (i + 1) for i, letter in enumerate("kmgt")},
+}
+
+
+@overload
+def parse_size(text: str, what: str = ...) -> int: ...
+@overload
+def parse_size(text: str | None, what: str = ...) -> int | None: ...
+def parse_size(text: str | None, what: str = "size") -> int | None:
+    """Bytes from "4GB", "1.5GiB", "400 MB" or "123456": powers of 1000 with B, of 1024 with iB; None from None. Raises
+    PlanError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].lower() if match else "?"
+    if match is None or unit not in _UNITS:
+        raise PlanError(f"{what} '{text}' is not a size: write bytes, or a number with a unit, such as 400MB or 1.5GiB")
+    size = int(float(match[1]) * _UNITS[unit]) if "." in match[1] else int(match[1]) * _UNITS[unit]
+    if size <= 0:
+        raise PlanError(f"{what} '{text}' must be more than 0 bytes")
+    return size
+
+
+def size(count: float) -> str:
+    """Bytes in units of 1000, three or four digits: "104.7 MB"."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "4.2 s", "42 s", "3 min 10 s" or "2 h 5 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def interval(value: Mapping[str, float], digits: int = 4) -> str:
+    """A value with its 95 % interval: "1.052 [1.047, 1.058]"."""
+    figures = [f"{float(value[key]):.{digits}g}" for key in ("value", "low", "high")]
+    return f"{figures[0]} [{figures[1]}, {figures[2]}]"
+
+
+def finite(data: Any) -> Any:
+    """The same data with null for NaN and infinity, which JSON cannot say."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return data
+
+
+def readable(size: float, up: bool = False) -> str:
+    """Bytes as a short text such as 1.5GB (decimal units); `up` rounds so that the text is never too small."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            value = size / scale
+            return f"{(int(value * 100) + 1) / 100 if up else value:.2f}{unit}"
+    return f"{int(size)}B"

@@ -1,0 +1,76 @@
+"""What a step sees of a block: its anatomy, its weights, what calibration saw at its sites, and how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lilliput.anatomy.model import Block
+from lilliput.parts.layer import Layer
+from lilliput.stats.site import SiteStats
+from lilliput.streaming.states import Activations
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """A block's description and its linears' weights by name, float32 [out, in] (Conv1D weights already turned)."""
+
+    anatomy: Block
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockIO:
+    """Statistics by site name, as collected before this step changes anything.
+
+    `squares(linear)`: squared gradients float32 [out, in], read from disk; None where the step asks for none.
+    `moved(weights)`: how far the block's output moves with `weights` [out, in], by linear, in place of the linears'
+    own: the mean over tokens of |change|^2 / |output|^2, on two calibration samples; None without calibration.
+    """
+
+    stats: Mapping[str, SiteStats]
+    squares: Callable[[str], Tensor] | None = None
+    moved: Callable[[Mapping[str, Tensor]], float] | None = None
+
+
+Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FitBlock:
+    """A block to be fitted as a whole.
+
+    `layers`: the linears that the step covers, by name, each with the support and parts that earlier steps gave it.
+    `run(weights, hidden)`: the block's outputs float32 [n, tokens, hidden] for inputs of that shape, with `weights`
+    [out, in] in place of these linears' own and everything else as it is now; gradients reach `weights` alone.
+    """
+
+    anatomy: Block
+    layers: Mapping[str, Layer]
+    run: Run
+
+
+@dataclass(frozen=True)
+class FitIO:
+    """What the block gets and what it should give.
+
+    `stats`: "square" of the sites' inputs in the uncompressed block; `inputs`: what the compressed blocks before it
+    give, [samples, tokens, hidden]; `targets`: the uncompressed block's outputs for these inputs, float32; `piece`:
+    samples that fit into memory with their gradients.
+    """
+
+    stats: Mapping[str, SiteStats]
+    inputs: Activations
+    targets: Activations
+    piece: int
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """What a fit made of a block: its layers by name, and the block's loss before and after, as fits measure it."""
+
+    layers: Mapping[str, Layer]
+    start: float
+    end: float

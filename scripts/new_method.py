@@ -140,8 +140,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lilliput.target import Strict, Target
 from lilliput.folds.kinds import Fold, ScaleFold
+from lilliput.target import Strict, Target
 from lilliput.verbs.view import BlockIO, BlockView
 
 PAPER = "replace: authors, year, arXiv number"
@@ -178,10 +178,10 @@ import math
 import torch
 
 from lilliput.anatomy.model import Block, Linear, Link, Site
+from lilliput.folds.kinds import ScaleFold
 from lilliput.methods.rewrite.MODULE import Options, rewrite
 from lilliput.stats.fold import init, update
 from lilliput.target import Target
-from lilliput.folds.kinds import ScaleFold
 from lilliput.verbs.view import BlockIO, BlockView
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lilliput import recipe as recipes
-from lilliput.data.continuation import continuation
+from lilliput.run.continuation import continuation
 from lilliput.data.load import load_tokens
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError, PlanError

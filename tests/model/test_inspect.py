@@ -8,23 +8,23 @@ from typing import Any
 import pytest
 import torch
 
-from lilliput.anatomy.skeleton import Skeleton
 from lilliput.model.inspect import describe, outliers
+from lilliput.model.stored import open_model
+from lilliput.runtime.load import load
 from lilliput.stats import fold
 
 
-def test_description_is_json_and_counts_every_parameter(explored: Any) -> None:
-    model, anatomy = explored("mixtral")
-    skeleton = Skeleton(model.config)
-    data = json.loads(json.dumps(describe(anatomy, skeleton.shapes)))
-    real = sum(p.numel() for p in model.model.parameters())
+def test_description_is_json_and_counts_every_parameter(tiny: Any) -> None:
+    model = open_model(str(tiny("mixtral")))
+    data = json.loads(json.dumps(describe(model.anatomy(), model.skeleton.shapes)))
+    real = sum(p.numel() for p in load(tiny("mixtral")).parameters())
     assert data["parameters"]["total"] == real
-    assert data["parameters"]["router"] == 2 * 4 * 32
-    assert data["parameters"]["gate"] == data["parameters"]["down"] == 2 * 4 * 40 * 32
-    assert data["parameters"]["embedding"] == data["parameters"]["head"] == 64 * 32
+    assert data["parameters"]["router"] == 2 * 4 * 64
+    assert data["parameters"]["gate"] == data["parameters"]["down"] == 2 * 4 * 64 * 64
+    assert data["parameters"]["embedding"] == data["parameters"]["head"] == 512 * 64
     assert [k["blocks"] for k in data["kinds"]] == [[0, 1]]
     kind = data["kinds"][0]
-    assert kind["groups"] == {"head": 2, "channel": 4 * 40, "expert": 4}
+    assert kind["groups"] == {"head": 2, "channel": 4 * 64, "expert": 4}
     assert all(link["error"] <= 1e-5 for link in kind["links"])
 
 

@@ -33,7 +33,7 @@ def test_generated_methods_pass_their_tests_and_are_found(
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for family, name in (("weight", "my-rounding"), ("rewrite", "my-evening")):
         script("new_method").main([family, name, "--root", str(tmp_path)])
-    tests = tmp_path / "tests" / "reference"
+    tests = tmp_path / "tests" / "methods"
     assert str(tests / "test_my_evening.py") in capsys.readouterr().out
     (tests / "test_found.py").write_text(FOUND)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from lilliput import recipe as recipes
-from lilliput.run.continuation import continuation
 from lilliput.data.load import load_tokens
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError, PlanError
@@ -34,6 +33,7 @@ from lilliput.progress import Progress, Quiet
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
 from lilliput.run import calibration, delivery, fisher, journal, passes, stream
+from lilliput.run.continuation import continuation
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 from lilliput.runtime.load import load as load

@@ -9,12 +9,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "other"]
+Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "other", "embed", "lm_head"]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a block. `name` is relative to the block ("self_attn.q_proj"); its tensor is `name + ".weight"`."""
+    """A linear of a block. `name` is relative to the block ("self_attn.q_proj"); its tensor is `name + ".weight"`.
+
+    An embedding or head outside the blocks is described alike, by its full name: see `anatomy.tables`.
+    """
 
     name: str
     role: Role
@@ -24,6 +27,7 @@ class Linear:
     bias: bool = False
     transposed: bool = False  # stored as [in, out] (Conv1D)
     expert: int | None = None
+    also: tuple[str, ...] = ()  # other modules that use the same tensor: the head that is tied to an embedding
 
     @property
     def parameters(self) -> int:

@@ -66,6 +66,11 @@ class CompressedTensors:
                     f"'{x.name}' is a Conv1D, stored as [in, out], which engines do not look for. "
                     "Nearest: export 'lilliput', which holds it."
                 )
+            if x.embedding:
+                return (
+                    f"'{x.name}' is an embedding, and no engine tried holds a packed one. "
+                    "Nearest: exclude 'embed' from every step; export 'lilliput' holds it."
+                )
             if x.router:
                 return (
                     f"'{x.name}' decides which experts a token takes, and engines build it without a place for packed "

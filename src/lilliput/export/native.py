@@ -39,7 +39,14 @@ def spec_of(outcome: Outcome) -> LinearSpec | None:
             return None
         scheme = Scheme((DenseSpec(outcome.dtype) if pattern is None else pattern,))
     return LinearSpec(
-        outcome.name, outcome.stored, outcome.out_features, outcome.in_features, scheme, outcome.transposed
+        outcome.name,
+        outcome.stored,
+        outcome.out_features,
+        outcome.in_features,
+        scheme,
+        outcome.transposed,
+        "embedding" if outcome.embedding else "linear",
+        outcome.also,
     )
 
 

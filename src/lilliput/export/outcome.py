@@ -19,7 +19,8 @@ class Outcome:
     `name` is the canonical name and `stored` the name in the files, both without ".weight"; `scheme` its parts and
     transforms, none where the linear stays dense; `dtype` that of the dense tensor it was or stays. `sparsity` and
     `pattern` tell of zeros in it. `transposed`: the file holds [in, out] (Conv1D). `expert`: one of many experts;
-    `router`: it decides what each token takes of them.
+    `router`: it decides what each token takes of them. `table`: an embedding or a head; `embedding`: it is read row by
+    row; `also`: other modules that use the same tensor (a tied head).
     """
 
     name: str
@@ -33,6 +34,9 @@ class Outcome:
     transposed: bool = False
     expert: bool = False
     router: bool = False
+    table: bool = False
+    embedding: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def format(self) -> IntegerFormat | None:

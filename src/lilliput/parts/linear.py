@@ -8,7 +8,7 @@ does not know the layout finds a foreign shape and stops. docs/native-format.md 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,17 @@ from lilliput.parts.part import below
 from lilliput.parts.scheme import Scheme
 
 VERSION = 2  # 1 knew no transforms
-READS = (1, 2)
+TABLES = 3  # the version of a folder whose embedding or head is compressed
+READS = (1, 2, 3)
+ALIGNED = 8  # rows after which the bits of any codes end with a byte
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear of a native folder. `name` is canonical, `stored` the name in the files, both without ".weight"."""
+    """One linear of a native folder. `name` is canonical, `stored` the name in the files, both without ".weight".
+
+    kind: "linear", or "embedding" for a table of tokens; also: other modules that use the same tensors (a tied head).
+    """
 
     name: str
     stored: str
@@ -34,6 +39,8 @@ class LinearSpec:
     in_features: int
     scheme: Scheme
     transposed: bool = False
+    kind: str = "linear"
+    also: tuple[str, ...] = ()
 
     @property
     def payload(self) -> str:
@@ -64,6 +71,43 @@ def decode(spec: LinearSpec, get: Callable[[str], Tensor], dtype: torch.dtype = 
         outputs = transform.load("out", made.outputs, rows, stored)
         out = transform.turn_back(out, inputs, outputs)
     return out.to(dtype).contiguous()
+
+
+def divides(made: Scheme, rows: int, width: int) -> bool:
+    """Whether the stored tensors of a [rows, width] linear are those of its first rows followed by those of the rest,
+    wherever it is cut after a multiple of `ALIGNED` rows."""
+    if made.inputs or made.outputs:
+        return False
+    whole = made.stored(rows, width)
+    for cut in (ALIGNED, 2 * ALIGNED, 3 * ALIGNED):
+        if cut >= rows:
+            continue
+        first, rest = made.stored(cut, width), made.stored(rows - cut, width)
+        for suffix, (_, shape) in whole.items():
+            a, b = first[suffix][1], rest[suffix][1]
+            if a[0] + b[0] != shape[0] or a[1:] != shape[1:] or b[1:] != shape[1:]:
+                return False
+    return True
+
+
+def decode_rows(
+    spec: LinearSpec, read: Callable[[str, tuple[int, int]], Tensor], start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows [start, stop) of the dense weight, [rows, in] in `dtype`, of a linear whose scheme `divides`.
+
+    `read(name, (first, last))` returns that stretch of a stored tensor along its first axis; no more of it is read.
+    """
+    first = start - start % ALIGNED
+    last = min(spec.out_features, stop + -stop % ALIGNED)
+    before = replace(spec, out_features=first).describe() if first else {}
+    part = replace(spec, out_features=last - first)
+    stored = part.describe()
+
+    def get(name: str) -> Tensor:
+        begin = before[name][1][0] if first else 0
+        return read(name, (begin, begin + stored[name][1][0]))
+
+    return decode(part, get, dtype)[start - first : stop - first]
 
 
 def read_linear(tensors: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
@@ -97,8 +141,13 @@ def plain_config(linears: Mapping[str, LinearSpec]) -> dict[str, Any]:
             entry["transposed"] = True
         if spec.name != stored:
             entry["name"] = spec.name
+        if spec.kind != "linear":
+            entry["kind"] = spec.kind
+        if spec.also:
+            entry["also"] = list(spec.also)
         entries[stored] = entry
-    return {"quant_method": "lilliput", "version": VERSION, "schemes": schemes, "linears": entries}
+    version = TABLES if any(spec.kind != "linear" or spec.also for spec in linears.values()) else VERSION
+    return {"quant_method": "lilliput", "version": version, "schemes": schemes, "linears": entries}
 
 
 def parse_config(entry: Mapping[str, Any]) -> dict[str, LinearSpec]:
@@ -118,6 +167,8 @@ def parse_config(entry: Mapping[str, Any]) -> dict[str, LinearSpec]:
                 in_features=int(x["shape"][1]),
                 transposed=bool(x.get("transposed", False)),
                 scheme=schemes[x["scheme"]],
+                kind=str(x.get("kind", "linear")),
+                also=tuple(x.get("also", ())),
             )
             for stored, x in entry["linears"].items()
         }

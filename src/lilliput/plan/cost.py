@@ -17,7 +17,7 @@ from lilliput.model.stored import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.plan import footprint
 from lilliput.plan.resolve import LinearPlan, Resolved
-from lilliput.plan.tensors import OUTSIDE, TensorPlan, at_a_time
+from lilliput.plan.tensors import LARGE, TensorPlan, at_a_time
 from lilliput.streaming import backward
 
 TOKENIZER = 21  # bytes in memory for one of the tokenizer's files
@@ -110,7 +110,7 @@ def phases(
     if not resolved.learned:
         return slopes
     turning = rotated.resident(width) * 5
-    written = max(at_a_time(x) for x in tensors if x.kind in OUTSIDE)
+    written = max(at_a_time(x) for x in tensors if x.kind in LARGE)
     phases = [("turning the model", turning), ("writing the turned head", written + 2 * 4 * rotated.ROWS * width)]
     if any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)

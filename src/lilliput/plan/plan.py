@@ -15,6 +15,7 @@ import transformers
 
 from lilliput import export, units
 from lilliput.algebra import compiled
+from lilliput.anatomy.tables import EMBED, tables
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
@@ -24,8 +25,8 @@ from lilliput.model.stored import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.plan import cost as estimates
 from lilliput.plan import footprint, rehearsal
-from lilliput.plan.resolve import LinearPlan, Resolved, as_json, resolve
-from lilliput.plan.tensors import METADATA, OUTSIDE, TensorPlan, at_a_time, lay_out
+from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve
+from lilliput.plan.tensors import LARGE, METADATA, TensorPlan, at_a_time, lay_out
 from lilliput.recipe.schema import Recipe
 from lilliput.version import __version__
 
@@ -86,7 +87,7 @@ class Plan:
 
     @cached_property
     def compressed(self) -> tuple[LinearPlan, ...]:
-        return tuple(x for x in self.resolved.linears if x.tasks)
+        return tuple(x for x in (*self.resolved.linears, *self.resolved.tables) if x.tasks)
 
     @cached_property
     def bits_per_weight(self) -> float | None:
@@ -104,7 +105,7 @@ class Plan:
     @cached_property
     def parameters(self) -> int:
         """Parameters of the original model (quantization's own tensors do not count)."""
-        linears = {x.name: x.linear.parameters for x in self.resolved.linears}
+        linears = {x.name: x.linear.parameters for x in (*self.resolved.linears, *self.resolved.tables)}
         quantized = {x.source for x in self.tensors if x.kind == "quantized"}
         dense = sum(x.nbytes // x.dtype.itemsize for x in self.tensors if x.kind not in {"quantized", "untied head"})
         return dense + sum(linears[name] for name in quantized)
@@ -232,8 +233,11 @@ def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
             transposed=x.linear.transposed,
             expert=x.linear.expert is not None,
             router=x.linear.role == "router",
+            table=x.block == OUTSIDE,
+            embedding=x.linear.role == EMBED,
+            also=x.linear.also,
         )
-        for x in resolved.linears
+        for x in (*resolved.linears, *resolved.tables)
     }
 
 
@@ -315,7 +319,9 @@ def make(
     Raises PlanError for whatever cannot be carried out; reads no weights.
     """
     anatomy = model.anatomy()
-    resolved = resolve(recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size)
+    resolved = resolve(
+        recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size, tables=tables(model.skeleton)
+    )
     together = next((task for x in resolved.linears for task in x.together), None)
     if together is not None and processes > 1:
         raise PlanError(
@@ -347,7 +353,7 @@ def make(
             tokens=tokens,
             itemsize=dtype.itemsize,
             stored=max(x.dtype.itemsize for x in tensors),
-            outside=max((at_a_time(x) for x in tensors if x.kind in OUTSIDE), default=0),
+            outside=max((at_a_time(x) for x in tensors if x.kind in LARGE), default=0),
             packed=max(by_block.values(), default=0),
             double=any(t.method.double for x in resolved.linears for t in x.tasks)
             or any(t.method.double for t in resolved.allocations),

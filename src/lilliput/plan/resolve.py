@@ -12,14 +12,17 @@ from pydantic import BaseModel
 
 from lilliput import methods
 from lilliput.anatomy.model import Anatomy, Linear
+from lilliput.anatomy.tables import EMBED, HEAD
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known
+from lilliput.parts.linear import divides
 from lilliput.parts.scheme import Scheme
 from lilliput.parts.transform import ScaleSpec
 from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.target import Target
 
 GROUPS = (128, 64, 32)
+OUTSIDE = -1  # the block of what is in none
 _DECIDING = ("allocate", "search")  # verbs that give the steps behind them their targets
 FISHER = "fisher"  # among a method's needs: no statistic of inputs, but of gradients
 
@@ -83,6 +86,7 @@ class Resolved:
     learned: tuple[Task, ...]
     needs: frozenset[str] = field(default=frozenset())  # statistics
     reads_tokens: bool = False  # whether any step looks at calibration samples
+    tables: tuple[LinearPlan, ...] = ()  # the embedding and the head, where a step compresses them
 
     @property
     def searches(self) -> tuple[Task, ...]:
@@ -146,11 +150,13 @@ def rotates(recipe: Recipe) -> bool:
 
 def matches(where: Where, name: str, linear: Linear) -> bool:
     """Whether a step's `where` covers a linear: patterns may name it in full, within its block, shortly, or by role."""
-    labels = (name, linear.name, linear.name.rsplit(".", 1)[-1], linear.role)
+    labels = (name, linear.name, linear.name.rsplit(".", 1)[-1], linear.role, *((HEAD,) if linear.also else ()))
 
     def hit(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(label, pattern) for pattern in patterns for label in labels)
 
+    if linear.role in (EMBED, HEAD) and any(label in where.include for label in labels):
+        return True  # named outright: the default `exclude` is for those who do not think of it
     return hit(where.include) and not hit(where.exclude)
 
 
@@ -295,13 +301,40 @@ def _plan_linear(name: str, linear: Linear, block: int, tasks: list[Task]) -> Li
     return LinearPlan(block, linear, name, tuple(tasks), scheme, sparsity, pattern)
 
 
+def _plan_table(table: Linear, tasks: list[Task]) -> LinearPlan:
+    """What happens to the embedding or the head, which is compressed a few rows at a time: it may be the largest tensor
+    of all. Raises PlanError for steps that look at more than single rows of it."""
+    plan = _plan_linear(table.name, table, OUTSIDE, tasks)
+    for task in tasks:
+        label = f"step {task.step + 1} ({task.method.name}) on {table.name}"
+        if not task.method.rowwise or task.fisher:
+            raise PlanError(
+                f"{label}: an embedding or head is compressed row by row, and this method looks at the whole matrix"
+                f"{' and at squared gradients' if task.fisher else ''}: give it to rtn or gptq, or leave it out"
+            )
+        if task.method.writes != "quantized" or len(tasks) > 1:
+            raise PlanError(f"{label}: an embedding or head takes one step, which quantizes it: leave it out of others")
+    if not divides(plan.scheme, table.out_features, table.in_features):
+        raise PlanError(
+            f"step {tasks[0].step + 1} ({tasks[0].method.name}) on {table.name}: the rows of {plan.scheme.describe()} "
+            "cannot be read one by one, as an embedding's have to be: choose a group_size, 'channel', or another format"
+        )
+    return plan
+
+
 def resolve(
-    recipe: Recipe, anatomy: Anatomy, scale_dtype: torch.dtype, only: int | None = None, *, width: int = 0
+    recipe: Recipe,
+    anatomy: Anatomy,
+    scale_dtype: torch.dtype,
+    only: int | None = None,
+    *,
+    width: int = 0,
+    tables: Sequence[Linear] = (),
 ) -> Resolved:
     """Decide everything about a recipe on a model. Raises PlanError for every mistake that a user can make in it.
 
     `only` restricts the work to the first so many blocks (the rest stays as it is); the decisions do not depend on it.
-    `width` is that of the residual stream, for methods that rotate it.
+    `width` is that of the residual stream, for methods that rotate it; `tables` are the embedding and the head.
     """
     steps = [(step, methods.get(step.method)) for step in recipe.steps]
     parsed = [method.parse(step.options) for step, method in steps]
@@ -328,6 +361,7 @@ def resolve(
             target = target.model_copy(update={"sparsity": 0.5})
         target = method.completed(target)
         chosen = [x for _, name, x in everything if matches(step.where, name, x)]
+        chosen += [x for x in tables if method.verb == "compress" and matches(step.where, x.name, x)]
         if not chosen:
             raise PlanError(
                 f"step {number + 1} ({method.name}) applies to no layer: 'where' includes {list(step.where.include)} "
@@ -355,6 +389,15 @@ def resolve(
                 )
         plan = _plan_linear(name, linear, block, mine)
         plans.append(plan if only is None or block < only else replace(plan, tasks=(), scheme=Scheme(), sparsity=None))
+    outside = []
+    for table in tables:
+        mine = [
+            task
+            for task, (step, method) in zip(tasks, steps, strict=True)
+            if method.verb == "compress" and matches(step.where, table.name, table)
+        ]
+        if mine:
+            outside.append(_plan_table(table, mine))
     rewriting = tuple(task for task in tasks if task.method.verb == "rewrite")
     if rewriting and not any(block.links for block in anatomy.blocks):
         raise PlanError(
@@ -369,6 +412,7 @@ def resolve(
         allocations=tuple(task for task in tasks if task.method.verb in _DECIDING),
         learned=tuple(task for task in tasks if task.method.verb == "learn"),
         needs=frozenset().union(*(task.needs for task in tasks)),
+        tables=tuple(outside),
         reads_tokens=any(task.needs or task.fisher or getattr(task.method.module, "TOKENS", False) for task in tasks),
     )
     _refused(resolved, width)

@@ -17,7 +17,7 @@ from lilliput.model import stored
 from lilliput.model.stored import Model
 
 METADATA = {"format": "pt"}
-OUTSIDE = frozenset({"embedding", "head", "untied head", "carried"})  # kinds of tensors that may be large
+LARGE = frozenset({"embedding", "head", "untied head", "carried"})  # kinds of tensors that may be large
 SHARD = 5 * 10**9  # bytes of a file at most, header included, as engines and the hub have them
 PIECE = 16 * memory.MB  # of a tensor with more than two axes
 
@@ -80,13 +80,15 @@ def lay_out(
     """
     skeleton = model.skeleton
     blocks = {name: n for n in range(len(skeleton.block_names)) for name in skeleton.names_of(n)}
-    planned = [
-        TensorPlan(
-            model.stored_name(name), kind_of(name, model), model.written_dtype(name), model.shape(name), 0, None, name
-        )
-        for name in skeleton.shapes
-        if name not in blocks
-    ]
+    planned: list[TensorPlan] = []
+    for name in (x for x in skeleton.shapes if x not in blocks):
+        table = outcomes.get(name.removesuffix(".weight"))
+        if table is not None:
+            held = exporter.describe(table).items()
+            planned += [TensorPlan(n, "quantized", dtype, tuple(s), 0, None, table.name) for n, (dtype, s) in held]
+            continue
+        kind, dtype = kind_of(name, model), model.written_dtype(name)
+        planned.append(TensorPlan(model.stored_name(name), kind, dtype, model.shape(name), 0, None, name))
     stored = model.source.stored
     planned += [
         TensorPlan(name, "carried", stored[name].dtype, stored[name].shape, 0, None, name) for name in model.carried

@@ -40,7 +40,8 @@ class Delivery:
 
 def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]) -> Provenance:
     plan = d.plan
-    formats = {x.name: (describe(x), plan.outcomes[x.name].stored) for x in plan.resolved.linears}
+    planned = (*plan.resolved.linears, *plan.resolved.tables)
+    formats = {x.name: (describe(x), plan.outcomes[x.name].stored) for x in planned}
     linears = tuple(
         LinearRow(
             name=str(row["name"]),

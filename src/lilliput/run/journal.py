@@ -239,7 +239,7 @@ class Work:
     def hashes(self) -> dict[str, str]:
         """sha256 (hex) of every tensor of the output that is finished, by stored name."""
         found: dict[str, str] = {}
-        for record in (*self.find("outside"), *self.find("block")):
+        for record in (*self.find("outside"), *self.find("block"), *self.find("table")):
             found.update(record["sha256"])
         return found
 

@@ -100,6 +100,13 @@ def _energy(x: Tensor, gram: Tensor | None) -> float:
     return _energy(x.double(), None if gram is None else gram.double()) if x.dtype != torch.float64 else found
 
 
+def energies(change: Tensor, weight: Tensor, gram: Tensor | None, rough: bool = False) -> tuple[float, float]:
+    """Energy of a change [rows, in] and of the weight itself: of the outputs where the Gram matrix is known."""
+    lost = _energy(change, gram)
+    with fold.reduced_products(rough and gram is not None):
+        return lost, _energy(weight, gram)
+
+
 def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool) -> tuple[float, str]:
     """Relative error of a finished layer: of its outputs where the Gram matrix is known, else of its weights.
 
@@ -110,10 +117,8 @@ def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool
     step = max(1, _CHUNK // weight.shape[1])
     for a in range(0, len(weight), step):
         some = weight[a : a + step]
-        change = decoded[a : a + step] - some
-        lost += _energy(change, gram)
-        with fold.reduced_products(rough and gram is not None):
-            whole += _energy(some, gram)
+        lost_here, whole_here = energies(decoded[a : a + step] - some, some, gram, rough)
+        lost, whole = lost + lost_here, whole + whole_here
     ratio = (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
     return ratio, "weight" if gram is None else "output"
 

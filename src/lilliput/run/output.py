@@ -92,6 +92,25 @@ class Output:
                     os.fsync(handle)
         return hashes
 
+    def write_rows(self, names: Iterable[str], slabs: Iterable[Mapping[str, Tensor]]) -> dict[str, str]:
+        """Write several tensors together, durably, from slabs that have the next rows of each by name. Returns their
+        sha256 (hex). Raises RuntimeError for a tensor that is not as planned."""
+        with ExitStack() as stack:
+            handles: dict[Path, int] = {}
+            places = {}
+            for name in names:
+                path = self._path(self._file[name])
+                if path not in handles:
+                    handles[path] = stack.enter_context(_opened(path, os.O_WRONLY))
+                places[name] = _Place(handles[path], path, name, *self._files[self._file[name]][name])
+            for slab in slabs:
+                for name, piece in slab.items():
+                    places[name].write(piece, self._offsets[name])
+            for path, handle in handles.items():
+                with _named(path):
+                    os.fsync(handle)
+        return {name: place.whole() for name, place in places.items()}
+
     def finish(self) -> None:
         """All tensors are written: the files get their names."""
         for name in self._files:
@@ -101,22 +120,10 @@ class Output:
         _sync(self._folder)
 
     def _write(self, handle: int, path: Path, name: str, pieces: Iterable[Tensor]) -> str:
-        dtype, shape = self._files[self._file[name]][name]
-        start, size = self._offsets[name], prod(shape) * dtype.itemsize
-        digest, done = hashlib.sha256(), 0
+        place = _Place(handle, path, name, *self._files[self._file[name]][name])
         for piece in pieces:
-            rows = piece.dtype == dtype and piece.dim() == len(shape) and piece.shape[1:] == shape[1:]
-            if not rows or done + piece.nbytes > size:
-                raise RuntimeError(f"{name} is planned as {dtype} {list(shape)}, not {piece.dtype} {list(piece.shape)}")
-            if piece.numel():
-                data = raw(piece.detach().contiguous().reshape(-1))
-                digest.update(data)
-                with _named(path):
-                    _write_at(handle, data, start + done)
-                done += len(data)
-        if done != size:
-            raise RuntimeError(f"{name} is planned as {size} bytes, not {done}")
-        return digest.hexdigest()
+            place.write(piece, self._offsets[name])
+        return place.whole()
 
     def _path(self, name: str) -> Path:
         part = self._folder / (name + PART)
@@ -141,6 +148,36 @@ class Output:
                 digest.update(data)
                 at += len(data)
         return digest.hexdigest()
+
+
+class _Place:
+    """A tensor in a file, written one stretch of rows after the other."""
+
+    def __init__(self, handle: int, path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._handle, self._path, self._name, self._dtype, self._shape = handle, path, name, dtype, shape
+        self._size = prod(shape) * dtype.itemsize
+        self._digest, self._done = hashlib.sha256(), 0
+
+    def write(self, piece: Tensor, offset: int) -> None:
+        """Append rows; `offset`: where the tensor begins in the file. Raises RuntimeError where they do not fit."""
+        dtype, shape = self._dtype, self._shape
+        rows = piece.dtype == dtype and piece.dim() == len(shape) and piece.shape[1:] == shape[1:]
+        if not rows or self._done + piece.nbytes > self._size:
+            raise RuntimeError(
+                f"{self._name} is planned as {dtype} {list(shape)}, not {piece.dtype} {list(piece.shape)}"
+            )
+        if piece.numel():
+            data = raw(piece.detach().contiguous().reshape(-1))
+            self._digest.update(data)
+            with _named(self._path):
+                _write_at(self._handle, data, offset + self._done)
+            self._done += len(data)
+
+    def whole(self) -> str:
+        """sha256 (hex) of the whole tensor. Raises RuntimeError where rows are missing."""
+        if self._done != self._size:
+            raise RuntimeError(f"{self._name} is planned as {self._size} bytes, not {self._done}")
+        return self._digest.hexdigest()
 
 
 def _changed(path: Path, tensor: str | None = None) -> LilliputError:

@@ -24,7 +24,7 @@ from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import Task
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
-from lilliput.run import fisher, fitting, passes
+from lilliput.run import fisher, fitting, passes, tables
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, within
 from lilliput.run.output import Output
@@ -291,13 +291,32 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
         _begin(plan, model, work, output)
         if len(finished) < count:
             _blocks(plan, model, ids, work, progress, finished, output)
+        if tables.pending(plan, work):
+            _tables(plan, model, ids, work, progress, output)
         with ranks.together():
             if ranks.lead():
                 output.finish()
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):
         rows += record["rows"]
-    return rows
+    return rows + tables.rows(work)
+
+
+def _tables(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress, output: Output) -> None:
+    """Compress the embedding and the head, from the hidden states that the last block has left."""
+    hidden: Activations | None = None
+    if plan.resolved.needs and ids is not None:
+        count = len(model.skeleton.block_names)
+        last = max(work.find("block"), key=lambda record: int(record["block"]))
+        with ranks.together():
+            hidden = _hidden(work, count, (*ids.shape, model.skeleton.hidden_size), plan.dtype, create=False)
+            if hidden.checksum() != last["hidden"][ranks.rank()]:
+                raise LilliputError(
+                    f"{hidden.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}"
+                )
+    tables.compress(plan, model, ids, hidden, work, output, progress)
+    if hidden is not None:
+        hidden.delete()
 
 
 def _begin(plan: Plan, model: Model, work: Work, output: Output) -> None:
@@ -309,7 +328,7 @@ def _begin(plan: Plan, model: Model, work: Work, output: Output) -> None:
             output.take_up(work.hashes())
         elif ranks.lead():
             output.lay_out()
-            outside = {x.name: x for x in plan.of_block(None)}
+            outside = {x.name: x for x in plan.of_block(None) if x.kind != "quantized"}
             hashes = output.write(outside, lambda name: _pieces(outside[name], model))
             memory.trim()
     if not begun:
@@ -392,5 +411,5 @@ def _blocks(
         memory.trim()
         worst = max((float(row["error"]) for row in rows), default=0.0)
         progress.step(index + 1, len(skeleton.block_names), f"error {worst:.4f}")
-    if inputs is not None:
+    if inputs is not None and not plan.resolved.tables:  # which are made from what the last block has left
         inputs.delete()

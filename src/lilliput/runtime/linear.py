@@ -1,4 +1,4 @@
-"""CompressedLinear: a linear that keeps its packed tensors and is decoded while it runs.
+"""CompressedLinear: a linear, or an embedding, that keeps its packed tensors and is decoded while it runs.
 
 The module keeps its class: it becomes a subclass whose `weight` is a property, so its own forward pass computes what it
 always did, and an nn.Linear, a Conv1D or a model's variant of either needs no copy of its arithmetic. Two kinds of
@@ -18,11 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from lilliput.formats import binary
 from lilliput.formats.format import CHUNK
 from lilliput.formats.integer import pack_codes
-from lilliput.parts.linear import LinearSpec, decode
+from lilliput.parts.linear import LinearSpec, decode, decode_rows
 from lilliput.parts.part import below
 from lilliput.runtime import lut
 
 PREFIX = "packed_"  # the buffers hold bytes, so that casting the model does not touch scales
+APART = 16  # rows between two that are looked up, from where on they are decoded apart
+OUTPUTS = 1 << 13  # of a head, computed at a time
 MARKER = "packed_dtype"  # an empty tensor that follows `model.to(...)`: the dtype to decode to, and the device
 
 
@@ -53,6 +55,18 @@ class CompressedLinear(nn.Module):
         raw: Tensor = getattr(self, f"{PREFIX}{list(described).index(name)}")
         return raw.view(dtype).view(shape)
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the decoded weight, of a linear whose scheme divides."""
+        marker: Tensor = getattr(self, MARKER)
+        return decode_rows(self.spec, lambda name, cut: self.stored(name)[cut[0] : cut[1]], start, stop, marker.dtype)
+
+    def share(self, other: CompressedLinear) -> None:
+        """Take the packed tensors of another module, which stay one and the same."""
+        for index in range(len(self.spec.describe())):
+            self.register_buffer(f"{PREFIX}{index}", getattr(other, f"{PREFIX}{index}"), persistent=False)
+        marker: Tensor = getattr(self, MARKER)
+        self.register_buffer(MARKER, marker.to(getattr(other, MARKER).device), persistent=False)
+
     def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Take the tensors that the description names, onto `device`."""
         for index, name in enumerate(self.spec.describe()):
@@ -60,6 +74,56 @@ class CompressedLinear(nn.Module):
             self.register_buffer(f"{PREFIX}{index}", raw, persistent=False)
         marker: Tensor = getattr(self, MARKER)
         self.register_buffer(MARKER, torch.empty(0, dtype=marker.dtype, device=device), persistent=False)
+
+
+class LookedUp(CompressedLinear):
+    """An embedding of which only the rows that are looked up are decoded."""
+
+    _table: Tensor | None = None
+    padding_idx: int | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows that are being looked up; outside the forward pass the whole table, decoded."""
+        if self._table is not None:
+            return self._table
+        return CompressedLinear.weight.fget(self)  # type: ignore[attr-defined, no-any-return]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        used, places = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        padding, self.padding_idx = self.padding_idx, None
+        self.__dict__["_table"] = self._decoded(used)
+        try:  # the module's own forward pass, which may scale what it looks up, on the rows that occur
+            found: Tensor = super().forward(places)
+        finally:
+            del self.__dict__["_table"]
+            self.padding_idx = padding
+        return found
+
+    def _decoded(self, used: Tensor) -> Tensor:
+        """Rows `used` int64 [n] (ascending, each once)."""
+        ends = (used.diff() > APART).nonzero()[:, 0] + 1
+        pieces = []
+        for group in used.tensor_split(ends.cpu()):
+            if len(group):
+                first = int(group[0])
+                pieces.append(self.rows(first, int(group[-1]) + 1)[group - first])
+        marker: Tensor = getattr(self, MARKER)
+        return torch.cat(pieces) if pieces else marker.new_empty(0, self.spec.in_features)
+
+
+class ChunkedLinear(CompressedLinear):
+    """A head: its outputs are computed a few thousand at a time, and no more of its rows are decoded at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = self.spec.out_features
+        bias: Tensor | None = getattr(self, "bias", None)
+        out = x.new_empty(*x.shape[:-1], count)
+        for a in range(0, count, OUTPUTS):
+            b = min(count, a + OUTPUTS)
+            some = None if bias is None else bias[a:b]
+            out[..., a:b] = nn.functional.linear(x, self.rows(a, b), some)
+        return out
 
 
 class FactoredLinear(CompressedLinear):
@@ -146,6 +210,10 @@ def factored(kind: type, spec: LinearSpec) -> bool:
 
 
 def _mixin(kind: type, spec: LinearSpec) -> type:
+    if issubclass(kind, nn.Embedding):
+        return LookedUp
+    if kind is nn.Linear and spec.kind == "embedding":
+        return ChunkedLinear
     if tabled(kind, spec):
         return TabledLinear
     return FactoredLinear if factored(kind, spec) else CompressedLinear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,9 +65,14 @@ class LilliputQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.files:  # loaded from a state_dict: whoever gives one fills the linears
             return model
         where = _locate(self.files)
+        filled: dict[tuple[str, torch.device], CompressedLinear] = {}
         for module in self.compressed:
-            tensors = _read(where, list(module.spec.describe()))
-            module.fill(tensors, _device(module, model))
+            place = module.spec.payload, _device(module, model)
+            if place in filled:
+                module.share(filled[place])
+                continue
+            module.fill(_read(where, list(module.spec.describe())), place[1])
+            filled[place] = module
         return model
 
 
@@ -78,7 +84,9 @@ def swap(model: PreTrainedModel, specs: Iterable[LinearSpec]) -> list[Compressed
     prefix = text_prefix(model, model.config)
     modules = dict(model.named_modules())
     done: list[CompressedLinear] = []
-    for spec in specs:
+    for spec in (y for x in specs for y in (x, *(replace(x, name=name) for name in x.also))):
+        if spec.also:
+            _untie(model, modules, prefix, spec)
         name = module_name(spec.name, modules, prefix)
         if name not in modules:
             _unroll_above(model, modules, name)
@@ -95,6 +103,16 @@ def swap(model: PreTrainedModel, specs: Iterable[LinearSpec]) -> list[Compressed
         if isinstance(module, CompressedLinear):
             done.append(module)
     return done
+
+
+def _untie(model: PreTrainedModel, modules: Mapping[str, nn.Module], prefix: str, spec: LinearSpec) -> None:
+    """Let transformers tie no parameters that are none any more: modules of one description share packed tensors."""
+    model.config.get_text_config(decoder=True).tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    tied = {f"{module_name(name, modules, prefix)}.weight" for name in (spec.name, *spec.also)}
+    for holder in (x for x in model.modules() if getattr(x, "all_tied_weights_keys", None)):
+        kept = {k: v for k, v in holder.all_tied_weights_keys.items() if k not in tied and v not in tied}
+        holder.all_tied_weights_keys = kept
 
 
 def _unroll_above(model: nn.Module, modules: dict[str, nn.Module], name: str) -> None:
@@ -115,7 +133,7 @@ def _patterns(specs: Iterable[LinearSpec]) -> set[str]:
     """
     names: set[str] = set()
     for spec in specs:
-        for name in (spec.name, spec.stored):
+        for name in (spec.name, spec.stored, *spec.also):
             names.add(re.sub(r"\d+", r"\\d+", re.escape(f"{name}.weight")))
             above, experts, _ = name.rpartition(".experts.")
             if experts:

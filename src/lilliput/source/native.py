@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import SourceError
-from lilliput.parts.linear import LinearSpec, parse_config
+from lilliput.parts.linear import LinearSpec, decode_rows, divides, parse_config
 from lilliput.parts.linear import decode as decode_linear
 from lilliput.source.packed import Packed
 from lilliput.source.reader import Reader
@@ -34,6 +34,9 @@ class Native:
 
     def decode(self, reader: Reader, rows: tuple[int, int] | None = None) -> Tensor:
         """The weight as an uncompressed file would hold it, or its rows [start, stop)."""
+        spec = self.spec
+        if rows is not None and not spec.transposed and divides(spec.scheme, spec.out_features, spec.in_features):
+            return decode_rows(spec, reader.read, *rows, self.dtype)
         weight = decode_linear(self.spec, reader.read, self.dtype)
         weight = weight.T.contiguous() if self.spec.transposed else weight
         return weight if rows is None else weight[rows[0] : rows[1]].clone()

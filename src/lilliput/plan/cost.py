@@ -13,7 +13,7 @@ from lilliput.errors import PlanError
 from lilliput.formats.trellis import TrellisFormat
 from lilliput.machine import memory
 from lilliput.model import rotated
-from lilliput.model.stored import Model
+from lilliput.model.stored import TABLE_ROWS, Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.plan import footprint
 from lilliput.plan.resolve import LinearPlan, Resolved
@@ -72,7 +72,12 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
         sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
         seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
         seconds += sum(6 * x.linear.parameters * x.linear.in_features for x in resolved.linears if x.tasks) / slow
-    seconds += sum(_walks(x) for x in resolved.linears)
+    # A table's Gram matrix is factored anew for each slab.
+    slabs = [
+        (x.linear.parameters, x.linear.in_features, -(-x.linear.out_features // TABLE_ROWS)) for x in resolved.tables
+    ]
+    seconds += sum(own * 6 * width + cuts * 2 * width**3 for own, width, cuts in slabs) / slow
+    seconds += sum(_walks(x) for x in (*resolved.linears, *resolved.tables))
     # The closing evaluation: 8 windows of 1,024 tokens through both models in float32.
     seconds += measured * 2 * 2 * 1.5 * weights * 8 * 1024 / slow
     return seconds + weights / 25e6
@@ -116,6 +121,17 @@ def phases(
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
         phases.append(("learning a rotation", turning + held))
     return (*phases, *slopes)
+
+
+def tables(resolved: Resolved) -> tuple[tuple[str, int], ...]:
+    """Compressing the embedding and the head, a slab of rows at a time: its weights with the solver's copies, the Gram
+    matrix with its factors, and how often each token occurs."""
+    most = 0
+    for x in resolved.tables:
+        rows, width = min(TABLE_ROWS, x.linear.out_features), x.linear.in_features
+        solving = any("gram" in task.needs for task in x.tasks)
+        most = max(most, 4 * (6 * rows * width + (4 * width * width if solving else 0) + 2 * x.linear.out_features))
+    return (("compressing the embedding and the head", most),) if most else ()
 
 
 def beside(resolved: Resolved) -> tuple[int, int]:

@@ -87,11 +87,12 @@ class Plan:
 
     @cached_property
     def compressed(self) -> tuple[LinearPlan, ...]:
-        return tuple(x for x in (*self.resolved.linears, *self.resolved.tables) if x.tasks)
+        """The compressed linears of the blocks."""
+        return tuple(x for x in self.resolved.linears if x.tasks)
 
     @cached_property
     def bits_per_weight(self) -> float | None:
-        """Stored bits over the weights of the compressed linears, scales, zeros, shapes and all."""
+        """Stored bits over the weights of the blocks' compressed linears, scales, zeros, shapes and all."""
         weights = sum(x.linear.parameters for x in self.compressed)
         names = {x.name for x in self.compressed}
         stored = sum(x.nbytes for x in self.tensors if x.source in names)
@@ -162,6 +163,7 @@ class Plan:
             "threads": self.threads,
             "by_kind": dict(by_kind),
             "formats": dict(Counter(describe(x) for x in self.resolved.linears)),
+            "tables": {x.name: describe(x) for x in self.resolved.tables},
             "notes": list(self.notes),
             "tensors": [
                 {
@@ -278,6 +280,19 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     )
 
 
+def _wide(tensors: Sequence[TensorPlan]) -> str:
+    """Which share of the bytes is left in 16 bits or more, and in what; "" where little is."""
+    kinds: Counter[str] = Counter()
+    for x in tensors:
+        if x.kind != "quantized" and x.dtype.is_floating_point and x.dtype.itemsize > 1:
+            kinds[x.kind] += x.nbytes
+    whole = sum(x.nbytes for x in tensors)
+    if kinds.total() == whole or kinds.total() * 20 < whole:
+        return ""
+    shares = ", ".join(f"{kind} {units.size(size)}" for kind, size in kinds.most_common() if size * 100 >= whole)
+    return f"{kinds.total() / whole:.0%} of the bytes stay in 16 bits or more: {shares}."
+
+
 def _remarks(resolved: Resolved) -> tuple[str, ...]:
     """What a reader of the plan would not expect: layers that a step leaves alone, sizes that calibration decides."""
     kept = [
@@ -366,6 +381,7 @@ def make(
                 *estimates.phases(model, resolved, tensors, tokens, dtype),
                 *([("measuring the result", estimates.measuring(model, budget))] if measured else []),
                 *estimates.comparing(model, budget, processes),
+                *estimates.tables(resolved),
                 (footprint.TOKENIZER, estimates.reading_tokenizer(model)),
             ),
         ),
@@ -393,7 +409,7 @@ def make(
         budget=budget,
         seed=seed,
         seconds=estimates.seconds(model, resolved, samples, tokens, dtype, measured=measured),
-        notes=tuple(x for x in (note, *_remarks(resolved), *anatomy.notes, _divided(processes)) if x),
+        notes=tuple(x for x in (note, _wide(tensors), *_remarks(resolved), *anatomy.notes, _divided(processes)) if x),
         side_bytes=_side_bytes(model),
         processes=processes,
     )

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lilliput.formats import binary
 from lilliput.formats.format import CHUNK
 from lilliput.formats.integer import pack_codes
-from lilliput.parts.linear import LinearSpec, decode, decode_rows
+from lilliput.parts.linear import LinearSpec, decode, decode_rows, divides
 from lilliput.parts.part import below
 from lilliput.runtime import lut
 
@@ -212,7 +212,8 @@ def factored(kind: type, spec: LinearSpec) -> bool:
 def _mixin(kind: type, spec: LinearSpec) -> type:
     if issubclass(kind, nn.Embedding):
         return LookedUp
-    if kind is nn.Linear and spec.kind == "embedding":
+    tall = spec.kind == "embedding" or spec.out_features > OUTPUTS
+    if kind is nn.Linear and tall and divides(spec.scheme, spec.out_features, spec.in_features):
         return ChunkedLinear
     if tabled(kind, spec):
         return TabledLinear

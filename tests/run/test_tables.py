@@ -137,15 +137,16 @@ def test_rare_tokens_count_little_in_an_embeddings_error(tiny: Tiny, tmp_path: P
     expected = float(change.double().norm() / weight.double().norm())
     row = next(x for x in found.rows if x["name"] == "model.embed_tokens")
     assert row["error"] == pytest.approx(expected, rel=1e-4)
-        expected, rel=1e-4
-    )
+
+
+TWICE = recipe("rtn", "bits: 8", "embed") + "- {method: rtn, target: {bits: 4}, where: {include: [embed]}}\n"
 
 
 @pytest.mark.parametrize(("steps", "said"), [
     (recipe("svd-truncate", "ratio: 0.5", "embed"), "row by row"),
     (recipe("wanda", "sparsity: 0.5", "embed"), "row by row|one step, which quantizes it"),
     (recipe("rtn", "format: nvfp4", "embed"), "cannot be read one by one"),
-    (recipe("rtn", "bits: 8", "embed") + "- {method: rtn, target: {bits: 4}, where: {include: [embed]}}\n", "quantizes this layer already"),
+    (TWICE, "quantizes this layer already"),
     ("export: compressed-tensors\n" + recipe("rtn", "bits: 8", "embed"), "no engine tried holds a packed one"),
 ])  # fmt: skip
 def test_what_a_table_cannot_have_is_refused_by_the_plan(tiny: Tiny, steps: str, said: str) -> None:

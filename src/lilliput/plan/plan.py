@@ -303,7 +303,8 @@ def _remarks(resolved: Resolved) -> tuple[str, ...]:
         and x.sparsity is None
         and not any(task.method.replaces(task.options) for task in x.tasks)
     ]
-    notes = [task.method.note for task in resolved.allocations if task.method.note is not None]
+    notes = [*resolved.notes]
+    notes += [task.method.note for task in resolved.allocations if task.method.note is not None]
     if kept:
         shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         notes.append(

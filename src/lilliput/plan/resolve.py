@@ -87,6 +87,7 @@ class Resolved:
     needs: frozenset[str] = field(default=frozenset())  # statistics
     reads_tokens: bool = False  # whether any step looks at calibration samples
     tables: tuple[LinearPlan, ...] = ()  # the embedding and the head, where a step compresses them
+    notes: tuple[str, ...] = ()  # what the model lacks
 
     @property
     def searches(self) -> tuple[Task, ...]:
@@ -345,6 +346,7 @@ def resolve(
         for linear in block.linears
     ]
     targets: list[Target] = []
+    idle: list[str] = []
     for number, (step, method) in enumerate(steps):
         target = step.target
         if method.verb in {"rewrite", "learn"} and target.bits is None:
@@ -362,6 +364,12 @@ def resolve(
         target = method.completed(target)
         chosen = [x for _, name, x in everything if matches(step.where, name, x)]
         chosen += [x for x in tables if method.verb == "compress" and matches(step.where, x.name, x)]
+        if not chosen and not tables and set(step.where.include) <= {EMBED, HEAD}:
+            idle.append(
+                f"step {number + 1} ({method.name}) does nothing: {anatomy.architecture} has no plain embedding or head."
+            )
+            targets.append(target)
+            continue
         if not chosen:
             raise PlanError(
                 f"step {number + 1} ({method.name}) applies to no layer: 'where' includes {list(step.where.include)} "
@@ -413,6 +421,7 @@ def resolve(
         learned=tuple(task for task in tasks if task.method.verb == "learn"),
         needs=frozenset().union(*(task.needs for task in tasks)),
         tables=tuple(outside),
+        notes=tuple(idle),
         reads_tokens=any(task.needs or task.fisher or getattr(task.method.module, "TOKENS", False) for task in tasks),
     )
     _refused(resolved, width)

@@ -39,7 +39,7 @@ from lilliput.run.result import Compression
 from lilliput.runtime.load import load as load
 from lilliput.streaming import forward
 
-DEFAULT_RECIPE = "w4"
+DEFAULT_RECIPE = "w4-engines"
 
 
 def _recipe(what: str | Path | Recipe, settings: Sequence[str]) -> Recipe:

@@ -18,13 +18,13 @@ Tiny = Callable[[str], Path]
 ROOM: dict[str, Any] = {"samples": 2, "tokens": 16, "device": "cpu", "dtype": "float32"}
 
 
-def plan(model: Path, recipe: str = "w4", **more: Any) -> Plan:
+def plan(model: Path, recipe: str = "w4-engines", **more: Any) -> Plan:
     return api.plan(model, recipe=recipe, **(ROOM | more))
 
 
 @pytest.mark.parametrize("recipe", ["magnitude", "w8"])
 def test_the_folder_within_a_percent(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
-    settings = {"magnitude": (), "w8": ("rtn.search=minmax", "rtn.importance=false")}[recipe]
+    settings = {"magnitude": (), "w8": ("0.search=minmax", "1.search=minmax")}[recipe]
     done = api.compress(
         tiny("wide"), tmp_path / "out", recipe=recipe, settings=settings, eval_windows=0, progress=Quiet(), **ROOM
     )

@@ -77,8 +77,8 @@ def test_a_papers_settings_plan_and_say_what_differs(tiny: Callable[[str], Path]
 
 
 def test_the_default_loads_everywhere() -> None:
-    assert "w4" in named()
-    last = load("w4").steps[-1].target
+    assert api.DEFAULT_RECIPE in named()
+    last = load(api.DEFAULT_RECIPE).steps[-1].target
     assert (last.bits, last.symmetric, last.group_size) == (4, True, "auto")
 
 

@@ -156,8 +156,9 @@ def matches(where: Where, name: str, linear: Linear) -> bool:
     def hit(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(label, pattern) for pattern in patterns for label in labels)
 
-    if linear.role in (EMBED, HEAD) and any(label in where.include for label in labels):
-        return True  # named outright: the default `exclude` is for those who do not think of it
+    if linear.role in (EMBED, HEAD):  # only where they are named, which the default `exclude` does not undo
+        named = [x for x in where.include if x != "*"]
+        return hit(named) and not hit([x for x in where.exclude if x not in (EMBED, HEAD)])
     return hit(where.include) and not hit(where.exclude)
 
 
@@ -366,7 +367,8 @@ def resolve(
         chosen += [x for x in tables if method.verb == "compress" and matches(step.where, x.name, x)]
         if not chosen and not tables and set(step.where.include) <= {EMBED, HEAD}:
             idle.append(
-                f"step {number + 1} ({method.name}) does nothing: {anatomy.architecture} has no plain embedding or head."
+                f"step {number + 1} ({method.name}) does nothing: {anatomy.architecture} has no plain embedding or "
+                "head."
             )
             targets.append(target)
             continue

@@ -13,11 +13,11 @@ from lilliput.target import Strict, Target
 class Where(Strict):
     """Which linears a step touches: shell-style patterns over names and roles; `exclude` wins.
 
-    The token embedding and the head are touched where `include` names them: [embed, lm_head].
+    The token embedding and the head are touched only where `include` names them, [embed, lm_head], not by "*".
     """
 
     include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ("embed", "lm_head", "router")
+    exclude: tuple[str, ...] = ("lm_head", "router")
 
 
 class Step(Strict):

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import torch
-import yaml
+from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from lilliput import methods
@@ -66,7 +66,8 @@ def measure(run: str, layers: dict[str, tuple[Tensor, SiteStats, Tensor]]) -> di
     """One run over all linears."""
     words = run.split()
     method = methods.get(words[0])
-    given = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in words[1:])}
+    read = YAML(typ="safe", pure=True).load
+    given = {key: read(value) for key, value in (word.split("=", 1) for word in words[1:])}
     fields = {key: value for key, value in given.items() if key in Target.model_fields}
     options = method.parse({key: value for key, value in given.items() if key not in fields})
     from lilliput.formats import known

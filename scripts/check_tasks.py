@@ -59,7 +59,6 @@ TASKS: Mapping[str, tuple[str, Callable[[Row], dict[str, Any]]]] = {
 
 def _definition(name: str, rows: Sequence[Row], folder: Path) -> Path:
     """A task file that is the harness's own but for where the rows lie."""
-    import yaml
     from lm_eval.tasks import TaskManager
 
     theirs, convert = TASKS[name]
@@ -77,7 +76,7 @@ def _definition(name: str, rows: Sequence[Row], folder: Path) -> Path:
         "test_split": "test",
     }
     file = folder / f"local_{name}.yaml"
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    file.write_text(json.dumps(config), encoding="utf-8")
     return file
 
 

@@ -12,6 +12,7 @@ from tokenizers import processors
 from tokenizers.processors import TemplateProcessing
 
 from lilliput.data import docs, load_tokens
+from lilliput.data.hub import dataset
 from lilliput.data.load import check
 from lilliput.data.tokens import Tokens, encode
 from lilliput.errors import DataError
@@ -379,3 +380,17 @@ def test_a_source_is_checked_by_its_name_alone(tmp_path):
     for name, said in wrong:
         with pytest.raises(DataError, match=said):
             check(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("wikitext2", "Salesforce/wikitext"),
+        ("c4:train", "allenai/c4"),
+        ("hub:org/texts:en:train", "org/texts"),
+        ("docs", None),
+        ("rows.jsonl", None),
+    ],
+)
+def test_which_data_set_of_the_hub_a_source_names(source: str, found: str | None) -> None:
+    assert dataset(source) == found

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 
 from lilliput.export.card import Card, Figure, read_licence, render
 
 
 def front(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    found: dict[str, Any] = ModelCard(text).data.to_dict()
     return found
 
 
@@ -20,13 +20,14 @@ def test_tells_model_licence_recipe_and_figures() -> None:
     card = Card(
         "t", "org/model-1.5", "compressed-tensors", "steps:\n- method: gptq\n",
         (Figure("perplexity", "20.5 [20.1, 20.9]", "19.9"), Figure("size", "100 MB")),
-        {"license": "other", "license_link": "https://x.y"}, ("It runs dense on a CPU.",),
+        {"license": "other", "license_link": "https://x.y"}, ("It runs dense on a CPU.",), ("org/texts",),
     )  # fmt: skip
     text = render(card)
     head = front(text)
     assert head["base_model"] == "org/model-1.5"
     assert (head["license"], head["license_link"]) == ("other", "https://x.y")
     assert head["base_model_relation"] == "quantized"
+    assert (head["datasets"], head["tags"]) == (["org/texts"], ["lilliput", "compressed-tensors"])
     assert "| perplexity | 20.5 [20.1, 20.9] | 19.9 |" in text
     assert "| size | 100 MB | - |" in text
     assert "- method: gptq" in text

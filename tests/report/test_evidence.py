@@ -13,6 +13,7 @@ from lilliput import report
 from lilliput.cli.main import app
 from lilliput.errors import DataError, SourceError
 from lilliput.model import stored as model
+from lilliput.options import Gates, Parts, Text
 from lilliput.report import sections, terminal
 from lilliput.report.evidence import gather
 from lilliput.report.page import render
@@ -20,6 +21,7 @@ from lilliput.source import open_source
 
 pytestmark = pytest.mark.slow
 
+TEXT = Text(windows=2, tokens=48)
 SCHEMA = json.loads((Path(report.__file__).parent / "schema.json").read_text())
 
 
@@ -46,14 +48,9 @@ def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp
     asked.write_text("".join(json.dumps({"turns": [f"Explain {x}."]}) + "\n" for x in ("names", "values", "classes")))
     evaluation, evidence = gather(
         *pair,
-        windows=3,
-        tokens=48,
-        where=True,
-        prompts=2,
-        roofline=True,
-        tasks=[f"mine={items}", f"instructions={asked}"],
-        limit=6,
-        gates={"max_kl": 100.0, "max_ppl_increase": None, "min_agreement": None},
+        text=Text(windows=3, tokens=48),
+        parts=Parts((f"mine={items}", f"instructions={asked}"), limit=6, prompts=2, where=True, roofline=True),
+        gates=Gates(max_kl=100.0),
     )
     validate(evidence, SCHEMA)
     assert evidence["quality"]["data"][0]["kl"] == evaluation.kl.to_json()
@@ -89,7 +86,7 @@ def test_every_model_is_opened_once(pair: tuple[Path, Path], monkeypatch: pytest
     names = [str(x) for x in pair]
     for where in (False, True):
         opened.clear()
-        gather(*pair, windows=2, tokens=48, prompts=2, where=where)
+        gather(*pair, text=TEXT, parts=Parts(prompts=2, where=where))
         assert opened == names
 
 
@@ -105,7 +102,7 @@ def test_a_compression_carries_what_its_plan_noted(tiny, tmp_path: Path) -> None
 def test_what_a_pruned_model_need_not_multiply_is_counted(tiny, pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, out = str(tiny("llama")), tmp_path / "half"
     lilliput.compress(base, out, recipe="magnitude", settings=["magnitude.pattern=2:4"], tokens=64, eval_windows=0)
-    sizes = [gather(x, base, windows=2, tokens=48)[1]["size"] for x in (out, pair[0])]
+    sizes = [gather(x, base, text=TEXT)[1]["size"] for x in (out, pair[0])]
     shapes = [x.shape for name, x in open_source(base).stored.items() if "_proj" in name]
     linears = sum(rows * width for rows, width in shapes)
     assert sizes[0]["macs_saved"] == linears // 2
@@ -191,4 +188,4 @@ def test_tasks_are_looked_at_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr("lilliput.report.evidence.evaluate", None)
     with pytest.raises(DataError, match="no file"):
-        gather(*pair, tasks=[f"mine={tmp_path / 'none.jsonl'}"])
+        gather(*pair, parts=Parts((f"mine={tmp_path / 'none.jsonl'}",)))

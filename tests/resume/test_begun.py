@@ -170,7 +170,7 @@ def test_an_output_that_exists(driver: Driver, unbroken: Whole, tmp_path: Path, 
         if kind == "folder":
             (out / "mine.txt").write_text("mine")
     before = snapshot(tmp_path)
-    refused = driver(line=unbroken("gptq", False).line(out), at="lilliput.api:open_model", call=1, how="before")
+    refused = driver(line=unbroken("gptq", False).line(out), at="lilliput.run.session:open_model", call=1, how="before")
     assert refused["code"] == 2  # before the model was opened
     assert "exists already" in refused["stderr"]
     assert snapshot(tmp_path) == before
@@ -257,7 +257,7 @@ def test_too_little_space_is_refused_before_the_work(
         ("lilliput.run.journal:Work.note", 3, "fill"),
         ("lilliput.run.stream:Activations", 3, "fill"),
         ("lilliput.run.delivery:write_side_files", 1, "fill"),
-        ("lilliput.api:measure", 1, "fill"),
+        ("lilliput.run.session:measure", 1, "fill"),
     ],
 )
 def test_a_disk_that_fills_up_meanwhile(

@@ -140,7 +140,7 @@ def test_nothing_takes_an_unfinished_run_for_a_model(
 
 
 @pytest.mark.parametrize(
-    ("at", "how"), [("lilliput.metrics.evaluate:score", "before"), ("lilliput.api:measure", "after")]
+    ("at", "how"), [("lilliput.metrics.evaluate:score", "before"), ("lilliput.run.session:measure", "after")]
 )
 def test_killed_while_measuring(driver: Driver, unbroken: Whole, tmp_path: Path, at: str, how: str) -> None:
     whole = unbroken("gptq", False)

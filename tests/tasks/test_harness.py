@@ -1,8 +1,8 @@
+import json
 import sys
 from dataclasses import replace
 
 import pytest
-import yaml
 
 from lilliput.errors import DataError, LilliputError
 from lilliput.tasks import harness
@@ -79,7 +79,7 @@ def test_a_task_of_the_users_own_runs_by_name(tiny, noisy, jsonl, tmp_path):
         "doc_to_choice": "{{[sol1, sol2]}}",
         "metric_list": [{"metric": "acc"}],
     }
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
     both = run_tasks(noisy, tiny("llama"), [f"mine={tmp_path / 'mine.yaml'}", f"piqa={data}"], limit=12)
     theirs, ours = both
     assert (theirs.name, theirs.source, theirs.items, ours.items) == ("mine", "lm-evaluation-harness", 12, 12)

@@ -1,4 +1,4 @@
-"""What all commands share: options, answers as a table or as JSON, errors as one message and an exit status."""
+"""What all commands share: answers as a table or as JSON, errors as one message and an exit status."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -17,26 +16,6 @@ from rich.console import Console, RenderableType
 from lilliput.errors import LilliputError, ToldError
 from lilliput.machine import memory, ranks
 from lilliput.units import finite
-
-ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
-RecipeOpt = Annotated[str, typer.Option(help="A named recipe, a method, a catalogue id, or a .yaml file.")]
-DataOpt = Annotated[
-    str,
-    typer.Option(help="docs, self, a .txt or .jsonl file, wikitext2:train, or hub:DATASET[:CONFIG][:SPLIT][:COLUMN]."),
-]
-SamplesOpt = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-TokensOpt = Annotated[int, typer.Option(min=2, help="Tokens in a calibration sample.")]
-MemoryOpt = Annotated[str | None, typer.Option(help="RAM that is never exceeded, such as 4GB.")]
-SizeOpt = Annotated[str | None, typer.Option(help="Largest output, such as 400MB: the plan refuses more.")]
-DtypeOpt = Annotated[str, typer.Option(help="Calibration forward: auto, bfloat16 or float32.")]
-DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, or a torch device.")]
-WorkOpt = Annotated[Path | None, typer.Option(help="Folder for the unfinished run; beside the output unless given.")]
-SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change the recipe. Repeat.")]
-SeedOpt = Annotated[int | None, typer.Option(help="Draw calibration samples at random instead of from the start.")]
-HtmlOpt = Annotated[Path | None, typer.Option(help="Write the report as one page to this file.")]
-JsonOpt = Annotated[
-    bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")
-]
 
 
 def answer(run: Callable[[], Any], view: Callable[[Any], RenderableType], as_json: bool, resume: bool = False) -> Any:

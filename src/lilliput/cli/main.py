@@ -10,31 +10,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lilliput.cli import measure as cli_evidence
-from lilliput.cli.command import (
-    DataOpt,
-    DeviceOpt,
-    DtypeOpt,
-    HtmlOpt,
-    JsonOpt,
-    MemoryOpt,
-    ModelArg,
-    RecipeOpt,
-    SamplesOpt,
-    SeedOpt,
-    SetOpt,
-    SizeOpt,
-    TokensOpt,
-    WorkOpt,
-    answer,
-    dump,
-    guarded,
-    plain,
-    redirected,
-    write,
-)
+from lilliput.cli import measure
+from lilliput.cli.command import answer, dump, guarded, plain, redirected, write
+from lilliput.cli.options import HtmlOpt, Job, JsonOpt, MemoryOpt, ModelArg, grouped
 from lilliput.errors import PlanError, ToldError
 from lilliput.machine import ranks
+from lilliput.options import Text
 from lilliput.report import table
 
 app = typer.Typer(
@@ -44,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-cli_evidence.register(app)
+measure.register(app)
 # Bars of the libraries below would fill a log, so they are for terminals. Read as the libraries are imported, and by
 # child processes.
 _BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -60,22 +41,15 @@ def together(context: typer.Context) -> None:
 
 
 @app.command()
+@grouped
 def compress(
     model: ModelArg,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    recipe: RecipeOpt = "w4",
-    data: DataOpt = "docs",
-    samples: SamplesOpt = 128,
-    tokens: TokensOpt = 512,
-    memory: MemoryOpt = None,
-    size: SizeOpt = None,
-    dtype: DtypeOpt = "auto",
-    device: DeviceOpt = "auto",
-    work: WorkOpt = None,
-    settings: SetOpt = None,
-    seed: SeedOpt = None,
-    eval_data: Annotated[str | None, typer.Option(help="Text to measure on [docs:library].")] = None,
-    eval_windows: Annotated[int, typer.Option(min=0, help="Windows of 1,024 tokens to measure on; 0: none.")] = 8,
+    job: Job,
+    eval_data: Annotated[str | None, typer.Option(help="Text to measure on; docs:library unless given.")] = None,
+    eval_windows: Annotated[
+        int, typer.Option(min=0, help="Windows of 1,024 tokens to measure on; 0: none.")
+    ] = Text.windows,
     html: HtmlOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -90,27 +64,10 @@ def compress(
                 raise PlanError("a page shows what was measured: leave --html out, or ask for --eval-windows")
         from lilliput import api
         from lilliput.progress import Progress
-        from lilliput.units import parse_size
 
+        told = job.told()
         with Progress() as progress:
-            done = api.compress(
-                model,
-                out,
-                recipe=recipe,
-                data=data,
-                samples=samples,
-                tokens=tokens,
-                memory=parse_size(memory, "--memory"),
-                size=parse_size(size, "--size"),
-                dtype=dtype,
-                device=device,
-                work=work,
-                seed=seed,
-                settings=tuple(settings or ()),
-                eval_data=eval_data,
-                eval_windows=eval_windows,
-                progress=progress,
-            )
+            done = api.compress(model, out, **told, eval_data=eval_data, eval_windows=eval_windows, progress=progress)
         if html is not None and ranks.lead():
             page.write(html, page.render(done.evidence or {}))
         return done.to_json()
@@ -119,41 +76,14 @@ def compress(
 
 
 @app.command()
-def plan(
-    model: ModelArg,
-    recipe: RecipeOpt = "w4",
-    data: DataOpt = "docs",
-    samples: SamplesOpt = 128,
-    tokens: TokensOpt = 512,
-    memory: MemoryOpt = None,
-    size: SizeOpt = None,
-    dtype: DtypeOpt = "auto",
-    device: DeviceOpt = "auto",
-    work: WorkOpt = None,
-    settings: SetOpt = None,
-    seed: SeedOpt = None,
-    as_json: JsonOpt = False,
-) -> None:
+@grouped
+def plan(model: ModelArg, job: Job, as_json: JsonOpt = False) -> None:
     """What compress would do: bytes by kind of tensor, bits per weight, peak RAM, time. Reads no weights."""
 
     def run() -> Any:
         from lilliput import api
-        from lilliput.units import parse_size
 
-        return api.plan(
-            model,
-            recipe=recipe,
-            data=data,
-            samples=samples,
-            tokens=tokens,
-            memory=parse_size(memory, "--memory"),
-            size=parse_size(size, "--size"),
-            dtype=dtype,
-            device=device,
-            work=work,
-            seed=seed,
-            settings=tuple(settings or ()),
-        ).to_json()
+        return api.plan(model, **job.told()).to_json()
 
     answer(run, table.plan, as_json)
 

@@ -10,43 +10,33 @@ from typing import Annotated, Any
 import typer
 
 from lilliput.cli import command
+from lilliput.cli.options import HtmlOpt, JsonOpt, Measure, ModelArg, grouped
 from lilliput.errors import DataError, PlanError
+from lilliput.options import Gates, Parts
 
 MISSED = 3  # exit status where a stated limit is missed
 
-DataOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data", help="Text to measure on: docs:library, a file, wikitext2, c4, hub:DATASET[:CONFIG][:SPLIT]. Repeat."
-    ),
-]
-WindowsOpt = Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")]
-TokensOpt = Annotated[int | None, typer.Option(min=2, help="Tokens in a window [1,024, or all that the model knows].")]
-SpeedOpt = Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")]
-DtypeOpt = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-TasksOpt = Annotated[
-    str | None,
-    typer.Option(
-        help="Tasks, comma-separated: NAME=FILE.jsonl, NAME=FILE.yaml, instructions=FILE.jsonl, or one lm-eval knows."
-    ),
-]
 
-
+@grouped
 def evaluate(
-    model: command.ModelArg,
+    model: ModelArg,
+    *,
     against: Annotated[str | None, typer.Option(help="The original: adds every comparison, and the verdict.")] = None,
-    data: DataOpt = None,
-    windows: WindowsOpt = 8,
-    tokens: TokensOpt = None,
+    measure: Measure,
     stride: Annotated[int | None, typer.Option(min=1, help="Begin windows this many tokens apart.")] = None,
-    tasks: TasksOpt = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks, comma-separated: NAME=FILE.jsonl, NAME=FILE.yaml, instructions=FILE.jsonl, or one lm-eval "
+            "knows."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all of them by default.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples before each item; the task's own number.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="Prompts that both models continue greedily; 0: none.")] = 0,
     where: Annotated[bool, typer.Option("--where", help="Find where the loss comes from; --html does too.")] = False,
-    speed: SpeedOpt = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="Predict times on named devices.")] = False,
-    html: command.HtmlOpt = None,
+    html: HtmlOpt = None,
     max_kl: Annotated[float | None, typer.Option(min=0.0, help="Exit 3 above this KL divergence, nats.")] = None,
     max_ppl_increase: Annotated[
         float | None, typer.Option(min=0.0, help="Exit 3 above this rise of perplexity; 0.05 is 5 %.")
@@ -54,41 +44,40 @@ def evaluate(
     min_agreement: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Exit 3 below this share of equal first choices.")
     ] = None,
-    memory: command.MemoryOpt = None,
-    dtype: DtypeOpt = "float32",
-    as_json: command.JsonOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Measure MODEL as it lies on disk: every figure with its 95 % interval, and a verdict."""
+
+    gates = Gates(max_kl, max_ppl_increase, min_agreement)
+    parts = Parts(
+        tasks=tuple(x.strip() for x in (tasks or "").split(",") if x.strip()),
+        limit=limit,
+        shots=shots,
+        prompts=prompts,
+        where=where or (html is not None and against is not None),
+        speed=measure.speed,
+        roofline=roofline or html is not None,
+    )
 
     def run() -> Any:
         from lilliput.progress import Progress
         from lilliput.report import page
         from lilliput.report.evidence import gather
-        from lilliput.units import parse_size
 
-        limits = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_agreement": min_agreement}
-        if against is None and any(x is not None for x in limits.values()):
+        if against is None and gates != Gates():
             raise PlanError("a limit compares with the original: name it with --against")
         if html is not None:
             page.writable(html)
+        limits = measure.limits()
         with Progress() as progress:
             evaluation, evidence = gather(
                 model,
                 against,
-                data=data or ["docs:library"],
-                windows=windows,
-                tokens=tokens,
-                stride=stride,
-                memory=parse_size(memory, "--memory"),
-                dtype=dtype,
-                tasks=[x.strip() for x in (tasks or "").split(",") if x.strip()],
-                limit=limit,
-                shots=shots,
-                prompts=prompts,
-                where=where or (html is not None and against is not None),
-                speed=speed,
-                roofline=roofline or html is not None,
-                gates=limits,
+                text=measure.text(stride),
+                parts=parts,
+                limits=limits,
+                compute=measure.compute(),
+                gates=gates,
                 progress=progress,
             )
         if html is not None:
@@ -103,17 +92,14 @@ def evaluate(
         raise typer.Exit(MISSED)
 
 
+@grouped
 def compare(
     models: Annotated[list[str], typer.Argument(metavar="DIR DIR...", help="Compressed models, or saved evidence.")],
+    *,
     against: Annotated[str | None, typer.Option(help="Their original; not needed for saved evidence.")] = None,
-    data: DataOpt = None,
-    windows: WindowsOpt = 8,
-    tokens: TokensOpt = None,
-    speed: SpeedOpt = False,
-    html: command.HtmlOpt = None,
-    memory: command.MemoryOpt = None,
-    dtype: DtypeOpt = "float32",
-    as_json: command.JsonOpt = False,
+    measure: Measure,
+    html: HtmlOpt = None,
+    as_json: JsonOpt = False,
 ) -> None:
     """Compressed models of one original side by side: folders, or files that `lilliput eval --json` wrote."""
 
@@ -123,7 +109,6 @@ def compare(
         from lilliput.report import page
         from lilliput.report.compare import comparison_rows, render_comparison
         from lilliput.report.evidence import gather
-        from lilliput.units import parse_size
 
         if html is not None:
             page.writable(html)
@@ -131,19 +116,14 @@ def compare(
         if folders and against is None:
             raise PlanError(f"to measure {folders[0]} its original is needed: name it with --against")
         saved = {name: _saved(Path(name)) for name in models if name not in folders}
-        shared: Any = {
-            "data": data or ["docs:library"],
-            "windows": windows,
-            "tokens": tokens,
-            "memory": parse_size(memory, "--memory"),
-            "dtype": dtype,
-        }
+        limits, compute, parts = measure.limits(), measure.compute(), Parts(speed=measure.speed)
+        measured = {}
         with Progress() as progress:
-            texts = evaluate_all(folders, against, **shared, detail=True, progress=progress) if folders else []
-            measured = {
-                name: gather(name, against, **shared, speed=speed, evaluation=evaluation, progress=progress)[1]
-                for name, evaluation in zip(folders, texts, strict=True)
-            }
+            shared: Any = {"memory": limits.memory, "dtype": compute.dtype, "detail": True, "progress": progress}
+            texts = evaluate_all(folders, against, **vars(measure.text()), **shared) if folders else []
+            for name, evaluation in zip(folders, texts, strict=True):
+                given: Any = {"limits": limits, "compute": compute, "evaluation": evaluation, "progress": progress}
+                measured[name] = gather(name, against, parts=parts, **given)[1]
         found: list[Any] = [(saved | measured)[name] for name in models]
         rows = comparison_rows(found)
         if html is not None:

@@ -66,6 +66,13 @@ def is_named(source: str) -> bool:
     return source.partition(":")[0] in NAMED
 
 
+def dataset(source: str) -> str | None:
+    """The id on the hub of the data set that a source of text names; None for text from elsewhere."""
+    if is_named(source):
+        return NAMED[source.partition(":")[0]].dataset
+    return source.removeprefix(PREFIX).partition(":")[0] if source.startswith(PREFIX) else None
+
+
 def pieces(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Pieces of "hub:dataset[:config][:split][:column]", where the split is "train" by default and an empty field is a
     default, or of a short name "wikitext2[:split]", see `NAMED`.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 import torch
-import yaml
+from ruamel.yaml import YAML
 
 from lilliput.efficiency.serving import ARITHMETIC, Runtime
 from lilliput.errors import PlanError, nearest
@@ -55,7 +55,7 @@ def devices() -> tuple[Device, ...]:
             float(x["bandwidth"]),
             float(x["memory"]),
         )
-        for name, x in yaml.safe_load(text).items()
+        for name, x in YAML(typ="safe", pure=True).load(text).items()
     )
 
 

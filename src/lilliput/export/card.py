@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData, metadata_load
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
@@ -26,8 +25,8 @@ class Figure:
 class Card:
     """What the card tells.
 
-    `licence`: license, license_name and license_link of the source's card, if any; `opener`: the class of transformers
-    that opens the folder.
+    `licence`: license, license_name and license_link of the source's card, if any; `datasets`: those of the hub that
+    the model was calibrated on; `opener`: the class of transformers that opens the folder.
     """
 
     title: str
@@ -37,6 +36,7 @@ class Card:
     figures: tuple[Figure, ...] = ()
     licence: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
     opener: str = "AutoModelForCausalLM"
 
 
@@ -45,29 +45,30 @@ def read_licence(folder: Path) -> dict[str, str]:
     path = folder / "README.md"
     if not path.is_file():
         return {}
-    match = re.match(r"---\r?\n(.*?)\r?\n---\s", path.read_text(encoding="utf-8", errors="replace") + "\n", re.DOTALL)
-    if match is None:
-        return {}
     try:
-        front = yaml.safe_load(match.group(1))
-    except yaml.YAMLError:
-        return {}
-    if not isinstance(front, dict):
+        front = metadata_load(path) or {}
+    # A stranger's card may hold anything, and what cannot be read raises whatever the hub's reader meets.
+    except Exception:
         return {}
     return {key: str(front[key]) for key in LICENCE_KEYS if front.get(key)}
 
 
 def render(card: Card) -> str:
     """The card as Markdown with front matter. A base model that is no hub id is named in the text only."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lilliput"]}
-    if card.layout != "dense":
-        front["tags"] = ["lilliput", card.layout] if card.layout != "lilliput" else ["lilliput"]
+    tags = ["lilliput"] if card.layout in ("dense", "lilliput") else ["lilliput", card.layout]
+    front = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        datasets=list(card.datasets) or None,
+    )
+    for key, value in (card.licence or {}).items():
+        front[key] = value
     if re.fullmatch(r"[\w.-]+/[\w.-]+", card.base_model) and not card.base_model.startswith("."):
         front["base_model"] = card.base_model
         if card.layout != "dense":
             front["base_model_relation"] = "quantized"
-    front |= dict(card.licence or {})
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {card.title}", ""]
+    lines = ["---", front.to_yaml(), "---", "", f"# {card.title}", ""]
     lines += [f"Compressed from `{card.base_model}` with Lilliput.", ""]
     if not card.licence:
         lines += ["The source names no licence; the licence of the base model applies.", ""]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from lilliput.errors import PlanError, nearest
 from lilliput.formats import scales
@@ -20,20 +22,22 @@ from lilliput.methods.index import steps_of
 from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.target import Target
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 2:4 is text, where YAML 1.1 reads a number of base 60, and 1e-3 is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in forms if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
-    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 _NAMED = "lilliput.recipe.named"  # where the recipes of the package lie
-_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$")
-_DECIMAL = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _DECIMAL, list("-+.0123456789"))
+
+
+def _yaml() -> YAML:
+    """YAML 1.2, in which 2:4 is text and 1e-3 a number. No tag makes an object, and no key stands twice."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 100
+    return yaml
+
+
+def _dumped(data: Mapping[Any, Any]) -> str:
+    text = io.StringIO()
+    _yaml().dump(data, text)
+    return text.getvalue()
 
 
 def load(what: str | Path) -> Recipe:
@@ -53,7 +57,7 @@ def load(what: str | Path) -> Recipe:
     if text in named():
         inside = resources.files(_NAMED).joinpath(f"{text}.yaml")
         return parse(inside.read_text(encoding="utf-8"), f"recipe {text}", text)
-    return parse(yaml.safe_dump({"name": text, "steps": steps_of(text, also=named())}), f"recipe {text}", text)
+    return parse(_dumped({"name": text, "steps": steps_of(text, also=named())}), f"recipe {text}", text)
 
 
 def named() -> tuple[str, ...]:
@@ -75,13 +79,13 @@ def described() -> Mapping[str, str]:
 def parse(text: str, source: str = "recipe", name: str = "custom") -> Recipe:
     """YAML text to a Recipe whose methods and options exist. `source` is named in errors, with the line."""
     try:
-        root = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
+        root = _yaml().compose(text)
+        data = _yaml().load(text)
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f", line {mark.line + 1}"
         raise PlanError(f"{source}{line}: this is not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (YAMLError, ValueError) as error:  # the latter for a date that there is not
         raise PlanError(f"{source}: this is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise PlanError(f"{source}: a recipe is a mapping with the key 'steps', not {type(data).__name__}")
@@ -107,8 +111,8 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         if not (equals and dot and step and key):
             raise PlanError(f"a setting is written STEP.KEY=VALUE, such as gptq.bits=3, not '{setting}'")
         try:
-            parsed = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError:
+            parsed = _yaml().load(value)
+        except (YAMLError, ValueError):
             raise PlanError(f"setting '{setting}': the value is not YAML; quote it if it is text") from None
         index = _find(steps, step, setting)
         steps[index] = _set(steps[index], key.replace("-", "_"), parsed, setting)
@@ -119,7 +123,7 @@ def to_yaml(recipe: Recipe) -> str:
     """YAML that `load` reads back as an equal recipe; defaults are left out."""
     data = recipe.model_dump(mode="json", exclude_defaults=True)
     ordered = {key: data[key] for key in ("name", "export", "steps") if key in data}
-    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
+    return _dumped(ordered)
 
 
 def _find(steps: Sequence[Step], wanted: str, setting: str) -> int:
@@ -167,17 +171,17 @@ def _checked(recipe: Recipe, places: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _line(root: yaml.Node | None, path: Sequence[int | str]) -> int:
+def _line(root: Node | None, path: Sequence[int | str]) -> int:
     """The line, from 1, of the deepest node on `path` that exists."""
     line = 1
     node = root
     for key in path:
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, MappingNode):
             pairs = [(k, v) for k, v in node.value if k.value == key]
             if not pairs:
                 break
             line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+        elif isinstance(node, SequenceNode) and isinstance(key, int) and key < len(node.value):
             node = node.value[key]
             line = node.start_mark.line + 1
         else:

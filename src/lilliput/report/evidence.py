@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ from lilliput.errors import LilliputError
 from lilliput.export import provenance
 from lilliput.metrics.evaluate import Evaluation, compute_dtype, evaluate
 from lilliput.model.stored import Model, open_model
+from lilliput.options import Compute, Gates, Limits, Parts, Text
 from lilliput.recipe import schema
 from lilliput.report.verdict import check_gates, verdict
 
@@ -39,14 +40,10 @@ _TEXT = (
 
 
 def assemble(
-    evaluation: Evaluation,
-    model: Model,
-    against: Model | None,
-    parts: Mapping[str, Any],
-    gates: Mapping[str, float | None],
+    evaluation: Evaluation, model: Model, against: Model | None, parts: Mapping[str, Any], gates: Gates
 ) -> Data:
-    """The evidence of an evaluation of `model`, of what its files say, and of further parts, by their keys; gates:
-    max_kl, max_ppl_increase and min_agreement, None for no limit. The verdict comes last, from all of it."""
+    """The evidence of an evaluation of `model`, of what its files say, and of further parts, by their keys. The verdict
+    comes last, from all of it."""
     from lilliput.efficiency import count, count_zeros, shapes_of
 
     found = _described(evaluation, model)
@@ -56,7 +53,7 @@ def assemble(
     zeros = count_zeros(model, shapes_of(model)) if pruned else None
     found |= {"size": count(model, against, zeros=zeros).to_json()} | dict(parts)
     found["quality"] = _quality(evaluation) | dict(parts.get("quality") or {})
-    found["gates"] = check_gates(found, **gates)
+    found["gates"] = check_gates(found, **vars(gates))
     found["verdict"] = verdict(found)
     return found
 
@@ -65,89 +62,69 @@ def gather(
     model: str | Path,
     against: str | Path | None = None,
     *,
-    data: str | Path | Sequence[str | Path] = "docs:library",
-    windows: int = 8,
-    tokens: int | None = None,
-    stride: int | None = None,
-    memory: int | None = None,
-    dtype: str = "float32",
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
-    shots: int | None = None,
-    prompts: int = 0,
-    where: bool = False,
-    speed: bool = False,
-    roofline: bool = False,
-    work: str | Path | None = None,
-    gates: Mapping[str, float | None] | None = None,
+    text: Text = Text(),
+    parts: Parts = Parts(),
+    limits: Limits = Limits(),
+    compute: Compute = Compute("float32", "cpu"),
+    gates: Gates = Gates(),
     evaluation: Evaluation | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, Data]:
     """Measure `model` as it lies on disk, against its original if there is one: the evaluation and the evidence.
 
-    Text metrics and the comparison of weights stream both models within `memory` bytes. The other parts run whole
-    models: `tasks` (names, or NAME=FILE; "instructions=FILE" has both answer them), `prompts` to continue greedily,
-    `speed`. `evaluation`: text metrics that are known already, of `evaluate_all`. `where` finds the blocks and linears
-    that the loss comes from; `roofline` predicts times on named devices. Raises LilliputError for whatever is known
-    beforehand not to be measurable, and where the text metrics fail. A later part that fails is missing in the
-    evidence, whose "failed" says why: what was measured before stays.
+    Text metrics and the comparison of weights stream both models within the memory of `limits`. Some other `parts`
+    (tasks, of which "instructions=FILE" has both answer, prompts, speed) run whole models. `evaluation`: text metrics
+    that are known already, of `evaluate_all`. Raises LilliputError for whatever is known beforehand not to be
+    measurable, and where the text metrics fail. A later part that fails is missing in the evidence, whose "failed" says
+    why: what was measured before stays.
     """
     from lilliput.tasks.instructions import apart, compare_instructions
 
-    scored, instructed = apart(tasks, against)
-    compute = compute_dtype(dtype)
+    dtype = compute_dtype(compute.dtype)
+    scored, instructed = apart(parts.tasks, against)
     if scored:
         from lilliput.tasks import check_tasks
 
-        check_tasks(model, against, scored, limit=limit, shots=shots)
-    ours = open_model(model, dtype=compute)
-    base = None if against is None else open_model(against, dtype=compute)
-    evaluation = evaluation or evaluate(
-        ours,
-        base,
-        data=data,
-        windows=windows,
-        tokens=tokens,
-        stride=stride,
-        detail=base is not None,
-        memory=memory,
-        dtype=dtype,
-        work=work,
-        progress=progress,
-    )
+        check_tasks(model, against, scored, limit=parts.limit, shots=parts.shots)
+    ours = open_model(model, dtype=dtype, device=compute.device)
+    base = None if against is None else open_model(against, dtype=dtype, device=compute.device)
+    if evaluation is None:
+        shared: Data = {"memory": limits.memory, "dtype": compute.dtype, "work": compute.work, "progress": progress}
+        evaluation = evaluate(ours, base, **vars(text), detail=base is not None, **shared)
     first = evaluation.texts[0].data
-    parts: Data = {"quality": {}}
+    found: Data = {"quality": {}}
     failed: dict[str, str] = {}
     if base is not None:
         with _kept("loss", failed):
-            parts["loss"] = _loss(ours, base, first, where, memory, work, progress)
-        if prompts:
+            found["loss"] = _loss(ours, base, first, parts.where, limits, compute, progress)
+        if parts.prompts:
             from lilliput.metrics.generation import generation
 
             with _kept("prompts", failed):
-                parts["quality"]["generation"] = generation(ours, base, data=first, prompts=prompts).to_json()
-    shared: Data = {"limit": limit, "dtype": dtype, "work": work, "progress": progress}
+                answered = generation(ours, base, data=first, prompts=parts.prompts)
+                found["quality"]["generation"] = answered.to_json()
+    whole: Data = {"limit": parts.limit, "dtype": compute.dtype, "work": compute.work, "progress": progress}
     if scored:
         from lilliput.tasks import run_tasks
 
         with _kept("tasks", failed):
-            parts["tasks"] = [x.to_json() for x in run_tasks(model, against, scored, shots=shots, **shared)]
+            found["tasks"] = [x.to_json() for x in run_tasks(model, against, scored, shots=parts.shots, **whole)]
     if against is not None and instructed:
         with _kept("instructions", failed):
-            answers = [compare_instructions(model, against, x.file, **shared) for x in instructed if x.file is not None]
-            parts["quality"]["instructions"] = [x.to_json() for x in answers]
-    if speed:
+            answers = [compare_instructions(model, against, x.file, **whole) for x in instructed if x.file is not None]
+            found["quality"]["instructions"] = [x.to_json() for x in answers]
+    if parts.speed:
         from lilliput.efficiency import measure_speed
 
         with _kept("speed", failed):
-            parts["speed"] = measure_speed(model, against).to_json()
-    if roofline:
+            found["speed"] = measure_speed(model, against).to_json()
+    if parts.roofline:
         with _kept("roofline", failed):
-            parts["roofline"] = {"rows": _rooflines(ours, base)}
+            found["roofline"] = {"rows": _rooflines(ours, base)}
     if failed:
-        parts["failed"] = failed
-        parts["notes"] = [*evaluation.notes, *(f"{part}: not measured. {why}" for part, why in failed.items())]
-    return evaluation, assemble(evaluation, ours, base, parts, gates or {})
+        found["failed"] = failed
+        found["notes"] = [*evaluation.notes, *(f"{part}: not measured. {why}" for part, why in failed.items())]
+    return evaluation, assemble(evaluation, ours, base, found, gates)
 
 
 @contextmanager
@@ -160,19 +137,14 @@ def _kept(part: str, failed: dict[str, str]) -> Iterator[None]:
 
 
 def _loss(
-    model: Model,
-    against: Model,
-    data: str,
-    where: bool,
-    memory: int | None,
-    work: str | Path | None,
-    progress: Progress | None,
+    model: Model, against: Model, data: str, where: bool, limits: Limits, compute: Compute, progress: Progress | None
 ) -> Data:
     from lilliput.attribution import attribute, suspects
 
     if not where:
         return {"suspects": [x.to_json() for x in suspects(model, against)]}
-    return attribute(model, against, data=data, memory=memory, work=work, progress=progress).to_json()
+    found = attribute(model, against, data=data, memory=limits.memory, work=compute.work, progress=progress)
+    return found.to_json()
 
 
 def _rooflines(model: Model, against: Model | None) -> list[Data]:

@@ -9,29 +9,28 @@ from lilliput.data.tokens import Tokens
 from lilliput.errors import PlanError
 from lilliput.metrics.layout import window
 from lilliput.model.stored import Model
+from lilliput.options import Calibration, Text
 from lilliput.plan.plan import Plan
 
-EVALUATION = "docs:library"
 
-
-def read(model: Model, made: Plan, data: str, seed: int | None) -> Tokens | None:
+def read(model: Model, made: Plan, told: Calibration) -> Tokens | None:
     """The calibration windows; None where no step reads any, and for text that the model is to write itself (`write`).
 
     Raises DataError for text that is not there, cannot be read or is too short, PlanError where the model that is to
     write its text does not fit into the budget.
     """
-    if data == "self":
+    if told.data == "self":
         _fits(made)
         return None
     if not made.resolved.reads_tokens:
-        check(data)
+        check(told.data)
         return None
     return load_tokens(
-        data,
+        told.data,
         model.source.tokenizer(),
-        samples=made.samples,
-        tokens=made.tokens,
-        seed=seed,
+        samples=told.samples,
+        tokens=told.tokens,
+        seed=told.seed,
         vocabulary=model.vocabulary,
     )
 
@@ -55,13 +54,15 @@ def _fits(made: Plan) -> None:
         )
 
 
-def measurable(model: Model, data: str | None, windows: int) -> None:
-    """Raises DataError unless `data` (the evaluation's own text unless given) holds what is to be measured on."""
-    if windows:
+def measurable(model: Model, text: Text) -> None:
+    """Raises DataError unless each text, where any windows are asked for, holds what is to be measured on."""
+    if not text.windows:
+        return
+    for data in text.data:
         load_tokens(
-            data or EVALUATION,
+            data,
             model.source.tokenizer(),
-            samples=windows,
+            samples=text.windows,
             tokens=window(model),
             vocabulary=model.vocabulary,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from lilliput import recipe as recipes
 from lilliput.anatomy.wrapper import opener
+from lilliput.data import hub
 from lilliput.data.tokens import Tokens
 from lilliput.errors import LilliputError
 from lilliput.export.card import Card, Figure, read_licence
@@ -113,6 +114,7 @@ def _portable(plain: dict[str, Any]) -> dict[str, Any]:
 def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: Any) -> None:
     plan, model = d.plan, d.model
     config = written_config(model, plan.quantization_config)
+    dataset = None if d.tokens is None else hub.dataset(d.tokens.source)
     card = Card(
         title=f"{model.source.name.rsplit('/', 1)[-1].removesuffix('.gguf')}-{plan.resolved.recipe.name}",
         base_model=model.source.name,
@@ -121,6 +123,7 @@ def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[
         figures=figures,
         licence=read_licence(model.source.folder),
         notes=(*plan.notes, *notes),
+        datasets=() if dataset is None else (dataset,),
         opener=opener(model.source.config).__name__,
     )
     write_side_files(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -125,7 +125,8 @@ class Work:
         self.staging = self.partial / "model"
         self._elsewhere = work
         self._header = {**(facts or {}), "plan": plan_hash}
-        self._lock = -1
+        # The lock lies in the folder that must not be shared, and the system frees it when its process dies, however.
+        self._lock = FileLock(self.partial / "lock", blocking=False, thread_local=False)
         self._journal = self.folder / JOURNAL
         self.records: list[dict[str, Any]] = []
 
@@ -143,17 +144,14 @@ class Work:
         if os.path.lexists(self.out) and not published(self.out, self._elsewhere):
             raise _exists(self.out)
         self.partial.mkdir(parents=True, exist_ok=True)
-        # The lock lies in the folder that must not be shared, and dies with the process that holds it.
-        self._lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._release()
+            self._lock.acquire()
+        except Timeout:
             raise BusyError(f"another run is writing {self.out}: wait for it, or choose another --out") from None
         try:
             self._resume()
         except BaseException:
-            self._release()
+            self._lock.release()
             raise
 
     def _resume(self) -> None:
@@ -281,15 +279,10 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _release(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if ranks.lead() and kind is not None and not self.records:
             self._clear()
-        self._release()
+        self._lock.release()
 
 
 def _exists(out: Path) -> LilliputError:

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from lilliput.errors import DataError
 
@@ -118,7 +118,7 @@ def _flat(entries: Iterable[Any]) -> list[Any]:
 def table() -> Mapping[str, tuple[Shape, ...]]:
     """Known data sets by name, each with the shapes that its rows may have."""
     text = resources.files("lilliput.tasks").joinpath("known.yaml").read_text(encoding="utf-8")
-    raw: dict[str, list[Any]] = yaml.safe_load(text)
+    raw: dict[str, list[Any]] = YAML(typ="safe", pure=True).load(text)
     return {
         name: tuple(Shape(**{**entry, "stop": tuple(entry.get("stop", ()))}) for entry in _flat(entries))
         for name, entries in raw.items()

@@ -1,0 +1,110 @@
+"""Options that several commands share, each declared once: alone, or as a group that commands take as one object."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from lilliput.options import HELD_OUT, Calibration, Compute, Limits, Text
+from lilliput.units import parse_size
+
+ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
+MemoryOpt = Annotated[str | None, typer.Option(help="RAM that is never exceeded, such as 4GB.")]
+HtmlOpt = Annotated[Path | None, typer.Option(help="Write the report as one page to this file.")]
+JsonOpt = Annotated[
+    bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What compress and plan are told alike."""
+
+    recipe: Annotated[str, typer.Option(help="A named recipe, a method, a catalogue id, or a .yaml file.")] = "w4"
+    data: Annotated[
+        str,
+        typer.Option(
+            help="docs, self, a .txt or .jsonl file, wikitext2:train, or hub:DATASET[:CONFIG][:SPLIT][:COLUMN]."
+        ),
+    ] = Calibration.data
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = Calibration.samples
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens in a calibration sample.")] = Calibration.tokens
+    memory: MemoryOpt = None
+    size: Annotated[str | None, typer.Option(help="Largest output, such as 400MB: the plan refuses more.")] = None
+    dtype: Annotated[str, typer.Option(help="Calibration forward: auto, bfloat16 or float32.")] = Compute.dtype
+    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = Compute.device
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for the unfinished run; beside the output unless given.")
+    ] = None
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change the recipe. Repeat.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Draw calibration samples at random instead of from the start.")] = (
+        None
+    )
+
+    def told(self) -> dict[str, Any]:
+        """Keyword arguments of `lilliput.compress` and `lilliput.plan`. Raises PlanError for what is no size."""
+        sizes = {"memory": parse_size(self.memory, "--memory"), "size": parse_size(self.size, "--size")}
+        return {**vars(self), **sizes, "settings": tuple(self.settings or ())}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What eval and compare are told alike."""
+
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to measure on: docs:library, a file, wikitext2, c4, hub:DATASET[:CONFIG][:SPLIT]. Repeat."
+        ),
+    ] = None
+    windows: Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")] = Text.windows
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a window; 1,024, or all that the model knows.")
+    ] = None
+    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")] = False
+    memory: MemoryOpt = None
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32"
+
+    def text(self, stride: int | None = None) -> Text:
+        return Text(tuple(self.data or (HELD_OUT,)), self.windows, self.tokens, stride)
+
+    def limits(self) -> Limits:
+        """Raises PlanError for what is no size."""
+        return Limits(parse_size(self.memory, "--memory"))
+
+    def compute(self) -> Compute:
+        return Compute(self.dtype, "cpu")
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer takes it, which knows no groups: for a parameter that is a dataclass, one option for each
+    of its fields."""
+    own = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {x.name: x.annotation for x in own.parameters.values() if is_dataclass(x.annotation)}
+
+    def flat() -> Iterator[inspect.Parameter]:
+        for x in own.parameters.values():
+            if x.name not in groups:
+                yield x.replace(kind=x.KEYWORD_ONLY)
+                continue
+            hints = get_type_hints(x.annotation, include_extras=True)
+            for y in fields(x.annotation):
+                yield inspect.Parameter(y.name, x.KEYWORD_ONLY, default=y.default, annotation=hints[y.name])
+
+    @wraps(command)
+    def called(**given: Any) -> None:  # whatever options the signature below has, by name
+        made = {name: kind(**{x.name: given.pop(x.name) for x in fields(kind)}) for name, kind in groups.items()}
+        command(**given, **made)
+
+    parameters = list(flat())
+    called.__annotations__ = {x.name: x.annotation for x in parameters}
+    vars(called)["__signature__"] = own.replace(parameters=parameters)
+    return called

@@ -1,0 +1,76 @@
+"""What the interface is told beside model and recipe, as the few objects that travel from there to where they count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HELD_OUT = "docs:library"  # the text to measure on: another half of `docs` than the one that is calibrated on
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What methods see of text: `samples` windows of `tokens` tokens of `data`, from its start, or where `seed` draws
+    them."""
+
+    data: str = "docs"
+    samples: int = 128
+    tokens: int = 512
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most bytes: of RAM above the imported package, and of the written folder. None: no limit is stated."""
+
+    memory: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is run: dtype and device by name, and the folder for what lies on disk meanwhile, None for the usual
+    place."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    work: Path | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is measured on: of each text `windows` windows of `tokens` tokens (None: 1,024, or all positions that the
+    model knows) that begin `stride` tokens apart (None: side by side)."""
+
+    data: tuple[str, ...] = (HELD_OUT,)
+    windows: int = 8
+    tokens: int | None = None
+    stride: int | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is measured beside text.
+
+    tasks: names, or NAME=FILE, with at most `limit` items each and `shots` examples before each item (None: all, and
+    the task's own number); prompts: how many to continue greedily; where: find the blocks and linears that the loss
+    comes from; speed: time both models; roofline: predict times on named devices.
+    """
+
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    shots: int | None = None
+    prompts: int = 0
+    where: bool = False
+    speed: bool = False
+    roofline: bool = False
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a measurement must keep to: the most KL divergence in nats, the largest rise of perplexity as a share, the
+    least share of equal first choices. None: no gate."""
+
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
+    min_agreement: float | None = None

@@ -1,0 +1,241 @@
+"""A compression from its options to its answer: what is refused, the run itself, and what is measured behind it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lilliput import recipe as recipes
+from lilliput.data.tokens import Tokens
+from lilliput.errors import DataError, LilliputError, PlanError
+from lilliput.export.engine import Look
+from lilliput.machine import memory, ranks
+from lilliput.machine.device import choose as choose_device
+from lilliput.metrics.evaluate import Evaluation
+from lilliput.metrics.evaluate import evaluate as measure
+from lilliput.metrics.layout import window
+from lilliput.model import rotated
+from lilliput.model.stored import Model, open_model
+from lilliput.options import Calibration, Compute, Gates, Limits, Text
+from lilliput.plan.plan import Plan, compute_dtype, make
+from lilliput.plan.resolve import rotates
+from lilliput.progress import Progress, Quiet
+from lilliput.recipe.schema import Recipe
+from lilliput.report.evidence import assemble
+from lilliput.run import calibration, delivery, fisher, journal, passes, stream
+from lilliput.run.journal import Work
+from lilliput.run.result import Compression
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done to which model, and with what."""
+
+    model: str | Path
+    recipe: str | Path | Recipe
+    settings: Sequence[str] = ()
+    calibration: Calibration = Calibration()
+    limits: Limits = Limits()
+    compute: Compute = Compute()
+
+    @property
+    def work(self) -> Path | None:
+        return None if self.compute.work is None else self.compute.work.absolute()
+
+
+def planned(job: Job) -> Plan:
+    """What `compressed` would do. Reads no weights and writes nothing. Raises LilliputError."""
+    with ranks.joined(), ranks.together():
+        _refuse_work(job.work)
+        opened, made = _open(job)
+        if ranks.lead():
+            calibration.read(opened, made, job.calibration)
+            if job.work is not None:
+                journal.room(job.work, _spill(made, opened, 0))
+        return made
+
+
+@memory.steady()
+def compressed(job: Job, out: Path, text: Text, progress: Progress | None = None) -> Compression:
+    """Carry out the job, put the folder to `out` and measure it on `text`, or not where that has no windows.
+
+    Raises LilliputError; what is finished is kept.
+    """
+    began = time.perf_counter()
+    progress = Quiet() if not ranks.lead() else Progress() if progress is None else progress
+    with ranks.joined(), progress as shown:
+        with ranks.together():
+            _refuse(out, job.work, text)
+            opened, made = _open(job, measured=text.windows > 0)
+        try:
+            return _run(opened, made, out.absolute(), job, text, shown, began)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise LilliputError(
+                    f"the disk is full ({error.filename or out.parent}); nothing is lost: free some space and "
+                    "repeat the command, it goes on where it stopped"
+                ) from None
+            raise
+
+
+def _open(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
+    text, compute = job.calibration, job.compute
+    if text.samples < 1 or text.tokens < 2:
+        raise PlanError(
+            f"{text.samples} samples of {text.tokens} tokens: calibration takes at least 1 sample of 2 tokens"
+        )
+    found = job.recipe if isinstance(job.recipe, Recipe) else recipes.load(job.recipe)
+    wanted = recipes.with_settings(found, job.settings) if job.settings else found
+    where = choose_device(compute.device)
+    dtype = compute_dtype(compute.dtype, where)
+    opened = rotated.prepared(open_model(job.model, dtype=dtype, device=where), rotates(wanted))
+    calibration.known_positions(opened, text.tokens)
+    made = make(
+        opened,
+        wanted,
+        samples=text.samples,
+        tokens=text.tokens,
+        budget=job.limits.memory,
+        size=job.limits.size,
+        seed=text.seed,
+        dtype=dtype,
+        device=where,
+        measured=measured,
+        processes=ranks.size(),
+    )
+    return opened, made
+
+
+def _refuse(out: Path, elsewhere: Path | None, text: Text) -> None:
+    if os.path.lexists(out) and not journal.published(out.absolute(), elsewhere):
+        raise LilliputError(f"{out} exists already: choose another --out, or move it away first")
+    if not out.absolute().parent.is_dir():
+        raise LilliputError(f"the folder {out.absolute().parent} does not exist: create it, or choose another --out")
+    _refuse_work(elsewhere)
+    if text.windows == 1:
+        raise DataError("one window gives no interval: measure on 2 or more, or on 0 for no measurement")
+
+
+def _refuse_work(place: Path | None) -> None:
+    """Raises PlanError where no folder can be made at `place`."""
+    if place is None:
+        return
+    there = next(x for x in (place, *place.parents) if os.path.lexists(x))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written to" if there.is_dir() else "is no folder"
+        raise PlanError(f"--work {place}: {there} {why}; name a place where the unfinished run can lie")
+
+
+def _spill(made: Plan, model: Model, eval_windows: int) -> int:
+    """Bytes of what lies in the work folder at its fullest."""
+    hidden = model.skeleton.hidden_size  # of what flows between blocks, which may be wider than the embeddings
+    spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
+    spill = max(spill, passes.spill(made, model), fisher.spill(made, model)) + fisher.stored(made)
+    if eval_windows:
+        spill = max(spill, 2 * eval_windows * window(model) * hidden * 4)
+    return spill
+
+
+def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:
+    """The leader's tokens on all ranks."""
+    if not made.resolved.reads_tokens:
+        return None
+    source = ranks.agreed("" if tokens is None else tokens.source)
+    ids = ranks.same(torch.empty(made.samples, made.tokens, dtype=torch.int64) if tokens is None else tokens.ids)
+    return Tokens.of(ids, source) if tokens is None else tokens
+
+
+def _read(opened: Model, made: Plan, told: Calibration, text: Text) -> tuple[Plan, Tokens | None]:
+    """The plan with the checkpoint's fingerprint, and the calibration windows. The leader alone reads.
+
+    Text that is missing or too short is found before the checkpoint is read, not after the work.
+    """
+    tokens: Tokens | None = None
+    with ranks.together():
+        if ranks.lead():
+            tokens = calibration.read(opened, made, told)
+            calibration.measurable(opened, text)
+            opened.source.scan()
+            made = replace(made, fingerprint=opened.source.fingerprint())  # now that every byte has been read
+            if told.data == "self":
+                tokens = calibration.write(opened, made, told.seed)
+    return made, _shared(tokens, made)
+
+
+def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: Progress, began: float) -> Compression:
+    made, tokens = _read(opened, made, job.calibration, text)
+    layout: dict[str, Any] = {"batch": made.layout.batch, "lockstep": made.layout.lockstep}
+    if made.budget is None:
+        # The layout follows the free memory of the moment; a run that goes on keeps the one that it began with.
+        before = journal.begun(out, job.work)
+        layout |= {k: before[k] for k in layout if k in before}
+    layout = ranks.agreed(layout)
+    made = replace(made, layout=replace(made.layout, **layout))
+    key = made.hash("none" if tokens is None else tokens.fingerprint)
+    original: Model | None = None
+    evaluation: Evaluation | None = None
+    warnings: tuple[str, ...] = ()
+    seen: Look | None = None
+    with Work(out, key, job.work, layout) as place:
+        with ranks.together():
+            if ranks.lead():
+                place.need(made.folder_bytes, _spill(made, opened, text.windows))
+        skipped = len(place.find("block"))
+        rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
+        peak = max(ranks.gathered(memory.peak_above_base()))
+        made = passes.decided(made, opened, place)
+        if ranks.lead():
+            facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), place.hashes())
+            delivery.write_loadable(place.staging, facts)
+            seen = delivery.opened(place, out, made.room, progress)
+            if text.windows > 0:
+                original = open_model(opened.source.model, device=made.device)
+                evaluation = _measure(original, made, place, tokens, text, progress)
+                warnings = evaluation.notes
+            warnings = (*warnings, *seen.notes)
+            spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
+            delivery.write_report(place.staging, facts, seen, evaluation, spent, peak, warnings)
+        place.publish()
+    evidence = None
+    if evaluation is not None and original is not None:
+        measured = replace(evaluation, model=str(out))
+        notes = [*made.notes, *evaluation.notes]
+        evidence = assemble(measured, open_model(out), original, {"notes": notes}, Gates())
+    return Compression(
+        out=out,
+        plan=made,
+        seconds=time.perf_counter() - began,
+        peak_rss_bytes=max(peak, memory.peak_above_base()),
+        folder_bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+        skipped=skipped,
+        evaluation=evaluation,
+        rows=tuple(rows),
+        warnings=warnings,
+        engine=seen,
+        evidence=evidence,
+    )
+
+
+def _measure(
+    original: Model, made: Plan, place: Work, tokens: Tokens | None, text: Text, progress: Progress
+) -> Evaluation:
+    return measure(
+        place.staging,
+        original,
+        work=place.folder,
+        device=made.device,
+        data=text.data,
+        windows=text.windows,
+        tokens=window(original),
+        detail=True,
+        memory=made.room,
+        calibration=tokens,
+        progress=progress,
+    )

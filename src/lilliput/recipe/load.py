@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+from lilliput.anatomy.tables import EMBED, HEAD
 from lilliput.errors import PlanError, nearest
 from lilliput.formats import scales
 from lilliput.methods import get
@@ -101,7 +102,8 @@ def parse(text: str, source: str = "recipe", name: str = "custom") -> Recipe:
 def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """The recipe with `STEP.KEY=VALUE` settings applied in order; values are YAML.
 
-    STEP is a method's name, or the number of the step from 0 where a method occurs twice. KEY is a field of the
+    STEP is a method's name, "embed" or "lm_head" for the step on that table alone, or the number of the step from 0 where
+    a name means several. KEY is a field of the
     target, an option of the method, or `include` / `exclude`. Raises PlanError with the nearest name.
     """
     steps = list(recipe.steps)
@@ -132,7 +134,14 @@ def _find(steps: Sequence[Step], wanted: str, setting: str) -> int:
         if int(wanted) >= len(steps):
             raise PlanError(f"setting '{setting}': there is no step {wanted}; steps count from 0 to {len(steps) - 1}")
         return int(wanted)
-    found = [i for i, step in enumerate(steps) if step.method == wanted]
+    tables = [i for i, step in enumerate(steps) if set(step.where.include) <= {EMBED, HEAD}]
+    table = {EMBED: EMBED, HEAD.replace("_", "-"): HEAD}.get(wanted)
+    if table is not None:
+        found = [i for i in tables if table in steps[i].where.include]
+    else:
+        found = [i for i, step in enumerate(steps) if step.method == wanted]
+        # A method's name is that of its step on the blocks; the one on the tables is called by what it covers.
+        found = [i for i in found if i not in tables] or found
     if len(found) > 1:
         numbers = " and ".join(str(i) for i in found)
         raise PlanError(f"setting '{setting}': '{wanted}' is steps {numbers}; write the number instead of the name")

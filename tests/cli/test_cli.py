@@ -98,7 +98,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     _, api = run(monkeypatch, reporting(REPORT), "plan", "m")
     _, _, options = api.calls[0]
     assert options == {
-        "recipe": "w4",
+        "recipe": "w4-engines",
         "data": "docs",
         "samples": 128,
         "tokens": 512,

@@ -26,9 +26,7 @@ JsonOpt = Annotated[
 class Job:
     """What compress and plan are told alike."""
 
-    recipe: Annotated[str, typer.Option(help="A named recipe, a method, a catalogue id, or a .yaml file.")] = (
-        "w4-engines"
-    )
+    recipe: Annotated[str, typer.Option(help="A named recipe, a method, an id, or a .yaml file.")] = "w4-engines"
     data: Annotated[
         str,
         typer.Option(

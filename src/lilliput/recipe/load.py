@@ -102,9 +102,9 @@ def parse(text: str, source: str = "recipe", name: str = "custom") -> Recipe:
 def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """The recipe with `STEP.KEY=VALUE` settings applied in order; values are YAML.
 
-    STEP is a method's name, "embed" or "lm_head" for the step on that table alone, or the number of the step from 0 where
-    a name means several. KEY is a field of the
-    target, an option of the method, or `include` / `exclude`. Raises PlanError with the nearest name.
+    STEP is a method's name, "embed" or "lm_head" for the step on that table alone, or the number of the step from 0
+    where a name means several. KEY is a field of the target, an option of the method, or `include` / `exclude`. Raises
+    PlanError with the nearest name.
     """
     steps = list(recipe.steps)
     for setting in settings:

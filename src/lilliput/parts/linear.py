@@ -7,6 +7,7 @@ does not know the layout finds a foreign shape and stops. docs/native-format.md 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,6 +104,7 @@ def decode_rows(
     part = replace(spec, out_features=last - first)
     stored = part.describe()
 
+    @functools.cache  # a payload is asked for its device as well
     def get(name: str) -> Tensor:
         begin = before[name][1][0] if first else 0
         return read(name, (begin, begin + stored[name][1][0]))

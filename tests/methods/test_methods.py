@@ -28,7 +28,7 @@ def test_a_method_file_is_complete(method: Method) -> None:
     assert method.summary.endswith(".")
     assert method.spec.paper
     assert "replace:" not in method.doc + method.spec.paper
-    assert method.spec.needs <= {*NAMES, FISHER}
+    assert set(method.spec.needs) <= {*NAMES, FISHER}
     assert method.spec.writes in ("quantized", "parts", "support", "fold", "targets")
     assert verbs()[method.spec.family] is type(method.spec)
     assert method.spec.baseline is None or get(method.baseline).spec.baseline is None

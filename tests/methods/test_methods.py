@@ -31,7 +31,7 @@ def test_a_method_file_is_complete(method: Method) -> None:
     assert set(method.spec.needs) <= {*NAMES, FISHER}
     assert method.spec.writes in ("quantized", "parts", "support", "fold", "targets")
     assert verbs()[method.spec.family] is type(method.spec)
-    assert method.spec.baseline is None or get(method.baseline).spec.baseline is None
+    assert method.spec.baseline is None or get(method.spec.baseline).spec.baseline is None
     assert method.spec.baseline != method.name
     doc = method.doc.lower()
     assert all(word in doc for word in ("paper", "cost", "limits"))

@@ -13,7 +13,7 @@ from lilliput import api, methods
 from lilliput.cli import main as cli
 from lilliput.methods import index as catalogue
 from lilliput.progress import Quiet
-from lilliput.recipe import load as recipes
+from lilliput.recipe.load import load
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def compress(model: Path, recipe: str, out: Path) -> str:
 
 def _shortened(recipe: str) -> list[str]:
     """A dozen steps of descent show that a fit runs."""
-    steps = enumerate(recipes.load(recipe).steps)
+    steps = enumerate(load(recipe).steps)
     return [f"{n}.iters=12" for n, step in steps if methods.get(step.method).spec.verb == "fit"]
 
 

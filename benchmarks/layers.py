@@ -25,6 +25,7 @@ from lilliput.parts.layer import Layer
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
+from lilliput.verbs.compress import Compress
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -66,17 +67,19 @@ def measure(run: str, layers: dict[str, tuple[Tensor, SiteStats, Tensor]]) -> di
     """One run over all linears."""
     words = run.split()
     method = methods.get(words[0])
+    assert isinstance(method.spec, Compress)
+    compress = method.spec.run
     read = YAML(typ="safe", pure=True).load
     given = {key: read(value) for key, value in (word.split("=", 1) for word in words[1:])}
     fields = {key: value for key, value in given.items() if key in Target.model_fields}
     options = method.parse({key: value for key, value in given.items() if key not in fields})
     from lilliput.formats import known
 
-    target = known.completed(method.completed(Target.model_validate(fields)))
+    target = known.completed(method.spec.completed(Target.model_validate(fields)))
     errors, bits, weights, seconds = [], 0, 0, 0.0
     for name, (weight, stats, fisher) in layers.items():
         began = time.process_time()
-        out = method.module.compress(Layer(name, weight, fisher=fisher), stats, target, options)
+        out = compress(Layer(name, weight, fisher=fisher), stats, target, options)
         seconds += time.process_time() - began
         gram, change = stats.need("gram"), out.decode() - weight
         errors.append(math.sqrt(float(((change @ gram) * change).sum() / ((weight @ gram) * weight).sum())))

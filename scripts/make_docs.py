@@ -24,7 +24,7 @@ def pages() -> dict[str, str]:
     methods = [method for _, method in sorted(discover().items())]
     lines = ["# Methods", "", "Written by `scripts/make_docs.py` from the method files; do not edit.", ""]
     lines += ["| method | verb | writes | what it does |", "| --- | --- | --- | --- |"]
-    lines += [f"| [{m.name}]({m.name}.md) | `{m.verb}` | {m.writes} | {m.summary} |" for m in methods]
+    lines += [f"| [{m.name}]({m.name}.md) | `{m.spec.verb}` | {m.spec.writes} | {m.summary} |" for m in methods]
     found = measured.figures()
     lines += ["", "## Measured", "", found["protocol"], "", PICTURE, "", *measured.table(found["rows"])]
     return {"index.md": "\n".join(lines) + "\n", **{f"{m.name}.md": page.page(m) for m in methods}}

@@ -13,12 +13,12 @@ from lilliput import api, methods
 from lilliput.cli import main as cli
 from lilliput.methods import index as catalogue
 from lilliput.progress import Quiet
-from lilliput.recipe import load as recipes
+from lilliput.recipe.load import load
 
 pytestmark = pytest.mark.slow
 
 Tiny = Callable[[str], Path]
-IDS = [key for key, method in catalogue.covering().items() if isinstance(method.covers[key], list)]
+IDS = [key for key, method in catalogue.covering().items() if isinstance(method.spec.covers[key], list)]
 
 
 def compress(model: Path, recipe: str, out: Path) -> str:
@@ -43,8 +43,8 @@ def compress(model: Path, recipe: str, out: Path) -> str:
 
 def _shortened(recipe: str) -> list[str]:
     """A dozen steps of descent show that a fit runs."""
-    steps = enumerate(recipes.load(recipe).steps)
-    return [f"{n}.iters=12" for n, step in steps if methods.get(step.method).verb == "fit"]
+    steps = enumerate(load(recipe).steps)
+    return [f"{n}.iters=12" for n, step in steps if methods.get(step.method).spec.verb == "fit"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_recipe_runs_and_differs(
     recipe.write_text(capfd.readouterr().out, encoding="utf-8")
     method = catalogue.find(key)
     written = compress(tiny("qwen2"), str(recipe), tmp_path / "out")
-    parent = method.name if key != method.name else method.baseline
+    parent = method.name if key != method.name else method.spec.baseline
     if parent is not None:
         assert written != parents(parent)
 
@@ -85,7 +85,7 @@ def test_the_recipe_runs_and_differs(
 def test_every_id_of_the_index_prints_or_explains(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ideas = [key for key, method in catalogue.covering().items() if not isinstance(method.covers[key], list)]
+    ideas = [key for key, method in catalogue.covering().items() if not isinstance(method.spec.covers[key], list)]
     for key in ideas:
         monkeypatch.setattr(sys, "argv", ["lilliput", "methods", key, "--recipe"])
         with pytest.raises(SystemExit) as end:

@@ -19,12 +19,10 @@ from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
 
-COMPRESS = sorted(n for n, m in methods.discover().items() if m.verb == "compress")
-QUANTIZE = [n for n in COMPRESS if methods.get(n).writes == "quantized"]
-INTEGERS = [
-    n for n in QUANTIZE if "int" in (methods.get(n).formats or ()) and not hasattr(methods.get(n).module, "scheme")
-]
-PRUNE = [n for n in COMPRESS if methods.get(n).writes == "support"]
+COMPRESS = sorted(n for n, m in methods.discover().items() if m.spec.verb == "compress")
+QUANTIZE = [n for n in COMPRESS if methods.get(n).spec.writes == "quantized"]
+INTEGERS = [n for n in QUANTIZE if "int" in (methods.get(n).spec.formats or ()) and methods.get(n).spec.scheme is None]
+PRUNE = [n for n in COMPRESS if methods.get(n).spec.writes == "support"]
 
 
 def _default(method: str) -> dict[str, Any]:
@@ -36,14 +34,14 @@ def _default(method: str) -> dict[str, Any]:
 def _target(method: str, **changes: Any) -> Target:
     """That of the method's own default recipe, in groups that fit the toy."""
     found = methods.get(method)
-    if found.writes == "support":
+    if found.spec.writes == "support":
         return Target.model_validate({"sparsity": 0.5, **changes})
     own = {**_default(method).get("target", {}), **changes}
-    needed = {"bits": 4} if found.writes == "quantized" or "bits" in own else {}
+    needed = {"bits": 4} if found.spec.writes == "quantized" or "bits" in own else {}
     given = {**needed, **own}
     if given.get("group_size", "auto") == "auto":
         given["group_size"] = 16
-    return found.completed(Target.model_validate(given))
+    return found.spec.completed(Target.model_validate(given))
 
 
 def _scheme(method: str, target: Target, rows: int, width: int) -> Scheme:
@@ -54,7 +52,7 @@ def _scheme(method: str, target: Target, rows: int, width: int) -> Scheme:
 def _fills(method: str) -> bool:
     """Whether its parts reach everywhere, so that the plan refuses it behind a mask."""
     scheme = _scheme(method, _target(method), 96, 48)
-    return bool(scheme.inputs or scheme.outputs or scheme.fills or not methods.get(method).masked)
+    return bool(scheme.inputs or scheme.outputs or scheme.fills or not methods.get(method).spec.masked)
 
 
 def _layer(name: str, w: Tensor, **more: Any) -> Layer:
@@ -65,7 +63,7 @@ def _layer(name: str, w: Tensor, **more: Any) -> Layer:
 def _run(method: str, layer: Layer, stats: SiteStats, target: Target, **options: Any) -> Layer:
     found = methods.get(method)
     given = {**_default(method).get("options", {}), **options}
-    out = found.module.compress(layer, stats, target, found.parse(given))
+    out = found.spec.run(layer, stats, target, found.parse(given))
     assert isinstance(out, Layer)
     return out
 
@@ -95,7 +93,7 @@ def test_inputs_are_left_alone_and_results_repeat(name: str, toy: Any) -> None:
     assert first.weight is w
 
 
-@pytest.mark.parametrize("name", [n for n in COMPRESS if not methods.get(n).masked])
+@pytest.mark.parametrize("name", [n for n in COMPRESS if not methods.get(n).spec.masked])
 def test_what_would_fill_zeros_refuses_a_pruned_layer(name: str, toy: Any) -> None:
     layer = Layer("up", toy.tensors["up"], support=toy.tensors["up"] > 0)
     with pytest.raises(LilliputError, match="up is pruned"):
@@ -188,9 +186,9 @@ def test_kept_counts_are_exact_even_among_equals(name: str, toy: Any) -> None:
         assert bool((out.support.view(96, 12, 4).sum(2) == 2).all())
 
 
-@pytest.mark.parametrize("name", [n for n in COMPRESS if methods.get(n).baseline])
+@pytest.mark.parametrize("name", [n for n in COMPRESS if methods.get(n).spec.baseline])
 def test_beats_its_baseline_on_correlated_inputs(name: str, toy: Any) -> None:
-    baseline = methods.get(name).baseline
+    baseline = methods.get(name).spec.baseline
     assert baseline is not None
     target = _target(name)
     same = _target(baseline, bits=target.bits, group_size=target.group_size)
@@ -200,7 +198,7 @@ def test_beats_its_baseline_on_correlated_inputs(name: str, toy: Any) -> None:
         assert ours < _loss(w, _run(baseline, _layer(linear, w), stats, same), stats)
 
 
-@pytest.mark.parametrize("name", [n for n in COMPRESS if methods.get(n).rowwise])
+@pytest.mark.parametrize("name", [n for n in COMPRESS if methods.get(n).spec.rowwise])
 def test_stacked_rows_come_out_as_they_do_alone(name: str, toy: Any) -> None:
     """Within 1 % of the loss and 99.8 % of the values: sums may round differently for other shapes."""
     stats = toy.io().stats["q"]

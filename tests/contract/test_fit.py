@@ -20,7 +20,7 @@ from lilliput.streaming.states import Activations
 from lilliput.target import Target
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
-FIT = sorted(n for n, m in methods.discover().items() if m.verb == "fit")
+FIT = sorted(n for n, m in methods.discover().items() if m.spec.verb == "fit")
 TARGET = Target(bits=3, group_size=16, symmetric=False)
 SAMPLES, LENGTH = 6, 40
 
@@ -51,7 +51,7 @@ def bench(toy: Any, tmp_path: Path) -> Bench:
 def _fit(name: str, block: FitBlock, io: FitIO, target: Target = TARGET, **options: Any) -> BlockFit:
     method = methods.get(name)
     shared = {"iters": 12, "batch": 3, "weigh": "alike", **options}
-    out = method.module.fit(block, io, dict.fromkeys(block.layers, target), method.parse(shared))
+    out = method.spec.run(block, io, dict.fromkeys(block.layers, target), method.parse(shared))
     assert isinstance(out, BlockFit)
     assert list(out.layers) == list(block.layers)
     return out
@@ -65,9 +65,7 @@ def _loss(block: FitBlock, io: FitIO, layers: Mapping[str, Layer]) -> float:
 def _given(toy: Any, method: str = "gptq", target: Target = TARGET, **options: Any) -> dict[str, Layer]:
     found = methods.get(method)
     return {
-        x.name: found.module.compress(
-            Layer(x.name, toy.tensors[x.name]), toy.io().stats[x.site], target, found.parse(options)
-        )
+        x.name: found.spec.run(Layer(x.name, toy.tensors[x.name]), toy.io().stats[x.site], target, found.parse(options))
         for x in toy.block.linears
     }
 
@@ -155,7 +153,7 @@ def test_nothing_is_written_outside_the_support(name: str, method: str | None, b
         layer = Layer(linear.name, w, support=torch.rand(w.shape, generator=g) < 0.6)
         found = methods.get(method or "rtn")
         stats = toy.io().stats[linear.site]
-        layers[linear.name] = layer if method is None else found.module.compress(layer, stats, TARGET, found.parse({}))
+        layers[linear.name] = layer if method is None else found.spec.run(layer, stats, TARGET, found.parse({}))
     out = _fit(name, *bench(layers))
     for n, layer in out.layers.items():
         support = layers[n].support

@@ -16,7 +16,7 @@ ROWS, WIDTH = 7, 24
 CASES = [
     (method, scope)
     for _, method in sorted(discover().items())
-    if method.writes == "support"
+    if method.spec.writes == "support"
     for scope in get_args(method.options.model_fields["scope"].annotation)
 ]
 
@@ -24,9 +24,7 @@ CASES = [
 def support(name: str, scope: str, weight: torch.Tensor, **target: object) -> torch.Tensor:
     method = discover()[name]
     stats = SiteStats(WIDTH, 5, square=torch.full((WIDTH,), 2.0))
-    layer = method.module.compress(
-        Layer("x", weight), stats, Target.model_validate(target), method.parse({"scope": scope})
-    )
+    layer = method.spec.run(Layer("x", weight), stats, Target.model_validate(target), method.parse({"scope": scope}))
     assert isinstance(layer, Layer)
     assert layer.support is not None
     assert torch.equal(layer.decode(), weight * layer.support), "what is computed with is the mask times the weight"

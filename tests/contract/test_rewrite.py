@@ -18,13 +18,13 @@ from lilliput.stats import fold
 from lilliput.target import Target
 from lilliput.verbs.view import BlockIO, BlockView
 
-REWRITE = sorted(n for n, m in methods.discover().items() if m.verb == "rewrite")
+REWRITE = sorted(n for n, m in methods.discover().items() if m.spec.verb == "rewrite")
 TARGET = Target(bits=3, group_size=16, symmetric=False)
 
 
 def _rewrite(name: str, view: BlockView, io: BlockIO, target: Target = TARGET, **options: Any) -> Sequence[ScaleFold]:
     method = methods.get(name)
-    folds = method.module.rewrite(view, io, target, method.parse(options))
+    folds = method.spec.run(view, io, target, method.parse(options))
     assert all(isinstance(f, ScaleFold) for f in folds)
     return list(folds)
 

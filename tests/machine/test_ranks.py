@@ -208,7 +208,7 @@ LOST = "the processes of this run have lost each other"
     [
         (1, "lilliput.stats.fold:update", 6, "before", [2, -9], 1),
         (0, "lilliput.run.journal:Work.note", 3, "torn", [-9, 2], 1),
-        (0, "lilliput.methods.weight.gptq:compress", 6, "interrupt", [130, 2], 1),
+        (0, "lilliput.methods.weight.gptq:METHOD.run", 6, "interrupt", [130, 2], 1),
     ],
 )
 def test_a_rank_that_ends_ends_all_and_they_go_on(

@@ -10,31 +10,30 @@ import pytest
 
 from lilliput import api
 from lilliput.errors import PlanError
-from lilliput.methods import VERBS, Method, discover, get
+from lilliput.methods import discover, get, verbs
 from lilliput.methods import index as catalogue
-from lilliput.plan.resolve import FISHER
 from lilliput.recipe import page
 from lilliput.recipe.load import load, to_yaml
 from lilliput.recipe.schema import Where
 from lilliput.stats.fold import NAMES
 from lilliput.target import Target
+from lilliput.verbs.spec import FISHER, Method
 
 METHODS = sorted(discover().values(), key=lambda method: method.name)
-IDS = [(method.name, key) for method in METHODS for key in method.covers]
+IDS = [(method.name, key) for method in METHODS for key in method.spec.covers]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_method_file_is_complete(method: Method) -> None:
     assert method.summary.endswith(".")
-    assert method.paper
-    assert "replace:" not in (method.module.__doc__ or "") + method.paper
-    assert method.needs <= {*NAMES, FISHER}
-    assert method.writes in ("quantized", "parts", "support", "fold", "targets")
-    assert method.verb == VERBS[method.family]
-    assert callable(getattr(method.module, method.verb))
-    assert method.baseline is None or get(method.baseline).baseline is None
-    assert method.baseline != method.name
-    doc = (method.module.__doc__ or "").lower()
+    assert method.spec.paper
+    assert "replace:" not in method.doc + method.spec.paper
+    assert set(method.spec.needs) <= {*NAMES, FISHER}
+    assert method.spec.writes in ("quantized", "parts", "support", "fold", "targets")
+    assert verbs()[method.spec.family] is type(method.spec)
+    assert method.spec.baseline is None or get(method.spec.baseline).spec.baseline is None
+    assert method.spec.baseline != method.name
+    doc = method.doc.lower()
     assert all(word in doc for word in ("paper", "cost", "limits"))
 
 
@@ -49,7 +48,7 @@ def test_options_have_defaults_and_hide_no_key(method: Method) -> None:
 
 @pytest.mark.parametrize(("name", "key"), IDS)
 def test_every_covered_id_has_a_recipe_that_runs_its_method(name: str, key: str) -> None:
-    steps = get(name).covers[key]
+    steps = get(name).spec.covers[key]
     if not isinstance(steps, list):
         why = "no computation" if steps is None else steps[:40]
         with pytest.raises(PlanError, match=why):
@@ -64,7 +63,7 @@ def test_every_covered_id_has_a_recipe_that_runs_its_method(name: str, key: str)
 def test_a_printed_recipe_is_one_that_plans(tiny: Callable[[str], Path], name: str) -> None:
     """Or the command says why there is none, and where to read."""
     method = catalogue.find(name)
-    steps = method.covers.get(name, method.recipe if name == method.name else None)
+    steps = method.spec.covers.get(name, method.recipe if name == method.name else None)
     if isinstance(steps, list):
         assert api.plan(tiny("qwen2"), recipe=to_yaml(load(name)), samples=2, tokens=16, device="cpu").bytes > 0
         return
@@ -96,9 +95,9 @@ def test_the_index_is_json_with_a_recipe_or_documentation_for_each_id() -> None:
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_page_shows_docstring_options_and_ids(method: Method) -> None:
     text = page.page(method)
-    body = (method.module.__doc__ or "").strip().partition("\n")[2].strip()
+    body = method.doc.partition("\n")[2].strip()
     assert body in text
-    assert all(f"`{key}`" in text for key in (*method.options.model_fields, *method.covers))
+    assert all(f"`{key}`" in text for key in (*method.options.model_fields, *method.spec.covers))
 
 
 def test_unknown_names_hint_at_the_nearest() -> None:

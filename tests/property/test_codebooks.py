@@ -14,7 +14,7 @@ from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
 
-CODEBOOKS = sorted(n for n, m in methods.discover().items() if m.formats == ("codebook",))
+CODEBOOKS = sorted(n for n, m in methods.discover().items() if m.spec.formats == ("codebook",))
 
 
 def _stats(width: int, tokens: int, rank: int, dead: int, seed: int) -> SiteStats:
@@ -66,7 +66,7 @@ def test_codebooks_of_any_shape(
     layer = Layer("x", w, fisher=torch.rand(w.shape, generator=g) ** 8 * (torch.rand(w.shape, generator=g) < 0.8))
     if holes:
         layer = layer.with_support(torch.rand(w.shape, generator=g) < 0.7)
-    out = method.module.compress(layer, stats, target, options)
+    out = method.spec.run(layer, stats, target, options)
     back = out.decode()
     assert bool(torch.isfinite(back).all())
     assert float(back.abs().max()) <= 3 * float(w.abs().max()) + 1e-6
@@ -93,14 +93,14 @@ def test_codebooks_refuse_what_is_no_number(name: str, value: float) -> None:
     fisher, broken = torch.rand(4, 16, generator=g), w.clone()
     broken[1, 3] = value
     with pytest.raises(LilliputError, match="NaN or infini"):
-        method.module.compress(Layer("x", broken, fisher=fisher), stats, target, method.parse({}))
-    if "fisher" in method.needs:
+        method.spec.run(Layer("x", broken, fisher=fisher), stats, target, method.parse({}))
+    if "fisher" in method.spec.needs:
         bad = fisher.clone()
         bad[0, 0] = value
         with pytest.raises(LilliputError, match=r"Fisher information of x holds NaN or infini"):
-            method.module.compress(Layer("x", w, fisher=bad), stats, target, method.parse({"weigh": "fisher"}))
+            method.spec.run(Layer("x", w, fisher=bad), stats, target, method.parse({"weigh": "fisher"}))
         ill = stats.scaled(torch.ones(16))
         for field in ("gram", "square"):
             ill.need(field).view(-1)[0] = value
         with pytest.raises(LilliputError, match="NaN or infini"):
-            method.module.compress(Layer("x", w, fisher=fisher), ill, target, method.parse({"weigh": "gram"}))
+            method.spec.run(Layer("x", w, fisher=fisher), ill, target, method.parse({"weigh": "gram"}))

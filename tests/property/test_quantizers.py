@@ -13,18 +13,18 @@ from lilliput.errors import LilliputError
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
 from lilliput.parts.scheme import of
-from lilliput.plan.resolve import Task
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
+from lilliput.verbs.spec import Task
 
 QUANTIZE = sorted(
     n
     for n, m in methods.discover().items()
-    if (m.verb, m.writes) == ("compress", "quantized") and "int" in (m.formats or ())
+    if (m.spec.verb, m.spec.writes) == ("compress", "quantized") and "int" in (m.spec.formats or ())
 )
 LOW_RANK = ["eora", "laser", "loftq", "lplr", "svd-truncate"]
-PRUNE = sorted(n for n, m in methods.discover().items() if m.writes == "support")
+PRUNE = sorted(n for n, m in methods.discover().items() if m.spec.writes == "support")
 
 
 def _stats(width: int, tokens: int, rank: int, dead: int, seed: int) -> SiteStats:
@@ -70,7 +70,7 @@ def test_any_shape_and_any_gram_matrix(
     method = methods.get(name)
     options = method.parse({"refine": refine} if "refine" in method.options.model_fields else {})
     target = Target(bits=bits, group_size=group, symmetric=symmetric)  # type: ignore[arg-type]
-    out = method.module.compress(Layer("x", w), stats, target, options)
+    out = method.spec.run(Layer("x", w), stats, target, options)
     (part,) = out.parts
     back = out.decode()
     assert back.shape == w.shape
@@ -107,7 +107,7 @@ def test_factors_of_any_shape_and_any_gram_matrix(
     weighted = gram and "weighting" in method.options.model_fields
     options = method.parse({"weighting": "gram"} if weighted else {})
     target = Target(bits=8, group_size=8, rank=rank)
-    out = method.module.compress(Layer("x", w), stats, target, options)
+    out = method.spec.run(Layer("x", w), stats, target, options)
     planned = method.scheme(target, options, rows, width)
     assert planned.parts == () or of(out) == planned
     assert sum(p.bits() for p in out.parts) == planned.size_bits(rows, width) or not planned.parts
@@ -131,7 +131,7 @@ def test_pruning_counts(name: str, rows: int, width: int, sparsity: float, token
     method = methods.get(name)
     stats = _stats(width, tokens, 2, 0, seed=rows)
     for scope in ("row", "layer"):
-        out = method.module.compress(Layer("x", w), stats, Target(sparsity=sparsity), method.parse({"scope": scope}))
+        out = method.spec.run(Layer("x", w), stats, Target(sparsity=sparsity), method.parse({"scope": scope}))
         n = width if scope == "row" else rows * width
         assert int(out.support.sum()) == (n - round(sparsity * n)) * (rows if scope == "row" else 1)
 
@@ -172,11 +172,11 @@ def test_weights_and_statistics_that_are_no_numbers_are_refused(name: str, value
     broken = w.clone()
     broken[1, 3] = value
     with pytest.raises(LilliputError, match="NaN or infini"):
-        method.module.compress(Layer("x", broken), stats, target, method.parse({}))
+        method.spec.run(Layer("x", broken), stats, target, method.parse({}))
     if not Task(0, method, target, method.parse({})).needs:
         return
     ill = stats.scaled(torch.ones(16))
     for field in ("gram", "square"):
         ill.need(field).view(-1)[0] = value
     with pytest.raises(LilliputError, match="NaN or infini"):
-        method.module.compress(Layer("x", w), ill, target, method.parse({}))
+        method.spec.run(Layer("x", w), ill, target, method.parse({}))

@@ -44,7 +44,7 @@ def _run(case: str, w: torch.Tensor, stats: SiteStats, group: int | str) -> tupl
     method = methods.get(case.split()[0])
     parsed, wanted = method.parse(options), Target.model_validate({"group_size": group, **target})
     planned = method.scheme(wanted, parsed, *w.shape)
-    return method.module.compress(Layer("x", w), stats, wanted, parsed), planned
+    return method.spec.run(Layer("x", w), stats, wanted, parsed), planned
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -88,7 +88,7 @@ def test_values_that_are_no_numbers_are_refused(case: str, value: float) -> None
     with pytest.raises(LilliputError, match="NaN or infini"):
         _run(case, broken, stats, 8)
     method = methods.get(case.split()[0])
-    if not method.needs:
+    if not method.spec.needs:
         return
     ill = stats.scaled(torch.ones(16))
     for field in ("gram", "square"):

@@ -95,7 +95,10 @@ def patch(job: dict[str, Any]) -> None:
             die()
         return answer
 
-    setattr(owner, name, call)
+    if isinstance(owner, type):
+        setattr(owner, name, call)
+    else:
+        vars(owner)[name] = call  # a method's spec is frozen
 
 
 def child(job: dict[str, Any], answer: int, errors: Path) -> None:

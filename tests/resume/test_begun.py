@@ -24,7 +24,7 @@ def half_done(driver: Driver, whole: Any, out: Path, shard: int | None = None, *
     """Arguments of a run that was killed in block 2."""
     args = {**whole.args, "out": out, **more}
     job: dict[str, Any] = {} if shard is None else {"shard": shard}
-    killed = driver(args=args, at="lilliput.methods.weight.gptq:compress", call=10, how="before", **job)
+    killed = driver(args=args, at="lilliput.methods.weight.gptq:METHOD.run", call=10, how="before", **job)
     assert killed["code"] == -9, killed["stderr"]
     return args
 
@@ -134,7 +134,7 @@ def test_two_runs_on_one_folder(driver: Driver, unbroken: Whole, tmp_path: Path)
     out.parent.mkdir()
     first = driver(
         args={**whole.args, "out": out},
-        at="lilliput.methods.weight.gptq:compress",
+        at="lilliput.methods.weight.gptq:METHOD.run",
         call=6,
         how="hold",
         reached=gates / "reached",

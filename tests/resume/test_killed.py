@@ -35,10 +35,10 @@ KILLS: list[tuple[str, bool, str, int, str, int]] = [
     ("gptq", False, "lilliput.streaming.states:Activations.write", 3, "before", 1),
     ("gptq", True, "lilliput.streaming.states:Activations.write", 14, "after", 2),
     # solving
-    ("gptq", False, "lilliput.methods.weight.gptq:compress", 16, "before", 3),
-    ("gptq", True, "lilliput.methods.weight.gptq:compress", 7, "after", 1),
-    ("awq-gptq", False, "lilliput.methods.rewrite.awq:rewrite", 3, "before", 2),
-    ("magnitude", False, "lilliput.methods.weight.magnitude:compress", 24, "after", 3),
+    ("gptq", False, "lilliput.methods.weight.gptq:METHOD.run", 16, "before", 3),
+    ("gptq", True, "lilliput.methods.weight.gptq:METHOD.run", 7, "after", 1),
+    ("awq-gptq", False, "lilliput.methods.rewrite.awq:METHOD.run", 3, "before", 2),
+    ("magnitude", False, "lilliput.methods.weight.magnitude:METHOD.run", 24, "after", 3),
     # writing tensors: the first call of `write` is for those outside the blocks, the first of `_write_at` the header
     ("gptq", False, "os:posix_fallocate", 1, "before", 0),
     ("gptq", False, "lilliput.run.output:_write_at", 1, "torn", 0),
@@ -159,7 +159,7 @@ def test_killed_while_measuring(driver: Driver, unbroken: Whole, tmp_path: Path,
 def test_killed_twice(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
     whole = unbroken("awq-gptq", False)
     args = {**whole.args, "out": tmp_path / "out"}
-    gptq = "lilliput.methods.weight.gptq:compress"
+    gptq = "lilliput.methods.weight.gptq:METHOD.run"
     assert driver(args=args, at=gptq, call=6, how="before")["code"] == -9
     # A resumed run that dies has block 1 behind it and is in block 2.
     assert driver(args=args, at=gptq, call=6, how="before")["code"] == -9
@@ -170,7 +170,7 @@ def test_killed_twice(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("at", "call"),
-    [("lilliput.methods.weight.gptq:compress", 6), ("lilliput.run.output:_write_at", OUTSIDE + TENSORS + 10)],
+    [("lilliput.methods.weight.gptq:METHOD.run", 6), ("lilliput.run.output:_write_at", OUTSIDE + TENSORS + 10)],
 )
 def test_interrupted(driver: Driver, unbroken: Whole, tmp_path: Path, at: str, call: int) -> None:
     whole = unbroken("gptq", False)

@@ -26,8 +26,10 @@ def layer() -> Layer:
 
 def rounded(some: Layer, **target: object) -> Layer:
     rtn = methods.get("rtn")
-    wanted = rtn.completed(Target.model_validate({"bits": 4, "group_size": 32, "scale_dtype": "float16", **target}))
-    done: Layer = rtn.module.compress(some, SiteStats(WIDTH, 0), wanted, rtn.parse({}))
+    wanted = rtn.spec.completed(
+        Target.model_validate({"bits": 4, "group_size": 32, "scale_dtype": "float16", **target})
+    )
+    done: Layer = rtn.spec.run(some, SiteStats(WIDTH, 0), wanted, rtn.parse({}))
     return done
 
 

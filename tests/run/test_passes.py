@@ -22,13 +22,14 @@ from lilliput.plan.plan import Plan, make
 from lilliput.plan.resolve import rotates
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step
-from lilliput.run import passes, stream
 from lilliput.run import search as trials
+from lilliput.run import stages, stream
 from lilliput.run.journal import Work
 from lilliput.streaming.backward import Samples, backward
 from lilliput.streaming.forward import last_hidden
 from lilliput.streaming.states import Activations
 from lilliput.target import Target
+from lilliput.verbs.learn import Learn
 
 pytestmark = pytest.mark.slow
 
@@ -126,8 +127,8 @@ def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
     learned: list[None] = []
     scorer = ranks if "ranks" in name else owl
     score, learn = scorer.score, spinquant.learn
-    monkeypatch.setattr(scorer, "score", lambda *a: (scored.append(None), score(*a))[1])
-    monkeypatch.setattr(spinquant, "learn", lambda *a: (learned.append(None), learn(*a))[1])
+    monkeypatch.setitem(vars(scorer.METHOD), "score", lambda *a: (scored.append(None), score(*a))[1])
+    monkeypatch.setitem(vars(spinquant.METHOD), "run", lambda *a: (learned.append(None), learn(*a))[1])
     for after in range(len(records)):
         for before in (True, False):
             out = tmp_path / f"{after}-{before}"
@@ -152,7 +153,7 @@ def test_the_plan_of_a_finished_run_is_known_from_its_journal(source: Model, tmp
     made, model = planned(source, RECIPES["ranks, svd-truncate"])
     with Work(tmp_path / "out", "key") as work:
         stream.run(made, model, IDS, work, Quiet())
-        after = passes.decided(made, model, work)
+        after = stages.decided(made, model, work)
         for number, file in enumerate(after.shards):
             tensors = load_file(work.staging / file)
             planned_tensors = {x.name: (x.dtype, x.shape) for x in after.of_shard(number)}
@@ -165,7 +166,7 @@ def test_the_plan_of_a_finished_run_is_known_from_its_journal(source: Model, tmp
     assert len(schemes) > len({x.scheme for x in made.resolved.linears})
     assert after.quantization_config != made.quantization_config
     assert any("Calibration chooses the ranks" in note for note in made.notes)
-    assert passes.decided(*planned(source, RECIPES["hadamard, wanda 2:4, gptq"]), work) is not None
+    assert stages.decided(*planned(source, RECIPES["hadamard, wanda 2:4, gptq"]), work) is not None
 
 
 def test_what_learning_spills_is_known_before(source: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +183,8 @@ def test_what_learning_spills_is_known_before(source: Model, tmp_path: Path, mon
     monkeypatch.setattr(Activations, "__init__", counted)
     parts = backward(model.skeleton, model.read, Samples(IDS[:2], tmp_path))
     next(parts)
-    assert passes.spill(made, model) == sum(sizes)
-    assert passes.spill(*planned(source, RECIPES["owl, wanda"])) == 0
+    assert stages.spill(made, model) == sum(sizes)
+    assert stages.spill(*planned(source, RECIPES["owl, wanda"])) == 0
 
 
 def test_another_rotation_in_the_work_folder_is_noticed(source: Model, tmp_path: Path) -> None:
@@ -227,8 +228,8 @@ def test_zeros_of_two_in_four_stay_through_rotation_and_gptq(source: Model, tmp_
 def test_the_last_hidden_states_are_the_rotated_models(source: Model, tmp_path: Path) -> None:
     """A rotation turns the hidden states and nothing else."""
     made, model = planned(source, RECIPES["hadamard, wanda 2:4, gptq"])
-    (task,) = made.resolved.learned
-    (fold,) = task.method.module.learn(model, None, {}, task.options)
+    (task,) = made.resolved.of(Learn)
+    (fold,) = task.method.spec.run(model, None, {}, task.options)
 
     def states(of: Model) -> Tensor:
         store = last_hidden(of, IDS, tmp_path)

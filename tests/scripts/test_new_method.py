@@ -12,43 +12,70 @@ from types import ModuleType
 
 import pytest
 
+from lilliput import methods
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = {
+    "weight": "my-rounding",
+    "rewrite": "my-evening",
+    "fit": "my-scaling",
+    "edit": "my-sorting",
+    "allocate": "my-division",
+    "search": "my-trying",
+    "learn": "my-mirror",
+}
 FOUND = """
-from lilliput.catalogue import index
-from lilliput.recipe import load
+from lilliput.methods.index import index
+from lilliput.recipe.load import load
 
 
-def test_both_are_found() -> None:
-    assert {"my-rounding", "my-evening"} <= {entry["name"] for entry in index()}
+def test_all_are_found() -> None:
+    assert set(NAMES) <= {entry["name"] for entry in index()}
     assert load("my-rounding").steps[0].method == "my-rounding"
+    assert [step.method for step in load("my-division").steps] == ["my-division", "magnitude"]
 """
 
 
-def test_generated_methods_pass_their_tests_and_are_found(
+def test_every_family_with_methods_has_a_template(script: Callable[[str], ModuleType]) -> None:
+    assert set(script("new_method").FAMILIES) == {family for family, spec in methods.verbs().items() if spec}
+    assert set(NAMES) == set(script("new_method").FAMILIES)
+
+
+def _run(folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-B", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+def test_generated_methods_pass_their_tests_and_the_contracts_and_are_found(
     tmp_path: Path, script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    ignored = shutil.ignore_patterns("__pycache__", "test_catalogue.py")
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=ignored)
+    shutil.copytree(ROOT / "tests" / "contract", tmp_path / "tests" / "contract", ignore=ignored)
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for family, name in (("weight", "my-rounding"), ("rewrite", "my-evening")):
+    for family, name in NAMES.items():
         script("new_method").main([family, name, "--root", str(tmp_path)])
     tests = tmp_path / "tests" / "methods"
-    assert str(tests / "test_my_evening.py") in capsys.readouterr().out
-    (tests / "test_found.py").write_text(FOUND)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-B", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout
-    assert "8 passed" in ended.stdout
+    assert str(tests / "rewrite" / "test_my_evening.py") in capsys.readouterr().out
+    (tests / "test_found.py").write_text(f"NAMES = {list(NAMES.values())}\n{FOUND}")
+    assert "14 passed" in _run(tmp_path, str(tests))
+    said = _run(tmp_path, "-v", "-k", "my-", str(tmp_path / "tests" / "contract"))
+    assert all(f"[{name}" in said or f"-{name}" in said for name in NAMES.values())
 
 
-@pytest.mark.parametrize("family", ["weight", "rewrite"])
+@pytest.mark.parametrize("family", NAMES)
 def test_generated_files_are_tidy(tmp_path: Path, script: Callable[[str], ModuleType], family: str) -> None:
     ruff = Path(sys.executable).parent / "ruff"
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    files = [str(path) for path in script("new_method").write(tmp_path, family, "my-method")]
+    files = [str(path) for path in script("new_method").write(tmp_path, family, "my-other-method")]
+    assert all("my_method" not in Path(path).read_text() for path in files)
     for command in (["check"], ["format", "--check"]):
         tidy = subprocess.run([ruff, *command, *files], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert tidy.returncode == 0, tidy.stdout + tidy.stderr

@@ -8,9 +8,8 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from lilliput.errors import PlanError, nearest
-from lilliput.methods import Method, discover
-
-Steps = list[dict[str, Any]]
+from lilliput.methods import discover
+from lilliput.verbs.spec import Method, Steps
 
 
 def index() -> list[dict[str, Any]]:
@@ -27,14 +26,14 @@ def entry(method: Method) -> dict[str, Any]:
     """A method's entry of the index."""
     return {
         "name": method.name,
-        "verb": method.verb,
-        "family": method.family,
+        "verb": method.spec.verb,
+        "family": method.spec.family,
         "summary": method.summary,
-        "paper": method.paper,
-        "needs": sorted(method.needs),
-        "writes": method.writes,
-        "baseline": method.baseline,
-        "covers": [_covered(key, steps) for key, steps in method.covers.items()],
+        "paper": method.spec.paper,
+        "needs": sorted(method.spec.needs),
+        "writes": method.spec.writes,
+        "baseline": method.spec.baseline,
+        "covers": [_covered(key, steps) for key, steps in method.spec.covers.items()],
         "no_recipe": method.recipe if isinstance(method.recipe, str) else None,
         "options": options(method),
     }
@@ -63,7 +62,7 @@ def covering() -> Mapping[str, Method]:
     """Catalogue id to the method that covers it. Raises RuntimeError where two files claim one id."""
     found: dict[str, Method] = {}
     for method in discover().values():
-        for key in method.covers:
+        for key in method.spec.covers:
             if key in found:
                 raise RuntimeError(f"both '{found[key].name}' and '{method.name}' cover '{key}'")
             found[key] = method
@@ -87,7 +86,7 @@ def steps_of(name: str, also: Iterable[str] = ()) -> Steps:
     where nothing does."""
     name = name.replace("_", "-")
     method = find(name, also)
-    steps = method.covers.get(name, method.recipe if name == method.name else None)
+    steps = method.spec.covers.get(name, method.recipe if name == method.name else None)
     if isinstance(steps, list):
         return steps
     read = f"read about it with `lilliput methods {method.name}`"

@@ -34,11 +34,11 @@ class Layer:
     def need_fisher(self) -> Tensor:
         """The Fisher information, float32 [out, in].
 
-        Raises RuntimeError where the method that reads it did not declare it in NEEDS, LilliputError where it holds NaN
+        Raises RuntimeError where the method that reads it did not declare it in needs, LilliputError where it holds NaN
         or infinity.
         """
         if self.fisher is None:
-            raise RuntimeError("the Fisher information was read but not collected: declare 'fisher' in NEEDS")
+            raise RuntimeError("the Fisher information was read but not collected: declare 'fisher' in its needs")
         if not bool(torch.isfinite(self.fisher).all()):
             raise LilliputError(f"the Fisher information of {self.name} holds NaN or infinity: check the data")
         return self.fisher

@@ -19,6 +19,7 @@ from lilliput.plan import footprint
 from lilliput.plan.resolve import LinearPlan, Resolved
 from lilliput.plan.tensors import LARGE, TensorPlan, at_a_time
 from lilliput.streaming import backward
+from lilliput.verbs.spec import Extent, Stage
 
 TOKENIZER = 21  # bytes in memory for one of the tokenizer's files
 WHOLE = "tokenizer.json"  # where it is there, nothing else is read
@@ -51,23 +52,13 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
     weights = sum(x.linear.parameters for x in resolved.linears)
     seconds = 3.0  # opening
     if resolved.needs:
-        passes = (
-            1
-            + bool(resolved.rewrites)
-            + len(resolved.allocations)
-            + len(resolved.learned)
-            - sum(not any(x.needs for x in resolved.governed(task).values()) for task in resolved.searches)
-        )
+        own = sum(task.spec.observes(tuple(resolved.governed(task).values())) for task in resolved.tasks)
+        passes = 1 + bool(resolved.at(Stage.BLOCK)) + own
         seconds += passes * 3.0 * 2 * weights * count / rate
     seconds += 4 * 2 * weights * resolved.fisher(samples) * tokens / rate  # two passes forward, one back
-    for task in resolved.searches:
-        module = task.method.module
-        looked = module.passes(len(resolved.governed(task)), task.options) * module.looked_at(samples, task.options)
-        seconds += 3.0 * 2 * weights * looked * tokens / rate
-    for task in {task.step: task for x in resolved.linears for task in x.together}.values():
-        # Three products a weight and token for each step, and three passes that only look.
-        looked = getattr(task.options, "iters", 0) * min(getattr(task.options, "batch", 1), samples) * 3 + 3 * samples
-        seconds += looked * tokens * 2 * weights / rate
+    for task in resolved.tasks:
+        extent = Extent(weights, len(resolved.governed(task)), samples, tokens)
+        seconds += 2 * task.cost(extent).operations / rate
     if "gram" in resolved.needs:
         sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
         seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)
@@ -90,7 +81,7 @@ def _walks(x: LinearPlan) -> float:
         for part in x.scheme.parts
         if isinstance(part, QuantizedSpec) and isinstance(part.format, TrellisFormat)
     ]
-    passes = 1 + max((getattr(task.options, "refine", 0) for task in x.tasks), default=0)
+    passes = max((task.spec.rounds(task.options) for task in x.tasks), default=1)
     each = 2.5e-10 if compiled.available() else 1e-8  # measured on one core
     work = sum(1 << window for window in windows) * x.linear.parameters * passes
     return work * each / torch.get_num_threads()
@@ -103,7 +94,7 @@ def phases(
     for them."""
     width, vocabulary = model.skeleton.hidden_size, model.skeleton.shapes[model.skeleton.head][0]
     slopes: tuple[tuple[str, int], ...] = ()
-    if resolved.searches:
+    if any(task.spec.tokens(task.options) for task in resolved.at(Stage.TARGETS)):
         blocks = model.anatomy().blocks
         beside = max(footprint.decomposed(block) for block in blocks)
         stored = max(x.dtype.itemsize for x in tensors)
@@ -112,12 +103,13 @@ def phases(
     if resolved.fisher(1):
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize, outside=False)
         slopes = (*slopes, ("the backward pass for squared gradients", held))
-    if not resolved.learned:
+    turns = [task for task in resolved.tasks if task.spec.turns]
+    if not turns:
         return slopes
     turning = rotated.resident(width) * 5
     written = max(at_a_time(x) for x in tensors if x.kind in LARGE)
     phases = [("turning the model", turning), ("writing the turned head", written + 2 * 4 * rotated.ROWS * width)]
-    if any(getattr(task.method.module, "TOKENS", False) for task in resolved.learned):
+    if any(task.spec.tokens(task.options) for task in turns):
         held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
         phases.append(("learning a rotation", turning + held))
     return (*phases, *slopes)
@@ -148,7 +140,7 @@ def beside(resolved: Resolved) -> tuple[int, int]:
 
 def scratch(resolved: Resolved) -> int:
     """Bytes in which methods and formats work beside copies of weights and Gram matrices."""
-    methods = max((task.method.scratch for x in resolved.linears for task in x.tasks), default=0)
+    methods = max((task.cost(Extent(x.linear.parameters)).ram for x in resolved.linears for task in x.alone), default=0)
     formats = {
         (part.format, x.linear.out_features, x.linear.in_features)
         for x in resolved.linears
@@ -156,6 +148,11 @@ def scratch(resolved: Resolved) -> int:
         if isinstance(part, QuantizedSpec) and hasattr(part.format, "scratch")
     }
     return methods + max((form.scratch(rows, width) for form, rows, width in formats), default=0)
+
+
+def trained(resolved: Resolved) -> int:
+    """Bytes that steps which close a block hold for each of its weights."""
+    return max((task.cost(Extent(1)).ram for x in resolved.linears for task in x.together), default=0)
 
 
 def measuring(model: Model, budget: int | None) -> int:

@@ -42,7 +42,7 @@ class Shape:
     stored: int  # itemsize of the checkpoint
     outside: int  # bytes that the largest tensor outside the blocks takes while it is written
     packed: int = 0  # bytes of the largest block's output file
-    fitting: int = 0  # float32 copies of a block's weights that a step trains it with
+    fitting: int = 0  # bytes that a step which trains a block holds for each of its weights
     resident: int = 0  # bytes that stay all the time, such as a rotation
     double: bool = False  # whether a step decomposes weights in float64
     beside: tuple[int, int] = (0, 0)  # further copies of a site's weights and Gram matrix while it is compressed
@@ -94,7 +94,7 @@ def fit_bytes(block: Block, shape: Shape, batch: int) -> int:
     largest = max(x.parameters for x in block.linears)
     wide = sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
     token = 4 * 8 * shape.hidden + shape.itemsize * wide
-    return parameters * (4 * shape.fitting + 2 * shape.itemsize) + 16 * largest + batch * shape.tokens * token
+    return parameters * (shape.fitting + 2 * shape.itemsize) + 16 * largest + batch * shape.tokens * token
 
 
 def estimate(

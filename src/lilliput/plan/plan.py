@@ -25,9 +25,10 @@ from lilliput.model.stored import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.plan import cost as estimates
 from lilliput.plan import footprint, rehearsal
-from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve
+from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve, rotates
 from lilliput.plan.tensors import LARGE, METADATA, TensorPlan, at_a_time, lay_out
 from lilliput.recipe.schema import Recipe
+from lilliput.verbs.spec import Stage
 from lilliput.version import __version__
 
 
@@ -247,16 +248,15 @@ def _unloadable(
     exporter: export.Exporter, model: Model, resolved: Resolved, outcomes: Mapping[str, Outcome]
 ) -> str | None:
     """Why a layout cannot hold what the recipe may become: as allocations may divide it, or in the engine's loader."""
-    for task in resolved.allocations:
-        apart = getattr(task.method.module, "extremes", None)
-        if apart is not None:
-            names = resolved.governed(task).items()
-            choices = [(name, apart(x.target, task.options)) for name, x in names]
-            targets = {name: choice[n % len(choice)] for n, (name, choice) in enumerate(choices)}
+    for task in resolved.at(Stage.TARGETS):
+        names = resolved.governed(task).items()
+        choices = [(name, task.spec.apart(x.target, task.options)) for name, x in names]
+        targets = {name: choice[n % len(choice)] for n, (name, choice) in enumerate(choices) if choice}
+        if targets:
             mixed = _outcomes(model, resolved.with_targets(task, targets))
             reason = exporter.refuse(tuple(mixed.values()), model.source.config)
             if reason is not None:
-                return f"as step {task.step + 1} ({task.method.name}) may decide, {reason}"
+                return f"as {task.label} may decide, {reason}"
     return rehearsal.refuse(exporter, model, outcomes)
 
 
@@ -301,10 +301,10 @@ def _remarks(resolved: Resolved) -> tuple[str, ...]:
         if x.tasks
         and not x.scheme.parts
         and x.sparsity is None
-        and not any(task.method.replaces(task.options) for task in x.tasks)
+        and not any(task.spec.plain(task.options) for task in x.tasks)
     ]
     notes = [*resolved.notes]
-    notes += [task.method.note for task in resolved.allocations if task.method.note is not None]
+    notes += [task.spec.note for task in resolved.tasks if task.spec.note is not None]
     if kept:
         shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         notes.append(
@@ -338,11 +338,9 @@ def make(
     resolved = resolve(
         recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size, tables=tables(model.skeleton)
     )
-    together = next((task for x in resolved.linears for task in x.together), None)
+    together = next(iter(resolved.at(Stage.CLOSE)), None)
     if together is not None and processes > 1:
-        raise PlanError(
-            f"step {together.step + 1} ({together.method.name}) trains a block on all samples in one process: start one"
-        )
+        raise PlanError(f"{together.label} trains a block on all samples in one process: start one")
     if resolved.reads_tokens and processes > samples:
         raise PlanError(
             f"{processes} processes cannot share {samples} calibration samples: start at most {samples}, or ask for "
@@ -371,12 +369,11 @@ def make(
             stored=max(x.dtype.itemsize for x in tensors),
             outside=max((at_a_time(x) for x in tensors if x.kind in LARGE), default=0),
             packed=max(by_block.values(), default=0),
-            double=any(t.method.double for x in resolved.linears for t in x.tasks)
-            or any(t.method.double for t in resolved.allocations),
+            double=any(task.spec.double for task in resolved.tasks),
             beside=estimates.beside(resolved),
             scratch=estimates.scratch(resolved),
-            fitting=max((t.method.module.COPIES for x in resolved.linears for t in x.together), default=0),
-            resident=rotated.resident(skeleton.hidden_size) if resolved.learned else 0,
+            fitting=estimates.trained(resolved),
+            resident=rotated.resident(skeleton.hidden_size) if rotates(recipe) else 0,
             fisher=resolved.fisher(1) > 0,
             phases=(
                 *estimates.phases(model, resolved, tensors, tokens, dtype),
@@ -388,7 +385,7 @@ def make(
         ),
         budget=budget,
         needs=resolved.needs,
-        rewriting=bool(resolved.rewrites),
+        rewriting=bool(resolved.at(Stage.BLOCK)),
         processes=processes,
     )
     note = exporter.dense_note(ordered)

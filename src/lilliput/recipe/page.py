@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from lilliput.methods import Method, measured
+from lilliput.methods import measured
 from lilliput.methods.index import options
 from lilliput.recipe.load import described, load
+from lilliput.verbs.spec import Method
 
 
 def page(method: Method) -> str:
     """A method's page in Markdown: its docstring, what it reads and writes, its options and the ids it covers."""
-    summary, _, body = (method.module.__doc__ or "").strip().partition("\n")
+    summary, _, body = method.doc.partition("\n")
     lines = [f"# {method.name}", "", summary, "", *(["```text", body.strip(), "```", ""] if body.strip() else [])]
     lines += [
-        f"- paper: {method.paper}",
-        f"- verb: `{method.verb}`",
-        f"- needs: {', '.join(sorted(method.needs)) or 'no statistics'}",
-        f"- writes: {method.writes}",
+        f"- paper: {method.spec.paper}",
+        f"- verb: `{method.spec.verb}`",
+        f"- needs: {', '.join(sorted(method.spec.needs)) or 'no statistics'}",
+        f"- writes: {method.spec.writes}",
     ]
     if isinstance(method.recipe, str):
         lines += [f"- no recipe: {method.recipe}"]
-    if method.baseline is not None:
-        lines += [f"- has to beat: `{method.baseline}`"]
+    if method.spec.baseline is not None:
+        lines += [f"- has to beat: `{method.spec.baseline}`"]
     rows = options(method)
     lines += ["", "## Options", ""]
     if rows:
@@ -28,9 +29,9 @@ def page(method: Method) -> str:
         lines += [f"| `{r['name']}` | {r['type']} | `{_plain(r['default'])}` | {r['description']} |" for r in rows]
     else:
         lines += ["None."]
-    if method.covers:
+    if method.spec.covers:
         lines += ["", "## Covers", ""]
-        for key, steps in method.covers.items():
+        for key, steps in method.spec.covers.items():
             how = f"`lilliput methods {key} --recipe`" if isinstance(steps, list) else "an idea, described above"
             lines += [f"- `{key}`: {f'not to be run: {steps}' if isinstance(steps, str) else how}"]
     made = {name: told for name, told in described().items() if _uses(name, method)}

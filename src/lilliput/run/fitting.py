@@ -13,13 +13,15 @@ from torch import Tensor
 from lilliput.anatomy.model import Block
 from lilliput.model.stored import Model
 from lilliput.parts.layer import Layer
-from lilliput.plan.resolve import Task
+from lilliput.run import drivers
+from lilliput.run.driver import CloseDriver
 from lilliput.run.linear import BlockJob, Rows, deliver, lowered
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import lockstep
 from lilliput.streaming.forward import Batches
 from lilliput.streaming.states import Activations
+from lilliput.verbs.spec import Task
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO, Run
 
 TARGETS = "targets.bin"
@@ -151,7 +153,7 @@ def carry_out(
         first = next(iter(mine.values()))
         block = FitBlock(anatomy, {name: layers[name] for name in mine}, seen.run)
         with torch.enable_grad():
-            out: BlockFit = first.method.module.fit(block, io, {n: t.target for n, t in mine.items()}, first.options)
+            out = drivers.of(first, CloseDriver).run(first, block, io, {n: t.target for n, t in mine.items()})
         if out.layers.keys() != mine.keys():
             raise RuntimeError(f"{first.method.name} was to fit {sorted(mine)} and returned {sorted(out.layers)}")
         yield Fit(out, time.perf_counter() - began)

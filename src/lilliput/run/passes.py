@@ -25,71 +25,58 @@ from lilliput.model.block import BlockWeights
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan, divided
-from lilliput.plan.resolve import LinearPlan, Task, retargeted
+from lilliput.plan.resolve import LinearPlan, retargeted
 from lilliput.progress import Progress
 from lilliput.run import fisher
-from lilliput.run import search as trials
 from lilliput.run.journal import Work, save_atomically
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.backward import Samples
 from lilliput.streaming.forward import Batches, embed, observe
 from lilliput.streaming.states import Activations, raw
 from lilliput.target import Target
+from lilliput.verbs.allocate import Allocate
+from lilliput.verbs.learn import Learn
 from lilliput.verbs.scores import Budget, Scores, Share
+from lilliput.verbs.spec import Task
 from lilliput.verbs.view import BlockIO, BlockView
 
 
-def spill(plan: Plan, model: Model) -> int:
-    """Bytes of hidden states that a step keeps on disk at once, beyond those of every run.
-
-    Learning: those that enter every place, and the gradient. Fitting: inputs, outputs and targets of a block. Trying:
-    those that enter every block.
-    """
-    skeleton = model.skeleton
-    sizes = [trials.spill(plan, model)]
-    if any(x.together for x in plan.resolved.linears):
-        states = 2 * skeleton.dtype.itemsize + torch.float32.itemsize
-        sizes.append(plan.samples * plan.tokens * skeleton.hidden_size * states)
-    for task in plan.resolved.learned:
-        if getattr(task.method.module, "TOKENS", False):
-            samples = min(plan.samples, getattr(task.options, "sequences", plan.samples))
-            states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + torch.float32.itemsize
-            sizes.append(samples * plan.tokens * skeleton.hidden_size * states)
-    return max(sizes)
+def rotation_name(task: Task) -> str:
+    """The file of a learned rotation."""
+    return f"rotation-{task.step:02d}.safetensors"
 
 
-def learned(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
-    """The model with the rotations of the recipe's `learn` steps, which are learned now unless an earlier run did.
+def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
+    """The model with the rotation of a `learn` step, which is learned now unless an earlier run did.
 
     ids [N, T] are all samples: a rotation is learned by the leading rank alone, for its loss is one of all of them.
     """
-    for task in plan.resolved.learned:
-        if not isinstance(model, RotatedModel):
-            raise RuntimeError("a rotation was planned for a model that was not prepared for one")
-        path = work.folder / f"rotation-{task.step:02d}.safetensors"
-        records = [r for r in work.find("rotation") if r["step"] == task.step]
-        width = model.skeleton.hidden_size
-        matrix = torch.empty(width, width, dtype=torch.float64)
-        if not records:
-            if ranks.lead():
-                samples = None if ids is None else Samples(ids, work.folder, progress)
-                with torch.enable_grad():
-                    folds = task.method.module.learn(model, samples, plan.resolved.quantized(), task.options)
-                matrix = _product(folds, width)
-                _save(path, matrix)
-            work.note({"kind": "rotation", "step": task.step, "sha256": _sha256(matrix)})
-        with ranks.together():
-            if records and ranks.lead():
-                matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
-                if _sha256(matrix) != records[0]["sha256"]:
-                    raise LilliputError(
-                        f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
-                        "start anew"
-                    )
-        matrix = ranks.same(matrix.contiguous())
-        model = model.rotated(matrix)
-        memory.trim()
-    return model
+    if not isinstance(model, RotatedModel):
+        raise RuntimeError("a rotation was planned for a model that was not prepared for one")
+    path = work.folder / rotation_name(task)
+    records = [r for r in work.find("rotation") if r["step"] == task.step]
+    width = model.skeleton.hidden_size
+    matrix = torch.empty(width, width, dtype=torch.float64)
+    if not records:
+        if ranks.lead():
+            samples = None if ids is None else Samples(ids, work.folder, progress)
+            with torch.enable_grad():
+                folds = task.of(Learn).run(model, samples, plan.resolved.quantized(), task.options)
+            matrix = _product(folds, width)
+            _save(path, matrix)
+        work.note({"kind": "rotation", "step": task.step, "sha256": _sha256(matrix)})
+    with ranks.together():
+        if records and ranks.lead():
+            matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
+            if _sha256(matrix) != records[0]["sha256"]:
+                raise LilliputError(
+                    f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
+                    "start anew"
+                )
+    matrix = ranks.same(matrix.contiguous())
+    turned = model.rotated(matrix)
+    memory.trim()
+    return turned
 
 
 def _product(folds: Any, width: int) -> Tensor:
@@ -109,33 +96,22 @@ def _save(path: Path, matrix: Tensor) -> None:
     save_atomically(path, {"rotation": matrix.contiguous()})
 
 
-def allocated(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
-    """The plan with the targets that the recipe's `allocate` steps decide on, from scores over all dense blocks or
-    from losses of the whole model.
+def allocated(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
+    """The plan with the targets that an `allocate` step decides on, from scores over all dense blocks.
 
     ids [N, T] are all samples, of which each rank takes its share.
     """
     mine = None if ids is None else ids[ranks.share(len(ids))]
-    for task in plan.resolved.allocations:
-        if task in plan.resolved.searches:
-            found = trials.search(plan, task, _budget(plan, task), model, ids, work, progress)
-            plan = _found(plan, task, model, *found)
-        else:
-            plan = _decided(plan, task, model, _scores(plan, task, model, mine, work, progress))
-    return plan
+    return _decided(plan, task, model, _scores(plan, task, model, mine, work, progress))
 
 
-def decided(plan: Plan, model: Model, work: Work) -> Plan:
+def decided(plan: Plan, task: Task, model: Model, work: Work) -> Plan:
     """What `allocated` has made of the plan, once more from the journal of a run whose blocks are finished."""
-    for task in plan.resolved.allocations:
-        found = trials.result(plan, task, work)
-        plan = (
-            _decided(plan, task, model, _recorded(task, work)) if found is None else _found(plan, task, model, *found)
-        )
-    return plan
+    return _decided(plan, task, model, _recorded(task, work))
 
 
-def _budget(plan: Plan, task: Task) -> Budget:
+def budget(plan: Plan, task: Task) -> Budget:
+    """The linears whose targets a step may decide."""
     governed = plan.resolved.governed(task)
     return {
         x.name: Share(
@@ -150,11 +126,12 @@ def _budget(plan: Plan, task: Task) -> Budget:
 
 
 def _decided(plan: Plan, task: Task, model: Model, scores: Scores) -> Plan:
-    targets = task.method.module.allocate(scores, _budget(plan, task), task.options)
+    targets = task.of(Allocate).run(scores, budget(plan, task), task.options)
     return divided(plan, model, plan.resolved.with_targets(task, targets))
 
 
-def _found(plan: Plan, task: Task, model: Model, targets: Mapping[str, Target], said: str) -> Plan:
+def found(plan: Plan, task: Task, model: Model, targets: Mapping[str, Target], said: str) -> Plan:
+    """The plan with targets that a step has found, and what it says of them."""
     plan = divided(plan, model, plan.resolved.with_targets(task, targets))
     return replace(plan, notes=(*plan.notes, said))
 
@@ -231,7 +208,7 @@ def _score_blocks(
             weights = BlockWeights(model, index, anatomy)
             view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)).to(weights.device) for name in names})
             io = BlockIO(stats, fisher.reader(fisher.path_of(work, index)) if task.fisher else None)
-            scores = task.method.module.score(view, io, task.options)
+            scores = task.of(Allocate).score(view, io, task.options)
             del view
         work.note(
             {

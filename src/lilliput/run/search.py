@@ -26,7 +26,7 @@ from lilliput.model.block import BlockWeights
 from lilliput.model.stored import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
-from lilliput.plan.resolve import LinearPlan, Task
+from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
 from lilliput.run.journal import Work, save_atomically
 from lilliput.stats.site import SiteStats
@@ -35,24 +35,25 @@ from lilliput.streaming.backward import Samples
 from lilliput.streaming.forward import embed, observe
 from lilliput.streaming.states import Activations
 from lilliput.target import Target
+from lilliput.verbs.compress import Compress
 from lilliput.verbs.scores import Budget
+from lilliput.verbs.search import Search
+from lilliput.verbs.spec import Task
 
 
-def spill(plan: Plan, model: Model) -> int:
-    """Bytes that are on disk at once while losses are taken: hidden states, and weights that were tried together."""
+def spill(plan: Plan, task: Task, model: Model) -> int:
+    """Bytes that are on disk at once while losses are taken: the states that enter every block, statistics, and weights
+    that were tried together."""
     skeleton = model.skeleton
     states = (len(skeleton.block_names) + 2) * skeleton.dtype.itemsize
-    most = 0
-    for task in plan.resolved.searches:
-        needs = _needs(plan, task)
-        observing = plan.samples * plan.tokens * skeleton.hidden_size * skeleton.dtype.itemsize if needs else 0
-        kept = plan.processes * sum(_kept(block, needs) for block in model.anatomy().blocks)
-        outcomes = [plan.outcomes[name] for name in plan.resolved.governed(task)]
-        written = sum(x.out_features * x.in_features * x.dtype.itemsize for x in outcomes)
-        looked = task.method.module.looked_at(plan.samples, task.options)
-        trying = looked * plan.tokens * skeleton.hidden_size * states + plan.processes * written
-        most = max(most, kept + max(observing, trying))
-    return most
+    needs = _needs(plan, task)
+    observing = plan.samples * plan.tokens * skeleton.hidden_size * skeleton.dtype.itemsize if needs else 0
+    kept = plan.processes * sum(_kept(block, needs) for block in model.anatomy().blocks)
+    outcomes = [plan.outcomes[name] for name in plan.resolved.governed(task)]
+    written = sum(x.out_features * x.in_features * x.dtype.itemsize for x in outcomes)
+    looked = task.of(Search).looked_at(plan.samples, task.options)
+    trying = looked * plan.tokens * skeleton.hidden_size * states + plan.processes * written
+    return kept + max(observing, trying)
 
 
 def _needs(plan: Plan, task: Task) -> frozenset[str]:
@@ -74,12 +75,12 @@ def search(
         return known
     if ids is None:
         raise RuntimeError("losses were planned, but there are no tokens")
-    count = task.method.module.looked_at(plan.samples, task.options)
+    count = task.of(Search).looked_at(plan.samples, task.options)
     for path in [*work.folder.glob("backward-*.bin"), *work.folder.glob("trial-*")]:
         path.unlink()  # of a killed run
     try:
         with _Trials(plan, task, model, ids, count, work, progress) as trials:
-            targets, said = task.method.module.search(trials.loss, budget, task.options)
+            targets, said = task.of(Search).run(trials.loss, budget, task.options)
     except LilliputError as error:
         if ranks.lead():
             raise
@@ -203,7 +204,7 @@ class _Trials:
         weights = BlockWeights(self._model, plan.block, self._model.anatomy().blocks[plan.block])
         layer = Layer(name, weights.linear(plan.linear).to(weights.device))
         stats = self._seen(plan).to(weights.device)
-        done = task.method.module.compress(layer, stats, target, task.options).decode()
+        done = task.of(Compress).run(layer, stats, target, task.options).decode()
         stored = weights.to_stored(plan.linear, done).to("cpu", self._model.written_dtype(f"{name}.weight"))
         if keep:
             path = self._work.folder / f"trial-{len(self._files):05d}.safetensors"

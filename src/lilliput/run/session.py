@@ -29,7 +29,7 @@ from lilliput.plan.resolve import rotates
 from lilliput.progress import Progress, Quiet
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import calibration, delivery, fisher, journal, passes, stream
+from lilliput.run import calibration, delivery, fisher, journal, stages, stream
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 
@@ -137,7 +137,7 @@ def _spill(made: Plan, model: Model, eval_windows: int) -> int:
     """Bytes of what lies in the work folder at its fullest."""
     hidden = model.skeleton.hidden_size  # of what flows between blocks, which may be wider than the embeddings
     spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
-    spill = max(spill, passes.spill(made, model), fisher.spill(made, model)) + fisher.stored(made)
+    spill = max(spill, stages.spill(made, model), fisher.spill(made, model)) + fisher.stored(made)
     if eval_windows:
         spill = max(spill, 2 * eval_windows * window(model) * hidden * 4)
     return spill
@@ -190,7 +190,7 @@ def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: P
         skipped = len(place.find("block"))
         rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
         peak = max(ranks.gathered(memory.peak_above_base()))
-        made = passes.decided(made, opened, place)
+        made = stages.decided(made, opened, place)
         if ranks.lead():
             facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), place.hashes())
             delivery.write_loadable(place.staging, facts)

@@ -13,7 +13,6 @@ from torch import Tensor
 from lilliput import export
 from lilliput.anatomy.model import Site
 from lilliput.errors import LilliputError
-from lilliput.folds.kinds import ScaleFold
 from lilliput.formats import scales
 from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
@@ -21,10 +20,10 @@ from lilliput.model.stored import Model
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import tensors as inventory
 from lilliput.plan.plan import Plan
-from lilliput.plan.resolve import Task
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
-from lilliput.run import fisher, fitting, passes, tables
+from lilliput.run import drivers, fisher, fitting, stages, tables
+from lilliput.run.driver import BlockDriver, LinearDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, within
 from lilliput.run.output import Output
@@ -33,6 +32,7 @@ from lilliput.stats.site import SiteStats
 from lilliput.streaming import lockstep, order
 from lilliput.streaming.forward import Batches, embed, through
 from lilliput.streaming.states import START_ANEW, Activations
+from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.view import BlockIO, BlockView
 
 
@@ -90,7 +90,7 @@ def _solved(
 
 def _applied(tasks: Sequence[Task], stats: SiteStats, layer: Layer) -> Layer:
     for task in tasks:
-        layer = task.method.module.compress(layer, stats.through(layer.inputs), task.target, task.options)
+        layer = drivers.of(task, LinearDriver).run(task, layer, stats.through(layer.inputs))
     return layer
 
 
@@ -102,7 +102,9 @@ def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
         if not tasks:
             continue
         alone = any(
-            not task.method.rowwise or task.target.group_size == 0 or scales.joins_rows(task.target.scale_dtype)
+            not drivers.of(task, LinearDriver).stacks(task)
+            or task.target.group_size == 0
+            or scales.joins_rows(task.target.scale_dtype)
             for task in tasks
         )
         if groups and not alone and job.plans[groups[-1][0]].tasks == job.plans[name].tasks:
@@ -135,7 +137,7 @@ def _site(job: BlockJob, name: str) -> str:
 
 def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | None) -> None:
     """Apply the rewrite steps: the function stays the same, the weights become easier to compress."""
-    for task in job.plan.resolved.rewrites.get(job.index, ()):
+    for task in job.plan.resolved.at(Stage.BLOCK):
         covered = {x.name for x in job.anatomy.linears}
         sites = [job.anatomy.site(name) for name in dict.fromkeys(link.site for link in job.anatomy.links)]
         sites = [site for site in job.anatomy.sites if site in sites]
@@ -152,24 +154,10 @@ def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | 
         view = BlockView(
             job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)).to(job.weights.device) for n in names}
         )
-        job.weights.fold(_folds(task, view, BlockIO(stats, moved=moved)))
+        job.weights.fold(drivers.of(task, BlockDriver).run(task, view, BlockIO(stats, moved=moved)))
         touched = {name: job.weights.tensor(name) for name in job.weights.names() if job.weights.folded(name)}
         if batches is not None:
             job.model.skeleton.load({job.weights.canonical(name): value for name, value in touched.items()})
-
-
-def _folds(task: Task, view: BlockView, io: BlockIO) -> Sequence[ScaleFold]:
-    """What a rewrite step decides on; the leader decides for all ranks."""
-    if ranks.size() == 1:
-        folds: Sequence[ScaleFold] = task.method.module.rewrite(view, io, task.target, task.options)
-        return folds
-    links = view.anatomy.links
-    found: list[tuple[int, list[float]]] = []
-    if ranks.lead():
-        number = {id(link): n for n, link in enumerate(links)}
-        folds = task.method.module.rewrite(view, io, task.target, task.options)
-        found = [(number[id(fold.link)], fold.scale.tolist()) for fold in folds]
-    return [ScaleFold(links[n], torch.tensor(scale)) for n, scale in ranks.agreed(found)]
 
 
 def compress_block(
@@ -278,15 +266,15 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
     """
     count = len(model.skeleton.block_names)
     finished = {int(r["block"]): r for r in work.find("block")}
-    model = passes.learned(plan, model, ids, work, progress)
+    model = stages.prepared(plan, model, ids, work, progress)
     everything, ids = ids, None if ids is None else ids[ranks.share(len(ids))]
     with torch.no_grad():
         progress.step(len(finished), count)
         if len(finished) < count:
             fisher.take(plan, model, everything, work, progress, len(finished))
-            plan = passes.allocated(plan, model, everything, work, progress)
+            plan = stages.allocated(plan, model, everything, work, progress)
         else:
-            plan = passes.decided(plan, model, work)
+            plan = stages.decided(plan, model, work)
         output = Output(work.staging, plan.files)
         _begin(plan, model, work, output)
         if len(finished) < count:
@@ -378,8 +366,7 @@ def _blocks(
         shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
         with ranks.together():
             inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
-            rotations = (f"rotation-{task.step:02d}.safetensors" for task in plan.resolved.learned)
-            work.keep([inputs.path.name, *rotations, *fisher.kept(work)])
+            work.keep([inputs.path.name, *stages.files(plan), *fisher.kept(work)])
             if start and inputs.checksum() != finished[start - 1]["hidden"][ranks.rank()]:
                 raise LilliputError(
                     f"{inputs.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}"

@@ -22,14 +22,17 @@ from lilliput.machine import memory, ranks
 from lilliput.model.stored import TABLE_ROWS, Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
-from lilliput.plan.resolve import LinearPlan, Task
+from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
+from lilliput.run import drivers
+from lilliput.run.driver import LinearDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import Rows, energies, fits, overflow, within
 from lilliput.run.output import Output
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.states import Activations
+from lilliput.verbs.spec import Task
 
 
 def pending(plan: Plan, work: Work) -> tuple[LinearPlan, ...]:
@@ -177,7 +180,7 @@ class _Table:
 
 def _applied(tasks: tuple[Task, ...], stats: SiteStats, layer: Layer) -> Layer:
     for task in tasks:
-        layer = task.method.module.compress(layer, stats, task.target, task.options)
+        layer = drivers.of(task, LinearDriver).run(task, layer, stats)
     return layer
 
 

@@ -28,10 +28,10 @@ class SiteStats:
     absmean: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
-        """The statistic `name`. Raises RuntimeError where the method that reads it did not declare it in NEEDS."""
+        """The statistic `name`. Raises RuntimeError where the method that reads it did not declare it in needs."""
         value = getattr(self, name)
         if not isinstance(value, Tensor):
-            raise RuntimeError(f"the statistic '{name}' was read but not collected: declare it in NEEDS")
+            raise RuntimeError(f"the statistic '{name}' was read but not collected: declare it in needs")
         return value
 
     def second_moment(self) -> Tensor:

@@ -31,7 +31,7 @@ _CHUNK = 1 << 17  # weights worked on at a time
 
 
 class FitOptions(Strict):
-    """What every method of the family has; the plan reads `iters` and `batch` to foresee the time."""
+    """What every method of the family has."""
 
     iters: int = Field(200, ge=0, description="steps of descent; 0 returns the start")
     lr: float | None = Field(None, gt=0.0, description="length of the first step; none: the method's own choice")
@@ -43,6 +43,11 @@ class FitOptions(Strict):
     weigh: Literal["tokens", "alike"] = Field(
         "tokens", description="tokens: a token's error counts by its mean square output, as a norm behind sees it"
     )
+
+
+def looks(o: FitOptions, samples: int) -> int:
+    """Samples that all steps of descent look at, of so many."""
+    return o.iters * min(o.batch, samples)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lilliput.run import stream
 from lilliput.run.journal import Work
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
+from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.scores import Share
 from lilliput.verbs.view import BlockIO, BlockView
 
@@ -131,6 +132,6 @@ def test_what_leaves_nothing_to_divide_is_refused(toy: Any) -> None:
 
 def test_linears_outside_its_where_keep_the_recipes_sparsity(toy: Any) -> None:
     made = _plan(toy, Step(method="owl", where=Where(include=("*mlp*",))), Step(method="wanda"))
-    governed = made.resolved.governed(made.resolved.allocations[0])
+    governed = made.resolved.governed(made.resolved.of(Allocate)[0])
     assert governed
     assert all(".mlp." in name for name in governed)

@@ -19,7 +19,7 @@ from lilliput.parts.layer import Layer
 from lilliput.plan.plan import make
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step
-from lilliput.run import delivery, passes, stream
+from lilliput.run import delivery, stages, stream
 from lilliput.run.journal import Work
 from lilliput.runtime.linear import CompressedLinear
 from lilliput.stats.site import SiteStats
@@ -231,7 +231,7 @@ def test_a_whole_run_writes_what_the_divided_plan_says(toy: Any, tmp_path: Path)
     before = _plan(toy, *recipe.steps)
     with Work(tmp_path / "out", "key") as work:
         stream.run(before, toy.model, toy.ids, work, Quiet())
-        after = passes.decided(before, toy.model, work)
+        after = stages.decided(before, toy.model, work)
         delivery.write_loadable(work.staging, delivery.Delivery(after, toy.model, "key", None, (), work.hashes()))
         whole = AutoModelForCausalLM.from_pretrained(work.staging)
         written = sum(path.stat().st_size for path in work.staging.glob("*.safetensors"))

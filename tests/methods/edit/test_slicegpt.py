@@ -41,7 +41,7 @@ def edited(toy: Any) -> EditPlan:
     stats: dict[str, SiteStats] = {}
     for name, state in zip([*ready.skeleton.block_names, "norm"], walk(ready, toy.ids)[0], strict=True):
         flat = state / state.square().mean(-1, keepdim=True).sqrt()
-        stats[name] = fold.finish(fold.update(fold.init(24, slicegpt.NEEDS), flat))
+        stats[name] = fold.finish(fold.update(fold.init(24, slicegpt.METHOD.needs), flat))
     return slicegpt.edit([block.groups for block in ready.anatomy().blocks], stats, slicegpt.Options())
 
 
@@ -74,7 +74,7 @@ def test_every_boundary_needs_its_statistics(toy: Any) -> None:
 
 
 def test_recipes_are_refused_with_the_reason_and_nothing_is_claimed(toy: Any) -> None:
-    assert not slicegpt.COVERS
+    assert not slicegpt.METHOD.covers
     recipe = Recipe(steps=(Step(method="slicegpt"),))
     with pytest.raises(PlanError, match="transforms that it puts between blocks have no place"):
         make(toy.model, recipe, samples=1, tokens=8, budget=None, size=None, seed=None, dtype=torch.float32)

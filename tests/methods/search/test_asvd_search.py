@@ -20,13 +20,14 @@ from lilliput.model.stored import open_model
 from lilliput.plan.plan import Plan, make
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step
-from lilliput.run import passes
+from lilliput.run import passes, stages
 from lilliput.run import search as trials
 from lilliput.run.journal import Work
 from lilliput.run.stream import run
 from lilliput.streaming.states import Activations
 from lilliput.target import Target
 from lilliput.verbs.scores import Budget, Share
+from lilliput.verbs.search import Search
 
 RATIOS = (0.3, 0.6, 0.9)
 IDS = torch.randint(0, 48, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -124,7 +125,7 @@ def test_what_is_written_is_what_was_found_and_no_more_than_planned(folder: Path
     with Work(tmp_path / "out", "key") as work:
         run(made, model, IDS, work, Quiet())
         (found,) = work.find("found")
-        after = passes.decided(made, model, work)
+        after = stages.decided(made, model, work)
         assert not [*work.folder.glob("trial-*"), *work.folder.glob("backward-*")]
         written: dict[str, Tensor] = {}
         for path in work.staging.glob("*.safetensors"):
@@ -190,10 +191,16 @@ def test_what_is_spilled_is_known_before(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(trials._Trials, "_observe", observed)
     with Work(tmp_path / "out", "key") as work:
         trials.search(
-            made, made.resolved.searches[0], passes._budget(made, made.resolved.searches[0]), model, IDS, work, Quiet()
+            made,
+            made.resolved.of(Search)[0],
+            passes.budget(made, made.resolved.of(Search)[0]),
+            model,
+            IDS,
+            work,
+            Quiet(),
         )
     together = sum(x.linear.parameters * 4 for x in made.resolved.linears)  # this search never keeps such
-    assert passes.spill(made, model) == sum(sizes) + together
+    assert stages.spill(made, model) == sum(sizes) + together
 
 
 def made_up(losses: Mapping[str, Mapping[int, float]], ratio: float = 0.5) -> tuple[Budget, Any]:

@@ -18,7 +18,7 @@ from lilliput.model.stored import open_model
 from lilliput.plan.plan import Plan, make
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step
-from lilliput.run import passes
+from lilliput.run import stages
 from lilliput.run.journal import Work
 from lilliput.run.stream import run
 from lilliput.streaming.states import Activations
@@ -106,7 +106,7 @@ def test_what_is_written_is_what_was_found(folder: Path, tmp_path: Path) -> None
     with Work(tmp_path / "out", "key") as work:
         run(made, model, IDS, work, Quiet())
         (found,) = work.find("found")
-        after = passes.decided(made, model, work)
+        after = stages.decided(made, model, work)
         written: dict[str, Tensor] = {}
         for path in work.staging.glob("*.safetensors"):
             written |= load_file(path)
@@ -210,4 +210,4 @@ def test_what_is_spilled_is_known_before(folder: Path, tmp_path: Path, monkeypat
     with Work(tmp_path / "out", "key") as work:
         run(made, model, IDS, work, Quiet())
     weights = sum(x.linear.parameters * 4 for x in made.resolved.linears)
-    assert passes.spill(made, model) == sum(sizes) + weights
+    assert stages.spill(made, model) == sum(sizes) + weights

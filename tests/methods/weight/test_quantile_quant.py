@@ -40,7 +40,7 @@ def test_codes_carry_nearly_all_their_bits() -> None:
     def entropy(method: str, **target: Any) -> float:
         found = get(method)
         asked = Target(bits=4, group_size="tensor", **target)
-        (part,) = found.module.compress(Layer("x", w), EMPTY, asked, found.parse({})).parts
+        (part,) = found.spec.run(Layer("x", w), EMPTY, asked, found.parse({})).parts
         share = torch.bincount(part.codes.flatten().long() + 8, minlength=16).double() / w.numel()
         return float(-(share * share.clamp(min=1e-300).log2()).sum())
 

@@ -13,30 +13,15 @@ nothing of what the inputs make of the errors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from lilliput.target import Strict, Target
+from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.scores import Budget, Scores
 from lilliput.verbs.view import BlockIO, BlockView
 
-PAPER = "Kim et al. 2023, arXiv 2308.09723"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["targets"] = "targets"
-BASELINE: str | None = None
-NOTE = "finequant makes groups larger where that costs little: the files become at most as large as planned"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "finequant": [
-        {"method": "finequant"},
-        {
-            "method": "rtn",
-            "target": {"bits": 4, "group_size": 32, "symmetric": True},
-            "options": {"importance": False, "search": "minmax"},
-        },
-    ]
-}
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -103,3 +88,25 @@ def choose(score: tuple[float, ...], least: int, fall: float) -> int | None:
             break
         at, best = size, mean
     return at
+
+
+METHOD = Allocate(
+    paper="Kim et al. 2023, arXiv 2308.09723",
+    options=Options,
+    needs=(),
+    note="finequant makes groups larger where that costs little: the files become at most as large as planned",
+    covers={
+        "finequant": [
+            {"method": "finequant"},
+            {
+                "method": "rtn",
+                "target": {"bits": 4, "group_size": 32, "symmetric": True},
+                "options": {"importance": False, "search": "minmax"},
+            },
+        ]
+    },
+    score=score,
+    run=allocate,
+    refuse=refuse,
+    extremes=extremes,
+)

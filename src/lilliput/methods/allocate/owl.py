@@ -13,23 +13,16 @@ pattern, which leaves nothing to divide.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from lilliput.target import Strict, Target
+from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.scores import Budget, Scores
 from lilliput.verbs.view import BlockIO, BlockView
-
-PAPER = "Yin et al. 2024, arXiv 2310.05175"
-NEEDS: tuple[str, ...] = ("square",)
-WRITES: Literal["targets"] = "targets"
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "owl": [{"method": "owl"}, {"method": "wanda", "target": {"sparsity": 0.7}}],
-}
 
 
 class Options(Strict):
@@ -100,3 +93,16 @@ def _size(block: BlockView, io: BlockIO, name: str) -> Tensor:
     """Norm of each input of a linear over the calibration tokens, up to a factor that all inputs share."""
     stats = io.stats[block.anatomy.linear(name).site]
     return stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=block.weights[name].device)
+
+
+METHOD = Allocate(
+    paper="Yin et al. 2024, arXiv 2310.05175",
+    options=Options,
+    needs=("square",),
+    covers={
+        "owl": [{"method": "owl"}, {"method": "wanda", "target": {"sparsity": 0.7}}],
+    },
+    score=score,
+    run=allocate,
+    refuse=refuse,
+)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -39,24 +39,9 @@ from torch import Tensor
 from lilliput.algebra import lowrank
 from lilliput.methods.weight.svd_truncate import metric_of
 from lilliput.target import Strict, Target
+from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.scores import Budget, Scores, Share
 from lilliput.verbs.view import BlockIO, BlockView
-
-PAPER = "Yuan et al. 2023, arXiv 2312.05821"
-NEEDS: tuple[str, ...] = ("gram", "absmean", "fisher")
-WRITES: Literal["targets"] = "targets"
-DOUBLE = True
-BASELINE: str | None = None
-NOTE = (
-    "Calibration chooses the ranks: sizes of single tensors are shown as if all layers had the recipe's ratio, whose "
-    "total is the most that will be written."
-)
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "ranks": [
-        {"method": "ranks"},
-        {"method": "svd-truncate", "target": {"ratio": 0.8}, "options": {"weighting": "gram"}},
-    ],
-}
 
 
 class Options(Strict):
@@ -211,3 +196,24 @@ def _size(share: Share, target: Target) -> int:
     if share.size is None:
         raise RuntimeError("ranks change sizes, and nobody said which they are")
     return share.size(target)
+
+
+METHOD = Allocate(
+    paper="Yuan et al. 2023, arXiv 2312.05821",
+    options=Options,
+    needs=("gram", "absmean", "fisher"),
+    reads=needs,
+    fisher_samples=lambda o: o.fisher_samples,
+    note="Calibration chooses the ranks: sizes of single tensors are shown as if all layers had the recipe's ratio, "
+    "whose total is the most that will be written.",
+    covers={
+        "ranks": [
+            {"method": "ranks"},
+            {"method": "svd-truncate", "target": {"ratio": 0.8}, "options": {"weighting": "gram"}},
+        ],
+    },
+    score=score,
+    run=allocate,
+    refuse=refuse,
+    double=True,
+)

@@ -12,20 +12,13 @@ no place in an engine's layout, and deleting directions is not done here. RMS no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
 
 from lilliput.algebra.rotations import principal
 from lilliput.anatomy.model import Groups
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict
+from lilliput.verbs.edit import Edit
 from lilliput.verbs.edits import EditPlan
-
-PAPER = "Ashkboos et al. 2024, arXiv 2401.15024"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["fold"] = "fold"
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {}
-RECIPE = "the transforms that it puts between blocks have no place in any layout that is written here yet"
 
 
 class Options(Strict):
@@ -40,3 +33,13 @@ def edit(groups: Sequence[Groups], stats: Mapping[str, SiteStats], o: Options) -
             f"{len(groups)} blocks have {len(groups) + 1} boundaries, but there are {len(stats)} statistics"
         )
     return EditPlan(bases=tuple(principal(x.need("gram")) for x in stats.values()))
+
+
+METHOD = Edit(
+    paper="Ashkboos et al. 2024, arXiv 2401.15024",
+    options=Options,
+    needs=("gram",),
+    recipe="the transforms that it puts between blocks have no place in any layout that is written here yet",
+    covers={},
+    run=edit,
+)

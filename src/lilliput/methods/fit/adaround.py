@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -28,17 +27,9 @@ from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Fitted, Start
 from lilliput.training.minimise import Parameter, Schedule
+from lilliput.verbs.fit import Fit
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
-PAPER = "Nagel et al. 2020, arXiv 2004.10568"
-NEEDS: tuple[str, ...] = ("square",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int",)
-COPIES = 12  # those of signround, and the sigmoid's own
-BASELINE: str | None = "rtn"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "adaround": [{"method": "adaround", "target": {"bits": 4}}],
-}
 _WARM = 0.2
 
 
@@ -103,3 +94,18 @@ def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -
 
     rate = o.lr if o.lr is not None else 4.0 / max(o.iters, 1)
     return blockfit.descend(block, io, targets, o, begin, Schedule(o.iters, rate, "adam"), penalty)
+
+
+METHOD = Fit(
+    paper="Nagel et al. 2020, arXiv 2004.10568",
+    options=Options,
+    needs=("square",),
+    formats=("int",),
+    baseline="rtn",
+    covers={
+        "adaround": [{"method": "adaround", "target": {"bits": 4}}],
+    },
+    run=fit,
+    copies=12,  # those of signround, and the sigmoid's own
+    looks=blockfit.looks,
+)

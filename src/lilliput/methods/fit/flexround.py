@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,17 +25,9 @@ from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
 from lilliput.training.minimise import Parameter, Schedule
+from lilliput.verbs.fit import Fit
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
-PAPER = "Lee et al. 2023, arXiv 2306.00317"
-NEEDS: tuple[str, ...] = ("square",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int",)
-COPIES = 11  # those of signround, and the position
-BASELINE: str | None = "rtn"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "flexround": [{"method": "flexround", "target": {"bits": 4}}],
-}
 _LEAST = 0.05
 
 
@@ -92,3 +83,18 @@ def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -
     """All covered layers of a block, quantized together. Raises PlanError without bits in a target."""
     rate = o.lr if o.lr is not None else 0.4 / max(o.iters, 1)
     return blockfit.descend(block, io, targets, o, lambda start: begin(start, o), Schedule(o.iters, rate, "adam"))
+
+
+METHOD = Fit(
+    paper="Lee et al. 2023, arXiv 2306.00317",
+    options=Options,
+    needs=("square",),
+    formats=("int",),
+    baseline="rtn",
+    covers={
+        "flexround": [{"method": "flexround", "target": {"bits": 4}}],
+    },
+    run=fit,
+    copies=11,  # those of signround, and the position
+    looks=blockfit.looks,
+)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -32,17 +32,9 @@ from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
 from lilliput.training.minimise import Parameter, Schedule
+from lilliput.verbs.fit import Fit
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
-PAPER = "Cheng et al. 2024, arXiv 2309.05516"
-NEEDS: tuple[str, ...] = ("square",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int",)
-COPIES = 10  # the weight, its start, V and its gradient, What and its gradient, two states to return to, Adam's two
-BASELINE: str | None = "rtn"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax", "weigh": "alike"}}],
-}
 _LEAST = 0.05  # of a clip factor
 
 
@@ -122,3 +114,18 @@ def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -
     """All covered layers of a block, quantized together. Raises PlanError without bits in a target."""
     schedule = Schedule(o.iters, 1.0, o.rule)
     return blockfit.descend(block, io, targets, o, lambda start: begin(start, o), schedule)
+
+
+METHOD = Fit(
+    paper="Cheng et al. 2024, arXiv 2309.05516",
+    options=Options,
+    needs=("square",),
+    formats=("int",),
+    baseline="rtn",
+    covers={
+        "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax", "weigh": "alike"}}],
+    },
+    run=fit,
+    copies=10,  # the weight, its start, V and its gradient, What and its gradient, two states to return to, Adam's two
+    looks=blockfit.looks,
+)

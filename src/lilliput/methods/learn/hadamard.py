@@ -12,7 +12,7 @@ the width has to be a power of two times factors of 12 and 20, otherwise a rando
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -22,15 +22,10 @@ from lilliput.errors import PlanError
 from lilliput.folds.kinds import ResidualRotation
 from lilliput.streaming.backward import Samples
 from lilliput.target import Strict, Target
+from lilliput.verbs.learn import Learn
 
 if TYPE_CHECKING:
     from lilliput.model.rotated import RotatedModel  # which imports transformers
-
-PAPER = "Ashkboos et al. 2024, arXiv 2404.00456"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["fold"] = "fold"
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {}
 
 
 class Options(Strict):
@@ -56,3 +51,13 @@ def learn(
     """One rotation; neither weights nor samples are looked at."""
     width = model.skeleton.hidden_size
     return (ResidualRotation(hadamard.matrix(width, o.seed) if o.kind == "hadamard" else orthogonal(width, o.seed)),)
+
+
+METHOD = Learn(
+    paper="Ashkboos et al. 2024, arXiv 2404.00456",
+    options=Options,
+    needs=(),
+    covers={},
+    run=learn,
+    refuse=refuse,
+)

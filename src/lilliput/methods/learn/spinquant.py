@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -29,17 +29,10 @@ from lilliput.formats.integer import from_target
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
 from lilliput.target import Strict, Target
+from lilliput.verbs.learn import Learn
 
 if TYPE_CHECKING:
     from lilliput.model.rotated import RotatedModel  # which imports transformers
-
-PAPER = "Liu et al. 2024, arXiv 2405.16406"
-NEEDS: tuple[str, ...] = ()
-TOKENS = True
-WRITES: Literal["fold"] = "fold"
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {}
-RECIPE: list[dict[str, Any]] = [{"method": "spinquant"}, {"method": "gptq", "target": {"bits": 4}}]
 
 
 class Options(Strict):
@@ -144,3 +137,15 @@ def _read(model: RotatedModel, targets: Mapping[str, Target], rotation: Tensor) 
         return rounded.T.contiguous() if linear in flipped else rounded
 
     return read
+
+
+METHOD = Learn(
+    paper="Liu et al. 2024, arXiv 2405.16406",
+    options=Options,
+    needs=(),
+    recipe=[{"method": "spinquant"}, {"method": "gptq", "target": {"bits": 4}}],
+    covers={},
+    run=learn,
+    refuse=refuse,
+    sequences=lambda o, samples: min(o.sequences, samples),
+)

@@ -47,19 +47,9 @@ from lilliput.methods.weight import gptq
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.rewrite import Rewrite
 from lilliput.verbs.view import BlockIO, BlockView
 
-PAPER = "Lin et al. 2024, arXiv 2306.00978"
-NEEDS: tuple[str, ...] = ("gram", "absmean")
-WRITES: Literal["fold"] = "fold"
-ROWWISE = False
-BASELINE: str | None = "rtn"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "awq": [
-        {"method": "awq", "target": {"bits": 4}, "options": {"even": False}},
-        {"method": "rtn", "target": {"bits": 4}},
-    ],
-}
 _TOKENWISE = ("o", "gate", "up", "gate_up", "down")  # roles whose outputs meet no other token's before the block's
 
 
@@ -192,3 +182,18 @@ def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: For
         else:
             total += float((miss.square().sum(0) * price).sum(dtype=torch.float64))
     return total
+
+
+METHOD = Rewrite(
+    paper="Lin et al. 2024, arXiv 2306.00978",
+    options=Options,
+    needs=("gram", "absmean"),
+    baseline="rtn",
+    covers={
+        "awq": [
+            {"method": "awq", "target": {"bits": 4}, "options": {"even": False}},
+            {"method": "rtn", "target": {"bits": 4}},
+        ],
+    },
+    run=rewrite,
+)

@@ -14,27 +14,16 @@ are zero in the inputs or in all weights keep their scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from lilliput.folds.kinds import ScaleFold
 from lilliput.target import Strict, Target
+from lilliput.verbs.rewrite import Rewrite
 from lilliput.verbs.view import BlockIO, BlockView
-
-PAPER = "Xiao et al. 2023, arXiv 2211.10438"
-NEEDS: tuple[str, ...] = ("absmax",)
-WRITES: Literal["fold"] = "fold"
-ROWWISE = False
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "smoothquant": [
-        {"method": "smoothquant"},
-        {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}, "options": {"search": "minmax"}},
-    ],
-}
 
 
 class Options(Strict):
@@ -59,3 +48,17 @@ def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequen
         alive = (inputs > 0) & (weights > 0) & torch.isfinite(scale)
         folds.append(ScaleFold(link, torch.where(alive, scale, 1.0).float()))
     return folds
+
+
+METHOD = Rewrite(
+    paper="Xiao et al. 2023, arXiv 2211.10438",
+    options=Options,
+    needs=("absmax",),
+    covers={
+        "smoothquant": [
+            {"method": "smoothquant"},
+            {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}, "options": {"search": "minmax"}},
+        ],
+    },
+    run=rewrite,
+)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,25 +30,7 @@ from lilliput.algebra import lowrank
 from lilliput.errors import LilliputError
 from lilliput.target import Strict, Target
 from lilliput.verbs.scores import Budget, Loss, Share
-
-PAPER = "Yuan et al. 2023, arXiv 2312.05821"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["targets"] = "targets"
-TOKENS = True
-DOUBLE = True
-BASELINE: str | None = None
-GOVERNS = ("svd-truncate",)
-KEEPS_BUDGET = True
-NOTE = (
-    "Trying out chooses the ranks: sizes of single tensors are shown as if all layers had the recipe's ratio, whose "
-    "total is the most that will be written."
-)
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "asvd-search": [
-        {"method": "asvd-search"},
-        {"method": "svd-truncate", "target": {"ratio": 0.8}, "options": {"weighting": "absmean"}},
-    ],
-}
+from lilliput.verbs.search import Search
 
 
 class Options(Strict):
@@ -154,3 +135,25 @@ def _said(chosen: Mapping[str, int], count: int, threshold: float | None) -> str
         f"asvd-search: {len(chosen)} of {count} linears truncated, each to the least rank that by itself leaves a "
         f"perplexity of at most {math.exp(threshold):.4g} on the samples."
     )
+
+
+METHOD = Search(
+    paper="Yuan et al. 2023, arXiv 2312.05821",
+    options=Options,
+    needs=(),
+    note="Trying out chooses the ranks: sizes of single tensors are shown as if all layers had the recipe's ratio, "
+    "whose total is the most that will be written.",
+    covers={
+        "asvd-search": [
+            {"method": "asvd-search"},
+            {"method": "svd-truncate", "target": {"ratio": 0.8}, "options": {"weighting": "absmean"}},
+        ],
+    },
+    run=search,
+    refuse=refuse,
+    double=True,
+    governs=("svd-truncate",),
+    keeps_budget=True,
+    looked_at=looked_at,
+    passes=passes,
+)

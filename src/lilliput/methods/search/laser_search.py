@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
 
 from pydantic import Field
 
@@ -29,21 +28,9 @@ from lilliput.errors import LilliputError
 from lilliput.methods.weight import laser
 from lilliput.target import Strict, Target
 from lilliput.verbs.scores import Budget, Loss
+from lilliput.verbs.search import Search
 
-PAPER = "Sharma et al. 2023, arXiv 2312.13558"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["targets"] = "targets"
-TOKENS = True
-DOUBLE = True
-BASELINE: str | None = None
-GOVERNS = ("laser",)
 _SHOWN = 5
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "laser-search": [
-        {"method": "laser-search"},
-        {"method": "laser", "where": {"include": [f"*.mlp.{name}" for name in laser.MLP_INPUT]}},
-    ],
-}
 
 
 class Options(Strict):
@@ -124,3 +111,22 @@ def _said(chosen: Mapping[str, Target], looked: int, before: float, after: float
         f"laser-search: {len(chosen)} of {looked} linears lowered, loss on the samples {before:.4f} to {after:.4f}: "
         f"{shown}."
     )
+
+
+METHOD = Search(
+    paper="Sharma et al. 2023, arXiv 2312.13558",
+    options=Options,
+    needs=(),
+    covers={
+        "laser-search": [
+            {"method": "laser-search"},
+            {"method": "laser", "where": {"include": [f"*.mlp.{name}" for name in laser.MLP_INPUT]}},
+        ],
+    },
+    run=search,
+    refuse=refuse,
+    double=True,
+    governs=("laser",),
+    looked_at=looked_at,
+    passes=passes,
+)

@@ -20,8 +20,7 @@ groups. No sum is exactly 0: pruned layers are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -33,18 +32,9 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Xu et al. 2018, arXiv 1802.00150"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("binary",)
-ROWWISE = True
-BASELINE: str | None = "rtn"
-SCRATCH = 16 << 20  # bytes beside what the plan counts for a sweep (measured)
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "bcq": [{"method": "bcq", "target": {"format": "binary", "bits": 4}}],
-    "lut-gemm": [{"method": "bcq", "target": {"format": "binary", "bits": 3, "group_size": 32}}],
-}
+NEEDS = ("gram",)
 
 
 class Options(Strict):
@@ -94,3 +84,21 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
 
     found = values.sweep(weight, factor, order, rounding)
     return layer.with_part(QuantizedPart(form, form.encode(found, grid), grid))
+
+
+METHOD = Compress(
+    paper="Xu et al. 2018, arXiv 1802.00150",
+    options=Options,
+    needs=NEEDS,
+    reads=needs,
+    writes="quantized",
+    formats=("binary",),
+    baseline="rtn",
+    covers={
+        "bcq": [{"method": "bcq", "target": {"format": "binary", "bits": 4}}],
+        "lut-gemm": [{"method": "bcq", "target": {"format": "binary", "bits": 3, "group_size": 32}}],
+    },
+    run=compress,
+    rowwise=True,
+    scratch=16 << 20,  # bytes beside what the plan counts for a sweep (measured)
+)

@@ -19,8 +19,7 @@ pass over the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -33,14 +32,8 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Kim et al. 2024, arXiv 2306.07629"
-NEEDS: tuple[str, ...] = ("gram", "square", "fisher")
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("codebook",)
-ROWWISE = True
-BASELINE: str | None = "rtn"
-SCRATCH = (2 * 10 * 8 + 64) * levels.ROOM  # a refit and k-means (measured)
 _WEIGHTS = 1 << 20  # swept together
 
 
@@ -60,18 +53,6 @@ class Options(Strict):
     fisher_samples: int | None = Field(
         None, ge=1, description="calibration samples that the Fisher statistic is taken over; none: all"
     )
-
-
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "codebook": [{"method": "codebook", "target": {"format": "codebook", "bits": 4, "group_size": "channel"}}],
-    "nonuniform-codebook": [
-        {
-            "method": "codebook",
-            "target": {"format": "codebook", "bits": 4, "group_size": "channel"},
-            "options": {"weigh": "none", "sweep": False},
-        }
-    ],
-}
 
 
 def needs(o: Options) -> tuple[str, ...]:
@@ -125,3 +106,28 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
             fitted[a:b] = part.levels
         codes[a:b] = form.encode(values, part)
     return layer.with_part(QuantizedPart(form, codes, Table(fitted)))
+
+
+METHOD = Compress(
+    paper="Kim et al. 2024, arXiv 2306.07629",
+    options=Options,
+    needs=("gram", "square", "fisher"),
+    reads=needs,
+    fisher_samples=lambda o: o.fisher_samples,
+    writes="quantized",
+    formats=("codebook",),
+    baseline="rtn",
+    covers={
+        "codebook": [{"method": "codebook", "target": {"format": "codebook", "bits": 4, "group_size": "channel"}}],
+        "nonuniform-codebook": [
+            {
+                "method": "codebook",
+                "target": {"format": "codebook", "bits": 4, "group_size": "channel"},
+                "options": {"weigh": "none", "sweep": False},
+            }
+        ],
+    },
+    run=compress,
+    rowwise=True,
+    scratch=(2 * 10 * 8 + 64) * levels.ROOM,  # a refit and k-means (measured)
+)

@@ -13,9 +13,6 @@ Limits: G describes the calibration text; the product is dense, so the zeros of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
 from pydantic import Field
 
 from lilliput.algebra import lowrank
@@ -25,18 +22,7 @@ from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spe
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-
-PAPER = "Liu et al. 2024, arXiv 2410.21271"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["parts"] = "parts"
-DEFAULT: Mapping[str, Any] = {"rank": 32}
-ROWWISE = False
-MASKED = False
-DOUBLE = True
-BASELINE: str | None = "lorc"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "eora": [{"method": "gptq", "target": {"bits": 3}}, {"method": "eora", "target": {"rank": 32}}],
-}
+from lilliput.verbs.compress import Compress
 
 
 class Options(Strict):
@@ -64,3 +50,20 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     rank = rank_of(target, *rest.shape)
     metric = stats.need("gram") if stats.count else None
     return layer.with_part(approximate(rest, rank, factor_spec(o.factors), metric))
+
+
+METHOD = Compress(
+    paper="Liu et al. 2024, arXiv 2410.21271",
+    options=Options,
+    needs=("gram",),
+    writes="parts",
+    default={"rank": 32},
+    baseline="lorc",
+    covers={
+        "eora": [{"method": "gptq", "target": {"bits": 3}}, {"method": "eora", "target": {"rank": 32}}],
+    },
+    run=compress,
+    scheme=scheme,
+    masked=False,
+    double=True,
+)

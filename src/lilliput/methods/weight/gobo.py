@@ -16,9 +16,6 @@ table for a whole matrix cannot follow rows of different size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -31,16 +28,8 @@ from lilliput.parts.scheme import Scheme
 from lilliput.parts.sparse import SparseSpec, highest, pick
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Zadeh et al. 2020, arXiv 2005.03842"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("codebook",)
-ROWWISE = False
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "gobo": [{"method": "gobo", "target": {"format": "codebook", "bits": 3, "group_size": "tensor"}}],
-}
 _STEPS = 100
 
 
@@ -119,3 +108,17 @@ def _means(sums: Tensor, cut: Tensor, empty: Tensor) -> Tensor:
     """The mean of the values between neighbouring cuts, [count]; `empty` where there are none."""
     size = cut.diff()
     return torch.where(size > 0, sums[cut].diff() / size.clamp(min=1), empty)
+
+
+METHOD = Compress(
+    paper="Zadeh et al. 2020, arXiv 2005.03842",
+    options=Options,
+    needs=(),
+    writes="quantized",
+    formats=("codebook",),
+    covers={
+        "gobo": [{"method": "gobo", "target": {"format": "codebook", "bits": 3, "group_size": "tensor"}}],
+    },
+    run=compress,
+    scheme=scheme,
+)

@@ -21,7 +21,6 @@ damping decides.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -40,13 +39,8 @@ from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme, quantized
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Frantar et al. 2023, arXiv 2210.17323"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = swept.NAMES
-ROWWISE = True
-BASELINE: str | None = "rtn"
 _ROWS = 2048  # outputs swept together: their working matrices stay small and one block of them in cache
 
 
@@ -71,12 +65,6 @@ class Options(Strict):
     )
     refine: int = Field(0, ge=0, le=50, description="passes of coordinate descent over scales and codes")
     rescale: bool = Field(True, description="refining passes also move the scales (not a scale per tensor)")
-
-
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "gptq": [{"method": "gptq", "target": {"bits": 4}}],
-    "ldlq": [{"method": "gptq", "target": {"bits": 4}, "options": {"act_order": False}}],
-}
 
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
@@ -196,3 +184,20 @@ def _refit(values: Tensor, importance: Tensor | None, form: IntegerFormat, grid:
     grid.scale[:, group] = fitted.scale[:, 0]
     if grid.zero is not None and fitted.zero is not None:
         grid.zero[:, group] = fitted.zero[:, 0]
+
+
+METHOD = Compress(
+    paper="Frantar et al. 2023, arXiv 2210.17323",
+    options=Options,
+    needs=("gram",),
+    writes="quantized",
+    formats=swept.NAMES,
+    baseline="rtn",
+    covers={
+        "gptq": [{"method": "gptq", "target": {"bits": 4}}],
+        "ldlq": [{"method": "gptq", "target": {"bits": 4}, "options": {"act_order": False}}],
+    },
+    run=compress,
+    scheme=scheme,
+    rowwise=True,
+)

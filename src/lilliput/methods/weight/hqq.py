@@ -13,8 +13,7 @@ Cost: O(iters * out * in), no calibration. Limits: it does not know which inputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -28,16 +27,8 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int", "affine")
-ROWWISE = True
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "hqq": [{"method": "hqq", "target": {"format": "affine", "bits": 4, "group_size": 64}}],
-}
 _CHUNK = 1 << 17  # weights worked on at a time
 
 
@@ -154,3 +145,17 @@ def _sum(units: Units, values: Tensor) -> Tensor:
     """Sums over the weights of each unit, [units]."""
     sums = units.gather(values)
     return sums.sum(0, keepdim=True) if units.shape[0] == 1 else sums
+
+
+METHOD = Compress(
+    paper="Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/",
+    options=Options,
+    needs=(),
+    writes="quantized",
+    formats=("int", "affine"),
+    covers={
+        "hqq": [{"method": "hqq", "target": {"format": "affine", "bits": 4, "group_size": 64}}],
+    },
+    run=compress,
+    rowwise=True,
+)

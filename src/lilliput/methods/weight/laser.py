@@ -13,8 +13,6 @@ with `factored`, a rank from break-even on is refused, because it would save not
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
 
 from pydantic import Field
 
@@ -26,24 +24,9 @@ from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spe
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Sharma et al. 2023, arXiv 2312.13558"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["parts"] = "parts"
-ROWWISE = False
-MASKED = False
-DOUBLE = True
-BASELINE: str | None = None
 MLP_INPUT = ("up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "laser": [
-        {
-            "method": "laser",
-            "options": {"kept": 0.1},
-            "where": {"include": [f"*.1.mlp.{name}" for name in MLP_INPUT]},
-        }
-    ],
-}
 
 
 class Options(Strict):
@@ -102,3 +85,25 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     if rank == min(weight.shape):
         return layer.with_part(DensePart(weight))  # the identity, to the last bit
     return layer.with_part(DensePart((basis @ (basis.T @ weight.double())).float()))
+
+
+METHOD = Compress(
+    paper="Sharma et al. 2023, arXiv 2312.13558",
+    options=Options,
+    needs=(),
+    writes="parts",
+    covers={
+        "laser": [
+            {
+                "method": "laser",
+                "options": {"kept": 0.1},
+                "where": {"include": [f"*.1.mlp.{name}" for name in MLP_INPUT]},
+            }
+        ],
+    },
+    run=compress,
+    scheme=scheme,
+    replaces=replaces,
+    masked=False,
+    double=True,
+)

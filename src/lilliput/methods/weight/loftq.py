@@ -17,8 +17,7 @@ Limits: what nf4 or integers lose is spread over many directions, of which r are
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from lilliput.algebra import lowrank
 from lilliput.errors import PlanError
-from lilliput.formats import ranged
+from lilliput.formats import ranged, swept
 from lilliput.formats.known import from_target
 from lilliput.formats.ranged import Search
 from lilliput.methods.weight import gptq
@@ -38,18 +37,9 @@ from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Li et al. 2023, arXiv 2310.08659"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["parts"] = "parts"
-DEFAULT: Mapping[str, Any] = {"bits": 4, "rank": 16}
-ROWWISE = False
-MASKED = False
-DOUBLE = True
-BASELINE: str | None = "rtn"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "loftq": [{"method": "loftq", "target": {"bits": 4, "rank": 16}}],
-}
+NEEDS = ("gram",)
 
 
 class Options(Strict):
@@ -74,7 +64,7 @@ def scheme(target: Target, options: Options, rows: int, width: int) -> Scheme:
 
     Raises PlanError for a format or rank that cannot be.
     """
-    if options.solver == "gptq" and target.format not in gptq.FORMATS:
+    if options.solver == "gptq" and target.format not in swept.NAMES:
         raise PlanError(f"solver gptq has no format '{target.format}': use solver nearest")
     factor = factor_spec(options.factors)
     return Scheme(
@@ -120,3 +110,21 @@ def _untrained(name: str, weight: Tensor, rank: int, o: Options) -> LowRankPart:
     drawn = torch.randn(rank, width, generator=generator) / width**0.5
     spec = factor_spec(o.factors)
     return LowRankPart(as_part(weight.new_zeros(rows, rank), spec), as_part(drawn.to(weight.device), spec))
+
+
+METHOD = Compress(
+    paper="Li et al. 2023, arXiv 2310.08659",
+    options=Options,
+    needs=NEEDS,
+    reads=needs,
+    writes="parts",
+    default={"bits": 4, "rank": 16},
+    baseline="rtn",
+    covers={
+        "loftq": [{"method": "loftq", "target": {"bits": 4, "rank": 16}}],
+    },
+    run=compress,
+    scheme=scheme,
+    masked=False,
+    double=True,
+)

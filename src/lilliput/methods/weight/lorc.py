@@ -11,9 +11,6 @@ noise, of which low rank catches little; place it behind a quantizer of 2 or 3 b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
 from pydantic import Field
 
 from lilliput.algebra import lowrank
@@ -23,20 +20,7 @@ from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spe
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-
-PAPER = "Yao et al. 2023, arXiv 2303.08302"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["parts"] = "parts"
-ROWWISE = False
-MASKED = False
-DOUBLE = True
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "lorc": [
-        {"method": "rtn", "target": {"bits": 4}},
-        {"method": "lorc", "target": {"rank": 8}},
-    ],
-}
+from lilliput.verbs.compress import Compress
 
 
 class Options(Strict):
@@ -62,3 +46,21 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     rest = rest_of(layer)
     scheme(target, o, *rest.shape)
     return layer.with_part(approximate(rest, target.rank or 0, factor_spec(o.factors)))
+
+
+METHOD = Compress(
+    paper="Yao et al. 2023, arXiv 2303.08302",
+    options=Options,
+    needs=(),
+    writes="parts",
+    covers={
+        "lorc": [
+            {"method": "rtn", "target": {"bits": 4}},
+            {"method": "lorc", "target": {"rank": 8}},
+        ],
+    },
+    run=compress,
+    scheme=scheme,
+    masked=False,
+    double=True,
+)

@@ -16,8 +16,7 @@ Limits: spectra of language models are slow, so that few directions lose much; c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -29,17 +28,7 @@ from lilliput.parts.lowrank import Factors, LowRankPart, LowRankSpec, as_part, f
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-
-PAPER = "Saha et al. 2023, arXiv 2310.11028"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["parts"] = "parts"
-ROWWISE = False
-MASKED = False
-DOUBLE = True
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "lplr": [{"method": "lplr", "options": {"left": "int8", "right": "int8", "budget": 6.0}}],
-}
+from lilliput.verbs.compress import Compress
 
 
 class Options(Strict):
@@ -95,3 +84,18 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         columns = weight.double() @ sketch.to(weight.device)
     left = as_part(columns, factor_spec(o.left))
     return layer.with_part(LowRankPart(left, as_part(lowrank.project(left.decode(), weight), factor_spec(o.right))))
+
+
+METHOD = Compress(
+    paper="Saha et al. 2023, arXiv 2310.11028",
+    options=Options,
+    needs=(),
+    writes="parts",
+    covers={
+        "lplr": [{"method": "lplr", "options": {"left": "int8", "right": "int8", "budget": 6.0}}],
+    },
+    run=compress,
+    scheme=scheme,
+    masked=False,
+    double=True,
+)

@@ -17,8 +17,7 @@ Cost: one selection per scope. Limits: weak on language models, whose inputs dif
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -26,17 +25,7 @@ from lilliput.algebra import masks
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-
-PAPER = "Han et al. 2015, arXiv 1506.02626"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["support"] = "support"
-ROWWISE = False
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "magnitude": [{"method": "magnitude", "target": {"sparsity": 0.5}}],
-    "nm-sparsity": [{"method": "magnitude", "target": {"pattern": "2:4"}}],
-    "mask-formalism": None,
-}
+from lilliput.verbs.compress import Compress
 
 
 class Options(Strict):
@@ -48,3 +37,17 @@ class Options(Strict):
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """The layer with a support. Raises PlanError when the target asks for no sparsity."""
     return layer.with_support(masks.choose(layer.rest().abs(), target.sparsity, target.pattern, o.scope))
+
+
+METHOD = Compress(
+    paper="Han et al. 2015, arXiv 1506.02626",
+    options=Options,
+    needs=(),
+    writes="support",
+    covers={
+        "magnitude": [{"method": "magnitude", "target": {"sparsity": 0.5}}],
+        "nm-sparsity": [{"method": "magnitude", "target": {"pattern": "2:4"}}],
+        "mask-formalism": None,
+    },
+    run=compress,
+)

@@ -13,8 +13,7 @@ time. Limits: the plan refuses a linear above `most` multiply-adds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -27,13 +26,8 @@ from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme, quantized
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Frantar and Alistarh 2022, arXiv 2208.11580"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int",)
-ROWWISE = True
-BASELINE: str | None = "rtn"
 _ROOM = 1 << 25  # numbers of the inverses that are alive at a time
 
 
@@ -45,9 +39,6 @@ class Options(Strict):
     damping: float = Field(0.01, gt=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
     most: float = Field(1e12, gt=0.0, description="multiply-adds (out * in^3) above which a linear is refused")
-
-
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {"obq": [{"method": "obq", "target": {"bits": 4}}]}
 
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
@@ -126,3 +117,17 @@ def _rows(
         work = work - (miss[each, q] / pivot)[:, None] * column
         left.baddbmm_(column[:, :, None], column[:, None, :] / -pivot[:, None, None])
     return codes.to(torch.int8)
+
+
+METHOD = Compress(
+    paper="Frantar and Alistarh 2022, arXiv 2208.11580",
+    options=Options,
+    needs=("gram",),
+    writes="quantized",
+    formats=("int",),
+    baseline="rtn",
+    covers={"obq": [{"method": "obq", "target": {"bits": 4}}]},
+    run=compress,
+    scheme=scheme,
+    rowwise=True,
+)

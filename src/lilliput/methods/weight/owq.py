@@ -14,8 +14,7 @@ models of several billion parameters; the kept columns' codes stay in the file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -29,16 +28,7 @@ from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-
-PAPER = "Lee et al. 2023, arXiv 2306.02272"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["parts"] = "parts"
-FORMATS = ("int",)
-ROWWISE = False  # the kept columns of a matrix are chosen for all of its rows
-BASELINE: str | None = "rtn"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "owq": [{"method": "owq", "target": {"bits": 3, "group_size": "channel", "symmetric": False}}],
-}
+from lilliput.verbs.compress import Compress
 
 
 class Options(Strict):
@@ -107,3 +97,19 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     if not bool(torch.isfinite(exact.half()).all()):
         raise LilliputError(f"{layer.name} holds weights beyond float16, which 'owq' keeps columns in: leave it out")
     return layer.with_part(dense, ColumnsPart(exact, columns, width))
+
+
+METHOD = Compress(
+    paper="Lee et al. 2023, arXiv 2306.02272",
+    options=Options,
+    needs=("gram",),
+    writes="parts",
+    formats=("int",),
+    baseline="rtn",
+    covers={
+        "owq": [{"method": "owq", "target": {"bits": 3, "group_size": "channel", "symmetric": False}}],
+    },
+    run=compress,
+    scheme=scheme,
+    rowwise=False,  # the kept columns of a matrix are chosen for all of its rows
+)

@@ -13,9 +13,6 @@ large weights are far from theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
 import torch
 from torch import Tensor
 
@@ -26,18 +23,8 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Dettmers et al. 2022, arXiv 2110.02861"
-NEEDS: tuple[str, ...] = ()
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("codebook",)
-ROWWISE = True
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "quantile-quant": [
-        {"method": "quantile-quant", "target": {"format": "codebook", "bits": 4, "group_size": "channel"}}
-    ],
-}
 _CHUNK = 1 << 18  # weights sorted at a time, in float64
 
 
@@ -87,3 +74,19 @@ def _levels(values: Tensor, count: int, holes: Tensor | None) -> Tensor:
         nearest = levels.abs().argmin(1, keepdim=True)
         levels = torch.where(holes.any(1, keepdim=True), levels.scatter(1, nearest, 0.0), levels)
     return levels.float()
+
+
+METHOD = Compress(
+    paper="Dettmers et al. 2022, arXiv 2110.02861",
+    options=Options,
+    needs=(),
+    writes="quantized",
+    formats=("codebook",),
+    covers={
+        "quantile-quant": [
+            {"method": "quantile-quant", "target": {"format": "codebook", "bits": 4, "group_size": "channel"}}
+        ],
+    },
+    run=compress,
+    rowwise=True,
+)

@@ -25,9 +25,8 @@ mask survives; a decoded checkpoint is not small. A width without a large Hadama
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -49,13 +48,8 @@ from lilliput.parts.scheme import Scheme
 from lilliput.parts.transform import Rotation, Scale, ScaleSpec, Transform
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Chee et al. 2023, arXiv 2307.13304"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("int", "affine", "e8", "vector", "trellis", "trellis-half")
-ROWWISE = False
-BASELINE: str | None = "rtn"
 _FURTHEST = 64.0  # of a scale from 1
 _REACH = 2.4  # root mean squares of a turned weight, in the paper's range
 
@@ -75,9 +69,6 @@ class Options(Strict):
     )
     widen: float = Field(1.08, gt=0.0, le=4.0, description="factor on the scale of codebooks before the sweep")
     refine: int = Field(1, ge=0, le=50, description="passes of coordinate descent over scales and columns")
-
-
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {"quip": [{"method": "quip", "target": {"bits": 4}}]}
 
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
@@ -190,3 +181,17 @@ def _rescale(
 
 def _stored(scale: Tensor, form: VectorFormat | TrellisFormat) -> Tensor:
     return stored_scale(scale, form.scale_dtype).to(form.scale_dtype)
+
+
+METHOD = Compress(
+    paper="Chee et al. 2023, arXiv 2307.13304",
+    options=Options,
+    needs=("gram",),
+    writes="quantized",
+    formats=("int", "affine", "e8", "vector", "trellis", "trellis-half"),
+    baseline="rtn",
+    covers={"quip": [{"method": "quip", "target": {"bits": 4}}]},
+    run=compress,
+    scheme=scheme,
+    sweeps=lambda o: 1 + o.refine,
+)

@@ -12,8 +12,7 @@ of twice the bits is as exact and stores fewer scales.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -27,16 +26,9 @@ from lilliput.parts.rows import RowsPart, RowsSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Yvinec et al. 2022, arXiv 2203.14645"
-NEEDS: tuple[str, ...] = ("square",)
-WRITES: Literal["parts"] = "parts"
-FORMATS = ("int",)
-ROWWISE = False  # the outputs that keep their rest are chosen among those of one matrix
-BASELINE: str | None = "rtn"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "rex": [{"method": "rex", "target": {"bits": 4}, "options": {"terms": 2, "share": 0.25}}],
-}
+NEEDS = ("square",)
 
 
 class Options(Strict):
@@ -81,3 +73,20 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         part = QuantizedPart(form, form.encode(rest, grid), grid)
         out = out.with_part(part if index is None else RowsPart(part, index, len(layer.weight)))
     return out
+
+
+METHOD = Compress(
+    paper="Yvinec et al. 2022, arXiv 2203.14645",
+    options=Options,
+    needs=NEEDS,
+    reads=needs,
+    writes="parts",
+    formats=("int",),
+    baseline="rtn",
+    covers={
+        "rex": [{"method": "rex", "target": {"bits": 4}, "options": {"terms": 2, "share": 0.25}}],
+    },
+    run=compress,
+    scheme=scheme,
+    rowwise=False,  # the outputs that keep their rest are chosen among those of one matrix
+)

@@ -31,7 +31,6 @@ against each other; at 3 bits large models break.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -50,12 +49,9 @@ from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme, quantized
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Jacob et al. 2018, arXiv 1712.05877"
-NEEDS: tuple[str, ...] = ("square",)
-WRITES: Literal["quantized"] = "quantized"
-ROWWISE = True
-BASELINE: str | None = None
+NEEDS = ("square",)
 
 
 def _recipe(
@@ -64,32 +60,6 @@ def _recipe(
     target = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     options = {"importance": False, **(search or {"search": "minmax"})}
     return [{"method": "rtn", "target": target, "options": options}]
-
-
-COVERS: Mapping[str, list[dict[str, Any]] | str | None] = {
-    "rtn": [{"method": "rtn", "target": {"bits": 4}}],
-    "uniform-affine": _recipe(symmetric=False),
-    "sym-asym": _recipe(symmetric=True),
-    "granularity": _recipe(symmetric=False, group_size="channel"),
-    "range-calibration": _recipe(symmetric=False, search={"search": "mse", "norm": 2.4, "steps": 80}),
-    "glm130b-rowwise": _recipe(group_size="channel"),
-    "nf4": [{"method": "rtn", "target": {"format": "nf4"}, "options": {"search": "minmax", "importance": False}}],
-    "double-quant": [
-        {
-            "method": "rtn",
-            "target": {"format": "nf4", "scale_dtype": "int8/256"},
-            "options": {"search": "minmax", "importance": False},
-        }
-    ],
-    "vs-quant": [{"method": "rtn", "target": {"bits": 4, "group_size": 16, "scale_dtype": "int4/row"}}],
-    "zeroquant-v2": _recipe(bits=8, group_size="channel"),
-    "code-model-quant": _recipe(bits=8, group_size=32),
-    "edge-quant-apps": _recipe(group_size=32),
-    "fake-vs-integer": "its integer half, y = S_x S_w times a product of codes, needs integer kernels, which are not "
-    "here yet; every recipe runs the fake half",
-    "ptq-vs-qat": None,
-    "wo-vs-wa": None,
-}
 
 
 class Options(Strict):
@@ -155,3 +125,39 @@ def _positive(form: Format) -> tuple[int, Tensor]:
         levels = form.on(torch.empty(0)).levels
         return form.group_size, levels[levels >= 0]
     raise PlanError(f"{form.describe()} has no ranges to cut: take search minmax or mse")
+
+
+METHOD = Compress(
+    paper="Jacob et al. 2018, arXiv 1712.05877",
+    options=Options,
+    needs=NEEDS,
+    reads=needs,
+    writes="quantized",
+    covers={
+        "rtn": [{"method": "rtn", "target": {"bits": 4}}],
+        "uniform-affine": _recipe(symmetric=False),
+        "sym-asym": _recipe(symmetric=True),
+        "granularity": _recipe(symmetric=False, group_size="channel"),
+        "range-calibration": _recipe(symmetric=False, search={"search": "mse", "norm": 2.4, "steps": 80}),
+        "glm130b-rowwise": _recipe(group_size="channel"),
+        "nf4": [{"method": "rtn", "target": {"format": "nf4"}, "options": {"search": "minmax", "importance": False}}],
+        "double-quant": [
+            {
+                "method": "rtn",
+                "target": {"format": "nf4", "scale_dtype": "int8/256"},
+                "options": {"search": "minmax", "importance": False},
+            }
+        ],
+        "vs-quant": [{"method": "rtn", "target": {"bits": 4, "group_size": 16, "scale_dtype": "int4/row"}}],
+        "zeroquant-v2": _recipe(bits=8, group_size="channel"),
+        "code-model-quant": _recipe(bits=8, group_size=32),
+        "edge-quant-apps": _recipe(group_size=32),
+        "fake-vs-integer": "its integer half, y = S_x S_w times a product of codes, needs integer kernels, which are "
+        "not here yet; every recipe runs the fake half",
+        "ptq-vs-qat": None,
+        "wo-vs-wa": None,
+    },
+    run=compress,
+    scheme=scheme,
+    rowwise=True,
+)

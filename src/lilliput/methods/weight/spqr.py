@@ -25,7 +25,6 @@ scales of 3 bits 0.6.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -44,17 +43,8 @@ from lilliput.parts.scheme import Scheme
 from lilliput.parts.sparse import SparseSpec
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Dettmers et al. 2023, arXiv 2306.03078"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["parts"] = "parts"
-FORMATS = ("int",)
-ROWWISE = False  # the outliers of a matrix are chosen together
-BASELINE: str | None = "rtn"
-SCRATCH = 16 << 20  # bytes beside what the plan counts for a sweep (measured)
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "spqr": [{"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False, "scale_dtype": "int3/16"}}],
-}
 _SCREEN = 9  # shares of the range that are looked among to choose outliers; finer ones save 0.3 % of the error
 
 
@@ -178,3 +168,22 @@ def _first_highest(x: Tensor, index: Tensor, groups: int) -> Tensor:
     place = torch.where(x == top, torch.arange(width, device=x.device), width)
     first = torch.full((rows, groups), width, device=x.device).scatter_reduce_(1, index, place, "amin")
     return place == first.gather(1, index)
+
+
+METHOD = Compress(
+    paper="Dettmers et al. 2023, arXiv 2306.03078",
+    options=Options,
+    needs=("gram",),
+    writes="parts",
+    formats=("int",),
+    baseline="rtn",
+    covers={
+        "spqr": [
+            {"method": "spqr", "target": {"bits": 3, "group_size": 16, "symmetric": False, "scale_dtype": "int3/16"}}
+        ],
+    },
+    run=compress,
+    scheme=scheme,
+    rowwise=False,  # the outliers of a matrix are chosen together
+    scratch=16 << 20,  # bytes beside what the plan counts for a sweep (measured)
+)

@@ -17,8 +17,7 @@ of a linear, so that its size is known before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -32,16 +31,7 @@ from lilliput.parts.scheme import Scheme
 from lilliput.parts.sparse import SparseSpec, highest, pick
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-
-PAPER = "Kim et al. 2024, arXiv 2306.07629"
-NEEDS: tuple[str, ...] = ("fisher", "square")
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("codebook",)
-ROWWISE = False  # the shares are of one linear
-BASELINE: str | None = None  # its loss weighs by gradients, not by inputs
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "squeezellm": [{"method": "squeezellm", "target": {"format": "codebook", "bits": 4, "group_size": "channel"}}],
-}
+from lilliput.verbs.compress import Compress
 
 
 class Options(Strict):
@@ -120,3 +110,21 @@ def _score(weight: Tensor, sensitivity: Tensor, holes: Tensor | None, count: int
         size, sensitivity = size.masked_fill(holes, -1.0), sensitivity.masked_fill(holes, -1.0)
     first = largest(sensitivity.reshape(1, -1), count).view_as(weight)
     return torch.where(first & (size >= 0), 2 * size.max() + 1, size)
+
+
+METHOD = Compress(
+    paper="Kim et al. 2024, arXiv 2306.07629",
+    options=Options,
+    needs=("fisher", "square"),
+    reads=needs,
+    fisher_samples=lambda o: o.fisher_samples,
+    writes="quantized",
+    formats=("codebook",),
+    baseline=None,  # its loss weighs by gradients, not by inputs
+    covers={
+        "squeezellm": [{"method": "squeezellm", "target": {"format": "codebook", "bits": 4, "group_size": "channel"}}],
+    },
+    run=compress,
+    scheme=scheme,
+    rowwise=False,  # the shares are of one linear
+)

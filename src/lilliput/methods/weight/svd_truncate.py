@@ -26,7 +26,6 @@ for the covariance. Limits: weights of language models have slow spectra; below 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -39,28 +38,11 @@ from lilliput.parts.lowrank import Factors, LowRankSpec, approximate, factor_spe
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-
-PAPER = "Eckart and Young 1936; Yuan et al. 2023, arXiv 2312.05821; Wang et al. 2024, arXiv 2403.07378"
-NEEDS: tuple[str, ...] = ("gram", "absmean", "fisher")
-WRITES: Literal["parts"] = "parts"
-DEFAULT: Mapping[str, Any] = {"ratio": 0.8}
-ROWWISE = False
-MASKED = False
-DOUBLE = True
-BASELINE: str | None = None
+from lilliput.verbs.compress import Compress
 
 
 def _recipe(ratio: float = 0.8, **options: Any) -> list[dict[str, Any]]:
     return [{"method": "svd-truncate", "target": {"ratio": ratio}, "options": options}]
-
-
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "svd-truncate": _recipe(),
-    "asvd": [{"method": "ranks", "options": {"weighting": "absmean"}}, *_recipe(weighting="absmean")],
-    "svd-llm": _recipe(weighting="gram"),
-    "fisher-svd": _recipe(weighting="fisher"),
-    "lord": _recipe(weighting="gram", split="right"),
-}
 
 
 class Options(Strict):
@@ -155,3 +137,24 @@ def _fisher(layer: Layer, axis: Literal["outputs", "inputs", "both"]) -> tuple[T
     # Outputs that no token used weigh little, not nothing: their rows are divided by their weight.
     rows = (sums / sums.mean()).clamp_min(1e-6).sqrt()
     return (columns if axis != "outputs" else None), (rows if axis != "inputs" else None)
+
+
+METHOD = Compress(
+    paper="Eckart and Young 1936; Yuan et al. 2023, arXiv 2312.05821; Wang et al. 2024, arXiv 2403.07378",
+    options=Options,
+    needs=("gram", "absmean", "fisher"),
+    reads=needs,
+    writes="parts",
+    default={"ratio": 0.8},
+    covers={
+        "svd-truncate": _recipe(),
+        "asvd": [{"method": "ranks", "options": {"weighting": "absmean"}}, *_recipe(weighting="absmean")],
+        "svd-llm": _recipe(weighting="gram"),
+        "fisher-svd": _recipe(weighting="fisher"),
+        "lord": _recipe(weighting="gram", split="right"),
+    },
+    run=compress,
+    scheme=scheme,
+    masked=False,
+    double=True,
+)

@@ -10,9 +10,6 @@ Cost: some thirty products of |W| with a vector. Limits: about one bit a weight;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
 from pydantic import Field
 
 from lilliput.errors import PlanError
@@ -21,16 +18,9 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Xu et al. 2024, arXiv 2402.11295"
-NEEDS: tuple[str, ...] = ("square",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("sign",)
-ROWWISE = False  # the rows of a matrix share b
-BASELINE: str | None = None
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "svid": [{"method": "svid", "target": {"format": "sign"}}],
-}
+NEEDS = ("square",)
 
 
 class Options(Strict):
@@ -57,3 +47,18 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     importance = stats.second_moment() if o.importance and stats.count else None
     grid = form.fit(weight, importance=importance, rounds=o.rounds)
     return layer.with_part(QuantizedPart(form, form.encode(weight, grid), grid))
+
+
+METHOD = Compress(
+    paper="Xu et al. 2024, arXiv 2402.11295",
+    options=Options,
+    needs=NEEDS,
+    reads=needs,
+    writes="quantized",
+    formats=("sign",),
+    covers={
+        "svid": [{"method": "svid", "target": {"format": "sign"}}],
+    },
+    run=compress,
+    rowwise=False,  # the rows of a matrix share b
+)

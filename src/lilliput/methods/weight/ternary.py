@@ -12,9 +12,6 @@ largest models stand it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
 import torch
 from pydantic import Field
 
@@ -25,17 +22,9 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs.compress import Compress
 
-PAPER = "Li et al. 2016, arXiv 1605.04711"
-NEEDS: tuple[str, ...] = ("gram",)
-WRITES: Literal["quantized"] = "quantized"
-FORMATS = ("ternary",)
-ROWWISE = True
-BASELINE: str | None = None
-SCRATCH = 16 << 20  # bytes beside what the plan counts for a sweep (measured)
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "ternary": [{"method": "ternary", "target": {"format": "ternary"}}],
-}
+NEEDS = ("gram",)
 
 
 class Options(Strict):
@@ -78,3 +67,19 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
 
     found = values.sweep(weight, factor, order, rounding, support=layer.support)
     return layer.with_part(QuantizedPart(form, form.encode(found, grid), grid))
+
+
+METHOD = Compress(
+    paper="Li et al. 2016, arXiv 1605.04711",
+    options=Options,
+    needs=NEEDS,
+    reads=needs,
+    writes="quantized",
+    formats=("ternary",),
+    covers={
+        "ternary": [{"method": "ternary", "target": {"format": "ternary"}}],
+    },
+    run=compress,
+    rowwise=True,
+    scratch=16 << 20,  # bytes beside what the plan counts for a sweep (measured)
+)

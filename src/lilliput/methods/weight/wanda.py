@@ -10,8 +10,7 @@ useless; without any tokens the score is the magnitude alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -20,15 +19,7 @@ from lilliput.algebra import masks
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-
-PAPER = "Sun et al. 2024, arXiv 2306.11695"
-NEEDS: tuple[str, ...] = ("square",)
-WRITES: Literal["support"] = "support"
-ROWWISE = True
-BASELINE: str | None = "magnitude"
-COVERS: Mapping[str, list[dict[str, Any]] | None] = {
-    "wanda": [{"method": "wanda", "target": {"sparsity": 0.5}}],
-}
+from lilliput.verbs.compress import Compress
 
 
 class Options(Strict):
@@ -41,3 +32,17 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     """The layer with a support. Raises PlanError when the target asks for no sparsity."""
     size = stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=layer.weight.device)
     return layer.with_support(masks.choose(layer.rest().abs() * size, target.sparsity, target.pattern, o.scope))
+
+
+METHOD = Compress(
+    paper="Sun et al. 2024, arXiv 2306.11695",
+    options=Options,
+    needs=("square",),
+    writes="support",
+    baseline="magnitude",
+    covers={
+        "wanda": [{"method": "wanda", "target": {"sparsity": 0.5}}],
+    },
+    run=compress,
+    rowwise=True,
+)

@@ -1,0 +1,49 @@
+"""One driver a verb, one file each, found by listing this folder; there is no list to extend."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from lilliput.run.driver import Driver
+from lilliput.verbs.spec import Spec, Task
+
+DriverT = TypeVar("DriverT", bound=Driver)
+
+
+@functools.cache
+def discover() -> Mapping[type[Spec[Any]], Driver]:
+    """All drivers by the verb's spec. Raises RuntimeError for a file that declares none, or one for another stage."""
+    found: dict[type[Spec[Any]], Driver] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        driver = vars(module).get("DRIVER")
+        if not isinstance(driver, Driver):
+            raise RuntimeError(f"{module.__file__} declares no DRIVER")
+        if driver.stage is not driver.verb.stage:
+            raise RuntimeError(
+                f"{module.__file__} drives '{driver.verb.verb}', whose stage is {driver.verb.stage.value}"
+            )
+        if driver.verb in found:
+            raise RuntimeError(f"two drivers run '{driver.verb.verb}'")
+        found[driver.verb] = driver
+    return found
+
+
+def find(task: Task) -> Driver:
+    """What carries out a step. Raises RuntimeError where nothing does."""
+    kind = type(task.spec)
+    if kind not in discover():
+        raise RuntimeError(f"{task.label}: no file of lilliput/run/drivers runs '{kind.verb}'")
+    return discover()[kind]
+
+
+def of(task: Task, kind: type[DriverT]) -> DriverT:
+    """What carries out a step at the stage of this kind of driver. Raises RuntimeError where that is another one's."""
+    driver = find(task)
+    if not isinstance(driver, kind):
+        raise RuntimeError(f"{task.label} is carried out on {driver.stage.value}, not on {kind.stage.value}")
+    return driver

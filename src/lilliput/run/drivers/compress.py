@@ -1,0 +1,22 @@
+"""How `compress` is carried out: on a layer, when its inputs have arrived."""
+
+from __future__ import annotations
+
+from lilliput.parts.layer import Layer
+from lilliput.run.driver import LinearDriver
+from lilliput.stats.site import SiteStats
+from lilliput.verbs.compress import Compress
+from lilliput.verbs.spec import Task
+
+
+def run(task: Task, layer: Layer, stats: SiteStats) -> Layer:
+    """The layer with a part or a support more."""
+    return task.of(Compress).run(layer, stats, task.target, task.options)
+
+
+def stacks(task: Task) -> bool:
+    """Whether each row is treated by itself."""
+    return task.of(Compress).rowwise
+
+
+DRIVER = LinearDriver(verb=Compress, run=run, stacks=stacks)

@@ -1,0 +1,82 @@
+"""The verb `compress`: one linear, or several that share their inputs, rows below each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lilliput.anatomy.model import Linear
+from lilliput.errors import PlanError
+from lilliput.formats.known import from_target
+from lilliput.machine.cost import Cost
+from lilliput.parts.layer import Layer
+from lilliput.parts.quantized import QuantizedSpec
+from lilliput.parts.scheme import Scheme
+from lilliput.stats.site import SiteStats
+from lilliput.target import Target
+from lilliput.verbs import draft as drafts
+from lilliput.verbs.draft import Draft
+from lilliput.verbs.spec import Extent, OptionsT, Spec, Stage, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(Spec[OptionsT]):
+    """`run(layer, stats, target, options)`: the layer with a part or a support more. It never changes its arguments,
+    never writes outside `layer.support`, and fits `layer.rest()`.
+
+    `writes`: "quantized" (codes on the target's grid), "parts" (others, or several) or "support"; `scheme(target,
+    options, rows, width)`: what it adds where that is not one part on the target's grid, exact, before a weight is
+    read; `rowwise`: each output row is treated by itself, so linears of one site may be stacked; `masked`: it keeps the
+    zeros of a pruned linear; `replaces(options)`: it leaves a plain weight of its own, which no other step may touch;
+    `scratch`: bytes that it works in beyond a few copies of the weights and the Gram matrix, whatever their shapes;
+    `sweeps(options)`: how often it rounds every weight (None: once).
+    """
+
+    verb: ClassVar[str] = "compress"
+    family: ClassVar[str] = "weight"
+    stage: ClassVar[Stage] = Stage.LINEAR
+    settles: ClassVar[bool] = True
+
+    run: Callable[[Layer, SiteStats, Target, OptionsT], Layer]
+    scheme: Callable[[Target, OptionsT, int, int], Scheme] | None = None
+    rowwise: bool = False
+    masked: bool = True
+    replaces: Callable[[OptionsT], bool] | None = None
+    scratch: int = 0
+    sweeps: Callable[[OptionsT], int] | None = None
+
+    def tabular(self) -> bool:
+        return self.rowwise and self.writes == "quantized"
+
+    def plain(self, options: OptionsT) -> bool:
+        return self.replaces is not None and self.replaces(options)
+
+    def scheme_of(self, target: Target, options: OptionsT, rows: int, width: int) -> Scheme:
+        if self.scheme is not None:
+            return self.scheme(target, options, rows, width)
+        return Scheme((QuantizedSpec(from_target(target)),)) if self.writes == "quantized" else Scheme()
+
+    def accompanied(self, task: Task, tasks: Sequence[Task], name: str) -> None:
+        if len(tasks) > 1 and self.plain(self.options_of(task)):
+            other = next(x for x in tasks if x is not task)
+            raise PlanError(
+                f"{task.label} on {name} leaves a plain weight of its own: exclude this layer from {other.label}"
+            )
+
+    def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
+        label = f"{task.label} on {name}"
+        if self.writes == "support":
+            return drafts.pruned(label, draft, task.target, linear.in_features)
+        if self.writes == "quantized":
+            drafts.once(label, draft)
+        drafts.known(label, draft, task.needs, task.fisher)
+        drafts.unmasked(label, draft, self.masked)
+        added = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
+        return drafts.extended(label, draft, added, self.writes == "quantized")
+
+    def rounds(self, options: OptionsT) -> int:
+        return 1 if self.sweeps is None else self.sweeps(options)
+
+    def cost(self, extent: Extent, options: OptionsT) -> Cost:
+        return Cost(ram=self.scratch)

@@ -1,0 +1,84 @@
+"""The verb `fit`: the linears of a block together, by what the block makes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lilliput.anatomy.model import Linear
+from lilliput.errors import PlanError
+from lilliput.formats.known import from_target
+from lilliput.machine.cost import Cost
+from lilliput.parts.quantized import QuantizedSpec
+from lilliput.parts.scheme import Scheme
+from lilliput.target import Target
+from lilliput.verbs import draft as drafts
+from lilliput.verbs.draft import Draft
+from lilliput.verbs.spec import Extent, OptionsT, Spec, Stage, Task, Writes
+from lilliput.verbs.view import BlockFit, FitBlock, FitIO
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Spec[OptionsT]):
+    """`run(block, io, targets, options)`: the layers of a block fitted together, and its loss before and after.
+
+    It is the last step on a linear. Behind a step that quantizes it goes on from that step's codes, and so has its
+    target. `copies`: float32 copies of a block's weights that it holds at once; `looks(options, samples)`: samples that
+    all its steps of descent look at, of so many.
+    """
+
+    verb: ClassVar[str] = "fit"
+    family: ClassVar[str] = "fit"
+    stage: ClassVar[Stage] = Stage.CLOSE
+    settles: ClassVar[bool] = True
+
+    run: Callable[[FitBlock, FitIO, Mapping[str, Target], OptionsT], BlockFit]
+    copies: int
+    looks: Callable[[OptionsT, int], int]
+    writes: Writes = "quantized"
+    masked: bool = True
+
+    def scheme_of(self, target: Target, options: OptionsT, rows: int, width: int) -> Scheme:
+        return Scheme((QuantizedSpec(from_target(target)),))
+
+    def inherited(self, task: Task, before: Sequence[Task], asked: Target | None, name: str) -> Target:
+        quantizing = [x for x in before if x.spec.writes == "quantized"]
+        if not quantizing:
+            return task.target
+        target = quantizing[-1].target
+        stated = set() if asked is None else asked.model_fields_set
+        if task.target.model_dump(include=stated) != target.model_dump(include=stated):
+            raise PlanError(
+                f"{task.label} on {name} fits the codes of an earlier step, which has "
+                "another target: leave the target of this step out"
+            )
+        return target
+
+    def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
+        label = f"{task.label} on {name}"
+        if draft.quantized:
+            own = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
+            if draft.scheme.parts[-1] != own.parts[-1]:
+                raise PlanError(
+                    f"{label}: it fits the codes of an earlier step, whose last part is "
+                    f"{draft.scheme.parts[-1].describe()}: only integer codes at the end of a layer's parts can be "
+                    "fitted"
+                )
+            done = draft
+        else:
+            drafts.known(label, draft, task.needs, task.fisher)
+            drafts.unmasked(label, draft, self.masked)
+            added = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
+            done = drafts.extended(label, draft, added, True)
+        if later:
+            raise PlanError(
+                f"{later[0].label} on {name}: {task.label} fits this layer with its block once all other "
+                "steps are done: make it the last one on this layer, and the only one of its family"
+            )
+        return done
+
+    def cost(self, extent: Extent, options: OptionsT) -> Cost:
+        # Three products a weight and token for each step, and three passes that only look.
+        looked = self.looks(options, extent.samples) * 3 + 3 * extent.samples
+        return Cost(ram=4 * self.copies * extent.weights, operations=looked * extent.tokens * extent.weights)

@@ -1,0 +1,56 @@
+"""The verb `learn`: what is chosen for the whole model, before any block is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lilliput.errors import PlanError
+from lilliput.folds.kinds import ResidualRotation
+from lilliput.streaming.backward import Samples
+from lilliput.target import Target
+from lilliput.verbs import order
+from lilliput.verbs.spec import Around, OptionsT, Spec, Stage, Task, Writes
+
+if TYPE_CHECKING:
+    from lilliput.model.rotated import RotatedModel  # which imports transformers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn(Spec[OptionsT]):
+    """`run(model, samples, targets, options)`: rotations of the residual stream, in the order in which they are
+    applied; `targets` says what later steps will make of each linear.
+
+    `sequences(options, samples)`: how many of the calibration samples its loss is taken over, of so many (None: it
+    looks at none, and `samples` is None); `refuse(width, targets, options)`: why it cannot rotate a residual stream of
+    this width before these targets.
+    """
+
+    verb: ClassVar[str] = "learn"
+    family: ClassVar[str] = "learn"
+    stage: ClassVar[Stage] = Stage.MODEL
+    prepares: ClassVar[bool] = True
+    turns: ClassVar[bool] = True
+
+    run: Callable[[RotatedModel, Samples | None, Mapping[str, Target], OptionsT], Sequence[ResidualRotation]]
+    sequences: Callable[[OptionsT, int], int] | None = None
+    refuse: Callable[[int, Mapping[str, Target], OptionsT], str | None] | None = None
+    writes: Writes = "fold"
+
+    def tokens(self, options: OptionsT) -> bool:
+        return self.sequences is not None
+
+    def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
+        before = recipe[: task.step]
+        if any(x.spec.verb != self.verb for x in before):
+            raise PlanError(
+                f"{task.label} turns the whole model before any block is looked at: move it in front of "
+                f"{before[-1].label}"
+            )
+        order.before_values(task, recipe)
+
+    def suits(self, task: Task, around: Around) -> None:
+        reason = self.refuse and self.refuse(around.width, around.quantized, self.options_of(task))
+        if reason:
+            raise PlanError(f"{task.label}: {reason}")

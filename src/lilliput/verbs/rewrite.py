@@ -1,0 +1,38 @@
+"""The verb `rewrite`: a block that computes what it did, with weights that are easier to compress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lilliput.errors import PlanError
+from lilliput.folds.kinds import ScaleFold
+from lilliput.target import Target
+from lilliput.verbs import order
+from lilliput.verbs.spec import Around, OptionsT, Spec, Stage, Task, Writes
+from lilliput.verbs.view import BlockIO, BlockView
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewrite(Spec[OptionsT]):
+    """`run(block, io, target, options)`: folds that leave the block's function as it is. `target` is that of the step
+    that quantizes later, unless the step names its own bits."""
+
+    verb: ClassVar[str] = "rewrite"
+    family: ClassVar[str] = "rewrite"
+    stage: ClassVar[Stage] = Stage.BLOCK
+    prepares: ClassVar[bool] = True
+
+    run: Callable[[BlockView, BlockIO, Target, OptionsT], Sequence[ScaleFold]]
+    writes: Writes = "fold"
+
+    def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
+        order.before_values(task, recipe)
+
+    def suits(self, task: Task, around: Around) -> None:
+        if not any(block.links for block in around.anatomy.blocks):
+            raise PlanError(
+                f"{task.label} moves scales along verified links, but none "
+                f"was found in {around.anatomy.architecture}: leave the step out"
+            )

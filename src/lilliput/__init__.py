@@ -1,4 +1,4 @@
-"""Lilliput compresses Hugging Face causal language models, block by block, and proves what it cost.
+"""Lilliput compresses Hugging Face causal language models, block by block, and measures the cost.
 
 What a name needs, torch and transformers among it, is loaded when the name is first asked for: `lilliput --help` needs
 none of it.

@@ -162,7 +162,7 @@ def test_the_layout_follows_the_budget(folder, text):
     assert tight.bytes <= 1_500_000 < loose.bytes
 
     with pytest.raises(
-        PlanError, match=r"--memory .* is too little to evaluate: give --memory (.*)MB or more"
+        PlanError, match=r"--memory .* is too small to evaluate: give --memory (.*)MB or more"
     ) as caught:
         run(path, path, data=text, memory=50_000_000)
     enough = int(float(str(caught.value).split("give --memory ")[1].split("MB")[0]) * 1e6)

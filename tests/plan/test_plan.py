@@ -88,5 +88,5 @@ def test_budgets(tiny: Tiny) -> None:
         plan(tiny("wide"), memory=1_000_000, **many)
     least = int(float(str(refused.value).split("give --memory ")[1].split("MB")[0]) * 1e6)
     assert plan(tiny("wide"), memory=least, **many).layout.bytes <= least
-    with pytest.raises(PlanError, match="is too little"):
+    with pytest.raises(PlanError, match="is too small"):
         plan(tiny("wide"), memory=least - 20_000, **many)

@@ -113,7 +113,7 @@ def choose(
     floor = least(models, tokens, seen, size)
     if budget is not None and floor > room:
         need = units.readable((floor + ram.BASE) * ram.SLACK, up=True)
-        raise PlanError(f"--memory {units.readable(budget)} is too little to evaluate: give --memory {need} or more.")
+        raise PlanError(f"--memory {units.readable(budget)} is too small to evaluate: give --memory {need} or more.")
     batch = max(1, PASS // tokens)
     while batch > 1 and max(_block(m, batch, tokens, size) for m in models) > room:
         batch //= 2

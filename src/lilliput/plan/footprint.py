@@ -172,6 +172,6 @@ def choose(
     if budget is None:
         return smallest
     raise PlanError(
-        f"--memory {readable(budget)} is too little: {smallest.where} alone needs {readable(smallest.bytes)}; "
+        f"--memory {readable(budget)} is too small: {smallest.where} alone needs {readable(smallest.bytes)}; "
         f"give --memory {readable(smallest.bytes, up=True)} or more"
     )

@@ -39,7 +39,7 @@ def before_spending(task: Task, recipe: Sequence[Task]) -> None:
 def governing(task: Task, around: Around) -> None:
     """Raises PlanError where no later step's target is the step's to decide."""
     if not around.governed:
-        raise PlanError(f"{task.label} divides a budget, but no step behind it compresses the layers that it covers")
+        raise PlanError(f"{task.label} divides a budget, but no step after it compresses the layers that it covers")
 
 
 def divisible(task: Task, around: Around, refuse: Callable[[Target, Any], str | None] | None) -> None:

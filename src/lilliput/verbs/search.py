@@ -65,7 +65,7 @@ class Search(Spec[OptionsT]):
         name = other.method.name
         if name not in self.governs:
             return (
-                f"it tries out {' or '.join(self.governs)}, not '{name}': put that step behind it, and restrict "
+                f"it tries out {' or '.join(self.governs)}, not '{name}': put that step after it, and restrict "
                 "'where' of this step to its layers"
             )
         if other.fisher:

@@ -122,7 +122,7 @@ def test_what_leaves_nothing_to_divide_is_refused(toy: Any) -> None:
         _plan(toy, first)
     with pytest.raises(PlanError, match="before step 1"):
         _plan(toy, Step(method="wanda"), first, Step(method="magnitude"))
-    with pytest.raises(PlanError, match="no step behind it"):
+    with pytest.raises(PlanError, match="no step after it"):
         _plan(
             toy,
             Step(method="owl", where=Where(include=("*q_proj",))),

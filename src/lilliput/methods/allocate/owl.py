@@ -38,7 +38,7 @@ def refuse(target: Target, o: Options) -> str | None:
     if target.pattern is not None:
         return f"the pattern {target.pattern} fixes the sparsity of every layer: use a sparsity without a pattern"
     if target.sparsity is None:
-        return "the step that follows has no sparsity to divide: put the step that prunes behind it"
+        return "the step that follows has no sparsity to divide: put the step that prunes after it"
     return None
 
 

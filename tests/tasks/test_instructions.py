@@ -44,6 +44,14 @@ def test_side_by_side(tiny, noisy, jsonl):
     json.dumps(found.to_json())
 
 
+def test_a_template_that_fails_is_named(tiny, jsonl):
+    asked = jsonl("asked.jsonl", {"prompt": "Name a colour."}, {"prompt": "Name a number."})
+    folder = tiny("llama")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system prompt') }}")
+    with pytest.raises(DataError, match="instruction 1: the model's chat template refuses this chat: no system prompt"):
+        compare_instructions(folder, folder, asked, tokens=2)
+
+
 def test_a_model_beside_itself(tiny, jsonl):
     path = jsonl("v.jsonl", {"prompt": "Explain names."}, {"prompt": "Explain values."}, {"prompt": "Explain."})
     found = compare_instructions(tiny("llama"), tiny("llama"), path, limit=2, tokens=8)

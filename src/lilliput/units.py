@@ -73,8 +73,8 @@ def finite(data: Any) -> Any:
 
 
 def readable(size: float, up: bool = False) -> str:
-    """Bytes as a short text such as 1.50GB that `parse_size` reads (decimal units); `up` rounds so that the text is never
-    too small."""
+    """Bytes as a short text that `parse_size` reads, such as 1.50GB (decimal units); `up` rounds so that the text is
+    never too small."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             value = size / scale

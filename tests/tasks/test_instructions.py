@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 
@@ -44,9 +45,10 @@ def test_side_by_side(tiny, noisy, jsonl):
     json.dumps(found.to_json())
 
 
-def test_a_template_that_fails_is_named(tiny, jsonl):
+def test_a_template_that_fails_is_named(tiny, jsonl, tmp_path):
     asked = jsonl("asked.jsonl", {"prompt": "Name a colour."}, {"prompt": "Name a number."})
-    folder = tiny("llama")
+    folder = tmp_path / "chatty"
+    shutil.copytree(tiny("llama"), folder)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system prompt') }}")
     with pytest.raises(DataError, match="instruction 1: the model's chat template refuses this chat: no system prompt"):
         compare_instructions(folder, folder, asked, tokens=2)

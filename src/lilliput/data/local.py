@@ -1,5 +1,4 @@
-"""Text from local files: .txt as it is, .jsonl row by row, so that an error names the row, which `datasets` does not; nor is
-that package needed for it."""
+"""Text from local files: .txt as it is, .jsonl row by row, without the optional `datasets`; an error names the row."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 A folder whose linears are rotated holds W' = U^-1 W V, and the engine multiplies their inputs and outputs by the rest.
 Read as plain weights they have to be what the engine computes: the rotations of inputs and outputs go into the weight.
-Rotations of weights lie in the files already. The library's own code would hold each rotation as a float64 matrix, which
-grows with the square of the width and is in no plan; `hadamard.transform` multiplies by the same ones, Sylvester's,
-without a matrix.
+Rotations of weights lie in the files already. The library's own code would hold each rotation as a float64 matrix,
+which grows with the square of the width and is in no plan; `hadamard.transform` multiplies by the same ones,
+Sylvester's, without a matrix.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Progress on standard error: steps done, time left, and a note such as the current error."""
+"""Progress on standard error: steps done, time left, and a note such as the current error.
+
+rich draws the bar. In a log it would show nothing until the end, so the lines there are written here.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, overload
 
+from rich import filesize
+
 from lilliput.errors import PlanError
 
 _UNITS: Mapping[str, int] = {
@@ -23,7 +25,7 @@ def parse_size(text: str, what: str = ...) -> int: ...
 def parse_size(text: str | None, what: str = ...) -> int | None: ...
 def parse_size(text: str | None, what: str = "size") -> int | None:
     """Bytes from "4GB", "1.5GiB", "400 MB" or "123456": powers of 1000 with B, of 1024 with iB; None from None. Raises
-    PlanError."""
+    PlanError. Not pydantic's ByteSize, which takes "4GB of RAM" and "400MBit" as well."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
@@ -37,17 +39,12 @@ def parse_size(text: str | None, what: str = "size") -> int | None:
 
 
 def size(count: float) -> str:
-    """Bytes in units of 1000, three or four digits: "104.7 MB"."""
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
+    """Bytes in units of 1000, two to four digits: "104.7 MB"."""
+    return filesize.decimal(round(count))
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "4.2 s", "42 s", "3 min 10 s" or "2 h 5 min"."""
+    """Seconds as "4.2 s", "42 s", "3 min 10 s" or "2 h 5 min" (the standard library's are all 0:03:10.123)."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -76,7 +73,8 @@ def finite(data: Any) -> Any:
 
 
 def readable(size: float, up: bool = False) -> str:
-    """Bytes as a short text such as 1.5GB (decimal units); `up` rounds so that the text is never too small."""
+    """Bytes as a short text that `parse_size` reads, such as 1.50GB (decimal units); `up` rounds so that the text is
+    never too small."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             value = size / scale

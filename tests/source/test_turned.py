@@ -12,8 +12,9 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lilliput.algebra.hadamard import transform
 from lilliput.errors import SourceError
-from lilliput.source import Source, open_source
+from lilliput.source import Source, open_source, turned
 
 WIDTH, ROWS = 64, 32
 LINEAR = "model.layers.0.down_proj"
@@ -92,6 +93,26 @@ def test_as_the_library_computes(tmp_path: Path, kind: str, quantized: bool) -> 
     assert any("rotations" in note for note in source.notes) is not idle
     embedding = source.read("model.embed_tokens.weight")
     assert torch.equal(embedding, torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(5)))
+
+
+def test_no_matrix_and_no_copy_of_the_whole_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is worked on at a time is small, whatever is turned, and adds up to the same."""
+    weight = torch.randn(ROWS, WIDTH)
+    groups = {"V": group(at("input")), "U": group(at("output"), head_dim=8)}
+    source = folder(tmp_path, {f"{LINEAR}.weight": weight}, groups)
+    want, sizes = source.read(f"{LINEAR}.weight"), []
+
+    def spied(x: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return transform(x)
+
+    monkeypatch.setattr(turned, "transform", spied)
+    monkeypatch.setattr(turned, "CHUNK", 8 * WIDTH)
+    assert torch.equal(source.read(f"{LINEAR}.weight"), want)
+    assert sizes == [8 * WIDTH] * 2 * (ROWS // 8)
+    sizes.clear()
+    assert torch.equal(source.read(f"{LINEAR}.weight", (9, 15)), want[9:15])
+    assert sizes == [8 * WIDTH] * 2
 
 
 def test_matrices_in_the_files_are_of_no_use_any_more(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 
@@ -42,6 +43,15 @@ def test_side_by_side(tiny, noisy, jsonl):
     assert found.win_rate.value <= 0.5
     assert "proxy" in found.note
     json.dumps(found.to_json())
+
+
+def test_a_template_that_fails_is_named(tiny, jsonl, tmp_path):
+    asked = jsonl("asked.jsonl", {"prompt": "Name a colour."}, {"prompt": "Name a number."})
+    folder = tmp_path / "chatty"
+    shutil.copytree(tiny("llama"), folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system prompt') }}")
+    with pytest.raises(DataError, match="instruction 1: the model's chat template refuses this chat: no system prompt"):
+        compare_instructions(folder, folder, asked, tokens=2)
 
 
 def test_a_model_beside_itself(tiny, jsonl):

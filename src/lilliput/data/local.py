@@ -1,4 +1,4 @@
-"""Text from local files: .txt as it is, .jsonl row by row."""
+"""Text from local files: .txt as it is, .jsonl row by row, without the optional `datasets`; an error names the row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How much of one set of windows occurs in another: evaluation text that the calibration has seen proves little."""
+"""How much of one set of windows occurs in another: evaluation text that the calibration has seen proves little.
+
+Exact n-grams in numpy: packages that look for near duplicates (MinHash) estimate, and want words.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def available() -> int:
 
 
 def peak_rss() -> int:
-    """High-water mark of this process's resident memory in bytes, file pages included (VmHWM)."""
+    """High-water mark of this process's resident memory in bytes, file pages included (VmHWM, which psutil does not
+    tell; getrusage's may be that of the process that started this one)."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             found = re.search(r"VmHWM:\s+(\d+) kB", file.read())

@@ -143,8 +143,8 @@ def _config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         text = str(error).strip()
         if "trust_remote_code" in text or "custom code" in text:
             raise SourceError(
-                f"{folder} brings its own Python code, which is not run unless you say so: read it, then pass "
-                "trust_remote_code=True (--trust-remote-code)."
+                f"{folder} brings Python code of its own, and none is run: give a model of an architecture that "
+                "transformers has itself, or update transformers where it has this one by now."
             ) from error
         first = text.splitlines()[0] if text else type(error).__name__
         raise SourceError(f"transformers cannot read {folder / 'config.json'}: {first}") from error

@@ -1,8 +1,10 @@
 """Rotations that an engine applies around a linear while it runs (compressed-tensors' `transform_config`), undone.
 
 A folder whose linears are rotated holds W' = U^-1 W V, and the engine multiplies their inputs and outputs by the rest.
-Read as plain weights they have to be what the engine computes: the rotations of inputs and outputs go into the weight,
-by the library's own code. Rotations of weights lie in the files already.
+Read as plain weights they have to be what the engine computes: the rotations of inputs and outputs go into the weight.
+Rotations of weights lie in the files already. The library's own code would hold each rotation as a float64 matrix,
+which grows with the square of the width and is in no plan; `hadamard.transform` multiplies by the same ones,
+Sylvester's, without a matrix.
 """
 
 from __future__ import annotations
@@ -12,34 +14,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.transform import TransformArgs, TransformConfig, TransformFactory, TransformScheme
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from compressed_tensors.utils.match import is_match
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from lilliput.algebra.hadamard import transform
 from lilliput.errors import SourceError
-from lilliput.source.packed import Cast, Packed
+from lilliput.source.packed import CHUNK, Cast, Packed
 from lilliput.source.reader import Reader
 
-_WITHIN = {"input": "weight_input", "output": "weight_output"}  # an online rotation, and the same one of the weight
+_WITHIN = ("input", "output")  # of a linear, so that its weight can absorb them
 _ATTENTION = ("q_attn", "k_cache")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One rotation around a linear, as it has to be applied to the stored weight."""
+    """One rotation around a linear, as it has to be applied to the stored weight: `order` inputs, or outputs, that lie
+    side by side are turned together. Sylvester's matrix is its own inverse."""
 
-    name: str
-    scheme: TransformScheme
-    args: TransformArgs
+    order: int
+    inputs: bool
 
-    def __call__(self, weight: Tensor, shape: tuple[int, int]) -> Tensor:
-        """`weight` [out, in] (or [out, 1], a bias) of a linear of `shape`, float64."""
-        module = nn.Linear(1, 1, bias=False)  # only asked for its class, its sizes and where it is
-        module.out_features, module.in_features = shape
-        factory = TransformFactory.from_scheme(self.scheme, name=self.name)
-        turned: Tensor = factory.create_transform(module, self.args)(weight)
-        return turned
+    def __call__(self, weight: Tensor) -> Tensor:
+        """`weight` [out, in] (or [out, 1], a bias), float64; turned outputs are whole multiples of `order`."""
+        side = weight if self.inputs else weight.T
+        turned = transform(side.unflatten(-1, (-1, self.order))).flatten(-2)
+        return turned if self.inputs else turned.T
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ class Turned:
     """A weight [out, in], or a bias [out], of a linear between rotations: `inner` with `turns` applied, in float64."""
 
     inner: Packed
-    linear: tuple[int, int]
     turns: tuple[Turn, ...]
     beside: tuple[str, ...]  # stored tensors of the rotations, of no use any more
 
@@ -65,15 +65,21 @@ class Turned:
 
     def decode(self, reader: Reader, rows: tuple[int, int] | None = None) -> Tensor:
         """The values in `dtype`, or those of rows [start, stop)."""
-        alone = all(turn.args.location == "weight_input" for turn in self.turns)  # outputs stay apart
-        values = self.inner.decode(reader, rows if alone else None).double()
-        column = values.dim() == 1
-        values = values.unsqueeze(1) if column else values
-        for turn in self.turns:
-            values = turn(values, self.linear)
-        values = values.squeeze(1) if column else values
-        values = values if alone or rows is None else values[rows[0] : rows[1]]
-        return values.to(self.dtype).contiguous()
+        first, last = rows or (0, self.shape[0])
+        mixed = max((turn.order for turn in self.turns if not turn.inputs), default=1)  # rows that are turned together
+        start, stop = first // mixed * mixed, -(-last // mixed) * mixed
+        values = self.inner.decode(reader, (start, stop))
+        flat = values.reshape(len(values), -1)
+        out = torch.empty_like(flat)
+        # A piece at a time: of rows, or where inputs stay apart of columns.
+        axis = int(not any(turn.inputs for turn in self.turns))
+        step = max(CHUNK // flat.shape[1 - axis], 1) if axis else max(CHUNK // flat.shape[1] // mixed, 1) * mixed
+        for source, target in zip(flat.split(step, axis), out.split(step, axis), strict=True):
+            piece = source.double()
+            for turn in self.turns:
+                piece = turn(piece)
+            target.copy_(piece)
+        return out.reshape(values.shape)[first - start : last - start].contiguous()
 
 
 def undo(reader: Reader, raw: Mapping[str, Any], packed: Mapping[str, Packed], label: str) -> dict[str, Packed]:
@@ -95,26 +101,25 @@ def undo(reader: Reader, raw: Mapping[str, Any], packed: Mapping[str, Packed], l
         _check(name, scheme, args, label)
     found = dict(packed)
     for base, weight in _linears(reader, packed).items():
-        turns = [
-            Turn(name, scheme, TransformArgs(targets=[], location=_WITHIN[args.location], inverse=args.inverse))
-            for name, scheme, args in online
-            if args.location in _WITHIN and is_match(base, _class_of(base), args.targets, args.ignore)
-        ]
+        shape = (weight.shape[0], weight.shape[1])
+        turns = []
+        for name, scheme, args in online:
+            if args.location in _WITHIN and is_match(base, _class_of(base), args.targets, args.ignore):
+                inputs = args.location == "input"
+                order = scheme.head_dim or shape[inputs]
+                if order & (order - 1) or shape[inputs] % order:
+                    raise _refusal(name, f"compressed-tensors has no Hadamard matrix of {order} for {base}", label)
+                turns.append(Turn(order, inputs))
         if not turns:
             continue
-        shape = (weight.shape[0], weight.shape[1])
-        for turn in turns:
-            size = turn.scheme.head_dim or shape[turn.args.location == "weight_input"]
-            if size & (size - 1) or shape[turn.args.location == "weight_input"] % size:
-                raise _refusal(turn.name, f"compressed-tensors has no Hadamard matrix of {size} for {base}", label)
         beside = tuple(
             x for x in reader.entries for name, _, args in online if x.startswith(f"{base}.{name}_{args.location}.")
         )
-        found[f"{base}.weight"] = Turned(weight, shape, tuple(turns), beside)
-        outer = tuple(x for x in turns if x.args.location == "weight_output")
+        found[f"{base}.weight"] = Turned(weight, tuple(turns), beside)
+        outer = tuple(x for x in turns if not x.inputs)
         bias = reader.entries.get(f"{base}.bias")
         if outer and bias is not None:
-            found[f"{base}.bias"] = Turned(Cast(bias.shape, bias.dtype, f"{base}.bias"), shape, outer, ())
+            found[f"{base}.bias"] = Turned(Cast(bias.shape, bias.dtype, f"{base}.bias"), outer, ())
     return found
 
 

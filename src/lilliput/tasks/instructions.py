@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lilliput.data.rows import chat
 from lilliput.data.tokens import same_vocabulary, vocabulary_of
 from lilliput.errors import DataError
 from lilliput.metrics import paired
@@ -123,12 +124,13 @@ def _asked(path: Path, limit: int | None) -> list[str]:
 
 
 def _prompts(model: Loaded, asked: Sequence[str]) -> list[str]:
-    """Through the chat template where there is one, else as a question with room for an answer."""
+    """Through the chat template where there is one, else as a question with room for an answer. Raises DataError where
+    the template fails."""
     tokenizer = model.tokenizer
     if tokenizer.chat_template is None:
         return [f"{x}\n\n" for x in asked]
     chats = [[{"role": "user", "content": x}] for x in asked]
-    return [str(tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True)) for x in chats]
+    return [chat(x, tokenizer, f"instruction {i}", answer=True) for i, x in enumerate(chats, 1)]
 
 
 def _interval(values: Sequence[float], low: float = 0.0, high: float = float("inf")) -> Interval:

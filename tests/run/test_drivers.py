@@ -109,7 +109,7 @@ from lilliput.verbs.clip import Clip
 assert methods.verbs()["clip"] is Clip
 model, out = sys.argv[1:]
 api.compress(model, out, recipe="at-rms", samples=2, tokens=16, device="cpu", dtype="float32", eval_windows=0,
-             settings=["most=0.5"], progress=Quiet())
+             settings=["at-rms.most=0.5"], progress=Quiet())
 try:
     api.plan(model, recipe="steps: [{method: rtn}, {method: at-rms}]", samples=2, tokens=16)
 except PlanError as error:

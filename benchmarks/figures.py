@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lilliput.recipe import load as recipe
+from lilliput.recipe.load import load
 
 MOST_BITS, MOST_KL = 5.5, 4.0  # what lies beyond is in the table
 PROTOCOL = (
@@ -27,7 +27,7 @@ PROTOCOL = (
 def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """One entry of measured.json."""
     words = found["recipe"].split()
-    steps = recipe.load(words[0]).steps
+    steps = load(words[0]).steps
     test = found["test"]
 
     def interval(metric: str) -> list[float]:

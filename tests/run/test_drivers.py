@@ -104,14 +104,15 @@ import sys
 from lilliput import api, methods
 from lilliput.errors import PlanError
 from lilliput.progress import Quiet
+from lilliput.recipe.schema import Recipe, Step
 from lilliput.verbs.clip import Clip
 
 assert methods.verbs()["clip"] is Clip
 model, out = sys.argv[1:]
 api.compress(model, out, recipe="at-rms", samples=2, tokens=16, device="cpu", dtype="float32", eval_windows=0,
-             settings=["most=0.5"], progress=Quiet())
+             settings=["at-rms.most=0.5"], progress=Quiet())
 try:
-    api.plan(model, recipe="steps: [{method: rtn}, {method: at-rms}]", samples=2, tokens=16)
+    api.plan(model, recipe=Recipe(steps=(Step(method="rtn"), Step(method="at-rms"))), samples=2, tokens=16)
 except PlanError as error:
     assert "step 2 (at-rms) clips the model's own weights" in str(error), error
 else:

@@ -10,7 +10,7 @@ from lilliput.methods.search.my_method import Options, search
 from lilliput.target import Target
 from lilliput.verbs.scores import Share
 
-BUDGET = {name: Share(n, (8, 6 + n), Target()) for n, name in enumerate("abc")}
+BUDGET = {name: Share(n, (8 + n, 6), Target()) for n, name in enumerate("abc")}
 
 
 def reference(losses: Mapping[str, float], before: float) -> str | None:

@@ -39,7 +39,7 @@ class Turn:
     def __call__(self, weight: Tensor) -> Tensor:
         """`weight` [out, in] (or [out, 1], a bias), float64; turned outputs are whole multiples of `order`."""
         side = weight if self.inputs else weight.T
-        turned = transform(side.unflatten(-1, (-1, self.order))).flatten(-2)
+        turned = transform(side.unflatten(-1, (-1, self.order))).flatten(-2)  # type: ignore[no-untyped-call]
         return turned if self.inputs else turned.T
 
 
@@ -74,7 +74,7 @@ class Turned:
         # A piece at a time: of rows, or where inputs stay apart of columns.
         axis = int(not any(turn.inputs for turn in self.turns))
         step = max(CHUNK // flat.shape[1 - axis], 1) if axis else max(CHUNK // flat.shape[1] // mixed, 1) * mixed
-        for source, target in zip(flat.split(step, axis), out.split(step, axis), strict=True):
+        for source, target in zip(flat.split(step, axis), out.split(step, axis), strict=True):  # type: ignore[no-untyped-call]
             piece = source.double()
             for turn in self.turns:
                 piece = turn(piece)

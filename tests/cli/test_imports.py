@@ -17,7 +17,7 @@ try:
     main()
 except SystemExit as end:
     assert not end.code
-print(json.dumps([x for x in ("torch", "transformers") if x in sys.modules]), file=sys.stderr)
+print(json.dumps([x for x in ("torch", "transformers", "scipy") if x in sys.modules]), file=sys.stderr)
 """
 
 

@@ -12,11 +12,11 @@ from lilliput.metrics.paired import Flips
 
 def test_mcnemar_equals_values_by_hand():
     assert paired.mcnemar(0, 0) == 1.0
-    assert paired.mcnemar(0, 5) == 2 / 32
-    assert paired.mcnemar(6, 0) == 2 / 64
-    assert paired.mcnemar(1, 9) == 2 * (1 + 10) / 1024
+    assert paired.mcnemar(0, 5) == pytest.approx(2 / 32, rel=1e-12)
+    assert paired.mcnemar(6, 0) == pytest.approx(2 / 64, rel=1e-12)
+    assert paired.mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 1024, rel=1e-12)
     assert paired.mcnemar(3, 3) == 1.0
-    assert paired.mcnemar(4, 10) == 2 * (1 + 14 + 91 + 364 + 1001) / 2**14
+    assert paired.mcnemar(4, 10) == pytest.approx(2 * (1 + 14 + 91 + 364 + 1001) / 2**14, rel=1e-12)
     assert paired.mcnemar(10, 4) == paired.mcnemar(4, 10)
 
 
@@ -149,3 +149,25 @@ def test_false_alarms_stay_under_five_percent():
     draw = np.random.default_rng(3)
     counts = draw.multinomial(200, [0.05, 0.05, 0.9], size=2000)
     assert sum(paired.mcnemar(int(a), int(b)) < 0.05 for a, b, _ in counts) < 0.05 * 2000
+
+
+def test_bootstrap_draws_are_those_of_numpy_by_hand():
+    values = torch.rand(50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    draw = np.random.default_rng(5)
+    means = values.numpy()[draw.integers(0, 50, size=(1000, 50))].mean(axis=1)
+    found = paired.bootstrap(values, seed=5, samples=1000)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=1e-12)
+
+
+def test_equal_values_have_a_point_for_an_interval():
+    assert paired.bootstrap(torch.full((3,), 0.25)).to_json() == {"value": 0.25, "low": 0.25, "high": 0.25}
+
+
+def test_few_signs_are_all_tried():
+    differences = torch.tensor([3.0, 1.0, 2.0, -0.5])
+    patterns = [
+        abs(sum(s * x for s, x in zip(signs, differences.tolist(), strict=True)))
+        for signs in product((-1, 1), repeat=4)
+    ]
+    expected = sum(x >= 5.5 for x in patterns) / 16
+    assert paired.sign_flip(differences) == pytest.approx(expected) == 4 / 16

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from lilliput.errors import DataError
-from lilliput.metrics.interval import Interval, clip
+from lilliput.metrics.interval import LEVEL, Interval, clip
 
 ALPHA = 0.05
 POWER = 0.8
@@ -61,27 +62,22 @@ def flips(ours: Sequence[bool], base: Sequence[bool]) -> Flips:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided p-value: twice the binomial tail P(X <= min(lost, won)), X of lost + won fair tosses."""
-    count, term, total = lost + won, 1, 0
-    for k in range(min(lost, won) + 1):
-        total += term
-        term = term * (count - k) // (k + 1)
-    return min(1.0, 2 * total / (1 << count))
+    """Exact two-sided p-value: whether `lost` of lost + won tosses is what a fair coin gives."""
+    return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def proportion(right: int, items: int) -> Interval:
     """Share right/items with its 95 % score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
-    share, square = right / items, _Z * _Z / items
-    middle = (share + square / 2) / (1 + square)
-    half = _Z * math.sqrt(share * (1 - share) / items + square / (4 * items)) / (1 + square)
-    return clip(Interval(share, min(share, middle - half), max(share, middle + half)), 0.0, 1.0)
+    share = right / items
+    found = stats.binomtest(right, items).proportion_ci(LEVEL, method="wilson")
+    return Interval(share, min(share, float(found.low)), max(share, float(found.high)))
 
 
 def difference(counts: Flips) -> Interval:
     """Paired difference of two shares with its 95 % interval: Wald's with one item added to each kind of disagreement.
 
     Unlike Wald's and the bootstrap's it does not shrink to a point where no item flipped (Bonett & Price 2012,
-    doi:10.3102/1076998611411915).
+    doi:10.3102/1076998611411915). Of such intervals scipy has none.
     """
     lost, won = ((x + 1) / (counts.items + 2) for x in (counts.lost, counts.won))
     half = _Z * math.sqrt(max(0.0, lost + won - (won - lost) ** 2) / (counts.items + 2))
@@ -99,54 +95,53 @@ def bootstrap(values: Tensor, *, seed: int = 0, samples: int = SAMPLES) -> Inter
     if count < 2:
         raise DataError(f"{count} item gives no interval: evaluate at least 2 items.")
     flat = values.to(torch.float64).flatten().numpy()
-    draw = np.random.default_rng(seed)
-    # A slice at a time: all indices at once would take samples x items x 8 bytes.
-    width = max(1, (1 << 22) // count)
-    means = [
-        flat[draw.integers(0, count, size=(min(width, samples - i), count))].mean(axis=1)
-        for i in range(0, samples, width)
-    ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Interval(float(flat.mean()), float(low), float(high))
+    if not np.ptp(flat):  # scipy warns of equal values, whose interval is a point
+        return Interval(float(flat[0]), float(flat[0]), float(flat[0]))
+    found = stats.bootstrap(
+        (flat,),
+        np.mean,
+        n_resamples=samples,
+        batch=_batch(count),
+        confidence_level=LEVEL,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(flat.mean()), float(found.low), float(found.high))
 
 
 def sign_flip(differences: Tensor, *, seed: int = 0, samples: int = SAMPLES) -> float:
-    """Two-sided p-value of paired differences [items]: the share of random sign patterns with as large a mean.
+    """Two-sided p-value of paired differences [items]: the share of sign patterns with as large a mean.
 
-    For scores that are not right or wrong; the pattern at hand counts as one (Phipson & Smyth 2010,
-    doi:10.2202/1544-6115.1585).
+    For scores that are not right or wrong. All patterns where there are fewer than `samples`, else random ones, the one
+    at hand counting as well (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585).
     """
     flat = differences.to(torch.float64).flatten().numpy()
-    draw = np.random.default_rng(seed)
-    seen, most = 0, abs(float(flat.sum())) * (1 - 1e-12)
-    width = max(1, (1 << 22) // max(1, flat.size))
-    for i in range(0, samples, width):
-        signs = draw.integers(0, 2, size=(min(width, samples - i), flat.size)) * 2.0 - 1.0
-        seen += int((np.abs(signs @ flat) >= most).sum())
-    return (seen + 1) / (samples + 1)
+    found = stats.permutation_test(
+        (flat,),
+        lambda values, axis: np.abs(values.mean(axis=axis)),
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=samples,
+        batch=_batch(flat.size),
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
 
 
-def _log_binomial(count: int, share: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """log P(X = k), k = 0..count, for X binomial with 0 < share < 1."""
-    ratio = np.log(np.arange(count, 0, -1)) - np.log(np.arange(1, count + 1))
-    ways = np.concatenate([[0.0], np.cumsum(ratio)])
-    k = np.arange(count + 1)
-    found: np.ndarray[tuple[int], np.dtype[np.float64]] = ways + k * math.log(share) + (count - k) * math.log1p(-share)
-    return found
+def _batch(count: int) -> int:
+    """Draws of `count` items to make at once: all of them would take samples x items x 8 bytes."""
+    return max(1, (1 << 22) // max(1, count))
 
 
 def _rejects(count: int, share: float, alpha: float) -> float:
     """Probability that the exact test rejects on `count` disagreements of which each is a loss with `share`."""
-    if count == 0:
-        return 0.0
-    fair = 2 * np.cumsum(np.exp(_log_binomial(count, 0.5)))
-    last = int(np.searchsorted(fair, alpha, side="right")) - 1  # the largest rejected min(lost, won)
+    last = int(stats.binom.ppf(alpha / 2, count, 0.5))  # the largest rejected min(lost, won), or one more
+    last -= 2 * stats.binom.cdf(last, count, 0.5) > alpha
     if last < 0:
         return 0.0
-    if share >= 1.0:
-        return 1.0
-    chance = np.exp(_log_binomial(count, share))
-    return float(min(1.0, chance[: last + 1].sum() + chance[count - last :].sum()))
+    return min(1.0, float(stats.binom.cdf(last, count, share) + stats.binom.sf(count - last - 1, count, share)))
 
 
 def power(items: int, discordant: float, loss: float, alpha: float = ALPHA) -> float:
@@ -162,7 +157,7 @@ def power(items: int, discordant: float, loss: float, alpha: float = ALPHA) -> f
         spread = 5 * math.sqrt(items * share * (1 - share)) + 1
         low, high = max(0, math.floor(items * share - spread)), min(items, math.ceil(items * share + spread))
         counts = np.unique(np.linspace(low, high, min(_GRID, high - low + 1)).round().astype(int))
-        weights = np.exp(_log_binomial(items, share)[counts])
+        weights = stats.binom.pmf(counts, items, share)
         weights /= weights.sum()
     toward = (1 + loss / share) / 2
     return float(sum(w * _rejects(int(c), toward, alpha) for c, w in zip(counts, weights, strict=True)))
@@ -197,7 +192,10 @@ def items_needed(discordant: float, loss: float = MARGIN, alpha: float = ALPHA) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, in the given order (Holm 1979, doi:10.2307/4615733)."""
+    """p-values corrected for their number, in the given order (Holm 1979, doi:10.2307/4615733).
+
+    scipy corrects for false discoveries only, which promises less.
+    """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

@@ -17,7 +17,8 @@ def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
     """The `share` quantile of the divergence at all positions [windows, scored tokens], nats per token.
 
     Interval: Student's t times the standard deviation over bootstrap draws of whole windows (a fixed seed), stretched
-    by sqrt(n / (n - 1)) as the bootstrap is too narrow for few windows. Raises DataError for fewer than two windows.
+    by sqrt(n / (n - 1)) as the bootstrap is too narrow for few windows. The draws are ours: scipy's bootstrap sorts all
+    positions again for each. Raises DataError for fewer than two windows.
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"no quantile at {share}")

@@ -27,7 +27,6 @@ BAD_RATIO = 1.25
 OK_RATIO = 1.01
 SAME_KL = 0.05  # nats
 LEVELS = ("ok", "unsure", "loss", "bad")
-_LARGE = 1000  # degrees of freedom from which on Student's t is normal to three digits
 _MOST = 100_000  # windows; nobody runs more
 
 
@@ -116,7 +115,7 @@ def further_windows(ratio: Data, windows: int) -> int:
     spread = half * math.sqrt(windows) / t_quantile(windows - 1)
 
     def enough(n: int) -> bool:
-        return t_quantile(min(n - 1, _LARGE)) * spread / math.sqrt(n) <= goal
+        return t_quantile(n - 1) * spread / math.sqrt(n) <= goal
 
     low, high = windows, windows * 2
     while not enough(high):

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write docs/methods/ from the docstrings of the methods and from their measured figures.
+"""Write docs/methods/ from the docstrings of the methods and from their measured figures, and docs/metrics.md from
+those of the metrics and benchmarks.
 
     python scripts/make_docs.py [--check] [--root CHECKOUT]
 
@@ -15,19 +16,37 @@ from pathlib import Path
 
 from lilliput.methods import discover, measured
 from lilliput.recipe import page
+from lilliput.studies import index as metrics
 
 PICTURE = "![KL divergence of the runs below against their bits per weight](measured.svg)"
 
 
 def pages() -> dict[str, str]:
-    """File name to content."""
+    """Path in docs/ to content."""
     methods = [method for _, method in sorted(discover().items())]
     lines = ["# Methods", "", "Written by `scripts/make_docs.py` from the method files; do not edit.", ""]
     lines += ["| method | verb | writes | what it does |", "| --- | --- | --- | --- |"]
     lines += [f"| [{m.name}]({m.name}.md) | `{m.spec.verb}` | {m.spec.writes} | {m.summary} |" for m in methods]
     found = measured.figures()
     lines += ["", "## Measured", "", found["protocol"], "", PICTURE, "", *measured.table(found["rows"])]
-    return {"index.md": "\n".join(lines) + "\n", **{f"{m.name}.md": page.page(m) for m in methods}}
+    return {
+        "metrics.md": measuring(),
+        "methods/index.md": "\n".join(lines) + "\n",
+        **{f"methods/{m.name}.md": page.page(m) for m in methods},
+    }
+
+
+def measuring() -> str:
+    """The page of all metrics and benchmarks."""
+    found = list(metrics.discover().values())
+    lines = [
+        "# Metrics and benchmarks",
+        "",
+        "Written by `scripts/make_docs.py` from the files that measure; do not edit.",
+    ]
+    lines += ["`lilliput metrics` prints the same.", "", "| metric | what it is | covers |", "| --- | --- | --- |"]
+    lines += [f"| [{x.name}](#{x.name}) | {x.summary} | {', '.join(x.metric.covers)} |" for x in found]
+    return "\n".join([*lines, "", *(f"#{metrics.page(x)}" for x in found)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,15 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="only say whether the pages are current")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the checkout")
     given = parser.parse_args(arguments)
-    folder = given.root / "docs" / "methods"
+    folder = given.root / "docs"
     wanted = pages()
-    there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    paths = [*folder.glob("methods/*.md"), *folder.glob("metrics.md")]
+    there = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     old = sorted(name for name in {*wanted, *there} if wanted.get(name) != there.get(name))
     if given.check:
         if old:
             sys.exit(f"error: not current in {folder}: {', '.join(old)}; run python scripts/make_docs.py")
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "methods").mkdir(parents=True, exist_ok=True)
     for name in old:
         if name in wanted:
             (folder / name).write_text(wanted[name], encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 from lilliput.efficiency import runner
 from lilliput.efficiency import speed as timed
 from lilliput.efficiency.runner import Runner
-from lilliput.efficiency.speed import interleave, measure_speed, speedup, timing
+from lilliput.efficiency.speed import Rounds, interleave, measure_speed, speedup, timing
 from lilliput.errors import DataError, SourceError
 
 
@@ -32,8 +32,11 @@ class Fake:
     def prefill(self):
         self._run("prefill")
 
-    def decode(self):
+    def decode(self, lap):
         self._run("decode")
+        lap()
+        self.clock.now += 0.5
+        lap()
 
 
 def test_rounds_are_interleaved_and_warm_up_is_left_out():
@@ -41,14 +44,36 @@ def test_rounds_are_interleaved_and_warm_up_is_left_out():
     runners = [Fake(clock, log, "A", 2.0, 1.0), Fake(clock, log, "B", 4.0, 3.0)]
     found = interleave(runners, runs=3, warmup=2, clock=clock)
     assert log == ["Ap", "Ad", "Bp", "Bd"] * 5
-    assert found == [([2.0] * 3, [1.0] * 3), ([4.0] * 3, [3.0] * 3)]
+    assert found == [Rounds((2.0,) * 3, ((1.0, 0.5),) * 3), Rounds((4.0,) * 3, ((3.0, 0.5),) * 3)]
+    assert found[0].token == [0.75] * 3
     with pytest.raises(DataError, match="1 runs"):
         interleave(runners, runs=1, warmup=0, clock=clock)
 
 
 def test_median_and_tail_of_known_times():
     found = timing([float(x) for x in range(101, 0, -1)])
-    assert (found.median, found.p95, found.best) == (51.0, 96.0, 1.0)
+    assert (found.median, found.p90, found.p95, found.best) == (51.0, 91.0, 96.0, 1.0)
+
+
+def test_percentiles_are_of_tokens_not_of_rounds(folder, monkeypatch):
+    """One slow token in ten is in the 95th percentile, though every round has the same mean."""
+    clock = Clock()
+
+    def decode(self, lap):
+        for i in range(self.new):
+            clock.now += 10.0 if i == 0 else 1.0
+            lap()
+
+    def prefill(self):
+        clock.now += 2.0
+
+    monkeypatch.setattr(Runner, "decode", decode)
+    monkeypatch.setattr(Runner, "prefill", prefill)
+    monkeypatch.setattr(timed, "matmul_peak", lambda *_, **__: 1.0)
+    found = measure_speed(folder("llama"), prompt=4, new=10, runs=3, warmup=0, memory=False, clock=clock)
+    assert (found.decode.seconds.median, found.decode.seconds.p95) == (1.0, 10.0)
+    assert found.throughput == pytest.approx(1 / 1.9)
+    assert (found.prefill.seconds.median, found.prefill.seconds.p90) == (2.0, 2.0)
 
 
 def test_drift_that_meets_both_leaves_the_ratio():
@@ -86,15 +111,15 @@ def test_a_model_beside_itself(folder):
         memory=False,
         clock=lambda: float(next(ticks)),
     )
-    # every prefill and every decoding takes one tick; so does the matrix product
+    # every prefill and every decoded token takes one tick; so does the matrix product
     assert found.prefill.speedup.to_json() == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert found.decode.seconds.median == 0.5
-    assert (found.throughput, found.base_throughput) == (2.0, 2.0)
+    assert found.decode.seconds.median == 1.0
+    assert (found.throughput, found.base_throughput) == (1.0, 1.0)
     assert found.mfu == found.base_mfu == pytest.approx((8 * 2 * 15360 + 2 * 8192 + 2 * 4 * 32 * 36) / found.peak_flops)
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     keys = {"runs", "prefill", "decode", "throughput", "peak_rss_bytes", "base_peak_rss_bytes", "mfu", "peak_flops"}
     assert keys <= plain.keys()
-    assert plain["decode"]["base_seconds"] == {"median": 0.5, "p95": 0.5, "best": 0.5}
+    assert plain["decode"]["base_seconds"] == {"median": 1.0, "p90": 1.0, "p95": 1.0, "best": 1.0}
     assert plain["peak_rss_bytes"] is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ def test_the_verdict_comes_first_and_every_part_follows(sample: dict[str, Any]) 
     assert lines[0].startswith("▼ LOSS  Perplexity rises by 5.2 %")
     for word in ("1.052 [1.046, 1.058]", "--max-kl", "passed", "no detectable loss", "1.31× [1.28, 1.34]"):
         assert word in said, word
+    assert re.search(r"decode +21.3 ms +16.2 ms +16.7 ms +17.8 ms", said)
+    assert re.search(r"model FLOPs utilisation \(MFU\) +32 % +31 %", said)
     assert "model.layers.5.mlp.down_proj" in said
     assert max(len(line) for line in lines) <= 120
 

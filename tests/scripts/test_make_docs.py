@@ -18,9 +18,10 @@ def test_pages_are_written_checked_and_removed(tmp_path: Path, script: Callable[
     make(["--check", *root])
     page = tmp_path / "docs" / "methods" / "rtn.md"
     assert page.read_text().startswith("# rtn\n")
+    assert "\n## perplexity\n" in (tmp_path / "docs" / "metrics.md").read_text()
     page.write_text("edited")
     (page.parent / "gone.md").write_text("of a method that is gone")
-    with pytest.raises(SystemExit, match=r"gone\.md, rtn\.md"):
+    with pytest.raises(SystemExit, match=r"methods/gone\.md, methods/rtn\.md"):
         make(["--check", *root])
     make(root)
     assert not (page.parent / "gone.md").exists()

@@ -22,6 +22,7 @@ from lilliput.data import load_tokens
 from lilliput.errors import DataError
 from lilliput.machine import memory as ram
 from lilliput.metrics import layout
+from lilliput.metrics.metric import Metric
 from lilliput.model.block import BlockWeights
 from lilliput.model.stored import Model, open_model
 
@@ -265,3 +266,12 @@ def _rows(
         }
         for x in _block_linears(losses)
     )
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --where",
+    key="loss.blocks, loss.linears, loss.techniques",
+    unit="share of the KL divergence",
+    interval="none: of the text at hand",
+    covers=("explainability",),
+)

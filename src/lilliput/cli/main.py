@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lilliput.cli import measure
+from lilliput.cli import measure, metrics
 from lilliput.cli.command import answer, dump, guarded, plain, redirected, write
 from lilliput.cli.options import HtmlOpt, Job, JsonOpt, MemoryOpt, ModelArg, grouped
 from lilliput.errors import PlanError, ToldError
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 
 measure.register(app)
+metrics.register(app)
 # Bars of the libraries below would fill a log, so they are for terminals. Read as the libraries are imported, and by
 # child processes.
 _BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")

@@ -22,6 +22,7 @@ from lilliput.efficiency.shapes import Matrix, Shapes, shapes_of
 from lilliput.efficiency.zeros import Zeros
 from lilliput.errors import PlanError
 from lilliput.metrics import size
+from lilliput.metrics.metric import Metric
 from lilliput.model.stored import Model
 
 _KINDS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
@@ -219,3 +220,15 @@ def _by_kind(model: Model, shapes: Shapes) -> tuple[Kind, ...]:
         entry[1] += stored[name].nbytes
     rows = (Kind(kind, int(n), round(total)) for kind, (n, total) in found.items())
     return tuple(sorted(rows, key=lambda x: -x.bytes))
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL",
+    key="size.compression_ratio, size.flops_per_token, size.by_kind",
+    unit="1, operations per token, bytes",
+    interval="none: counted exactly",
+    covers=(
+        "compression-ratio",
+        "flops",
+    ),
+)

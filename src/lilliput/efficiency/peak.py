@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from lilliput.errors import LilliputError
+from lilliput.metrics.metric import Metric
 
 _CHILD = "from lilliput.efficiency.peak import main; raise SystemExit(main())"
 
@@ -62,6 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
     runner.decode()
     print(json.dumps({"bytes": peak_rss() - base}))
     return 0
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --speed",
+    key="speed.peak_rss_bytes",
+    unit="bytes",
+    interval="none: one high-water mark",
+)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from lilliput.efficiency.sentences import sentence
 from lilliput.efficiency.serving import ARITHMETIC, Serving, servings
 from lilliput.efficiency.shapes import shapes_of
 from lilliput.errors import PlanError
+from lilliput.metrics.metric import Metric
 from lilliput.model.stored import Model
 
 
@@ -166,3 +167,13 @@ def _row(own: Workload, base: Workload | None, device: Device, phase: Phase, bat
 
 def _fits(work: Workload, device: Device, batch: int, context: int) -> bool:
     return work.memory + batch * work.shapes.cached(context) * work.dtype.itemsize <= device.memory
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --roofline",
+    key="roofline.rows",
+    unit="seconds, 1",
+    interval="none: predicted, a bound",
+    covers=("roofline",),
+    paper="Williams et al. 2009, doi:10.1145/1498765.1498785",
+)

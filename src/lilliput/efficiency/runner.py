@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ class Runner:
             self._reader.start(self.ids[:, : self.prompt], **self._options)
         synchronize(self.device)
 
-    def decode(self) -> None:
-        """Run the next `new` tokens one by one; returns when the device has finished."""
+    def decode(self, lap: Callable[[], None] = lambda: None) -> None:
+        """Run the next `new` tokens one by one; `lap` is called when the device has finished one."""
         with torch.inference_mode():
             for i in range(self.prompt, self.prompt + self.new):
                 self._reader.step(self.ids[:, i : i + 1], **self._options)
-        synchronize(self.device)
+                synchronize(self.device)
+                lap()

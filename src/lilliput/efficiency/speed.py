@@ -4,18 +4,23 @@ Both models are loaded by transformers and stay in memory together, so drift of 
 both alike: each round runs A's prefill and decoding and then B's, and the speed-up is taken round by round. What is
 measured is what transformers does with a folder: compressed-tensors folders are decoded at load and run dense,
 Lilliput's own layout is decoded in each pass. A prefill computes logits at its last token only, as generation does; a
-decoding step is one token with the keys and values of all before it cached. Inputs are random tokens: time does not
-depend on what they are, except through the choice of experts.
+decoding step is one token with the keys and values of all before it cached, and the device has finished before the next
+one begins, as it has where somebody waits for it. Latencies are of a prefill in each round and of every decoded token:
+the median (p50), and the 90th and 95th percentiles, which tell what a user waits for now and then. Inputs are random
+tokens: time does not depend on what they are, except through the choice of experts.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from lilliput.efficiency.counts import prefill_flops, serving_of
@@ -25,6 +30,7 @@ from lilliput.efficiency.runner import Runner
 from lilliput.efficiency.shapes import shapes_of
 from lilliput.errors import DataError, SourceError
 from lilliput.metrics.interval import Interval, exp_interval
+from lilliput.metrics.metric import Metric
 from lilliput.model.stored import open_model
 
 PROMPT, NEW = 512, 32  # tokens of the prompt and of the answer, where nobody says otherwise
@@ -32,9 +38,11 @@ PROMPT, NEW = 512, 32  # tokens of the prompt and of the answer, where nobody sa
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one prefill, or of one decoded token; best: of the fastest round, what other work disturbed least."""
+    """Seconds of a prefill over the rounds, or of a decoded token over all of them: median (p50), percentiles, and the
+    best, what other work disturbed least."""
 
     median: float
+    p90: float
     p95: float
     best: float
 
@@ -62,10 +70,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Speed:
-    """throughput: decoded tokens a second, all sequences of the batch; peak_rss_bytes: of loading and running each
-    model in a process of its own, above its imported libraries (None where not measured); mfu: operations of the
-    prefill over its median time, as a share of peak_flops, this device's measured peak in the model's dtype (Chowdhery
-    et al. 2022, "PaLM", appendix B)."""
+    """throughput: decoded tokens a second of the median round, all sequences of the batch; peak_rss_bytes: of loading
+    and running each model in a process of its own, above its imported libraries (None where not measured); mfu:
+    operations of the prefill over its median time, as a share of peak_flops, this device's measured peak in the model's
+    dtype (Chowdhery et al. 2022, "PaLM", appendix B)."""
 
     runs: int
     batch: int
@@ -91,13 +99,24 @@ class Runs(Protocol):
     """What `interleave` times."""
 
     def prefill(self) -> None: ...
-    def decode(self) -> None: ...
+    def decode(self, lap: Callable[[], None]) -> None: ...
 
 
-def interleave(
-    runners: Sequence[Runs], *, runs: int, warmup: int, clock: Clock = time.perf_counter
-) -> list[tuple[list[float], list[float]]]:
-    """Seconds of each runner's prefills and of its decodings, round by round: A, B, A, B, ... after `warmup` rounds.
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of each round's prefill, and of each token that it decoded."""
+
+    prefill: tuple[float, ...]
+    decode: tuple[tuple[float, ...], ...]
+
+    @property
+    def token(self) -> list[float]:
+        """Mean seconds of a decoded token, round by round."""
+        return [sum(x) / len(x) for x in self.decode]
+
+
+def interleave(runners: Sequence[Runs], *, runs: int, warmup: int, clock: Clock = time.perf_counter) -> list[Rounds]:
+    """Seconds of each runner's prefills and decoded tokens, round by round: A, B, A, B, ... after `warmup` rounds.
 
     Raises DataError for fewer than 2 runs, which give no interval.
     """
@@ -105,20 +124,23 @@ def interleave(
         raise DataError(
             f"{runs} runs after {warmup} rounds of warm-up: a speed-up with an interval takes 2 runs or more"
         )
-    found: list[tuple[list[float], list[float]]] = [([], []) for _ in runners]
-    for i in range(warmup + runs):
-        for runner, (prefills, decodings) in zip(runners, found, strict=True):
-            for work, seconds in ((runner.prefill, prefills), (runner.decode, decodings)):
-                spent = _time(work, clock)
-                if i >= warmup:
-                    seconds.append(spent)
-    return found
+    prefills: list[list[float]] = [[] for _ in runners]
+    decodings: list[list[tuple[float, ...]]] = [[] for _ in runners]
+    for _ in range(warmup + runs):
+        for runner, before, after in zip(runners, prefills, decodings, strict=True):
+            began = clock()
+            runner.prefill()
+            before.append(clock() - began)
+            laps = [clock()]
+            runner.decode(lambda laps=laps: laps.append(clock()))  # type: ignore[misc]
+            after.append(tuple(b - a for a, b in itertools.pairwise(laps)))
+    return [Rounds(tuple(a[warmup:]), tuple(b[warmup:])) for a, b in zip(prefills, decodings, strict=True)]
 
 
 def timing(seconds: Sequence[float]) -> Timing:
-    """Median and 95th percentile, both interpolated between neighbours, and the fastest."""
-    values = torch.tensor(seconds, dtype=torch.float64)
-    return Timing(float(values.quantile(0.5)), float(values.quantile(0.95)), float(values.min()))
+    """Median and percentiles, interpolated between neighbours, and the fastest."""
+    median, p90, p95 = (float(x) for x in np.percentile(seconds, (50, 90, 95)))
+    return Timing(median, p90, p95, min(seconds))
 
 
 def speedup(base: Sequence[float], own: Sequence[float]) -> Interval:
@@ -177,33 +199,34 @@ def measure_speed(
             "compare dtypes; say which dtype to load both in"
         )
     found = interleave(runners, runs=runs, warmup=warmup, clock=clock)
-    found = [(prefills, [x / new for x in decodings]) for prefills, decodings in found]
     peak = matmul_peak(runners[0].dtype, where=device, clock=clock)
     own, theirs = found[0], found[1] if base is not None else None
-    phases = [
-        Phase(
-            tokens,
-            timing(own[i]),
-            None if theirs is None else timing(theirs[i]),
-            None if theirs is None else speedup(theirs[i], own[i]),
-        )
-        for i, tokens in ((0, prompt), (1, new))
-    ]
+    prefill = Phase(
+        prompt,
+        timing(own.prefill),
+        None if theirs is None else timing(theirs.prefill),
+        None if theirs is None else speedup(theirs.prefill, own.prefill),
+    )
+    decode = Phase(
+        new,
+        timing([x for tokens in own.decode for x in tokens]),
+        None if theirs is None else timing([x for tokens in theirs.decode for x in tokens]),
+        None if theirs is None else speedup(theirs.token, own.token),
+    )
     work = [prefill_flops(x, batch, prompt, how) for x, how in zip(opened, served, strict=True)]
-    before = [x.base_seconds for x in phases]
     return Speed(
         runs=runs,
         batch=batch,
-        prefill=phases[0],
-        decode=phases[1],
-        throughput=batch / phases[1].seconds.median,
-        mfu=work[0] / phases[0].seconds.median / peak,
+        prefill=prefill,
+        decode=decode,
+        throughput=batch / median(own.token),
+        mfu=work[0] / prefill.seconds.median / peak,
         peak_flops=peak,
         dtype=str(runners[0].dtype).removeprefix("torch."),
         device=device,
         threads=threads,
-        base_throughput=None if before[1] is None else batch / before[1].median,
-        base_mfu=None if before[0] is None else work[1] / before[0].median / peak,
+        base_throughput=None if theirs is None else batch / median(theirs.token),
+        base_mfu=None if prefill.base_seconds is None else work[1] / prefill.base_seconds.median / peak,
         peak_rss_bytes=peaks[0],
         base_peak_rss_bytes=peaks[1],
     )
@@ -217,7 +240,15 @@ def _lengths(prompt: int | None, new: int | None, positions: Sequence[int]) -> t
     return (max(1, min(PROMPT, room - new)) if prompt is None else prompt), new
 
 
-def _time(work: Callable[[], None], clock: Clock) -> float:
-    began = clock()
-    work()
-    return clock() - began
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --speed",
+    key="speed.prefill, speed.decode, speed.mfu",
+    unit="seconds, 1, share of the measured peak",
+    interval="Student's t over interleaved rounds, of the speed-up",
+    covers=(
+        "latency",
+        "speedup",
+        "mfu",
+    ),
+    paper="Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B (utilisation)",
+)

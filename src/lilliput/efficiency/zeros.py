@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput.efficiency.shapes import Matrix, Shapes
+from lilliput.metrics.metric import Metric
 from lilliput.model.stored import Model
 
 PATTERNS = ((2, 4), (4, 8))  # n:m that hardware or kernels know, the tighter first
@@ -50,3 +51,11 @@ def _count(model: Model, matrix: Matrix) -> Zeros:
 def _keeps(zero: Tensor, n: int, m: int) -> bool:
     """Whether at least m - n of each m neighbours in zero [rows, in] are set."""
     return bool((zero.reshape(-1, m).sum(dim=1, dtype=torch.int32) >= m - n).all())
+
+
+METRIC = Metric(
+    how="lilliput eval DIR",
+    key="size.macs_saved, size.macs_saved_share",
+    unit="multiplications per token",
+    interval="none: counted exactly, where the recipe prunes",
+)

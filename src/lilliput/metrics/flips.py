@@ -9,8 +9,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from lilliput.metrics.interval import Interval, clip, mean_interval
+from lilliput.metrics.metric import Metric
 
 
 def flips(right: Tensor, reference_right: Tensor) -> Interval:
     """Share of positions, from two booleans at each position [windows, scored tokens]. Stays within 0 and 1."""
     return clip(mean_interval((right != reference_right).double().mean(dim=1)), 0.0, 1.0)
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL",
+    key="quality.data[].flips",
+    unit="share of positions",
+    interval="Student's t over windows",
+    paper="Dutta et al. 2024, arXiv:2407.09141",
+)

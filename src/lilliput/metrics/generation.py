@@ -18,6 +18,7 @@ from lilliput.data import load_tokens
 from lilliput.errors import DataError
 from lilliput.machine import memory as ram
 from lilliput.metrics.interval import Interval, clip, mean_interval
+from lilliput.metrics.metric import Metric
 from lilliput.model.stored import Model, open_model
 
 CONTEXT = 32  # tokens of a prompt
@@ -126,3 +127,11 @@ def generation(
 def _example(tokenizer: Any, prompt: Tensor, ours: Tensor, theirs: Tensor, first: int) -> dict[str, Any]:
     texts: Sequence[str] = [tokenizer.decode(x.tolist()) for x in (prompt, ours, theirs)]
     return {"prompt": texts[0], "ours": texts[1], "theirs": texts[2], "first_difference": first}
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --prompts 16",
+    key="quality.generation",
+    unit="tokens, and share of prompts",
+    interval="Student's t over prompts",
+)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lilliput.export import provenance
+from lilliput.metrics.metric import Metric
 from lilliput.model.stored import Model
 
 
@@ -43,3 +44,12 @@ def measure(model: Model) -> Size:
         model_bits_per_weight=8 * sum(x.nbytes for x in stored.values()) / sum(prod(x.shape) for x in stored.values()),
         compressed=len(chosen),
     )
+
+
+METRIC = Metric(
+    how="lilliput eval DIR",
+    key="size.bytes, size.bits_per_weight, size.model_bits_per_weight",
+    unit="bytes, bits per weight",
+    interval="none: counted exactly",
+    covers=("model-size",),
+)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lilliput.errors import DataError
 from lilliput.metrics.interval import Interval, clip, t_quantile
+from lilliput.metrics.metric import Metric
 
 _DRAWS = 400
 
@@ -43,3 +44,11 @@ def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
     found = values[low]
     half = t_quantile(count - 1) * float(found.std(correction=1)) * math.sqrt(count / (count - 1))
     return clip(Interval(value, value - half, value + half), 0.0, math.inf)
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL",
+    key="quality.data[].kl_p95, quality.data[].kl_p99",
+    unit="nats per token",
+    interval="bootstrap over windows",
+)

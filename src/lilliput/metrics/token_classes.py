@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lilliput.metrics.interval import Interval, clip, mean_interval
+from lilliput.metrics.metric import Metric
 
 CLASSES = ("numbers", "names", "code", "rare words", "other words")
 _CODE = re.compile(r"[{}\[\]()<>=_/\\;#$|~^]|::|->")
@@ -162,3 +163,11 @@ def worst(
         if len(out) == count:
             break
     return out
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL",
+    key="quality.classes, quality.positions, quality.worst",
+    unit="nats per token and shares",
+    interval="Student's t over windows",
+)

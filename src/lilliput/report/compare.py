@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lilliput.errors import DataError
+from lilliput.metrics.metric import Metric
 from lilliput.report import cells, figures
 from lilliput.report.blocks import Block, Prose, Section
 from lilliput.report.cells import Cell, Table, table, words
@@ -230,3 +231,12 @@ def _by_size(rows: Sequence[Data]) -> Picture | None:
 def _by_speed(rows: Sequence[Data]) -> Picture | None:
     axis = "times as fast as the original"
     return _plot(rows, "by-speed", "speedup", "best_speed", axis, "Speed against loss: down and right is better.")
+
+
+METRIC = Metric(
+    how="lilliput compare DIR DIR --against MODEL --html FILE",
+    key="models[].best_size, models[].best_speed",
+    unit="whether none is better in both",
+    interval="those of the figures compared",
+    covers=("scaling-law",),
+)

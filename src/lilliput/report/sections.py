@@ -105,27 +105,35 @@ def speed(evidence: Data) -> Section | None:
         blocks.append(Picture(*drawn, label(caption, data), caption, data))
     elif phases:
         blocks.append(data)
-    pairs = (("tokens per second", "throughput", cells.number), ("peak memory", "peak_rss_bytes", cells.size))
-    measured = [(words(name), show(found.get(f"base_{key}")), show(found.get(key))) for name, key, show in pairs]
-    measured.append(
-        (words("model FLOPs utilisation"), cells.share(found.get("base_mfu")), cells.share(found.get("mfu")))
-    )
-    measured.append((words("measured peak of the device, FLOP/s"), Cell(""), cells.count(found.get("peak_flops"))))
-    measured = [line for line in measured if line[2].value is not None]
-    if measured:
-        blocks.append(table(("", "original", "compressed"), measured))
+    used = use_table(found)
+    if used.rows:
+        blocks.append(used)
     runs = f"{found['runs']} runs of each, interleaved" if found.get("runs") else ""
     how = [(key, found.get(key)) for key in ("batch", "dtype", "device", "threads")]
     said = ", ".join([x for x in [runs] if x] + [f"{key} {value}" for key, value in how if value is not None])
     return Section("speed", "Speed", blocks, f"{said}." if said else "")
 
 
+def use_table(found: Data) -> Table:
+    """What the time gives: tokens, the share of the device's peak (MFU), and the memory it takes."""
+    rows = (
+        ("tokens per second", cells.number, "throughput"),
+        ("model FLOPs utilisation (MFU)", cells.share, "mfu"),
+        ("peak memory", cells.size, "peak_rss_bytes"),
+    )
+    shown = [(words(name), show(found.get(f"base_{key}")), show(found.get(key))) for name, show, key in rows]
+    shown.append((words("measured peak of the device, FLOP/s"), Cell(""), cells.count(found.get("peak_flops"))))
+    return table(("", "original", "compressed"), [line for line in shown if line[2].value is not None])
+
+
 def speed_table(found: Data) -> Table:
     """Measured times of each phase."""
-    columns = ("phase", "tokens", "original, median", "original, p95", "compressed, median", "compressed, p95")
-    keys = [(key, q) for key in ("base_seconds", "seconds") for q in ("median", "p95")]
+    whose = (("original", "base_seconds"), ("compressed", "seconds"))
+    which = (("p50", "median"), ("p90", "p90"), ("p95", "p95"))
+    columns = tuple(f"{who}, {said}" for who, _ in whose for said, _ in which)
+    keys = [(key, q) for _, key in whose for _, q in which]
     return table(
-        (*columns, "speed-up"),
+        ("phase", "tokens", *columns, "speed-up"),
         [
             (
                 words(name),
@@ -136,6 +144,7 @@ def speed_table(found: Data) -> Table:
             for name in ("prefill", "decode")
             if found.get(name)
         ],
+        note="Latency of a prefill over the rounds, and of a decoded token over all of them: median and percentiles.",
     )
 
 

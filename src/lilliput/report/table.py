@@ -97,6 +97,17 @@ def methods(entries: Sequence[Data]) -> RenderableType:
     return table
 
 
+def metrics(entries: Sequence[Data]) -> RenderableType:
+    """A few lines per metric: what it is, and the command that measures it."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("measured by", overflow="fold")
+    for entry in entries:
+        table.add_row(*_cells(entry["name"], entry["summary"], entry["how"]))
+    return table
+
+
 def document(data: Data, title: str) -> RenderableType:
     """Any report: scalars and intervals as a table of two columns, lists below it, each under its name."""
     table = Table(title=title, box=SIMPLE_HEAD, show_header=False, title_justify="left", title_style="bold")

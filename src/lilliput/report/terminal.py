@@ -20,7 +20,7 @@ from lilliput.report.cells import Cell, Table, table, words
 from lilliput.report.compare import comparison_rows, comparison_table, headline
 from lilliput.report.page import BADGES, gates, headline_figures
 from lilliput.report.quality import data_table, instruction_table, task_table
-from lilliput.report.sections import speed_table
+from lilliput.report.sections import speed_table, use_table
 from lilliput.report.verdict import verdict
 
 Data = Mapping[str, Any]
@@ -30,7 +30,7 @@ _LINEARS = 5
 _DATA = ("data", "perplexity, × original", "KL, nats", "same top token", "perplexity")
 _TASKS = ("task", "verdict", "difference", "items")
 _ANSWERS = ("instructions", "win rate, a proxy", "equal answers", "tokens, original", "tokens, compressed")
-_SPEED = ("phase", "original, median", "compressed, median", "speed-up")
+_SPEED = ("phase", "original, p50", "compressed, p50", "compressed, p90", "compressed, p95", "speed-up")
 _MODELS = ("model", "verdict", "perplexity, × original", "KL, nats", "size", "speed, × original", "best by")
 
 
@@ -54,6 +54,7 @@ def evaluation(evidence: Data) -> RenderableType:
         _only(task_table(evidence.get("tasks") or ()), _TASKS),
         _only(instruction_table(found.get("instructions") or ()), _ANSWERS),
         _only(speed_table(evidence.get("speed") or {}), _SPEED),
+        use_table(evidence.get("speed") or {}),
         _worst_linears(evidence.get("loss") or {}),
     ]
     parts += [grid(x) for x in tables if x is not None and x.rows]

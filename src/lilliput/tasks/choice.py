@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lilliput.errors import DataError
+from lilliput.metrics.metric import Metric
 from lilliput.tasks.likelihood import Loaded, log_likelihoods
 from lilliput.tasks.shapes import Row, Shape
 
@@ -75,3 +76,15 @@ def measure(
         found["acc"].append(float(_first_largest(sums) == x.label))
         found["acc_norm"].append(float(_first_largest(shares) == x.label))
     return found
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --tasks piqa=FILE.jsonl,openbookqa=FILE.jsonl,commonsenseqa=FILE.jsonl",
+    key="tasks[].difference",
+    unit="share of items",
+    interval="score interval; paired, Bonett and Price",
+    covers=(
+        "zero-shot-tasks",
+        "reasoning-tasks",
+    ),
+)

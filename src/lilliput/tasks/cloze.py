@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lilliput.errors import DataError
+from lilliput.metrics.metric import Metric
 from lilliput.tasks.likelihood import Loaded, log_likelihoods
 from lilliput.tasks.shapes import Row, Shape
 
@@ -51,3 +52,13 @@ def measure(
     """acc of each item (1 where every token of the target is the model's first choice) and log_likelihood (nats)."""
     scores = log_likelihoods(loaded, [(x.context, x.target) for x in items], step=step)
     return {"acc": [float(x.greedy) for x in scores], "log_likelihood": [x.value for x in scores]}
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --tasks lambada=FILE.jsonl",
+    key="tasks[].difference, tasks[].also",
+    unit="share of items; perplexity of the target",
+    interval="score interval; paired, Bonett and Price",
+    covers=("zero-shot-tasks",),
+    paper="Paperno et al. 2016, arXiv:1606.06031",
+)

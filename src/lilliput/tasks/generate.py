@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lilliput.errors import DataError
+from lilliput.metrics.metric import Metric
 from lilliput.tasks.decode import greedy
 from lilliput.tasks.likelihood import Loaded
 from lilliput.tasks.shapes import Row, Shape
@@ -83,3 +84,15 @@ def measure(
             got = extract(answer, pattern, rule.get("take", "first")) if pattern else answer
             found[name].append(float(got is not None and normal(got) == normal(x.answer)))
     return found
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --tasks gsm8k=TEST.jsonl+TRAIN.jsonl,bbh:SUBSET=FILE.jsonl",
+    key="tasks[].difference",
+    unit="share of items",
+    interval="score interval; paired, Bonett and Price",
+    covers=(
+        "reasoning-tasks",
+        "bbh",
+    ),
+)

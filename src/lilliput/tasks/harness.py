@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lilliput.errors import DataError, LilliputError
+from lilliput.metrics.metric import Metric
 from lilliput.tasks.decode import greedy
 from lilliput.tasks.likelihood import Encoded, Loaded, ids_of, log_likelihoods, scores
 
@@ -188,3 +189,12 @@ def run(
             scores=by_metric,
         )
     return out
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --tasks piqa,hellaswag",
+    key="tasks[].difference, tasks[].also",
+    unit="as the harness has it, by item",
+    interval="score interval or bootstrap over items; paired",
+    covers=("lm-harness",),
+)

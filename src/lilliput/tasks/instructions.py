@@ -19,6 +19,7 @@ from lilliput.data.tokens import same_vocabulary, vocabulary_of
 from lilliput.errors import DataError
 from lilliput.metrics import paired
 from lilliput.metrics.interval import Interval, clip, mean_interval
+from lilliput.metrics.metric import Metric
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
 from lilliput.tasks.decode import greedy
@@ -199,3 +200,12 @@ def compare_instructions(
         examples=tuple([x for x, s in zip(answered, same, strict=True) if not s][:_SHOWN]),
         note=NOTE,
     )
+
+
+METRIC = Metric(
+    how="lilliput eval DIR --against MODEL --tasks instructions=FILE.jsonl",
+    key="quality.instructions[].win_rate",
+    unit="share of prompts",
+    interval="Student's t over prompts",
+    covers=("unseen-instructions",),
+)

@@ -1,0 +1,1 @@
+"""What several models or runs show together, and the list of everything that is measured."""

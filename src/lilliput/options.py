@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HELD_OUT = "docs:library"  # the text to measure on: another half of `docs` than the one that is calibrated on
+JUDGE_KEY = "LILLIPUT_JUDGE_KEY"  # the variable of the environment that holds the key of a judge's server
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,25 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Who compares answers to instructions. url: what comes before /chat/completions, such as http://localhost:8000/v1;
+    model: its name on that server; key: of the server, if it asks for one; wait: seconds before the first repetition of
+    a request that failed."""
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    wait: float = 1.0
+
+
+@dataclass(frozen=True)
 class Parts:
     """What is measured beside text.
 
     tasks: names, or NAME=FILE, with at most `limit` items each and `shots` examples before each item (None: all, and
     the task's own number); prompts: how many to continue greedily; where: find the blocks and linears that the loss
-    comes from; speed: time both models; roofline: predict times on named devices.
+    comes from; speed: time both models; roofline: predict times on named devices; judge: who compares the answers to
+    instructions.
     """
 
     tasks: tuple[str, ...] = ()
@@ -64,6 +78,7 @@ class Parts:
     where: bool = False
     speed: bool = False
     roofline: bool = False
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp
     page = render(json.loads(json.dumps(evidence)))
     assert "<svg" in page
     assert "Answers to instructions" in page
-    assert "nobody judged" in page
+    assert "a proxy for a judge" in page
     console = Console(width=200, file=io.StringIO())
     console.print(terminal.evaluation(evidence))
     assert "win rate, a proxy" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -44,6 +44,7 @@ def test_its_answer_is_in_the_documented_evidence(name: str) -> None:
         for part in key.strip().split("."):
             node = node["properties"][part.removesuffix("[]")]
             node = node["items"] if part.endswith("[]") else node
+            node = SCHEMA["$defs"][node["$ref"].split("/")[-1]] if "$ref" in node else node
 
 
 def test_entries_are_plain_data_and_pages_say_how() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +14,14 @@ import typer
 from lilliput.cli import command
 from lilliput.cli.options import HtmlOpt, JsonOpt, Measure, ModelArg, grouped
 from lilliput.errors import DataError, PlanError
-from lilliput.options import Gates, Parts
+from lilliput.options import JUDGE_KEY, Gates, Judge, Parts
 
 MISSED = 3  # exit status where a stated limit is missed
+
+JudgeOpt = Annotated[
+    str | None,
+    typer.Option(help="OpenAI-compatible server whose model judges instructions, such as http://localhost:8000/v1."),
+]
 
 
 @grouped
@@ -33,6 +40,8 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all of them by default.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples before each item; the task's own number.")] = None,
+    judge: JudgeOpt = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="Prompts that both models continue greedily; 0: none.")] = 0,
     where: Annotated[bool, typer.Option("--where", help="Find where the loss comes from; --html does too.")] = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="Predict times on named devices.")] = False,
@@ -44,6 +53,7 @@ def evaluate(
     min_agreement: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Exit 3 below this share of equal first choices.")
     ] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder that keeps answers, so that a run goes on.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure MODEL as it lies on disk: every figure with its 95 % interval, and a verdict."""
@@ -57,6 +67,7 @@ def evaluate(
         where=where or (html is not None and against is not None),
         speed=measure.speed,
         roofline=roofline or html is not None,
+        judge=None if judge is None or judge_model is None else Judge(judge, judge_model, os.environ.get(JUDGE_KEY)),
     )
 
     def run() -> Any:
@@ -66,6 +77,8 @@ def evaluate(
 
         if against is None and gates != Gates():
             raise PlanError("a limit compares with the original: name it with --against")
+        if (judge is None) != (judge_model is None):
+            raise PlanError("a judge is a server and a model of it: give both --judge and --judge-model")
         if html is not None:
             page.writable(html)
         limits = measure.limits()
@@ -76,7 +89,7 @@ def evaluate(
                 text=measure.text(stride),
                 parts=parts,
                 limits=limits,
-                compute=measure.compute(),
+                compute=replace(measure.compute(), work=work),
                 gates=gates,
                 progress=progress,
             )

@@ -81,7 +81,7 @@ def gather(
     from lilliput.tasks.instructions import apart, compare_instructions
 
     dtype = compute_dtype(compute.dtype)
-    scored, instructed = apart(parts.tasks, against)
+    scored, instructed = apart(parts.tasks, against, parts.judge)
     if scored:
         from lilliput.tasks import check_tasks
 
@@ -105,13 +105,15 @@ def gather(
                 found["quality"]["generation"] = answered.to_json()
     whole: Data = {"limit": parts.limit, "dtype": compute.dtype, "work": compute.work, "progress": progress}
     if scored:
-        from lilliput.tasks import run_tasks
+        from lilliput.tasks import abilities, run_tasks
 
         with _kept("tasks", failed):
-            found["tasks"] = [x.to_json() for x in run_tasks(model, against, scored, shots=parts.shots, **whole)]
+            rows = run_tasks(model, against, scored, shots=parts.shots, **whole)
+            found |= {"tasks": [x.to_json() for x in rows], "abilities": [x.to_json() for x in abilities(rows)]}
     if against is not None and instructed:
         with _kept("instructions", failed):
-            answers = [compare_instructions(model, against, x.file, **whole) for x in instructed if x.file is not None]
+            files = [x.file for x in instructed if x.file is not None]
+            answers = [compare_instructions(model, against, x, judge=parts.judge, **whole) for x in files]
             found["quality"]["instructions"] = [x.to_json() for x in answers]
     if parts.speed:
         from lilliput.efficiency import measure_speed

@@ -10,6 +10,7 @@ from lilliput.report import cells, figures
 from lilliput.report.blocks import Block, Examples, Prose, Section, example
 from lilliput.report.cells import Cell, Table, table, words
 from lilliput.report.figures import Row
+from lilliput.report.groups import grouped, judged_table
 from lilliput.report.sections import label
 from lilliput.report.svg import Picture
 
@@ -27,6 +28,7 @@ def quality(evidence: Data) -> Section | None:
         *_classes(found.get("classes") or ()),
         *_positions(found.get("positions") or ()),
         *_tasks(evidence.get("tasks") or ()),
+        *grouped(evidence),
         *_generation(found.get("generation") or {}),
         *_instructions(found.get("instructions") or ()),
         *_worst(found.get("worst") or ()),
@@ -239,7 +241,7 @@ def _generation(found: Data) -> list[Block]:
 
 
 def instruction_table(rows: Sequence[Data]) -> Table:
-    """What both models write when they are told to; nobody says which is better."""
+    """What both models write when they are told to."""
     shown = [
         (
             words(Path(str(x["source"])).name),
@@ -272,7 +274,8 @@ def _instructions(rows: Sequence[Data]) -> list[Block]:
         return []
     answers = [x for row in rows for x in row.get("examples") or ()][:_EXAMPLES]
     told = tuple(example(str(x["prompt"]), str(x["ours"]), str(x["base"]), "") for x in answers)
-    return [instruction_table(rows), *([Examples(told)] if told else [])]
+    judged = judged_table(rows)
+    return [instruction_table(rows), *([judged] if judged.rows else []), *([Examples(told)] if told else [])]
 
 
 def _worst(rows: Sequence[Data]) -> list[Block]:

@@ -18,6 +18,7 @@ from rich.text import Text
 from lilliput.report import cells
 from lilliput.report.cells import Cell, Table, table, words
 from lilliput.report.compare import comparison_rows, comparison_table, headline
+from lilliput.report.groups import ability_table, judged_table
 from lilliput.report.page import BADGES, gates, headline_figures
 from lilliput.report.quality import data_table, instruction_table, task_table
 from lilliput.report.sections import speed_table, use_table
@@ -30,6 +31,7 @@ _LINEARS = 5
 _DATA = ("data", "perplexity, × original", "KL, nats", "same top token", "perplexity")
 _TASKS = ("task", "verdict", "difference", "items")
 _ANSWERS = ("instructions", "win rate, a proxy", "equal answers", "tokens, original", "tokens, compressed")
+_JUDGED = ("judge", "prompts", "win rate", "won, tied, lost", "p (sign test)", "same in both orders")
 _SPEED = ("phase", "original, p50", "compressed, p50", "compressed, p90", "compressed, p95", "speed-up")
 _MODELS = ("model", "verdict", "perplexity, × original", "KL, nats", "size", "speed, × original", "best by")
 
@@ -52,6 +54,8 @@ def evaluation(evidence: Data) -> RenderableType:
         gates(evidence),
         _only(data_table(found.get("data") or ()), _DATA),
         _only(task_table(evidence.get("tasks") or ()), _TASKS),
+        ability_table(evidence),
+        _only(judged_table(found.get("instructions") or ()), _JUDGED),
         _only(instruction_table(found.get("instructions") or ()), _ANSWERS),
         _only(speed_table(evidence.get("speed") or {}), _SPEED),
         use_table(evidence.get("speed") or {}),

@@ -37,13 +37,15 @@ class Spec:
 
 @dataclass(frozen=True)
 class Task:
-    """Items ready to be scored. fingerprint: sha256 (hex) of shape and items with their examples."""
+    """Items ready to be scored. fingerprint: sha256 (hex) of shape and items with their examples; categories: what each
+    item's row says that it is about, "" for nothing."""
 
     name: str
     shape: Shape
     items: tuple[Any, ...]
     shots: int
     fingerprint: str
+    categories: tuple[str, ...]
 
     @property
     def kind(self) -> ModuleType:
@@ -92,8 +94,15 @@ def rows(path: Path) -> Iterator[tuple[int, Row]]:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}.") from None
 
 
-def _items(path: Path, known: str, count: int | None, shape: Shape | None = None) -> tuple[Shape, list[Any]]:
+def category(row: Row) -> str:
+    """What a row says that it is about, by its field `category` or `subject`; "" where it says nothing."""
+    return next((x for x in (row.get("category"), row.get("subject")) if isinstance(x, str)), "")
+
+
+def _items(path: Path, known: str, count: int | None, shape: Shape | None = None) -> tuple[Shape, list[Any], list[str]]:
+    """The shape of the rows, their items, and the items' categories."""
     items: list[Any] = []
+    categories: list[str] = []
     for number, row in rows(path):
         if count is not None and len(items) >= count:
             break
@@ -104,9 +113,10 @@ def _items(path: Path, known: str, count: int | None, shape: Shape | None = None
         if problem:
             raise DataError(f"{where}: {problem}.")
         items.append(KINDS[shape.kind].item(shape, row, where))
+        categories.append(category(row))
     if shape is None:
         raise DataError(f"'{path}' holds no rows: give a JSONL file with one item a line.")
-    return shape, items
+    return shape, items, categories
 
 
 def load_task(spec: Spec, *, limit: int | None = None, shots: int | None = None) -> Task:
@@ -120,10 +130,10 @@ def load_task(spec: Spec, *, limit: int | None = None, shots: int | None = None)
         raise DataError(f"the task '{spec.name}' names no file: give {spec.name}=FILE.jsonl.")
     if (limit is not None and limit < 1) or (shots is not None and shots < 0):
         raise DataError(f"limit {limit} and {shots} shots: at least one item and no fewer than 0 examples.")
-    shape, _ = _items(spec.file, spec.known, 1)
+    shape, _, _ = _items(spec.file, spec.known, 1)
     wanted = shape.shots if shots is None else shots
     ahead = 0 if spec.examples is not None else wanted
-    _, items = _items(spec.file, spec.known, None if limit is None else ahead + limit, shape)
+    _, items, categories = _items(spec.file, spec.known, None if limit is None else ahead + limit, shape)
     examples, items = items[:ahead], items[ahead:]
     if spec.examples is not None:
         examples = _items(spec.examples, spec.known, wanted, shape)[1]
@@ -137,4 +147,4 @@ def load_task(spec: Spec, *, limit: int | None = None, shots: int | None = None)
     prefix = "".join(f"{kind.shown(x)}\n\n" for x in examples)
     ready = tuple(kind.prefixed(x, prefix) for x in items)
     digest = hashlib.sha256(repr((shape, ready)).encode()).hexdigest()
-    return Task(spec.name, shape, ready, wanted, digest)
+    return Task(spec.name, shape, ready, wanted, digest, tuple(categories[ahead:]))

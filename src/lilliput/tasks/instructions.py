@@ -1,8 +1,9 @@
 """Instructions without a right answer: what both models write, side by side.
 
-Nobody judges the answers. Length and repetition are counted; the "win rate" asks which answer the base model itself
-finds likelier. That is a proxy: it rewards what the base model would have said, and bland or repetitive text with it,
-so read it beside repetition. A compressed model that writes as the base does lies near a half.
+Length and repetition are counted; the "win rate" asks which answer the base model itself finds likelier. That needs no
+network and is a proxy: it rewards what the base model would have said, and bland or repetitive text with it, so read it
+beside repetition. A compressed model that writes as the base does lies near a half. Where a judge is named (judge.py),
+it compares the same answers.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from lilliput.errors import DataError
 from lilliput.metrics import paired
 from lilliput.metrics.interval import Interval, clip, mean_interval
 from lilliput.metrics.metric import Metric
+from lilliput.options import Judge
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
+from lilliput.tasks import judge as judges
 from lilliput.tasks.decode import greedy
-from lilliput.tasks.files import Spec, parse, rows
+from lilliput.tasks.files import Spec, category, parse, rows
+from lilliput.tasks.judge import Judged
+from lilliput.tasks.kept import kept_in
 from lilliput.tasks.likelihood import Loaded, ids_of, log_likelihoods
 from lilliput.tasks.run import loaded
 
 KNOWN = "instructions"  # what such a task is called: instructions=FILE, or instructions:LABEL=FILE
 NGRAM = 4
-NOTE = "win rate: share of prompts where the base model finds our answer likelier than its own; a proxy, nobody judged"
+NOTE = "win rate: share of prompts where the base model finds our answer likelier than its own; a proxy for a judge"
 _SHOWN = 5
 
 
@@ -54,7 +59,8 @@ class Instructions:
 
     ours_length, base_length: tokens of an answer; ours_repetition, base_repetition: share of an answer's 4-grams that
     occurred before in it; repetition_difference: paired; win_rate: see NOTE, equal answers count one half; identical:
-    share of prompts with equal answers; examples: the first prompts whose answers differ.
+    share of prompts with equal answers; examples: the first prompts whose answers differ; judge, judged: who judged,
+    and what it said of all prompts and then of each category of them.
     """
 
     source: str
@@ -68,11 +74,13 @@ class Instructions:
     identical: Interval
     examples: tuple[Answered, ...]
     note: str
+    judge: str | None = None
+    judged: tuple[Judged, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON: intervals as {value, low, high}."""
         out = {k: v.to_json() if isinstance(v, Interval) else v for k, v in vars(self).items()}
-        return out | {"examples": [x.to_json() for x in self.examples]}
+        return out | {"examples": [x.to_json() for x in self.examples], "judged": [x.to_json() for x in self.judged]}
 
 
 def repetition(ids: Sequence[int]) -> float:
@@ -99,10 +107,11 @@ def instruction(row: Mapping[str, Any], where: str) -> str:
     return "\n\n".join(x for x in (row[name], inner.get("input")) if isinstance(x, str) and x)
 
 
-def apart(tasks: Sequence[str], against: str | Path | None) -> tuple[list[str], list[Spec]]:
+def apart(tasks: Sequence[str], against: str | Path | None, judge: Judge | None = None) -> tuple[list[str], list[Spec]]:
     """The tasks that have right answers, as they were named, and the files of instructions.
 
-    Raises DataError where instructions name no file or hold a bad row, and where there is no base model beside them.
+    Raises DataError where instructions name no file or hold a bad row, where there is no base model beside them, and
+    where a judge does not answer or has nothing to judge.
     """
     scored = [x for x in tasks if parse(x).known != KNOWN]
     specs = [parse(x) for x in tasks if x not in scored]
@@ -114,14 +123,19 @@ def apart(tasks: Sequence[str], against: str | Path | None) -> tuple[list[str], 
                 f"'{spec.name}' has no right answers, only those of two models: name the original with --against."
             )
         _asked(spec.file, None)
+    if judge is not None:
+        if not specs:
+            raise DataError("a judge compares answers to instructions: name them, --tasks instructions=FILE.jsonl.")
+        judges.check(judge)
     return scored, specs
 
 
-def _asked(path: Path, limit: int | None) -> list[str]:
-    asked = [instruction(row, f"row {number} of '{path}'") for number, row in rows(path)][:limit]
-    if len(asked) < 2:
-        raise DataError(f"'{path}': {len(asked)} instructions give no interval: ask at least 2.")
-    return asked
+def _asked(path: Path, limit: int | None) -> tuple[list[str], list[str]]:
+    """Instructions, and the category of each."""
+    found = [(instruction(row, f"row {n} of '{path}'"), category(row)) for n, row in rows(path)][:limit]
+    if len(found) < 2:
+        raise DataError(f"'{path}': {len(found)} instructions give no interval: ask at least 2.")
+    return [x for x, _ in found], [x for _, x in found]
 
 
 def _prompts(model: Loaded, asked: Sequence[str]) -> list[str]:
@@ -156,15 +170,17 @@ def compare_instructions(
     device: str = "cpu",
     dtype: str = "float32",
     work: str | Path | None = None,
+    judge: Judge | None = None,
     progress: Progress | None = None,
 ) -> Instructions:
     """Greedy answers of both models to the instructions of a JSONL file (Vicuna-80, user-oriented, Self-Instruct).
 
-    At most `tokens` tokens an answer; one model in memory at a time; work: folder that keeps answers. Raises DataError
-    (bad row, fewer than two instructions, models with different tokenizers), SourceError and PlanError as `run_tasks`.
+    At most `tokens` tokens an answer; one model in memory at a time; work: folder that keeps answers, the judge's as
+    well; judge: who compares them, once both models are freed. Raises DataError (bad row, fewer than two instructions,
+    models with different tokenizers, a judge that does not answer), SourceError and PlanError as `run_tasks`.
     """
     path = Path(file)
-    asked = _asked(path, limit)
+    asked, categories = _asked(path, limit)
     tokenizer = open_source(str(model)).tokenizer()
     theirs = vocabulary_of(open_source(str(against)).tokenizer())
     same_vocabulary(vocabulary_of(tokenizer), theirs, f"'{model}' and '{against}'")
@@ -182,6 +198,10 @@ def compare_instructions(
             base = greedy(whole, prompts, tokens=tokens, step=step)
             likely = [_mean_likelihoods(whole, prompts, x) for x in (ours, base)]
         del whole
+        said: tuple[Judged, ...] = ()
+        if judge is not None:
+            answers = kept_in(folder, "judge")
+            said = judges.compare(judge, asked, ours, base, categories=categories, kept=answers, step=step)
     ids = [[ids_of(tokenizer, x, special=False) for x in answers] for answers in (ours, base)]
     repeated = [[repetition(x) for x in answers] for answers in ids]
     same = [a == b for a, b in zip(ours, base, strict=True)]
@@ -199,6 +219,8 @@ def compare_instructions(
         identical=paired.proportion(sum(same), len(same)),
         examples=tuple([x for x, s in zip(answered, same, strict=True) if not s][:_SHOWN]),
         note=NOTE,
+        judge=None if judge is None else judge.model,
+        judged=said,
     )
 
 

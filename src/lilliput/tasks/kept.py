@@ -56,5 +56,12 @@ def kept_for(folder: Path | None, model: Path, *settings: str) -> Kept:
     if folder is None:
         return Kept()
     files = [(x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in sorted(model.glob("*")) if x.is_file()]
+    return kept_in(folder, f"answers-{_key((str(model.absolute()), files, *settings))}")
+
+
+def kept_in(folder: Path | None, name: str) -> Kept:
+    """Kept answers under a name in `folder` (made if need be); in memory for None."""
+    if folder is None:
+        return Kept()
     folder.mkdir(parents=True, exist_ok=True)
-    return Kept(folder / f"answers-{_key((str(model.absolute()), files, *settings))}.jsonl")
+    return Kept(folder / f"{name}.jsonl")

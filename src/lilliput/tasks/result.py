@@ -11,6 +11,7 @@ import torch
 from lilliput.metrics import paired
 from lilliput.metrics.interval import Interval, exp_interval
 from lilliput.metrics.paired import Flips
+from lilliput.tasks.abilities import OTHER, Counts, Group, by_category, groups, pooled
 
 LOG_LIKELIHOOD = "log_likelihood"
 
@@ -21,7 +22,8 @@ Scores = Mapping[str, Sequence[float]]
 class Scored:
     """One task's items scored by one or two models, in the same order.
 
-    metric: the one that is tested; ours, base: metric -> score of each item; source: the file or the harness.
+    metric: the one that is tested; ours, base: metric -> score of each item; source: the file or the harness; ability:
+    what the task asks for; categories: of each item, nothing where none is known.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Scored:
     ours: Scores
     base: Scores | None
     notes: tuple[str, ...] = ()
+    ability: str = OTHER
+    categories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class TaskResult:
     that turned right or wrong; p_value: exact McNemar (sign flips where scores are not right or wrong); p_holm: the
     same corrected over the tasks of the run; detectable: the smallest loss that the sample would have shown with 80 %
     probability at the corrected level, None where it could show none; level: ok, loss, gain, unsure or none; verdict:
-    the same in words; also: other metrics, each with ours, base and difference (for perplexity ratio).
+    the same in words; also: other metrics, each with ours, base and difference (for perplexity ratio); ability,
+    categories: see `lilliput.tasks.abilities`.
     """
 
     name: str
@@ -64,6 +69,8 @@ class TaskResult:
     verdict: str
     also: Mapping[str, Mapping[str, Interval]]
     notes: tuple[str, ...]
+    ability: str
+    categories: tuple[Group, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON: intervals as {value, low, high}, or null."""
@@ -73,6 +80,7 @@ class TaskResult:
                 out[key] = value.to_json()
         out["also"] = {name: {k: v.to_json() for k, v in of.items()} for name, of in self.also.items()}
         out["notes"] = list(self.notes)
+        out["categories"] = [x.to_json() for x in self.categories]
         return out
 
 
@@ -146,6 +154,23 @@ def _verdict(flips: Flips | None, found: Interval | None, p_holm: float | None, 
     return "unsure", f"no significant difference ({found.low:.3g} to {found.high:.3g})"
 
 
+def _categories(scored: Scored) -> tuple[Group, ...]:
+    ours, base = scored.ours[scored.metric], None if scored.base is None else scored.base[scored.metric]
+    if not _is_binary(ours) or (base is not None and not _is_binary(base)):
+        return ()
+    return by_category(scored.name, scored.categories, ours, base)
+
+
+def abilities(rows: Sequence[TaskResult]) -> tuple[Group, ...]:
+    """The tasks that were compared and whose items are right or wrong, pooled by ability."""
+    counts = [
+        Counts(x.ability, (x.name,), x.items, round(x.ours.value * x.items), round(x.base.value * x.items), x.flips)
+        for x in rows
+        if x.base is not None and x.flips is not None
+    ]
+    return groups(pooled(counts))
+
+
 def results(scored: Sequence[Scored]) -> list[TaskResult]:
     """Rows of a report, in the given order, with p-values corrected over all of them (Holm)."""
     p_values = [_p_value(x) for x in scored]
@@ -180,6 +205,8 @@ def results(scored: Sequence[Scored]) -> list[TaskResult]:
                 verdict=said,
                 also=_also(x),
                 notes=x.notes,
+                ability=x.ability,
+                categories=_categories(x),
             )
         )
     return rows

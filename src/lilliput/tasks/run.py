@@ -21,6 +21,7 @@ from lilliput.tasks.files import Spec, Task, load_task, parse
 from lilliput.tasks.kept import kept_for
 from lilliput.tasks.likelihood import Loaded, context_length, ids_of
 from lilliput.tasks.result import Scored, Scores, TaskResult, results
+from lilliput.tasks.shapes import ability_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ class _Answers:
     shots: int
     fingerprint: str
     scores: Scores
+    ability: str
+    categories: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -118,10 +121,18 @@ def _answers(
                 model, [spec.name], definition=spec.definition, limit=limit, shots=shots, step=step(spec.name)
             )
             for name, x in scored.items():
-                found[name] = _Answers(x.kind, x.metric, x.shots, x.fingerprint, x.scores)
+                found[name] = _Answers(x.kind, x.metric, x.shots, x.fingerprint, x.scores, ability_of(name))
         else:
             scores = task.kind.measure(model, task.shape, task.items, step(spec.name))
-            found[spec.name] = _Answers(task.shape.kind, task.shape.metric, task.shots, task.fingerprint, scores)
+            found[spec.name] = _Answers(
+                task.shape.kind,
+                task.shape.metric,
+                task.shots,
+                task.fingerprint,
+                scores,
+                task.shape.ability,
+                task.categories,
+            )
     return found
 
 
@@ -210,6 +221,8 @@ def run_tasks(
                 ours=x.scores,
                 base=theirs_,
                 notes=(note,) if note else (),
+                ability=x.ability,
+                categories=x.categories,
             )
         )
     return results(scored)

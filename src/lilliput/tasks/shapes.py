@@ -36,7 +36,8 @@ _SAID = {"text": "text", "integer": "a whole number", "boolean": "true or false"
 class Shape:
     """One way to read a row; see known.yaml for what the entries mean.
 
-    patterns: metric name -> {pattern, take}, take being first or last match; tokens: the most to generate.
+    patterns: metric name -> {pattern, take}, take being first or last match; tokens: the most to generate; ability:
+    what the data set asks for, which changes no prompt and so no fingerprint.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Shape:
     patterns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     shots: int = 0
     tokens: int = 64
+    ability: str = field(default="other", repr=False)
 
     def problem(self, row: Row) -> str:
         """What keeps the row from having this shape, naming the field; empty where nothing does."""
@@ -123,6 +125,14 @@ def table() -> Mapping[str, tuple[Shape, ...]]:
         name: tuple(Shape(**{**entry, "stop": tuple(entry.get("stop", ()))}) for entry in _flat(entries))
         for name, entries in raw.items()
     }
+
+
+def ability_of(name: str) -> str:
+    """What a data set asks for, by the name that it has in the table, or in the harness, whose subsets begin with it
+    (bbh_cot_fewshot_navigate)."""
+    shapes = table()
+    found = max((x for x in shapes if name == x or name.startswith(f"{x}_")), key=len, default=OWN)
+    return shapes[found][0].ability
 
 
 def shape_of(name: str, row: Row, where: str) -> Shape:

@@ -144,6 +144,22 @@ def test_models_are_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "w4" in answer
 
 
+def test_sizes_and_bit_widths_need_no_original(pair: tuple[Path, Path], tiny, tmp_path: Path) -> None:
+    out, base = map(str, pair)
+    page = tmp_path / "scaling.html"
+    shared = ["--windows", "2", "--tokens", "32", "--html", str(page)]
+    code, answer = run("compare", "--scaling", out, base, str(tiny("wide")), *shared, "--json")
+    assert code == 0
+    rows = json.loads(answer)["models"]
+    assert [row["bits"] for row in rows] == [4, 32, 32]
+    assert rows[0]["total_bits"] < rows[1]["total_bits"] < rows[2]["total_bits"]
+    assert rows[0]["best_loss"]
+    assert "4 bits" in page.read_text()
+    code, answer = run("compare", "--scaling", out, base, "--against", base)
+    assert code == 2
+    assert "leave out --against" in answer
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -153,6 +169,8 @@ def test_models_are_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
         (["--against", "BASE", "--tasks", "instructions=/nowhere.jsonl"], "nowhere.jsonl"),
         (["--against", "BASE", "--tasks", "instructions"], "give instructions=FILE.jsonl"),
         (["--tasks", "instructions:mine=FILE"], "name the original with --against"),
+        (["--judge", "http://localhost/v1"], "both --judge and --judge-model"),
+        (["--judge", "http://localhost/v1", "--judge-model", "m"], "--tasks instructions=FILE"),
     ],
 )
 def test_bad_input_is_one_message(pair: tuple[Path, Path], arguments: list[str], words: str) -> None:

@@ -111,10 +111,13 @@ def compare(
     *,
     against: Annotated[str | None, typer.Option(help="Their original; not needed for saved evidence.")] = None,
     measure: Measure,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Sizes and bit widths of one family: loss against the model's bits.")
+    ] = False,
     html: HtmlOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compressed models of one original side by side: folders, or files that `lilliput eval --json` wrote."""
+    """Compressed models side by side: folders, or files that `lilliput eval --json` wrote."""
 
     def run() -> Any:
         from lilliput.metrics.evaluate import evaluate_all
@@ -122,30 +125,36 @@ def compare(
         from lilliput.report import page
         from lilliput.report.compare import comparison_rows, render_comparison
         from lilliput.report.evidence import gather
+        from lilliput.report.scaling import render_scaling, scaling_rows
 
         if html is not None:
             page.writable(html)
         folders = [name for name in models if not name.endswith(".json")]
-        if folders and against is None:
+        if scaling and (against is not None or measure.speed):
+            raise PlanError("models of several sizes have no one original: leave out --against and --speed")
+        if folders and against is None and not scaling:
             raise PlanError(f"to measure {folders[0]} its original is needed: name it with --against")
         saved = {name: _saved(Path(name)) for name in models if name not in folders}
         limits, compute, parts = measure.limits(), measure.compute(), Parts(speed=measure.speed)
         measured = {}
         with Progress() as progress:
             shared: Any = {"memory": limits.memory, "dtype": compute.dtype, "detail": True, "progress": progress}
-            texts = evaluate_all(folders, against, **vars(measure.text()), **shared) if folders else []
+            texts: list[Any] = [None] * len(folders)
+            if folders and not scaling:
+                texts = [*evaluate_all(folders, against, **vars(measure.text()), **shared)]
             for name, evaluation in zip(folders, texts, strict=True):
                 given: Any = {"limits": limits, "compute": compute, "evaluation": evaluation, "progress": progress}
-                measured[name] = gather(name, against, parts=parts, **given)[1]
+                measured[name] = gather(name, against, text=measure.text(), parts=parts, **given)[1]
         found: list[Any] = [(saved | measured)[name] for name in models]
-        rows = comparison_rows(found)
+        rows = scaling_rows(found) if scaling else comparison_rows(found)
         if html is not None:
-            page.write(html, render_comparison(found))
+            page.write(html, render_scaling(found) if scaling else render_comparison(found))
         return {"models": rows, "evidence": found}
 
     from lilliput.report import terminal
 
-    found = command.answer(run, lambda found: terminal.comparison(found["evidence"]), as_json)
+    view = terminal.scaling if scaling else terminal.comparison
+    found = command.answer(run, lambda found: view(found["evidence"]), as_json)
     _complain(found["evidence"])
 
 

@@ -37,17 +37,17 @@ def comparison_rows(evidences: Sequence[Data]) -> list[dict[str, Any]]:
     bases = dict.fromkeys(str(x["against"]) for x in evidences if x.get("against"))
     if len(bases) > 1:
         raise DataError(f"these models were measured against different originals ({', '.join(bases)}): give one base.")
-    chosen = [_common(evidences, x) for x in evidences]
+    chosen = [common(evidences, x) for x in evidences]
     loss = "kl" if all(x.get("kl") for x in chosen) else "perplexity_ratio"
     rows = [_row(x, data, loss) for x, data in zip(evidences, chosen, strict=True)]
-    for name, row in zip(_names(rows), rows, strict=True):
+    for name, row in zip(names(rows), rows, strict=True):
         row["name"] = name
     lost = [_value(row[loss]) for row in rows]
     large = [None if row["bytes"] is None else (row["bytes"], row["bytes"]) for row in rows]
     slow = [None if row["speedup"] is None else (-row["speedup"]["high"], -row["speedup"]["low"]) for row in rows]
     for i, row in enumerate(rows):
-        row["best_size"] = _best(i, large, lost)
-        row["best_speed"] = _best(i, slow, lost)
+        row["best_size"] = best(i, large, lost)
+        row["best_speed"] = best(i, slow, lost)
     return rows
 
 
@@ -143,7 +143,7 @@ def _row(evidence: Data, data: Data, loss: str) -> dict[str, Any]:
     }
 
 
-def _common(evidences: Sequence[Data], evidence: Data) -> Data:
+def common(evidences: Sequence[Data], evidence: Data) -> Data:
     """The rows of `evidence` for the first data set that all have; {} where none has any."""
     every = [{_key(row): row for row in (x.get("quality") or {}).get("data") or ()} for x in evidences]
     if not any(every):
@@ -160,7 +160,7 @@ def _key(row: Data) -> tuple[object, ...]:
     return row.get("fingerprint") or row.get("name"), row.get("windows")
 
 
-def _names(rows: Sequence[Data]) -> list[str]:
+def names(rows: Sequence[Data]) -> list[str]:
     """The last part of each path, or as much of it as tells them apart."""
     paths = [[part for part in str(row["model"]).split("/") if part] or ["model"] for row in rows]
     for count in range(1, max(len(path) for path in paths) + 1):
@@ -170,7 +170,7 @@ def _names(rows: Sequence[Data]) -> list[str]:
     return [f"{'/'.join(path)} ({i})" for i, path in enumerate(paths, 1)]
 
 
-def _best(i: int, costs: Sequence[tuple[float, float] | None], losses: Sequence[float | None]) -> bool:
+def best(i: int, costs: Sequence[tuple[float, float] | None], losses: Sequence[float | None]) -> bool:
     """Costs as intervals; those that overlap are equal."""
     cost, loss = costs[i], losses[i]
     if cost is None or loss is None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lilliput.report.cells import count
 from lilliput.report.svg import COLOUR, HEATS, Canvas, clean, draw, tip
 
 if TYPE_CHECKING:
@@ -198,6 +199,45 @@ def pareto(name: str, points: Sequence[Point], x_axis: str, y_axis: str, upwards
         _name_points(axes, points, 18 if canvas.narrow else _LABEL)
 
     return draw(name, paint, (360, 320))
+
+
+def shades(count: int) -> list[str]:
+    """Colour tokens of an ordered number of lines, the first the strongest."""
+    return [f"heat{HEATS - 1 - round(i * (HEATS - 3) / max(1, count - 1))}" for i in range(count)]
+
+
+def scaling(name: str, lines: Mapping[str, Sequence[Point]], x_axis: str, y_axis: str, upwards: bool) -> Drawn:
+    """Points of one kind joined in the given order, each line named at its end; x is logarithmic. The best of all are
+    filled and joined by a staircase. upwards: a larger y is better."""
+
+    def paint(canvas: Canvas) -> None:
+        from matplotlib.ticker import LogLocator
+
+        axes = canvas.axes
+        axes.set_xscale("log")
+        front = sorted((p for line in lines.values() for p in line if p.best), key=lambda p: p.x)
+        axes.step([p.x for p in front], [p.y for p in front], where="post", color=COLOUR["grid"], lw=4)
+        for shade, (said, line) in zip(shades(len(lines)), lines.items(), strict=True):
+            colour = COLOUR[shade]
+            axes.plot([p.x for p in line], [p.y for p in line], color=colour, linewidth=1.5)
+            for p in line:
+                axes.plot([p.x, p.x], [p.low, p.high], color=colour, linewidth=1)
+                fill = colour if p.best else COLOUR["surface"]
+                marker = axes.plot([p.x], [p.y], marker="o", markersize=8, color=colour, markerfacecolor=fill, mew=2)
+                marker[0].set_gid(tip(clean(f"{p.name}, {said}")))
+            end = line[-1] if upwards else line[0]
+            place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(said, (end.x, end.y), size=11, bbox=_PLAIN, **place)
+        axes.margins(x=0.08, y=0.14)
+        axes.grid(axis="y")
+        axes.set_ylabel(y_axis, size=11)
+        _scale(axes, x_axis, canvas.narrow)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if canvas.narrow else (1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda x, _: count(x).text)
+        axes.minorticks_off()
+        axes.tick_params(axis="y", labelsize=11, labelcolor=COLOUR["muted"])
+
+    return draw(name, paint, (380, 340))
 
 
 def _fill(point: Point) -> str:

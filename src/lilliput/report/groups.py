@@ -11,6 +11,7 @@ from lilliput.report.blocks import Block, Fold
 from lilliput.report.cells import Cell, Table, table, words
 
 Data = Mapping[str, Any]
+# A verdict here is about one task or group; the tones are those of the page.
 TONES: Mapping[str, str] = {"ok": "ok", "gain": "ok", "loss": "bad", "unsure": "unsure"}
 
 

@@ -10,15 +10,13 @@ from lilliput.report import cells, figures
 from lilliput.report.blocks import Block, Examples, Prose, Section, example
 from lilliput.report.cells import Cell, Table, table, words
 from lilliput.report.figures import Row
-from lilliput.report.groups import grouped, judged_table
+from lilliput.report.groups import TONES, grouped, judged_table
 from lilliput.report.sections import label
 from lilliput.report.svg import Picture
 
 Data = Mapping[str, Any]
 _WORST = 40
 _EXAMPLES = 8
-# A task's verdict is about one task; the tones are those of the page.
-TONES: Mapping[str, str] = {"ok": "ok", "gain": "ok", "loss": "bad", "unsure": "unsure"}
 
 
 def quality(evidence: Data) -> Section | None:

@@ -21,6 +21,8 @@ from lilliput.report.compare import comparison_rows, comparison_table, headline
 from lilliput.report.groups import ability_table, judged_table
 from lilliput.report.page import BADGES, gates, headline_figures
 from lilliput.report.quality import data_table, instruction_table, task_table
+from lilliput.report.scaling import headline as scaled
+from lilliput.report.scaling import scaling_rows, scaling_table
 from lilliput.report.sections import speed_table, use_table
 from lilliput.report.verdict import verdict
 
@@ -71,6 +73,13 @@ def comparison(evidences: Sequence[Data]) -> RenderableType:
     rows = comparison_rows(evidences)
     below = f"measured on {rows[0]['data']}" if rows[0]["data"] else ""
     return Group(Text(headline(rows)), grid(_only(comparison_table(rows), _MODELS)), Padding(Text(below), (0, 0, 0, 2)))
+
+
+def scaling(evidences: Sequence[Data]) -> RenderableType:
+    """Several sizes and bit widths. Raises DataError as `scaling_rows` does."""
+    rows = scaling_rows(evidences)
+    below = f"loss on {rows[0]['data']}"
+    return Group(Text(scaled(rows)), grid(scaling_table(rows)), Padding(Text(below), (0, 0, 0, 2)))
 
 
 def grid(data: Table) -> RenderableType:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("compress", "plan", "eval", "compare", "verify", "methods", "metrics", "inspect", "generate")
+COMMANDS = ("compress", "plan", "eval", "compare", "verify", "methods", "metrics", "spread", "inspect", "generate")
 LOOK = """
 import json, sys
 from lilliput.cli.main import main

@@ -1,18 +1,22 @@
-"""The command that lists what can be measured: `lilliput metrics`."""
+"""The commands about measuring itself: `lilliput metrics` lists, `lilliput spread` repeats a compression by seed."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from lilliput.cli import command
+from lilliput.cli.options import Job, JsonOpt, ModelArg, grouped
+from lilliput.errors import PlanError
+from lilliput.options import HELD_OUT, Calibration, Compute, Limits, Text
 
 
 def metrics(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A metric, benchmark or catalogue id.")] = None,
-    as_json: command.JsonOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """All metrics and benchmarks with the command that runs each; or the page of one."""
     from lilliput.report import table
@@ -28,6 +32,51 @@ def metrics(
             Console().print(table.metrics(entries))
 
 
+@grouped
+def spread(
+    model: ModelArg,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the study; the same command goes on with what is there.")],
+    seeds: Annotated[str, typer.Option(help="Calibration seeds, comma-separated: three or more.")] = "0,1,2",
+    job: Job,
+    eval_data: Annotated[str, typer.Option(help="Text to measure on.")] = HELD_OUT,
+    eval_windows: Annotated[int, typer.Option(min=2, help="Windows of 1,024 tokens to measure on.")] = Text.windows,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed folders.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Compress MODEL once for each calibration seed, and say how far results differ."""
+
+    def run() -> Any:
+        from lilliput.progress import Progress
+        from lilliput.studies import spread as study
+
+        chosen = [x.strip() for x in seeds.split(",")]
+        if not all(x.isdigit() for x in chosen):
+            raise PlanError(f"--seeds '{seeds}': give whole numbers, such as 0,1,2")
+        if job.seed is not None:
+            raise PlanError("each run draws its samples with a seed of its own: give --seeds, not --seed")
+        told = job.told()
+        with Progress() as progress:
+            return study.spread(
+                model,
+                out,
+                seeds=[int(x) for x in chosen],
+                recipe=job.recipe,
+                settings=told["settings"],
+                calibration=Calibration(job.data, job.samples, job.tokens),
+                limits=Limits(told["memory"], told["size"]),
+                compute=Compute(job.dtype, job.device, job.work),
+                text=Text((eval_data,), eval_windows),
+                keep=keep,
+                progress=progress,
+            ).to_json()
+
+    from lilliput.report import table
+
+    command.answer(run, table.spread, as_json, resume=True)
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
+    """Add the commands to the application."""
     app.command(name="metrics")(metrics)
+    app.command(name="spread")(spread)

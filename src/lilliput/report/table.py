@@ -108,6 +108,16 @@ def metrics(entries: Sequence[Data]) -> RenderableType:
     return table
 
 
+def spread(data: Data) -> RenderableType:
+    """Figures over the calibration seeds, then the runs."""
+    figures = [{**row, "name": label(row["name"])} for row in data["figures"]]
+    return Group(
+        document({"model": data["model"], "measured_on": data["data"]}, "spread over calibration seeds"),
+        rows(figures, "over the seeds"),
+        rows(data["runs"], "runs"),
+    )
+
+
 def document(data: Data, title: str) -> RenderableType:
     """Any report: scalars and intervals as a table of two columns, lists below it, each under its name."""
     table = Table(title=title, box=SIMPLE_HEAD, show_header=False, title_justify="left", title_style="bold")

@@ -85,10 +85,10 @@ def spread(
 ) -> Spread:
     """Compress `model` with each seed into a folder of `out`, measure it against `model`, and say how results differ.
 
-    recipe, settings: as those of `lilliput.compress`; calibration: its own seed does not count; text: the first of it is
-    measured on; keep: leave the compressed folders, `out`/seed-N, where they are. Raises LilliputError: fewer than 3
-    seeds, a recipe that reads no calibration text, an `out` with runs of other settings, and whatever stands in the way
-    of compressing or measuring.
+    recipe, settings: as those of `lilliput.compress`; calibration: its own seed does not count; text: what is measured
+    on; keep: leave the compressed folders, `out`/seed-N, where they are. Raises LilliputError: fewer than 3 seeds, a
+    recipe that reads no calibration text, an `out` with runs of other settings, and whatever stands in the way of
+    compressing or measuring.
     """
     folder = Path(out)
     if len(set(seeds)) < max(LEAST, len(seeds)):

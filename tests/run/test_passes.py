@@ -26,8 +26,8 @@ from lilliput.run import search as trials
 from lilliput.run import stages, stream
 from lilliput.run.journal import Work
 from lilliput.streaming.backward import Samples, backward
-from lilliput.streaming.forward import last_hidden
 from lilliput.streaming.states import Activations
+from lilliput.streaming.walk import last_hidden
 from lilliput.target import Target
 from lilliput.verbs.learn import Learn
 

@@ -91,9 +91,7 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
         if lowest:
             shape = (len(samples.ids), samples.ids.shape[1], model.skeleton.hidden_size)
             path = backward.gradient_path(samples, lowest)
-            with Activations(path, shape, torch.float32, create=False) as states:
-                if states.checksum() != records[lowest]["gradient"][ranks.rank()]:
-                    raise LilliputError(f"{path} is not what the unfinished run wrote (a power failure?); {START_ANEW}")
+            Activations.taken_up(path, shape, torch.float32, records[lowest]["gradient"][ranks.rank()]).close()
         for block in range(first, len(prefixes)):
             if ranks.lead() and block in records and wanted[block] and not path_of(work, block).is_file():
                 raise LilliputError(

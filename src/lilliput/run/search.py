@@ -32,7 +32,7 @@ from lilliput.run.journal import Work, save_atomically
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
-from lilliput.streaming.forward import embed, observe
+from lilliput.streaming.collect import statistics
 from lilliput.streaming.states import Activations
 from lilliput.target import Target
 from lilliput.verbs.compress import Compress
@@ -172,17 +172,12 @@ class _Trials:
         states = Activations(self._work.folder / "trial-states.bin", shape, self._plan.dtype, create=True)
         try:
             with torch.no_grad():
-                batches = embed(model, mine, self._plan.layout.batch, states)
-                for block, anatomy in enumerate(model.anatomy().blocks):
-                    model.load_block(block)
-                    found = observe(model, block, batches, states, states, anatomy.sites, self._needs)
-                    model.unload_block(block)
+                for block, found in statistics(model, mine, self._plan.layout.batch, states, self._needs):
                     tensors = {f"{site}.{name}": x.need(name) for site, x in found.items() for name in self._needs}
                     tensors |= {f"{site}.count": torch.tensor(x.count) for site, x in found.items()}
                     path = self._work.folder / f"trial-stats-{block:04d}.safetensors"
                     save_atomically(path, {key: x.to("cpu").contiguous() for key, x in tensors.items()})
                     self._stats[block] = path
-                    memory.trim()
         finally:
             states.delete()
 

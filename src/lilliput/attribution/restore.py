@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lilliput.metrics.layout import choose
 from lilliput.metrics.logits import StreamedHead, score
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.progress import Progress
 from lilliput.streaming.forward import Batches, embed, finish, through
 from lilliput.streaming.states import Activations

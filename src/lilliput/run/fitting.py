@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.model import Block
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.run import drivers
 from lilliput.run.driver import CloseDriver

@@ -15,7 +15,7 @@ from lilliput import export
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
 from lilliput.model.block import BlockWeights
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan

@@ -22,8 +22,8 @@ from lilliput.export import provenance
 from lilliput.folds.kinds import ResidualRotation
 from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
-from lilliput.model.rotated import RotatedModel
-from lilliput.model.stored import Model
+from lilliput.model.rotated import ready
+from lilliput.model.weights import Model
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.resolve import LinearPlan, retargeted
 from lilliput.progress import Progress
@@ -52,8 +52,7 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
 
     ids [N, T] are all samples: a rotation is learned by the leading rank alone, for its loss is one of all of them.
     """
-    if not isinstance(model, RotatedModel):
-        raise RuntimeError("a rotation was planned for a model that was not prepared for one")
+    turning = ready(model)
     path = work.folder / rotation_name(task)
     records = [r for r in work.find("rotation") if r["step"] == task.step]
     width = model.skeleton.hidden_size
@@ -62,7 +61,7 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
         if ranks.lead():
             samples = None if ids is None else Samples(ids, work.folder, progress)
             with torch.enable_grad():
-                folds = task.of(Learn).run(model, samples, plan.resolved.quantized(), task.options)
+                folds = task.of(Learn).run(turning, samples, plan.resolved.quantized(), task.options)
             matrix = _product(folds, width)
             _save(path, matrix)
         work.note({"kind": "rotation", "step": task.step, "sha256": provenance.sha256(matrix)})
@@ -75,7 +74,7 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
                     "start anew"
                 )
     matrix = ranks.same(matrix.contiguous())
-    turned = model.rotated(matrix)
+    turned = turning.rotated(matrix)
     memory.trim()
     return turned
 

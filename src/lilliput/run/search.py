@@ -23,7 +23,7 @@ from lilliput.anatomy.model import Block
 from lilliput.errors import LilliputError, ToldError
 from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan

@@ -15,7 +15,7 @@ from lilliput.anatomy.model import Site
 from lilliput.formats import scales
 from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import tensors as inventory
 from lilliput.plan.plan import Plan

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lilliput.anatomy.model import Site
 from lilliput.anatomy.skeleton import Skeleton
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.progress import Progress
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats

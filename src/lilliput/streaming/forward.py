@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy.skeleton import Calls, Skeleton
 from lilliput.machine import memory
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.streaming.states import Activations
 
 

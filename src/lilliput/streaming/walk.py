@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.machine import memory, ranks
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.progress import Progress
 from lilliput.streaming.forward import Batches, embed, through
 from lilliput.streaming.states import Activations

@@ -183,8 +183,8 @@ def test_what_learning_spills_is_known_before(source: Model, tmp_path: Path, mon
     monkeypatch.setattr(Activations, "__init__", counted)
     parts = backward(model.skeleton, model.read, Samples(IDS[:2], tmp_path))
     next(parts)
-    assert stages.spill(made, model) == sum(sizes)
-    assert stages.spill(*planned(source, RECIPES["owl, wanda"])) == 0
+    assert stages.cost(made, model).disk == sum(sizes)
+    assert stages.cost(*planned(source, RECIPES["owl, wanda"])).disk == 0
 
 
 def test_another_rotation_in_the_work_folder_is_noticed(source: Model, tmp_path: Path) -> None:

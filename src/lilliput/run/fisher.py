@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError
 from lilliput.machine import memory, ranks
+from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
@@ -24,18 +25,18 @@ from lilliput.streaming.backward import Samples
 from lilliput.streaming.states import START_ANEW, Activations
 
 
-def spill(plan: Plan, model: Model) -> int:
-    """Bytes of hidden states and gradients that are on disk at once while the pass runs."""
+def cost(plan: Plan, model: Model) -> Cost:
+    """Hidden states and gradients that are on disk at once while the pass runs, beside what is `stored`."""
     skeleton = model.skeleton
     states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + 2 * torch.float32.itemsize
-    return plan.resolved.fisher(plan.samples) * plan.tokens * skeleton.hidden_size * states
+    return Cost(disk=plan.resolved.fisher(plan.samples) * plan.tokens * skeleton.hidden_size * states)
 
 
-def stored(plan: Plan) -> int:
-    """Bytes of squared gradients, which stay in the work folder until their block is compressed."""
+def stored(plan: Plan) -> Cost:
+    """The squared gradients, which stay in the work folder until their block is compressed."""
     read = plan.resolved.squared()
     weights = sum(x.linear.parameters for x in plan.resolved.linears if x.name in read)
-    return torch.float32.itemsize * weights
+    return Cost(disk=torch.float32.itemsize * weights)
 
 
 def path_of(work: Work, block: int) -> Path:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lilliput.anatomy.model import Block
 from lilliput.errors import LilliputError, ToldError
 from lilliput.machine import memory, ranks
+from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
@@ -41,8 +42,8 @@ from lilliput.verbs.search import Search
 from lilliput.verbs.spec import Task
 
 
-def spill(plan: Plan, task: Task, model: Model) -> int:
-    """Bytes that are on disk at once while losses are taken: the states that enter every block, statistics, and weights
+def cost(plan: Plan, task: Task, model: Model) -> Cost:
+    """What is on disk at once while losses are taken: the states that enter every block, statistics, and weights
     that were tried together."""
     skeleton = model.skeleton
     states = (len(skeleton.block_names) + 2) * skeleton.dtype.itemsize
@@ -53,7 +54,7 @@ def spill(plan: Plan, task: Task, model: Model) -> int:
     written = sum(x.out_features * x.in_features * x.dtype.itemsize for x in outcomes)
     looked = task.of(Search).looked_at(plan.samples, task.options)
     trying = looked * plan.tokens * skeleton.hidden_size * states + plan.processes * written
-    return kept + max(observing, trying)
+    return Cost(disk=kept + max(observing, trying))
 
 
 def _needs(plan: Plan, task: Task) -> frozenset[str]:

@@ -14,6 +14,7 @@ from lilliput import export
 from lilliput.anatomy.model import Site
 from lilliput.formats import scales
 from lilliput.machine import memory, ranks
+from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer, split, stack
@@ -238,6 +239,16 @@ def _block_tensors(job: BlockJob, done: Mapping[str, Tensor]) -> dict[str, Tenso
 def _write(job: BlockJob, done: Mapping[str, Tensor], output: Output) -> dict[str, str]:
     tensors = _block_tensors(job, done)
     return output.write(tensors, lambda name: [tensors[name]])
+
+
+def cost(plan: Plan, model: Model) -> Cost:
+    """What lies in the work folder at its fullest, over all passes of a run: between blocks there are the hidden states
+    that enter one and those that leave it."""
+    # What flows between blocks may be wider than the embeddings.
+    states = plan.samples * plan.tokens * model.skeleton.hidden_size * plan.dtype.itemsize
+    between = Cost(disk=2 * states if plan.resolved.needs else 0)
+    phases = between.then(stages.cost(plan, model)).then(fisher.cost(plan, model))
+    return phases + fisher.stored(plan)
 
 
 def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Rows:

@@ -23,7 +23,7 @@ from lilliput.run import calibration, session
 from lilliput.run.continuation import continuation
 from lilliput.run.result import Compression
 from lilliput.runtime.load import load as load
-from lilliput.streaming import forward
+from lilliput.streaming import collect
 
 DEFAULT_RECIPE = "w4-engines"
 
@@ -132,7 +132,7 @@ def inspect(
     calibration.known_positions(opened, length)
     read = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=length, vocabulary=opened.vocabulary)
     with tempfile.TemporaryDirectory() as folder:
-        seen = forward.site_statistics(opened, read.ids, Path(folder), frozenset({"absmax", "square"}))
+        seen = collect.site_statistics(opened, read.ids, Path(folder), frozenset({"absmax", "square"}))
     return anatomy.inspect(opened) | {"outliers": anatomy.outliers(seen)}
 
 

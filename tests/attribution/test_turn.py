@@ -17,7 +17,7 @@ def table(values: Tensor) -> Any:
     """What the search reads of a model."""
     read = SimpleNamespace(read_rows=lambda _, start, stop: values[start:stop])
     return SimpleNamespace(
-        inner=read,
+        base=read,
         read_rows=read.read_rows,
         shape=lambda _: tuple(values.shape),
         outside=SimpleNamespace(embeddings=("embed",)),

@@ -88,7 +88,7 @@ def test_bad_settings_are_refused() -> None:
         CodebookFormat(4, 8).check(4, 64)
     CodebookFormat(4, 0).check(4, 8)
     # A table for a whole matrix is fitted to all of it at once; rows are taken few at a time.
-    assert CodebookFormat(4, 0).scratch(4096, 4096) > 100 * CodebookFormat(4, -1).scratch(4096, 4096)
+    assert CodebookFormat(4, 0).cost(4096, 4096).ram > 100 * CodebookFormat(4, -1).cost(4096, 4096).ram
     with pytest.raises(PlanError, match=r"target\.format"):
         from_target(Target(bits=4, group_size=16))
     with pytest.raises(PlanError, match=r"target\.bits"):

@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from lilliput import api
 from lilliput.errors import PlanError, SourceError
-from lilliput.formats import known
+from lilliput.formats import known, swept
+from lilliput.formats.format import Search
+from lilliput.formats.ranged import Ranged, Spaced, check
+from lilliput.formats.swept import Sweepable
 from lilliput.progress import Quiet
 from lilliput.target import Target
 
@@ -95,3 +98,33 @@ def test_a_fitted_table_holds_the_zeros_of_pruned_weights(tiny: Tiny, tmp_path: 
     model = AutoModelForCausalLM.from_pretrained(done.out)
     linear = model.model.layers[0].self_attn.o_proj
     assert float((linear(torch.eye(linear.in_features)) == 0).double().mean()) >= 0.5
+
+
+@pytest.mark.parametrize("name", known.names())
+def test_a_format_says_what_it_can_do(name: str) -> None:
+    """Zeros come back as zeros exactly where it says so, and sweeps take the formats that they name."""
+    full = known.completed(Target(format=name))
+    group = full.group_size if name.startswith(("mx", "nv")) else "channel"
+    form = known.from_target(
+        full.model_copy(update={"bits": full.bits or 2, "group_size": "channel" if name == "sign" else group})
+    )
+    assert isinstance(form, Sweepable) == (name in swept.NAMES)
+    assert type(form) is type(known.from_plain(form.plain()))
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) + 0.3
+    support = torch.rand(64, 64, generator=torch.Generator().manual_seed(1)) > 0.5
+    weight = torch.where(support, weight, 0.0)
+    grid = form.searched(weight, Search("minmax"), support=support)
+    held = bool((form.decode(form.encode(weight, grid), grid)[~support] == 0).all())
+    assert held == form.holds_zero
+    assert form.cost(64, 64).ram >= 0
+    form.check(64, 64)
+
+
+def test_only_formats_with_ranges_and_signed_scales_promise_them() -> None:
+    forms = {name: known.completed(Target(format=name, bits=3)) for name in ("int", "nf3", "affine", "codebook")}
+    made = {n: known.from_target(t.model_copy(update={"group_size": "channel"})) for n, t in forms.items()}
+    assert [n for n, form in made.items() if isinstance(form, Ranged)] == ["int", "nf3"]
+    assert [n for n, form in made.items() if isinstance(form, Spaced)] == ["affine"]
+    assert [n for n, form in made.items() if form.signed_scales] == ["int"]
+    with pytest.raises(PlanError, match="no scales of either sign"):
+        check(made["affine"], Search(signed_scale=True))

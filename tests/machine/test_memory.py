@@ -13,7 +13,7 @@ import torch
 from lilliput import units
 from lilliput.errors import PlanError
 from lilliput.machine import memory
-from lilliput.model import stored
+from lilliput.model import weights
 from lilliput.model.stored import open_model
 from lilliput.plan import footprint
 from lilliput.plan.tensors import TensorPlan, at_a_time
@@ -142,7 +142,7 @@ print(inside, faults())
 
 def test_the_vocabulary_s_table_counts_by_pieces() -> None:
     table = TensorPlan("x", "embedding", torch.float16, (262_144, 640), 0, None, "x")
-    assert at_a_time(table) == stored.TABLE_ROWS * 640 * 10
+    assert at_a_time(table) == weights.TABLE_ROWS * 640 * 10
     small = TensorPlan("x", "norm", torch.float32, (640,), 0, None, "x")
     assert at_a_time(small) == 640 * 12
     assert at_a_time(replace(small, shape=())) == 12

@@ -107,12 +107,12 @@ LAID_OUT = """
 import dataclasses, json
 from pathlib import Path
 from lilliput import api
-from lilliput.machine import memory
+from lilliput.plan import footprint
 from lilliput.errors import LilliputError
 from lilliput.progress import Quiet
 from lilliput.stats import fold
 
-counts, plain, choose = [], fold.all_reduce, memory.choose
+counts, plain, choose = [], fold.all_reduce, footprint.choose
 
 def counted(state):
     found = plain(state)
@@ -120,7 +120,7 @@ def counted(state):
     return found
 
 fold.all_reduce = counted
-memory.choose = lambda *a, **k: dataclasses.replace(choose(*a, **k), batch=1, lockstep={lockstep})
+footprint.choose = lambda *a, **k: dataclasses.replace(choose(*a, **k), batch=1, lockstep={lockstep})
 args = json.loads({args!r})
 done = api.compress(args.pop("model"), args.pop("out"), progress=Quiet(), **args)
 assert done.plan.layout.lockstep is {lockstep}

@@ -12,7 +12,7 @@ from lilliput.errors import DataError, PlanError, SourceError
 from lilliput.metrics import evaluate as room
 from lilliput.metrics import layout
 from lilliput.metrics.evaluate import evaluate, evaluate_all
-from lilliput.streaming import forward
+from lilliput.streaming import walk
 
 WINDOWS, TOKENS = 3, 48
 
@@ -245,7 +245,7 @@ def test_several_models_are_measured_as_each_by_itself(folder, text, monkeypatch
     other = folder("c", change=lambda model: model.lm_head.weight.mul_(1.1))
     passes = []
     monkeypatch.setattr(
-        room, "last_hidden", lambda m, *a, **k: passes.append(m.source.model) or forward.last_hidden(m, *a, **k)
+        room, "last_hidden", lambda m, *a, **k: passes.append(m.source.model) or walk.last_hidden(m, *a, **k)
     )
     together = evaluate_all([shifted[0], other, shifted[1]], base, data=text, windows=WINDOWS, tokens=TOKENS)
     assert passes.count(str(base)) == 1

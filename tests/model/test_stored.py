@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lilliput.errors import SourceError
-from lilliput.model import stored
+from lilliput.model import weights
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.stored import Model, open_model
 
@@ -307,7 +307,7 @@ def test_unknown_tensor(tmp_path: Path) -> None:
 def test_few_rows_are_read_alone_and_many_in_stretches(tiny: Callable[[str], Path], monkeypatch: Any) -> None:
     model = open_model(str(tiny("llama")))
     name = model.skeleton.embeddings[0]
-    monkeypatch.setattr(stored, "TABLE_ROWS", 128)
+    monkeypatch.setattr(weights, "TABLE_ROWS", 128)
 
     def spans(*rows: int) -> list[tuple[int, int]]:
         return list(model.spans(name, torch.tensor(rows)))
@@ -320,7 +320,7 @@ def test_few_rows_are_read_alone_and_many_in_stretches(tiny: Callable[[str], Pat
 
 def test_rows_of_a_rotated_table_are_read_in_whole_stretches(tiny: Callable[[str], Path], monkeypatch: Any) -> None:
     model = RotatedModel(open_model(str(tiny("llama"))))
-    monkeypatch.setattr(stored, "TABLE_ROWS", 128)
+    monkeypatch.setattr(weights, "TABLE_ROWS", 128)
     assert list(model.spans(model.skeleton.embeddings[0], torch.tensor([5, 500]))) == [(0, 128), (384, 512)]
     whole = model.read(model.skeleton.head)
     assert torch.equal(model.read_rows(model.skeleton.head, 128, 256), whole[128:256])

@@ -37,7 +37,7 @@ import torch
 
 from lilliput import api
 from lilliput.cli import main as cli
-from lilliput.model.stored import Model, open_model
+from lilliput.model.stored import StoredModel, open_model
 from lilliput.plan import tensors as inventory
 from lilliput.progress import Quiet
 
@@ -128,7 +128,7 @@ def child(job: dict[str, Any], answer: int, errors: Path) -> None:
 def warm(model: str) -> None:
     """Every fork finds the anatomy ready, and does not time the machine for the plan."""
     found = open_model(model).anatomy()
-    setattr(Model, "anatomy", lambda self: found)  # noqa: B010
+    setattr(StoredModel, "anatomy", lambda self: found)  # noqa: B010
     # `lilliput.plan.plan` is the function of that name; the module is found by import_module alone.
     setattr(importlib.import_module("lilliput.plan.cost"), "seconds", lambda *args, **options: 1.0)  # noqa: B010
 

@@ -21,10 +21,10 @@ from typing import Any
 import kill_driver
 
 from lilliput.cli import main as cli
-from lilliput.model.stored import Model
+from lilliput.model.stored import StoredModel
 
 LIMIT = 60  # seconds after which a rank that hangs is ended
-plain = Model.anatomy
+plain = StoredModel.anatomy
 
 
 def port() -> int:
@@ -64,7 +64,7 @@ def child(job: dict[str, Any], rank: int, where: int, folder: Path) -> None:
 def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
-        Model.anatomy = plain  # type: ignore[method-assign]
+        StoredModel.anatomy = plain  # type: ignore[method-assign]
         if "model" in job:  # every rank finds the anatomy ready, and does not time the machine for the plan
             kill_driver.warm(job["model"])
             importlib.import_module("lilliput.report.table")

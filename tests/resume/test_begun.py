@@ -255,7 +255,7 @@ def test_too_little_space_is_refused_before_the_work(
         # Space that was reserved can be missing all the same, as where files are copied on write.
         ("lilliput.run.output:_write_at", 40, "refuse"),
         ("lilliput.run.journal:Work.note", 3, "fill"),
-        ("lilliput.run.stream:Activations", 3, "fill"),
+        ("lilliput.streaming.walk:Activations", 3, "fill"),
         ("lilliput.run.delivery:write_side_files", 1, "fill"),
         ("lilliput.run.session:measure", 1, "fill"),
     ],

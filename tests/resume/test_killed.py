@@ -26,8 +26,8 @@ Whole = Callable[..., Any]
 KILLS: list[tuple[str, bool, str, int, str, int]] = [
     # reading
     ("gptq", False, "lilliput.source.source:Source.scan", 1, "before", 0),
-    ("gptq", False, "lilliput.model.stored:Model.read", 25, "before", 1),
-    ("magnitude", False, "lilliput.model.stored:Model.read", 12, "after", 1),
+    ("gptq", False, "lilliput.model.stored:StoredModel.read", 25, "before", 1),
+    ("magnitude", False, "lilliput.model.stored:StoredModel.read", 12, "after", 1),
     # calibrating
     ("gptq", False, "lilliput.stats.fold:update", 6, "before", 1),
     ("gptq", True, "lilliput.stats.fold:update", 20, "after", 1),

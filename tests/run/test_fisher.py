@@ -260,9 +260,9 @@ def test_disk_and_memory_are_planned(source: Model, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Activations, "__init__", counted)
     monkeypatch.setattr(Activations, "delete", lambda self: (alive.pop(self.path, None), gone(self))[1])
     found = taken(made, model, tmp_path / "out")
-    assert 0.7 * fisher.spill(made, model) <= most[0] <= fisher.spill(made, model)
-    assert fisher.stored(made) == 4 * sum(x.numel() for x in found.values())
-    assert fisher.stored(planned(source, (Step(method="rtn", target=Target(bits=4)),))[0]) == 0
+    assert 0.7 * fisher.cost(made, model).disk <= most[0] <= fisher.cost(made, model).disk
+    assert fisher.stored(made).disk == 4 * sum(x.numel() for x in found.values())
+    assert fisher.stored(planned(source, (Step(method="rtn", target=Target(bits=4)),))[0]).disk == 0
 
 
 def test_too_little_memory_names_what_the_backward_pass_needs(tiny: Callable[[str], Path]) -> None:

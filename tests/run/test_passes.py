@@ -26,8 +26,8 @@ from lilliput.run import search as trials
 from lilliput.run import stages, stream
 from lilliput.run.journal import Work
 from lilliput.streaming.backward import Samples, backward
-from lilliput.streaming.forward import last_hidden
 from lilliput.streaming.states import Activations
+from lilliput.streaming.walk import last_hidden
 from lilliput.target import Target
 from lilliput.verbs.learn import Learn
 
@@ -183,8 +183,8 @@ def test_what_learning_spills_is_known_before(source: Model, tmp_path: Path, mon
     monkeypatch.setattr(Activations, "__init__", counted)
     parts = backward(model.skeleton, model.read, Samples(IDS[:2], tmp_path))
     next(parts)
-    assert stages.spill(made, model) == sum(sizes)
-    assert stages.spill(*planned(source, RECIPES["owl, wanda"])) == 0
+    assert stages.cost(made, model).disk == sum(sizes)
+    assert stages.cost(*planned(source, RECIPES["owl, wanda"])).disk == 0
 
 
 def test_another_rotation_in_the_work_folder_is_noticed(source: Model, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lilliput.machine import memory
 from lilliput.metrics.layout import choose
 from lilliput.metrics.logits import StreamedHead, score
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.progress import Progress
 from lilliput.streaming.forward import Batches, embed, finish, through
 from lilliput.streaming.states import Activations
+from lilliput.streaming.walk import resident
 
 Swap = Mapping[str, Callable[[], Tensor]]  # by linear of a block: makes the weight [out, in] to put there
 
@@ -97,13 +97,11 @@ def restore(
         if everywhere is not None:
             embed(model, ids, batch, branch("everywhere"))
         count = len(model.skeleton.block_names)
-        for index in range(count):
-            model.load_block(index)
-            against.load_block(index)
+        for index in resident(model, against):
             fresh: list[str] = []
             if index in blocks:
                 fresh.append(f"block {index}")
-                for run in through(against, index, base_batches, ours, branch(fresh[-1])):
+                for run in through(against.skeleton, index, base_batches, ours, branch(fresh[-1])):
                     run()
             for name, weight in wanted.get(index, {}).items():
                 fresh.append(f"{model.skeleton.block_names[index]}.{name}")
@@ -114,17 +112,14 @@ def restore(
                 _swapped(model, index, everywhere.get(index, {}), batches, changed, changed)
             for name, states in streams.items():
                 if name not in fresh:
-                    for run in through(model, index, batches, states, states):
+                    for run in through(model.skeleton, index, batches, states, states):
                         run()
             if outputs:
                 _outputs(model, against, index, base, base_batches, batches, found)
                 found.drift.append(_distance(ours, base))
             else:
-                for run in through(against, index, base_batches, base, base):
+                for run in through(against.skeleton, index, base_batches, base, base):
                     run()
-            model.unload_block(index)
-            against.unload_block(index)
-            memory.trim()
             if progress is not None:
                 progress.step(index + 1, count, "finding what was lost")
         left = _divergences(model, against, ids, base, streams, memory_bytes)
@@ -148,7 +143,7 @@ def _swapped(
     kept = {tensor: skeleton.tensor(tensor) for tensor in names.values()}
     for name, make in weights.items():
         skeleton.load({names[name]: make().to(kept[names[name]].dtype)})
-    for run in through(model, index, batches, inputs, outputs):
+    for run in through(skeleton, index, batches, inputs, outputs):
         run()
     skeleton.load(kept)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lilliput.errors import PlanError
 from lilliput.model.rotated import ROWS, RotatedModel
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 
 _RESIDUE = 0.01  # relative difference that rounding a table to bfloat16 or float16 stays well under
 _RANK = 1e-6  # smallest over largest singular value under which the tables do not say where every direction went
@@ -30,7 +30,7 @@ def turned_like(model: Model, against: Model) -> RotatedModel | None:
     matrix = _rotation(model, plain)
     if matrix is None:
         return None
-    return RotatedModel(plain, [matrix] * (len(plain.skeleton.block_names) + 1), exact=True)
+    return plain.within([matrix] * (len(plain.skeleton.block_names) + 1), exact=True)
 
 
 def _rotation(model: Model, against: RotatedModel) -> Tensor | None:
@@ -41,7 +41,7 @@ def _rotation(model: Model, against: RotatedModel) -> Tensor | None:
         count = against.shape(name)[0]
         for start in range(0, count, ROWS):
             stop = min(count, start + ROWS)
-            theirs = against.inner.read_rows(name, start, stop).double()
+            theirs = against.base.read_rows(name, start, stop).double()
             ours = model.read_rows(name, start, stop).double()
             cross += theirs.T @ ours
             energy += float(theirs.square().sum())

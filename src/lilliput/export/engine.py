@@ -34,6 +34,7 @@ from lilliput.runtime.linear import CompressedLinear
 from lilliput.source.shards import Shards
 from lilliput.streaming.forward import embed
 from lilliput.streaming.states import Activations
+from lilliput.streaming.walk import resident
 
 TOKENS = 32
 # What a block adds to its inputs, in the engine and as our reader decodes it, in float32: sums in another order differ
@@ -293,19 +294,16 @@ def _blocks(model: nn.Module, config: Any, reader: Shards, ours: Model, ids: Ten
         store.delete()
     modules = dict(model.named_modules())
     prefix = text_prefix(model, model.config)
-    for i, name in enumerate(ours.skeleton.block_names):
-        block = modules[module_name(name, modules, prefix)]
+    for i in resident(ours):
+        block = modules[module_name(ours.skeleton.block_names[i], modules, prefix)]
         stored = {x for name in ours.skeleton.names_of(i) for x in ours.parts(name)}
         stored |= {x for x in (f"{n.rpartition('.')[0]}{SHAPE}" for n in stored) if x in reader.entries}
-        ours.load_block(i)
         _fill(model, quantizer, block, reader, sorted(stored), ours.skeleton.block(i))
         wanted = ours.skeleton.run(i, hidden, calls)
         routed = any(x.expert is not None for x in ours.anatomy().blocks[i].linears)
         yield _difference(ours.skeleton.run(i, hidden, calls, module=block), wanted, hidden, routed)
-        ours.unload_block(i)
         block.to("meta")
         hidden = wanted
-        ram.trim()
 
 
 def _difference(seen: Tensor, wanted: Tensor, base: Tensor, routed: bool) -> float:

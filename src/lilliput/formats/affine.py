@@ -6,19 +6,20 @@ codes. A weight that has to be exactly 0 may find no code for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lilliput.algebra import ranges
+from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats import groups, integer
 from lilliput.formats.bits import row_bytes
-from lilliput.formats.format import Stored, dtype_name, dtype_of
-from lilliput.formats.integer import IntegerFormat, pack_codes, unpack_codes
+from lilliput.formats.format import Family, Format, Search, Stored, dtype_name, dtype_of
+from lilliput.formats.integer import IntegerFormat, pack_codes, uncentred, unpack_codes
 from lilliput.target import Target
 
 _CHUNK = 1 << 18  # weights fitted at a time
@@ -40,11 +41,13 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class AffineFormat:
+class AffineFormat(Format):
     """Integers of `bits` bits, 2 to 8; `group_size`: -1 one scale and zero per output row, else inputs per group.
 
     Raises PlanError for other bits, a group size of 0 or below -1, or a scale dtype that is no float of 16 or 32 bits.
     """
+
+    holds_zero: ClassVar[bool] = False
 
     bits: int
     group_size: int
@@ -95,6 +98,35 @@ class AffineFormat:
                 scale[part, some], zero[part, some] = self._fit(groups.split(weight[part, columns], size), h, search)
         ranges.check(weight, scale, dtype_name(self.scale_dtype))
         return Grid(scale.to(self.scale_dtype), zero.to(self.scale_dtype))
+
+    def searched(
+        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+    ) -> Grid:
+        """See `Format`."""
+        return self.fit(weight, importance=importance, search=how.search == "mse")
+
+    def even(self, weight: Tensor, reach: float) -> Grid:
+        """See `ranged.Spaced`."""
+        units = groups.units(weight.shape[0], weight.shape[1], self.group_size)
+        step = 2 * reach * weight.square().mean().sqrt() / ((1 << self.bits) - 1)
+        scale = ranges.stored(step.reshape(1, 1), self.scale_dtype).to(self.scale_dtype).expand(units).contiguous()
+        return Grid(scale, torch.full_like(scale, -0.5))
+
+    def sweep_grid(self, grid: Grid) -> tuple[integer.Grid, torch.dtype | None]:
+        """See `swept.Sweepable`."""
+        return integer.Grid(grid.scale.clone(), grid.zero), self.scale_dtype
+
+    def swept_grid(self, swept: integer.Grid, grid: Grid) -> Grid:
+        """See `swept.Sweepable`."""
+        return Grid(swept.scale, grid.zero)
+
+    def sweep_rounding(self, swept: integer.Grid, rows: int, group: Sequence[int]) -> Rounding:
+        """See `swept.Sweepable`."""
+        return Rounding.of(swept.scale, swept.zero, self.bits, rows, group)
+
+    def swept_codes(self, centred: Tensor, swept: integer.Grid, group: Sequence[int]) -> Tensor:
+        """See `swept.Sweepable`."""
+        return uncentred(centred, swept.zero, group)
 
     def _fit(self, w: Tensor, h: Tensor | None, search: bool) -> tuple[Tensor, Tensor]:
         """Scale and zero, both as stored, float32 [rows, groups] for groups w [rows, groups, size]."""
@@ -209,3 +241,6 @@ def from_target(target: Target) -> AffineFormat:
     """The format of a resolved target (bits: 4 where it names none). `symmetric` says nothing here: zero points are
     part of the format. Raises PlanError for bits outside 2..8, a grid per tensor, or another kind of scales."""
     return AffineFormat(target.bits or 4, integer.group_of(target), integer.scale_dtype_of(target))
+
+
+FAMILY = Family(wanted={"affine": from_target}, written={"affine": from_plain}, zero_points=True, swept=True)

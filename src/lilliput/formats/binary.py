@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from lilliput.algebra.ranges import relative
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, integer
 from lilliput.formats.bits import row_bytes, unpack_bits
-from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.format import Family, Format, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import SCALE_DTYPES, IntegerFormat, pack_codes
 from lilliput.target import Target
 
@@ -52,11 +52,13 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class BinaryFormat:
+class BinaryFormat(Format):
     """Sums of `bits` alphas. `group_size`: -1 alphas for each output row, else inputs per group.
 
     Raises PlanError for bits outside 1..8, a group size of 0 or below -1, or a scale dtype that is no float.
     """
+
+    holds_zero: ClassVar[bool] = False
 
     bits: int
     group_size: int
@@ -258,3 +260,6 @@ def from_target(target: Target) -> BinaryFormat:
     if target.bits is None:
         raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
     return BinaryFormat(target.bits, integer.group_of(target), integer.scale_dtype_of(target))
+
+
+FAMILY = Family(wanted={"binary": from_target}, written={"binary": from_plain})

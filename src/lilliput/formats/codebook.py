@@ -19,8 +19,9 @@ from torch import Tensor
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, kmeans
 from lilliput.formats.bits import row_bytes, unpack_bits
-from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
+from lilliput.formats.format import CHUNK, Family, Format, Search, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import SCALE_DTYPES, group_of, pack_codes, scale_dtype_of
+from lilliput.machine.cost import Cost
 from lilliput.target import Target
 
 
@@ -36,7 +37,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class CodebookFormat:
+class CodebookFormat(Format):
     """2^bits levels. `group_size`: -1 one table per output row, 0 one per tensor, else inputs per group.
 
     Raises PlanError for bits outside 1..8, a group size below -1 or a dtype that is not a float of 16 or 32 bits.
@@ -68,9 +69,9 @@ class CodebookFormat:
         units = math.prod(groups.units(rows, width, self.group_size))
         return rows * width * self.bits + units * self.levels * self.dtype.itemsize * 8
 
-    def scratch(self, rows: int, width: int) -> int:
-        """Bytes that fitting a table of a [rows, width] matrix works in."""
-        return kmeans.scratch(rows * width if self.group_size == 0 else width, rows * width)
+    def cost(self, rows: int, width: int) -> Cost:
+        """Fitting the tables of a [rows, width] matrix."""
+        return Cost(ram=kmeans.scratch(rows * width if self.group_size == 0 else width, rows * width))
 
     def check(self, rows: int, width: int) -> None:
         """Raises PlanError where a unit of a [rows, width] matrix has fewer weights than its table has levels."""
@@ -115,6 +116,12 @@ class CodebookFormat:
             parts = (None if x is None else x[:, columns].reshape(-1, size) for x in (importance, zero))
             found[:, some] = one(weight[:, columns].reshape(-1, size), *parts).view(rows, -1, self.levels)
         return self.table(found)
+
+    def searched(
+        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+    ) -> Table:
+        """See `Format`."""
+        return self.fit(weight, importance=importance, zero=None if support is None else ~support)
 
     def table(self, levels: Tensor) -> Table:
         """Levels [out, groups, 2^b] in order and as they are stored. Raises LilliputError above the dtype's range."""
@@ -202,3 +209,6 @@ def from_target(target: Target) -> CodebookFormat:
     if target.bits is None:
         raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
     return CodebookFormat(target.bits, group_of(target), scale_dtype_of(target))
+
+
+FAMILY = Family(wanted={"codebook": from_target}, written={"codebook": from_plain})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from lilliput.errors import SourceError
+from lilliput.errors import PlanError, SourceError
+from lilliput.machine.cost import Cost
+from lilliput.target import Target
 
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix of a stored tensor's name to its dtype and shape
 DTYPES: Mapping[str, torch.dtype] = {
@@ -27,12 +30,30 @@ class Grid(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Search:
+    """How a range is chosen: cover it, or search the least sum of importance * |error|^norm among shrunk ranges, in
+    `steps` factors; `signed_scale` lets a symmetric scale be negative. See `IntegerFormat.fit`."""
+
+    search: Literal["minmax", "mse"] = "minmax"
+    steps: int = 30
+    norm: float = 2.0
+    signed_scale: bool = False
+
+
 class Format(Protocol):
     """A numeric grid with its block shape and scale kind; frozen, known before any weight is read.
 
     Codes are an integer tensor whose first dimension is the output rows, so that rows can be cut; what a code means is
-    the format's business. `grid` is what the format's own `fit` returned.
+    the format's business. `grid` is what the format's own `fit` returned. What else a format may be able to do is said
+    by small protocols: `swept.Sweepable`, `walked.Walked`, `ranged.Ranged`, `ranged.Spaced`.
+
+    holds_zero: whether a weight can be exactly 0 on every grid, of learned tables on those that are told where;
+    signed_scales: whether a symmetric scale may be negative.
     """
+
+    holds_zero: ClassVar[bool] = True
+    signed_scales: ClassVar[bool] = False
 
     def describe(self) -> str:
         """For tables: "int4 g64 asym"."""
@@ -45,6 +66,13 @@ class Format(Protocol):
     def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> Grid:
         """Parameters for `weight` [out, in]; `importance` [in] or [out, in] weighs squared errors."""
         ...
+
+    def searched(
+        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+    ) -> Any:
+        """As `fit`, with ranges chosen as `how` says; a format without ranges is fitted in its own way. Outside
+        `support`, bool [out, in], the weight is 0, and stays 0 where the format holds that."""
+        return self.fit(weight, importance=importance)
 
     def encode(self, weight: Tensor, grid: Any) -> Tensor:
         """The nearest codes."""
@@ -69,6 +97,45 @@ class Format(Protocol):
     def plain(self) -> dict[str, Any]:
         """The entry of config.json, with the format's `kind`; `formats.known.from_plain` reads it back."""
         ...
+
+    def check(self, rows: int, width: int) -> None:
+        """Raises PlanError where a [rows, width] matrix cannot have the format."""
+
+    def cost(self, rows: int, width: int) -> Cost:
+        """What a [rows, width] matrix takes beyond copies of its weights, and beyond matrix products."""
+        return Cost()
+
+    def remark(self) -> str | None:
+        """What a reader of a plan would not expect of the format on this machine."""
+        return None
+
+
+def _as_it_is(target: Target) -> Target:
+    return target
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a file of formats has, for `known.FAMILIES`.
+
+    wanted: the name in a target's `format` to what makes the format of the target, or raises PlanError; written: the
+    kind in config.json to what reads it; completed: the target, as a user has written it, with what its format's name
+    alone says (bits, group size, kind of scales), or PlanError where it says otherwise; zero_points: whether a target
+    may be asymmetric; swept: whether the formats are `swept.Sweepable`.
+    """
+
+    wanted: Mapping[str, Callable[[Target], Format]]
+    written: Mapping[str, Callable[[Mapping[str, Any]], Format]]
+    completed: Callable[[Target], Target] = _as_it_is
+    zero_points: bool = False
+    swept: bool = False
+
+
+def fixed_bits(target: Target, bits: str) -> Target:
+    """For `Family.completed`: a format whose bits nobody chooses."""
+    if target.bits is not None:
+        raise PlanError(f"'{target.format}' has {bits} bits a weight by its nature: leave out bits")
+    return target
 
 
 def dtype_name(dtype: torch.dtype) -> str:

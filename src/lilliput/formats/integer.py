@@ -8,18 +8,19 @@ was measured. When the group size does not divide the width, the last group of e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lilliput.algebra import ranges
+from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats import groups
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
-from lilliput.formats.format import CHUNK, DTYPES, Stored, dtype_name, dtype_of
+from lilliput.formats.format import CHUNK, DTYPES, Family, Format, Search, Stored, dtype_name, dtype_of
 from lilliput.target import Target
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,11 +43,13 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class IntegerFormat:
+class IntegerFormat(Format):
     """Integers of `bits` bits. `group_size`: -1 one scale per output row, 0 one per tensor, else inputs per group.
 
     Raises PlanError for bits outside 2..8, a group size below -1 or a scale dtype that is not a float of 16 or 32 bits.
     """
+
+    signed_scales: ClassVar[bool] = True
 
     bits: int
     symmetric: bool
@@ -141,6 +144,40 @@ class IntegerFormat:
         ranges.check(weight, scale, dtype_name(self.scale_dtype))
         return Grid(scale.to(self.scale_dtype), None if self.symmetric else zero.to(torch.int8))
 
+    def searched(
+        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+    ) -> Grid:
+        """See `Format`."""
+        return self.fit(
+            weight,
+            search=how.search,
+            importance=importance,
+            steps=how.steps,
+            norm=how.norm,
+            signed_scale=how.signed_scale,
+        )
+
+    def magnitudes(self) -> Tensor:
+        """See `ranged.Ranged`."""
+        return torch.arange(float(1 << (self.bits - 1)))
+
+    def sweep_grid(self, grid: Grid) -> tuple[Grid, torch.dtype | None]:
+        """See `swept.Sweepable`."""
+        zero = None if grid.zero is None else grid.zero.clone()
+        return Grid(grid.scale.clone(), zero), self.scale_dtype if self.group_size != 0 else None
+
+    def swept_grid(self, swept: Grid, grid: Grid) -> Grid:
+        """See `swept.Sweepable`."""
+        return swept
+
+    def sweep_rounding(self, swept: Grid, rows: int, group: Sequence[int]) -> Rounding:
+        """See `swept.Sweepable`."""
+        return Rounding.of(swept.scale, swept.zero, self.bits, rows, group)
+
+    def swept_codes(self, centred: Tensor, swept: Grid, group: Sequence[int]) -> Tensor:
+        """See `swept.Sweepable`."""
+        return uncentred(centred, swept.zero, group)
+
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """The nearest codes, int8 [out, in]: round(w / scale) + zero, clipped. Ties go to the even multiple."""
         rows, width = weight.shape
@@ -211,6 +248,17 @@ class IntegerFormat:
             yield columns, scale, zero, size
 
 
+def uncentred(centred: Tensor, zero: Tensor | None, group: Sequence[int]) -> Tensor:
+    """Codes less their zero points [in, out], overwritten, to codes int8 [out, in]; `zero` [out, groups], int8 or real,
+    and `group`: of each column."""
+    if zero is not None:
+        columns = torch.tensor(group, device=centred.device)
+        centred += zero.float().expand(centred.shape[1], -1).T[columns]
+        if zero.is_floating_point():
+            centred.round_()  # whole numbers but for the last bits
+    return centred.T.to(torch.int8)
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Signed codes [rows, width] as the payload of a linear, uint8 [rows * row_bytes]."""
     rows, width = codes.shape
@@ -260,3 +308,6 @@ def from_target(target: Target) -> IntegerFormat:
     if target.bits is None:
         raise PlanError("a quantizing step needs the number of bits: set target.bits to 2..8")
     return IntegerFormat(target.bits, target.symmetric, group_of(target), scale_dtype_of(target))
+
+
+FAMILY = Family(wanted={}, written={"int": from_plain})  # wanted by the name that `nested` has

@@ -7,38 +7,25 @@ from typing import Any
 
 from lilliput.errors import PlanError, SourceError, nearest
 from lilliput.formats import affine, binary, codebook, integer, levels, nested, sign, ternary, trellis, vector
-from lilliput.formats.format import Format
+from lilliput.formats.format import Family, Format
 from lilliput.target import Target
 
-# The name in a target's `format` to what makes the format of it.
-_WANTED: Mapping[str, Callable[[Target], Format]] = {
-    "int": nested.from_target,
-    "affine": affine.from_target,
-    **dict.fromkeys(levels.PRESETS, levels.from_target),
-    "binary": binary.from_target,
-    "sign": sign.from_target,
-    "ternary": ternary.from_target,
-    "e8": vector.e8_from_target,
-    "vector": vector.from_target,
-    "trellis": trellis.from_target,
-    "trellis-half": trellis.half_from_target,
-    "codebook": codebook.from_target,
-}
-# Formats whose bits nobody chooses.
-_BITS: Mapping[str, str] = {"ternary": "1.6", "sign": "1"}
-# The kind in config.json to what reads it.
+# A new grid is one file and a line here.
+FAMILIES: tuple[Family, ...] = (
+    integer.FAMILY,
+    nested.FAMILY,
+    affine.FAMILY,
+    levels.FAMILY,
+    binary.FAMILY,
+    sign.FAMILY,
+    ternary.FAMILY,
+    vector.FAMILY,
+    trellis.FAMILY,
+    codebook.FAMILY,
+)
+_WANTED: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.wanted}
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
-    "int": integer.from_plain,
-    "nested": nested.from_plain,
-    "affine": affine.from_plain,
-    "levels": levels.from_plain,
-    "binary": binary.from_plain,
-    "sign": sign.from_plain,
-    "ternary": ternary.from_plain,
-    "e8": vector.e8_from_plain,
-    "vector": vector.from_plain,
-    "trellis": trellis.from_plain,
-    "codebook": codebook.from_plain,
+    kind: read for family in FAMILIES for kind, read in family.written.items()
 }
 
 
@@ -49,7 +36,7 @@ def from_target(target: Target) -> Format:
     """
     if target.format not in _WANTED:
         raise PlanError(f"unknown format '{target.format}'.{nearest(target.format, _WANTED)}")
-    return _WANTED[target.format](target)
+    return _WANTED[target.format].wanted[target.format](target)
 
 
 def completed(target: Target) -> Target:
@@ -57,16 +44,12 @@ def completed(target: Target) -> Target:
 
     Raises PlanError where the target says otherwise.
     """
-    name = target.format
-    if name in levels.PRESETS:
-        return levels.completed(target)
-    if name not in ("int", "affine") and name in _WANTED and not target.symmetric:
-        raise PlanError(f"'{name}' has no zero points: leave out symmetric, or take format int or affine")
-    if name in _BITS and target.bits is not None:
-        raise PlanError(f"'{name}' has {_BITS[name]} bits a weight by its nature: leave out bits")
-    if name == "sign" and target.group_size != "auto":
-        raise PlanError("'sign' has a value for each row and each column, not for groups: leave out group_size")
-    return target.model_copy(update={"bits": 2}) if name == "e8" and target.bits is None else target
+    family = _WANTED.get(target.format)
+    if family is None:
+        return target  # whoever makes the format says that there is none
+    if not family.zero_points and not target.symmetric:
+        raise PlanError(f"'{target.format}' has no zero points: leave out symmetric, or take format int or affine")
+    return family.completed(target)
 
 
 def from_plain(plain: Mapping[str, Any]) -> Format:
@@ -80,9 +63,3 @@ def from_plain(plain: Mapping[str, Any]) -> Format:
 def names() -> tuple[str, ...]:
     """The names that a target's `format` may have."""
     return tuple(_WANTED)
-
-
-def holds_zero(form: Format) -> bool:
-    """Whether a weight can be exactly 0 on every grid of the format; of codebooks on those that are told where."""
-    without = affine.AffineFormat | binary.BinaryFormat | sign.SignFormat | vector.VectorFormat | trellis.TrellisFormat
-    return not isinstance(form, without)

@@ -6,7 +6,7 @@ holds it (`formats.scales`). The index is that of the nearest level to w * (1 / 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,20 +14,23 @@ import torch
 from torch import Tensor
 
 from lilliput.algebra import ranges
+from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats import groups, level_search, scales, tables
 from lilliput.formats.bits import row_bytes
-from lilliput.formats.format import Stored
-from lilliput.formats.integer import group_of, pack_codes, unpack_codes
+from lilliput.formats.format import Family, Format, Search, Stored
+from lilliput.formats.integer import Grid, group_of, pack_codes, unpack_codes
 from lilliput.formats.scales import FloatScales, PowerScales, ScaleKind, Scales
+from lilliput.machine.cost import Cost
 from lilliput.target import Target
 
 _CHUNK = 1 << 17  # weights looked up at a time
+_COLUMNS = 16  # of a sweep, looked up at a time
 _BYTES = 50  # that a weight which is looked up takes meanwhile, at most
 
 
 @dataclass(frozen=True)
-class LevelFormat:
+class LevelFormat(Format):
     """Levels of the table `table`: a name of `tables.MADE` or `tables.FLOATS`, or "custom" with its own `levels`.
 
     `group_size`: -1 one scale per output row, 0 one for the matrix, else inputs per group.
@@ -70,9 +73,9 @@ class LevelFormat:
         """Exact size: codes and scales."""
         return rows * width * self.bits + self.scales.size_bits(*groups.units(rows, width, self.group_size))
 
-    def scratch(self, rows: int, width: int) -> int:
-        """Bytes that looking for the scales of a [rows, width] matrix works in."""
-        return _BYTES * min(level_search.CHUNK, rows * width)
+    def cost(self, rows: int, width: int) -> Cost:
+        """Looking for the scales of a [rows, width] matrix."""
+        return Cost(ram=_BYTES * min(level_search.CHUNK, rows * width))
 
     def fit(
         self,
@@ -110,6 +113,38 @@ class LevelFormat:
             found = scales.choose(kind, peak, ideal, table.top, lambda s: level_search.error(weighed, table, s))
         ranges.check(weight, found.values(), kind.name)
         return found
+
+    def searched(
+        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+    ) -> Scales:
+        """See `Format`."""
+        return self.fit(weight, search=how.search, importance=importance, steps=how.steps, norm=how.norm)
+
+    def magnitudes(self) -> Tensor:
+        """See `ranged.Ranged`."""
+        levels = self.on(torch.empty(0)).levels
+        return levels[levels >= 0]
+
+    def sweep_grid(self, grid: Scales) -> tuple[Grid, torch.dtype | None]:
+        """See `swept.Sweepable`."""
+        moves = self._moves
+        return Grid(grid.values() if moves is None else grid.codes.clone()), moves
+
+    def swept_grid(self, swept: Grid, grid: Scales) -> Scales:
+        """See `swept.Sweepable`."""
+        return grid if self._moves is None else Scales(grid.kind, swept.scale)
+
+    def sweep_rounding(self, swept: Grid, rows: int, group: Sequence[int]) -> Rounding:
+        """See `swept.Sweepable`."""
+        return Rounding.levels(swept.scale, self.on(swept.scale).snap, rows, group)
+
+    def swept_codes(self, centred: Tensor, swept: Grid, group: Sequence[int]) -> Tensor:
+        """See `swept.Sweepable`."""
+        table, half = self.on(centred), 1 << (self.bits - 1)
+        codes = torch.empty(centred.shape, dtype=torch.int8, device=centred.device)
+        for a in range(0, len(centred), _COLUMNS):
+            codes[a : a + _COLUMNS] = (table.index(centred[a : a + _COLUMNS]) - half).to(torch.int8)
+        return codes.T
 
     def encode(self, weight: Tensor, grid: Scales) -> Tensor:
         """The nearest codes, int8 [out, in]. Ties go to the even mantissa of a small float, else to the lower level."""
@@ -158,6 +193,10 @@ class LevelFormat:
     def on(self, like: Tensor) -> tables.Table:
         """The levels on a tensor's device."""
         return tables.of(self.table, self.bits, self.levels, str(like.device))
+
+    @property
+    def _moves(self) -> torch.dtype | None:
+        return self.scales.dtype if isinstance(self.scales, FloatScales) and self.group_size != 0 else None
 
     @property
     def _shortest(self) -> float:
@@ -269,3 +308,12 @@ def from_plain(plain: Mapping[str, Any]) -> LevelFormat:
     """Undo `LevelFormat.plain`."""
     kind = scales.from_plain(plain["scales"])
     return LevelFormat(plain["table"], plain["bits"], plain["group_size"], kind, tuple(plain.get("levels", ())))
+
+
+FAMILY = Family(
+    wanted=dict.fromkeys(PRESETS, from_target),
+    written={"levels": from_plain},
+    completed=completed,
+    zero_points=True,  # which `LevelFormat` refuses with the levels' own words
+    swept=True,
+)

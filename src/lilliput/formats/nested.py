@@ -7,7 +7,7 @@ else each has `bits` bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from lilliput.algebra import ranges
+from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats import groups, integer, scales
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
-from lilliput.formats.format import Stored
-from lilliput.formats.integer import Grid, IntegerFormat, group_of, pack_codes, unpack_codes
+from lilliput.formats.format import Family, Format, Search, Stored
+from lilliput.formats.integer import Grid, IntegerFormat, group_of, pack_codes, uncentred, unpack_codes
 from lilliput.formats.level_search import Weighed
 from lilliput.formats.levels import check_group, describe_scales
 from lilliput.formats.scales import FloatScales, ScaleKind, Scales
@@ -45,7 +46,7 @@ class NestedGrid:
 
 
 @dataclass(frozen=True)
-class NestedFormat:
+class NestedFormat(Format):
     """Integers of `bits` bits in groups, with scales of a kind that is no plain float.
 
     Raises PlanError for bits outside 2..8 and groups that the kind of scales cannot serve.
@@ -136,6 +137,32 @@ class NestedFormat:
             held = scales.search(held, lambda z: error(found.values(), self._whole(z)))
             found = scales.search(found, lambda s: error(s, self._whole(held.values())))
         return NestedGrid(found, held)
+
+    def searched(
+        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+    ) -> NestedGrid:
+        """See `Format`."""
+        return self.fit(weight, search=how.search, importance=importance, steps=how.steps, norm=how.norm)
+
+    def magnitudes(self) -> Tensor:
+        """See `ranged.Ranged`."""
+        return self.codes.magnitudes()
+
+    def sweep_grid(self, grid: NestedGrid) -> tuple[Grid, torch.dtype | None]:
+        """See `swept.Sweepable`."""
+        return self.grid(grid), None
+
+    def swept_grid(self, swept: Grid, grid: NestedGrid) -> NestedGrid:
+        """See `swept.Sweepable`."""
+        return grid
+
+    def sweep_rounding(self, swept: Grid, rows: int, group: Sequence[int]) -> Rounding:
+        """See `swept.Sweepable`."""
+        return Rounding.of(swept.scale, swept.zero, self.bits, rows, group)
+
+    def swept_codes(self, centred: Tensor, swept: Grid, group: Sequence[int]) -> Tensor:
+        """See `swept.Sweepable`."""
+        return uncentred(centred, swept.zero, group)
 
     def grid(self, grid: NestedGrid) -> Grid:
         """The plain grid that a nested one stands for: scales float32, zero points int8."""
@@ -239,3 +266,6 @@ def from_target(target: Target) -> IntegerFormat | NestedFormat:
 def from_plain(plain: Mapping[str, Any]) -> NestedFormat:
     """Undo `NestedFormat.plain`."""
     return NestedFormat(plain["bits"], plain["symmetric"], plain["group_size"], scales.from_plain(plain["scales"]))
+
+
+FAMILY = Family(wanted={"int": from_target}, written={"nested": from_plain}, zero_points=True, swept=True)

@@ -1,34 +1,44 @@
-"""Formats whose scales come from a range that can be covered or searched: one way to fit any format."""
+"""Formats whose scales come from a range that can be covered, searched or cut: one way to fit any format."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.formats.affine import AffineFormat
-from lilliput.formats.codebook import CodebookFormat
-from lilliput.formats.format import Format
-from lilliput.formats.integer import IntegerFormat
-from lilliput.formats.levels import LevelFormat
-from lilliput.formats.nested import NestedFormat
+from lilliput.formats.format import Format, Search
+
+__all__ = ["Ranged", "Search", "Spaced", "check", "fit"]
 
 
-@dataclass(frozen=True)
-class Search:
-    """How a range is chosen: see `IntegerFormat.fit`."""
+@runtime_checkable
+class Ranged(Protocol):
+    """A format whose groups have ranges of the weights, which may be cut before they are covered."""
 
-    search: Literal["minmax", "mse"] = "minmax"
-    steps: int = 30
-    norm: float = 2.0
-    signed_scale: bool = False
+    @property
+    def group_size(self) -> int:
+        """Inputs in a group; -1 a row, 0 the matrix."""
+        ...
+
+    def magnitudes(self) -> Tensor:
+        """The levels from 0 up, in units of the scale, float32."""
+        ...
+
+
+@runtime_checkable
+class Spaced(Protocol):
+    """A format whose levels can lie evenly about 0, none of them at it."""
+
+    def even(self, weight: Tensor, reach: float) -> Any:
+        """The grid whose levels are evenly spaced on [-r, r], r being `reach` root mean squares of `weight` [out, in]:
+        the same in every group."""
+        ...
 
 
 def check(form: Format, how: Search) -> None:
     """Raises PlanError where a format has no such range to choose."""
-    if how.signed_scale and not isinstance(form, IntegerFormat):
+    if how.signed_scale and not form.signed_scales:
         raise PlanError(
             f"{form.describe()} has no scales of either sign: signed_scale belongs to integers with plain float "
             "scales; leave it out"
@@ -43,19 +53,4 @@ def fit(form: Format, weight: Tensor, importance: Tensor | None, how: Search, su
     PlanError as `check` does, and LilliputError for a weight or importance that is not finite.
     """
     check(form, how)
-    if isinstance(form, IntegerFormat):
-        return form.fit(
-            weight,
-            search=how.search,
-            importance=importance,
-            steps=how.steps,
-            norm=how.norm,
-            signed_scale=how.signed_scale,
-        )
-    if isinstance(form, LevelFormat | NestedFormat):
-        return form.fit(weight, search=how.search, importance=importance, steps=how.steps, norm=how.norm)
-    if isinstance(form, AffineFormat):
-        return form.fit(weight, importance=importance, search=how.search == "mse")
-    if isinstance(form, CodebookFormat) and support is not None:
-        return form.fit(weight, importance=importance, zero=~support)
-    return form.fit(weight, importance=importance)
+    return form.searched(weight, how, importance=importance, support=support)

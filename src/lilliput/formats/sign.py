@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import integer
 from lilliput.formats.bits import row_bytes, unpack_bits
-from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.format import Family, Format, Stored, dtype_name, dtype_of, fixed_bits
 from lilliput.target import Target
 
 
@@ -32,8 +32,10 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class SignFormat:
+class SignFormat(Format):
     """One sign a weight, and a value for each output and each input."""
+
+    holds_zero: ClassVar[bool] = False
 
     scale_dtype: torch.dtype = torch.float16
 
@@ -120,3 +122,14 @@ def from_plain(plain: Mapping[str, Any]) -> SignFormat:
 def from_target(target: Target) -> SignFormat:
     """Signs with values in the type that a target names for scales; its bits and groups are not read."""
     return SignFormat(integer.scale_dtype_of(target))
+
+
+def completed(target: Target) -> Target:
+    """See `Family`."""
+    fixed_bits(target, "1")
+    if target.group_size != "auto":
+        raise PlanError("'sign' has a value for each row and each column, not for groups: leave out group_size")
+    return target
+
+
+FAMILY = Family(wanted={"sign": from_target}, written={"sign": from_plain}, completed=completed)

@@ -4,33 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
-from lilliput.formats import affine, levels
-from lilliput.formats.affine import AffineFormat
 from lilliput.formats.format import Format
-from lilliput.formats.integer import Grid, IntegerFormat
-from lilliput.formats.levels import LevelFormat
-from lilliput.formats.nested import NestedFormat
-from lilliput.formats.scales import FloatScales, Scales
+from lilliput.formats.integer import Grid
+from lilliput.formats.known import FAMILIES
 
-Sweepable = IntegerFormat | AffineFormat | NestedFormat | LevelFormat
-_COLUMNS = 16  # looked up at a time; a weight takes up to 50 bytes meanwhile
-NAMES = ("int", "affine", *levels.PRESETS)  # of a target's format
+NAMES = tuple(name for family in FAMILIES if family.swept for name in family.wanted)  # of a target's format
+
+
+@runtime_checkable
+class Sweepable(Format, Protocol):
+    """A format as a sweep needs it. Its `Grid` there: scales [out, groups] ([1, 1]: per tensor) and zero points, int8,
+    real or None."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group_size(self) -> int: ...
+
+    def sweep_grid(self, grid: Any) -> tuple[Grid, torch.dtype | None]:
+        """What the format's `fit` returned, which is left as it is, as the sweep sees it; and the type that a scale is
+        rounded to by itself, where the sweep may move scales: they are a copy then."""
+        ...
+
+    def swept_grid(self, swept: Grid, grid: Any) -> Any:
+        """The format's own grid after the sweep; `grid` is the one that `sweep_grid` was given."""
+        ...
+
+    def sweep_rounding(self, swept: Grid, rows: int, group: Sequence[int]) -> Rounding:
+        """The levels for `rows` outputs, `group` being that of each column in sweep order."""
+        ...
+
+    def swept_codes(self, centred: Tensor, swept: Grid, group: Sequence[int]) -> Tensor:
+        """Centred codes [in, out] of a sweep, overwritten, to codes int8 [out, in]; `group`: of each column."""
+        ...
 
 
 @dataclass(frozen=True)
 class Swept:
-    """A fitted format as a sweep sees it.
-
-    `grid`: scales [out, groups] ([1, 1]: per tensor) and zero points, int8, real or None, a copy that the sweep may
-    write to where `moves` names the type that a scale is rounded to by itself (None: scales are fixed).
-    """
+    """A fitted format under a sweep; see `Sweepable.sweep_grid` for `grid` and `moves` (None: scales are fixed)."""
 
     form: Sweepable
     grid: Grid
@@ -42,25 +61,11 @@ class Swept:
 
     def rounding(self, rows: int, group: Sequence[int]) -> Rounding:
         """The grid for `rows` outputs, `group` being that of each column in sweep order."""
-        if isinstance(self.form, LevelFormat):
-            return Rounding.levels(self.grid.scale, self.form.on(self.grid.scale).snap, rows, group)
-        return Rounding.of(self.grid.scale, self.grid.zero, self.form.bits, rows, group)
+        return self.form.sweep_rounding(self.grid, rows, group)
 
     def codes(self, centred: Tensor, group: Sequence[int]) -> Tensor:
         """Centred codes [in, out] of a sweep, overwritten, to codes int8 [out, in]; `group`: of each column."""
-        if isinstance(self.form, LevelFormat):
-            table, half = self.form.on(centred), 1 << (self.form.bits - 1)
-            codes = torch.empty(centred.shape, dtype=torch.int8, device=centred.device)
-            for a in range(0, len(centred), _COLUMNS):
-                codes[a : a + _COLUMNS] = (table.index(centred[a : a + _COLUMNS]) - half).to(torch.int8)
-            return codes.T
-        zero = self.grid.zero
-        if zero is not None:
-            columns = torch.tensor(group, device=centred.device)
-            centred += zero.float().expand(centred.shape[1], -1).T[columns]
-            if zero.is_floating_point():
-                centred.round_()  # whole numbers but for the last bits
-        return centred.T.to(torch.int8)
+        return self.form.swept_codes(centred, self.grid, group)
 
 
 def check(form: Format) -> Sweepable:
@@ -72,24 +77,9 @@ def check(form: Format) -> Sweepable:
 
 def start(form: Sweepable, grid: Any) -> Swept:
     """`grid` is what the format's `fit` returned; it is left as it is."""
-    if isinstance(form, IntegerFormat):
-        zero = None if grid.zero is None else grid.zero.clone()
-        return Swept(form, Grid(grid.scale.clone(), zero), form.scale_dtype if form.group_size != 0 else None)
-    if isinstance(form, AffineFormat):
-        return Swept(form, Grid(grid.scale.clone(), grid.zero), form.scale_dtype)
-    if isinstance(form, NestedFormat):
-        return Swept(form, form.grid(grid), None)
-    kind = form.scales
-    moves = kind.dtype if isinstance(kind, FloatScales) and form.group_size != 0 else None
-    return Swept(form, Grid(grid.values() if moves is None else grid.codes.clone()), moves)
+    return Swept(form, *form.sweep_grid(grid))
 
 
 def finish(swept: Swept, grid: Any) -> Any:
     """The format's own grid after the sweep; `grid` is the one that `start` was given."""
-    if isinstance(swept.form, IntegerFormat):
-        return swept.grid
-    if isinstance(swept.form, AffineFormat):
-        return affine.Grid(swept.grid.scale, grid.zero)
-    if swept.moves is None:
-        return grid
-    return Scales(grid.kind, swept.grid.scale)
+    return swept.form.swept_grid(swept.grid, grid)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lilliput.algebra.ranges import relative
 from lilliput.algebra.ranges import stored as as_stored
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, integer
-from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.format import Family, Format, Stored, dtype_name, dtype_of, fixed_bits
 from lilliput.target import Target
 
 _CHUNK = 1 << 17  # weights fitted at a time
@@ -36,7 +37,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class TernaryFormat:
+class TernaryFormat(Format):
     """`group_size`: -1 one scale per output row, else inputs per group. Raises PlanError for 0 or below -1."""
 
     group_size: int
@@ -151,3 +152,8 @@ def from_plain(plain: Mapping[str, Any]) -> TernaryFormat:
 def from_target(target: Target) -> TernaryFormat:
     """The ternary grid of a resolved target, whose bits are not read. Raises PlanError for a grid per tensor."""
     return TernaryFormat(integer.group_of(target), integer.scale_dtype_of(target))
+
+
+FAMILY = Family(
+    wanted={"ternary": from_target}, written={"ternary": from_plain}, completed=partial(fixed_bits, bits="1.6")
+)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from lilliput.algebra import compiled, ldlq, trellis
 from lilliput.errors import PlanError
 from lilliput.formats.bits import pack_unsigned, row_bytes, unpack_unsigned
-from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.formats.format import Family, Format, Stored, dtype_name, dtype_of
 from lilliput.formats.vector import Grid, by_column, checked, each_row, rms_scale, unit_of
+from lilliput.machine.cost import Cost
 from lilliput.target import Target
 
 _WALK = 256  # rows; each walk begins at register 0, where little can be chosen yet, and is the work of one core
@@ -27,11 +28,13 @@ _ROOM = 1 << 23  # numbers of a table of costs that is kept at a time
 
 
 @dataclass(frozen=True)
-class TrellisFormat:
+class TrellisFormat(Format):
     """`half_bits`: twice the bits of a weight, 2 to 10; `window`: bits of the register.
 
     Raises PlanError for other bits, and a window that is not 8 to 16.
     """
+
+    holds_zero: ClassVar[bool] = False
 
     half_bits: int
     per_row: bool
@@ -45,9 +48,16 @@ class TrellisFormat:
         if not 8 <= self.window <= 16:
             raise PlanError(f"a register of {self.window} bits: choose 8 to 16")
 
-    def scratch(self, rows: int, width: int) -> int:
-        """Bytes that encoding works in whatever the shape."""
-        return compiled.MEMORY if compiled.available() else 4 * max(_ROOM, 2 * _WALK << self.window)
+    def cost(self, rows: int, width: int) -> Cost:
+        """What encoding works in whatever the shape; 2^window operations for each weight find the best walk once."""
+        ram = compiled.MEMORY if compiled.available() else 4 * max(_ROOM, 2 * _WALK << self.window)
+        return Cost(ram=ram, operations=rows * width << self.window)
+
+    def remark(self) -> str | None:
+        """See `Format`."""
+        if compiled.available():
+            return None
+        return "trellis codes take twenty times as long without numba: pip install 'lilliput[fast]'."
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -149,3 +159,6 @@ def _made(target: Target, more: int) -> TrellisFormat:
     if target.bits is None:
         raise PlanError(f"a quantizing step needs the number of bits: set target.bits to 2..{5 - more}")
     return TrellisFormat(2 * target.bits + more, *unit_of(target, target.format))
+
+
+FAMILY = Family(wanted={"trellis": from_target, "trellis-half": half_from_target}, written={"trellis": from_plain})

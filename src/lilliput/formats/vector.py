@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,9 @@ from lilliput.algebra import compiled, e8, ldlq
 from lilliput.algebra.ranges import stored as stored_scale
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats.bits import pack_unsigned, row_bytes, unpack_unsigned
-from lilliput.formats.format import Format, Stored, dtype_name, dtype_of
+from lilliput.formats.format import Family, Format, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import group_of, scale_dtype_of
+from lilliput.machine.cost import Cost
 from lilliput.target import Target
 
 _CHUNK = 1 << 12  # vectors compared with a codebook at a time
@@ -99,11 +100,13 @@ def by_column(form: Format, grid: Grid) -> ldlq.Settle:
 
 
 @dataclass(frozen=True)
-class VectorFormat:
+class VectorFormat(Format):
     """See the module. `entry_bits`: bits of an entry number; `learned`: the table is stored, else it is E8P's.
 
     Raises PlanError for tables of less than 4 or more than 256 learned entries.
     """
+
+    holds_zero: ClassVar[bool] = False
 
     dimension: int
     entry_bits: int
@@ -120,9 +123,9 @@ class VectorFormat:
         name = f"vector{self.dimension} of {1 << self.entry_bits}" if self.learned else "e8p"
         return f"{name} {'row' if self.per_row else 'tensor'}"
 
-    def scratch(self, rows: int, width: int) -> int:
-        """Bytes that encoding works in whatever the shape."""
-        return compiled.MEMORY if compiled.available() and not self.learned else 0
+    def cost(self, rows: int, width: int) -> Cost:
+        """What encoding works in whatever the shape."""
+        return Cost(ram=compiled.MEMORY if compiled.available() and not self.learned else 0)
 
     def check(self, rows: int, width: int) -> None:
         """Raises PlanError where a [rows, width] matrix has fewer vectors than a learned table has entries."""
@@ -281,3 +284,15 @@ def from_target(target: Target) -> VectorFormat:
         raise PlanError(f"the format 'vector' has 2 to 4 bits a weight, not {target.bits}: set bits to one of those")
     dimension = 4 if target.bits == 2 else 2
     return VectorFormat(dimension, target.bits * dimension, True, *unit_of(target, "vector"))
+
+
+def completed(target: Target) -> Target:
+    """See `Family`."""
+    return target.model_copy(update={"bits": 2}) if target.format == "e8" and target.bits is None else target
+
+
+FAMILY = Family(
+    wanted={"e8": e8_from_target, "vector": from_target},
+    written={"e8": e8_from_plain, "vector": from_plain},
+    completed=completed,
+)

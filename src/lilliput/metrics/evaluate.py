@@ -24,7 +24,8 @@ from lilliput.metrics.size import Size, measure
 from lilliput.metrics.text import TextResult, result
 from lilliput.model.stored import Model, open_model
 from lilliput.source.source import own_name
-from lilliput.streaming.forward import finish, last_hidden
+from lilliput.streaming.forward import finish
+from lilliput.streaming.walk import last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from lilliput import units
 from lilliput.errors import DataError, PlanError
 from lilliput.machine import memory as ram
 from lilliput.metrics.logits import ROWS, TILE
-from lilliput.model.stored import TABLE_ROWS, Model
+from lilliput.model.weights import TABLE_ROWS, Model
 
 # Tokens in a forward pass: enough for the matrix products, and few enough for the operations between them to stay in
 # the caches (twice as many cost 5 % on a CPU).

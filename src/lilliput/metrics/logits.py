@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lilliput.errors import SourceError
 from lilliput.machine.memory import trim
-from lilliput.model.stored import TABLE_ROWS, Model
+from lilliput.model.weights import TABLE_ROWS, Model
 from lilliput.streaming.states import Activations
 
 # A tile of logits, 8 MB in float32: wide and high enough for the matrix product, and small enough for the allocator to

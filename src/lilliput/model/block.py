@@ -10,7 +10,7 @@ from torch import Tensor
 from lilliput.anatomy.model import Block, Linear
 from lilliput.errors import LilliputError
 from lilliput.folds.kinds import ScaleFold
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 
 
 class BlockWeights:

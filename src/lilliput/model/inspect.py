@@ -10,7 +10,7 @@ from lilliput.anatomy.model import Anatomy, Block
 from lilliput.stats.site import SiteStats
 
 if TYPE_CHECKING:
-    from lilliput.model.stored import Model
+    from lilliput.model.weights import Model
 
 
 def inspect(model: Model) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -14,60 +14,39 @@ from lilliput.anatomy.explore import explore
 from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
+from lilliput.model.weights import Model, stretches
 from lilliput.source import Source, Stored, open_source
 from lilliput.source.names import Names, Ref, bind, single_name
 
-__all__ = ["Model", "Ref", "open_model"]
+__all__ = ["Model", "Ref", "StoredModel", "open_model"]
 
-TABLE_ROWS = 4096  # rows of the token table read at a time
 ROWS = 1 << 12  # rows of two embeddings compared at a time
 SPARSE = 8  # rows between two wanted ones that are not worth a read of their own
 
 
-class Model:
-    """A language model whose tensors are read by canonical name. Made by `open_model`.
-
-    refs: canonical name -> where it lies in the files; carried: stored tensors that the language model does not know
-    (vision towers, buffers of old versions), to be written through unchanged; copies: stored tensors that only repeat a
-    tied one, not to be written; fused: experts that transformers loads only as part of a 3-D tensor; notes: what a user
-    should know.
-    """
+@final
+class StoredModel(Model):
+    """A model as its files hold it. Made by `open_model`."""
 
     def __init__(self, source: Source, skeleton: Skeleton, names: Names, notes: tuple[str, ...] = ()) -> None:
         self.source = source
         self.skeleton = skeleton
-        self.refs: Mapping[str, Ref] = {x: names.refs[x] for x in skeleton.shapes}
+        self.refs = {x: names.refs[x] for x in skeleton.shapes}
         self.notes = source.notes + tuple(skeleton.notes) + notes
         self._prefix = names.prefix
         self._head = _head_name(skeleton)
         head = names.refs.get(self._head)
         used = {x.stored for x in self.refs.values()}
-        self.copies: tuple[str, ...] = (head.stored,) if skeleton.tied and head and head.stored not in used else ()
-        self.carried: tuple[str, ...] = tuple(x for x in source.stored if x not in used and x not in self.copies)
+        self.copies = (head.stored,) if skeleton.tied and head and head.stored not in used else ()
+        self.carried = tuple(x for x in source.stored if x not in used and x not in self.copies)
         self._anatomy: Anatomy | None = None
         parts = [x for x, ref in self.refs.items() if ref.index is not None]
-        self.fused: tuple[str, ...] = tuple(x for x in parts if single_name(x, skeleton.model) is None)
+        self.fused = tuple(x for x in parts if single_name(x, skeleton.model) is None)
         if self.fused:
             self.notes += (
                 f"{type(skeleton.model).__name__} loads experts only as one 3-D tensor "
                 f"({self.refs[self.fused[0]].stored}): single experts can be written in the native format alone",
             )
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding."""
-        return self.skeleton.tied
-
-    @property
-    def positions(self) -> int | None:
-        """Tokens of the longest context that the model knows; None where its config names no limit."""
-        return self.skeleton.positions
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the token embedding: ids from there on cannot be read."""
-        table: Any = self.skeleton.model.get_input_embeddings()  # type: ignore[operator]
-        return int(table.weight.shape[0])
 
     def read(self, canonical: str) -> Tensor:
         """A tensor by canonical name: contiguous, on the CPU, in the dtype of the files."""
@@ -93,9 +72,9 @@ class Model:
         """
         ref = self._ref(canonical)
         if ref.transposed or len(self.source.parts(ref.stored)) > 1:
-            yield from self._stretches(canonical, rows)
+            yield from stretches(rows, self.shape(canonical)[0])
             return
-        for first, last in self._stretches(canonical, rows):
+        for first, last in stretches(rows, self.shape(canonical)[0]):
             wanted = rows[(rows >= first) & (rows < last)]
             if len(wanted) * SPARSE > last - first:
                 yield first, last
@@ -103,12 +82,6 @@ class Model:
             ends = (wanted.diff() > SPARSE).nonzero()[:, 0]
             for group in wanted.tensor_split(ends + 1):
                 yield int(group[0]), int(group[-1]) + 1
-
-    def _stretches(self, canonical: str, rows: Tensor) -> Iterator[tuple[int, int]]:
-        """The stretches of `TABLE_ROWS` rows in which any of the rows int64 [n] lies."""
-        count = self.shape(canonical)[0]
-        for number in sorted(set((rows // TABLE_ROWS).tolist())):
-            yield number * TABLE_ROWS, min((number + 1) * TABLE_ROWS, count)
 
     def stored_name(self, canonical: str) -> str:
         """Name under which to write a tensor: its own in the files.
@@ -133,11 +106,6 @@ class Model:
         """Dtype that `read` returns for a canonical tensor."""
         return self.source.stored[self._ref(canonical).stored].dtype
 
-    def written_dtype(self, canonical: str) -> torch.dtype:
-        """Dtype in which a dense tensor is written: its own, but float16 for what a GGUF file held in blocks."""
-        dtype = self.dtype(canonical)
-        return torch.float16 if self.source.from_gguf and dtype == torch.float32 else dtype
-
     def parts(self, canonical: str) -> tuple[str, ...]:
         """Names in the files of what a canonical tensor is stored as, or is a part of."""
         return self.source.parts(self._ref(canonical).stored)
@@ -147,23 +115,6 @@ class Model:
         if self._anatomy is None:
             self._anatomy = explore(self.skeleton)
         return self._anatomy
-
-    def load(self, names: Iterable[str]) -> None:
-        """Read tensors into the skeleton by canonical name, one at a time."""
-        for name in names:
-            self.skeleton.load({name: self.read(name)})
-
-    def unload(self, names: Iterable[str]) -> None:
-        """Send tensors of the skeleton back to the meta device."""
-        self.skeleton.unload(names)
-
-    def load_block(self, i: int) -> None:
-        """Read block i into the skeleton."""
-        self.load(self.skeleton.names_of(i))
-
-    def unload_block(self, i: int) -> None:
-        """Free block i of the skeleton."""
-        self.unload(self.skeleton.names_of(i))
 
     def _ref(self, canonical: str) -> Ref:
         if canonical not in self.refs:
@@ -188,7 +139,7 @@ def open_model(
     the device that it was opened with, so that callers who measure several things open it once. Raises SourceError when
     a tensor that the model needs is missing or has another shape than the config asks for.
     """
-    if isinstance(model, Model):
+    if not isinstance(model, str | Path):
         return model
     source = open_source(str(model), trust_remote_code=trust_remote_code)
     notes: tuple[str, ...] = ()
@@ -214,7 +165,7 @@ def open_model(
         skeleton = Skeleton(config, dtype=dtype, device=device)
         names = _bind(source, skeleton)
     _check(source, skeleton, names)
-    return Model(source, skeleton, names, notes)
+    return StoredModel(source, skeleton, names, notes)
 
 
 def _bind(source: Source, skeleton: Skeleton) -> Names:

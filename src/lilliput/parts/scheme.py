@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lilliput.formats.format import Format, Stored
 from lilliput.formats.integer import IntegerFormat
-from lilliput.formats.known import holds_zero
 from lilliput.parts import known, transform
 from lilliput.parts.layer import Layer
 from lilliput.parts.lowrank import LowRankSpec
@@ -34,13 +33,13 @@ class Scheme:
             return None
         (part,) = self.parts
         form = part.format if isinstance(part, QuantizedSpec) else None
-        return form if isinstance(form, IntegerFormat) and form.plain()["kind"] == "int" else None
+        return form if isinstance(form, IntegerFormat) else None
 
     @property
     def fills(self) -> bool:
         """Whether a part reaches every weight, so that pruned ones cannot stay 0."""
         return any(
-            isinstance(part, LowRankSpec) or (isinstance(part, QuantizedSpec) and not holds_zero(part.format))
+            isinstance(part, LowRankSpec) or (isinstance(part, QuantizedSpec) and not part.format.holds_zero)
             for part in self.parts
         )
 

@@ -10,15 +10,14 @@ import torch
 
 from lilliput.algebra import compiled
 from lilliput.errors import PlanError
-from lilliput.formats.trellis import TrellisFormat
 from lilliput.machine import memory
 from lilliput.model import rotated
-from lilliput.model.stored import TABLE_ROWS, Model
+from lilliput.model.weights import TABLE_ROWS, Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.plan import footprint
 from lilliput.plan.resolve import LinearPlan, Resolved
 from lilliput.plan.tensors import LARGE, TensorPlan, at_a_time
-from lilliput.streaming import backward
+from lilliput.streaming import peak
 from lilliput.verbs.spec import Extent, Stage
 
 TOKENIZER = 21  # bytes in memory for one of the tokenizer's files
@@ -75,16 +74,12 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
 
 
 def _walks(x: LinearPlan) -> float:
-    """Seconds that trellis codes take: 2^window operations for each weight, in the sweep and in each pass behind it."""
-    windows = [
-        part.format.window
-        for part in x.scheme.parts
-        if isinstance(part, QuantizedSpec) and isinstance(part.format, TrellisFormat)
-    ]
+    """Seconds that formats take beyond matrix products, in the sweep and in each pass behind it."""
+    rows, width = x.linear.out_features, x.linear.in_features
+    work = sum(part.format.cost(rows, width).operations for part in x.scheme.parts if isinstance(part, QuantizedSpec))
     passes = max((task.spec.rounds(task.options) for task in x.tasks), default=1)
     each = 2.5e-10 if compiled.available() else 1e-8  # measured on one core
-    work = sum(1 << window for window in windows) * x.linear.parameters * passes
-    return work * each / torch.get_num_threads()
+    return work * passes * each / torch.get_num_threads()
 
 
 def phases(
@@ -98,10 +93,10 @@ def phases(
         blocks = model.anatomy().blocks
         beside = max(footprint.decomposed(block) for block in blocks)
         stored = max(x.dtype.itemsize for x in tensors)
-        held = backward.peak_of_loss(blocks, width, vocabulary, tokens, dtype.itemsize, stored, beside)
+        held = peak.of_loss(blocks, width, vocabulary, tokens, dtype.itemsize, stored, beside).ram
         slopes = (("trying out candidates", held),)
     if resolved.fisher(1):
-        held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize, outside=False)
+        held = peak.of_gradients(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize, outside=False).ram
         slopes = (*slopes, ("the backward pass for squared gradients", held))
     turns = [task for task in resolved.tasks if task.spec.turns]
     if not turns:
@@ -110,7 +105,7 @@ def phases(
     written = max(at_a_time(x) for x in tensors if x.kind in LARGE)
     phases = [("turning the model", turning), ("writing the turned head", written + 2 * 4 * rotated.ROWS * width)]
     if any(task.spec.tokens(task.options) for task in turns):
-        held = backward.peak(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize)
+        held = peak.of_gradients(model.anatomy().blocks, width, vocabulary, tokens, dtype.itemsize).ram
         phases.append(("learning a rotation", turning + held))
     return (*phases, *slopes)
 
@@ -145,9 +140,9 @@ def scratch(resolved: Resolved) -> int:
         (part.format, x.linear.out_features, x.linear.in_features)
         for x in resolved.linears
         for part in x.scheme.parts
-        if isinstance(part, QuantizedSpec) and hasattr(part.format, "scratch")
+        if isinstance(part, QuantizedSpec)
     }
-    return methods + max((form.scratch(rows, width) for form, rows, width in formats), default=0)
+    return methods + max((form.cost(rows, width).ram for form, rows, width in formats), default=0)
 
 
 def trained(resolved: Resolved) -> int:

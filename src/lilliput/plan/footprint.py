@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lilliput.anatomy.model import Block, Linear
 from lilliput.errors import PlanError
 from lilliput.machine.memory import BASE, MB, SLACK, room
-from lilliput.model.stored import TABLE_ROWS
+from lilliput.model.weights import TABLE_ROWS
 from lilliput.units import readable
 
 _OUTSIDE, _BLOCK, _FIT = "writing what lies outside the blocks", "compressing a block", "fitting a block"

@@ -14,12 +14,10 @@ import torch
 import transformers
 
 from lilliput import export, units
-from lilliput.algebra import compiled
 from lilliput.anatomy.tables import EMBED, tables
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
-from lilliput.formats.trellis import TrellisFormat
 from lilliput.model import rotated
 from lilliput.model.stored import Model
 from lilliput.parts.quantized import QuantizedSpec
@@ -311,9 +309,8 @@ def _remarks(resolved: Resolved) -> tuple[str, ...]:
             f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller ({shown})."
         )
     formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
-    if any(isinstance(form, TrellisFormat) for form in formats) and not compiled.available():
-        notes.append("trellis codes take twenty times as long without numba: pip install 'lilliput[fast]'.")
-    return tuple(notes)
+    remarks = dict.fromkeys(form.remark() for form in dict.fromkeys(formats))
+    return (*notes, *(x for x in remarks if x is not None))
 
 
 def make(

@@ -13,7 +13,7 @@ from lilliput import export
 from lilliput.export.folder import model_config, safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.machine import memory
-from lilliput.model import stored
+from lilliput.model import weights
 from lilliput.model.stored import Model
 
 METADATA = {"format": "pt"}
@@ -45,7 +45,7 @@ class TensorPlan:
 def rows_at_a_time(shape: tuple[int, ...]) -> int:
     """How many rows of a tensor outside the blocks are in memory at a time, while they are read and written."""
     if len(shape) <= 2:
-        return stored.TABLE_ROWS
+        return weights.TABLE_ROWS
     return max(1, PIECE // (4 * prod(shape[1:])))
 
 

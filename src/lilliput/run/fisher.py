@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError
 from lilliput.machine import memory, ranks
+from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
@@ -24,18 +25,18 @@ from lilliput.streaming.backward import Samples
 from lilliput.streaming.states import START_ANEW, Activations
 
 
-def spill(plan: Plan, model: Model) -> int:
-    """Bytes of hidden states and gradients that are on disk at once while the pass runs."""
+def cost(plan: Plan, model: Model) -> Cost:
+    """Hidden states and gradients that are on disk at once while the pass runs, beside what is `stored`."""
     skeleton = model.skeleton
     states = (len(skeleton.block_names) + 1) * skeleton.dtype.itemsize + 2 * torch.float32.itemsize
-    return plan.resolved.fisher(plan.samples) * plan.tokens * skeleton.hidden_size * states
+    return Cost(disk=plan.resolved.fisher(plan.samples) * plan.tokens * skeleton.hidden_size * states)
 
 
-def stored(plan: Plan) -> int:
-    """Bytes of squared gradients, which stay in the work folder until their block is compressed."""
+def stored(plan: Plan) -> Cost:
+    """The squared gradients, which stay in the work folder until their block is compressed."""
     read = plan.resolved.squared()
     weights = sum(x.linear.parameters for x in plan.resolved.linears if x.name in read)
-    return torch.float32.itemsize * weights
+    return Cost(disk=torch.float32.itemsize * weights)
 
 
 def path_of(work: Work, block: int) -> Path:
@@ -91,9 +92,7 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
         if lowest:
             shape = (len(samples.ids), samples.ids.shape[1], model.skeleton.hidden_size)
             path = backward.gradient_path(samples, lowest)
-            with Activations(path, shape, torch.float32, create=False) as states:
-                if states.checksum() != records[lowest]["gradient"][ranks.rank()]:
-                    raise LilliputError(f"{path} is not what the unfinished run wrote (a power failure?); {START_ANEW}")
+            Activations.taken_up(path, shape, torch.float32, records[lowest]["gradient"][ranks.rank()]).close()
         for block in range(first, len(prefixes)):
             if ranks.lead() and block in records and wanted[block] and not path_of(work, block).is_file():
                 raise LilliputError(

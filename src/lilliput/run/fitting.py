@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.model import Block
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.run import drivers
 from lilliput.run.driver import CloseDriver
 from lilliput.run.linear import BlockJob, Rows, deliver, lowered
-from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
-from lilliput.streaming import lockstep
+from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import Batches
 from lilliput.streaming.states import Activations
 from lilliput.verbs.spec import Task
@@ -104,11 +103,6 @@ def observe(
     """One pass of the loaded block as it is; the file of its outputs, beside `inputs`, goes when the context ends."""
     skeleton = model.skeleton
     run = runner(model, index, anatomy, batches)
-    states = {site.name: fold.init(site.width, needs, skeleton.device) for site in anatomy.sites}
-    taps = [lockstep.Tap(s.name, skeleton.block(index).get_submodule(s.linears[0])) for s in anatomy.sites]
-
-    def see(site: str, x: Tensor) -> None:
-        states[site] = fold.update(states[site], x)
 
     def one(start: int, stop: int) -> Callable[[], None]:
         def forward() -> None:
@@ -118,11 +112,8 @@ def observe(
 
     targets = Activations(inputs.path.with_name(TARGETS), inputs.shape, torch.float32, create=True)
     try:
-        lockstep.watch(taps, [one(a, b) for a, b in batches.bounds], see, stop_after=False)
-        stats = {
-            name: fold.complete(state, f"{skeleton.block_names[index]}.{name}", skeleton.dtype)
-            for name, state in states.items()
-        }
+        passes = [one(a, b) for a, b in batches.bounds]
+        stats = collect(skeleton, index, anatomy.sites, {site.name: needs for site in anatomy.sites}, passes)
         yield Observed(run, targets, stats)
     finally:
         targets.delete()

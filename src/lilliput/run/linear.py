@@ -15,13 +15,12 @@ from lilliput import export
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
 from lilliput.model.block import BlockWeights
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
-from lilliput.streaming import lockstep
 
 Rows = list[dict[str, Any]]
 _CHUNK = 1 << 21  # weights whose error is measured at a time
@@ -48,10 +47,6 @@ class BlockJob:
 
     def needs(self, site: Site) -> frozenset[str]:
         return frozenset().union(*(task.needs for name in site.linears for task in self.plans[name].alone))
-
-    def tap(self, site: Site) -> lockstep.Tap:
-        block = self.model.skeleton.block(self.index)
-        return lockstep.Tap(site.name, block.get_submodule(site.linears[0]))
 
 
 def within(layer: Layer, dtype: torch.dtype, solve: Callable[[Layer], Layer]) -> Layer:

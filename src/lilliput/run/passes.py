@@ -6,7 +6,6 @@ are records of the journal, block by block. Squared gradients are `fisher`'s.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,11 +18,12 @@ from torch import Tensor
 
 from lilliput import export
 from lilliput.errors import LilliputError
+from lilliput.export import provenance
 from lilliput.folds.kinds import ResidualRotation
 from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
-from lilliput.model.rotated import RotatedModel
-from lilliput.model.stored import Model
+from lilliput.model.rotated import ready
+from lilliput.model.weights import Model
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.resolve import LinearPlan, retargeted
 from lilliput.progress import Progress
@@ -31,8 +31,9 @@ from lilliput.run import fisher
 from lilliput.run.journal import Work, save_atomically
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.backward import Samples
-from lilliput.streaming.forward import Batches, embed, observe
-from lilliput.streaming.states import Activations, raw
+from lilliput.streaming.collect import collect
+from lilliput.streaming.forward import through
+from lilliput.streaming.walk import Flow, walk
 from lilliput.target import Target
 from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.learn import Learn
@@ -51,8 +52,7 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
 
     ids [N, T] are all samples: a rotation is learned by the leading rank alone, for its loss is one of all of them.
     """
-    if not isinstance(model, RotatedModel):
-        raise RuntimeError("a rotation was planned for a model that was not prepared for one")
+    turning = ready(model)
     path = work.folder / rotation_name(task)
     records = [r for r in work.find("rotation") if r["step"] == task.step]
     width = model.skeleton.hidden_size
@@ -61,20 +61,20 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
         if ranks.lead():
             samples = None if ids is None else Samples(ids, work.folder, progress)
             with torch.enable_grad():
-                folds = task.of(Learn).run(model, samples, plan.resolved.quantized(), task.options)
+                folds = task.of(Learn).run(turning, samples, plan.resolved.quantized(), task.options)
             matrix = _product(folds, width)
             _save(path, matrix)
-        work.note({"kind": "rotation", "step": task.step, "sha256": _sha256(matrix)})
+        work.note({"kind": "rotation", "step": task.step, "sha256": provenance.sha256(matrix)})
     with ranks.together():
         if records and ranks.lead():
             matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
-            if _sha256(matrix) != records[0]["sha256"]:
+            if provenance.sha256(matrix) != records[0]["sha256"]:
                 raise LilliputError(
                     f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
                     "start anew"
                 )
     matrix = ranks.same(matrix.contiguous())
-    turned = model.rotated(matrix)
+    turned = turning.rotated(matrix)
     memory.trim()
     return turned
 
@@ -86,10 +86,6 @@ def _product(folds: Any, width: int) -> Tensor:
             raise RuntimeError(f"a learned fold is a ResidualRotation, not a {type(fold).__name__}")
         out = out @ fold.matrix.to("cpu", torch.float64)
     return out
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(raw(tensor.contiguous().reshape(-1))).hexdigest()
 
 
 def _save(path: Path, matrix: Tensor) -> None:
@@ -156,9 +152,9 @@ def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
     """Scores of all linears that the step governs, by full name, from the first block without a record on."""
     done = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
     count = len(model.skeleton.block_names)
-    for path in work.folder.glob(f"score-{task.step:02d}-*.bin"):
+    for path in work.folder.glob(f"{_stem(task)}-*.bin"):
         # A run killed between a record and its tidying leaves the states of a finished block behind.
-        if path != _states_path(work, task, len(done)) or len(done) == count:
+        if path.name != f"{_stem(task)}-{len(done):04d}.bin" or len(done) == count:
             path.unlink()
     if len(done) < count:
         with torch.no_grad():
@@ -176,33 +172,25 @@ def _score_blocks(
     done: list[dict[str, Any]],
 ) -> None:
     count, start = len(model.skeleton.block_names), len(done)
-    batches: Batches | None = None
-    inputs: Activations | None = None
+    flow: Flow | None = None
     if task.needs:
         if ids is None:
             raise RuntimeError("scores were planned from calibration, but there are no tokens")
-        with ranks.together():
-            inputs = _states(plan, task, model, ids, work, start, create=start == 0)
-            if start and inputs.checksum() != done[-1]["hidden"][ranks.rank()]:
-                raise LilliputError(
-                    f"{inputs.path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
-                    "start anew"
-                )
-        batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
+        flow = Flow(ids, plan.layout.batch, work.folder, _stem(task), plan.dtype)
     governed = plan.resolved.governed(task)
     progress.step(start, count, "scoring")
-    for index in range(start, count):
+    for passage in walk(model, flow, first=start, recorded=done[-1]["hidden"] if done else None):
+        index = passage.block
         anatomy = model.anatomy().blocks[index]
         prefix = model.skeleton.block_names[index]
         names = [x.name for x in anatomy.linears if f"{prefix}.{x.name}" in governed]
         stats: Mapping[str, SiteStats] = {}
-        outputs: Activations | None = None
-        if batches is not None and inputs is not None and ids is not None:
-            model.load_block(index)
-            outputs = _states(plan, task, model, ids, work, index + 1, create=True)
+        if passage.batches is not None and passage.inputs is not None:
             sites = [site for site in anatomy.sites if set(site.linears) & set(names)]
-            stats = observe(model, index, batches, inputs, outputs, sites, task.needs)
-            model.unload_block(index)
+            needs = {site.name: task.needs for site in sites}
+            passes = through(model.skeleton, index, passage.batches, passage.inputs, passage.outputs)
+            stats = collect(model.skeleton, index, sites, needs, passes)
+        model.unload_block(index)  # not beside what a score is taken from
         scores: Scores = {}
         if ranks.lead():
             weights = BlockWeights(model, index, anatomy)
@@ -216,23 +204,12 @@ def _score_blocks(
                 "step": task.step,
                 "block": index,
                 "scores": {f"{prefix}.{name}": list(values) for name, values in scores.items()},
-                "hidden": None if outputs is None else ranks.gathered(outputs.checksum()),
+                "hidden": passage.checksum(),
             }
         )
-        if inputs is not None:
-            inputs.delete()
-        inputs = outputs
-        memory.trim()
         progress.step(index + 1, count, "scoring")
-    if inputs is not None:
-        inputs.delete()
 
 
-def _states(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, block: int, *, create: bool) -> Activations:
-    """Hidden states that enter a block, under names that the main pass does not use."""
-    shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
-    return Activations(_states_path(work, task, block), shape, plan.dtype, create=create)
-
-
-def _states_path(work: Work, task: Task, block: int) -> Path:
-    return work.folder / f"score-{task.step:02d}-{block:04d}.bin"
+def _stem(task: Task) -> str:
+    """Of the files of hidden states, which the main pass does not use."""
+    return f"score-{task.step:02d}"

@@ -22,8 +22,9 @@ from torch import Tensor
 from lilliput.anatomy.model import Block
 from lilliput.errors import LilliputError, ToldError
 from lilliput.machine import memory, ranks
+from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
@@ -32,7 +33,7 @@ from lilliput.run.journal import Work, save_atomically
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
-from lilliput.streaming.forward import embed, observe
+from lilliput.streaming.collect import statistics
 from lilliput.streaming.states import Activations
 from lilliput.target import Target
 from lilliput.verbs.compress import Compress
@@ -41,8 +42,8 @@ from lilliput.verbs.search import Search
 from lilliput.verbs.spec import Task
 
 
-def spill(plan: Plan, task: Task, model: Model) -> int:
-    """Bytes that are on disk at once while losses are taken: the states that enter every block, statistics, and weights
+def cost(plan: Plan, task: Task, model: Model) -> Cost:
+    """What is on disk at once while losses are taken: the states that enter every block, statistics, and weights
     that were tried together."""
     skeleton = model.skeleton
     states = (len(skeleton.block_names) + 2) * skeleton.dtype.itemsize
@@ -53,7 +54,7 @@ def spill(plan: Plan, task: Task, model: Model) -> int:
     written = sum(x.out_features * x.in_features * x.dtype.itemsize for x in outcomes)
     looked = task.of(Search).looked_at(plan.samples, task.options)
     trying = looked * plan.tokens * skeleton.hidden_size * states + plan.processes * written
-    return kept + max(observing, trying)
+    return Cost(disk=kept + max(observing, trying))
 
 
 def _needs(plan: Plan, task: Task) -> frozenset[str]:
@@ -172,17 +173,12 @@ class _Trials:
         states = Activations(self._work.folder / "trial-states.bin", shape, self._plan.dtype, create=True)
         try:
             with torch.no_grad():
-                batches = embed(model, mine, self._plan.layout.batch, states)
-                for block, anatomy in enumerate(model.anatomy().blocks):
-                    model.load_block(block)
-                    found = observe(model, block, batches, states, states, anatomy.sites, self._needs)
-                    model.unload_block(block)
+                for block, found in statistics(model, mine, self._plan.layout.batch, states, self._needs):
                     tensors = {f"{site}.{name}": x.need(name) for site, x in found.items() for name in self._needs}
                     tensors |= {f"{site}.count": torch.tensor(x.count) for site, x in found.items()}
                     path = self._work.folder / f"trial-stats-{block:04d}.safetensors"
                     save_atomically(path, {key: x.to("cpu").contiguous() for key, x in tensors.items()})
                     self._stats[block] = path
-                    memory.trim()
         finally:
             states.delete()
 

@@ -17,6 +17,7 @@ from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError, PlanError
 from lilliput.export.engine import Look
 from lilliput.machine import memory, ranks
+from lilliput.machine.cost import Cost
 from lilliput.machine.device import choose as choose_device
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
@@ -29,7 +30,7 @@ from lilliput.plan.resolve import rotates
 from lilliput.progress import Progress, Quiet
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import calibration, delivery, fisher, journal, stages, stream
+from lilliput.run import calibration, delivery, journal, stages, stream
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 
@@ -135,12 +136,8 @@ def _refuse_work(place: Path | None) -> None:
 
 def _spill(made: Plan, model: Model, eval_windows: int) -> int:
     """Bytes of what lies in the work folder at its fullest."""
-    hidden = model.skeleton.hidden_size  # of what flows between blocks, which may be wider than the embeddings
-    spill = 2 * made.samples * made.tokens * hidden * made.dtype.itemsize if made.resolved.needs else 0
-    spill = max(spill, stages.spill(made, model), fisher.spill(made, model)) + fisher.stored(made)
-    if eval_windows:
-        spill = max(spill, 2 * eval_windows * window(model) * hidden * 4)
-    return spill
+    measuring = Cost(disk=2 * eval_windows * window(model) * model.skeleton.hidden_size * 4 if eval_windows else 0)
+    return stream.cost(made, model).then(measuring).disk
 
 
 def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:

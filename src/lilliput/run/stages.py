@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 from torch import Tensor
 
+from lilliput.machine.cost import Cost
 from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
@@ -13,9 +16,9 @@ from lilliput.run.journal import Work
 from lilliput.verbs.spec import Stage
 
 
-def spill(plan: Plan, model: Model) -> int:
-    """Bytes of hidden states that a step keeps on disk at once, beyond those of every run."""
-    return max((drivers.find(task).cost(plan, task, model).disk for task in plan.resolved.tasks), default=0)
+def cost(plan: Plan, model: Model) -> Cost:
+    """What the recipe's steps take, one after the other, beyond what every run does."""
+    return reduce(Cost.then, (drivers.find(task).cost(plan, task, model) for task in plan.resolved.tasks), Cost())
 
 
 def files(plan: Plan) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lilliput import export
 from lilliput.anatomy.model import Site
-from lilliput.errors import LilliputError
 from lilliput.formats import scales
 from lilliput.machine import memory, ranks
+from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import tensors as inventory
 from lilliput.plan.plan import Plan
@@ -27,11 +27,12 @@ from lilliput.run.driver import BlockDriver, LinearDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, within
 from lilliput.run.output import Output
-from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import lockstep, order
-from lilliput.streaming.forward import Batches, embed, through
-from lilliput.streaming.states import START_ANEW, Activations
+from lilliput.streaming.collect import Collector, collect, tap
+from lilliput.streaming.forward import Batches, through
+from lilliput.streaming.states import Activations
+from lilliput.streaming.walk import Flow, walk
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.view import BlockIO, BlockView
 
@@ -115,24 +116,14 @@ def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
 
 
 def _collect(
-    job: BlockJob, batches: Batches, inputs: Activations, sites: Sequence[Site], needs: Mapping[str, Iterable[str]]
+    job: BlockJob, batches: Batches, inputs: Activations, sites: Sequence[Site], needs: Mapping[str, frozenset[str]]
 ) -> dict[str, SiteStats]:
     """Statistics of several sites from one run of the block up to the last of them."""
     skeleton = job.model.skeleton
-    states = {site.name: fold.init(site.width, needs[site.name], skeleton.device) for site in sites}
-
-    def see(site: str, x: Tensor) -> None:
-        states[site] = fold.update(states[site], x)
-
-    taps = [job.tap(site) for site in sites]
     # Experts may be skipped by a batch, so only a block without them can be left early.
     early = all(x.expert is None for x in job.anatomy.linears)
-    lockstep.watch(taps, through(job.model, job.index, batches, inputs, None), see, stop_after=early)
-    return {name: fold.complete(state, _site(job, name), skeleton.dtype) for name, state in states.items()}
-
-
-def _site(job: BlockJob, name: str) -> str:
-    return f"{job.model.skeleton.block_names[job.index]}.{name}"
+    passes = through(skeleton, job.index, batches, inputs, None)
+    return collect(skeleton, job.index, sites, needs, passes, stop_after=early)
 
 
 def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | None) -> None:
@@ -190,7 +181,7 @@ def compress_block(
             fitted, more = fitting.fit_block(job, batches, inputs, seen, kept)
         tensors.update(fitted)
         rows += more
-        for run in through(job.model, job.index, batches, inputs, outputs):
+        for run in through(job.model.skeleton, job.index, batches, inputs, outputs):
             run()
     else:
         _compress_sites(job, batches, inputs, outputs, wanted, take)
@@ -208,26 +199,17 @@ def _compress_sites(
 ) -> None:
     """Show every site to `take` with the statistics of its inputs, the sites before it being compressed."""
     skeleton = job.model.skeleton
-    runs = through(job.model, job.index, batches, inputs, outputs)
+    needs = {site.name: job.needs(site) for site in wanted}
+    runs = through(skeleton, job.index, batches, inputs, outputs)
     if job.plan.layout.lockstep:
-        current: dict[str, SiteStats] = {}
-
-        def see(site: str, x: Tensor) -> None:
-            if site not in current:
-                current[site] = fold.init(x.shape[-1], job.needs(job.anatomy.site(site)), skeleton.device)
-            current[site] = fold.update(current[site], x)
-
-        def arrived(name: str) -> None:
-            site = job.anatomy.site(name)
-            state = current.pop(name, None) or fold.init(site.width, job.needs(site), skeleton.device)
-            take(site, fold.complete(state, _site(job, name), skeleton.dtype))
-
-        first_pass = through(job.model, job.index, batches, inputs, None)[:1]
-        met = order.as_met(job.anatomy, wanted, [job.tap(site) for site in wanted], first_pass)
-        lockstep.walk([job.tap(site) for site in met], runs, see, arrived)
+        seen = Collector(skeleton, job.index, wanted, needs)
+        first_pass = through(skeleton, job.index, batches, inputs, None)[:1]
+        met = order.as_met(job.anatomy, wanted, seen.taps, first_pass)
+        taps = [tap(skeleton, job.index, site) for site in met]
+        lockstep.walk(taps, runs, seen.see, lambda site: take(job.anatomy.site(site), seen.take(site)))
     else:
         for wave in order.waves(wanted):
-            stats = _collect(job, batches, inputs, wave, {site.name: job.needs(site) for site in wave})
+            stats = _collect(job, batches, inputs, wave, needs)
             for site in wave:
                 take(site, stats.pop(site.name))
         for run in runs if outputs is not None else ():
@@ -257,6 +239,16 @@ def _block_tensors(job: BlockJob, done: Mapping[str, Tensor]) -> dict[str, Tenso
 def _write(job: BlockJob, done: Mapping[str, Tensor], output: Output) -> dict[str, str]:
     tensors = _block_tensors(job, done)
     return output.write(tensors, lambda name: [tensors[name]])
+
+
+def cost(plan: Plan, model: Model) -> Cost:
+    """What lies in the work folder at its fullest, over all passes of a run: between blocks there are the hidden states
+    that enter one and those that leave it."""
+    # What flows between blocks may be wider than the embeddings.
+    states = plan.samples * plan.tokens * model.skeleton.hidden_size * plan.dtype.itemsize
+    between = Cost(disk=2 * states if plan.resolved.needs else 0)
+    phases = between.then(stages.cost(plan, model)).then(fisher.cost(plan, model))
+    return phases + fisher.stored(plan)
 
 
 def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Rows:
@@ -296,12 +288,10 @@ def _tables(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: 
     if plan.resolved.needs and ids is not None:
         count = len(model.skeleton.block_names)
         last = max(work.find("block"), key=lambda record: int(record["block"]))
+        shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
         with ranks.together():
-            hidden = _hidden(work, count, (*ids.shape, model.skeleton.hidden_size), plan.dtype, create=False)
-            if hidden.checksum() != last["hidden"][ranks.rank()]:
-                raise LilliputError(
-                    f"{hidden.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}"
-                )
+            path = _flow(plan, ids, work).path(count)
+            hidden = Activations.taken_up(path, shape, plan.dtype, last["hidden"][ranks.rank()])
     tables.compress(plan, model, ids, hidden, work, output, progress)
     if hidden is not None:
         hidden.delete()
@@ -341,8 +331,8 @@ def _pieces(planned: TensorPlan, model: Model) -> Iterator[Tensor]:
         yield part.to(planned.dtype)
 
 
-def _hidden(work: Work, block: int, shape: tuple[int, int, int], dtype: torch.dtype, create: bool) -> Activations:
-    return Activations(work.folder / f"hidden-{block:04d}.bin", shape, dtype, create=create)
+def _flow(plan: Plan, ids: Tensor, work: Work) -> Flow:
+    return Flow(ids, plan.layout.batch, work.folder, "hidden", plan.dtype)
 
 
 def _blocks(
@@ -355,48 +345,31 @@ def _blocks(
     output: Output,
 ) -> None:
     anatomy = model.anatomy()
-    skeleton = model.skeleton
     start = len(finished)
-    batches: Batches | None = None
-    inputs: Activations | None = None
-    shape = (0, 0, 0)
+    flow: Flow | None = None
     if plan.resolved.needs:
         if ids is None:
             raise RuntimeError("calibration was planned but there are no tokens")
-        shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
-        with ranks.together():
-            inputs = _hidden(work, start, shape, plan.dtype, create=start == 0)
-            work.keep([inputs.path.name, *stages.files(plan), *fisher.kept(work)])
-            if start and inputs.checksum() != finished[start - 1]["hidden"][ranks.rank()]:
-                raise LilliputError(
-                    f"{inputs.path} is not what the unfinished run wrote (a power failure?); {START_ANEW}"
-                )
-        batches = embed(model, ids, plan.layout.batch, inputs if start == 0 else None)
+        flow = _flow(plan, ids, work)
+        work.keep([flow.path(start).name, *stages.files(plan), *fisher.kept(work)])
     exporter = export.get(plan.exporter)
-    for index in range(start, len(skeleton.block_names)):
+    recorded = finished[start - 1]["hidden"] if start else None
+    tables = bool(plan.resolved.tables)  # which are made from what the last block has left
+    for passage in walk(model, flow, first=start, recorded=recorded, keep=tables):
+        index = passage.block
         weights = BlockWeights(model, index, anatomy.blocks[index])
         squares = fisher.path_of(work, index) if plan.resolved.fisher(plan.samples) else None
         job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares)
-        outputs = None
-        if batches is not None:
-            model.load_block(index)
-            outputs = _hidden(work, index + 1, shape, plan.dtype, create=True)
-        done, rows = compress_block(job, batches, inputs, outputs)
-        model.unload_block(index)
+        done, rows = compress_block(job, passage.batches, passage.inputs, passage.outputs)
+        model.unload_block(index)  # not beside the tensors while they are written
         hashes: dict[str, str] = {}
         if ranks.lead():
             hashes = _write(job, done, output)
         del done
         # Only now is the block finished: its tensors are on the disk, and the next one's inputs with all ranks.
-        check = None if outputs is None else ranks.gathered(outputs.checksum())
-        work.note({"kind": "block", "block": index, "rows": rows, "sha256": hashes, "hidden": check})
-        if inputs is not None:
-            inputs.delete()
+        record = {"kind": "block", "block": index, "rows": rows, "sha256": hashes, "hidden": passage.checksum()}
+        work.note(record)
         if squares is not None:
             squares.unlink(missing_ok=True)
-        inputs = outputs
-        memory.trim()
         worst = max((float(row["error"]) for row in rows), default=0.0)
-        progress.step(index + 1, len(skeleton.block_names), f"error {worst:.4f}")
-    if inputs is not None and not plan.resolved.tables:  # which are made from what the last block has left
-        inputs.delete()
+        progress.step(index + 1, len(model.skeleton.block_names), f"error {worst:.4f}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from lilliput import export
 from lilliput.anatomy.tables import HEAD
 from lilliput.machine import memory, ranks
-from lilliput.model.stored import TABLE_ROWS, Model
+from lilliput.model.weights import TABLE_ROWS, Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan

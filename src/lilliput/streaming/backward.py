@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lilliput.anatomy.model import Block
-from lilliput.anatomy.skeleton import Calls, Skeleton
+from lilliput.anatomy.skeleton import Skeleton
 from lilliput.machine import memory
 from lilliput.progress import Progress
+from lilliput.streaming.forward import Batches, through
 from lilliput.streaming.states import Activations
+from lilliput.streaming.walk import resident
 
 LOGITS = 1 << 22  # logits at a time, at least one token's
 
@@ -73,12 +74,13 @@ def losses(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callabl
         shape = streams.inputs[0].shape
         on_the_way = Activations(samples.folder / "backward-again.bin", shape, skeleton.dtype, create=True)
         stack.callback(on_the_way.delete)
-        calls = skeleton.calls(1, samples.ids.shape[1])
+        batches = _singly(skeleton, samples)
 
         def again(first: int, read: Read) -> float:
             inputs = streams.inputs[first]
-            for block in range(first, len(skeleton.block_names)):
-                _through(skeleton, read, block, calls, inputs, on_the_way)
+            for block in resident(_Loader(skeleton, read), blocks=range(first, len(skeleton.block_names))):
+                for run in through(skeleton, block, batches, inputs, on_the_way):
+                    run()
                 inputs = on_the_way
             return _head(skeleton, read, samples, inputs, None, squares=False)[0]
 
@@ -116,11 +118,14 @@ def fisher(
             # A sum, not a mean: gradients of single tokens are large enough for 16 bits.
             _head(skeleton, read, samples, streams.inputs[count], streams.gradient, squares=False, weights=False)
         tokens = samples.ids.shape[1] - 1
-        for block in reversed(range(count)):
+        loader = _Loader(skeleton, read)
+        for block in resident(loader, blocks=range(count - 1, -1, -1)):
             streams.inputs[block + 1].delete()
             before = streams.gradient
             after = Activations(gradient_path(samples, block), shape, torch.float32, create=True)
-            found = _squares(skeleton, read, block, streams, after, names[block])
+            found = _squares(skeleton, block, streams, after, names[block])
+            loader.unload_block(block)
+            memory.trim()
             found = {name: value.div_(tokens * tokens) for name, value in found.items()}
             streams.gradient = after
             yield block, found, after
@@ -147,11 +152,15 @@ def backward(skeleton: Skeleton, read: Read, samples: Samples, *, squares: bool 
             skeleton, read, samples, streams.inputs[count], streams.gradient, squares=squares
         )
         yield Gradients(None, value, tensors, second, streams.gradient)
-        for block in reversed(range(count)):
-            del tensors, second
+        del tensors, second  # not beside those of the block below
+        loader = _Loader(skeleton, read)
+        for block in resident(loader, blocks=range(count - 1, -1, -1)):
             streams.inputs[block + 1].delete()
-            tensors, second = _block(skeleton, read, block, streams, squares=squares)
+            tensors, second = _block(skeleton, block, streams, squares=squares)
+            loader.unload_block(block)
+            memory.trim()
             yield Gradients(block, value, tensors, second, streams.gradient)
+            del tensors, second
 
 
 class _Streams:
@@ -192,6 +201,20 @@ class _Streams:
         self.delete()
 
 
+@dataclass(frozen=True)
+class _Loader:
+    """Blocks as `read` gives their tensors, see `walk.Loader`."""
+
+    skeleton: Skeleton
+    read: Read
+
+    def load_block(self, i: int) -> None:
+        _load(self.skeleton, self.read, self.skeleton.names_of(i))
+
+    def unload_block(self, i: int) -> None:
+        self.skeleton.unload(self.skeleton.names_of(i))
+
+
 def _load(skeleton: Skeleton, read: Read, names: Iterable[str]) -> None:
     for name in names:
         skeleton.load({name: read(name)})
@@ -207,20 +230,17 @@ def _forward(skeleton: Skeleton, read: Read, samples: Samples, streams: _Streams
         for n in range(len(samples.ids)):
             streams.inputs[0].write(n, skeleton.embed(samples.ids[n : n + 1])[0])
         skeleton.unload(skeleton.embeddings)
-        calls = skeleton.calls(1, samples.ids.shape[1])
+        batches = _singly(skeleton, samples)
         last = min(len(skeleton.block_names), len(streams.inputs) - 1)
-        for block in range(last):
-            _through(skeleton, read, block, calls, streams.inputs[block], streams.inputs[block + 1])
+        for block in resident(_Loader(skeleton, read), blocks=range(last)):
+            for run in through(skeleton, block, batches, streams.inputs[block], streams.inputs[block + 1]):
+                run()
 
 
-def _through(
-    skeleton: Skeleton, read: Read, block: int, calls: Calls, inputs: Activations, outputs: Activations
-) -> None:
-    _load(skeleton, read, skeleton.names_of(block))
-    for n in range(len(inputs)):
-        outputs.write(n, skeleton.run(block, inputs.read(n, n + 1).to(skeleton.device), calls))
-    skeleton.unload(skeleton.names_of(block))
-    memory.trim()
+def _singly(skeleton: Skeleton, samples: Samples) -> Batches:
+    """One sample at a time."""
+    count, length = samples.ids.shape
+    return Batches(tuple((n, n + 1) for n in range(count)), {1: skeleton.calls(1, length)})
 
 
 def _head(
@@ -273,12 +293,11 @@ def _head(
 
 
 def _block(
-    skeleton: Skeleton, read: Read, block: int, streams: _Streams, *, squares: bool
+    skeleton: Skeleton, block: int, streams: _Streams, *, squares: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    names = skeleton.names_of(block)
+    """Gradients of a loaded block's tensors, and squares; that by its inputs takes the place of that by its outputs."""
     inputs = streams.inputs[block]
-    _load(skeleton, read, names)
-    leaves = _leaves(skeleton, names)
+    leaves = _leaves(skeleton, skeleton.names_of(block))
     sums = _Sums(leaves, squares)
     calls = skeleton.calls(1, inputs.shape[1])
     with torch.enable_grad():
@@ -291,18 +310,15 @@ def _block(
             streams.gradient.write(n, got[0])
             sums.add({name: g for name, g in zip(leaves, got[1:], strict=True) if g is not None})
             sums.close()
-    skeleton.unload(names)
-    memory.trim()
     return sums.total, sums.squares
 
 
 def _squares(
-    skeleton: Skeleton, read: Read, block: int, streams: _Streams, after: Activations, names: Collection[str]
+    skeleton: Skeleton, block: int, streams: _Streams, after: Activations, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """The sum over samples of squared gradients of some tensors; the gradient by the block's inputs goes to `after`."""
+    """Squared gradients of some tensors of a loaded block, summed over samples; that by its inputs goes to `after`."""
     whole = skeleton.names_of(block)
     inputs = streams.inputs[block]
-    _load(skeleton, read, whole)
     total = {n: torch.zeros(skeleton.shapes[n], device=skeleton.device) for n in whole if n in names}
 
     def add(name: str) -> Callable[[Tensor], None]:
@@ -325,8 +341,6 @@ def _squares(
             if hidden.grad is None:
                 raise RuntimeError(f"block {block} does not depend on what enters it")
             after.write(n, hidden.grad)
-    skeleton.unload(whole)
-    memory.trim()
     return total
 
 
@@ -354,37 +368,3 @@ class _Sums:
         for name, value in self._sample.items():
             self.squares[name].addcmul_(value, value)
         self._sample = {}
-
-
-def peak(
-    blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, itemsize: int, *, outside: bool = True
-) -> int:
-    """Upper bound in bytes of what a backward pass holds at its fullest, beyond what is always there.
-
-    `outside`: whether gradients of the final tensors and the head are wanted too.
-    """
-    widest = 0
-    for block in {id(x): x for x in blocks}.values():
-        weights = sum(x.parameters for x in block.linears)
-        largest = max(x.parameters for x in block.linears)
-        held = sum(x.out_features + x.in_features for x in block.linears if x.expert is None or x.expert < 2)
-        widest = max(widest, weights * (itemsize + 4) + 12 * largest + 3 * tokens * (held + 8 * hidden) * 4)
-    logits = min(max(LOGITS, vocabulary), tokens * vocabulary)
-    head = vocabulary * hidden * (2 * itemsize + (10 if outside else 4)) + 4 * 4 * logits + 8 * tokens * hidden * 4
-    return max(widest, head)
-
-
-def peak_of_loss(
-    blocks: Sequence[Block], hidden: int, vocabulary: int, tokens: int, itemsize: int, stored: int, beside: int
-) -> int:
-    """Upper bound in bytes of what a loss without gradients holds; `stored`: itemsize of the checkpoint, `beside`: what
-    making a weight takes meanwhile."""
-    widest = 0
-    for block in {id(x): x for x in blocks}.values():
-        weights = sum(x.parameters for x in block.linears) * itemsize
-        held = max(x.out_features + x.in_features for x in block.linears)
-        widest = max(widest, weights + max(beside, 3 * tokens * (held + 4 * hidden) * 4))
-    logits = min(max(LOGITS, vocabulary), tokens * vocabulary)
-    return max(
-        widest, vocabulary * hidden * (itemsize + max(itemsize, stored)) + 3 * 4 * logits + 4 * tokens * hidden * 4
-    )

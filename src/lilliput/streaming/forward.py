@@ -1,24 +1,18 @@
-"""Forward passes over a model, one block resident: hidden states between blocks, and what its sites see on the way."""
+"""The steps of a forward pass: tokens to the first block, through a loaded block, and on to the head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lilliput.anatomy.model import Site
-from lilliput.anatomy.skeleton import Calls
+from lilliput.anatomy.skeleton import Calls, Skeleton
 from lilliput.machine import memory
-from lilliput.model.stored import Model
-from lilliput.progress import Progress
-from lilliput.stats import fold
-from lilliput.stats.site import SiteStats
-from lilliput.streaming import lockstep
+from lilliput.model.weights import Model
 from lilliput.streaming.states import Activations
 
 
@@ -82,77 +76,19 @@ def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
 
 
 def through(
-    model: Model, index: int, batches: Batches, inputs: Activations, outputs: Activations | None
+    skeleton: Skeleton, block: int, batches: Batches, inputs: Activations, outputs: Activations | None
 ) -> list[Callable[[], None]]:
     """One forward pass of a loaded block for each batch, to be run in this order; without `outputs` nothing is kept."""
-    skeleton = model.skeleton
 
     def one(start: int, stop: int) -> Callable[[], None]:
         def run() -> None:
-            hidden = skeleton.run(index, inputs.read(start, stop).to(skeleton.device), batches.calls[stop - start])
+            hidden = skeleton.run(block, inputs.read(start, stop).to(skeleton.device), batches.calls[stop - start])
             if outputs is not None:
                 outputs.write(start, hidden)
 
         return run
 
     return [one(a, b) for a, b in batches.bounds]
-
-
-def observe(
-    model: Model,
-    index: int,
-    batches: Batches,
-    inputs: Activations,
-    outputs: Activations,
-    sites: Sequence[Site] = (),
-    needs: frozenset[str] = frozenset(),
-) -> dict[str, SiteStats]:
-    """Run a loaded block over all samples, from `inputs` to `outputs` (which may be the same file).
-
-    Returns the statistics `needs` of the inputs of `sites`, by site name.
-    """
-    skeleton = model.skeleton
-    states = {site.name: fold.init(site.width, needs, skeleton.device) for site in sites}
-    runs = through(model, index, batches, inputs, outputs)
-    taps = [lockstep.Tap(s.name, skeleton.block(index).get_submodule(s.linears[0])) for s in sites if needs]
-
-    def see(site: str, x: Tensor) -> None:
-        states[site] = fold.update(states[site], x)
-
-    lockstep.watch(taps, runs, see, stop_after=False)
-    block = skeleton.block_names[index]
-    return {name: fold.complete(state, f"{block}.{name}", skeleton.dtype) for name, state in states.items()}
-
-
-def last_hidden(
-    model: Model,
-    ids: Tensor,
-    folder: Path,
-    *,
-    batch: int = 2,
-    progress: Progress | None = None,
-) -> Activations:
-    """Hidden states [N, T, H] after the last block, in the skeleton's dtype, in a file of `folder`; one block resident.
-
-    The caller deletes the result. Memory does not depend on N.
-    """
-    skeleton = model.skeleton
-    shape = (len(ids), ids.shape[1], skeleton.hidden_size)
-    store = Activations(folder / f"hidden-{id(model):x}.bin", shape, skeleton.dtype, create=True)
-    try:
-        with torch.no_grad():
-            batches = embed(model, ids, batch, store)
-            for block in range(len(skeleton.block_names)):
-                model.load_block(block)
-                observe(model, block, batches, store, store)
-                model.unload_block(block)
-                memory.trim()
-                if progress is not None:
-                    progress.step(block + 1, len(skeleton.block_names))
-    except BaseException:
-        store.delete()
-        raise
-    return store
 
 
 def finish(model: Model, *streams: Activations) -> None:
@@ -166,26 +102,3 @@ def finish(model: Model, *streams: Activations) -> None:
                     states.write(i, skeleton.finish(states.read(i, i + 1).to(skeleton.device)))
     finally:
         model.unload(skeleton.final)
-
-
-def site_statistics(
-    model: Model, ids: Tensor, folder: Path, needs: frozenset[str], *, batch: int = 4, progress: Progress | None = None
-) -> dict[str, SiteStats]:
-    """Statistics of the inputs of every site of every block, by its full name; ids int64 [N, T]."""
-    skeleton = model.skeleton
-    blocks = model.anatomy().blocks
-    found: dict[str, SiteStats] = {}
-    store = Activations(folder / "sites.bin", (*ids.shape, skeleton.hidden_size), skeleton.dtype, create=True)
-    try:
-        with torch.no_grad():
-            batches = embed(model, ids, batch, store)
-            for index, name in enumerate(skeleton.block_names):
-                model.load_block(index)
-                seen = observe(model, index, batches, store, store, blocks[index].sites, needs)
-                found.update({f"{name}.{site}": stats for site, stats in seen.items()})
-                model.unload_block(index)
-                if progress is not None:
-                    progress.step(index + 1, len(blocks))
-    finally:
-        store.delete()
-    return found

@@ -51,6 +51,15 @@ class Activations:
             os.close(self._file)
             raise LilliputError(f"{path} is shorter than its {size} bytes (a power failure?); {START_ANEW}")
 
+    @classmethod
+    def taken_up(cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, checksum: int) -> Self:
+        """What an interrupted run has left. Raises LilliputError unless it is whole and has the recorded checksum."""
+        found = cls(path, shape, dtype, create=False)
+        if found.checksum() != checksum:
+            found.close()
+            raise LilliputError(f"{path} is not what the unfinished run wrote (a power failure?); {START_ANEW}")
+        return found
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -200,7 +200,7 @@ def test_what_is_spilled_is_known_before(folder: Path, tmp_path: Path, monkeypat
             Quiet(),
         )
     together = sum(x.linear.parameters * 4 for x in made.resolved.linears)  # this search never keeps such
-    assert stages.spill(made, model) == sum(sizes) + together
+    assert stages.cost(made, model).disk == sum(sizes) + together
 
 
 def made_up(losses: Mapping[str, Mapping[int, float]], ratio: float = 0.5) -> tuple[Budget, Any]:

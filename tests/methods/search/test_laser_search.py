@@ -210,4 +210,4 @@ def test_what_is_spilled_is_known_before(folder: Path, tmp_path: Path, monkeypat
     with Work(tmp_path / "out", "key") as work:
         run(made, model, IDS, work, Quiet())
     weights = sum(x.linear.parameters * 4 for x in made.resolved.linears)
-    assert stages.spill(made, model) == sum(sizes) + weights
+    assert stages.cost(made, model).disk == sum(sizes) + weights

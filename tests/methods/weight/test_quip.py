@@ -203,3 +203,11 @@ def test_the_papers_range_is_one_for_the_matrix() -> None:
 def test_the_papers_range_asks_for_levels_beside_0() -> None:
     with pytest.raises(PlanError, match=r"set target\.format to affine"):
         quip.scheme(_target("int", 2), quip.Options(search="rms"), 32, 48)
+
+
+def test_integers_with_nested_scales_are_swept_as_well() -> None:
+    w, stats = _case()
+    target = Target(bits=3, group_size=16, scale_dtype="int6/16")
+    layer = _run(w, stats, target)
+    assert _part(layer).format.describe().startswith("int3 g16 sym int6/16")
+    assert _loss(layer, stats) < _loss(_run(w, stats, target, shrinkage=10.0, refine=0), stats)

@@ -35,12 +35,11 @@ from torch import Tensor
 from lilliput.algebra import ldlq, obs
 from lilliput.algebra.ranges import stored as stored_scale
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import affine, groups, vector
-from lilliput.formats.affine import AffineFormat
-from lilliput.formats.integer import IntegerFormat
+from lilliput.formats import vector
 from lilliput.formats.known import from_target
-from lilliput.formats.trellis import TrellisFormat
-from lilliput.formats.vector import VectorFormat
+from lilliput.formats.ranged import Spaced
+from lilliput.formats.swept import Sweepable
+from lilliput.formats.walked import Walked
 from lilliput.methods.weight import gptq
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
@@ -74,7 +73,7 @@ class Options(Strict):
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
     """Codes between the turns. Raises PlanError where the format cannot have the target."""
     form = from_target(target)
-    if o.search == "rms" and not isinstance(form, AffineFormat):
+    if o.search == "rms" and not isinstance(form, Spaced):
         raise PlanError(
             f"search rms spaces levels evenly about 0, and {form.describe()} cannot: set target.format to affine and "
             "group_size to channel, or leave search out"
@@ -98,7 +97,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     """
     form = from_target(target)
     made = scheme(target, o, *layer.weight.shape)
-    if layer.support is not None and (made.inputs or made.outputs or not isinstance(form, IntegerFormat)):
+    if layer.support is not None and (made.inputs or made.outputs or not form.holds_zero):
         raise PlanError(
             f"{layer.name}: a mask does not survive {made.describe()}: prune without quip, or quip without pruning"
         )
@@ -110,11 +109,11 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     inputs: tuple[Transform, ...] = (_balance(layer, stats.need("gram")), *into) if o.diagonal else into
     turned = layer.between(inputs, out_of) if inputs or out_of else layer
     stats = stats.through(inputs)  # in place of what it is made from: Gram matrices are large
-    if isinstance(form, IntegerFormat | AffineFormat):
+    if isinstance(form, Sweepable):
         options = gptq.Options(act_order=False, damping=o.damping, shrinkage=0.0, refine=o.refine)
-        grid = _even(turned.rest(), form) if o.search == "rms" and isinstance(form, AffineFormat) else None
+        grid = form.even(turned.rest(), _REACH) if o.search == "rms" and isinstance(form, Spaced) else None
         return gptq.rounded(turned, stats, form, options, grid)
-    if not isinstance(form, VectorFormat | TrellisFormat):
+    if not isinstance(form, Walked):
         raise PlanError(f"'quip' has no sweep for {form.describe()}")
     return turned.with_part(_walk(turned.rest(), stats.need("gram"), form, o))
 
@@ -131,15 +130,7 @@ def _balance(layer: Layer, gram: Tensor) -> Scale:
     return Scale(exponent.neg().exp().clamp(1 / _FURTHEST, _FURTHEST).half())
 
 
-def _even(weight: Tensor, form: AffineFormat) -> affine.Grid:
-    """Levels evenly spaced on [-r, r], r being 2.4 root mean squares of `weight` [out, in]: the same in every group."""
-    units = groups.units(weight.shape[0], weight.shape[1], form.group_size)
-    step = 2 * _REACH * weight.square().mean().sqrt() / ((1 << form.bits) - 1)
-    scale = stored_scale(step.reshape(1, 1), form.scale_dtype).to(form.scale_dtype).expand(units).contiguous()
-    return affine.Grid(scale, torch.full_like(scale, -0.5))
-
-
-def _walk(weight: Tensor, gram: Tensor, form: VectorFormat | TrellisFormat, o: Options) -> QuantizedPart:
+def _walk(weight: Tensor, gram: Tensor, form: Walked, o: Options) -> QuantizedPart:
     """Sweep and refining passes with a format that rounds whole columns."""
     factor = obs.factorize(gram, o.damping)
     grid = form.fit(weight, importance=gram.diagonal())
@@ -161,7 +152,7 @@ def _rescale(
     deviation: Tensor,
     gram: Tensor,
     ridge: float,
-    form: VectorFormat | TrellisFormat,
+    form: Walked,
     grid: vector.Grid,
 ) -> vector.Grid:
     """Scales at their least-squares values c H w / c H c where the loss falls by it; `deviation` [in, out] follows."""
@@ -179,7 +170,7 @@ def _rescale(
     return replace(grid, scale=torch.where(falls.T, wanted, grid.scale))
 
 
-def _stored(scale: Tensor, form: VectorFormat | TrellisFormat) -> Tensor:
+def _stored(scale: Tensor, form: Walked) -> Tensor:
     return stored_scale(scale, form.scale_dtype).to(form.scale_dtype)
 
 

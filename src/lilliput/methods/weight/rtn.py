@@ -40,10 +40,8 @@ from torch import Tensor
 from lilliput.errors import PlanError
 from lilliput.formats import clip, ranged
 from lilliput.formats.format import Format
-from lilliput.formats.integer import IntegerFormat
 from lilliput.formats.known import from_target
-from lilliput.formats.levels import LevelFormat
-from lilliput.formats.nested import NestedFormat
+from lilliput.formats.ranged import Ranged
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme, quantized
@@ -119,12 +117,9 @@ def _clipped(weight: Tensor, form: Format, o: Options) -> Tensor:
 
 def _positive(form: Format) -> tuple[int, Tensor]:
     """Group size, and the levels from 0 up. Raises PlanError for a format without ranges."""
-    if isinstance(form, IntegerFormat | NestedFormat):
-        return form.group_size, torch.arange(float(1 << (form.bits - 1)))
-    if isinstance(form, LevelFormat):
-        levels = form.on(torch.empty(0)).levels
-        return form.group_size, levels[levels >= 0]
-    raise PlanError(f"{form.describe()} has no ranges to cut: take search minmax or mse")
+    if not isinstance(form, Ranged):
+        raise PlanError(f"{form.describe()} has no ranges to cut: take search minmax or mse")
+    return form.group_size, form.magnitudes()
 
 
 METHOD = Compress(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lilliput.machine.cost import Cost
 from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
@@ -30,9 +29,4 @@ def again(plan: Plan, task: Task, model: Model, work: Work) -> Plan:
     return passes.found(plan, task, model, *found)
 
 
-def cost(plan: Plan, task: Task, model: Model) -> Cost:
-    """See `trials.spill`."""
-    return Cost(disk=trials.spill(plan, task, model))
-
-
-DRIVER = TargetsDriver(verb=Search, run=run, again=again, cost=cost)
+DRIVER = TargetsDriver(verb=Search, run=run, again=again, cost=trials.cost)

@@ -108,7 +108,8 @@ def _answer(judge: Judge, messages: Sequence[Mapping[str, str]]) -> str:
 
 def preferred(text: str) -> str:
     """ "A" or "B" as the judge's last verdict has it, "C" for a tie and where there is none."""
-    return (_SAID.findall(text) or ["C"])[-1]
+    said: list[str] = _SAID.findall(text)
+    return said[-1] if said else "C"
 
 
 def _asked(judge: Judge, kept: Kept, prompt: str, first: str, second: str) -> str:

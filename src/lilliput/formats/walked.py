@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from lilliput.algebra import ldlq
 from lilliput.formats.format import Format
@@ -16,6 +17,10 @@ class Walked(Format, Protocol):
 
     @property
     def scale_dtype(self) -> torch.dtype: ...
+
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> Any:
+        """The grid, as `Format.fit` gives it."""
+        ...
 
     def settle(self, grid: Any, rows: int) -> ldlq.Settle:
         """How a sweep rounds columns of `rows` weights."""

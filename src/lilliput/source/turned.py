@@ -39,7 +39,7 @@ class Turn:
     def __call__(self, weight: Tensor) -> Tensor:
         """`weight` [out, in] (or [out, 1], a bias), float64; turned outputs are whole multiples of `order`."""
         side = weight if self.inputs else weight.T
-        turned = transform(side.unflatten(-1, (-1, self.order))).flatten(-2)  # type: ignore[no-untyped-call]
+        turned = transform(side.reshape(len(side), -1, self.order)).reshape(side.shape)
         return turned if self.inputs else turned.T
 
 
@@ -71,14 +71,15 @@ class Turned:
         values = self.inner.decode(reader, (start, stop))
         flat = values.reshape(len(values), -1)
         out = torch.empty_like(flat)
-        # A piece at a time: of rows, or where inputs stay apart of columns.
+        # A piece at a time: of rows, or where inputs stay apart of columns. Turned as a whole on both sides it is one.
         axis = int(not any(turn.inputs for turn in self.turns))
         step = max(CHUNK // flat.shape[1 - axis], 1) if axis else max(CHUNK // flat.shape[1] // mixed, 1) * mixed
-        for source, target in zip(flat.split(step, axis), out.split(step, axis), strict=True):  # type: ignore[no-untyped-call]
-            piece = source.double()
+        for at in range(0, flat.shape[axis], step):
+            size = min(step, flat.shape[axis] - at)
+            piece = flat.narrow(axis, at, size).double()
             for turn in self.turns:
                 piece = turn(piece)
-            target.copy_(piece)
+            out.narrow(axis, at, size).copy_(piece)
         return out.reshape(values.shape)[first - start : last - start].contiguous()
 
 

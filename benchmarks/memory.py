@@ -24,7 +24,7 @@ END = "<|endoftext|>"
 CHILD = """
 import json, sys
 import lilliput.api
-from lilliput.memory import peak_rss
+from lilliput.machine.memory import peak_rss
 base = peak_rss()
 from lilliput.cli.main import main
 try:

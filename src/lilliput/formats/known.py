@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError, nearest
-from lilliput.formats import affine, binary, codebook, integer, levels, nested, sign, ternary, trellis, vector
+from lilliput.formats import affine, binary, codebook, ggml, integer, levels, nested, sign, ternary, trellis, vector
 from lilliput.formats.format import Family, Format
 from lilliput.target import Target
 
@@ -22,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (
     vector.FAMILY,
     trellis.FAMILY,
     codebook.FAMILY,
+    ggml.FAMILY,
 )
 _WANTED: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.wanted}
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
@@ -50,6 +51,11 @@ def completed(target: Target) -> Target:
     if not family.zero_points and not target.symmetric:
         raise PlanError(f"'{target.format}' has no zero points: leave out symmetric, or take format int or affine")
     return family.completed(target)
+
+
+def fitting(target: Target, width: int) -> Target:
+    """The target for rows of `width` inputs: its own, or what takes its place where its blocks do not divide them."""
+    return ggml.fitting(target, width) if target.format in ggml.FAMILY.wanted else target
 
 
 def from_plain(plain: Mapping[str, Any]) -> Format:

@@ -164,7 +164,8 @@ def _plan_linear(
     """What the steps make of a linear; `asked` are targets as the recipe names them, by step."""
     mine: list[Task] = []
     for task in tasks:
-        mine.append(replace(task, target=task.spec.inherited(task, mine, asked.get(task.step), name)))
+        target = task.spec.inherited(task, mine, asked.get(task.step), name)
+        mine.append(replace(task, target=known.fitting(target, linear.in_features)))
     for task in mine:
         task.spec.accompanied(task, mine, name)
     draft = Draft()
@@ -251,16 +252,35 @@ def resolve(
         for block, name, linear in everything
     ]
     outside = [(table, on(table.name, table, Stage.LINEAR)) for table in tables]
+    flat = tuple(_plan_table(table, mine) for table, mine in outside if mine)
     resolved = Resolved(
         recipe=recipe,
         linears=tuple(plans),
         tasks=tuple(tasks),
-        tables=tuple(_plan_table(table, mine) for table, mine in outside if mine),
-        notes=tuple(idle),
+        tables=flat,
+        notes=(*idle, *_narrowed(tasks, [*plans, *flat])),
     )
     for task in tasks:
         task.spec.suits(task, Around(anatomy, width, tasks, resolved.quantized(), resolved.governed(task)))
     return resolved
+
+
+def _narrowed(tasks: Sequence[Task], plans: Sequence[LinearPlan]) -> list[str]:
+    """Where rows are no multiple of a format's blocks, and what takes its place there."""
+    wanted = {task.step: task.target.format for task in tasks}
+    found: dict[tuple[str, str], list[str]] = {}
+    for plan in plans:
+        for task in plan.tasks:
+            if task.spec.writes == "quantized" and task.target.format != wanted[task.step]:
+                found.setdefault((wanted[task.step], task.target.format), []).append(plan.name)
+    return [
+        f"{len(names)} linears take {narrow}, for their rows are no multiple of the blocks of {name}: {_few(names)}."
+        for (name, narrow), names in found.items()
+    ]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

@@ -40,9 +40,8 @@ from torch import Tensor
 from lilliput.algebra import obs
 from lilliput.anatomy.model import Link
 from lilliput.folds.kinds import ScaleFold
-from lilliput.formats import ranged
+from lilliput.formats import known, ranged
 from lilliput.formats.format import Format
-from lilliput.formats.known import from_target
 from lilliput.methods.weight import gptq
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
@@ -70,10 +69,9 @@ class Options(Strict):
 
 def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequence[ScaleFold]:
     """One fold per link that gains; none where the site saw no tokens. Raises PlanError without bits in the target."""
-    grid_of = from_target(target)
     folds: list[ScaleFold] = []
     for link in block.anatomy.links:
-        scale = _search(link, block, io, target, grid_of, o)
+        scale = _search(link, block, io, target, o)
         if scale is not None:
             folds.append(ScaleFold(link, scale))
     return folds
@@ -82,10 +80,12 @@ def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequen
 _Judge = Callable[[Tensor], float]
 
 
-def _search(link: Link, block: BlockView, io: BlockIO, target: Target, grid_of: Format, o: Options) -> Tensor | None:
+def _search(link: Link, block: BlockView, io: BlockIO, target: Target, o: Options) -> Tensor | None:
     stats = io.stats.get(link.site)
     if stats is None or stats.count == 0:
         return None
+    target = known.fitting(target, stats.width)
+    grid_of = known.from_target(target)
     readers: dict[str, SiteStats] = {}
     square = torch.zeros(stats.width, dtype=torch.float64)
     for name in link.readers:

@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lilliput.errors import SourceError
+from lilliput.parts.linear import LinearSpec
 from lilliput.progress import Progress
 from lilliput.source import scan as scanning
 from lilliput.source.gguf_metadata import lean
+from lilliput.source.native import Native
 from lilliput.source.packed import Packed
 from lilliput.source.quantized import LEFT_OVER
 from lilliput.source.reader import Reader
@@ -130,6 +132,19 @@ class Source:
         """Names in the files of what a tensor is stored as: its codes first, then scales and the like."""
         packed = self._packed.get(stored_name)
         return (stored_name,) if packed is None else tuple(packed.parts)
+
+    def linear(self, stored_name: str) -> LinearSpec | None:
+        """What a tensor of the native layout is packed as; None for other tensors."""
+        packed = self._packed.get(stored_name)
+        return packed.spec if isinstance(packed, Native) else None
+
+    def part(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor of the files as it lies there, by its name of `parts`, or its rows [start, stop)."""
+        return self._reader.read(name, rows)
+
+    def part_bytes(self, name: str) -> int:
+        """Bytes of a tensor of the files."""
+        return self._reader.entries[name].nbytes
 
     def files(self) -> tuple[Path, ...]:
         """The files that hold weights."""

@@ -13,7 +13,7 @@ from lilliput.runtime import register
 from lilliput.version import __version__
 
 if TYPE_CHECKING:
-    from lilliput.api import compress, evaluate, generate, inspect, load, plan, verify
+    from lilliput.api import compress, convert, evaluate, generate, inspect, load, plan, verify
     from lilliput.errors import LilliputError
     from lilliput.recipe.schema import Recipe, Step, Where
     from lilliput.run.result import Compression
@@ -28,6 +28,7 @@ __all__ = [
     "Where",
     "__version__",
     "compress",
+    "convert",
     "evaluate",
     "generate",
     "inspect",

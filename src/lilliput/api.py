@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lilliput.data.load import load_tokens
+from lilliput.export import convert as converters
+from lilliput.export.convert import Converted
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.machine import memory as ram
@@ -21,6 +23,7 @@ from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
 from lilliput.run import calibration, session
 from lilliput.run.continuation import continuation
+from lilliput.run.converted import converted
 from lilliput.run.result import Compression
 from lilliput.runtime.load import load as load
 from lilliput.streaming import collect
@@ -69,6 +72,7 @@ def compress(
     settings: Sequence[str] = (),
     eval_data: str | None = None,
     eval_windows: int = Text.windows,
+    to: str | None = None,
     progress: Progress | None = None,
 ) -> Compression:
     """Compress `model` into the new folder `out` and measure it as re-read from there.
@@ -77,14 +81,28 @@ def compress(
     or a Recipe; `settings` such as "gptq.bits=3" change it. data: calibration text, `samples` windows of `tokens`
     tokens. memory: the most bytes of RAM to take above the imported package. size: the most bytes that `out` may have.
     eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for
-    none. A killed call continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
+    none. to: the container to write `out` as in place of a folder ("gguf"), see `convert`. A killed call continues when
+    it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
 
     Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
     and what the others return lacks the evaluation.
     """
     text, limits = Calibration(data, samples, tokens, seed), Limits(memory, size)
     job = session.Job(model, recipe, settings, text, limits, _compute(dtype, device, work))
-    return session.compressed(job, Path(out), Text((eval_data or HELD_OUT,), eval_windows), progress)
+    text_to_score = Text((eval_data or HELD_OUT,), eval_windows)
+    if to is not None:
+        return converted(job, Path(out), to, text_to_score, progress)
+    return session.compressed(job, Path(out), text_to_score, progress)
+
+
+def convert(folder: str | Path, out: str | Path, *, to: str = "gguf", like: str | Path | None = None) -> Converted:
+    """Write a finished folder as another engine's container: codes carried over as they are, nothing quantized twice.
+
+    folder: one that `compress` wrote on grids that the container has (docs/gguf.md), or a plain model. like: a GGUF
+    file of the same model, whose metadata and tokenizer are carried over. Raises LilliputError for what the container
+    cannot hold, with the tensor and the nearest that it can; nothing half-written ever shows at `out`.
+    """
+    return converters.get(to).convert(Path(folder), Path(out), None if like is None else Path(like))
 
 
 def _compute(dtype: str, device: str, work: str | Path | None) -> Compute:

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from lilliput.cli import convert as converting
 from lilliput.cli import measure, metrics
 from lilliput.cli.command import answer, dump, guarded, plain, redirected, write
+from lilliput.cli.convert import ToOpt
 from lilliput.cli.options import HtmlOpt, Job, JsonOpt, MemoryOpt, ModelArg, grouped
 from lilliput.errors import PlanError, ToldError
 from lilliput.machine import ranks
@@ -27,6 +29,7 @@ app = typer.Typer(
 
 measure.register(app)
 metrics.register(app)
+converting.register(app)
 # Bars of the libraries below would fill a log, so they are for terminals. Read as the libraries are imported, and by
 # child processes.
 _BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -51,6 +54,7 @@ def compress(
     eval_windows: Annotated[
         int, typer.Option(min=0, help="Windows of 1,024 tokens to measure on; 0: none.")
     ] = Text.windows,
+    to: ToOpt = None,
     html: HtmlOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -68,7 +72,8 @@ def compress(
 
         told = job.told()
         with Progress() as progress:
-            done = api.compress(model, out, **told, eval_data=eval_data, eval_windows=eval_windows, progress=progress)
+            text = {"eval_data": eval_data, "eval_windows": eval_windows}
+            done = api.compress(model, out, **told, **text, to=to, progress=progress)
         if html is not None and ranks.lead():
             page.write(html, page.render(done.evidence or {}))
         return done.to_json()

@@ -76,6 +76,10 @@ def evaluation(data: Data) -> RenderableType:
     return document(data, "evaluation; in brackets the 95 % interval")
 
 
+def convert(data: Data) -> RenderableType:
+    return document(data, "converted")
+
+
 def verify(data: Data) -> RenderableType:
     return document(data, "verification")
 

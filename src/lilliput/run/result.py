@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lilliput.export.convert import Converted
 from lilliput.export.engine import Look
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.plan.plan import Plan
@@ -26,6 +27,7 @@ class Compression:
     rows: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...]
     engine: Look | None = None  # what the engine makes of the folder; None where another process looked
+    converted: Converted | None = None  # the container that took the folder's place
     evidence: Mapping[str, Any] | None = None  # what pages and comparisons are made from (docs/report.md)
 
     def to_json(self) -> dict[str, Any]:
@@ -34,7 +36,9 @@ class Compression:
         measured: dict[str, Any] = {} if self.evaluation is None else dict(self.evaluation.to_json())
         measured |= {
             **({} if self.engine is None else {"engine": self.engine.detail}),
-            "bytes": sum(path.stat().st_size for path in self.out.glob("*.safetensors")),
+            "bytes": sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
+            if self.converted is None
+            else self.converted.bytes,
             "folder_bytes": self.folder_bytes,
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,

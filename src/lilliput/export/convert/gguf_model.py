@@ -60,6 +60,10 @@ def refuse(config: PretrainedConfig) -> str | None:
             f"its rotary embedding is of type '{kind}', which is not written as GGUF (default, linear and llama3 are): "
             "leave the model as a folder"
         )
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    wide = config.hidden_size // config.num_attention_heads if config.num_hidden_layers in (46, 62) else None
+    if scalar is not None and scalar not in (wide, head_width(config)):
+        return f"its attention is scaled by {scalar}, and llama.cpp takes the width of a head for its kind of model"
     return None
 
 

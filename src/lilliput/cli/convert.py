@@ -1,0 +1,38 @@
+"""The command that writes a finished folder as the container of another engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lilliput.cli.command import answer
+from lilliput.cli.options import JsonOpt
+from lilliput.report import table
+
+ToOpt = Annotated[str | None, typer.Option("--to", help="Write this container in place of a folder: gguf.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(convert)
+
+
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote, or a plain model.")],
+    to: Annotated[str, typer.Option(help="The container: gguf.")],
+    out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
+    like: Annotated[
+        Path | None, typer.Option(help="GGUF file of the same model: its metadata and tokenizer are carried over.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write DIR as another engine's container: codes carried over as they are, nothing quantized twice."""
+
+    def run() -> Any:
+        from lilliput import api
+
+        return api.convert(folder, out, to=to, like=like).to_json()
+
+    answer(run, table.convert, as_json)

@@ -1,0 +1,48 @@
+"""Compressed and converted in one go: the folder is made beside the output, becomes the container, and goes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from lilliput.errors import PlanError
+from lilliput.export import convert
+from lilliput.machine import ranks
+from lilliput.options import Text
+from lilliput.progress import Progress
+from lilliput.recipe import load as recipes
+from lilliput.recipe.schema import Recipe
+from lilliput.run import session
+from lilliput.run.result import Compression
+from lilliput.run.session import Job
+from lilliput.source.open import open_source
+
+
+def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | None = None) -> Compression:
+    """Carry out the job, measure its folder, and write it to `out` as the container `to`.
+
+    The metadata of a GGUF file that is compressed are carried over to a GGUF file. Raises LilliputError: before
+    anything is compressed where the container cannot hold the result.
+    """
+    converter = convert.get(to)
+    folder = out.absolute().with_name(f".{out.name}.folder")
+    if out.exists():
+        raise PlanError(f"{out} exists already: remove it or give another --out")
+    if folder.exists():
+        raise PlanError(
+            f"{folder} holds an earlier result for this output: `lilliput convert {folder} --to {to} --out {out}` "
+            "writes it, or remove the folder"
+        )
+    recipe = job.recipe if isinstance(job.recipe, Recipe) else recipes.load(job.recipe)
+    job = replace(job, recipe=recipe.model_copy(update={"export": "lilliput"}))
+    reason = converter.refuse(tuple(session.planned(job).outcomes.values()), open_source(str(job.model)).text_config)
+    if reason is not None:
+        raise PlanError(f"the result cannot be written as {to}: {reason}")
+    done = session.compressed(job, folder, text, progress)
+    if not ranks.lead():
+        return replace(done, out=out)
+    model = Path(job.model).expanduser()
+    written = converter.convert(folder, out, model if to == "gguf" and model.suffix == ".gguf" else None)
+    shutil.rmtree(folder)
+    return replace(done, out=out, converted=written, folder_bytes=written.bytes)

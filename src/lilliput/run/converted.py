@@ -11,7 +11,7 @@ from lilliput.export import convert
 from lilliput.machine import ranks
 from lilliput.options import Text
 from lilliput.progress import Progress
-from lilliput.recipe import load as recipes
+from lilliput.recipe.load import load
 from lilliput.recipe.schema import Recipe
 from lilliput.run import session
 from lilliput.run.result import Compression
@@ -34,7 +34,7 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
             f"{folder} holds an earlier result for this output: `lilliput convert {folder} --to {to} --out {out}` "
             "writes it, or remove the folder"
         )
-    recipe = job.recipe if isinstance(job.recipe, Recipe) else recipes.load(job.recipe)
+    recipe = job.recipe if isinstance(job.recipe, Recipe) else load(job.recipe)
     job = replace(job, recipe=recipe.model_copy(update={"export": "lilliput"}))
     reason = converter.refuse(tuple(session.planned(job).outcomes.values()), open_source(str(job.model)).text_config)
     if reason is not None:

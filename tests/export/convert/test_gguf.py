@@ -216,7 +216,7 @@ def test_compressed_and_converted_in_one_go(tiny: Tiny, tmp_path: Path) -> None:
     assert Metadata(again.out).fields.keys() == Metadata(out).fields.keys()
     with pytest.raises(PlanError, match="exists already"):
         api.compress(tiny("wide"), out, recipe="q4_0", to="gguf", **ROOM)
-    with pytest.raises(PlanError, match="cannot be written as gguf: .*'nf4 g64', which no type of GGUF holds"):
+    with pytest.raises(PlanError, match=r"cannot be written as gguf: .*'nf4 g64', which no type of GGUF holds"):
         api.compress(tiny("qwen2"), tmp_path / "o.gguf", recipe="nf4", to="gguf", **ROOM)
 
 

@@ -86,8 +86,10 @@ def test_codes_are_the_nearest(name: str) -> None:
     assert torch.allclose((form.decode(form.encode(w, grid), grid) - w).abs(), least, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q5_0", "q8_0", "iq4_nl", "tq2_0"])
-def test_scales_are_near_the_best_of_a_fine_list(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "bound"), [("q4_0", 1.01), ("q5_0", 1.03), ("q8_0", 1.15), ("iq4_nl", 1.02), ("tq2_0", 1.01)]
+)
+def test_scales_are_near_the_best_of_a_fine_list(name: str, bound: float) -> None:
     """Every scale of a fine list of each sign, for each group alone."""
     form = GgmlFormat(name)
     w = _weight(4, form.kind.block, 2)
@@ -99,7 +101,7 @@ def test_scales_are_near_the_best_of_a_fine_list(name: str) -> None:
         scale = (peak * factor * sign).half().float()
         miss = (w.unsqueeze(-1) - scale.view(-1, 1, 1) * levels).square().amin(-1)
         least = torch.minimum(least, (miss * h).sum(1))
-    assert _error(name, w, form.fit(w, importance=h), h) <= 1.04 * float(least.sum())
+    assert _error(name, w, form.fit(w, importance=h), h) <= bound * float(least.sum())
 
 
 @pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])

@@ -25,6 +25,7 @@ from lilliput.formats import tables
 from lilliput.formats.ggml_bytes import Kind
 
 _TINY = 2.0**-24  # the smallest float16
+_LONGEST = 1.2  # range tried, of one that covers: weights may fall on levels by luck
 _STEPS = 24  # steps of a super-block that are tried
 _ROUNDS = 4  # of codes and scales together
 
@@ -84,8 +85,8 @@ class Search:
         plain = torch.full(w.shape[:-1], float(w.shape[-1]), device=w.device)
         self._c = plain if h is None else h.sum(-1).expand(w.shape[:-1])
         self._e = self._hw.sum(-1)
-        levels = kind.table or (kind.lowest, kind.highest)
-        self._low, self._high = float(levels[0]), float(levels[-1])
+        self._levels = kind.table or range(kind.lowest, kind.highest + 1)
+        self._low, self._high = float(self._levels[0]), float(self._levels[-1])
 
     def cover(self) -> Found:
         """Every weight of a group within its range, as far as its scale is exact."""
@@ -177,13 +178,13 @@ class Search:
 
     def _tried(self, s: Tensor, o: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         count = max(2, self._steps)
-        shortest = 0.3 if self._high <= 1 else min(0.85, 0.4 + 0.05 * (self._high - self._low) ** 0.5)
+        shortest = 1 - len(self._levels) ** -0.5
         if not self._kind.offset:
             other = s * (self._low / self._high)  # the peak on the other end
-            factors = torch.linspace(1.08, shortest, (count + 1) // 2).tolist()
+            factors = torch.linspace(_LONGEST, shortest, (count + 1) // 2).tolist()
             return [(x * f, None) for f in factors for x in (s, other)]
         tried: list[tuple[Tensor, Tensor | None]] = []
-        for f in torch.linspace(1.08, shortest, (count + 2) // 3).tolist():
+        for f in torch.linspace(_LONGEST, shortest, (count + 2) // 3).tolist():
             span = s * self._high
             for share in (0.0, 0.5, 1.0):  # of what is cut off, at the lower end
                 low = o + span * (1 - f) * share

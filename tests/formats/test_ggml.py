@@ -219,12 +219,14 @@ def test_a_folder_of_blocks_opens_and_the_plan_names_what_falls_back(tiny: Tiny,
   - {method: rtn, target: {format: q6_k}, where: {include: [embed, lm_head]}}
 """
     done = api.compress(tiny("wide"), tmp_path / "out", recipe=recipe, eval_windows=0, progress=Quiet(), **ROOM)
-    assert {x.scheme.describe() for x in done.plan.compressed} == {"q4_k", "q6_k"}
+    assert {x.scheme.describe() for x in done.plan.compressed} == {"q4_k"}
+    assert {x.scheme.describe() for x in done.plan.resolved.tables} == {"q6_k"}
     assert done.plan.bytes == sum(x.stat().st_size for x in done.out.glob("*.safetensors"))
     model = AutoModelForCausalLM.from_pretrained(done.out)
     assert bool(torch.isfinite(model(torch.arange(8)[None]).logits).all())
     narrow = api.plan(tiny("llama"), recipe=recipe, **ROOM)
-    assert {x.scheme.describe() for x in narrow.compressed} == {"q5_0", "q8_0"}
+    assert {x.scheme.describe() for x in narrow.compressed} == {"q5_0"}
+    assert {x.scheme.describe() for x in narrow.resolved.tables} == {"q8_0"}
     assert any("28 linears take q5_0" in x and "blocks of q4_k" in x for x in narrow.notes)
 
 

@@ -72,8 +72,9 @@ def compress(
 
         told = job.told()
         with Progress() as progress:
-            text = {"eval_data": eval_data, "eval_windows": eval_windows}
-            done = api.compress(model, out, **told, **text, to=to, progress=progress)
+            done = api.compress(
+                model, out, **told, eval_data=eval_data, eval_windows=eval_windows, to=to, progress=progress
+            )
         if html is not None and ranks.lead():
             page.write(html, page.render(done.evidence or {}))
         return done.to_json()

@@ -40,7 +40,8 @@ class Grid:
 
     def rows(self, start: int, stop: int) -> Grid:
         """The grid of output rows [start, stop)."""
-        return Grid(*(None if x is None else x[start:stop] for x in vars(self).values()))
+        m, scales, minima = (None if x is None else x[start:stop] for x in (self.m, self.scales, self.minima))
+        return Grid(self.d[start:stop], m, scales, minima)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def unpack(kind: Kind, data: Tensor) -> Blocks:
     """Undo `pack`: uint8 [rows, bytes of a row]."""
     rows = len(data)
     blocks = data.reshape(-1, kind.bytes)
-    parts = dict(zip(kind.fields, blocks.split([kind.size(x) for x in kind.fields], 1), strict=True))
+    parts = dict(zip(kind.fields, torch.split(blocks, [kind.size(x) for x in kind.fields], 1), strict=True))
     if "int8" in parts:
         codes = parts["int8"].contiguous().view(torch.int8)
     else:
@@ -176,13 +176,13 @@ def _scales(kind: Kind, parts: Mapping[str, Tensor]) -> tuple[Tensor | None, Ten
             return (raw & 15).to(torch.int16), (raw >> 4).to(torch.int16)
         return raw.view(torch.int8).to(torch.int16), None
     if "s3" in parts:
-        low, high = parts["s3"].split([8, 4], 1)
+        low, high = torch.split(parts["s3"], [8, 4], 1)
         return (_unplane(low, 4, 8) | _unplane(high, 2, 4) << 4).to(torch.int16) - 32, None
     if "xs" in parts:
-        high, low = parts["xs"].split([2, 4], 1)
+        high, low = torch.split(parts["xs"], [2, 4], 1)
         return (_unplane(low, 4, 1) | _unplane(high, 2, 1) << 4).to(torch.int16) - 32, None
     if "s4" in parts:
-        d, m, both = (x.to(torch.int16) for x in parts["s4"].split(4, 1))
+        d, m, both = (x.to(torch.int16) for x in torch.split(parts["s4"], 4, 1))
         scales = torch.cat((d & 63, both & 15 | (d >> 2) & 48), 1)
         return scales, torch.cat((m & 63, both >> 4 | (m >> 2) & 48), 1)
     return None, None
@@ -206,7 +206,7 @@ def _unplane(data: Tensor, bits: int, run: int) -> Tensor:
 def _trits(codes: Tensor) -> Tensor:
     """256 numbers of 0..2 in 52 bytes: five to a byte as a fraction of 3^5, and the last 16 four to a byte."""
     count = len(codes)
-    first, second, last = codes.to(torch.int32).split([160, 80, 16], 1)
+    first, second, last = torch.split(codes.to(torch.int32), [160, 80, 16], 1)
     weigh = torch.tensor(_POWERS[::-1], dtype=torch.int32).view(1, 5, 1)
     sums = [(x.reshape(count, 5, -1) * weigh).sum(1) for x in (first, second)]
     sums.append((last.reshape(count, 4, 4) * weigh[:, :4]).sum(1))
@@ -215,7 +215,7 @@ def _trits(codes: Tensor) -> Tensor:
 
 def _untrits(data: Tensor) -> Tensor:
     count = len(data)
-    first, second, last = data.to(torch.int32).split([32, 16, 4], 1)
+    first, second, last = torch.split(data.to(torch.int32), [32, 16, 4], 1)
     weigh = torch.tensor(_POWERS, dtype=torch.int32).view(1, 5, 1)
     pieces = [(x.unsqueeze(1) * weigh & 255).view(count, -1) for x in (first, second)]
     pieces.append((last.unsqueeze(1) * weigh[:, :4] & 255).view(count, -1))

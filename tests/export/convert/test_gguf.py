@@ -24,9 +24,13 @@ from lilliput.source.gguf_metadata import Metadata
 Tiny = Callable[[str], Path]
 ROOM: dict[str, Any] = {"samples": 2, "tokens": 32, "device": "cpu", "dtype": "float32"}
 Q4 = """steps:
-  - {method: gptq, target: {format: q4_k}}
-  - {method: rtn, target: {format: q6_k}, where: {include: [embed, lm_head]}}
+  - {method: rtn, target: {format: q4_k}, options: {importance: false, steps: 6}}
+  - method: rtn
+    target: {format: q6_k}
+    options: {search: minmax, importance: false}
+    where: {include: [embed, lm_head]}
 """
+EIGHT = "steps:\n  - {method: rtn, target: {format: q8_0}}\n"
 _SIZES: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 256,
     "num_hidden_layers": 1, "intermediate_size": 256, "num_key_value_heads": 2,
@@ -129,7 +133,7 @@ def test_grids_that_a_type_holds_without_loss(tiny: Tiny, tmp_path: Path, target
 
 
 @pytest.mark.parametrize(("target", "says"), [
-    ("format: nf4", r"q_proj.weight is 'nf4 g64'.* no type of GGUF holds: compress again with format q4_k"),
+    ("format: nf4", r"_proj.weight is 'nf4 g64'.* no type of GGUF holds: compress again with format q4_k"),
     ("bits: 4, group_size: 16", "int4 g16 sym"),
     ("bits: 4, group_size: 32, symmetric: false", "int4 g32 asym"),
     ("bits: 4, group_size: 32, scale_dtype: float32", "scales that float16 does not hold"),
@@ -208,14 +212,14 @@ def test_metadata_of_a_gguf_source_are_carried_over(folder: Path, tiny: Tiny, tm
 
 def test_compressed_and_converted_in_one_go(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
-    done = api.compress(tiny("wide"), out, recipe="q4_0", to="gguf", eval_windows=2, progress=Quiet(), **ROOM)
+    done = api.compress(tiny("llama"), out, recipe="q4_0", to="gguf", eval_windows=2, progress=Quiet(), **ROOM)
     assert [x.name for x in tmp_path.iterdir()] == ["m.gguf"]
     assert done.to_json()["measured"]["bytes"] == out.stat().st_size
     assert {x.kind.name for x in read_header(out).tensors.values()} == {"Q4_0", "Q8_0", "F32"}
-    again = api.compress(out, tmp_path / "n.gguf", recipe="q8_0", to="gguf", eval_windows=0, progress=Quiet(), **ROOM)
+    again = api.compress(out, tmp_path / "n.gguf", recipe=EIGHT, to="gguf", eval_windows=0, progress=Quiet(), **ROOM)
     assert Metadata(again.out).fields.keys() == Metadata(out).fields.keys()
     with pytest.raises(PlanError, match="exists already"):
-        api.compress(tiny("wide"), out, recipe="q4_0", to="gguf", **ROOM)
+        api.compress(tiny("llama"), out, recipe="q4_0", to="gguf", **ROOM)
     with pytest.raises(PlanError, match=r"cannot be written as gguf: .*'nf4 g64', which no type of GGUF holds"):
         api.compress(tiny("qwen2"), tmp_path / "o.gguf", recipe="nf4", to="gguf", **ROOM)
 

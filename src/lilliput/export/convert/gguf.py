@@ -115,12 +115,12 @@ def _write(writer: GGUFWriter, path: Path, tensors: Sequence[_Tensor]) -> None:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    (file,) = writer.fout
+    (file,) = writer.fout or ()
     try:
         for x in tensors:
             writer.write_padding(file, file.tell())
             for piece in x.pieces():
-                file.write(memoryview(piece.contiguous().view(torch.uint8).reshape(-1).numpy()))
+                file.write(piece.contiguous().view(torch.uint8).reshape(-1).numpy().data)
         writer.write_padding(file, file.tell())
     finally:
         writer.close()

@@ -214,8 +214,8 @@ def test_a_folder_of_blocks_opens_and_the_plan_names_what_falls_back(tiny: Tiny,
     from transformers import AutoModelForCausalLM
 
     recipe = """steps:
-  - {method: awq, options: {rows: 16, grid: 2}}
-  - {method: gptq, target: {format: q4_k}}
+  - {method: awq, options: {rows: 16, grid: 2}, where: {include: [model.layers.0.*]}}
+  - {method: gptq, target: {format: q4_k}, where: {include: [model.layers.0.*]}}
   - {method: rtn, target: {format: q6_k}, where: {include: [embed, lm_head]}}
 """
     done = api.compress(tiny("wide"), tmp_path / "out", recipe=recipe, eval_windows=0, progress=Quiet(), **ROOM)
@@ -227,7 +227,7 @@ def test_a_folder_of_blocks_opens_and_the_plan_names_what_falls_back(tiny: Tiny,
     narrow = api.plan(tiny("llama"), recipe=recipe, **ROOM)
     assert {x.scheme.describe() for x in narrow.compressed} == {"q5_0"}
     assert {x.scheme.describe() for x in narrow.resolved.tables} == {"q8_0"}
-    assert any("28 linears take q5_0" in x and "blocks of q4_k" in x for x in narrow.notes)
+    assert any("7 linears take q5_0" in x and "blocks of q4_k" in x for x in narrow.notes)
 
 
 def test_a_width_that_no_block_divides_is_refused() -> None:

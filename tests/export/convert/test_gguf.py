@@ -96,7 +96,7 @@ def test_transformers_computes_the_same_and_reads_the_same(folder: Path, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", list(_CONFIGS))
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] if x == "phi3" else []) for x in _CONFIGS])
 def test_each_architecture(name: str, tokenizer: tf.PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Norms that are stored as 1 + w come back to within that sum's rounding."""
     torch.manual_seed(0)

@@ -115,7 +115,9 @@ def _write(writer: GGUFWriter, path: Path, tensors: Sequence[_Tensor]) -> None:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    (file,) = writer.fout or ()
+    if writer.fout is None:
+        raise RuntimeError("the writer of the gguf package has opened no file")
+    (file,) = writer.fout
     try:
         for x in tensors:
             writer.write_padding(file, file.tell())

@@ -54,6 +54,7 @@ class Plan:
     notes: tuple[str, ...]
     side_bytes: int
     processes: int = 1  # that share the samples
+    foreseen: float | None = None  # KL divergence in nats that a step predicts of its decision
 
     @cached_property
     def bytes(self) -> int:
@@ -247,9 +248,14 @@ def _unloadable(
 ) -> str | None:
     """Why a layout cannot hold what the recipe may become: as allocations may divide it, or in the engine's loader."""
     for task in resolved.at(Stage.TARGETS):
-        names = resolved.governed(task).items()
-        choices = [(name, task.spec.apart(x.target, task.options)) for name, x in names]
-        targets = {name: choice[n % len(choice)] for n, (name, choice) in enumerate(choices) if choice}
+        governed = resolved.governed(task)
+        planned = [x for x in (*resolved.linears, *resolved.tables) if x.name in governed]
+        shared = [task.spec.together(x.name, x.linear, task.options) for x in planned]
+        number = {key: n for n, key in enumerate(dict.fromkeys(shared))}
+        targets = {}
+        for x, key in zip(planned, shared, strict=True):
+            if choice := task.spec.apart(governed[x.name].target, task.options):
+                targets[x.name] = choice[number[key] % len(choice)]
         if targets:
             mixed = _outcomes(model, resolved.with_targets(task, targets))
             reason = exporter.refuse(tuple(mixed.values()), model.source.config)

@@ -93,7 +93,7 @@ class Resolved:
     def governed(self, task: Task) -> dict[str, Task]:
         """By linear, the step whose target `task` may decide: the next one behind it on the linear."""
         found: dict[str, Task] = {}
-        for plan in self.linears:
+        for plan in (*self.linears, *self.tables):
             later = [x for x in plan.tasks if x.step > task.step]
             if later and matches(self.recipe.steps[task.step].where, plan.name, plan.linear):
                 found[plan.name] = later[0]
@@ -110,12 +110,10 @@ class Resolved:
             name = min(targets.keys() - governed.keys())
             raise LilliputError(f"{task.method.name} decided about {name}, which no later step compresses")
 
-        return replace(
-            self,
-            linears=tuple(
-                retargeted(x, governed[x.name], targets[x.name]) if x.name in targets else x for x in self.linears
-            ),
-        )
+        def decided(plans: Sequence[LinearPlan]) -> tuple[LinearPlan, ...]:
+            return tuple(retargeted(x, governed[x.name], targets[x.name]) if x.name in targets else x for x in plans)
+
+        return replace(self, linears=decided(self.linears), tables=decided(self.tables))
 
 
 def retargeted(plan: LinearPlan, task: Task, target: Target) -> LinearPlan:

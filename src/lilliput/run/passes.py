@@ -6,7 +6,6 @@ are records of the journal, block by block. Squared gradients are `fisher`'s.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput import export
 from lilliput.errors import LilliputError
 from lilliput.export import provenance
 from lilliput.folds.kinds import ResidualRotation
@@ -25,7 +23,7 @@ from lilliput.model.block import BlockWeights
 from lilliput.model.rotated import ready
 from lilliput.model.weights import Model
 from lilliput.plan.plan import Plan, divided
-from lilliput.plan.resolve import LinearPlan, retargeted
+from lilliput.plan.sizes import sizes
 from lilliput.progress import Progress
 from lilliput.run import fisher
 from lilliput.run.journal import Work, save_atomically
@@ -33,6 +31,7 @@ from lilliput.stats.site import SiteStats
 from lilliput.streaming.backward import Samples
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import through
+from lilliput.streaming.states import Activations
 from lilliput.streaming.walk import Flow, walk
 from lilliput.target import Target
 from lilliput.verbs.allocate import Allocate
@@ -40,6 +39,9 @@ from lilliput.verbs.learn import Learn
 from lilliput.verbs.scores import Budget, Scores, Share
 from lilliput.verbs.spec import Task
 from lilliput.verbs.view import BlockIO, BlockView
+
+Score = Callable[[int, BlockView, BlockIO], Scores]
+Closing = Callable[[Activations | None], Scores]
 
 
 def rotation_name(task: Task) -> str:
@@ -97,13 +99,16 @@ def allocated(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Wo
 
     ids [N, T] are all samples, of which each rank takes its share.
     """
-    mine = None if ids is None else ids[ranks.share(len(ids))]
-    return _decided(plan, task, model, _scores(plan, task, model, mine, work, progress))
+
+    def score(block: int, view: BlockView, io: BlockIO) -> Scores:
+        return task.of(Allocate).score(view, io, task.options)
+
+    return _decided(plan, task, model, scores(plan, task, model, ids, work, progress, score))
 
 
 def decided(plan: Plan, task: Task, model: Model, work: Work) -> Plan:
     """What `allocated` has made of the plan, once more from the journal of a run whose blocks are finished."""
-    return _decided(plan, task, model, _recorded(task, work))
+    return _decided(plan, task, model, recorded(task, work))
 
 
 def budget(plan: Plan, task: Task) -> Budget:
@@ -114,7 +119,7 @@ def budget(plan: Plan, task: Task) -> Budget:
             x.block,
             (x.linear.out_features, x.linear.in_features),
             governed[x.name].target,
-            _sizes(plan, x, governed[x.name]),
+            sizes(plan, x, governed[x.name]),
         )
         for x in plan.resolved.linears
         if x.name in governed
@@ -132,34 +137,38 @@ def found(plan: Plan, task: Task, model: Model, targets: Mapping[str, Target], s
     return replace(plan, notes=(*plan.notes, said))
 
 
-def _sizes(plan: Plan, linear: LinearPlan, task: Task) -> Callable[[Target], int]:
-    """Bytes in the file by the target of the step `task`."""
-    exporter = export.get(plan.exporter)
-
-    def size(target: Target) -> int:
-        outcome = replace(plan.outcomes[linear.name], scheme=retargeted(linear, task, target).scheme)
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in exporter.describe(outcome).values())
-
-    return size
-
-
-def _recorded(task: Task, work: Work) -> Scores:
+def recorded(task: Task, work: Work) -> Scores:
+    """The scores of all finished places, by full name."""
     done = [r for r in work.find("score") if r["step"] == task.step]
     return {name: tuple(values) for record in done for name, values in record["scores"].items()}
 
 
-def _scores(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Scores:
-    """Scores of all linears that the step governs, by full name, from the first block without a record on."""
+def scores(
+    plan: Plan,
+    task: Task,
+    model: Model,
+    ids: Tensor | None,
+    work: Work,
+    progress: Progress,
+    score: Score,
+    closing: Closing | None = None,
+) -> Scores:
+    """Scores of all linears that the step governs, by full name, from the first block without a record on.
+
+    ids [N, T] are all samples, of which each rank takes its share. `score` sees each block, on the leader; `closing`,
+    on all ranks, what the last one leaves.
+    """
+    ids = None if ids is None else ids[ranks.share(len(ids))]
     done = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
-    count = len(model.skeleton.block_names)
+    count = len(model.skeleton.block_names) + (closing is not None)
     for path in work.folder.glob(f"{_stem(task)}-*.bin"):
         # A run killed between a record and its tidying leaves the states of a finished block behind.
         if path.name != f"{_stem(task)}-{len(done):04d}.bin" or len(done) == count:
             path.unlink()
     if len(done) < count:
         with torch.no_grad():
-            _score_blocks(plan, task, model, ids, work, progress, done)
-    return _recorded(task, work)
+            _score_blocks(plan, task, model, ids, work, progress, done, score, closing)
+    return recorded(task, work)
 
 
 def _score_blocks(
@@ -170,6 +179,8 @@ def _score_blocks(
     work: Work,
     progress: Progress,
     done: list[dict[str, Any]],
+    score: Score,
+    closing: Closing | None,
 ) -> None:
     count, start = len(model.skeleton.block_names), len(done)
     flow: Flow | None = None
@@ -179,7 +190,9 @@ def _score_blocks(
         flow = Flow(ids, plan.layout.batch, work.folder, _stem(task), plan.dtype)
     governed = plan.resolved.governed(task)
     progress.step(start, count, "scoring")
-    for passage in walk(model, flow, first=start, recorded=done[-1]["hidden"] if done else None):
+    for passage in walk(
+        model, flow, first=start, recorded=done[-1]["hidden"] if done else None, keep=closing is not None
+    ):
         index = passage.block
         anatomy = model.anatomy().blocks[index]
         prefix = model.skeleton.block_names[index]
@@ -191,23 +204,37 @@ def _score_blocks(
             passes = through(model.skeleton, index, passage.batches, passage.inputs, passage.outputs)
             stats = collect(model.skeleton, index, sites, needs, passes)
         model.unload_block(index)  # not beside what a score is taken from
-        scores: Scores = {}
+        found: Scores = {}
         if ranks.lead():
             weights = BlockWeights(model, index, anatomy)
             view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)).to(weights.device) for name in names})
             io = BlockIO(stats, fisher.reader(fisher.path_of(work, index)) if task.fisher else None)
-            scores = task.of(Allocate).score(view, io, task.options)
+            found = score(index, view, io)
             del view
         work.note(
             {
                 "kind": "score",
                 "step": task.step,
                 "block": index,
-                "scores": {f"{prefix}.{name}": list(values) for name, values in scores.items()},
+                "scores": {f"{prefix}.{name}": list(values) for name, values in found.items()},
                 "hidden": passage.checksum(),
             }
         )
         progress.step(index + 1, count, "scoring")
+    if closing is not None:
+        states = None if flow is None else _last(model, flow, count, work, task)
+        plain = {name: list(values) for name, values in closing(states).items()}
+        work.note({"kind": "score", "step": task.step, "block": count, "scores": plain, "hidden": None})
+        if states is not None:
+            states.delete()
+
+
+def _last(model: Model, flow: Flow, count: int, work: Work, task: Task) -> Activations:
+    """What the last block has left."""
+    (record,) = [r for r in work.find("score") if r["step"] == task.step and r["block"] == count - 1]
+    shape = (len(flow.ids), flow.ids.shape[1], model.skeleton.hidden_size)
+    with ranks.together():
+        return Activations.taken_up(flow.path(count), shape, flow.dtype, record["hidden"][ranks.rank()])
 
 
 def _stem(task: Task) -> str:

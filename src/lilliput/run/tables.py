@@ -51,8 +51,8 @@ def compress(
     """
     tables = pending(plan, work)
     needs = frozenset().union(*(task.needs for x in tables for task in x.tasks))
-    read = _head_inputs(model, hidden, needs) if needs and hidden is not None else None
-    used = None if ids is None else _used(ids, model.vocabulary)
+    read = head_inputs(model, hidden, needs) if needs and hidden is not None else None
+    used = None if ids is None else token_counts(ids, model.vocabulary)
     for number, table in enumerate(tables):
         show.step(number, len(tables), table.linear.role)
         job = _Table(plan, model, table, _stats(table, read, needs), used)
@@ -67,7 +67,7 @@ def compress(
         show.step(number + 1, len(tables), f"{table.linear.role}, error {job.error:.4f}")
 
 
-def _head_inputs(model: Model, hidden: Activations, needs: frozenset[str]) -> SiteStats:
+def head_inputs(model: Model, hidden: Activations, needs: frozenset[str]) -> SiteStats:
     """Statistics of what the head reads, over the samples of all ranks."""
     skeleton = model.skeleton
     state = fold.init(skeleton.hidden_size, needs, skeleton.device)
@@ -80,7 +80,7 @@ def _head_inputs(model: Model, hidden: Activations, needs: frozenset[str]) -> Si
     return fold.complete(state, HEAD, skeleton.dtype)
 
 
-def _used(ids: Tensor, vocabulary: int) -> Tensor:
+def token_counts(ids: Tensor, vocabulary: int) -> Tensor:
     """How often each token occurs in the samples of all ranks, float32 [vocabulary]."""
     counts = torch.bincount(ids.reshape(-1), minlength=vocabulary).float()
     if ranks.size() > 1:

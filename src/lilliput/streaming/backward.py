@@ -62,11 +62,12 @@ def loss(skeleton: Skeleton, read: Read, samples: Samples) -> float:
 
 
 @contextmanager
-def losses(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callable[[int, Read], float]]:
-    """`loss` for many weights that differ little: a function of the first block that differs and of how tensors enter.
+def reruns(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callable[[int, Read], Activations]]:
+    """What the last block leaves, for many weights that differ little: a function of the first block that differs and of
+    how tensors enter. Its result is valid until the next call.
 
-    The states that enter every block are kept on disk while the context lasts, so that only the blocks from that one
-    on, and the head, run again. The number of blocks stands for the head alone.
+    The states that enter every block are kept on disk while the context lasts, so that only the blocks from that one on
+    run again. The number of blocks stands for none.
     """
     with ExitStack() as stack, torch.no_grad():
         streams = stack.enter_context(_Streams(skeleton, samples, keep=True, gradient=False))
@@ -76,15 +77,22 @@ def losses(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callabl
         stack.callback(on_the_way.delete)
         batches = _singly(skeleton, samples)
 
-        def again(first: int, read: Read) -> float:
+        def again(first: int, read: Read) -> Activations:
             inputs = streams.inputs[first]
             for block in resident(_Loader(skeleton, read), blocks=range(first, len(skeleton.block_names))):
                 for run in through(skeleton, block, batches, inputs, on_the_way):
                     run()
                 inputs = on_the_way
-            return _head(skeleton, read, samples, inputs, None, squares=False)[0]
+            return inputs
 
         yield again
+
+
+@contextmanager
+def losses(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callable[[int, Read], float]]:
+    """`loss` for many weights that differ little, as `reruns` runs them; the head runs again too."""
+    with reruns(skeleton, read, samples) as again:
+        yield lambda first, read: _head(skeleton, read, samples, again(first, read), None, squares=False)[0]
 
 
 def fisher(

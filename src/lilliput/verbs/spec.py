@@ -132,6 +132,10 @@ class Spec(Generic[OptionsT]):
         layouts."""
         return ()
 
+    def together(self, name: str, linear: Linear, options: OptionsT) -> str:
+        """What the linear `name` shares with all that must get one target with it: by default nothing but itself."""
+        return name
+
     def tokens(self, options: OptionsT) -> bool:
         """Whether it looks at calibration samples beside the statistics that it reads."""
         return False

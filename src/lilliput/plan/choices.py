@@ -1,0 +1,202 @@
+"""What a step that chooses from a menu may decide: items with the bytes of their options, and the room for them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lilliput import units
+from lilliput.budget import choice, menu
+from lilliput.budget.choice import Choice, Item, Option
+from lilliput.errors import PlanError
+from lilliput.model.stored import Model
+from lilliput.parts.linear import divides
+from lilliput.plan.plan import Plan, divided
+from lilliput.plan.resolve import OUTSIDE, LinearPlan, retargeted
+from lilliput.plan.sizes import sizes
+from lilliput.target import Target
+from lilliput.verbs.choose import Choose
+from lilliput.verbs.scores import Scores
+from lilliput.verbs.spec import Task
+
+_ROUNDS = 8  # of choosing anew where headers and the like have grown with the choice
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """By linear, in order: the entries of the menu that it can have, by number, with their targets and bytes."""
+
+    options: Mapping[str, Mapping[int, tuple[Target, int]]]
+    together: Mapping[str, tuple[str, ...]]  # what shares one entry, by the name of the item
+
+    def items(self, scores: Scores | None = None) -> list[Item]:
+        """What is chosen among; without scores all losses are 0."""
+        made = []
+        for key, names in self.together.items():
+            shared = set.intersection(*(set(self.options[name]) for name in names))
+            made.append(
+                Item(
+                    key,
+                    tuple(
+                        Option(
+                            j,
+                            sum(self.options[name][j][1] for name in names),
+                            0.0 if scores is None else math.fsum(scores[name][j] for name in names),
+                        )
+                        for j in sorted(shared)
+                    ),
+                )
+            )
+        return made
+
+    def targets(self, items: Sequence[Item], chosen: Choice) -> dict[str, Target]:
+        """By linear, what was chosen."""
+        keys = {x.name: x.options[j].key for x, j in zip(items, chosen.picks, strict=True)}
+        return {name: self.options[name][keys[key]][0] for key, names in self.together.items() for name in names}
+
+
+def steps(plan: Plan) -> tuple[Task, ...]:
+    """The steps that choose from a menu."""
+    return plan.resolved.of(Choose)
+
+
+def candidates(plan: Plan, task: Task) -> Candidates:
+    """What each linear that the step governs can have. Raises PlanError where that is nothing."""
+    spec, governed = task.of(Choose), plan.resolved.governed(task)
+    entries = spec.menu(task.options)
+    options: dict[str, dict[int, tuple[Target, int]]] = {}
+    together: dict[str, list[str]] = {}
+    why = ""
+    for x in (*plan.resolved.linears, *plan.resolved.tables):
+        if x.name not in governed:
+            continue
+        size = sizes(plan, x, governed[x.name])
+        found: dict[int, tuple[Target, int]] = {}
+        for j, entry in enumerate(entries):
+            target = menu.on(governed[x.name].target, entry)
+            try:
+                if not _whole(x, target, spec.fused(task.options)) or not _fits(x, governed[x.name], target):
+                    why = f"groups of {entry} do not divide its {x.linear.in_features} inputs"
+                    continue
+                found[j] = target, size(target)
+            except PlanError as error:
+                why = str(error)
+        if not found:
+            raise PlanError(f"{task.label}: {x.name} can have no entry of the menu {', '.join(entries)}: {why}")
+        options[x.name] = found
+        together.setdefault(spec.together(x.name, x.linear, task.options), []).append(x.name)
+    made = Candidates(options, {key: tuple(names) for key, names in together.items()})
+    for item in made.items():
+        if not item.options:
+            raise PlanError(f"{task.label}: {item.name} share one grid, and no entry of the menu fits all of them")
+    return made
+
+
+def _whole(x: LinearPlan, target: Target, engine: bool) -> bool:
+    """Engines read whole groups alone."""
+    group = target.group_size
+    return not (engine and isinstance(group, int) and group > 0 and x.linear.in_features % group)
+
+
+def _fits(x: LinearPlan, task: Task, target: Target) -> bool:
+    """The rows of a table have to lie apart. Raises PlanError for a grid that the linear cannot have."""
+    scheme = retargeted(x, task, target).scheme
+    return x.block != OUTSIDE or divides(scheme, x.linear.out_features, x.linear.in_features)
+
+
+def payload(plan: Plan, found: Candidates) -> int:
+    """Bytes in the plan of what is chosen among."""
+    return sum(x.nbytes for x in plan.tensors if x.source in found.options)
+
+
+def room(plan: Plan, task: Task, found: Candidates) -> int:
+    """Bytes for what is chosen among."""
+    goal = task.of(Choose).goal(task.options)
+    if goal.size is not None:
+        return goal.size - (plan.folder_bytes - payload(plan, found))
+    if goal.bits is None:
+        raise PlanError(f"{task.label}: it keeps to a size or to an average of bits: give one of them")
+    weights = sum(
+        x.linear.parameters for x in (*plan.resolved.linears, *plan.resolved.tables) if x.name in found.options
+    )
+    return int(goal.bits * weights / 8)
+
+
+def feasible(plan: Plan, model: Model) -> Plan:
+    """The plan itself. Raises PlanError where a step that chooses cannot keep to its goal, with the smallest that is
+    possible and what holds it up."""
+    for task in steps(plan):
+        found = candidates(plan, task)
+        items = found.items()
+        least, most = choice.smallest(items), choice.largest(items)
+        goal, left = task.of(Choose).goal(task.options), room(plan, task, found)
+        if goal.size is not None and goal.bits is not None:
+            raise PlanError(f"{task.label}: a size and an average of bits contradict each other: give one of them")
+        if goal.size is not None and goal.size > (whole := original(model)):
+            raise PlanError(
+                f"--size {units.readable(goal.size)} is more than the model itself takes ({units.readable(whole)}): "
+                "there is nothing to compress"
+            )
+        if least.bytes > left:
+            raise PlanError(_too_small(plan, task, found, items, least, left))
+        del most
+    return plan
+
+
+def original(model: Model) -> int:
+    """Bytes of the source: its tensors and the files beside them."""
+    beside = sum(path.stat().st_size for path in model.source.side_files().values())
+    return sum(x.nbytes for x in model.source.stored.values()) + beside
+
+
+def _too_small(plan: Plan, task: Task, found: Candidates, items: Sequence[Item], least: Choice, left: int) -> str:
+    goal = task.of(Choose).goal(task.options)
+    if goal.size is None:
+        weights = sum(x.linear.parameters for x in plan.resolved.linears if x.name in found.options)
+        return (
+            f"--bits {goal.bits} is less than the smallest entries of the menu take: {8 * least.bytes / weights:.3f} "
+            "bits a weight with scales. Nearest: that, or a --menu with larger groups"
+        )
+    rest = plan.folder_bytes - payload(plan, found)
+    kinds: Counter[str] = Counter()
+    for x in plan.tensors:
+        if x.source not in found.options:
+            kinds[x.kind] += x.nbytes
+    kinds["files beside the weights"] = plan.side_bytes
+    named = ", ".join(f"{kind} {units.readable(size)}" for kind, size in kinds.most_common(2) if size)
+    smallest = least.bytes + rest
+    return (
+        f"--size {units.readable(goal.size)} is too small: the smallest that this menu makes is {smallest} bytes "
+        f"({units.readable(smallest, up=True)}). {units.readable(least.bytes)} are what it compresses, at the menu's "
+        f"smallest grids; {units.readable(rest)} stay as they are ({named})"
+    )
+
+
+def decided(plan: Plan, model: Model, task: Task, scores: Scores) -> Plan:
+    """The plan with the choice of least summed loss that keeps to the step's goal. Raises PlanError where none does."""
+    found = candidates(plan, task)
+    items = found.items(scores)
+    left = room(plan, task, found)
+    goal = task.of(Choose).goal(task.options)
+    for _ in range(_ROUNDS):
+        chosen = choice.choose(items, left)
+        if chosen is None:
+            raise PlanError(f"{task.label}: nothing on the menu fits")
+        made = divided(plan, model, plan.resolved.with_targets(task, found.targets(items, chosen)))
+        over = 0 if goal.size is None else made.folder_bytes - goal.size
+        if over <= 0:
+            break
+        left -= over
+    return replace(made, foreseen=chosen.loss, notes=(*made.notes, said(task, found, items, chosen)))
+
+
+def said(task: Task, found: Candidates, items: Sequence[Item], chosen: Choice) -> str:
+    """Who got what, in a sentence."""
+    entries = task.of(Choose).menu(task.options)
+    got: Counter[str] = Counter()
+    for item, j in zip(items, chosen.picks, strict=True):
+        got[entries[item.options[j].key]] += len(found.together[item.name])
+    named = ", ".join(f"{got[x]} x {x}" for x in entries if got[x])
+    return f"{task.method.name} chose {named}; KL divergence foreseen: {chosen.loss:.4f} nats."

@@ -1,0 +1,212 @@
+"""What each grid of a menu would cost each linear: scores from one pass, corrected by a few linears that are really
+quantized, and the choice.
+
+The leader quantizes the linears of the trials when the pass goes through their block, where their statistics are at
+hand, and keeps their weights in files; afterwards the model runs with each of them alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lilliput.machine import memory, ranks
+from lilliput.machine.cost import Cost
+from lilliput.model.block import BlockWeights
+from lilliput.model.stored import Model
+from lilliput.parts.layer import Layer
+from lilliput.plan import choices
+from lilliput.plan.choices import Candidates
+from lilliput.plan.plan import Plan
+from lilliput.progress import Progress
+from lilliput.run import passes, tablescores
+from lilliput.run.journal import Work, save_atomically
+from lilliput.streaming import backward
+from lilliput.streaming.backward import Samples
+from lilliput.streaming.divergence import divergence
+from lilliput.streaming.states import Activations
+from lilliput.target import Target
+from lilliput.verbs.choose import Choose
+from lilliput.verbs.compress import Compress
+from lilliput.verbs.scores import Scores
+from lilliput.verbs.spec import Task
+from lilliput.verbs.view import BlockIO, BlockView
+
+LIMIT = 8.0  # the most by which a prediction is corrected
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One linear that is quantized alone: an entry of the menu, by number, with its target."""
+
+    number: int
+    block: int
+    name: str
+    option: int
+    target: Target
+
+
+def cost(plan: Plan, task: Task, model: Model) -> Cost:
+    """States that enter every block, over the samples of trials, and the weights that are tried."""
+    skeleton = model.skeleton
+    trials = task.of(Choose).trials(task.options)
+    states = (len(skeleton.block_names) + 2) * skeleton.hidden_size * skeleton.dtype.itemsize
+    widest = max((x.linear.parameters for x in plan.resolved.linears), default=0)
+    return Cost(disk=min(trials.samples, plan.samples) * plan.tokens * states + 4 * trials.count * widest)
+
+
+def run(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
+    """The plan with what was chosen. ids [N, T] are all samples."""
+    if ids is None:
+        raise RuntimeError("a choice by loss was planned, but there are no tokens")
+    measure(plan, task, model, ids, work, progress)
+    return again(plan, task, model, work)
+
+
+def again(plan: Plan, task: Task, model: Model, work: Work) -> Plan:
+    """The same, from the journal."""
+    return choices.decided(plan, model, task, foreseen(plan, task, work))
+
+
+def foreseen(plan: Plan, task: Task, work: Work) -> Scores:
+    """By linear, the loss in nats of each entry of the menu, corrected by the trials."""
+    scores = passes.recorded(task, work)
+    by_number = {int(r["number"]): float(r["loss"]) for r in work.find("trial") if r["step"] == task.step}
+    planned = trials(plan, task, choices.candidates(plan, task))
+    ratios = {x: by_number[x.number] / scores[x.name][x.option] for x in planned if scores[x.name][x.option] > 0}
+    role = {x.name: x.linear.role for x in plan.resolved.linears}
+    factors = corrections({x.number: (role[x.name], ratio) for x, ratio in ratios.items()})
+    whole = factors.get("", 1.0)
+    return {
+        name: tuple(value * factors.get(role[name], whole) for value in values) if name in role else tuple(values)
+        for name, values in scores.items()
+    }
+
+
+def corrections(ratios: Mapping[int, tuple[str, float]]) -> dict[str, float]:
+    """By role, what predictions are multiplied by, and under "" for roles that were not tried.
+
+    `ratios`: measured over predicted loss with the role of the linear. The geometric mean of a role's ratios counts as
+    much as one of all.
+    """
+    logs: dict[str, list[float]] = defaultdict(list)
+    for _, (role, ratio) in sorted(ratios.items()):
+        logs[role].append(math.log(min(max(ratio, 1 / LIMIT), LIMIT)))
+    every = [x for found in logs.values() for x in found]
+    if not every:
+        return {}
+    mean = math.fsum(every) / len(every)
+    found = {role: math.exp((math.fsum(x) + mean) / (len(x) + 1)) for role, x in logs.items()}
+    return {"": math.exp(mean), **found}
+
+
+def trials(plan: Plan, task: Task, found: Candidates) -> tuple[Trial, ...]:
+    """Linears spread over depth and kind, with entries from the smaller half of the menu, whose loss can be told from
+    noise."""
+    blocks = [[x for x in plan.resolved.of_block(n) if x.name in found.options] for n in range(_blocks(plan))]
+    filled = [n for n, linears in enumerate(blocks) if linears]
+    count = task.of(Choose).trials(task.options).count if filled else 0
+    planned = []
+    for k in range(count):
+        block = filled[(2 * k + 1) * len(filled) // (2 * count)]
+        linear = blocks[block][3 * k % len(blocks[block])]
+        options = found.options[linear.name]
+        order = sorted(options, key=lambda j: (options[j][1], j))
+        option = order[k % max(1, len(order) // 2)]
+        planned.append(Trial(k, block, linear.name, option, options[option][0]))
+    return tuple(planned)
+
+
+def _blocks(plan: Plan) -> int:
+    return 1 + max((x.block for x in plan.resolved.linears), default=-1)
+
+
+def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progress: Progress) -> None:
+    """Take the scores and the trials that the journal does not have yet."""
+    spec, governed = task.of(Choose), plan.resolved.governed(task)
+    found = choices.candidates(plan, task)
+    entries = len(spec.menu(task.options))
+    planned = trials(plan, task, found)
+    of_block = {(x.block, x.linear.name): x for x in plan.resolved.linears if x.name in found.options}
+
+    def score(block: int, view: BlockView, io: BlockIO) -> Scores:
+        if io.squares is None:
+            raise RuntimeError("squared gradients were planned, and nobody brings them")
+        scores: dict[str, tuple[float, ...]] = {}
+        for name, weight in view.weights.items():
+            options = found.options[of_block[block, name].name]
+            stats = io.stats[view.anatomy.linear(name).site].to(weight.device)
+            rows = io.squares(name).sum(1).to(weight.device)
+            losses = spec.score(weight, stats, rows, [target for target, _ in options.values()], task.options)
+            scores[name] = spread(entries, options, [0.5 * (plan.tokens - 1) * x for x in losses])
+            for trial in planned:
+                if trial.name == of_block[block, name].name:
+                    step = governed[trial.name]
+                    layer = Layer(trial.name, weight)
+                    value = step.of(Compress).run(layer, stats, trial.target, step.options).decode()
+                    weights = BlockWeights(model, block, view.anatomy)
+                    kept = weights.to_stored(view.anatomy.linear(name), value)
+                    kept = kept.to("cpu", model.written_dtype(f"{trial.name}.weight")).contiguous()
+                    save_atomically(_path(work.folder, task, trial), {"weight": kept})
+        return scores
+
+    def closing(states: Activations | None) -> Scores:
+        return tablescores.scores(plan, task, model, ids, states, found, entries, work)
+
+    tabled = any(x.name in found.options for x in plan.resolved.tables)
+    passes.scores(plan, task, model, ids, work, progress, score, closing if tabled else None)
+    _try(plan, task, model, ids, work, progress, planned)
+
+
+def spread(entries: int, options: Mapping[int, object], losses: list[float]) -> tuple[float, ...]:
+    """Losses at their numbers in the menu; 0 for entries that the linear cannot have, which nobody asks for."""
+    values = dict(zip(options, losses, strict=True))
+    return tuple(values.get(j, 0.0) for j in range(entries))
+
+
+def _path(folder: Path, task: Task, trial: Trial) -> Path:
+    return folder / f"choose-{task.step:02d}-{trial.number:03d}.safetensors"
+
+
+def _try(
+    plan: Plan,
+    task: Task,
+    model: Model,
+    ids: Tensor,
+    work: Work,
+    progress: Progress,
+    planned: tuple[Trial, ...],
+) -> None:
+    """The KL divergence with each linear of a trial alone, over the first samples; each is a record."""
+    done = {int(r["number"]) for r in work.find("trial") if r["step"] == task.step}
+    left = [x for x in planned if x.number not in done]
+    if left:
+        count = min(task.of(Choose).trials(task.options).samples, len(ids))
+        mine = ids[:count][ranks.share(count)]
+        with backward.reruns(model.skeleton, model.read, Samples(mine, work.folder)) as again:
+            whole = again(len(model.skeleton.block_names), model.read)
+            for trial in left:
+                name = f"{trial.name}.weight"
+                shape, dtype = model.shape(name), model.written_dtype(name)
+                weight = torch.empty(shape, dtype=dtype)
+                if ranks.lead():
+                    weight = load_file(_path(work.folder, task, trial))["weight"]
+                weight = ranks.same(weight)
+
+                def read(tensor: str, name: str = name, weight: Tensor = weight) -> Tensor:
+                    return weight if tensor == name else model.read(tensor)
+
+                lost = divergence(model.skeleton, model.read, whole, again(trial.block, read)) * len(mine)
+                total = float(ranks.add(torch.tensor([lost], dtype=torch.float64))) / count
+                work.note({"kind": "trial", "step": task.step, "number": trial.number, "loss": max(total, 0.0)})
+                progress.step(trial.number + 1, len(planned), "trials")
+                memory.trim()
+    for trial in planned:
+        _path(work.folder, task, trial).unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""The verb `choose`: each linear gets one grid of a menu, so that a size or an average of bits is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lilliput.anatomy.model import Linear
+from lilliput.errors import PlanError
+from lilliput.machine.cost import Cost
+from lilliput.stats.site import SiteStats
+from lilliput.target import Target
+from lilliput.verbs import order
+from lilliput.verbs.spec import Around, Extent, OptionsT, Spec, Stage, Task, Writes
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be kept: the most bytes of the written folder, or the average of stored bits over the linears that
+    take part."""
+
+    size: int | None = None
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How many single linears are replaced to correct what was predicted, over how many samples."""
+
+    count: int
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choose(Spec[OptionsT]):
+    """`score(weight, stats, cost, targets, options)`: for each target, the loss that it costs alone.
+
+    weight float32 [out, in]; `cost` float32 [out]: squared gradients of each output row, summed; the losses are in
+    units in which cost times the mean squared error of a row's output over that of its inputs is 1. `menu(options)`:
+    entries (`budget.menu`); `goal(options)`, `trials(options)`; `fused(options)`: what an engine runs as one linear
+    gets one grid; `governs`: methods whose loss `score` foresees.
+    """
+
+    verb: ClassVar[str] = "choose"
+    family: ClassVar[str] = "choose"
+    stage: ClassVar[Stage] = Stage.TARGETS
+
+    score: Callable[[Tensor, SiteStats, Tensor, Sequence[Target], OptionsT], tuple[float, ...]]
+    menu: Callable[[OptionsT], tuple[str, ...]]
+    goal: Callable[[OptionsT], Goal]
+    trials: Callable[[OptionsT], Trials]
+    fused: Callable[[OptionsT], bool]
+    governs: tuple[str, ...]
+    writes: Writes = "targets"
+
+    def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
+        order.before_spending(task, recipe)
+        if sum(x.spec.stage is Stage.TARGETS for x in recipe) > 1:
+            raise PlanError(f"{task.label} decides all of a target, so no other step of the recipe can divide it")
+
+    def suits(self, task: Task, around: Around) -> None:
+        order.governing(task, around)
+        for other in around.governed.values():
+            if other.method.name not in self.governs:
+                raise PlanError(
+                    f"{task.label}: it foresees what {' or '.join(self.governs)} loses, not '{other.method.name}': "
+                    "put that step behind it"
+                )
+
+    def tokens(self, options: OptionsT) -> bool:
+        return True
+
+    def together(self, name: str, linear: Linear, options: OptionsT) -> str:
+        if not self.fused(options):
+            return name
+        parent = name.rpartition(".")[0]
+        if linear.expert is not None:
+            return "experts"  # engines read all experts of a model by one scheme
+        for roles in (("q", "k", "v"), ("gate", "up")):
+            if linear.role in roles:
+                return f"{parent}.{'+'.join(roles)}"
+        return name
+
+    def cost(self, extent: Extent, options: OptionsT) -> Cost:
+        trials = self.trials(options)
+        runs = (1 + trials.count / 2) * min(trials.samples, extent.samples)
+        return Cost(operations=extent.weights * (3.0 * runs * extent.tokens + 40 * len(self.menu(options))))

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lilliput.data.load import load_tokens
-from lilliput.export import convert as converters
-from lilliput.export.convert import Converted
+from lilliput.errors import PlanError
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.machine import memory as ram
@@ -17,13 +16,14 @@ from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.model import inspect as anatomy
 from lilliput.model.stored import open_model
-from lilliput.options import HELD_OUT, Calibration, Compute, Limits, Text
+from lilliput.options import HELD_OUT, Calibration, Compute, Fit, Limits, Text
 from lilliput.plan.plan import Plan, compute_dtype
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
 from lilliput.run import calibration, session
+from lilliput.run import frontier as curve
 from lilliput.run.continuation import continuation
-from lilliput.run.converted import converted
+from lilliput.run.frontier import Frontier
 from lilliput.run.result import Compression
 from lilliput.runtime.load import load as load
 from lilliput.streaming import collect
@@ -34,12 +34,14 @@ DEFAULT_RECIPE = "w4-engines"
 def plan(
     model: str | Path,
     *,
-    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    recipe: str | Path | Recipe | None = None,
     data: str = Calibration.data,
     samples: int = Calibration.samples,
     tokens: int = Calibration.tokens,
     memory: int | None = None,
     size: int | None = None,
+    bits: float | None = None,
+    menu: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
     work: str | Path | None = None,
@@ -51,20 +53,48 @@ def plan(
     `memory` and `size` are budgets in bytes. The calibration text is read, and the place for `work` looked at. Raises
     LilliputError for whatever stands in the way.
     """
-    text, limits = Calibration(data, samples, tokens, seed), Limits(memory, size)
-    return session.planned(session.Job(model, recipe, settings, text, limits, _compute(dtype, device, work)))
+    text, limits, fit = Calibration(data, samples, tokens, seed), Limits(memory, size), _fit(recipe, size, bits, menu)
+    chosen = DEFAULT_RECIPE if recipe is None else recipe
+    return session.planned(session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit))
+
+
+def frontier(
+    model: str | Path,
+    *,
+    menu: Sequence[str] = (),
+    data: str = Calibration.data,
+    samples: int = Calibration.samples,
+    tokens: int = Calibration.tokens,
+    memory: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    work: str | Path | None = None,
+    seed: int | None = None,
+    settings: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Frontier:
+    """How small the model can get: the best choice of grids at many sizes, with the KL divergence foreseen of each.
+
+    One measuring pass over the calibration text; no model is written. `work`: where a killed call can go on from.
+    Raises LilliputError.
+    """
+    text, fit = Calibration(data, samples, tokens, seed), Fit(size=1, menu=tuple(menu))
+    job = session.Job(model, DEFAULT_RECIPE, settings, text, Limits(memory), _compute(dtype, device, work), fit)
+    return curve.frontier(job, progress)
 
 
 def compress(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    recipe: str | Path | Recipe | None = None,
     data: str = Calibration.data,
     samples: int = Calibration.samples,
     tokens: int = Calibration.tokens,
     memory: int | None = None,
     size: int | None = None,
+    bits: float | None = None,
+    menu: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
     work: str | Path | None = None,
@@ -72,37 +102,35 @@ def compress(
     settings: Sequence[str] = (),
     eval_data: str | None = None,
     eval_windows: int = Text.windows,
-    to: str | None = None,
     progress: Progress | None = None,
 ) -> Compression:
     """Compress `model` into the new folder `out` and measure it as re-read from there.
 
     model: Hugging Face id, folder with safetensors, or GGUF file. recipe: a named recipe, a method's name, a YAML file
-    or a Recipe; `settings` such as "gptq.bits=3" change it. data: calibration text, `samples` windows of `tokens`
-    tokens. memory: the most bytes of RAM to take above the imported package. size: the most bytes that `out` may have.
+    or a Recipe (None: `w4-engines`, or with `size` or `bits` the best composition that keeps to it, of the grids of
+    `menu`); `settings` such as "gptq.bits=3" change it. bits: average of stored bits over the linears. data:
+    calibration text, `samples` windows of `tokens` tokens. memory: the most bytes of RAM to take above the imported
+    package. size: the most bytes that `out` may have.
     eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for
-    none. to: the container to write `out` as in place of a folder ("gguf"), see `convert`. A killed call continues when
-    it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
+    none. A killed call continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
 
     Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
     and what the others return lacks the evaluation.
     """
-    text, limits = Calibration(data, samples, tokens, seed), Limits(memory, size)
-    job = session.Job(model, recipe, settings, text, limits, _compute(dtype, device, work))
-    text_to_score = Text((eval_data or HELD_OUT,), eval_windows)
-    if to is not None:
-        return converted(job, Path(out), to, text_to_score, progress)
-    return session.compressed(job, Path(out), text_to_score, progress)
+    text, limits, fit = Calibration(data, samples, tokens, seed), Limits(memory, size), _fit(recipe, size, bits, menu)
+    chosen = DEFAULT_RECIPE if recipe is None else recipe
+    job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit)
+    return session.compressed(job, Path(out), Text((eval_data or HELD_OUT,), eval_windows), progress)
 
 
-def convert(folder: str | Path, out: str | Path, *, to: str = "gguf", like: str | Path | None = None) -> Converted:
-    """Write a finished folder as another engine's container: codes carried over as they are, nothing quantized twice.
-
-    folder: one that `compress` wrote on grids that the container has (docs/gguf.md), or a plain model. like: a GGUF
-    file of the same model, whose metadata and tokenizer are carried over. Raises LilliputError for what the container
-    cannot hold, with the tensor and the nearest that it can; nothing half-written ever shows at `out`.
-    """
-    return converters.get(to).convert(Path(folder), Path(out), None if like is None else Path(like))
+def _fit(recipe: str | Path | Recipe | None, size: int | None, bits: float | None, menu: Sequence[str]) -> Fit | None:
+    """The search for a composition, where one is asked for. Raises PlanError where a recipe is given as well."""
+    if recipe is None:
+        return Fit(size, bits, tuple(menu)) if size is not None or bits is not None or menu else None
+    if bits is not None or menu:
+        told = "--bits" if bits is not None else "--menu"
+        raise PlanError(f"{told} asks for a composition that is found by measuring, and --recipe names one: give one")
+    return None
 
 
 def _compute(dtype: str, device: str, work: str | Path | None) -> Compute:

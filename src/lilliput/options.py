@@ -29,6 +29,16 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What a composition is searched for: the most bytes of the written folder, or the average of stored bits over the
+    linears of the blocks; `menu`: a name of `budget.menu`, or grids, none for the usual one."""
+
+    size: int | None = None
+    bits: float | None = None
+    menu: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Compute:
     """How a model is run: dtype and device by name, and the folder for what lies on disk meanwhile, None for the usual
     place."""

@@ -12,6 +12,7 @@ takes n m c operations and n c bytes for a room of c units.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def _path(sizes: Ints, losses: Floats, start: Ints, budget: int) -> Ints:
     steps: list[tuple[float, int, int, int]] = []
     for row in range(len(sizes)):
         hull = _hull(sizes[row], losses[row], int(start[row]))
-        for place, (a, b) in enumerate(zip(hull, hull[1:], strict=False)):
+        for place, (a, b) in enumerate(itertools.pairwise(hull)):
             saved = (losses[row, a] - losses[row, b]) / (sizes[row, b] - sizes[row, a])
             steps.append((-saved, row, place, b))
     picks = start.copy()

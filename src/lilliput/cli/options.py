@@ -26,7 +26,9 @@ JsonOpt = Annotated[
 class Job:
     """What compress and plan are told alike."""
 
-    recipe: Annotated[str, typer.Option(help="A named recipe, a method, an id, or a .yaml file.")] = "w4-engines"
+    recipe: Annotated[
+        str | None, typer.Option(help="A named recipe, a method, an id, or a .yaml file; w4-engines unless given.")
+    ] = None
     data: Annotated[
         str,
         typer.Option(
@@ -36,7 +38,16 @@ class Job:
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = Calibration.samples
     tokens: Annotated[int, typer.Option(min=2, help="Tokens in a calibration sample.")] = Calibration.tokens
     memory: MemoryOpt = None
-    size: Annotated[str | None, typer.Option(help="Largest output, such as 400MB: the plan refuses more.")] = None
+    size: Annotated[
+        str | None,
+        typer.Option(help="Largest output, such as 400MB: the best that fits; a recipe that does not is refused."),
+    ] = None
+    bits: Annotated[float | None, typer.Option(help="The best by stored bits a weight, on average over linears.")] = (
+        None
+    )
+    menu: Annotated[
+        str | None, typer.Option(help="Grids to choose from: native, compressed-tensors, or int3/64/asym,int4/64,...")
+    ] = None
     dtype: Annotated[str, typer.Option(help="Calibration forward: auto, bfloat16 or float32.")] = Compute.dtype
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = Compute.device
     work: Annotated[
@@ -52,7 +63,8 @@ class Job:
     def told(self) -> dict[str, Any]:
         """Keyword arguments of `lilliput.compress` and `lilliput.plan`. Raises PlanError for what is no size."""
         sizes = {"memory": parse_size(self.memory, "--memory"), "size": parse_size(self.size, "--size")}
-        return {**vars(self), **sizes, "settings": tuple(self.settings or ())}
+        menu = () if self.menu is None else tuple(x.strip() for x in self.menu.split(","))
+        return {**vars(self), **sizes, "menu": menu, "settings": tuple(self.settings or ())}
 
 
 @dataclass(frozen=True)

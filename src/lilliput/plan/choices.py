@@ -65,7 +65,7 @@ def steps(plan: Plan) -> tuple[Task, ...]:
 def candidates(plan: Plan, task: Task) -> Candidates:
     """What each linear that the step governs can have. Raises PlanError where that is nothing."""
     spec, governed = task.of(Choose), plan.resolved.governed(task)
-    entries = spec.menu(task.options)
+    entries = spec.entries(task.options)
     options: dict[str, dict[int, tuple[Target, int]]] = {}
     together: dict[str, list[str]] = {}
     why = ""
@@ -118,10 +118,12 @@ def room(plan: Plan, task: Task, found: Candidates) -> int:
         return goal.size - (plan.folder_bytes - payload(plan, found))
     if goal.bits is None:
         raise PlanError(f"{task.label}: it keeps to a size or to an average of bits: give one of them")
-    weights = sum(
-        x.linear.parameters for x in (*plan.resolved.linears, *plan.resolved.tables) if x.name in found.options
-    )
-    return int(goal.bits * weights / 8)
+    return int(goal.bits * _weights(plan, found) / 8)
+
+
+def _weights(plan: Plan, found: Candidates) -> int:
+    linears = (*plan.resolved.linears, *plan.resolved.tables)
+    return sum(x.linear.parameters for x in linears if x.name in found.options)
 
 
 def feasible(plan: Plan, model: Model) -> Plan:
@@ -130,7 +132,7 @@ def feasible(plan: Plan, model: Model) -> Plan:
     for task in steps(plan):
         found = candidates(plan, task)
         items = found.items()
-        least, most = choice.smallest(items), choice.largest(items)
+        least = choice.smallest(items)
         goal, left = task.of(Choose).goal(task.options), room(plan, task, found)
         if goal.size is not None and goal.bits is not None:
             raise PlanError(f"{task.label}: a size and an average of bits contradict each other: give one of them")
@@ -141,7 +143,6 @@ def feasible(plan: Plan, model: Model) -> Plan:
             )
         if least.bytes > left:
             raise PlanError(_too_small(plan, task, found, items, least, left))
-        del most
     return plan
 
 
@@ -154,9 +155,9 @@ def original(model: Model) -> int:
 def _too_small(plan: Plan, task: Task, found: Candidates, items: Sequence[Item], least: Choice, left: int) -> str:
     goal = task.of(Choose).goal(task.options)
     if goal.size is None:
-        weights = sum(x.linear.parameters for x in plan.resolved.linears if x.name in found.options)
+        smallest_bits = 8 * least.bytes / _weights(plan, found)
         return (
-            f"--bits {goal.bits} is less than the smallest entries of the menu take: {8 * least.bytes / weights:.3f} "
+            f"--bits {goal.bits} is less than the smallest entries of the menu take: {smallest_bits:.3f} "
             "bits a weight with scales. Nearest: that, or a --menu with larger groups"
         )
     rest = plan.folder_bytes - payload(plan, found)
@@ -194,7 +195,7 @@ def decided(plan: Plan, model: Model, task: Task, scores: Scores) -> Plan:
 
 def said(task: Task, found: Candidates, items: Sequence[Item], chosen: Choice) -> str:
     """Who got what, in a sentence."""
-    entries = task.of(Choose).menu(task.options)
+    entries = task.of(Choose).entries(task.options)
     got: Counter[str] = Counter()
     for item, j in zip(items, chosen.picks, strict=True):
         got[entries[item.options[j].key]] += len(found.together[item.name])

@@ -132,7 +132,7 @@ def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progr
     """Take the scores and the trials that the journal does not have yet."""
     spec, governed = task.of(Choose), plan.resolved.governed(task)
     found = choices.candidates(plan, task)
-    entries = len(spec.menu(task.options))
+    entries = len(spec.entries(task.options))
     planned = trials(plan, task, found)
     of_block = {(x.block, x.linear.name): x for x in plan.resolved.linears if x.name in found.options}
 

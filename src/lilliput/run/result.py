@@ -33,6 +33,8 @@ class Compression:
     def to_json(self) -> dict[str, Any]:
         keys = ("bytes", "folder_bytes", "bits_per_weight", "model_bits_per_weight", "peak_rss_bytes", "seconds")
         predicted = self.plan.to_json()
+        if self.plan.foreseen is not None:
+            predicted, keys = {**predicted, "kl": self.plan.foreseen}, (*keys, "kl")
         measured: dict[str, Any] = {} if self.evaluation is None else dict(self.evaluation.to_json())
         measured |= {
             **({} if self.engine is None else {"engine": self.engine.detail}),

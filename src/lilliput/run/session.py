@@ -24,10 +24,12 @@ from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.metrics.layout import window
 from lilliput.model import rotated
 from lilliput.model.stored import Model, open_model
-from lilliput.options import Calibration, Compute, Gates, Limits, Text
+from lilliput.options import Calibration, Compute, Fit, Gates, Limits, Text
+from lilliput.plan import choices
 from lilliput.plan.plan import Plan, compute_dtype, make
 from lilliput.plan.resolve import rotates
 from lilliput.progress import Progress, Quiet
+from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
 from lilliput.run import calibration, delivery, journal, stages, stream
@@ -45,6 +47,7 @@ class Job:
     calibration: Calibration = Calibration()
     limits: Limits = Limits()
     compute: Compute = Compute()
+    fit: Fit | None = None  # in place of a recipe: the best that keeps to it
 
     @property
     def work(self) -> Path | None:
@@ -92,7 +95,10 @@ def _open(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         raise PlanError(
             f"{text.samples} samples of {text.tokens} tokens: calibration takes at least 1 sample of 2 tokens"
         )
-    found = job.recipe if isinstance(job.recipe, Recipe) else recipes.load(job.recipe)
+    if job.fit is not None:
+        found = compose(job.fit)
+    else:
+        found = job.recipe if isinstance(job.recipe, Recipe) else recipes.load(job.recipe)
     wanted = recipes.with_settings(found, job.settings) if job.settings else found
     where = choose_device(compute.device)
     dtype = compute_dtype(compute.dtype, where)
@@ -104,14 +110,14 @@ def _open(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         samples=text.samples,
         tokens=text.tokens,
         budget=job.limits.memory,
-        size=job.limits.size,
+        size=job.limits.size if job.fit is None else None,
         seed=text.seed,
         dtype=dtype,
         device=where,
         measured=measured,
         processes=ranks.size(),
     )
-    return opened, made
+    return opened, choices.feasible(made, opened)
 
 
 def _refuse(out: Path, elsewhere: Path | None, text: Text) -> None:
@@ -199,6 +205,7 @@ def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: P
             warnings = (*warnings, *seen.notes)
             spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
             delivery.write_report(place.staging, facts, seen, evaluation, spent, peak, warnings)
+            _within(place.staging, job.fit)
         place.publish()
     evidence = None
     if evaluation is not None and original is not None:
@@ -218,6 +225,16 @@ def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: P
         engine=seen,
         evidence=evidence,
     )
+
+
+def _within(folder: Path, fit: Fit | None) -> None:
+    """Raises LilliputError for a folder of more bytes than were asked for."""
+    whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if fit is not None and fit.size is not None and whole > fit.size:
+        raise LilliputError(
+            f"the folder has {whole} bytes, {whole - fit.size} more than --size {fit.size}: what lies beside the "
+            f"weights took more than was foreseen; ask for --size {2 * fit.size - whole}"
+        )
 
 
 def _measure(

@@ -26,6 +26,7 @@ from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
 from lilliput.run import drivers
 from lilliput.run.driver import LinearDriver
+from lilliput.run.heads import head_inputs, token_counts
 from lilliput.run.journal import Work
 from lilliput.run.linear import Rows, energies, fits, overflow, within
 from lilliput.run.output import Output
@@ -65,27 +66,6 @@ def compress(
         work.note({"kind": "table", "name": table.name, "rows": [row], "sha256": hashes})
         memory.trim()
         show.step(number + 1, len(tables), f"{table.linear.role}, error {job.error:.4f}")
-
-
-def head_inputs(model: Model, hidden: Activations, needs: frozenset[str]) -> SiteStats:
-    """Statistics of what the head reads, over the samples of all ranks."""
-    skeleton = model.skeleton
-    state = fold.init(skeleton.hidden_size, needs, skeleton.device)
-    model.load(skeleton.final)
-    try:
-        for i in range(len(hidden)):
-            state = fold.update(state, skeleton.finish(hidden.read(i, i + 1).to(skeleton.device)))
-    finally:
-        model.unload(skeleton.final)
-    return fold.complete(state, HEAD, skeleton.dtype)
-
-
-def token_counts(ids: Tensor, vocabulary: int) -> Tensor:
-    """How often each token occurs in the samples of all ranks, float32 [vocabulary]."""
-    counts = torch.bincount(ids.reshape(-1), minlength=vocabulary).float()
-    if ranks.size() > 1:
-        ranks.add(counts)
-    return counts
 
 
 def _stats(table: LinearPlan, read: SiteStats | None, needs: frozenset[str]) -> SiteStats:

@@ -12,8 +12,8 @@ from lilliput.model.stored import TABLE_ROWS, Model
 from lilliput.plan.choices import Candidates
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
+from lilliput.run.heads import head_inputs, token_counts
 from lilliput.run.journal import Work
-from lilliput.run.tables import head_inputs, token_counts
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.divergence import spread as uncertainty

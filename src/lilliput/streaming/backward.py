@@ -63,8 +63,8 @@ def loss(skeleton: Skeleton, read: Read, samples: Samples) -> float:
 
 @contextmanager
 def reruns(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callable[[int, Read], Activations]]:
-    """What the last block leaves, for many weights that differ little: a function of the first block that differs and of
-    how tensors enter. Its result is valid until the next call.
+    """What the last block leaves, for many weights that differ little: a function of the first block that differs and
+    of how tensors enter. Its result is valid until the next call.
 
     The states that enter every block are kept on disk while the context lasts, so that only the blocks from that one on
     run again. The number of blocks stands for none.

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lilliput.anatomy.model import Linear
+from lilliput.budget import menu
 from lilliput.errors import PlanError
 from lilliput.machine.cost import Cost
 from lilliput.stats.site import SiteStats
@@ -39,8 +40,8 @@ class Choose(Spec[OptionsT]):
     """`score(weight, stats, cost, targets, options)`: for each target, the loss that it costs alone.
 
     weight float32 [out, in]; `cost` float32 [out]: squared gradients of each output row, summed; the losses are in
-    units in which cost times the mean squared error of a row's output over that of its inputs is 1. `menu(options)`:
-    entries (`budget.menu`); `goal(options)`, `trials(options)`; `fused(options)`: what an engine runs as one linear
+    units in which cost times the mean squared error of a row's output over that of its inputs is 1. `entries(options)`:
+    the menu (`budget.menu`); `goal(options)`, `trials(options)`; `fused(options)`: what an engine runs as one linear
     gets one grid; `governs`: methods whose loss `score` foresees.
     """
 
@@ -49,7 +50,7 @@ class Choose(Spec[OptionsT]):
     stage: ClassVar[Stage] = Stage.TARGETS
 
     score: Callable[[Tensor, SiteStats, Tensor, Sequence[Target], OptionsT], tuple[float, ...]]
-    menu: Callable[[OptionsT], tuple[str, ...]]
+    entries: Callable[[OptionsT], tuple[str, ...]]
     goal: Callable[[OptionsT], Goal]
     trials: Callable[[OptionsT], Trials]
     fused: Callable[[OptionsT], bool]
@@ -70,6 +71,12 @@ class Choose(Spec[OptionsT]):
                     "put that step behind it"
                 )
 
+    def apart(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
+        """Grids that stand beside each other, whatever their groups: a row's own always fits."""
+        entries = self.entries(options)
+        found = [menu.on(target, x).model_copy(update={"group_size": -1}) for x in (entries[0], entries[-1])]
+        return tuple(dict.fromkeys(found))
+
     def tokens(self, options: OptionsT) -> bool:
         return True
 
@@ -87,4 +94,4 @@ class Choose(Spec[OptionsT]):
     def cost(self, extent: Extent, options: OptionsT) -> Cost:
         trials = self.trials(options)
         runs = (1 + trials.count / 2) * min(trials.samples, extent.samples)
-        return Cost(operations=extent.weights * (3.0 * runs * extent.tokens + 40 * len(self.menu(options))))
+        return Cost(operations=extent.weights * (3.0 * runs * extent.tokens + 40 * len(self.entries(options))))

@@ -6,9 +6,9 @@ loss of the whole model (its KL divergence from the original) rises by
 
     KL ~ (T - 1) / 2  sum_i F_i  D_i G D_iT / tr G,     F_i = sum_j E (dL_n / dW_ij)^2
 
-to second order: G the Gram matrix of the inputs, L_n the mean cross-entropy of a sample of T tokens. GPTQ's sweep leaves
-D_i G D_iT = sum_j e_ij^2 / U_jj^2 with rounding errors e (see `gptq`), so one rounding to nearest on searched ranges, of
-`rows` rows, and one factor of the Gram matrix give what the sweep would leave, without the sweep.
+to second order: G the Gram matrix of the inputs, L_n the mean cross-entropy of a sample of T tokens. GPTQ's sweep
+leaves D_i G D_iT = sum_j e_ij^2 / U_jj^2 with rounding errors e (see `gptq`), so one rounding to nearest on searched
+ranges, of `rows` rows, and one factor of the Gram matrix give what the sweep would leave, without the sweep.
 
 A few linears are then really quantized, each alone, and the KL divergence is measured through the rest of the model:
 what was foreseen is multiplied by the ratio, by role of the linear. The choice of least summed loss within the bytes is
@@ -108,7 +108,7 @@ METHOD = Choose(
         {"method": "gptq", "target": {"bits": 2, "group_size": 64, "symmetric": False}},
     ],
     score=score,
-    menu=lambda o: menus.entries(o.menu),
+    entries=lambda o: menus.entries(o.menu),
     goal=lambda o: Goal(o.size, o.average),
     trials=lambda o: Trials(o.trials, o.trial_samples),
     fused=lambda o: o.fused,

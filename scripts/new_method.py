@@ -4,8 +4,9 @@
     python scripts/new_method.py FAMILY NAME [--root CHECKOUT]
 
 FAMILY is the folder of a verb: weight (one linear at a time), rewrite (a block that keeps its function), fit (the
-linears of a block together), allocate and search (who gets how much of a budget, by scores or by trying), learn (a
-rotation of the whole model), edit (what leaves the model). NAME is what recipes call the method.
+linears of a block together), allocate and search (who gets how much of a budget, by scores or by trying), choose (which
+grid of a menu each linear gets), learn (a rotation of the whole model), edit (what leaves the model). NAME is what
+recipes call the method.
 Every place to change is marked with "replace:". The templates are files of scripts/templates.
 """
 

@@ -21,7 +21,7 @@ from lilliput.model.stored import Model, open_model
 from lilliput.plan.plan import Plan, make
 from lilliput.plan.resolve import rotates
 from lilliput.progress import Quiet
-from lilliput.recipe.schema import Recipe, Step
+from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.run import search as trials
 from lilliput.run import stages, stream
 from lilliput.run.journal import Work
@@ -34,6 +34,7 @@ from lilliput.verbs.learn import Learn
 pytestmark = pytest.mark.slow
 
 LAYERS = 3
+_ALL = Where(include=("*", "embed"))
 RECIPES: Mapping[str, tuple[Step, ...]] = {
     "owl, wanda": (Step(method="owl", options={"multiple": 2.0}), Step(method="wanda", target=Target(sparsity=0.6))),
     "spinquant, owl, wanda, gptq": (
@@ -53,6 +54,14 @@ RECIPES: Mapping[str, tuple[Step, ...]] = {
     "laser-search, laser": (
         Step(method="laser-search", options={"kept": [0.05, 0.5], "late": 0.6, "share": 0.5}),
         Step(method="laser"),
+    ),
+    "menu by loss, gptq": (
+        Step(
+            method="menu",
+            options={"menu": ["int2/8", "int3/8", "int8/8"], "average": 5.0, "trials": 2, "trial_samples": 2},
+            where=_ALL,
+        ),
+        Step(method="gptq", target=Target(bits=2, group_size="channel"), where=_ALL),
     ),
     "hadamard, wanda 2:4, gptq": (
         Step(method="hadamard"),
@@ -115,9 +124,11 @@ def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
     kinds = [r["kind"] for r in records]
     learning, scoring = ("spinquant" in name or "hadamard" in name), ("owl" in name or "ranks" in name)
     assert kinds.count("rotation") == learning
-    assert kinds.count("score") == scoring * LAYERS
+    choosing = "menu" in name
+    assert kinds.count("score") == scoring * LAYERS + choosing * (LAYERS + 1)
     assert kinds.count("fisher") == ("loss" in name) * LAYERS
     assert kinds.count("found") == ("laser" in name)
+    assert not choosing or kinds.count("trial") == 2
     assert (kinds.count("trial") > 1 + 2 * 7 * 2) == ("laser" in name), "all of two blocks, and what was put together"
     taken: list[None] = []
     measured = trials._Trials._measured
@@ -144,7 +155,7 @@ def test_a_run_stopped_at_any_record_ends_with_the_same_bytes(
             assert [r["kind"] for r in again] == kinds
             # At most the one block, or the one rotation, that had no record yet is done twice.
             assert len(scored) <= scoring * LAYERS + 1
-            assert len(taken) == kinds.count("trial") + (before and kinds[after] == "trial")
+            assert choosing or len(taken) == kinds.count("trial") + (before and kinds[after] == "trial")
             assert len(learned) <= ("spinquant" in name) + (before and kinds[after] == "rotation")
 
 

@@ -84,15 +84,54 @@ def compress(
 
 @app.command()
 @grouped
-def plan(model: ModelArg, job: Job, as_json: JsonOpt = False) -> None:
-    """What compress would do: bytes by kind of tensor, bits per weight, peak RAM, time. Reads no weights."""
+def plan(
+    model: ModelArg,
+    job: Job,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Measure how small it can get: predicted loss against bytes.")
+    ] = False,
+    html: HtmlOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """What compress would do: bytes by kind of tensor, bits per weight, peak RAM, time. Reads no weights, but for
+    --frontier."""
 
     def run() -> Any:
         from lilliput import api
 
+        if frontier:
+            return _frontier(model, job, html)
+        if html is not None:
+            raise PlanError("a plan has no page: add --frontier, or leave --html out")
         return api.plan(model, **job.told()).to_json()
 
-    answer(run, table.plan, as_json)
+    def view(data: Any) -> Any:
+        if not frontier:
+            return table.plan(data)
+        from lilliput.report import frontier as curve
+
+        return curve.show(data)
+
+    answer(run, view, as_json)
+
+
+def _frontier(model: str, job: Job, html: Path | None) -> Any:
+    from lilliput import api
+    from lilliput.progress import Progress
+    from lilliput.report import frontier as curve
+    from lilliput.report import page
+
+    told = job.told()
+    for name in ("recipe", "size", "bits"):
+        if told.pop(name) is not None:
+            raise PlanError(f"--frontier looks at all sizes, and --{name} names one: leave one of them out")
+    if html is not None:
+        page.writable(html)
+    with Progress() as progress:
+        data = api.frontier(model, **told, progress=progress).to_json()
+    if html is not None:
+        page.write(html, curve.render(data))
+    return data
 
 
 @app.command()

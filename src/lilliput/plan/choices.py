@@ -62,10 +62,15 @@ def steps(plan: Plan) -> tuple[Task, ...]:
     return plan.resolved.of(Choose)
 
 
+def entries(task: Task) -> tuple[str, ...]:
+    """The menu of a step."""
+    return task.of(Choose).entries(task.options)
+
+
 def candidates(plan: Plan, task: Task) -> Candidates:
     """What each linear that the step governs can have. Raises PlanError where that is nothing."""
     spec, governed = task.of(Choose), plan.resolved.governed(task)
-    entries = spec.entries(task.options)
+    menu_entries = entries(task)
     options: dict[str, dict[int, tuple[Target, int]]] = {}
     together: dict[str, list[str]] = {}
     why = ""
@@ -74,7 +79,7 @@ def candidates(plan: Plan, task: Task) -> Candidates:
             continue
         size = sizes(plan, x, governed[x.name])
         found: dict[int, tuple[Target, int]] = {}
-        for j, entry in enumerate(entries):
+        for j, entry in enumerate(menu_entries):
             target = menu.on(governed[x.name].target, entry)
             try:
                 if not _whole(x, target, spec.fused(task.options)) or not _fits(x, governed[x.name], target):
@@ -84,7 +89,7 @@ def candidates(plan: Plan, task: Task) -> Candidates:
             except PlanError as error:
                 why = str(error)
         if not found:
-            raise PlanError(f"{task.label}: {x.name} can have no entry of the menu {', '.join(entries)}: {why}")
+            raise PlanError(f"{task.label}: {x.name} can have no entry of the menu {', '.join(menu_entries)}: {why}")
         options[x.name] = found
         together.setdefault(spec.together(x.name, x.linear, task.options), []).append(x.name)
     made = Candidates(options, {key: tuple(names) for key, names in together.items()})
@@ -193,11 +198,43 @@ def decided(plan: Plan, model: Model, task: Task, scores: Scores) -> Plan:
     return replace(made, foreseen=chosen.loss, notes=(*made.notes, said(task, found, items, chosen)))
 
 
-def said(task: Task, found: Candidates, items: Sequence[Item], chosen: Choice) -> str:
-    """Who got what, in a sentence."""
-    entries = task.of(Choose).entries(task.options)
+@dataclass(frozen=True)
+class Point:
+    """One choice of the curve: bytes of the whole folder, stored bits of a weight over what is chosen among, the KL
+    divergence foreseen in nats, and how many linears got which entry."""
+
+    folder_bytes: int
+    bits: float
+    kl: float
+    chosen: Mapping[str, int]
+
+
+def frontier(plan: Plan, model: Model, task: Task, scores: Scores, count: int) -> list[Point]:
+    """The best choices from the fewest bytes to the least loss, `count` sizes evenly apart."""
+    found = candidates(plan, task)
+    items = found.items(scores)
+    low, high = choice.smallest(items).bytes, choice.largest(items).bytes
+    made: dict[tuple[int, ...], Point] = {}
+    for n in range(count):
+        chosen = choice.choose(items, low + (high - low) * n // max(count - 1, 1))
+        if chosen is None:
+            raise RuntimeError("the smallest choice does not fit its own bytes")
+        laid = divided(plan, model, plan.resolved.with_targets(task, found.targets(items, chosen)))
+        bits = 8 * chosen.bytes / _weights(plan, found)
+        made[chosen.picks] = Point(laid.folder_bytes, bits, chosen.loss, _counted(task, found, items, chosen))
+    return list(made.values())
+
+
+def _counted(task: Task, found: Candidates, items: Sequence[Item], chosen: Choice) -> dict[str, int]:
+    """How many linears got each entry, in the order of the menu."""
+    names = entries(task)
     got: Counter[str] = Counter()
     for item, j in zip(items, chosen.picks, strict=True):
-        got[entries[item.options[j].key]] += len(found.together[item.name])
-    named = ", ".join(f"{got[x]} x {x}" for x in entries if got[x])
+        got[names[item.options[j].key]] += len(found.together[item.name])
+    return {x: got[x] for x in names if got[x]}
+
+
+def said(task: Task, found: Candidates, items: Sequence[Item], chosen: Choice) -> str:
+    """Who got what, in a sentence."""
+    named = ", ".join(f"{n} x {x}" for x, n in _counted(task, found, items, chosen).items())
     return f"{task.method.name} chose {named}; KL divergence foreseen: {chosen.loss:.4f} nats."

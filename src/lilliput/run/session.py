@@ -57,12 +57,12 @@ class Job:
 def planned(job: Job) -> Plan:
     """What `compressed` would do. Reads no weights and writes nothing. Raises LilliputError."""
     with ranks.joined(), ranks.together():
-        _refuse_work(job.work)
+        refuse_work(job.work)
         opened, made = _open(job)
         if ranks.lead():
             calibration.read(opened, made, job.calibration)
             if job.work is not None:
-                journal.room(job.work, _spill(made, opened, 0))
+                journal.room(job.work, spill(made, opened, 0))
         return made
 
 
@@ -90,6 +90,12 @@ def compressed(job: Job, out: Path, text: Text, progress: Progress | None = None
 
 
 def _open(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
+    opened, made = resolved(job, measured=measured)
+    return opened, choices.feasible(made, opened)
+
+
+def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
+    """The model of a job and its plan. Raises PlanError for what cannot be carried out, whatever its size."""
     text, compute = job.calibration, job.compute
     if text.samples < 1 or text.tokens < 2:
         raise PlanError(
@@ -117,7 +123,7 @@ def _open(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         measured=measured,
         processes=ranks.size(),
     )
-    return opened, choices.feasible(made, opened)
+    return opened, made
 
 
 def _refuse(out: Path, elsewhere: Path | None, text: Text) -> None:
@@ -125,12 +131,12 @@ def _refuse(out: Path, elsewhere: Path | None, text: Text) -> None:
         raise LilliputError(f"{out} exists already: choose another --out, or move it away first")
     if not out.absolute().parent.is_dir():
         raise LilliputError(f"the folder {out.absolute().parent} does not exist: create it, or choose another --out")
-    _refuse_work(elsewhere)
+    refuse_work(elsewhere)
     if text.windows == 1:
         raise DataError("one window gives no interval: measure on 2 or more, or on 0 for no measurement")
 
 
-def _refuse_work(place: Path | None) -> None:
+def refuse_work(place: Path | None) -> None:
     """Raises PlanError where no folder can be made at `place`."""
     if place is None:
         return
@@ -140,7 +146,7 @@ def _refuse_work(place: Path | None) -> None:
         raise PlanError(f"--work {place}: {there} {why}; name a place where the unfinished run can lie")
 
 
-def _spill(made: Plan, model: Model, eval_windows: int) -> int:
+def spill(made: Plan, model: Model, eval_windows: int) -> int:
     """Bytes of what lies in the work folder at its fullest."""
     measuring = Cost(disk=2 * eval_windows * window(model) * model.skeleton.hidden_size * 4 if eval_windows else 0)
     return stream.cost(made, model).then(measuring).disk
@@ -155,7 +161,7 @@ def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:
     return Tokens.of(ids, source) if tokens is None else tokens
 
 
-def _read(opened: Model, made: Plan, told: Calibration, text: Text) -> tuple[Plan, Tokens | None]:
+def read(opened: Model, made: Plan, told: Calibration, text: Text) -> tuple[Plan, Tokens | None]:
     """The plan with the checkpoint's fingerprint, and the calibration windows. The leader alone reads.
 
     Text that is missing or too short is found before the checkpoint is read, not after the work.
@@ -173,7 +179,7 @@ def _read(opened: Model, made: Plan, told: Calibration, text: Text) -> tuple[Pla
 
 
 def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: Progress, began: float) -> Compression:
-    made, tokens = _read(opened, made, job.calibration, text)
+    made, tokens = read(opened, made, job.calibration, text)
     layout: dict[str, Any] = {"batch": made.layout.batch, "lockstep": made.layout.lockstep}
     if made.budget is None:
         # The layout follows the free memory of the moment; a run that goes on keeps the one that it began with.
@@ -189,7 +195,7 @@ def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: P
     with Work(out, key, job.work, layout) as place:
         with ranks.together():
             if ranks.lead():
-                place.need(made.folder_bytes, _spill(made, opened, text.windows))
+                place.need(made.folder_bytes, spill(made, opened, text.windows))
         skipped = len(place.find("block"))
         rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
         peak = max(ranks.gathered(memory.peak_above_base()))

@@ -1,0 +1,27 @@
+"""my-method against a slow version written from its equations, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lilliput.formats.integer import IntegerFormat
+from lilliput.methods.choose.my_method import Options, score
+from lilliput.stats.site import SiteStats
+from lilliput.target import Target
+
+
+def reference(weight: torch.Tensor, cost: torch.Tensor, form: IntegerFormat) -> float:
+    """replace: your equations, as obvious as can be."""
+    grid = form.fit(weight, search="mse")
+    done = form.decode(form.encode(weight, grid), grid)
+    rows = [sum(float(x) ** 2 for x in row) / len(row) for row in done - weight]
+    return sum(float(c) * x for c, x in zip(cost, rows, strict=True))
+
+
+def test_my_method_agrees_with_the_reference() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, cost = torch.randn(6, 32, generator=draw), torch.rand(6, generator=draw)
+    target = Target(bits=4, group_size=16, scale_dtype="float16")
+    found = score(weight, SiteStats(32, 1, gram=torch.eye(32)), cost, [target], Options())
+    assert found == pytest.approx((reference(weight, cost, IntegerFormat(4, True, 16, torch.float16)),), rel=1e-5)

@@ -1,0 +1,71 @@
+"""How small a model can get: the best choices of all sizes, from one measuring pass and without writing a model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lilliput.errors import PlanError
+from lilliput.machine import ranks
+from lilliput.options import Text
+from lilliput.plan import choices
+from lilliput.plan.choices import Point
+from lilliput.progress import Progress, Quiet
+from lilliput.run import choosing, fisher
+from lilliput.run.journal import Work
+from lilliput.run.session import Job, read, refuse_work, resolved
+
+POINTS = 13  # sizes that are looked at
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The curve of a model: `original_bytes` are those of the source."""
+
+    model: str
+    layout: str
+    menu: tuple[str, ...]
+    original_bytes: int
+    points: Sequence[Point]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "format": self.layout,
+            "menu": list(self.menu),
+            "original_bytes": self.original_bytes,
+            "frontier": [asdict(x) for x in self.points],
+        }
+
+
+def frontier(job: Job, progress: Progress | None = None) -> Frontier:
+    """Measure once what each grid would cost, and choose for many sizes. `job.fit` has the menu.
+
+    The measuring is journalled in the job's work folder, where it names one: a killed call goes on when it is repeated.
+    Raises LilliputError.
+    """
+    if ranks.size() > 1:
+        raise PlanError(f"{ranks.size()} processes were started, but --frontier is the work of one")
+    refuse_work(job.work)
+    shown = Quiet() if progress is None else progress
+    opened, made = resolved(job, measured=False)
+    (task,) = choices.steps(made)
+    choices.candidates(made, task)
+    made, tokens = read(opened, made, job.calibration, Text(windows=0))
+    if tokens is None:
+        raise RuntimeError("a choice by loss was planned, but there are no tokens")
+    with tempfile.TemporaryDirectory() as passing, shown:
+        place = Path(passing) if job.work is None else job.work
+        place.mkdir(parents=True, exist_ok=True)
+        with Work(place / "frontier", made.hash(tokens.fingerprint)) as work, torch.no_grad():
+            fisher.take(made, opened, tokens.ids, work, shown, 0)
+            choosing.measure(made, task, opened, tokens.ids, work, shown)
+            scores = choosing.foreseen(made, task, work)
+    points = choices.frontier(made, opened, task, scores, POINTS)
+    entries = choices.entries(task)
+    return Frontier(made.model, made.exporter, entries, choices.original(opened), points)

@@ -248,9 +248,50 @@ def test_size(refused: Callable[..., str], lilliput: Callable[..., tuple[int, st
     code, out, _ = lilliput("plan", tiny("qwen2"), *SHORT, "--json")
     assert code == 0
     need = json.loads(out)["folder_bytes"]
-    said = refused(tiny("qwen2"), "--size", str(need - 1234))
+    said = refused(tiny("qwen2"), "--recipe", "w4-engines", "--size", str(need - 1234))
     assert "1234 bytes" in said
-    assert lilliput("plan", tiny("qwen2"), *SHORT, "--size", str(need))[0] == 0
+    assert lilliput("plan", tiny("qwen2"), *SHORT, "--recipe", "w4-engines", "--size", str(need))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--size", "20kB"], ["20.00kB", "the smallest that this menu makes is", "files beside the weights"]),
+        (["--size", "1GB"], ["1.00GB", "more than the model itself takes"]),
+        (["--size", "0"], ["--size", "0"]),
+        (["--size", "3XB"], ["3XB", "400MB"]),
+        (["--size", "400kB", "--bits", "3"], ["contradict"]),
+        (["--bits", "0"], ["--bits 0", "3.5"]),
+        (["--bits", "1.2"], ["--bits 1.2", "smallest entries"]),
+        (["--bits", "3", "--recipe", "gptq"], ["--bits", "--recipe"]),
+        (["--menu", "native", "--recipe", "gptq"], ["--menu", "--recipe"]),
+        (["--menu", "native"], ["give --size or --bits"]),
+        (["--bits", "4", "--menu", "natif"], ["natif", "Did you mean 'native'"]),
+        (["--bits", "4", "--menu", "int4/64/odd"], ["odd", "int4/64/asym"]),
+        (["--bits", "4", "--menu", "int9/64"], ["int9"]),
+        (["--bits", "4", "--menu", "int4/64,int4/64"], ["twice"]),
+    ],
+)
+def test_goals(refused: Callable[..., str], tiny: Tiny, more: list[str], words: list[str]) -> None:
+    said = refused(tiny("qwen2"), *more)
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--frontier", "--size", "1MB"], ["--frontier", "--size"]),
+        (["--frontier", "--recipe", "gptq"], ["--frontier", "--recipe"]),
+        (["--html", "page.html"], ["--frontier"]),
+    ],
+)
+def test_frontiers(
+    lilliput: Callable[..., tuple[int, str, str]], tiny: Tiny, more: list[str], words: list[str]
+) -> None:
+    code, out, err = lilliput("plan", tiny("qwen2"), *SHORT, *more, "--json")
+    assert (code, out) == (2, "")
+    assert all(word in err for word in words)
 
 
 def test_memory(

@@ -84,6 +84,8 @@ def test_compress_passes_every_argument(monkeypatch: pytest.MonkeyPatch) -> None
         "tokens": 64,
         "memory": 4_000_000_000,
         "size": 400_000_000,
+        "bits": None,
+        "menu": (),
         "dtype": "float32",
         "device": "cpu",
         "work": Path("w"),
@@ -98,12 +100,14 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     _, api = run(monkeypatch, reporting(REPORT), "plan", "m")
     _, _, options = api.calls[0]
     assert options == {
-        "recipe": "w4-engines",
+        "recipe": None,
         "data": "docs",
         "samples": 128,
         "tokens": 512,
         "memory": None,
         "size": None,
+        "bits": None,
+        "menu": (),
         "dtype": "auto",
         "device": "auto",
         "work": None,

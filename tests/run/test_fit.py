@@ -1,0 +1,59 @@
+"""A size or an average of bits goes in, a folder that keeps to it comes out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from lilliput import api
+from lilliput.report import frontier as curve
+from lilliput.report import table
+
+Tiny = Callable[[str], Path]
+SHORT: dict[str, Any] = {"samples": 3, "tokens": 32, "device": "cpu", "dtype": "float32", "settings": ["menu.trials=3"]}
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+def test_a_folder_of_a_size(tiny: Tiny, tmp_path: Path) -> None:
+    size = 4_000_000
+    done = api.compress(tiny("wide"), tmp_path / "out", size=size, eval_windows=2, **SHORT)
+    assert size_of(tmp_path / "out") <= size
+    assert size_of(tmp_path / "out") > 0.98 * size
+    said = done.to_json()
+    assert said["predicted"]["kl"] > 0
+    assert said["measured"]["kl"]["value"] > 0
+    assert any("menu chose" in note for note in said["notes"])
+    assert "KL divergence" in table.text(table.compress(said))
+
+
+@pytest.mark.slow
+def test_engines_read_a_mixture(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = api.compress(tiny("wide"), out, bits=3.6, menu=["compressed-tensors"], eval_windows=0, **SHORT)
+    assert done.plan.bits_per_weight is not None
+    assert 3.55 < done.plan.bits_per_weight <= 3.6
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert len(config["config_groups"]) > 1
+    assert AutoModelForCausalLM.from_pretrained(out) is not None
+
+
+def test_the_frontier_falls_and_is_shown(tiny: Tiny) -> None:
+    data = api.frontier(tiny("llama"), **SHORT).to_json()
+    points = data["frontier"]
+    assert len(points) > 5
+    assert all(a["kl"] > b["kl"] and a["folder_bytes"] < b["folder_bytes"] for a, b in itertools.pairwise(points))
+    assert "x int2/64/asym" in table.text(curve.show(data), 200)
+    page = curve.render(data)
+    assert "<svg" in page
+    assert "Predicted loss against bytes" in page

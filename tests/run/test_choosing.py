@@ -16,7 +16,7 @@ from lilliput.plan import choices
 from lilliput.plan.plan import Plan, make
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step, Where
-from lilliput.run import choosing, stages, stream
+from lilliput.run import choosing, delivery, stages, stream
 from lilliput.run.choosing import corrections
 from lilliput.run.journal import Work
 from lilliput.target import Target
@@ -64,8 +64,8 @@ def test_an_average_of_bits_is_kept_and_filled(source: Model, tmp_path: Path) ->
 
 
 def test_a_size_is_kept_with_all_that_lies_beside_the_weights(source: Model, tmp_path: Path) -> None:
-    least = planned(source, average=8.0).folder_bytes
-    size = least + 2500
+    plan = planned(source, average=8.0)
+    size = plan.bytes + delivery.beside(plan, source) + 3500
     made = chosen(planned(source, size=size), source, tmp_path / "out")
     assert size - 200 < made.folder_bytes <= size
 
@@ -77,7 +77,7 @@ def test_more_bits_are_foreseen_to_lose_less(source: Model, tmp_path: Path) -> N
         stream.run(plan, source, IDS, work, Quiet())
         scores = choosing.foreseen(plan, task, work)
     assert all(list(x) == sorted(x, reverse=True) for x in scores.values())
-    curve = choices.frontier(plan, source, task, scores, 6)
+    curve = choices.frontier(plan, source, task, scores, 6, lambda made: made)
     assert len(curve) == 6
     assert [x.kl for x in curve] == sorted((x.kl for x in curve), reverse=True)
     assert [x.folder_bytes for x in curve] == sorted(x.folder_bytes for x in curve)

@@ -28,7 +28,7 @@ def test_a_folder_of_a_size(tiny: Tiny, tmp_path: Path) -> None:
     size = 4_000_000
     done = api.compress(tiny("wide"), tmp_path / "out", size=size, eval_windows=2, **SHORT)
     assert size_of(tmp_path / "out") <= size
-    assert size_of(tmp_path / "out") > 0.98 * size
+    assert size_of(tmp_path / "out") > 0.995 * size
     said = done.to_json()
     assert said["predicted"]["kl"] > 0
     assert said["measured"]["kl"]["value"] > 0

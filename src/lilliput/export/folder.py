@@ -119,9 +119,14 @@ def write_side_files(
             _write(folder, name, changed)
         else:
             shutil.copyfile(path, _free(folder, name))
-    _write(folder, "config.json", json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    _write(folder, "config.json", config_text(config))
     _write(folder, "README.md", render(card))
     _write(folder, NAME, provenance.to_json())
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """config.json as it is written."""
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[str]], total_size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lilliput import units
@@ -21,7 +21,10 @@ from lilliput.verbs.choose import Choose
 from lilliput.verbs.scores import Scores
 from lilliput.verbs.spec import Task
 
-_ROUNDS = 8  # of choosing anew where headers and the like have grown with the choice
+_ROUNDS = 8  # of choosing anew where headers and the like depend on the choice
+
+Sized = Callable[[Plan], Plan]
+"""The plan with the most bytes that lie beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def _too_small(plan: Plan, task: Task, found: Candidates, items: Sequence[Item],
     for x in plan.tensors:
         if x.source not in found.options:
             kinds[x.kind] += x.nbytes
-    kinds["files beside the weights"] = plan.side_bytes
+    kinds["files beside the weights"] = plan.folder_bytes - plan.bytes
     named = ", ".join(f"{kind} {units.readable(size)}" for kind, size in kinds.most_common(2) if size)
     smallest = least.bytes + rest
     return (
@@ -180,22 +183,33 @@ def _too_small(plan: Plan, task: Task, found: Candidates, items: Sequence[Item],
     )
 
 
-def decided(plan: Plan, model: Model, task: Task, scores: Scores) -> Plan:
-    """The plan with the choice of least summed loss that keeps to the step's goal. Raises PlanError where none does."""
+def decided(plan: Plan, model: Model, task: Task, scores: Scores, sized: Sized) -> Plan:
+    """The plan with the choice of least summed loss that keeps to the step's goal. Raises PlanError where none does.
+
+    What lies beside the weights depends on the choice, so the room is measured anew after each.
+    """
     found = candidates(plan, task)
     items = found.items(scores)
-    left = room(plan, task, found)
-    goal = task.of(Choose).goal(task.options)
-    for _ in range(_ROUNDS):
+    goal, left = task.of(Choose).goal(task.options), room(plan, task, found)
+    best: Plan | None = None
+    tried: set[int] = set()
+    while left not in tried and len(tried) < _ROUNDS:
+        tried.add(left)
         chosen = choice.choose(items, left)
         if chosen is None:
-            raise PlanError(f"{task.label}: nothing on the menu fits")
-        made = divided(plan, model, plan.resolved.with_targets(task, found.targets(items, chosen)))
-        over = 0 if goal.size is None else made.folder_bytes - goal.size
-        if over <= 0:
             break
-        left -= over
-    return replace(made, foreseen=chosen.loss, notes=(*made.notes, said(task, found, items, chosen)))
+        made = divided(plan, model, plan.resolved.with_targets(task, found.targets(items, chosen)))
+        note = said(task, found, items, chosen)
+        made = sized(replace(made, foreseen=chosen.loss, notes=(*made.notes, note)))
+        fits = goal.size is None or made.folder_bytes <= goal.size
+        if fits and (best is None or chosen.loss < (best.foreseen or 0.0)):
+            best = made
+        if goal.size is None:
+            break
+        left = goal.size - (made.folder_bytes - chosen.bytes)
+    if best is None:
+        raise PlanError(f"{task.label}: nothing that was tried keeps to its size; ask for a little more")
+    return best
 
 
 @dataclass(frozen=True)
@@ -209,7 +223,7 @@ class Point:
     chosen: Mapping[str, int]
 
 
-def frontier(plan: Plan, model: Model, task: Task, scores: Scores, count: int) -> list[Point]:
+def frontier(plan: Plan, model: Model, task: Task, scores: Scores, count: int, sized: Sized) -> list[Point]:
     """The best choices from the fewest bytes to the least loss, `count` sizes evenly apart."""
     found = candidates(plan, task)
     items = found.items(scores)
@@ -219,7 +233,7 @@ def frontier(plan: Plan, model: Model, task: Task, scores: Scores, count: int) -
         chosen = choice.choose(items, low + (high - low) * n // max(count - 1, 1))
         if chosen is None:
             raise RuntimeError("the smallest choice does not fit its own bytes")
-        laid = divided(plan, model, plan.resolved.with_targets(task, found.targets(items, chosen)))
+        laid = sized(divided(plan, model, plan.resolved.with_targets(task, found.targets(items, chosen))))
         bits = 8 * chosen.bytes / _weights(plan, found)
         made[chosen.picks] = Point(laid.folder_bytes, bits, chosen.loss, _counted(task, found, items, chosen))
     return list(made.values())

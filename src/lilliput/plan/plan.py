@@ -54,6 +54,7 @@ class Plan:
     notes: tuple[str, ...]
     side_bytes: int
     processes: int = 1  # that share the samples
+    beside: int | None = None  # bytes beside the weights at most, where a step keeps to a size
     foreseen: float | None = None  # KL divergence in nats that a step predicts of its decision
 
     @cached_property
@@ -81,7 +82,9 @@ class Plan:
 
     @cached_property
     def folder_bytes(self) -> int:
-        """Bytes of the whole folder, within a percent."""
+        """Bytes of the whole folder: within a percent, and at most so many where a step keeps to a size."""
+        if self.beside is not None:
+            return self.bytes + self.beside
         rows = 520 * len(self.resolved.linears) + 120 * len(self.tensors) + 12_000
         return self.bytes + self.side_bytes + rows
 

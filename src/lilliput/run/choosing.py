@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from lilliput.plan import choices
 from lilliput.plan.choices import Candidates
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
-from lilliput.run import passes, tablescores
+from lilliput.run import delivery, passes, tablescores
 from lilliput.run.journal import Work, save_atomically
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
@@ -72,7 +72,11 @@ def run(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, pr
 
 def again(plan: Plan, task: Task, model: Model, work: Work) -> Plan:
     """The same, from the journal."""
-    return choices.decided(plan, model, task, foreseen(plan, task, work))
+
+    def sized(made: Plan) -> Plan:
+        return replace(made, beside=delivery.beside(made, model))
+
+    return choices.decided(plan, model, task, foreseen(plan, task, work), sized)
 
 
 def foreseen(plan: Plan, task: Task, work: Work) -> Scores:

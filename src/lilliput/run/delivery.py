@@ -12,9 +12,9 @@ from lilliput.anatomy.wrapper import opener
 from lilliput.data import hub
 from lilliput.data.tokens import Tokens
 from lilliput.errors import LilliputError
-from lilliput.export.card import Card, Figure, read_licence
+from lilliput.export.card import Card, Figure, read_licence, render
 from lilliput.export.engine import Look, look
-from lilliput.export.folder import write_index, write_side_files
+from lilliput.export.folder import OWN, config_text, write_index, write_side_files
 from lilliput.export.provenance import DataRow, LinearRow, Provenance, TensorRow, versions
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.model.stored import Model
@@ -25,6 +25,9 @@ from lilliput.run.journal import Work
 from lilliput.source.source import own_name
 from lilliput.units import interval
 from lilliput.units import size as readable
+
+_LONGEST = -1.2345678901234567e-05  # as a figure takes the most letters
+_MEASURED = 12_000  # bytes for what an evaluation says, in the card and lilliput.json, and for the text's name
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,10 @@ def _portable(plain: dict[str, Any]) -> dict[str, Any]:
     return kept | {"texts": [_portable(x) for x in plain["texts"]]} if "texts" in plain else kept
 
 
-def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: Any) -> None:
+def _contents(
+    d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: tuple[Figure, ...]
+) -> tuple[dict[str, Any], Provenance, Card]:
     plan, model = d.plan, d.model
-    config = written_config(model, plan.quantization_config)
     dataset = None if d.tokens is None else hub.dataset(d.tokens.source)
     card = Card(
         title=f"{model.source.name.rsplit('/', 1)[-1].removesuffix('.gguf')}-{plan.resolved.recipe.name}",
@@ -126,13 +130,33 @@ def _write(folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[
         datasets=() if dataset is None else (dataset,),
         opener=opener(model.source.config).__name__,
     )
+    return written_config(model, plan.quantization_config), _provenance(d, measured, notes), card
+
+
+def _write(
+    folder: Path, d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...], figures: tuple[Figure, ...]
+) -> None:
+    config, provenance, card = _contents(d, measured, notes, figures)
     write_side_files(
-        folder,
-        source_side_files=model.source.side_files(),
-        config=config,
-        provenance=_provenance(d, measured, notes),
-        card=card,
+        folder, source_side_files=d.model.source.side_files(), config=config, provenance=provenance, card=card
     )
+
+
+def beside(plan: Plan, model: Model) -> int:
+    """Bytes at most of the files beside the weights, before a weight is written."""
+    tasks = {x.name: x.tasks for x in (*plan.resolved.linears, *plan.resolved.tables) if x.tasks}
+    row = {"bits": _LONGEST, "error": _LONGEST, "seconds": _LONGEST, "error_of": "output", "zeros": 1.0}
+    rows = tuple(
+        {**row, "name": name, "methods": [x.method.name for x in mine], "tokens": plan.samples * plan.tokens}
+        for name, mine in tasks.items()
+    )
+    hashes = {x.name: "0" * 64 for x in plan.tensors}
+    config, provenance, card = _contents(Delivery(plan, model, "0" * 64, None, rows, hashes), {}, (), ())
+    own = len(config_text(config).encode()) + len(provenance.to_json().encode()) + len(render(card).encode())
+    files = model.source.side_files()
+    carried = sum(path.stat().st_size for name, path in files.items() if name not in OWN)
+    index = sum(len(x.name.encode()) + 64 for x in plan.tensors) + 100 if len(plan.shards) > 1 else 0
+    return own + carried + index + _MEASURED
 
 
 def write_loadable(folder: Path, d: Delivery) -> None:

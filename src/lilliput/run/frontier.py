@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from lilliput.machine import ranks
 from lilliput.options import Text
 from lilliput.plan import choices
 from lilliput.plan.choices import Point
+from lilliput.plan.plan import Plan
 from lilliput.progress import Progress, Quiet
-from lilliput.run import choosing, fisher
+from lilliput.run import choosing, delivery, fisher
 from lilliput.run.journal import Work
 from lilliput.run.session import Job, read, refuse_work, resolved
 
@@ -66,6 +67,10 @@ def frontier(job: Job, progress: Progress | None = None) -> Frontier:
             fisher.take(made, opened, tokens.ids, work, shown, 0)
             choosing.measure(made, task, opened, tokens.ids, work, shown)
             scores = choosing.foreseen(made, task, work)
-    points = choices.frontier(made, opened, task, scores, POINTS)
+
+    def sized(laid: Plan) -> Plan:
+        return replace(laid, beside=delivery.beside(laid, opened))
+
+    points = choices.frontier(made, opened, task, scores, POINTS, sized)
     entries = choices.entries(task)
     return Frontier(made.model, made.exporter, entries, choices.original(opened), points)

@@ -123,6 +123,8 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         measured=measured,
         processes=ranks.size(),
     )
+    if choices.steps(made):
+        made = replace(made, beside=delivery.beside(made, opened))
     return opened, made
 
 

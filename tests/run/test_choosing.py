@@ -85,7 +85,7 @@ def test_more_bits_are_foreseen_to_lose_less(source: Model, tmp_path: Path) -> N
 
 
 def test_an_engine_s_fused_linears_share_a_grid(source: Model, tmp_path: Path) -> None:
-    made = chosen(planned(source, Where(), average=4.2, fused=True), source, tmp_path / "out")
+    made = chosen(planned(source, Where(), average=5.0, fused=True), source, tmp_path / "out")
     for block in range(3):
         got = {x.linear.role: x.tasks[-1].target.bits for x in made.resolved.of_block(block)}
         assert got["q"] == got["k"] == got["v"]

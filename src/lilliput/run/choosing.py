@@ -2,7 +2,9 @@
 quantized, and the choice.
 
 The leader quantizes the linears of the trials when the pass goes through their block, where their statistics are at
-hand, and keeps their weights in files; afterwards the model runs with each of them alone.
+hand, and keeps their weights in files; afterwards the model runs with each of them alone. Any change at all moves a
+model that computes in 16 bits, so each linear is tried with the grid that loses most and with the one that loses least,
+and the difference of the two counts.
 """
 
 from __future__ import annotations
@@ -39,18 +41,20 @@ from lilliput.verbs.scores import Scores
 from lilliput.verbs.spec import Task
 from lilliput.verbs.view import BlockIO, BlockView
 
+_ENDS = ("most", "least")  # of what a linear of a trial may lose
 LIMIT = 8.0  # the most by which a prediction is corrected
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One linear that is quantized alone: an entry of the menu, by number, with its target."""
+    """One linear that is quantized alone, with the smallest and the largest entry that it can have: their numbers in
+    the menu, and their targets."""
 
     number: int
     block: int
     name: str
-    option: int
-    target: Target
+    entries: tuple[int, int]
+    targets: tuple[Target, Target]
 
 
 def cost(plan: Plan, task: Task, model: Model) -> Cost:
@@ -59,7 +63,7 @@ def cost(plan: Plan, task: Task, model: Model) -> Cost:
     trials = task.of(Choose).trials(task.options)
     states = (len(skeleton.block_names) + 2) * skeleton.hidden_size * skeleton.dtype.itemsize
     widest = max((x.linear.parameters for x in plan.resolved.linears), default=0)
-    return Cost(disk=min(trials.samples, plan.samples) * plan.tokens * states + 4 * trials.count * widest)
+    return Cost(disk=min(trials.samples, plan.samples) * plan.tokens * states + 8 * trials.count * widest)
 
 
 def run(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
@@ -84,9 +88,13 @@ def foreseen(plan: Plan, task: Task, work: Work) -> Scores:
     scores = passes.recorded(task, work)
     by_number = {int(r["number"]): float(r["loss"]) for r in work.find("trial") if r["step"] == task.step}
     planned = trials(plan, task, choices.candidates(plan, task))
-    ratios = {x: by_number[x.number] / scores[x.name][x.option] for x in planned if scores[x.name][x.option] > 0}
     role = {x.name: x.linear.role for x in plan.resolved.linears}
-    factors = corrections({x.number: (role[x.name], ratio) for x, ratio in ratios.items()})
+    ratios: dict[int, tuple[str, float]] = {}
+    for x in planned:
+        predicted = scores[x.name][x.entries[0]] - scores[x.name][x.entries[1]]
+        if predicted > 0:
+            ratios[x.number] = role[x.name], by_number[x.number] / predicted
+    factors = corrections(ratios)
     whole = factors.get("", 1.0)
     return {
         name: tuple(value * factors.get(role[name], whole) for value in values) if name in role else tuple(values)
@@ -112,8 +120,7 @@ def corrections(ratios: Mapping[int, tuple[str, float]]) -> dict[str, float]:
 
 
 def trials(plan: Plan, task: Task, found: Candidates) -> tuple[Trial, ...]:
-    """Linears spread over depth and kind, with entries from the smaller half of the menu, whose loss can be told from
-    noise."""
+    """Linears spread over depth and kind."""
     blocks = [[x for x in plan.resolved.of_block(n) if x.name in found.options] for n in range(_blocks(plan))]
     filled = [n for n, linears in enumerate(blocks) if linears]
     count = task.of(Choose).trials(task.options).count if filled else 0
@@ -122,9 +129,8 @@ def trials(plan: Plan, task: Task, found: Candidates) -> tuple[Trial, ...]:
         block = filled[(2 * k + 1) * len(filled) // (2 * count)]
         linear = blocks[block][3 * k % len(blocks[block])]
         options = found.options[linear.name]
-        order = sorted(options, key=lambda j: (options[j][1], j))
-        option = order[k % max(1, len(order) // 2)]
-        planned.append(Trial(k, block, linear.name, option, options[option][0]))
+        ends = min(options, key=lambda j: (options[j][1], j)), max(options, key=lambda j: (options[j][1], j))
+        planned.append(Trial(k, block, linear.name, ends, (options[ends[0]][0], options[ends[1]][0])))
     return tuple(planned)
 
 
@@ -152,13 +158,15 @@ def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progr
             scores[name] = spread(entries, options, [0.5 * (plan.tokens - 1) * x for x in losses])
             for trial in planned:
                 if trial.name == of_block[block, name].name:
-                    step = governed[trial.name]
-                    layer = Layer(trial.name, weight)
-                    value = step.of(Compress).run(layer, stats, trial.target, step.options).decode()
-                    weights = BlockWeights(model, block, view.anatomy)
-                    kept = weights.to_stored(view.anatomy.linear(name), value)
-                    kept = kept.to("cpu", model.written_dtype(f"{trial.name}.weight")).contiguous()
-                    save_atomically(_path(work.folder, task, trial), {"weight": kept})
+                    step, weights = governed[trial.name], BlockWeights(model, block, view.anatomy)
+                    kept = {}
+                    for which, target in zip(_ENDS, trial.targets, strict=True):
+                        layer = Layer(trial.name, weight)
+                        value = step.of(Compress).run(layer, stats, target, step.options).decode()
+                        stored = weights.to_stored(view.anatomy.linear(name), value)
+                        dtype = model.written_dtype(f"{trial.name}.weight")
+                        kept[which] = stored.to("cpu", dtype).contiguous()
+                    save_atomically(_path(work.folder, task, trial), kept)
         return scores
 
     def closing(states: Activations | None) -> Scores:
@@ -198,17 +206,19 @@ def _try(
             whole = again(len(model.skeleton.block_names), model.read)
             for trial in left:
                 name = f"{trial.name}.weight"
-                shape, dtype = model.shape(name), model.written_dtype(name)
-                weight = torch.empty(shape, dtype=dtype)
-                if ranks.lead():
-                    weight = load_file(_path(work.folder, task, trial))["weight"]
-                weight = ranks.same(weight)
+                lost = []
+                for which in _ENDS:
+                    weight = torch.empty(model.shape(name), dtype=model.written_dtype(name))
+                    if ranks.lead():
+                        weight = load_file(_path(work.folder, task, trial))[which]
+                    weight = ranks.same(weight)
 
-                def read(tensor: str, name: str = name, weight: Tensor = weight) -> Tensor:
-                    return weight if tensor == name else model.read(tensor)
+                    def read(tensor: str, name: str = name, weight: Tensor = weight) -> Tensor:
+                        return weight if tensor == name else model.read(tensor)
 
-                lost = divergence(model.skeleton, model.read, whole, again(trial.block, read)) * len(mine)
-                total = float(ranks.add(torch.tensor([lost], dtype=torch.float64))) / count
+                    changed = again(trial.block, read)
+                    lost.append(divergence(model.skeleton, model.read, whole, changed) * len(mine))
+                total = float(ranks.add(torch.tensor([lost[0] - lost[1]], dtype=torch.float64))) / count
                 work.note({"kind": "trial", "step": task.step, "number": trial.number, "loss": max(total, 0.0)})
                 progress.step(trial.number + 1, len(planned), "trials")
                 memory.trim()

@@ -93,5 +93,5 @@ class Choose(Spec[OptionsT]):
 
     def cost(self, extent: Extent, options: OptionsT) -> Cost:
         trials = self.trials(options)
-        runs = (1 + trials.count / 2) * min(trials.samples, extent.samples)
+        runs = (1 + trials.count) * min(trials.samples, extent.samples)
         return Cost(operations=extent.weights * (3.0 * runs * extent.tokens + 40 * len(self.entries(options))))

@@ -10,8 +10,9 @@ to second order: G the Gram matrix of the inputs, L_n the mean cross-entropy of 
 leaves D_i G D_iT = sum_j e_ij^2 / U_jj^2 with rounding errors e (see `gptq`), so one rounding to nearest on searched
 ranges, of `rows` rows, and one factor of the Gram matrix give what the sweep would leave, without the sweep.
 
-A few linears are then really quantized, each alone, and the KL divergence is measured through the rest of the model:
-what was foreseen is multiplied by the ratio, by role of the linear. The choice of least summed loss within the bytes is
+A few linears are then really quantized, each alone, with the smallest and the largest grid of the menu, and the
+difference in KL divergence is measured through the rest of the model: what was foreseen is multiplied by the ratio, by
+role of the linear. The choice of least summed loss within the bytes is
 found by `budget.choice`.
 
 An embedding loses what its rows lose as often as they are looked up, times the squared gradient that enters the first
@@ -19,8 +20,8 @@ block; a head KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens. A tied table l
 
 Paper: HAWQ-V2, Dong et al. 2019, arXiv 1911.03852 (second-order sensitivities, one decision for all layers); the
 prediction of GPTQ's loss and its correction by trials are ours.
-Cost: a backward and a forward pass over the calibration text, and for each trial a forward pass of the blocks behind it
-over `trial_samples` samples. Limits: losses of linears are added as if they were independent, and inputs are those of
+Cost: a backward and a forward pass over the calibration text, and for each trial two forward passes of the blocks
+behind it over `trial_samples` samples. Limits: losses of linears are added as if they were independent, and inputs are those of
 the uncompressed model: at 2 bits everywhere the sum says too little.
 """
 

@@ -21,8 +21,8 @@ block; a head KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens. A tied table l
 Paper: HAWQ-V2, Dong et al. 2019, arXiv 1911.03852 (second-order sensitivities, one decision for all layers); the
 prediction of GPTQ's loss and its correction by trials are ours.
 Cost: a backward and a forward pass over the calibration text, and for each trial two forward passes of the blocks
-behind it over `trial_samples` samples. Limits: losses of linears are added as if they were independent, and inputs are those of
-the uncompressed model: at 2 bits everywhere the sum says too little.
+behind it over `trial_samples` samples. Limits: losses of linears are added as if they were independent, and inputs are
+those of the uncompressed model: at 2 bits everywhere the sum says too little.
 """
 
 from __future__ import annotations

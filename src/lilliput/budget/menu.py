@@ -32,6 +32,8 @@ def entries(menu: Sequence[str]) -> tuple[str, ...]:
     """The entries of a menu: a name of `MENUS`, or entries as they are. Raises PlanError for one that is neither."""
     if len(menu) == 1 and menu[0] in MENUS:
         return MENUS[menu[0]]
+    if len(menu) == 1 and "/" not in menu[0] and not _GRID.fullmatch(menu[0]):
+        raise _unknown(menu[0])
     for entry in menu:
         fields(entry)
     if not menu:
@@ -57,11 +59,15 @@ def fields(entry: str) -> dict[str, Any]:
         else:
             raise PlanError(f"menu entry '{entry}': '{word}' is no group and neither sym nor asym; write int4/64/asym")
     if not found and not re.fullmatch(r"[a-z]+[\w-]*", grid):
-        raise PlanError(
-            f"'{entry}' is neither a menu nor a grid: choose {' or '.join(MENUS)}, or write entries such as "
-            f"int3/64/asym.{nearest(entry, MENUS)}"
-        )
+        raise _unknown(entry)
     return named
+
+
+def _unknown(entry: str) -> PlanError:
+    return PlanError(
+        f"'{entry}' is neither a menu nor a grid: choose {' or '.join(MENUS)}, or write entries such as "
+        f"int3/64/asym.{nearest(entry, MENUS)}"
+    )
 
 
 def on(target: Target, entry: str) -> Target:

@@ -9,6 +9,8 @@ from typing import Any
 
 from lilliput.data.load import load_tokens
 from lilliput.errors import PlanError
+from lilliput.export import convert as converters
+from lilliput.export.convert import Converted
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.machine import memory as ram
@@ -23,6 +25,7 @@ from lilliput.recipe.schema import Recipe
 from lilliput.run import calibration, session
 from lilliput.run import frontier as curve
 from lilliput.run.continuation import continuation
+from lilliput.run.converted import converted
 from lilliput.run.frontier import Frontier
 from lilliput.run.result import Compression
 from lilliput.runtime.load import load as load
@@ -102,6 +105,7 @@ def compress(
     settings: Sequence[str] = (),
     eval_data: str | None = None,
     eval_windows: int = Text.windows,
+    to: str | None = None,
     progress: Progress | None = None,
 ) -> Compression:
     """Compress `model` into the new folder `out` and measure it as re-read from there.
@@ -112,7 +116,8 @@ def compress(
     calibration text, `samples` windows of `tokens` tokens. memory: the most bytes of RAM to take above the imported
     package. size: the most bytes that `out` may have.
     eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for
-    none. A killed call continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
+    none. to: the container to write `out` as in place of a folder ("gguf"), see `convert`. A killed call continues when
+    it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
 
     Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
     and what the others return lacks the evaluation.
@@ -120,7 +125,22 @@ def compress(
     text, limits, fit = Calibration(data, samples, tokens, seed), Limits(memory, size), _fit(recipe, size, bits, menu)
     chosen = DEFAULT_RECIPE if recipe is None else recipe
     job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit)
-    return session.compressed(job, Path(out), Text((eval_data or HELD_OUT,), eval_windows), progress)
+    text_to_score = Text((eval_data or HELD_OUT,), eval_windows)
+    if to is not None and fit is not None:
+        raise PlanError(f"no menu holds the grids of {to} yet: name a --recipe, such as q4_k, instead of a budget")
+    if to is not None:
+        return converted(job, Path(out), to, text_to_score, progress)
+    return session.compressed(job, Path(out), text_to_score, progress)
+
+
+def convert(folder: str | Path, out: str | Path, *, to: str = "gguf", like: str | Path | None = None) -> Converted:
+    """Write a finished folder as another engine's container: codes carried over as they are, nothing quantized twice.
+
+    folder: one that `compress` wrote on grids that the container has (docs/gguf.md), or a plain model. like: a GGUF
+    file of the same model, whose metadata and tokenizer are carried over. Raises LilliputError for what the container
+    cannot hold, with the tensor and the nearest that it can; nothing half-written ever shows at `out`.
+    """
+    return converters.get(to).convert(Path(folder), Path(out), None if like is None else Path(like))
 
 
 def _fit(recipe: str | Path | Recipe | None, size: int | None, bits: float | None, menu: Sequence[str]) -> Fit | None:

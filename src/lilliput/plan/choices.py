@@ -11,7 +11,7 @@ from lilliput import units
 from lilliput.budget import choice, menu
 from lilliput.budget.choice import Choice, Item, Option
 from lilliput.errors import PlanError
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.linear import divides
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.resolve import OUTSIDE, LinearPlan, retargeted

@@ -22,7 +22,7 @@ from torch import Tensor
 from lilliput.machine import memory, ranks
 from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan import choices
 from lilliput.plan.choices import Candidates

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lilliput.anatomy.tables import HEAD
 from lilliput.machine import ranks
-from lilliput.model.stored import Model
+from lilliput.model.weights import Model
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.states import Activations

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lilliput.anatomy.tables import EMBED, HEAD
 from lilliput.machine import ranks
-from lilliput.model.stored import TABLE_ROWS, Model
+from lilliput.model.weights import TABLE_ROWS, Model
 from lilliput.plan.choices import Candidates
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan

@@ -55,13 +55,17 @@ def spread(
             raise PlanError(f"--seeds '{seeds}': give whole numbers, such as 0,1,2")
         if job.seed is not None:
             raise PlanError("each run draws its samples with a seed of its own: give --seeds, not --seed")
+        if job.bits is not None or job.menu is not None:
+            raise PlanError("a spread is that of a recipe: give --recipe in place of --bits and --menu")
+        from lilliput import api
+
         told = job.told()
         with Progress() as progress:
             return study.spread(
                 model,
                 out,
                 seeds=[int(x) for x in chosen],
-                recipe=job.recipe,
+                recipe=job.recipe or api.DEFAULT_RECIPE,
                 settings=told["settings"],
                 calibration=Calibration(job.data, job.samples, job.tokens),
                 limits=Limits(told["memory"], told["size"]),

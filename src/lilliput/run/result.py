@@ -31,7 +31,14 @@ class Compression:
     evidence: Mapping[str, Any] | None = None  # what pages and comparisons are made from (docs/report.md)
 
     def to_json(self) -> dict[str, Any]:
-        keys = ("bytes", "folder_bytes", "bits_per_weight", "model_bits_per_weight", "peak_rss_bytes", "seconds")
+        keys: tuple[str, ...] = (
+            "bytes",
+            "folder_bytes",
+            "bits_per_weight",
+            "model_bits_per_weight",
+            "peak_rss_bytes",
+            "seconds",
+        )
         predicted = self.plan.to_json()
         if self.plan.foreseen is not None:
             predicted, keys = {**predicted, "kl": self.plan.foreseen}, (*keys, "kl")

@@ -74,7 +74,8 @@ def _foreseen(
     total = float(weights.sum())
     sums = weights.cumsum(0)
     at = (torch.arange(_ROWS, dtype=torch.float64) + 0.5) / _ROWS * total
-    drawn, often = torch.searchsorted(sums, at).clamp_(max=count - 1).unique(return_counts=True)
+    places = torch.searchsorted(sums, at).clamp_(max=count - 1)
+    drawn, often = places.unique(return_counts=True)  # type: ignore[no-untyped-call]
     rows = torch.empty(len(drawn), table.linear.in_features)
     for start in range(0, count, TABLE_ROWS):
         here = (drawn >= start) & (drawn < start + TABLE_ROWS)

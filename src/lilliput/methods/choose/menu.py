@@ -82,7 +82,8 @@ def drawn(cost: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return torch.arange(len(cost), device=cost.device), cost
     sums = cost.cumsum(0)
     at = (torch.arange(count, dtype=sums.dtype, device=cost.device) + 0.5) / count * sums[-1]
-    rows, often = torch.searchsorted(sums, at).clamp_(max=len(cost) - 1).unique(return_counts=True)
+    places = torch.searchsorted(sums, at).clamp_(max=len(cost) - 1)
+    rows, often = places.unique(return_counts=True)  # type: ignore[no-untyped-call]
     return rows, often * (sums[-1] / count)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lilliput.attribution.weights import WeightLoss, compare, turned
-from lilliput.model.stored import Model, open_model
+from lilliput.model.stored import StoredModel, open_model
 
 
 def loss(name: str, role: str, linear: bool, cosine: float) -> WeightLoss:
@@ -33,13 +33,13 @@ def test_every_weight_is_read_once(llama, monkeypatch: pytest.MonkeyPatch) -> No
     ours, base = (open_model(str(llama())) for _ in range(2))
     base.anatomy()
     read: Counter[str] = Counter()
-    inner = Model.read
+    inner = StoredModel.read
 
-    def counted(self: Model, canonical: str) -> torch.Tensor:
+    def counted(self: StoredModel, canonical: str) -> torch.Tensor:
         read[canonical] += self is ours
         return inner(self, canonical)
 
-    monkeypatch.setattr(Model, "read", counted)
+    monkeypatch.setattr(StoredModel, "read", counted)
     compare(ours, base, 1)
     matrices = [n for n in ours.skeleton.names_of(1) if len(ours.shape(n)) == 2]
     assert {n: read[n] for n in matrices} == dict.fromkeys(matrices, 1)

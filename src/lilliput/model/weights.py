@@ -8,15 +8,17 @@ metrics take any of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lilliput.anatomy.model import Anatomy
-from lilliput.anatomy.skeleton import Skeleton
-from lilliput.source import Source
-from lilliput.source.names import Ref
+
+if TYPE_CHECKING:  # which import transformers, and methods are listed without it
+    from lilliput.anatomy.skeleton import Skeleton
+    from lilliput.source import Source
+    from lilliput.source.names import Ref
 
 TABLE_ROWS = 4096  # rows of the token table read at a time
 

@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py BASE FOLDER --text TEST.txt --windows 40 --out evaluation.json
 
-A bare pass is `transformers`' own: a window of tokens through the whole model to its logits, which are thrown away,
+BASE is a folder or a GGUF file, which transformers then decodes once, before the clock starts. A bare pass is `transformers`' own: a window of tokens through the whole model to its logits, which are thrown away,
 with both models loaded before the clock starts. The evaluation reads both models from disk, streams them, and makes
 all metrics (with the token classes and worst tokens of the report). A machine's speed drifts by more than the
 difference that is looked for, so the two take turns of two seconds, each stopped while the other runs, and bare passes
@@ -43,10 +43,13 @@ def bare(given: argparse.Namespace) -> None:
 
     from lilliput.data import load_tokens
 
-    tokenizer = AutoTokenizer.from_pretrained(given.base)
+    tokenizer = AutoTokenizer.from_pretrained(given.folder)
     ids = load_tokens(given.text, tokenizer, samples=given.windows, tokens=given.tokens).ids
     dtype = getattr(torch, given.dtype)
-    models = [AutoModelForCausalLM.from_pretrained(x, dtype=dtype).eval() for x in (given.base, given.folder)]
+    where = {"gguf_file": given.base.name} if given.base.is_file() else {}
+    base = given.base.parent if where else given.base
+    models = [AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **where).eval()]
+    models.append(AutoModelForCausalLM.from_pretrained(given.folder, dtype=dtype).eval())
     with torch.no_grad():
         for model in models:
             model(ids[:1], use_cache=False)

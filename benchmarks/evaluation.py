@@ -2,11 +2,12 @@
 
     python benchmarks/evaluation.py BASE FOLDER --text TEST.txt --windows 40 --out evaluation.json
 
-BASE is a folder or a GGUF file, which transformers then decodes once, before the clock starts. A bare pass is `transformers`' own: a window of tokens through the whole model to its logits, which are thrown away,
-with both models loaded before the clock starts. The evaluation reads both models from disk, streams them, and makes
-all metrics (with the token classes and worst tokens of the report). A machine's speed drifts by more than the
-difference that is looked for, so the two take turns of two seconds, each stopped while the other runs, and bare passes
-go on until the evaluation is done. Each one's seconds are those in which it ran.
+BASE is a folder or a GGUF file, which transformers then decodes once, before the clock starts. A bare pass is
+`transformers`' own: a window of tokens through the whole model to its logits, which are thrown away, with both models
+loaded before the clock starts. The evaluation reads both models from disk, streams them, and makes all metrics (with
+the token classes and worst tokens of the report). A machine's speed drifts by more than the difference that is looked
+for, so the two take turns of two seconds, each stopped while the other runs, and bare passes go on until the
+evaluation is done. Each one's seconds are those in which it ran.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ def test_compress_passes_every_argument(monkeypatch: pytest.MonkeyPatch) -> None
         "work": Path("w"),
         "seed": 7,
         "settings": ("gptq.bits=3", "gptq.act_order=true"),
+        "to": None,
         "eval_data": None,
         "eval_windows": 8,
     }

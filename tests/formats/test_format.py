@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput.formats import known
+from lilliput.formats import ggml, known
 from lilliput.target import Target
 
 TARGETS: dict[str, dict[str, Any]] = {
@@ -50,6 +50,7 @@ def test_all_names_have_a_case() -> None:
         set(known.names())
         - {name.split()[0] for name in TARGETS}
         - {target.get("format") for target in TARGETS.values()}
+        - set(ggml.KINDS)  # whose rows are blocks of 256: test_ggml.py
     )
     assert all(known.completed(Target(format=name)).bits is not None for name in missing)  # presets of level formats
 

@@ -110,14 +110,14 @@ def test_a_format_says_what_it_can_do(name: str) -> None:
     )
     assert isinstance(form, Sweepable) == (name in swept.NAMES)
     assert type(form) is type(known.from_plain(form.plain()))
-    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) + 0.3
-    support = torch.rand(64, 64, generator=torch.Generator().manual_seed(1)) > 0.5
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) + 0.3
+    support = torch.rand(64, 256, generator=torch.Generator().manual_seed(1)) > 0.5
     weight = torch.where(support, weight, 0.0)
     grid = form.searched(weight, Search("minmax"), support=support)
     held = bool((form.decode(form.encode(weight, grid), grid)[~support] == 0).all())
     assert held == form.holds_zero
-    assert form.cost(64, 64).ram >= 0
-    form.check(64, 64)
+    assert form.cost(64, 256).ram >= 0
+    form.check(64, 256)
 
 
 def test_only_formats_with_ranges_and_signed_scales_promise_them() -> None:

@@ -114,6 +114,7 @@ def test_a_folder_without_methods_has_no_verb_yet() -> None:
         "fit": Stage.CLOSE,
         "edit": Stage.MODEL,
         "allocate": Stage.TARGETS,
+        "choose": Stage.TARGETS,
         "search": Stage.TARGETS,
         "learn": Stage.MODEL,
     }

@@ -46,9 +46,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 # Scales as wide as the models: where transformers decodes, it does so in the dtype of the scales.
 QUICK = ("rtn.importance=false", "rtn.search=minmax", "rtn.scale_dtype=float32")
 RECIPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "w4": ("w4", ("gptq.scale_dtype=float32",)),
+    "w4": ("w4-engines", ("gptq.scale_dtype=float32",)),
     "rtn": ("rtn", QUICK),
-    "w8": ("w8", QUICK),
+    "w8": ("w8-engines", QUICK),
     "native": ("export: lilliput\nsteps: [{method: rtn}]\n", QUICK),
 }
 APART = 2e-5  # relative: batched experts add up in another order than single ones
@@ -60,8 +60,8 @@ HEAD = """# Architectures
 Every causal language model of transformers {version} of which a tiny one can be made from its configuration class:
 {tried} of them, random, through {recipes} recipes; {summary}. A cell names the layout of a folder that
 transformers opens whole and with the logits of the decoded weights; "decoded": config.json asks transformers to decode
-while it loads, for models whose own code needs plain weights. `native` is `rtn` with `export: lilliput`. Refusals come
-before any work, with the message on the right.
+while it loads, for models whose own code needs plain weights. `w4` and `w8` are `w4-engines` and `w8-engines`,
+`native` is `rtn` with `export: lilliput`. Refusals come before any work, with the message on the right.
 
 Made by `scripts/sweep_architectures.py --write`; `make sweep` does it again.
 """

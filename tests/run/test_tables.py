@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from lilliput import api
@@ -56,6 +57,30 @@ def test_engine_and_reader_agree(tiny: Tiny, tmp_path: Path, kind: str, target: 
     assert isinstance(model.get_input_embeddings(), LookedUp)
     assert isinstance(model.get_output_embeddings(), ChunkedLinear if kind in ("llama", "gpt2") else nn.Linear)
     assert [x["name"] for x in found.rows][-1] in {"model.embed_tokens", "transformer.wte", "lm_head"}
+
+
+SMALL = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ODD: dict[str, Any] = {
+    "scaled": tf.Gemma2Config(**SMALL, intermediate_size=128, num_key_value_heads=2, head_dim=16),
+    "biased": tf.PhiConfig(**SMALL, intermediate_size=128),
+    "projected": tf.OPTConfig(**SMALL, ffn_dim=128, max_position_embeddings=128, word_embed_proj_dim=32),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_tables_of_unusual_models(tmp_path: Path, kind: str) -> None:
+    """An embedding that the model scales, a head with a bias, a table narrower than the residual stream."""
+    source = tmp_path / "source"
+    tf.AutoModelForCausalLM.from_config(ODD[kind]).save_pretrained(source)
+    blind = "options: {importance: false}"
+    steps = (
+        f"steps:\n- {{method: rtn, target: {{bits: 4, group_size: 32}}, {blind}}}\n"
+        f"- {{method: rtn, target: {{bits: 8}}, {blind}, where: {{include: [embed, lm_head]}}}}\n"
+    )
+    found = api.compress(source, tmp_path / "out", recipe=steps, **RUN)
+    assert found.plan.resolved.tables
+    assert found.engine is not None
+    assert (found.engine.problems, found.engine.error, found.engine.logits) == ((), 0.0, 0.0)
 
 
 def test_a_tied_table_lies_in_memory_once(tiny: Tiny, tmp_path: Path) -> None:

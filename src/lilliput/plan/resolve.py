@@ -272,7 +272,7 @@ def _narrowed(tasks: Sequence[Task], plans: Sequence[LinearPlan]) -> list[str]:
             if task.spec.writes == "quantized" and task.target.format != wanted[task.step]:
                 found.setdefault((wanted[task.step], task.target.format), []).append(plan.name)
     return [
-        f"{len(names)} linears take {narrow}, for their rows are no multiple of the blocks of {name}: {_few(names)}."
+        f"{narrow} instead of {name}, whose blocks do not divide the rows: {_few(names)} ({len(names)} in all)."
         for (name, narrow), names in found.items()
     ]
 

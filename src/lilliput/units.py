@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 from rich import filesize
@@ -80,3 +80,8 @@ def readable(size: float, up: bool = False) -> str:
             value = size / scale
             return f"{(int(value * 100) + 1) / 100 if up else value:.2f}{unit}"
     return f"{int(size)}B"
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, with dots where there are more: "a, b, c, ..."."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

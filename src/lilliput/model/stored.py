@@ -17,6 +17,7 @@ from lilliput.errors import SourceError
 from lilliput.model.weights import Model, stretches
 from lilliput.source import Source, Stored, open_source
 from lilliput.source.names import Names, Ref, bind, single_name
+from lilliput.units import few
 
 __all__ = ["Model", "Ref", "StoredModel", "open_model"]
 
@@ -203,7 +204,7 @@ def _check(source: Source, skeleton: Skeleton, names: Names) -> None:
         why = f" {odd[0]} would need the conversion {odd[1]}, which is not known here." if odd else ""
         raise SourceError(
             f"{source.model} lacks {len(missing)} of the {len(skeleton.shapes)} tensors that its config asks for: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.{why} Check that config.json belongs to "
+            f"{few(missing)}.{why} Check that config.json belongs to "
             "these files and that none of them is missing."
         )
     for name, shape in skeleton.shapes.items():

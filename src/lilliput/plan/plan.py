@@ -313,9 +313,9 @@ def _remarks(resolved: Resolved) -> tuple[str, ...]:
     notes = [*resolved.notes]
     notes += [task.spec.note for task in resolved.tasks if task.spec.note is not None]
     if kept:
-        shown = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
         notes.append(
-            f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller ({shown})."
+            f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller "
+            f"({units.few(kept)})."
         )
     formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
     remarks = dict.fromkeys(form.remark() for form in dict.fromkeys(formats))

@@ -19,6 +19,7 @@ from lilliput.parts.linear import divides
 from lilliput.parts.scheme import Scheme
 from lilliput.recipe.schema import Recipe, Where
 from lilliput.target import Target
+from lilliput.units import few
 from lilliput.verbs.draft import Draft
 from lilliput.verbs.spec import Around, Spec, Stage, Task
 
@@ -272,13 +273,9 @@ def _narrowed(tasks: Sequence[Task], plans: Sequence[LinearPlan]) -> list[str]:
             if task.spec.writes == "quantized" and task.target.format != wanted[task.step]:
                 found.setdefault((wanted[task.step], task.target.format), []).append(plan.name)
     return [
-        f"{narrow} instead of {name}, whose blocks do not divide the rows: {_few(names)} ({len(names)} in all)."
+        f"{narrow} instead of {name}, whose blocks do not divide the rows: {few(names)} ({len(names)} in all)."
         for (name, narrow), names in found.items()
     ]
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lilliput.errors import SourceError
 from lilliput.source.shards import INDEX, WHOLE, named_in, pickles, refuse_pickles
+from lilliput.units import few
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 TEMPLATES = ["additional_chat_templates/*.jinja"]  # the only files of a subfolder that are of use
@@ -60,7 +61,7 @@ def _complete(model: str, folder: Path) -> None:
     if names and not weights and not shards:
         raise refuse_pickles(names, folder)
     if remote is None:
-        what = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "") if lacking else "its weights"
+        what = few(lacking) if lacking else "its weights"
         raise SourceError(
             f"The local cache holds the hub model '{model}' only in part: it lacks {what}, and the hub cannot be "
             f"reached. Run `hf download {model}` where there is a network, and give the folder here."

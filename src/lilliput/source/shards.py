@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lilliput.errors import SourceError
 from lilliput.source.reader import Entry, pread, row_chunks
+from lilliput.units import few
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -54,7 +55,7 @@ def pickles(folder: Path) -> list[str]:
 def refuse_pickles(names: list[str], folder: Path) -> SourceError:
     """The one message for weights that are pickles."""
     return SourceError(
-        f"{folder} holds its weights as pickles ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); a pickle "
+        f"{folder} holds its weights as pickles ({few(names)}); a pickle "
         "can run any code when it is opened, so none is opened here. Convert it where you trust it: "
         f"`AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW', safe_serialization=True)`."
     )

@@ -27,6 +27,7 @@ from pydantic import Field
 from lilliput.errors import LilliputError
 from lilliput.methods.weight import laser
 from lilliput.target import Strict, Target
+from lilliput.units import few
 from lilliput.verbs.scores import Budget, Loss
 from lilliput.verbs.search import Search
 
@@ -106,10 +107,9 @@ def _said(chosen: Mapping[str, Target], looked: int, before: float, after: float
     if not chosen:
         return f"laser-search: none of {looked} linears lowers the loss ({before:.4f}); all stay as they are."
     names = [f"{name} to rank {target.rank}" for name, target in chosen.items()]
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     return (
         f"laser-search: {len(chosen)} of {looked} linears lowered, loss on the samples {before:.4f} to {after:.4f}: "
-        f"{shown}."
+        f"{few(names, _SHOWN)}."
     )
 
 

@@ -33,5 +33,10 @@ def tables(skeleton: Skeleton) -> tuple[Linear, ...]:
     return tuple(x for x in found if f"{x.name}.weight" in skeleton.shapes)
 
 
+def multiplies(table: Linear) -> bool:
+    """Whether a table is a head, or an embedding that is the head as well; an embedding by itself is only looked up."""
+    return table.role == HEAD or bool(table.also)
+
+
 def _table(name: str, role: Any, shape: Any, *, bias: bool = False, also: tuple[str, ...] = ()) -> Linear:
     return Linear(name, role, HEAD, int(shape[0]), int(shape[1]), bias=bias, also=also)

@@ -77,7 +77,7 @@ def candidates(plan: Plan, task: Task) -> Candidates:
     options: dict[str, dict[int, tuple[Target, int]]] = {}
     together: dict[str, list[str]] = {}
     why = ""
-    for x in (*plan.resolved.linears, *plan.resolved.tables):
+    for x in plan.resolved.planned:
         if x.name not in governed:
             continue
         size = sizes(plan, x, governed[x.name])
@@ -130,7 +130,7 @@ def room(plan: Plan, task: Task, found: Candidates) -> int:
 
 
 def _weights(plan: Plan, found: Candidates) -> int:
-    linears = (*plan.resolved.linears, *plan.resolved.tables)
+    linears = plan.resolved.planned
     return sum(x.linear.parameters for x in linears if x.name in found.options)
 
 
@@ -252,3 +252,9 @@ def said(task: Task, found: Candidates, items: Sequence[Item], chosen: Choice) -
     """Who got what, in a sentence."""
     named = ", ".join(f"{n} x {x}" for x, n in _counted(task, found, items, chosen).items())
     return f"{task.method.name} chose {named}; KL divergence foreseen: {chosen.loss:.4f} nats."
+
+
+def numbered(entries: int, options: Mapping[int, object], losses: Sequence[float]) -> tuple[float, ...]:
+    """Losses at their numbers in the menu; 0 for entries that the linear cannot have, which nobody asks for."""
+    values = dict(zip(options, losses, strict=True))
+    return tuple(values.get(j, 0.0) for j in range(entries))

@@ -67,7 +67,7 @@ def seconds(model: Model, resolved: Resolved, samples: int, tokens: int, dtype: 
         (x.linear.parameters, x.linear.in_features, -(-x.linear.out_features // TABLE_ROWS)) for x in resolved.tables
     ]
     seconds += sum(own * 6 * width + cuts * 2 * width**3 for own, width, cuts in slabs) / slow
-    seconds += sum(_walks(x) for x in (*resolved.linears, *resolved.tables))
+    seconds += sum(_walks(x) for x in resolved.planned)
     # The closing evaluation: 8 windows of 1,024 tokens through both models in float32.
     seconds += measured * 2 * 2 * 1.5 * weights * 8 * 1024 / slow
     return seconds + weights / 25e6

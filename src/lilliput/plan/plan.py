@@ -109,7 +109,7 @@ class Plan:
     @cached_property
     def parameters(self) -> int:
         """Parameters of the original model (quantization's own tensors do not count)."""
-        linears = {x.name: x.linear.parameters for x in (*self.resolved.linears, *self.resolved.tables)}
+        linears = {x.name: x.linear.parameters for x in self.resolved.planned}
         quantized = {x.source for x in self.tensors if x.kind == "quantized"}
         dense = sum(x.nbytes // x.dtype.itemsize for x in self.tensors if x.kind not in {"quantized", "untied head"})
         return dense + sum(linears[name] for name in quantized)
@@ -242,7 +242,7 @@ def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
             embedding=x.linear.role == EMBED,
             also=x.linear.also,
         )
-        for x in (*resolved.linears, *resolved.tables)
+        for x in resolved.planned
     }
 
 
@@ -252,7 +252,7 @@ def _unloadable(
     """Why a layout cannot hold what the recipe may become: as allocations may divide it, or in the engine's loader."""
     for task in resolved.at(Stage.TARGETS):
         governed = resolved.governed(task)
-        planned = [x for x in (*resolved.linears, *resolved.tables) if x.name in governed]
+        planned = [x for x in resolved.planned if x.name in governed]
         shared = [task.spec.together(x.name, x.linear, task.options) for x in planned]
         number = {key: n for n, key in enumerate(dict.fromkeys(shared))}
         targets = {}

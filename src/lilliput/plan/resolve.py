@@ -60,6 +60,11 @@ class Resolved:
     tables: tuple[LinearPlan, ...] = ()  # the embedding and the head, where a step compresses them
     notes: tuple[str, ...] = ()  # what the model lacks
 
+    @property
+    def planned(self) -> tuple[LinearPlan, ...]:
+        """All that is or may be compressed: the linears of the blocks, then the tables."""
+        return (*self.linears, *self.tables)
+
     @cached_property
     def needs(self) -> frozenset[str]:
         """Statistics that some step reads."""
@@ -94,7 +99,7 @@ class Resolved:
     def governed(self, task: Task) -> dict[str, Task]:
         """By linear, the step whose target `task` may decide: the next one behind it on the linear."""
         found: dict[str, Task] = {}
-        for plan in (*self.linears, *self.tables):
+        for plan in self.planned:
             later = [x for x in plan.tasks if x.step > task.step]
             if later and matches(self.recipe.steps[task.step].where, plan.name, plan.linear):
                 found[plan.name] = later[0]

@@ -155,7 +155,7 @@ def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progr
             stats = io.stats[view.anatomy.linear(name).site].to(weight.device)
             rows = io.squares(name).sum(1).to(weight.device)
             losses = spec.score(weight, stats, rows, [target for target, _ in options.values()], task.options)
-            scores[name] = spread(entries, options, [0.5 * (plan.tokens - 1) * x for x in losses])
+            scores[name] = choices.numbered(entries, options, [0.5 * (plan.tokens - 1) * x for x in losses])
             for trial in planned:
                 if trial.name == of_block[block, name].name:
                     step, weights = governed[trial.name], BlockWeights(model, block, view.anatomy)
@@ -175,12 +175,6 @@ def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progr
     tabled = any(x.name in found.options for x in plan.resolved.tables)
     passes.scores(plan, task, model, ids, work, progress, score, closing if tabled else None)
     _try(plan, task, model, ids, work, progress, planned)
-
-
-def spread(entries: int, options: Mapping[int, object], losses: list[float]) -> tuple[float, ...]:
-    """Losses at their numbers in the menu; 0 for entries that the linear cannot have, which nobody asks for."""
-    values = dict(zip(options, losses, strict=True))
-    return tuple(values.get(j, 0.0) for j in range(entries))
 
 
 def _path(folder: Path, task: Task, trial: Trial) -> Path:

@@ -44,8 +44,7 @@ class Delivery:
 
 def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]) -> Provenance:
     plan = d.plan
-    planned = (*plan.resolved.linears, *plan.resolved.tables)
-    formats = {x.name: (describe(x), plan.outcomes[x.name].stored) for x in planned}
+    formats = {x.name: (describe(x), plan.outcomes[x.name].stored) for x in plan.resolved.planned}
     linears = tuple(
         LinearRow(
             name=str(row["name"]),
@@ -144,7 +143,7 @@ def _write(
 
 def beside(plan: Plan, model: Model) -> int:
     """Bytes at most of the files beside the weights, before a weight is written."""
-    tasks = {x.name: x.tasks for x in (*plan.resolved.linears, *plan.resolved.tables) if x.tasks}
+    tasks = {x.name: x.tasks for x in plan.resolved.planned if x.tasks}
     row = {"bits": _LONGEST, "error": _LONGEST, "seconds": _LONGEST, "error_of": "output", "zeros": 1.0}
     rows = tuple(
         {**row, "name": name, "methods": [x.method.name for x in mine], "tokens": plan.samples * plan.tokens}

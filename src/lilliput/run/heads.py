@@ -26,9 +26,11 @@ def head_inputs(model: Model, hidden: Activations, needs: frozenset[str]) -> Sit
     return fold.complete(state, HEAD, skeleton.dtype)
 
 
+def lookups(width: int, needs: frozenset[str]) -> SiteStats:
+    """Statistics of inputs that weigh errors in all columns alike: those of a table that is only looked up."""
+    return fold.finish(fold.update(fold.init(width, needs), torch.eye(width)))
+
+
 def token_counts(ids: Tensor, vocabulary: int) -> Tensor:
     """How often each token occurs in the samples of all ranks, float32 [vocabulary]."""
-    counts = torch.bincount(ids.reshape(-1), minlength=vocabulary).float()
-    if ranks.size() > 1:
-        ranks.add(counts)
-    return counts
+    return ranks.add(torch.bincount(ids.reshape(-1), minlength=vocabulary).float())

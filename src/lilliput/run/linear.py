@@ -102,6 +102,11 @@ def energies(change: Tensor, weight: Tensor, gram: Tensor | None, rough: bool = 
         return lost, _energy(weight, gram)
 
 
+def relative(lost: float, whole: float) -> float:
+    """A relative error from energies; 0 where there is nothing to lose."""
+    return float((max(lost, 0.0) / whole) ** 0.5) if whole > 0 else 0.0
+
+
 def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool) -> tuple[float, str]:
     """Relative error of a finished layer: of its outputs where the Gram matrix is known, else of its weights.
 
@@ -114,8 +119,7 @@ def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool
         some = weight[a : a + step]
         lost_here, whole_here = energies(decoded[a : a + step] - some, some, gram, rough)
         lost, whole = lost + lost_here, whole + whole_here
-    ratio = (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
-    return ratio, "weight" if gram is None else "output"
+    return relative(lost, whole), "weight" if gram is None else "output"
 
 
 def _stored(job: BlockJob, plan: LinearPlan, layer: Layer) -> dict[str, Tensor]:

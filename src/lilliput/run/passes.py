@@ -32,7 +32,7 @@ from lilliput.streaming.backward import Samples
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import through
 from lilliput.streaming.states import Activations
-from lilliput.streaming.walk import Flow, walk
+from lilliput.streaming.walk import Flow, taken_up, walk
 from lilliput.target import Target
 from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.learn import Learn
@@ -222,19 +222,14 @@ def _score_blocks(
         )
         progress.step(index + 1, count, "scoring")
     if closing is not None:
-        states = None if flow is None else _last(model, flow, count, work, task)
+        states = None
+        if flow is not None:
+            (last,) = [r for r in work.find("score") if r["step"] == task.step and r["block"] == count - 1]
+            states = taken_up(model, flow, count, last["hidden"])
         plain = {name: list(values) for name, values in closing(states).items()}
         work.note({"kind": "score", "step": task.step, "block": count, "scores": plain, "hidden": None})
         if states is not None:
             states.delete()
-
-
-def _last(model: Model, flow: Flow, count: int, work: Work, task: Task) -> Activations:
-    """What the last block has left."""
-    (record,) = [r for r in work.find("score") if r["step"] == task.step and r["block"] == count - 1]
-    shape = (len(flow.ids), flow.ids.shape[1], model.skeleton.hidden_size)
-    with ranks.together():
-        return Activations.taken_up(flow.path(count), shape, flow.dtype, record["hidden"][ranks.rank()])
 
 
 def _stem(task: Task) -> str:

@@ -32,8 +32,8 @@ from lilliput.streaming import lockstep, order
 from lilliput.streaming.collect import Collector, collect, tap
 from lilliput.streaming.forward import Batches, through
 from lilliput.streaming.states import Activations
-from lilliput.streaming.walk import Flow, walk
-from lilliput.verbs.spec import Stage, Task
+from lilliput.streaming.walk import Flow, taken_up, walk
+from lilliput.verbs.spec import Stage
 from lilliput.verbs.view import BlockIO, BlockView
 
 
@@ -72,7 +72,7 @@ def _solved(
         del layers
         dtype = job.plan.outcomes[plans[0].name].dtype
         layer = lowered(layer, dtype) if plans[0].together else layer
-        layer = within(layer, dtype, partial(_applied, plans[0].alone, stats))
+        layer = within(layer, dtype, partial(drivers.applied, plans[0].alone, stats))
         seconds = time.perf_counter() - start
         pieces = split(layer, [(p.name, p.linear.out_features) for p in plans])
         for plan, piece in zip(plans, pieces, strict=True):
@@ -87,12 +87,6 @@ def _solved(
         del layer, pieces, piece  # not beside the next linear's
         memory.trim()  # the heap is full of holes by now, and more so the more blocks there are
     return tensors, rows
-
-
-def _applied(tasks: Sequence[Task], stats: SiteStats, layer: Layer) -> Layer:
-    for task in tasks:
-        layer = drivers.of(task, LinearDriver).run(task, layer, stats.through(layer.inputs))
-    return layer
 
 
 def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
@@ -288,10 +282,7 @@ def _tables(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: 
     if plan.resolved.needs and ids is not None:
         count = len(model.skeleton.block_names)
         last = max(work.find("block"), key=lambda record: int(record["block"]))
-        shape = (len(ids), ids.shape[1], model.skeleton.hidden_size)
-        with ranks.together():
-            path = _flow(plan, ids, work).path(count)
-            hidden = Activations.taken_up(path, shape, plan.dtype, last["hidden"][ranks.rank()])
+        hidden = taken_up(model, _flow(plan, ids, work), count, last["hidden"])
     tables.compress(plan, model, ids, hidden, work, output, progress)
     if hidden is not None:
         hidden.delete()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lilliput import export
-from lilliput.anatomy.tables import HEAD
+from lilliput.anatomy.tables import multiplies
 from lilliput.machine import memory, ranks
 from lilliput.model.weights import TABLE_ROWS, Model
 from lilliput.parts.layer import Layer
@@ -25,15 +25,12 @@ from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
 from lilliput.run import drivers
-from lilliput.run.driver import LinearDriver
-from lilliput.run.heads import head_inputs, token_counts
+from lilliput.run.heads import head_inputs, lookups, token_counts
 from lilliput.run.journal import Work
-from lilliput.run.linear import Rows, energies, fits, overflow, within
+from lilliput.run.linear import Rows, energies, fits, overflow, relative, within
 from lilliput.run.output import Output
-from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.states import Activations
-from lilliput.verbs.spec import Task
 
 
 def pending(plan: Plan, work: Work) -> tuple[LinearPlan, ...]:
@@ -74,9 +71,7 @@ def _stats(table: LinearPlan, read: SiteStats | None, needs: frozenset[str]) -> 
     width = table.linear.in_features
     if read is None:
         return SiteStats(width, 0)
-    if table.linear.role == HEAD or table.linear.also:
-        return read
-    return fold.finish(fold.update(fold.init(width, needs), torch.eye(width)))
+    return read if multiplies(table.linear) else lookups(width, needs)
 
 
 @dataclass
@@ -100,14 +95,14 @@ class _Table:
         self._exporter = export.get(plan.exporter)
         self._stats = stats
         # An embedding by itself loses what its rows lose as often as they are looked up.
-        self._used = None if table.linear.also or table.linear.role == HEAD else used
+        self._used = None if multiplies(table.linear) else used
         self._sums = _Sums()
         self.names = tuple(x.name for x in plan.tensors if x.source == table.name)
 
     @property
     def error(self) -> float:
         """Relative error of what is written so far: of the head's outputs, or of the rows as they are looked up."""
-        return float((max(self._sums.lost, 0.0) / self._sums.whole) ** 0.5) if self._sums.whole > 0 else 0.0
+        return relative(self._sums.lost, self._sums.whole)
 
     def slabs(self) -> Iterator[Mapping[str, Tensor]]:
         """The stored tensors of consecutive rows, by name."""
@@ -117,7 +112,7 @@ class _Table:
             began = time.perf_counter()
             weight = self._model.read_rows(f"{self._table.name}.weight", start, stop).float()
             layer = Layer(self._table.name, weight)
-            layer = within(layer, self._outcome.dtype, partial(_applied, self._table.tasks, self._stats))
+            layer = within(layer, self._outcome.dtype, partial(drivers.applied, self._table.tasks, self._stats))
             decoded = layer.decode()
             if not fits(decoded, self._outcome.dtype):
                 raise overflow(self._table.name, self._outcome.dtype)
@@ -156,12 +151,6 @@ class _Table:
             return value.cpu().contiguous()
         # The one tensor that tells of the whole.
         return None if start else torch.tensor([self._outcome.out_features, self._outcome.in_features])
-
-
-def _applied(tasks: tuple[Task, ...], stats: SiteStats, layer: Layer) -> Layer:
-    for task in tasks:
-        layer = drivers.of(task, LinearDriver).run(task, layer, stats)
-    return layer
 
 
 def rows(work: Work) -> Rows:

@@ -6,15 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lilliput.anatomy.tables import EMBED, HEAD
+from lilliput.anatomy.tables import EMBED, multiplies
 from lilliput.machine import ranks
 from lilliput.model.weights import TABLE_ROWS, Model
-from lilliput.plan.choices import Candidates
+from lilliput.plan.choices import Candidates, numbered
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
-from lilliput.run.heads import head_inputs, token_counts
+from lilliput.run.heads import head_inputs, lookups, token_counts
 from lilliput.run.journal import Work
-from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.divergence import spread as uncertainty
 from lilliput.streaming.states import Activations
@@ -52,16 +51,15 @@ def scores(
             continue
         options = found.options[table.name]
         losses = torch.zeros(len(options), dtype=torch.float64)
-        if table.linear.role == HEAD or table.linear.also:
+        if multiplies(table.linear):
             energy = float(read.need("gram").diagonal().sum(dtype=torch.float64)) / max(read.count, 1)
             losses += 0.5 * energy * _foreseen(task, model, table, read, unsure.cpu(), found)
         if table.linear.role == EMBED:
             width = table.linear.in_features
-            plain = fold.finish(fold.update(fold.init(width, frozenset({"gram"})), torch.eye(width)))
+            plain = lookups(width, frozenset({"gram"}))
             each = 0.5 * entering * width * plan.tokens / (plan.tokens - 1)
             losses += each * _foreseen(task, model, table, plain, often.cpu(), found)
-        values = dict(zip(options, losses.tolist(), strict=True))
-        made[table.name] = tuple(values.get(j, 0.0) for j in range(entries))
+        made[table.name] = numbered(entries, options, losses.tolist())
     return made
 
 

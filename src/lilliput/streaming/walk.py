@@ -91,11 +91,11 @@ def walk(
             memory.trim()
         return
     shape = (len(flow.ids), flow.ids.shape[1], model.skeleton.hidden_size)
-    with ranks.together():
-        if recorded is None:
+    if recorded is None:
+        with ranks.together():
             inputs = Activations(flow.path(first), shape, flow.dtype, create=True)
-        else:
-            inputs = Activations.taken_up(flow.path(first), shape, flow.dtype, recorded[ranks.rank()])
+    else:
+        inputs = taken_up(model, flow, first, recorded)
     batches = embed(model, flow.ids, flow.batch, inputs if recorded is None else None)
     for block in resident(model, blocks=range(first, count)):
         outputs = Activations(flow.path(block + 1), shape, flow.dtype, create=True)
@@ -106,6 +106,14 @@ def walk(
         inputs.close()
     else:
         inputs.delete()
+
+
+def taken_up(model: Model, flow: Flow, block: int, recorded: Sequence[int]) -> Activations:
+    """The states that enter a block, or leave the last one, from the file of a walk, whose checksums on all ranks were
+    `recorded`. Raises LilliputError, on all ranks, where they are not what it wrote."""
+    shape = (len(flow.ids), flow.ids.shape[1], model.skeleton.hidden_size)
+    with ranks.together():
+        return Activations.taken_up(flow.path(block), shape, flow.dtype, recorded[ranks.rank()])
 
 
 def last_hidden(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from lilliput.run.driver import Driver
+from lilliput.parts.layer import Layer
+from lilliput.run.driver import Driver, LinearDriver
+from lilliput.stats.site import SiteStats
 from lilliput.verbs.spec import Spec, Task
 
 DriverT = TypeVar("DriverT", bound=Driver)
@@ -39,6 +41,13 @@ def find(task: Task) -> Driver:
     if kind not in discover():
         raise RuntimeError(f"{task.label}: no file of lilliput/run/drivers runs '{kind.verb}'")
     return discover()[kind]
+
+
+def applied(tasks: Sequence[Task], stats: SiteStats, layer: Layer) -> Layer:
+    """The layer after steps on it alone, in order; `stats` are of what enters it."""
+    for task in tasks:
+        layer = of(task, LinearDriver).run(task, layer, stats.through(layer.inputs))
+    return layer
 
 
 def of(task: Task, kind: type[DriverT]) -> DriverT:

@@ -20,9 +20,9 @@ from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.model import rotated
 from lilliput.model.stored import Model
-from lilliput.parts.quantized import QuantizedSpec
 from lilliput.plan import cost as estimates
 from lilliput.plan import footprint, rehearsal
+from lilliput.plan.remarks import remarks, shared
 from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve, rotates
 from lilliput.plan.tensors import LARGE, METADATA, TensorPlan, at_a_time, lay_out
 from lilliput.recipe.schema import Recipe
@@ -217,12 +217,6 @@ def _side_bytes(model: Model) -> int:
     return sum(path.stat().st_size for path in model.source.side_files().values())
 
 
-def _divided(processes: int) -> str:
-    if processes == 1:
-        return ""
-    return f"{processes} processes share the calibration samples; --memory and the planned peak are those of each"
-
-
 def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
     """What each linear becomes, by canonical name."""
     return {
@@ -285,41 +279,6 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     return replace(
         plan, resolved=resolved, outcomes=outcomes, tensors=tensors, shards=shards, quantization_config=config
     )
-
-
-def _wide(tensors: Sequence[TensorPlan]) -> str:
-    """Which share of the bytes is left in 16 bits or more, and in what; "" where little is."""
-    kinds: Counter[str] = Counter()
-    for x in tensors:
-        if x.kind != "quantized" and x.dtype.is_floating_point and x.dtype.itemsize > 1:
-            kinds[x.kind] += x.nbytes
-    whole = sum(x.nbytes for x in tensors)
-    if kinds.total() == whole or kinds.total() * 20 < whole:
-        return ""
-    shares = ", ".join(f"{kind} {units.size(size)}" for kind, size in kinds.most_common() if size * 100 >= whole)
-    return f"{kinds.total() / whole:.0%} of the bytes stay in 16 bits or more: {shares}."
-
-
-def _remarks(resolved: Resolved) -> tuple[str, ...]:
-    """What a reader of the plan would not expect: layers that a step leaves alone, sizes that calibration decides."""
-    kept = [
-        x.name
-        for x in resolved.linears
-        if x.tasks
-        and not x.scheme.parts
-        and x.sparsity is None
-        and not any(task.spec.plain(task.options) for task in x.tasks)
-    ]
-    notes = [*resolved.notes]
-    notes += [task.spec.note for task in resolved.tasks if task.spec.note is not None]
-    if kept:
-        notes.append(
-            f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller "
-            f"({units.few(kept)})."
-        )
-    formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
-    remarks = dict.fromkeys(form.remark() for form in dict.fromkeys(formats))
-    return (*notes, *(x for x in remarks if x is not None))
 
 
 def make(
@@ -413,7 +372,7 @@ def make(
         budget=budget,
         seed=seed,
         seconds=estimates.seconds(model, resolved, samples, tokens, dtype, measured=measured),
-        notes=tuple(x for x in (note, _wide(tensors), *_remarks(resolved), *anatomy.notes, _divided(processes)) if x),
+        notes=tuple(x for x in (note, *remarks(resolved, tensors), *anatomy.notes, shared(processes)) if x),
         side_bytes=_side_bytes(model),
         processes=processes,
     )

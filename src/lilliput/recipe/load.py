@@ -129,14 +129,13 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def _find(steps: Sequence[Step], wanted: str, setting: str) -> int:
-    wanted = wanted.replace("_", "-")
     if wanted.isdecimal():
         if int(wanted) >= len(steps):
             raise PlanError(f"setting '{setting}': there is no step {wanted}; steps count from 0 to {len(steps) - 1}")
         return int(wanted)
     tables = [i for i, step in enumerate(steps) if set(step.where.include) <= {EMBED, HEAD}]
-    table = {EMBED: EMBED, HEAD.replace("_", "-"): HEAD}.get(wanted)
-    if table is not None:
+    table, wanted = wanted.replace("-", "_"), wanted.replace("_", "-")
+    if table in (EMBED, HEAD):
         found = [i for i in tables if table in steps[i].where.include]
     else:
         found = [i for i, step in enumerate(steps) if step.method == wanted]

@@ -1,0 +1,58 @@
+"""What a reader of a plan would not expect, in sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lilliput import units
+from lilliput.parts.quantized import QuantizedSpec
+from lilliput.plan.resolve import Resolved
+from lilliput.plan.tensors import TensorPlan
+
+
+def remarks(resolved: Resolved, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    """Bytes that stay wide, layers that a step leaves alone, sizes that calibration decides."""
+    return tuple(x for x in (_wide(tensors), *_steps(resolved)) if x)
+
+
+def _wide(tensors: Sequence[TensorPlan]) -> str:
+    """Which share of the bytes is left in 16 bits or more, and in what; "" where little is."""
+    kinds: Counter[str] = Counter()
+    for x in tensors:
+        if x.kind != "quantized" and x.dtype.is_floating_point and x.dtype.itemsize > 1:
+            kinds[x.kind] += x.nbytes
+    whole = sum(x.nbytes for x in tensors)
+    if kinds.total() == whole or kinds.total() * 20 < whole:
+        return ""
+    shares = ", ".join(f"{kind} {units.size(size)}" for kind, size in kinds.most_common() if size * 100 >= whole)
+    return f"{kinds.total() / whole:.0%} of the bytes stay in 16 bits or more: {shares}."
+
+
+def _steps(resolved: Resolved) -> tuple[str, ...]:
+    """What the steps do that their names do not say."""
+    kept = [
+        x.name
+        for x in resolved.linears
+        if x.tasks
+        and not x.scheme.parts
+        and x.sparsity is None
+        and not any(task.spec.plain(task.options) for task in x.tasks)
+    ]
+    notes = [*resolved.notes]
+    notes += [task.spec.note for task in resolved.tasks if task.spec.note is not None]
+    if kept:
+        notes.append(
+            f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller "
+            f"({units.few(kept)})."
+        )
+    formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
+    remarks = dict.fromkeys(form.remark() for form in dict.fromkeys(formats))
+    return (*notes, *(x for x in remarks if x is not None))
+
+
+def shared(processes: int) -> str:
+    """What several processes are told; "" for one."""
+    if processes == 1:
+        return ""
+    return f"{processes} processes share the calibration samples; --memory and the planned peak are those of each"

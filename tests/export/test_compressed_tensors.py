@@ -218,3 +218,14 @@ def test_notes_say_where_engines_run_dense() -> None:
 def test_largest_group_divides_every_width() -> None:
     assert largest_group([outcome(fmt=int4()), outcome(DOWN, int4())]) == 32
     assert largest_group([outcome(fmt=int4()), outcome(DOWN)]) == 64
+
+
+def test_a_table_is_packed_in_pieces_as_it_is_whole() -> None:
+    form = IntegerFormat(4, False, 32, torch.float16)
+    table = outcome(UP, form, table=True)
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    grid = form.fit(weight)
+    whole = Layer(UP, weight).with_part(QuantizedPart(form, form.encode(weight, grid), grid))
+    pieces = [CompressedTensors().pack_rows(table, whole.rows(a, a + 32, UP), a) for a in (0, 32, 64)]
+    for name, tensor in CompressedTensors().pack(table, whole).items():
+        assert torch.equal(torch.cat([x[name] for x in pieces if name in x]), tensor)

@@ -36,6 +36,11 @@ class Exporter(Protocol):
         """The described tensors, filled from the layer's parts. ValueError: the layer does not match the outcome."""
         ...
 
+    def pack_rows(self, outcome: Outcome, layer: Layer, start: int) -> dict[str, Tensor]:
+        """What `pack` makes of a table, piece by piece: the next rows of each tensor, from the layer of the rows from
+        `start` on; what tells of the whole table comes with the first. ValueError as `pack`."""
+        ...
+
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
         """The entry `quantization_config` of config.json; None where every linear stays dense."""
         ...

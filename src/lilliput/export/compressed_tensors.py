@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +127,15 @@ class CompressedTensors:
         if part.grid.zero is not None:
             zero = part.grid.zero.expand(rows, -1) if per_row else part.grid.zero
             tensors[f"{stored}.weight_zero_point"] = pack_to_int32(zero.contiguous(), fmt.bits, packed_dim=0)
+        return tensors
+
+    def pack_rows(self, outcome: Outcome, layer: Layer, start: int) -> dict[str, Tensor]:
+        tensors = self.pack(replace(outcome, out_features=len(layer.weight)), layer)
+        shape = f"{outcome.stored}.weight_shape"
+        if shape in tensors and start:
+            del tensors[shape]
+        elif shape in tensors:
+            tensors[shape] = torch.tensor([outcome.out_features, outcome.in_features], dtype=torch.int64)
         return tensors
 
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:

@@ -98,6 +98,9 @@ class Native:
             layer = replace(layer, parts=(_values(outcome, layer),))
         return {spec.payload + suffix: x for suffix, x in spec.scheme.pack(layer).items()}
 
+    def pack_rows(self, outcome: Outcome, layer: Layer, start: int) -> dict[str, Tensor]:
+        return self.pack(replace(outcome, out_features=len(layer.weight)), layer)
+
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
         specs = {x.stored: spec for x in outcomes if (spec := spec_of(x)) is not None}
         return plain_config(specs) if specs else None

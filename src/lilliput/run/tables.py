@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lilliput import export
@@ -117,10 +116,10 @@ class _Table:
             if not fits(decoded, self._outcome.dtype):
                 raise overflow(self._table.name, self._outcome.dtype)
             self._measure(weight, decoded, start, stop)
-            packed = self._exporter.pack(replace(self._outcome, out_features=stop - start), layer)
+            packed = self._exporter.pack_rows(self._outcome, layer, start)
             self._sums.bits += 8 * sum(x.nbytes for x in packed.values())
             self._sums.seconds += time.perf_counter() - began
-            yield {name: x for name, value in packed.items() if (x := self._piece(name, value, start)) is not None}
+            yield {name: value.cpu().contiguous() for name, value in packed.items()}
 
     def row(self) -> dict[str, Any]:
         """The table's row of the report."""
@@ -145,12 +144,6 @@ class _Table:
         self._sums.lost += lost
         self._sums.whole += whole
         self._sums.zeros += float((decoded == 0).sum())
-
-    def _piece(self, name: str, value: Tensor, start: int) -> Tensor | None:
-        if not name.endswith(".weight_shape"):
-            return value.cpu().contiguous()
-        # The one tensor that tells of the whole.
-        return None if start else torch.tensor([self._outcome.out_features, self._outcome.in_features])
 
 
 def rows(work: Work) -> Rows:

@@ -21,6 +21,7 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lilliput.data import docs
+from lilliput.streaming.states import Activations
 
 torch.set_num_threads(1)
 
@@ -148,3 +149,19 @@ def together() -> Iterator[Callable[..., dict[str, Any]]]:
     said.close()
     heard.close()
     process.wait(30)
+
+
+@pytest.fixture
+def spilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each file of hidden states that the test makes, in order."""
+    sizes: list[int] = []
+    real = Activations.__init__
+
+    def counted(
+        self: Activations, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, create: bool
+    ) -> None:
+        real(self, path, shape, dtype, create=create)
+        sizes.append(path.stat().st_size)
+
+    monkeypatch.setattr(Activations, "__init__", counted)
+    return sizes

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,49 +14,78 @@ import torch
 from lilliput import units
 from lilliput.errors import PlanError
 from lilliput.machine import memory
+from lilliput.machine.cost import Cost, Phase
 from lilliput.model import weights
-from lilliput.model.stored import open_model
+from lilliput.model.stored import Model, open_model
 from lilliput.plan import footprint
+from lilliput.plan.resolve import Resolved, resolve
 from lilliput.plan.tensors import TensorPlan, at_a_time
+from lilliput.recipe.schema import Recipe
+from lilliput.streaming.peak import Run
 
 Tiny = Callable[[str], Path]
-GRAM = frozenset({"gram"})
-SHAPE = footprint.Shape(hidden=256, vocabulary=512, samples=64, tokens=256, itemsize=4, stored=4, outside=10**6)
+STEPS = {"gptq": {"bits": 4}, "spqr": {"bits": 4, "group_size": 16}}
+
+
+def resolved(model: Model, *steps: dict[str, Any]) -> tuple[Resolved, Run]:
+    """The steps on the model, and a run on 64 samples of 256 tokens in float32."""
+    recipe = Recipe.model_validate({"steps": list(steps) or [{"method": "gptq"}]})
+    width = model.skeleton.hidden_size
+    done = resolve(recipe, model.anatomy(), torch.float16, width=width)
+    return done, Run(model.anatomy().blocks, width, 512, samples=64, tokens=256, itemsize=4, stored=4)
+
+
+def size(done: Resolved, run: Run, lockstep: bool = True, packed: int = 0) -> int:
+    return footprint.estimate(done, run, (), lockstep=lockstep, packed=packed)[0]
 
 
 def test_the_estimate_grows(tiny: Tiny) -> None:
-    blocks = open_model(str(tiny("wide"))).anatomy().blocks
-
-    def size(
-        shape: footprint.Shape = SHAPE, batch: int = 1, lockstep: bool = True, needs: frozenset[str] = GRAM
-    ) -> int:
-        return footprint.estimate(blocks, shape, batch=batch, lockstep=lockstep, needs=needs, rewriting=False)[0]
-
+    model = open_model(str(tiny("wide")))
+    done, run = resolved(model)
     # A small batch hides behind the solver, which works while no forward pass runs; a large one does not.
-    assert size(batch=64) > size(batch=32) > size()
-    assert size(lockstep=False) < size()
-    assert size(replace(SHAPE, samples=128)) > size()
-    assert size(replace(SHAPE, samples=128), lockstep=False) == size(lockstep=False)
-    assert size(needs=frozenset()) < size(lockstep=False)
-    assert size(replace(SHAPE, resident=10**6)) > size()
-    # Depth costs nothing: one block is there at a time.
-    twice = (*blocks, *blocks)
-    assert footprint.estimate(twice, SHAPE, batch=1, lockstep=True, needs=GRAM, rewriting=False)[0] == size()
+    assert size(done, replace(run, batch=64)) > size(done, replace(run, batch=32)) > size(done, run)
+    assert size(done, run, lockstep=False) < size(done, run)
+    assert size(done, replace(run, samples=128)) > size(done, run)
+    assert size(done, replace(run, samples=128), lockstep=False) == size(done, run, lockstep=False)
+    assert size(done, run, packed=10**6) > size(done, run)
+    plain, _ = resolved(model, {"method": "magnitude"})
+    assert size(plain, run) < size(done, run, lockstep=False)
+    turned, _ = resolved(model, {"method": "hadamard"}, {"method": "gptq"})
+    assert size(turned, run) > size(done, run)
+
+
+def test_depth_costs_nothing(tiny: Tiny) -> None:
+    model = open_model(str(tiny("wide")))
+    done, run = resolved(model)
+    fewer = replace(done, linears=tuple(x for x in done.linears if x.block < 2))
+    assert size(fewer, replace(run, blocks=run.blocks[:2])) == size(done, run)
+
+
+def test_what_a_step_holds_counts(tiny: Tiny) -> None:
+    model = open_model(str(tiny("wide")))
+    sizes = [size(*resolved(model, {"method": name, "target": target})) for name, target in STEPS.items()]
+    assert sizes[0] < sizes[1]  # working memory
+    plain = size(*resolved(model, {"method": "magnitude"}))
+    assert size(*resolved(model, {"method": "svd-truncate", "target": {"ratio": 0.5}})) > plain  # in float64
+    turned = size(*resolved(model, {"method": "quip"}))
+    assert turned > sizes[0]  # what is turned lies beside what it was made from
+    grid = {"format": "codebook", "bits": 3, "group_size": "channel"}
+    assert size(*resolved(model, {"method": "squeezellm", "target": grid})) > 1.5 * plain  # squared gradients
 
 
 def test_the_phase_that_sets_the_peak_is_named(tiny: Tiny) -> None:
-    blocks = open_model(str(tiny("wide"))).anatomy().blocks
-    shape = replace(SHAPE, phases=(("dreaming", 10**12),))
-    size, where = footprint.estimate(blocks, shape, batch=1, lockstep=True, needs=GRAM, rewriting=False)
-    assert size > 10**12
+    done, run = resolved(open_model(str(tiny("wide"))))
+    phases = (Phase("dreaming", Cost(ram=10**12)),)
+    most, where = footprint.estimate(done, run, phases, lockstep=True, packed=0)
+    assert most > 10**12
     assert where == "dreaming"
 
 
 def test_the_fastest_layout_that_fits(tiny: Tiny) -> None:
-    blocks = open_model(str(tiny("wide"))).anatomy().blocks
+    done, run = resolved(open_model(str(tiny("wide"))))
 
     def choose(budget: int | None) -> footprint.Layout:
-        return footprint.choose(blocks, SHAPE, budget=budget, needs=GRAM, rewriting=False)
+        return footprint.choose(done, run, (), packed=0, budget=budget)
 
     best = choose(10**12)
     assert best.lockstep

@@ -21,3 +21,11 @@ class Cost:
     def then(self, other: Cost) -> Cost:
         """One after the other: the higher of the peaks, the sum of the operations."""
         return Cost(max(self.ram, other.ram), max(self.disk, other.disk), self.operations + other.operations)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run by its name, and what it takes while it lasts."""
+
+    name: str
+    cost: Cost

@@ -157,11 +157,6 @@ def prepared(model: Model, rotates: bool) -> Model:
     return ready(model) if rotates else model
 
 
-def resident(width: int) -> int:
-    """Bytes that a rotation of the residual stream keeps: in float64 to compose it, in float32 to apply it."""
-    return 12 * width * width
-
-
 def turn(value: Tensor, matrix: Tensor, kind: str, transposed: bool) -> Tensor:
     """A tensor in the new basis. Differentiable in both."""
     if kind == "writer":

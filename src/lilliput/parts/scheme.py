@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lilliput.formats.format import Format, Stored
 from lilliput.formats.integer import IntegerFormat
+from lilliput.machine.cost import Cost
 from lilliput.parts import known, transform
 from lilliput.parts.layer import Layer
 from lilliput.parts.lowrank import LowRankSpec
@@ -78,6 +79,15 @@ class Scheme:
         for i, part in enumerate(layer.parts):
             tensors |= {prefix(i) + suffix: x for suffix, x in part.pack().items()}
         return tensors | transform.pack("in", layer.inputs) | transform.pack("out", layer.outputs)
+
+    def cost(self, rows: int, width: int) -> Cost:
+        """What compressing a [rows, width] linear into this takes beside a solver's own copies and products: formats'
+        working memory, and copies of weights and Gram matrix (measured), since what is turned lies beside what it was
+        made from, and each of several parts is taken from what the others leave over."""
+        weights, grams = (2, 5) if self.inputs or self.outputs else (2, 1) if len(self.parts) > 1 else (0, 0)
+        costs = [part.format.cost(rows, width) for part in self.parts if isinstance(part, QuantizedSpec)]
+        ram = max((x.ram for x in costs), default=0) + 4 * width * (weights * rows + grams * width)
+        return Cost(ram=ram, operations=sum(x.operations for x in costs))
 
     def operations(self, rows: int, width: int) -> int:
         """Multiplications and additions that decoding a [rows, width] linear to a plain weight takes."""

@@ -18,14 +18,14 @@ from lilliput.anatomy.tables import EMBED, tables
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
-from lilliput.model import rotated
 from lilliput.model.stored import Model
 from lilliput.plan import cost as estimates
 from lilliput.plan import footprint, rehearsal
 from lilliput.plan.remarks import remarks, shared
-from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve, rotates
-from lilliput.plan.tensors import LARGE, METADATA, TensorPlan, at_a_time, lay_out
+from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve
+from lilliput.plan.tensors import METADATA, TensorPlan, lay_out
 from lilliput.recipe.schema import Recipe
+from lilliput.streaming.peak import Run
 from lilliput.verbs.spec import Stage
 from lilliput.version import __version__
 
@@ -323,34 +323,21 @@ def make(
     for tensor in tensors:
         if tensor.block is not None:
             by_block[tensor.block] += tensor.nbytes
+    run = Run(
+        blocks=anatomy.blocks,
+        hidden=skeleton.hidden_size,
+        vocabulary=embedding,
+        samples=-(-samples // processes),
+        tokens=tokens,
+        itemsize=dtype.itemsize,
+        stored=max(x.dtype.itemsize for x in tensors),
+    )
     layout = footprint.choose(
-        anatomy.blocks,
-        footprint.Shape(
-            hidden=skeleton.hidden_size,
-            vocabulary=embedding,
-            samples=-(-samples // processes),
-            tokens=tokens,
-            itemsize=dtype.itemsize,
-            stored=max(x.dtype.itemsize for x in tensors),
-            outside=max((at_a_time(x) for x in tensors if x.kind in LARGE), default=0),
-            packed=max(by_block.values(), default=0),
-            double=any(task.spec.double for task in resolved.tasks),
-            beside=estimates.beside(resolved),
-            scratch=estimates.scratch(resolved),
-            fitting=estimates.trained(resolved),
-            resident=rotated.resident(skeleton.hidden_size) if rotates(recipe) else 0,
-            fisher=resolved.fisher(1) > 0,
-            phases=(
-                *estimates.phases(model, resolved, tensors, tokens, dtype),
-                *([("measuring the result", estimates.measuring(model, budget))] if measured else []),
-                *estimates.comparing(model, budget, processes),
-                *estimates.tables(resolved),
-                (footprint.TOKENIZER, estimates.reading_tokenizer(model)),
-            ),
-        ),
+        resolved,
+        run,
+        (*estimates.phases(model, resolved, run, tensors), *estimates.closing(model, budget, processes, measured)),
+        packed=max(by_block.values(), default=0),
         budget=budget,
-        needs=resolved.needs,
-        rewriting=bool(resolved.at(Stage.BLOCK)),
         processes=processes,
     )
     note = exporter.dense_note(ordered)
@@ -371,7 +358,7 @@ def make(
         threads=torch.get_num_threads(),
         budget=budget,
         seed=seed,
-        seconds=estimates.seconds(model, resolved, samples, tokens, dtype, measured=measured),
+        seconds=estimates.seconds(resolved, run, dtype, measured=measured),
         notes=tuple(x for x in (note, *remarks(resolved, tensors), *anatomy.notes, shared(processes)) if x),
         side_bytes=_side_bytes(model),
         processes=processes,

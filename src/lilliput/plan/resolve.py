@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lilliput import methods
-from lilliput.anatomy.model import Anatomy, Linear
+from lilliput.anatomy.model import Anatomy, Block, Linear
 from lilliput.anatomy.tables import EMBED, HEAD
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known
@@ -86,6 +86,14 @@ class Resolved:
     def of_block(self, block: int) -> tuple[LinearPlan, ...]:
         return tuple(x for x in self.linears if x.block == block)
 
+    def kinds(self, blocks: Sequence[Block]) -> tuple[int, ...]:
+        """The first of the blocks that are alike and whose linears become alike."""
+        first: dict[Any, int] = {}
+        for number, block in enumerate(blocks):
+            becomes = tuple((tuple(task.step for task in x.tasks), x.scheme) for x in self.of_block(number))
+            first.setdefault((id(block), becomes), number)
+        return tuple(first.values())
+
     def fisher(self, samples: int) -> int:
         """How many of `samples` calibration samples the backward pass runs for squared gradients; 0: nobody reads
         them."""
@@ -104,6 +112,12 @@ class Resolved:
             if later and matches(self.recipe.steps[task.step].where, plan.name, plan.linear):
                 found[plan.name] = later[0]
         return found
+
+    def covered(self, task: Task) -> tuple[Linear, ...]:
+        """The linears that a step works on, or whose targets it may decide."""
+        governed = self.governed(task) if task.spec.stage is Stage.TARGETS else {}
+        own = (x for x in self.planned if x.name in governed or any(y.step == task.step for y in x.tasks))
+        return tuple(x.linear for x in own)
 
     def quantized(self) -> dict[str, Target]:
         """By linear, the target of the step that quantizes it."""

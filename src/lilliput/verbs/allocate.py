@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lilliput.anatomy.model import Linear
+from lilliput.machine.cost import Cost
+from lilliput.streaming import peak
+from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import order
 from lilliput.verbs.scores import Budget, Scores
@@ -19,7 +23,8 @@ class Allocate(Spec[OptionsT]):
     of the step behind, whose own target is the average to keep.
 
     `refuse(target, options)`: why that step's target cannot be divided; `extremes(target, options)`: the targets
-    farthest apart that linears with this one may get, where layouts have to hold both (None: sizes stay).
+    farthest apart that linears with this one may get, where layouts have to hold both (None: sizes stay); `double`: it
+    decomposes weights in float64.
     """
 
     verb: ClassVar[str] = "allocate"
@@ -30,6 +35,7 @@ class Allocate(Spec[OptionsT]):
     run: Callable[[Scores, Budget, OptionsT], Mapping[str, Target]]
     refuse: Callable[[Target, OptionsT], str | None] | None = None
     extremes: Callable[[Target, OptionsT], tuple[Target, ...]] | None = None
+    double: bool = False
     writes: Writes = "targets"
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
@@ -41,3 +47,6 @@ class Allocate(Spec[OptionsT]):
 
     def apart(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
         return () if self.extremes is None else self.extremes(target, options)
+
+    def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
+        return peak.of_decomposing(linears) if self.double else Cost()

@@ -11,11 +11,13 @@ from torch import Tensor
 from lilliput.anatomy.model import Linear
 from lilliput.budget import menu
 from lilliput.errors import PlanError
-from lilliput.machine.cost import Cost
+from lilliput.machine.cost import Cost, Phase
 from lilliput.stats.site import SiteStats
+from lilliput.streaming import peak
+from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import order
-from lilliput.verbs.spec import Around, Extent, OptionsT, Spec, Stage, Task, Writes
+from lilliput.verbs.spec import Around, OptionsT, Spec, Stage, Task, Writes
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,14 @@ class Choose(Spec[OptionsT]):
                 return f"{parent}.{'+'.join(roles)}"
         return name
 
-    def cost(self, extent: Extent, options: OptionsT) -> Cost:
+    def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
         trials = self.trials(options)
-        runs = (1 + trials.count) * min(trials.samples, extent.samples)
-        return Cost(operations=extent.weights * (3.0 * runs * extent.tokens + 40 * len(self.entries(options))))
+        runs = (1 + trials.count) * min(trials.samples, run.samples)
+        return Cost(
+            ram=peak.of_decomposing(linears).ram,
+            operations=run.weights * (3.0 * runs * run.tokens + 40 * len(self.entries(options))),
+        )
+
+    def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
+        making = max(peak.of_decomposing(block.linears).ram for block in run.kinds)
+        return (Phase("trying out candidates", peak.of_loss(run, making)),)

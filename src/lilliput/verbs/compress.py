@@ -14,10 +14,12 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
+from lilliput.streaming import peak
+from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import draft as drafts
 from lilliput.verbs.draft import Draft
-from lilliput.verbs.spec import Extent, OptionsT, Spec, Stage, Task
+from lilliput.verbs.spec import FISHER, OptionsT, Spec, Stage, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class Compress(Spec[OptionsT]):
     options, rows, width)`: what it adds where that is not one part on the target's grid, exact, before a weight is
     read; `rowwise`: each output row is treated by itself, so linears of one site may be stacked; `masked`: it keeps the
     zeros of a pruned linear; `replaces(options)`: it leaves a plain weight of its own, which no other step may touch;
-    `scratch`: bytes that it works in beyond a few copies of the weights and the Gram matrix, whatever their shapes;
+    `double`: it decomposes weights in float64; `scratch`: bytes that it works in beyond a few copies of the weights and
+    the Gram matrix, whatever their shapes;
     `sweeps(options)`: how often it rounds every weight (None: once).
     """
 
@@ -43,6 +46,7 @@ class Compress(Spec[OptionsT]):
     rowwise: bool = False
     masked: bool = True
     replaces: Callable[[OptionsT], bool] | None = None
+    double: bool = False
     scratch: int = 0
     sweeps: Callable[[OptionsT], int] | None = None
 
@@ -78,5 +82,7 @@ class Compress(Spec[OptionsT]):
     def rounds(self, options: OptionsT) -> int:
         return 1 if self.sweeps is None else self.sweeps(options)
 
-    def cost(self, extent: Extent, options: OptionsT) -> Cost:
-        return Cost(ram=self.scratch)
+    def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
+        reads = self.read(options)
+        solving = peak.of_solving(linears, gram="gram" in reads, squares=FISHER in reads)
+        return (solving.then(peak.of_decomposing(linears)) if self.double else solving) + Cost(ram=self.scratch)

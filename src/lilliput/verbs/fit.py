@@ -9,13 +9,14 @@ from typing import ClassVar
 from lilliput.anatomy.model import Linear
 from lilliput.errors import PlanError
 from lilliput.formats.known import from_target
-from lilliput.machine.cost import Cost
+from lilliput.machine.cost import Cost, Phase
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
+from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import draft as drafts
 from lilliput.verbs.draft import Draft
-from lilliput.verbs.spec import Extent, OptionsT, Spec, Stage, Task, Writes
+from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
 
@@ -78,7 +79,19 @@ class Fit(Spec[OptionsT]):
             )
         return done
 
-    def cost(self, extent: Extent, options: OptionsT) -> Cost:
+    def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
         # Three products a weight and token for each step, and three passes that only look.
-        looked = self.looks(options, extent.samples) * 3 + 3 * extent.samples
-        return Cost(ram=4 * self.copies * extent.weights, operations=looked * extent.tokens * extent.weights)
+        looked = self.looks(options, run.samples) * 3 + 3 * run.samples
+        return Cost(operations=looked * run.tokens * sum(x.parameters for x in linears))
+
+    def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
+        """A block: its weights in all their copies, and what a batch leaves for the way back."""
+        ram = 0
+        for block in run.kinds:
+            weights = sum(x.parameters for x in block.linears)
+            largest = max(x.parameters for x in block.linears)
+            wide = sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
+            token = 4 * 8 * run.hidden + run.itemsize * wide
+            copies = weights * (4 * self.copies + 2 * run.itemsize)
+            ram = max(ram, copies + 16 * largest + run.batch * run.tokens * token)
+        return (Phase("fitting a block", Cost(ram=ram)),)

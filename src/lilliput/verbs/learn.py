@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lilliput.errors import PlanError
 from lilliput.folds.kinds import ResidualRotation
+from lilliput.machine.cost import Cost, Phase
+from lilliput.streaming import peak
 from lilliput.streaming.backward import Samples
+from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import order
 from lilliput.verbs.spec import Around, OptionsT, Spec, Stage, Task, Writes
@@ -40,6 +43,13 @@ class Learn(Spec[OptionsT]):
 
     def tokens(self, options: OptionsT) -> bool:
         return self.sequences is not None
+
+    def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
+        turning = Cost(ram=5 * peak.of_rotation(run).ram)
+        phases = (Phase("turning the model", turning),)
+        if not self.tokens(options):
+            return phases
+        return (*phases, Phase("learning a rotation", turning + peak.of_gradients(run)))
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
         before = recipe[: task.step]

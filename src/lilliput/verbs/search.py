@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lilliput.anatomy.model import Linear
 from lilliput.errors import PlanError
-from lilliput.machine.cost import Cost
+from lilliput.machine.cost import Cost, Phase
+from lilliput.streaming import peak
+from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import order
 from lilliput.verbs.scores import Budget, Loss
-from lilliput.verbs.spec import Around, Extent, OptionsT, Spec, Stage, Task, Writes
+from lilliput.verbs.spec import Around, OptionsT, Spec, Stage, Task, Writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,10 @@ class Search(Spec[OptionsT]):
             )
         return None
 
-    def cost(self, extent: Extent, options: OptionsT) -> Cost:
-        looked = self.passes(extent.linears, options) * self.looked_at(extent.samples, options)
-        return Cost(operations=3.0 * extent.weights * looked * extent.tokens)
+    def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
+        looked = self.passes(len(linears), options) * self.looked_at(run.samples, options)
+        return Cost(operations=3.0 * run.weights * looked * run.tokens)
+
+    def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
+        making = max(peak.of_decomposing(block.linears).ram for block in run.kinds)
+        return (Phase("trying out candidates", peak.of_loss(run, making)),)

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 from lilliput.anatomy.model import Anatomy, Linear
 from lilliput.errors import PlanError, nearest
-from lilliput.machine.cost import Cost
+from lilliput.machine.cost import Cost, Phase
 from lilliput.parts.scheme import Scheme
+from lilliput.streaming import peak
+from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs.draft import Draft, checked
 
@@ -37,16 +39,6 @@ class Stage(Enum):
     CLOSE = "a block whose linears are done, as a whole"
 
 
-@dataclass(frozen=True)
-class Extent:
-    """What a step works on at once: weights and their linears, and calibration samples of so many tokens."""
-
-    weights: int
-    linears: int = 1
-    samples: int = 0
-    tokens: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Spec(Generic[OptionsT]):
     """A method as its file declares it.
@@ -57,7 +49,7 @@ class Spec(Generic[OptionsT]):
     and no computation, or a sentence where it cannot be run yet; `baseline`: the method whose error this one must beat
     (None: it is a baseline); `recipe`: the steps that run the method where it cannot run alone, or why none do;
     `formats`: the target's formats that it can have (None: every one); `default`: fields of the target for a step that
-    names none of them; `double`: it decomposes weights in float64; `note`: what the plan says of a recipe that has it.
+    names none of them; `note`: what the plan says of a recipe that has it.
     """
 
     verb: ClassVar[str]
@@ -78,7 +70,6 @@ class Spec(Generic[OptionsT]):
     fisher_samples: Callable[[OptionsT], int | None] | None = None
     formats: tuple[str, ...] | None = None
     default: Mapping[str, Any] = field(default_factory=dict)
-    double: bool = False
     note: str | None = None
 
     def read(self, options: OptionsT) -> frozenset[str]:
@@ -157,9 +148,14 @@ class Spec(Generic[OptionsT]):
         """How often every weight is rounded to its format."""
         return 1
 
-    def cost(self, extent: Extent, options: OptionsT) -> Cost:
-        """What it takes beyond what the plan counts for every step of its stage."""
+    def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
+        """What it takes on linears that it works on at once, beside the pass that has brought it there; operations
+        are those beyond the passes that the plan counts for every step."""
         return Cost()
+
+    def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
+        """What its own passes over the model take, where it makes any."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -247,9 +243,16 @@ class Task:
             raise RuntimeError(f"{self.label} is no {kind.verb}: it is {self.spec.verb}")
         return self.spec
 
-    def cost(self, extent: Extent) -> Cost:
+    def cost(self, run: Run, linears: Sequence[Linear]) -> Cost:
         """See `Spec.cost`."""
-        return self.spec.cost(extent, self.options)
+        return self.spec.cost(run, linears, self.options)
+
+    def phases(self, run: Run) -> tuple[Phase, ...]:
+        """See `Spec.phases`; squared gradients that it reads take a backward pass."""
+        phases: tuple[Phase, ...] = self.spec.phases(run, self.options)
+        if not self.fisher:
+            return phases
+        return (*phases, Phase("the backward pass for squared gradients", peak.of_gradients(run, outside=False)))
 
     def fisher_samples(self, samples: int) -> int:
         """Of how many of `samples` calibration samples the step asks squared gradients; 0: of none."""

@@ -115,5 +115,4 @@ METHOD = Choose(
     trials=lambda o: Trials(o.trials, o.trial_samples),
     fused=lambda o: o.fused,
     governs=("gptq",),
-    double=True,
 )

@@ -151,7 +151,6 @@ METHOD = Search(
     },
     run=search,
     refuse=refuse,
-    double=True,
     governs=("svd-truncate",),
     keeps_budget=True,
     looked_at=looked_at,

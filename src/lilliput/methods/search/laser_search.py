@@ -125,7 +125,6 @@ METHOD = Search(
     },
     run=search,
     refuse=refuse,
-    double=True,
     governs=("laser",),
     looked_at=looked_at,
     passes=passes,

@@ -26,9 +26,9 @@ def head_inputs(model: Model, hidden: Activations, needs: frozenset[str]) -> Sit
     return fold.complete(state, HEAD, skeleton.dtype)
 
 
-def lookups(width: int, needs: frozenset[str]) -> SiteStats:
+def lookups(width: int, needs: frozenset[str], device: str) -> SiteStats:
     """Statistics of inputs that weigh errors in all columns alike: those of a table that is only looked up."""
-    return fold.finish(fold.update(fold.init(width, needs), torch.eye(width)))
+    return fold.finish(fold.update(fold.init(width, needs, device), torch.eye(width, device=device)))
 
 
 def token_counts(ids: Tensor, vocabulary: int) -> Tensor:

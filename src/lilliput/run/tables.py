@@ -52,7 +52,8 @@ def compress(
     used = None if ids is None else token_counts(ids, model.vocabulary)
     for number, table in enumerate(tables):
         show.step(number, len(tables), table.linear.role)
-        job = _Table(plan, model, table, _stats(table, read, needs), used)
+        stats = _stats(table, read, needs, model.skeleton.device)
+        job = _Table(plan, model, table, stats, used)
         hashes: dict[str, str] = {}
         row: dict[str, Any] = {}
         with ranks.together():
@@ -64,13 +65,13 @@ def compress(
         show.step(number + 1, len(tables), f"{table.linear.role}, error {job.error:.4f}")
 
 
-def _stats(table: LinearPlan, read: SiteStats | None, needs: frozenset[str]) -> SiteStats:
+def _stats(table: LinearPlan, read: SiteStats | None, needs: frozenset[str], device: str) -> SiteStats:
     """What a step on a table reads: the head's inputs, or, for an embedding by itself, those that weigh all errors
     alike."""
     width = table.linear.in_features
     if read is None:
         return SiteStats(width, 0)
-    return read if multiplies(table.linear) else lookups(width, needs)
+    return read if multiplies(table.linear) else lookups(width, needs, device)
 
 
 @dataclass
@@ -94,7 +95,8 @@ class _Table:
         self._exporter = export.get(plan.exporter)
         self._stats = stats
         # An embedding by itself loses what its rows lose as often as they are looked up.
-        self._used = None if multiplies(table.linear) else used
+        self._device = model.skeleton.device
+        self._used = None if multiplies(table.linear) or used is None else used.to(self._device)
         self._sums = _Sums()
         self.names = tuple(x.name for x in plan.tensors if x.source == table.name)
 
@@ -109,7 +111,7 @@ class _Table:
         for start in range(0, rows, TABLE_ROWS):
             stop = min(rows, start + TABLE_ROWS)
             began = time.perf_counter()
-            weight = self._model.read_rows(f"{self._table.name}.weight", start, stop).float()
+            weight = self._model.read_rows(f"{self._table.name}.weight", start, stop).to(self._device).float()
             layer = Layer(self._table.name, weight)
             layer = within(layer, self._outcome.dtype, partial(drivers.applied, self._table.tasks, self._stats))
             decoded = layer.decode()

@@ -56,7 +56,7 @@ def scores(
             losses += 0.5 * energy * _foreseen(task, model, table, read, unsure.cpu(), found)
         if table.linear.role == EMBED:
             width = table.linear.in_features
-            plain = lookups(width, frozenset({"gram"}))
+            plain = lookups(width, frozenset({"gram"}), "cpu")
             each = 0.5 * entering * width * plan.tokens / (plan.tokens - 1)
             losses += each * _foreseen(task, model, table, plain, often.cpu(), found)
         made[table.name] = numbered(entries, options, losses.tolist())

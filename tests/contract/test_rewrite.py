@@ -112,6 +112,17 @@ def test_awq_lowers_the_error_of_rounding(options: dict[str, Any], toy: Any) -> 
     assert _rounded(toy.tensors, folds, toy, nearest) < _rounded(toy.tensors, [], toy, nearest)
 
 
+def test_awq_leaves_links_alone_that_gain_too_little(toy: Any) -> None:
+    """The more each must gain, the fewer stay, and those that stay have the scale that they had."""
+    kept = [_rewrite("awq", toy.view(), toy.io(), gain=gain) for gain in (0.0, 0.25, 0.5, 0.75, 0.99)]
+    counts = [len(folds) for folds in kept]
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 2
+    assert counts[-1] == 0
+    before = {(f.link.producer, f.link.site): f.scale for f in kept[0]}
+    assert all(torch.equal(f.scale, before[f.link.producer, f.link.site]) for folds in kept for f in folds)
+
+
 def test_awq_with_even_inputs_and_weights_changes_nothing_by_input_size(toy: Any) -> None:
     """Inputs of one size: m^a is constant, so s = 1 and nothing is gained."""
     g = torch.Generator().manual_seed(0)

@@ -55,7 +55,8 @@ def seconds(resolved: Resolved, run: Run, dtype: torch.dtype, measured: bool) ->
         passes = 1 + bool(resolved.at(Stage.BLOCK)) + own
         seconds += passes * 3.0 * 2 * weights * count / rate
     seconds += 4 * 2 * weights * resolved.fisher(run.samples) * run.tokens / rate  # two passes forward, one back
-    seconds += sum(2 * task.cost(run, resolved.covered(task)).operations for task in resolved.tasks) / rate
+    covered = [(task, resolved.covered(task)) for task in resolved.tasks]
+    seconds += sum(2 * task.cost(run, linears).operations for task, linears in covered if linears) / rate
     if "gram" in resolved.needs:
         sites = {(x.block, x.linear.site): x.linear.in_features for x in resolved.linears if x.tasks}
         seconds += sum(2 * width**2 * count for width in sites.values()) / (1.5 * slow)

@@ -53,18 +53,24 @@ def estimate(resolved: Resolved, run: Run, phases: Sequence[Phase], *, lockstep:
 
 
 def _block(resolved: Resolved, run: Run, number: int, lockstep: bool) -> int:
-    """A block while the walk is at it: what stays, and either a forward pass or a site that is being solved."""
+    """A block while the walk is at it: rewritten first, and then compressed site after site."""
     block, gram = run.blocks[number], "gram" in resolved.needs
     plans = resolved.of_block(number)
     solving = max((_site(run, [x for x in plans if x.linear.name in site.linears]) for site in block.sites), default=0)
     for task in resolved.at(Stage.TARGETS):
         solving = max(solving, task.cost(run, block.linears).ram)
+    rewrites = resolved.at(Stage.BLOCK)
+    rewriting = max((task.cost(run, block.linears).ram for task in rewrites), default=0)
     if not resolved.needs:
-        return solving
-    rewriting = bool(resolved.at(Stage.BLOCK))
-    stays = peak.of_resident(run, block, grams=gram and rewriting, lockstep=lockstep).ram
-    # A site is solved while no forward pass runs, and the other way round.
-    return stays + max(solving, peak.of_forward(run, block, gram=gram).ram)
+        return max(rewriting, solving)
+    # No forward pass runs while something is solved, and the other way round.
+    solving = max(solving, peak.of_forward(run, block, gram=gram).ram)
+    most = peak.of_resident(run, block, grams=False, lockstep=lockstep).ram + solving
+    if not rewrites:
+        return most
+    grams = any("gram" in task.needs for task in rewrites)
+    rewriting = max(rewriting, peak.of_forward(run, block, gram=False).ram)
+    return max(most, peak.of_resident(run, block, grams=grams, lockstep=False).ram + rewriting)
 
 
 def _site(run: Run, plans: Sequence[LinearPlan]) -> int:

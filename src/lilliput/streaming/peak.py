@@ -59,7 +59,7 @@ def of_resident(run: Run, block: Block, *, grams: bool, lockstep: bool) -> Cost:
 
 
 def of_forward(run: Run, block: Block, *, gram: bool) -> Cost:
-    """A batch that runs through `block`; `gram`: and is folded into a Gram matrix, in float32."""
+    """A batch that runs through `block`, in float32 where it is folded; `gram`: and the Gram matrix that takes it."""
     widest = max(max(x.out_features, x.in_features) for x in block.linears)
     tokens = run.batch * run.tokens
     ram = tokens * (4 * widest + 6 * run.hidden) * run.itemsize + tokens * widest * 4

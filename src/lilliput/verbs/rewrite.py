@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lilliput.anatomy.model import Linear
 from lilliput.errors import PlanError
 from lilliput.folds.kinds import ScaleFold
+from lilliput.machine.cost import Cost
+from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import order
 from lilliput.verbs.spec import Around, OptionsT, Spec, Stage, Task, Writes
@@ -17,7 +20,8 @@ from lilliput.verbs.view import BlockIO, BlockView
 @dataclass(frozen=True, kw_only=True)
 class Rewrite(Spec[OptionsT]):
     """`run(block, io, target, options)`: folds that leave the block's function as it is. `target` is that of the step
-    that quantizes later, unless the step names its own bits."""
+    that quantizes later, unless the step names its own bits. `takes(run, linears, options)`: what it works in beside
+    the block's weights and statistics (None: no more than a copy of the largest linear)."""
 
     verb: ClassVar[str] = "rewrite"
     family: ClassVar[str] = "rewrite"
@@ -25,7 +29,13 @@ class Rewrite(Spec[OptionsT]):
     prepares: ClassVar[bool] = True
 
     run: Callable[[BlockView, BlockIO, Target, OptionsT], Sequence[ScaleFold]]
+    takes: Callable[[Run, Sequence[Linear], OptionsT], Cost] | None = None
     writes: Writes = "fold"
+
+    def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
+        """Copies of all weights in float32, and what it works in."""
+        copies = Cost(ram=4 * (sum(x.parameters for x in linears) + max(x.parameters for x in linears)))
+        return copies if self.takes is None else copies + self.takes(run, linears, options)
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
         order.before_values(task, recipe)

@@ -38,13 +38,16 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.algebra import obs
-from lilliput.anatomy.model import Link
+from lilliput.anatomy.model import Linear, Link
 from lilliput.folds.kinds import ScaleFold
 from lilliput.formats import known, ranged
 from lilliput.formats.format import Format
+from lilliput.machine.cost import Cost
 from lilliput.methods.weight import gptq
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
+from lilliput.streaming import peak
+from lilliput.streaming.peak import Run
 from lilliput.target import Strict, Target
 from lilliput.verbs.rewrite import Rewrite
 from lilliput.verbs.view import BlockIO, BlockView
@@ -63,6 +66,7 @@ class Options(Strict):
     )
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group in the trial quantization")
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")
+    gain: float = Field(0.0, ge=0.0, lt=1.0, description="relative fall of the judged error that a scale must bring")
     rows: int = Field(256, ge=0, description="judge by so many rows of each linear, evenly spaced (0: all)")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="judge sweep: damping of the sweep to come")
 
@@ -104,6 +108,7 @@ def _search(link: Link, block: BlockView, io: BlockIO, target: Target, o: Option
         judge = _alone(readers, block, grid_of, o)
     flat = torch.ones(stats.width, device=block.weights[next(iter(readers))].device)
     best, least = flat, judge(flat)
+    enough = (1 - o.gain) * least
     spread = link.tie(square.sqrt().to(flat), "mean").clamp(min=1e-12)
     for exponent in (0.25, 0.5, 0.75, 1.0) if o.even else ():
         best, least = _better(_centred(spread.pow(-exponent)), best, least, judge)
@@ -112,7 +117,7 @@ def _search(link: Link, block: BlockView, io: BlockIO, target: Target, o: Option
     # Where nothing ever enters, no scale changes anything, and there is no strong input to find.
     for i in range(1, o.grid if bool(size.any()) else 1):
         best, least = _better(_centred(start * size.pow(i / o.grid)), best, least, judge)
-    return None if best is flat else best
+    return None if best is flat or least > enough else best
 
 
 def _alone(readers: Mapping[str, SiteStats], block: BlockView, grid_of: Format, o: Options) -> _Judge:
@@ -184,6 +189,19 @@ def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: For
     return total
 
 
+def takes(run: Run, linears: Sequence[Linear], o: Options) -> Cost:
+    """A trial quantization of the rows that are looked at; beside it a Gram matrix's factor for the sweep, or two
+    samples in the block and whole linears under GPTQ."""
+    trial = 6 * 4 * max(min(o.rows or x.out_features, x.out_features) * x.in_features for x in linears)
+    factor = 2 * 4 * max(x.in_features for x in linears) ** 2 if o.judge == "sweep" else 0
+    if o.outputs == "linears":
+        return Cost(ram=max(trial, factor))
+    mixed = [x for x in linears if x.role not in _TOKENWISE]
+    through = peak.of_solving(mixed, gram=o.judge == "sweep").ram if mixed else 0
+    states = 2 * run.tokens * (sum(x.out_features for x in linears) + 6 * run.hidden) * 4
+    return Cost(ram=max(trial, factor, through + states))
+
+
 METHOD = Rewrite(
     paper="Lin et al. 2024, arXiv 2306.00978",
     options=Options,
@@ -196,4 +214,5 @@ METHOD = Rewrite(
         ],
     },
     run=rewrite,
+    takes=takes,
 )

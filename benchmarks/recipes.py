@@ -56,7 +56,7 @@ def compress(model: str, out: str, words: list[str], options: argparse.Namespace
 def measured(folder: str, model: str, texts: dict[str, tuple[str, int]]) -> dict[str, Any]:
     """The metrics on every text; texts of equally many windows share one pass."""
     from lilliput.metrics.evaluate import evaluate
-    from lilliput.metrics.layout import window
+    from lilliput.metrics.slices import window
     from lilliput.model.stored import open_model
 
     tokens = window(open_model(model))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, known
-from lilliput.formats.binary import BinaryFormat, Grid, from_target, of_integers
+from lilliput.formats.binary import BinaryFormat, BinaryGrid, from_target, of_integers
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.linear import LinearSpec, decode
 from lilliput.parts.quantized import QuantizedPart
@@ -18,7 +18,7 @@ def _weight(rows: int = 12, width: int = 64, seed: int = 0) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def _error(form: BinaryFormat, w: Tensor, grid: Grid, h: Tensor | None = None) -> Tensor:
+def _error(form: BinaryFormat, w: Tensor, grid: BinaryGrid, h: Tensor | None = None) -> Tensor:
     """Weighted error of each group, [out, groups]."""
     miss = (form.decode(form.encode(w, grid), grid) - w).square() * (1.0 if h is None else h)
     index = groups.index(w.shape[1], form.group_size).expand_as(w)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats.integer import Grid, IntegerFormat, from_target
+from lilliput.formats.integer import IntegerFormat, IntegerGrid, from_target
 from lilliput.target import Target
 
 SIZES = (-1, 0, 16, 24)  # 24 leaves a last group of 16 of a width of 64
@@ -15,7 +15,7 @@ def _weight(rows: int = 12, width: int = 64, seed: int = 0) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def _round_trip(form: IntegerFormat, w: Tensor, grid: Grid) -> Tensor:
+def _round_trip(form: IntegerFormat, w: Tensor, grid: IntegerGrid) -> Tensor:
     return form.decode(form.encode(w, grid), grid)
 
 
@@ -49,7 +49,7 @@ def test_search_is_never_worse_than_min_max(form: IntegerFormat) -> None:
     importance = torch.rand(64, generator=torch.Generator().manual_seed(2)) ** 4
     for weigh in (None, importance, importance.expand(12, 64).contiguous()):
 
-        def error(grid: Grid, by: Tensor | None = weigh) -> Tensor:
+        def error(grid: IntegerGrid, by: Tensor | None = weigh) -> Tensor:
             miss = (_round_trip(form, w, grid) - w).square() * (1.0 if by is None else by)
             if form.group_size == 0:
                 return miss.sum()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lilliput import api
 from lilliput.errors import PlanError, SourceError
 from lilliput.formats import known, swept
-from lilliput.formats.format import Search
+from lilliput.formats.format import RangeRule
 from lilliput.formats.ranged import Ranged, Spaced, check
 from lilliput.formats.swept import Sweepable
 from lilliput.progress import Quiet
@@ -113,7 +113,7 @@ def test_a_format_says_what_it_can_do(name: str) -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) + 0.3
     support = torch.rand(64, 256, generator=torch.Generator().manual_seed(1)) > 0.5
     weight = torch.where(support, weight, 0.0)
-    grid = form.searched(weight, Search("minmax"), support=support)
+    grid = form.searched(weight, RangeRule("minmax"), support=support)
     held = bool((form.decode(form.encode(weight, grid), grid)[~support] == 0).all())
     assert held == form.holds_zero
     assert form.cost(64, 256).ram >= 0
@@ -127,4 +127,4 @@ def test_only_formats_with_ranges_and_signed_scales_promise_them() -> None:
     assert [n for n, form in made.items() if isinstance(form, Spaced)] == ["affine"]
     assert [n for n, form in made.items() if form.signed_scales] == ["int"]
     with pytest.raises(PlanError, match="no scales of either sign"):
-        check(made["affine"], Search(signed_scale=True))
+        check(made["affine"], RangeRule(signed_scale=True))

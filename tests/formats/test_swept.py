@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lilliput.errors import PlanError
 from lilliput.formats import known
-from lilliput.formats.affine import AffineFormat, Grid
+from lilliput.formats.affine import AffineFormat, AffineGrid
 from lilliput.formats.integer import IntegerFormat
 from lilliput.formats.levels import LevelFormat
 from lilliput.methods.weight import gptq, rtn
@@ -122,7 +122,7 @@ def test_whole_zero_points_are_those_of_integers(monkeypatch: pytest.MonkeyPatch
     def told(self: AffineFormat, weight: Tensor, *, importance: Tensor | None = None, search: bool = True) -> Any:
         grid = form.fit(weight, search="mse" if search else "minmax", importance=importance)
         assert grid.zero is not None
-        return Grid(grid.scale, grid.zero.half())
+        return AffineGrid(grid.scale, grid.zero.half())
 
     monkeypatch.setattr(AffineFormat, "fit", told)
     real = gptq.compress(Layer("x", w), stats, Target(format="affine", bits=3, group_size=16), options)

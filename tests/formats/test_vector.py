@@ -7,7 +7,7 @@ from lilliput.errors import LilliputError, PlanError, SourceError
 from lilliput.formats import known
 from lilliput.formats.format import Format
 from lilliput.formats.trellis import TrellisFormat
-from lilliput.formats.vector import Grid, VectorFormat
+from lilliput.formats.vector import VectorFormat, VectorGrid
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.target import Target
 
@@ -143,7 +143,7 @@ def test_a_block_is_settled_column_by_column_with_all_feedback(name: str, bits: 
     assert isinstance(form, VectorFormat | TrellisFormat)
     w = weight(rows, count)
     grid = form.fit(w)
-    assert isinstance(grid, Grid)
+    assert isinstance(grid, VectorGrid)
     columns = w.T.contiguous()
     coupling = torch.randn(count, count, generator=torch.Generator().manual_seed(5)) / 4
     codes, deviation = torch.zeros(count, rows, dtype=torch.int32), torch.empty(count, rows)

@@ -1,4 +1,4 @@
-"""Estimates grow with what they count, and the layout is the fastest that fits."""
+"""Estimates grow with what they count, and the batching is the fastest that fits."""
 
 import re
 import subprocess
@@ -81,10 +81,10 @@ def test_the_phase_that_sets_the_peak_is_named(tiny: Tiny) -> None:
     assert where == "dreaming"
 
 
-def test_the_fastest_layout_that_fits(tiny: Tiny) -> None:
+def test_the_fastest_batching_that_fits(tiny: Tiny) -> None:
     done, run = resolved(open_model(str(tiny("wide"))))
 
-    def choose(budget: int | None) -> footprint.Layout:
+    def choose(budget: int | None) -> footprint.Batching:
         return footprint.choose(done, run, (), packed=0, budget=budget)
 
     best = choose(10**12)

@@ -123,7 +123,7 @@ fold.all_reduce = counted
 footprint.choose = lambda *a, **k: dataclasses.replace(choose(*a, **k), batch=1, lockstep={lockstep})
 args = json.loads({args!r})
 done = api.compress(args.pop("model"), args.pop("out"), progress=Quiet(), **args)
-assert done.plan.layout.lockstep is {lockstep}
+assert done.plan.batching.lockstep is {lockstep}
 assert done.skipped == 0 and len(done.rows) == 32
 Path({seen!r} + str(rank)).write_text(json.dumps(counts))
 """

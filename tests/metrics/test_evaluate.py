@@ -10,7 +10,7 @@ from lilliput.anatomy.skeleton import Skeleton
 from lilliput.data import load_tokens
 from lilliput.errors import DataError, PlanError, SourceError
 from lilliput.metrics import evaluate as room
-from lilliput.metrics import layout
+from lilliput.metrics import slices
 from lilliput.metrics.evaluate import evaluate, evaluate_all
 from lilliput.streaming import walk
 
@@ -61,7 +61,7 @@ def bias(model):
 )
 @pytest.mark.parametrize(("columns", "tile"), [(256, 256), (100, 37)])
 def test_perplexity_is_what_transformers_computes(folder, text, config, change, columns, tile, monkeypatch):
-    monkeypatch.setattr(layout, "choose", lambda *_: layout.Layout(2, columns, tile, 0))
+    monkeypatch.setattr(slices, "choose", lambda *_: slices.Slices(2, columns, tile, 0))
     path = folder("model", config(), change=change)
     found = run(path, data=text)
     assert math.log(found.perplexity.value) == pytest.approx(loss(path, text), abs=1e-5)
@@ -154,9 +154,9 @@ def test_the_layout_follows_the_budget(folder, text):
     wide.vocab_size = 5_000
     path = folder("wide", wide)
     model = room.open_model(str(path))
-    loose = layout.choose([model, model], 64, 10**9)
+    loose = slices.choose([model, model], 64, 10**9)
     assert (loose.batch, loose.columns, loose.tile) == (16, 5_000, 4_096)
-    tight = layout.choose([model, model], 64, int((layout.ram.BASE + 1_500_000) * layout.ram.SLACK))
+    tight = slices.choose([model, model], 64, int((slices.ram.BASE + 1_500_000) * slices.ram.SLACK))
     assert tight.batch < 16
     assert tight.tile <= tight.columns < 4_096
     assert tight.bytes <= 1_500_000 < loose.bytes
@@ -175,9 +175,9 @@ def test_no_slice_of_a_large_head_is_longer_than_it_need_be(folder):
     model = SimpleNamespace(
         skeleton=Skeleton(wide), source=SimpleNamespace(text_config=wide), dtype=lambda name: torch.float32
     )
-    shape = layout.choose([model, model], 64, 10**12)
+    shape = slices.choose([model, model], 64, 10**12)
     assert shape.columns % shape.tile == 0
-    assert 4 * shape.columns * wide.hidden_size <= layout.SLICE
+    assert 4 * shape.columns * wide.hidden_size <= slices.SLICE
 
 
 def test_nothing_is_left_behind(folder, text, tmp_path):

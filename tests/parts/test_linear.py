@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from lilliput.errors import SourceError
-from lilliput.formats.integer import Grid, IntegerFormat
+from lilliput.formats.integer import IntegerFormat, IntegerGrid
 from lilliput.parts.dense import DenseSpec
 from lilliput.parts.linear import LinearSpec, decode, parse_config, plain_config, read_linear
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme, quantized
 
 
-def packed(name: str, fmt: IntegerFormat, codes: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
+def packed(name: str, fmt: IntegerFormat, codes: torch.Tensor, grid: IntegerGrid) -> dict[str, torch.Tensor]:
     return {name + suffix: x for suffix, x in QuantizedPart(fmt, codes, grid).pack().items()}
 
 
@@ -48,7 +48,7 @@ def test_many_rows_are_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_parts_add_up_before_rounding() -> None:
     fmt = IntegerFormat(4, True, -1, torch.float32)
-    codes, grid = torch.ones(2, 3, dtype=torch.int8), Grid(torch.ones(2, 1))
+    codes, grid = torch.ones(2, 3, dtype=torch.int8), IntegerGrid(torch.ones(2, 1))
     spec = LinearSpec("x", "x", 2, 3, Scheme((QuantizedSpec(fmt), DenseSpec(torch.float32))), transposed=True)
     tensors = packed("x.weight", fmt, codes, grid)
     tensors["x.weight_1"] = torch.full((6,), 2.0**-9)

@@ -67,8 +67,8 @@ def test_the_hash_holds_what_decides_the_bytes(tiny: Tiny, change: dict[str, Any
     assert made.hash("data") == made.hash("data")
     assert made.hash("data") != made.hash("other data")
     assert replace(made, **change).hash("data") != made.hash("data")
-    wider = replace(made.layout, batch=made.layout.batch + 1)
-    assert replace(made, layout=wider).hash("data") != made.hash("data")
+    wider = replace(made.batching, batch=made.batching.batch + 1)
+    assert replace(made, batching=wider).hash("data") != made.hash("data")
 
 
 def test_sizes(tiny: Tiny) -> None:
@@ -81,12 +81,12 @@ def test_sizes(tiny: Tiny) -> None:
 def test_budgets(tiny: Tiny) -> None:
     many = {"samples": 64, "tokens": 256}
     free = plan(tiny("wide"), **many)
-    assert free.layout.lockstep
-    tight = plan(tiny("wide"), memory=free.layout.bytes - 1, **many)
-    assert tight.layout.bytes < free.layout.bytes
+    assert free.batching.lockstep
+    tight = plan(tiny("wide"), memory=free.batching.bytes - 1, **many)
+    assert tight.batching.bytes < free.batching.bytes
     with pytest.raises(PlanError, match="give --memory") as refused:
         plan(tiny("wide"), memory=1_000_000, **many)
     least = int(float(str(refused.value).split("give --memory ")[1].split("MB")[0]) * 1e6)
-    assert plan(tiny("wide"), memory=least, **many).layout.bytes <= least
+    assert plan(tiny("wide"), memory=least, **many).batching.bytes <= least
     with pytest.raises(PlanError, match="is too small"):
         plan(tiny("wide"), memory=least - 20_000, **many)

@@ -81,7 +81,7 @@ def test_no_other_step_may_touch_what_laser_leaves(model: Model) -> None:
 
 
 def test_decompositions_in_float64_count_as_memory(model: Model) -> None:
-    assert plan(model, {"method": "svd-truncate"}).layout.bytes >= plan(model, {"method": "magnitude"}).layout.bytes
+    assert plan(model, {"method": "svd-truncate"}).batching.bytes >= plan(model, {"method": "magnitude"}).batching.bytes
 
 
 @pytest.mark.parametrize(("weighting", "lost"), [("absmean", "absolute inputs"), ("fisher", "squared gradients")])

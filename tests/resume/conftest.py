@@ -65,8 +65,8 @@ def squeezed(model: Path, recipe: str) -> int:
     """A memory budget under which the sites of a block are reached by running it again, not all at once."""
     room = {key: (SAME | MANY)[key] for key in ("samples", "tokens", "device", "dtype")}
     plan = api.plan(model, recipe=recipe, **room)
-    while plan.layout.lockstep:
-        plan = api.plan(model, recipe=recipe, memory=plan.layout.bytes - 1, **room)
+    while plan.batching.lockstep:
+        plan = api.plan(model, recipe=recipe, memory=plan.batching.bytes - 1, **room)
     assert plan.budget is not None
     return plan.budget
 

@@ -115,7 +115,7 @@ def child(job: dict[str, Any], answer: int, errors: Path) -> None:
             cli.main()
             return
         done = api.compress(**job["args"], progress=Quiet())
-        os.write(answer, json.dumps({"skipped": done.skipped, "lockstep": done.plan.layout.lockstep}).encode())
+        os.write(answer, json.dumps({"skipped": done.skipped, "lockstep": done.plan.batching.lockstep}).encode())
     except SystemExit as end:
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else 0)

@@ -269,9 +269,9 @@ def test_too_little_memory_names_what_the_backward_pass_needs(tiny: Callable[[st
     model = open_model(str(tiny("wide")))
     tokens = 4096
     made = planned(model, SQUEEZE, tokens=tokens, measured=False)[0]
-    assert made.layout.where == "the backward pass for squared gradients"
+    assert made.batching.where == "the backward pass for squared gradients"
     with pytest.raises(PlanError, match="the backward pass for squared gradients alone needs") as refused:
-        planned(model, SQUEEZE, tokens=tokens, budget=made.layout.bytes - 10**6, measured=False)
+        planned(model, SQUEEZE, tokens=tokens, budget=made.batching.bytes - 10**6, measured=False)
     named = re.search(r"give --memory ([\d.]+)MB", str(refused.value))
     assert named is not None
     planned(model, SQUEEZE, tokens=tokens, budget=int(float(named[1]) * 1e6), measured=False)

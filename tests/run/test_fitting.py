@@ -207,9 +207,9 @@ def test_the_plan_counts_memory_and_time(tiny: Tiny) -> None:
     plain = api.plan(tiny("wide"), recipe=AFTER.replace(f"- {FIT}\n", ""), **shape)
     fits = api.plan(tiny("wide"), recipe=AFTER, **shape)
     long = api.plan(tiny("wide"), recipe=AFTER.replace("iters: 8", "iters: 800"), **shape)
-    assert fits.layout.where == "fitting a block"
-    assert fits.layout.bytes > plain.layout.bytes
+    assert fits.batching.where == "fitting a block"
+    assert fits.batching.bytes > plain.batching.bytes
     assert fits.bytes == plain.bytes
     assert long.seconds > 1.5 * fits.seconds
-    tight = api.plan(tiny("wide"), recipe=AFTER, memory=fits.layout.bytes - 1, **shape)
-    assert tight.layout.batch < fits.layout.batch
+    tight = api.plan(tiny("wide"), recipe=AFTER, memory=fits.batching.bytes - 1, **shape)
+    assert tight.batching.batch < fits.batching.batch

@@ -207,7 +207,7 @@ def test_lockstep_and_running_again_agree(tiny: Tiny, tmp_path: Path, name: str,
     ids = load_tokens("docs", model.source.tokenizer(), samples=4, tokens=32).ids
     found = []
     for lockstep in (True, False):
-        plan = replace(made, layout=footprint.Layout(batch, lockstep, 0, ""))
+        plan = replace(made, batching=footprint.Batching(batch, lockstep, 0, ""))
         with Work(tmp_path / str(lockstep), "same") as work:
             rows = stream.run(plan, model, ids, work, Quiet())
             found.append((digest(work.staging), [(row["name"], row["error"], row["tokens"]) for row in rows]))

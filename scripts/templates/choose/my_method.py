@@ -37,7 +37,7 @@ def score(weight: Tensor, stats: SiteStats, cost: Tensor, targets: Sequence[Targ
     found = []
     for target in targets:
         form = from_target(target)
-        grid = ranged.fit(form, weight, None, ranged.Search("mse"))
+        grid = ranged.fit(form, weight, None, ranged.RangeRule("mse"))
         error = (form.decode(form.encode(weight, grid), grid) - weight).double()
         found.append(float(cost.double() @ error.square().mean(1)))
     return tuple(found)

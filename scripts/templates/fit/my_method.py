@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lilliput.formats import rounding
-from lilliput.formats.integer import Grid
+from lilliput.formats.integer import IntegerGrid
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
@@ -48,7 +48,7 @@ class Rounder:
         # replace: the weight for the present numbers
         return self.start.masked(self.start.codes * self.start.units.spread(self.scale()))
 
-    def finish(self) -> tuple[Tensor, Grid]:
+    def finish(self) -> tuple[Tensor, IntegerGrid]:
         # replace: codes and grid of that weight
         with torch.no_grad():
             return rounding.encode(self.start.codes.float(), self.scale(), self.start.zero, self.start.units)

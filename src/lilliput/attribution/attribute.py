@@ -21,7 +21,7 @@ from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, 
 from lilliput.data import load_tokens
 from lilliput.errors import DataError
 from lilliput.machine import memory as ram
-from lilliput.metrics import layout
+from lilliput.metrics import slices
 from lilliput.metrics.metric import Metric
 from lilliput.model.block import BlockWeights
 from lilliput.model.stored import Model, open_model
@@ -141,7 +141,7 @@ def attribute(
             "The compressed model works in turned coordinates: the original was turned like it to be compared."
         )
         base = found
-    tokens = layout.tokens([ours, base], tokens, TOKENS)
+    tokens = slices.tokens([ours, base], tokens, TOKENS)
     ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens, vocabulary=base.vocabulary).ids
     levels = {x.linear: math.log(x.factor) for x in damaged if x.factor > 0 and x.factor != 1.0}
     with tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work) as name:

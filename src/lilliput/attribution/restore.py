@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lilliput.metrics.layout import choose
 from lilliput.metrics.logits import StreamedHead, score
+from lilliput.metrics.slices import choose
 from lilliput.model.weights import Model
 from lilliput.progress import Progress
 from lilliput.streaming.forward import Batches, embed, finish, through

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CHUNK = 1 << 20  # codes packed at a time: the library widens them to 32 bits, several times over
-Scheme = tuple[int, bool, int]  # bits, symmetric, group size (-1: one per output row)
+IntegerKind = tuple[int, bool, int]  # bits, symmetric, group size (-1: one per output row)
 
 
-def scheme_of(grid: IntegerFormat) -> Scheme:
+def kind_of(form: IntegerFormat) -> IntegerKind:
     """What the engine's config tells of a format; a grid per tensor is written per row."""
-    return (grid.bits, grid.symmetric, -1 if grid.group_size == 0 else grid.group_size)
+    return (form.bits, form.symmetric, -1 if form.group_size == 0 else form.group_size)
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,14 @@ class CompressedTensors:
             QuantizationStatus,
         )
 
-        members: dict[Scheme, list[Outcome]] = {}
+        members: dict[IntegerKind, list[Outcome]] = {}
         for x in outcomes:
             if x.format is not None:
-                members.setdefault(scheme_of(x.format), []).append(x)
+                members.setdefault(kind_of(x.format), []).append(x)
         if not members:
             return None
         groups = {}
-        for i, ((bits, symmetric, size), of_scheme) in enumerate(members.items()):
+        for i, ((bits, symmetric, size), alike) in enumerate(members.items()):
             args = QuantizationArgs(
                 num_bits=bits,
                 type="int",
@@ -161,7 +161,7 @@ class CompressedTensors:
                 strategy="channel" if size < 0 else "group",
                 group_size=None if size < 0 else size,
             )
-            targets = ["Linear"] if len(members) == 1 else exact_targets(of_scheme)
+            targets = ["Linear"] if len(members) == 1 else exact_targets(alike)
             groups[f"group_{i}"] = QuantizationScheme(targets=targets, weights=args, format="pack-quantized")
         built = QuantizationConfig(
             config_groups=groups,
@@ -195,22 +195,22 @@ class CompressedTensors:
 
 def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome], decoded: bool) -> str | None:
     """What each linear could have by itself and an engine does not load side by side."""
-    schemes = {scheme_of(x.format): x.name for x in quantized if x.format is not None}
-    asymmetric = any(not symmetric for _, symmetric, _ in schemes)
+    kinds = {kind_of(x.format): x.name for x in quantized if x.format is not None}
+    asymmetric = any(not symmetric for _, symmetric, _ in kinds)
     experts = [x for x in outcomes if x.expert]
     if asymmetric and experts:
         return (
             f"asymmetric grids in a model with experts ('{experts[0].name}') load in no engine version tested. "
             "Nearest: symmetric: true; export 'lilliput' holds zero points."
         )
-    if (asymmetric or decoded) and len(schemes) > 1:
-        first, second = list(schemes.values())[:2]
+    if (asymmetric or decoded) and len(kinds) > 1:
+        first, second = list(kinds.values())[:2]
         return (
             f"'{first}' and '{second}' differ in bits, symmetry or group, and a loader that decodes takes one "
             f"scheme for all. Nearest: one target for all linears{'' if decoded else ', or symmetric: true'}; "
             "export 'lilliput' holds mixed schemes."
         )
-    if quantized and len({None if x.format is None else scheme_of(x.format) for x in experts}) > 1:
+    if quantized and len({None if x.format is None else kind_of(x.format) for x in experts}) > 1:
         return (
             f"'{experts[0].name}' and other experts differ in bits or group: engines read all experts by one scheme. "
             "Nearest: one target for all experts; export 'lilliput' holds mixed schemes."
@@ -261,13 +261,13 @@ def _tolerances(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
 def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
     """The first set of linears that vLLM fuses (q/k/v, gate/up) and that differ in scheme, in words."""
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        seen: dict[str, Scheme] = {}
+        seen: dict[str, IntegerKind] = {}
         for x in quantized:
             parent, _, leaf = x.name.rpartition(".")
             if (
                 leaf in names
                 and x.format is not None
-                and seen.setdefault(parent, scheme_of(x.format)) != scheme_of(x.format)
+                and seen.setdefault(parent, kind_of(x.format)) != kind_of(x.format)
             ):
                 return f"{parent} ({', '.join(names)})"
     return None

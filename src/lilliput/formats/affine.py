@@ -18,7 +18,7 @@ from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats import groups, integer
 from lilliput.formats.bits import row_bytes
-from lilliput.formats.format import Family, Format, Search, Stored, dtype_name, dtype_of
+from lilliput.formats.format import Family, Format, RangeRule, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import IntegerFormat, pack_codes, uncentred, unpack_codes
 from lilliput.target import Target
 
@@ -29,15 +29,15 @@ _FAR = 2.0  # windows of codes that a zero point may lie away from 0: 16 bits ho
 
 
 @dataclass(frozen=True)
-class Grid:
+class AffineGrid:
     """`scale`, positive, and `zero`, in code units: [out, groups] in the format's scale dtype."""
 
     scale: Tensor
     zero: Tensor
 
-    def rows(self, start: int, stop: int) -> Grid:
+    def rows(self, start: int, stop: int) -> AffineGrid:
         """The grid of output rows [start, stop)."""
-        return Grid(self.scale[start:stop], self.zero[start:stop])
+        return AffineGrid(self.scale[start:stop], self.zero[start:stop])
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AffineFormat(Format):
             rows * width * self.bits + 2 * rows * groups.count(width, self.group_size) * self.scale_dtype.itemsize * 8
         )
 
-    def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: bool = True) -> Grid:
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: bool = True) -> AffineGrid:
         """The grid for `weight` [out, in].
 
         Without `search` the one that covers each group. With it a few shares of that range are tried, and from the best
@@ -97,34 +97,34 @@ class AffineFormat(Format):
                     h = groups.split((weigh if weigh.shape[0] == 1 else weigh[part])[:, columns], size)
                 scale[part, some], zero[part, some] = self._fit(groups.split(weight[part, columns], size), h, search)
         ranges.check(weight, scale, dtype_name(self.scale_dtype))
-        return Grid(scale.to(self.scale_dtype), zero.to(self.scale_dtype))
+        return AffineGrid(scale.to(self.scale_dtype), zero.to(self.scale_dtype))
 
     def searched(
-        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
-    ) -> Grid:
+        self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None
+    ) -> AffineGrid:
         """See `Format`."""
         return self.fit(weight, importance=importance, search=how.search == "mse")
 
-    def even(self, weight: Tensor, reach: float) -> Grid:
+    def even(self, weight: Tensor, reach: float) -> AffineGrid:
         """See `ranged.Spaced`."""
         units = groups.units(weight.shape[0], weight.shape[1], self.group_size)
         step = 2 * reach * weight.square().mean().sqrt() / ((1 << self.bits) - 1)
         scale = ranges.stored(step.reshape(1, 1), self.scale_dtype).to(self.scale_dtype).expand(units).contiguous()
-        return Grid(scale, torch.full_like(scale, -0.5))
+        return AffineGrid(scale, torch.full_like(scale, -0.5))
 
-    def sweep_grid(self, grid: Grid) -> tuple[integer.Grid, torch.dtype | None]:
+    def sweep_grid(self, grid: AffineGrid) -> tuple[integer.IntegerGrid, torch.dtype | None]:
         """See `swept.Sweepable`."""
-        return integer.Grid(grid.scale.clone(), grid.zero), self.scale_dtype
+        return integer.IntegerGrid(grid.scale.clone(), grid.zero), self.scale_dtype
 
-    def swept_grid(self, swept: integer.Grid, grid: Grid) -> Grid:
+    def swept_grid(self, swept: integer.IntegerGrid, grid: AffineGrid) -> AffineGrid:
         """See `swept.Sweepable`."""
-        return Grid(swept.scale, grid.zero)
+        return AffineGrid(swept.scale, grid.zero)
 
-    def sweep_rounding(self, swept: integer.Grid, rows: int, group: Sequence[int]) -> Rounding:
+    def sweep_rounding(self, swept: integer.IntegerGrid, rows: int, group: Sequence[int]) -> Rounding:
         """See `swept.Sweepable`."""
         return Rounding.of(swept.scale, swept.zero, self.bits, rows, group)
 
-    def swept_codes(self, centred: Tensor, swept: integer.Grid, group: Sequence[int]) -> Tensor:
+    def swept_codes(self, centred: Tensor, swept: integer.IntegerGrid, group: Sequence[int]) -> Tensor:
         """See `swept.Sweepable`."""
         return uncentred(centred, swept.zero, group)
 
@@ -184,7 +184,7 @@ class AffineFormat(Format):
         near = fine & (zero.abs() <= (1 + _FAR) * (self.codes.highest - self.codes.lowest))
         return torch.where(near, scale, grid[0]), torch.where(near, zero, grid[1])
 
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+    def encode(self, weight: Tensor, grid: AffineGrid) -> Tensor:
         """The nearest codes, int8 [out, in]."""
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         for columns, scale, zero, size in self._units(grid, weight.shape[1]):
@@ -192,7 +192,7 @@ class AffineFormat(Format):
             codes[:, columns] = found.flatten(1).to(torch.int8)
         return codes
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, grid: AffineGrid) -> Tensor:
         """The values of codes [out, in], float32."""
         out = torch.empty(codes.shape, device=codes.device)
         for columns, scale, zero, size in self._units(grid, codes.shape[1]):
@@ -205,7 +205,7 @@ class AffineFormat(Format):
         units = (self.scale_dtype, (rows, groups.count(width, self.group_size)))
         return {"": (torch.uint8, (rows * row_bytes(width, self.bits),)), "_scale": units, "_zero": units}
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: AffineGrid) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
         return {
             "": pack_codes(codes, self.bits),
@@ -213,10 +213,12 @@ class AffineFormat(Format):
             "_zero": grid.zero.to(self.scale_dtype).contiguous(),
         }
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+    def unpack(
+        self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
+    ) -> tuple[Tensor, AffineGrid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
         codes = unpack_codes(get, self.bits, rows, width, start, stop)
-        return codes, Grid(get("_scale")[start:stop], get("_zero")[start:stop])
+        return codes, AffineGrid(get("_scale")[start:stop], get("_zero")[start:stop])
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -227,7 +229,7 @@ class AffineFormat(Format):
             "scale_dtype": dtype_name(self.scale_dtype),
         }
 
-    def _units(self, grid: Grid, width: int) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
+    def _units(self, grid: AffineGrid, width: int) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
         for columns, some, size in groups.pieces(width, self.group_size):
             yield columns, grid.scale[:, some].float(), grid.zero[:, some].float(), size
 

@@ -31,15 +31,15 @@ Start = Literal["greedy", "uniform", "best"]
 
 
 @dataclass(frozen=True)
-class Grid:
+class BinaryGrid:
     """`alpha` [out, groups, bits] and `offset` [out, groups], in the format's scale dtype."""
 
     alpha: Tensor
     offset: Tensor
 
-    def rows(self, start: int, stop: int) -> Grid:
+    def rows(self, start: int, stop: int) -> BinaryGrid:
         """The grid of output rows [start, stop)."""
-        return Grid(self.alpha[start:stop], self.offset[start:stop])
+        return BinaryGrid(self.alpha[start:stop], self.offset[start:stop])
 
     def levels(self) -> Tensor:
         """The value of every unsigned code, float32 [out, groups, 2^bits]."""
@@ -81,7 +81,9 @@ class BinaryFormat(Format):
         numbers = rows * groups.count(width, self.group_size) * (self.bits + 1)
         return rows * width * self.bits + numbers * self.scale_dtype.itemsize * 8
 
-    def fit(self, weight: Tensor, *, importance: Tensor | None = None, start: Start = "best", rounds: int = 15) -> Grid:
+    def fit(
+        self, weight: Tensor, *, importance: Tensor | None = None, start: Start = "best", rounds: int = 15
+    ) -> BinaryGrid:
         """Alphas and offsets for `weight` [out, in] of least sum of importance * error^2, found by alternation.
 
         "greedy": offset the mean, then b_i = sign(r), alpha_i = mean |r|, r -= alpha_i b_i; "uniform": the integer grid
@@ -101,13 +103,13 @@ class BinaryFormat(Format):
         for a in range(0, rows, step):
             some = weigh[a : a + step] if len(weigh) == rows else weigh
             done.append(self._fit(self._units(weight[a : a + step].float()), self._units(some.float()), start, rounds))
-        grid = Grid(torch.cat([g.alpha for g in done]), torch.cat([g.offset for g in done]))
+        grid = BinaryGrid(torch.cat([g.alpha for g in done]), torch.cat([g.offset for g in done]))
         if not bool(torch.isfinite(grid.alpha).all() and torch.isfinite(grid.offset).all()):
             name = dtype_name(self.scale_dtype)
             raise LilliputError(f"an alpha exceeds the range of {name}: set scale_dtype to float32 for this layer")
         return grid
 
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+    def encode(self, weight: Tensor, grid: BinaryGrid) -> Tensor:
         """The nearest codes, int8 [out, in]; a tie goes to the lower value."""
         rows, width = weight.shape
         codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
@@ -118,7 +120,7 @@ class BinaryFormat(Format):
             codes[a : a + step] = (found[:, :width] - (1 << (self.bits - 1))).to(torch.int8)
         return codes
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, grid: BinaryGrid) -> Tensor:
         """The values of codes [out, in], float32."""
         rows, width = codes.shape
         first = (groups.index(width, self.group_size, codes.device) << self.bits) + (1 << (self.bits - 1))
@@ -138,7 +140,7 @@ class BinaryFormat(Format):
             "_offset": (self.scale_dtype, (rows, units)),
         }
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: BinaryGrid) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
         return {
             "": pack_codes(codes, self.bits),
@@ -146,10 +148,12 @@ class BinaryFormat(Format):
             "_offset": grid.offset.contiguous(),
         }
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+    def unpack(
+        self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
+    ) -> tuple[Tensor, BinaryGrid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
         packed = get("").view(rows, -1)[start:stop]
-        return unpack_bits(packed, self.bits, width), Grid(get("_alpha"), get("_offset")).rows(start, stop)
+        return unpack_bits(packed, self.bits, width), BinaryGrid(get("_alpha"), get("_offset")).rows(start, stop)
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -162,14 +166,14 @@ class BinaryFormat(Format):
         size = width if self.group_size < 0 else min(self.group_size, width)
         return pad(x, (0, -width % max(size, 1))).view(rows, -1, size)
 
-    def _nearest(self, units: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def _nearest(self, units: Tensor, grid: BinaryGrid) -> tuple[Tensor, Tensor]:
         """Unsigned codes int64 and their values, [rows, groups, size]."""
         levels, order = grid.levels().sort(dim=-1, stable=True)
         middle = (levels[..., 1:] + levels[..., :-1]) / 2
         place = torch.searchsorted(middle, units.contiguous())
         return order.gather(-1, place), levels.gather(-1, place)
 
-    def _fit(self, units: Tensor, weigh: Tensor, start: Start, rounds: int) -> Grid:
+    def _fit(self, units: Tensor, weigh: Tensor, start: Start, rounds: int) -> BinaryGrid:
         rows, groups, size = units.shape
         units, weigh = units.view(-1, 1, size), weigh.expand_as(units).reshape(-1, 1, size)
         starts = [self._greedy] if start == "greedy" or self.bits == 1 else [self._uniform]
@@ -187,10 +191,17 @@ class BinaryFormat(Format):
             active = self._take(best, codes, least, active, some, h, self._refit(some, h, codes[active]))
             if not len(active):
                 break
-        return Grid(best.alpha.view(rows, groups, self.bits), best.offset.view(rows, groups))
+        return BinaryGrid(best.alpha.view(rows, groups, self.bits), best.offset.view(rows, groups))
 
     def _take(
-        self, best: Grid, codes: Tensor, least: Tensor, active: Tensor, units: Tensor, weigh: Tensor, grid: Grid
+        self,
+        best: BinaryGrid,
+        codes: Tensor,
+        least: Tensor,
+        active: Tensor,
+        units: Tensor,
+        weigh: Tensor,
+        grid: BinaryGrid,
     ) -> Tensor:
         """Write `grid` and its codes where they lower the error of the `active` groups; returns which those are."""
         found, error = self._tried(units, weigh, grid)
@@ -200,11 +211,11 @@ class BinaryFormat(Format):
         codes[where], least[where] = found[better], error[better]
         return where
 
-    def _tried(self, units: Tensor, weigh: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def _tried(self, units: Tensor, weigh: Tensor, grid: BinaryGrid) -> tuple[Tensor, Tensor]:
         codes, value = self._nearest(units, grid)
         return codes, ((value - units).square() * weigh).sum(-1)
 
-    def _greedy(self, units: Tensor, weigh: Tensor) -> Grid:
+    def _greedy(self, units: Tensor, weigh: Tensor) -> BinaryGrid:
         total = weigh.sum(-1, keepdim=True).clamp(min=1e-30)
         offset = (units * weigh).sum(-1, keepdim=True) / total
         left, alphas = units - offset, []
@@ -214,14 +225,14 @@ class BinaryFormat(Format):
             alphas.append(alpha)
         return self._as_stored(torch.cat(alphas, -1), offset.squeeze(-1))
 
-    def _uniform(self, units: Tensor, weigh: Tensor) -> Grid:
+    def _uniform(self, units: Tensor, weigh: Tensor) -> BinaryGrid:
         size = units.shape[-1]
         form = IntegerFormat(self.bits, False, -1, torch.float32)
         grid = form.fit(units.view(-1, size), search="mse", importance=weigh.view(-1, size))
         made = of_integers(form, grid)
         return self._as_stored(made.alpha, made.offset)
 
-    def _refit(self, units: Tensor, weigh: Tensor, codes: Tensor) -> Grid:
+    def _refit(self, units: Tensor, weigh: Tensor, codes: Tensor) -> BinaryGrid:
         """Least squares; where groups have fewer different codes than unknowns a faint ridge decides."""
         count = 1 << self.bits
         mass, pull = (
@@ -237,17 +248,17 @@ class BinaryFormat(Format):
         solved = torch.linalg.solve_ex(normal, right)[0].transpose(-1, -2).float()
         return self._as_stored(solved[..., :-1], solved[..., -1])
 
-    def _as_stored(self, alpha: Tensor, offset: Tensor) -> Grid:
-        return Grid(alpha.to(self.scale_dtype), offset.to(self.scale_dtype))
+    def _as_stored(self, alpha: Tensor, offset: Tensor) -> BinaryGrid:
+        return BinaryGrid(alpha.to(self.scale_dtype), offset.to(self.scale_dtype))
 
 
-def of_integers(form: IntegerFormat, grid: integer.Grid) -> Grid:
+def of_integers(form: IntegerFormat, grid: integer.IntegerGrid) -> BinaryGrid:
     """An integer grid with scales [out, groups] as binary coding of as many bits, in float32."""
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
     powers = 2.0 ** torch.arange(-1, form.bits - 1, device=scale.device)
     # Codes are signed there: their middle is -1/2.
-    return Grid(scale.unsqueeze(-1) * powers, scale * (-0.5 - zero))
+    return BinaryGrid(scale.unsqueeze(-1) * powers, scale * (-0.5 - zero))
 
 
 def from_plain(plain: Mapping[str, Any]) -> BinaryFormat:

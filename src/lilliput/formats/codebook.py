@@ -19,7 +19,7 @@ from torch import Tensor
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, kmeans
 from lilliput.formats.bits import row_bytes, unpack_bits
-from lilliput.formats.format import CHUNK, Family, Format, Search, Stored, dtype_name, dtype_of
+from lilliput.formats.format import CHUNK, Family, Format, RangeRule, Stored, dtype_name, dtype_of
 from lilliput.formats.integer import SCALE_DTYPES, group_of, pack_codes, scale_dtype_of
 from lilliput.machine.cost import Cost
 from lilliput.target import Target
@@ -118,7 +118,7 @@ class CodebookFormat(Format):
         return self.table(found)
 
     def searched(
-        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+        self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None
     ) -> Table:
         """See `Format`."""
         return self.fit(weight, importance=importance, zero=None if support is None else ~support)

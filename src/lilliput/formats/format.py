@@ -31,7 +31,7 @@ class Grid(Protocol):
 
 
 @dataclass(frozen=True)
-class Search:
+class RangeRule:
     """How a range is chosen: cover it, or search the least sum of importance * |error|^norm among shrunk ranges, in
     `steps` factors; `signed_scale` lets a symmetric scale be negative. See `IntegerFormat.fit`."""
 
@@ -68,7 +68,7 @@ class Format(Protocol):
         ...
 
     def searched(
-        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+        self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None
     ) -> Any:
         """As `fit`, with ranges chosen as `how` says; a format without ranges is fitted in its own way. Outside
         `support`, bool [out, in], the weight is 0, and stays 0 where the format holds that."""

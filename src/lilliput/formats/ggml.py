@@ -17,7 +17,7 @@ from lilliput.algebra import ranges
 from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError, SourceError
 from lilliput.formats import ggml_bytes, ggml_search, integer, tables
-from lilliput.formats.format import Family, Format, Search, Stored
+from lilliput.formats.format import Family, Format, RangeRule, Stored
 from lilliput.formats.ggml_bytes import KINDS, Blocks, Kind
 from lilliput.machine.cost import Cost
 from lilliput.target import Target
@@ -119,21 +119,21 @@ class GgmlFormat(Format):
         return Grid(d, m if kind.offset else None, None if kind.scales is None else c)
 
     def searched(
-        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+        self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None
     ) -> Grid:
         """See `Format`; errors are squared, whatever the norm."""
         return self.fit(weight, importance=importance, search=how.search, steps=how.steps)
 
-    def sweep_grid(self, grid: Grid) -> tuple[integer.Grid, torch.dtype | None]:
+    def sweep_grid(self, grid: Grid) -> tuple[integer.IntegerGrid, torch.dtype | None]:
         """See `swept.Sweepable`."""
         scale, offset = self.values(grid)
-        return integer.Grid(scale, None if offset is None else -offset / scale), None
+        return integer.IntegerGrid(scale, None if offset is None else -offset / scale), None
 
-    def swept_grid(self, swept: integer.Grid, grid: Grid) -> Grid:
+    def swept_grid(self, swept: integer.IntegerGrid, grid: Grid) -> Grid:
         """See `swept.Sweepable`."""
         return grid
 
-    def sweep_rounding(self, swept: integer.Grid, rows: int, group: Sequence[int]) -> Rounding:
+    def sweep_rounding(self, swept: integer.IntegerGrid, rows: int, group: Sequence[int]) -> Rounding:
         """See `swept.Sweepable`."""
         table = self.table(swept.scale)
         if table is not None:
@@ -146,7 +146,7 @@ class GgmlFormat(Format):
         low, high = (lowest - zero).unbind(0), (highest - zero).unbind(0)
         return Rounding(inverse, step.unbind(0), low, high, group, part=(zero - zero.round()).unbind(0))
 
-    def swept_codes(self, centred: Tensor, swept: integer.Grid, group: Sequence[int]) -> Tensor:
+    def swept_codes(self, centred: Tensor, swept: integer.IntegerGrid, group: Sequence[int]) -> Tensor:
         """See `swept.Sweepable`."""
         table = self.table(centred)
         if table is None:

@@ -20,7 +20,7 @@ from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats import groups
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
-from lilliput.formats.format import CHUNK, DTYPES, Family, Format, Search, Stored, dtype_name, dtype_of
+from lilliput.formats.format import CHUNK, DTYPES, Family, Format, RangeRule, Stored, dtype_name, dtype_of
 from lilliput.target import Target
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,18 +28,18 @@ _CHUNK = 1 << 18  # weights worked on at a time: two float32 buffers of this siz
 
 
 @dataclass(frozen=True)
-class Grid:
+class IntegerGrid:
     """Where the codes of a matrix lie: scale [out, groups] in the format's scale dtype ([1, 1] for one per tensor), and
     zero int8 of the same shape, in code units (None: symmetric)."""
 
     scale: Tensor
     zero: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> Grid:
+    def rows(self, start: int, stop: int) -> IntegerGrid:
         """The grid of output rows [start, stop); a grid per tensor serves all rows."""
         if self.scale.shape == (1, 1):
             return self
-        return Grid(self.scale[start:stop], None if self.zero is None else self.zero[start:stop])
+        return IntegerGrid(self.scale[start:stop], None if self.zero is None else self.zero[start:stop])
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class IntegerFormat(Format):
         norm: float = 2.0,
         signed_scale: bool = False,
         polish: bool = True,
-    ) -> Grid:
+    ) -> IntegerGrid:
         """The grid for `weight` [out, in].
 
         "minmax" covers the range: scale max|w| / (2^(b-1) - 1), or (hi - lo) / (2^b - 1) with lo <= 0 <= hi. "mse"
@@ -121,7 +121,7 @@ class IntegerFormat(Format):
         importance = ranges.relative(weight, importance)
         if not weight.numel():
             empty = torch.ones(groups.units(rows, width, self.group_size), device=weight.device)
-            return Grid(
+            return IntegerGrid(
                 empty.to(self.scale_dtype), None if self.symmetric else torch.zeros_like(empty, dtype=torch.int8)
             )
         rule = ranges.Rule(self.bits, self.symmetric, self.scale_dtype, search, steps, norm, signed_scale, polish)
@@ -142,11 +142,11 @@ class IntegerFormat(Format):
                         weights = groups.split(some[:, columns], size)
                     scale[a:b, units], zero[a:b, units] = ranges.fit(part, weights, rule)
         ranges.check(weight, scale, dtype_name(self.scale_dtype))
-        return Grid(scale.to(self.scale_dtype), None if self.symmetric else zero.to(torch.int8))
+        return IntegerGrid(scale.to(self.scale_dtype), None if self.symmetric else zero.to(torch.int8))
 
     def searched(
-        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
-    ) -> Grid:
+        self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None
+    ) -> IntegerGrid:
         """See `Format`."""
         return self.fit(
             weight,
@@ -161,24 +161,24 @@ class IntegerFormat(Format):
         """See `ranged.Ranged`."""
         return torch.arange(float(1 << (self.bits - 1)))
 
-    def sweep_grid(self, grid: Grid) -> tuple[Grid, torch.dtype | None]:
+    def sweep_grid(self, grid: IntegerGrid) -> tuple[IntegerGrid, torch.dtype | None]:
         """See `swept.Sweepable`."""
         zero = None if grid.zero is None else grid.zero.clone()
-        return Grid(grid.scale.clone(), zero), self.scale_dtype if self.group_size != 0 else None
+        return IntegerGrid(grid.scale.clone(), zero), self.scale_dtype if self.group_size != 0 else None
 
-    def swept_grid(self, swept: Grid, grid: Grid) -> Grid:
+    def swept_grid(self, swept: IntegerGrid, grid: IntegerGrid) -> IntegerGrid:
         """See `swept.Sweepable`."""
         return swept
 
-    def sweep_rounding(self, swept: Grid, rows: int, group: Sequence[int]) -> Rounding:
+    def sweep_rounding(self, swept: IntegerGrid, rows: int, group: Sequence[int]) -> Rounding:
         """See `swept.Sweepable`."""
         return Rounding.of(swept.scale, swept.zero, self.bits, rows, group)
 
-    def swept_codes(self, centred: Tensor, swept: Grid, group: Sequence[int]) -> Tensor:
+    def swept_codes(self, centred: Tensor, swept: IntegerGrid, group: Sequence[int]) -> Tensor:
         """See `swept.Sweepable`."""
         return uncentred(centred, swept.zero, group)
 
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+    def encode(self, weight: Tensor, grid: IntegerGrid) -> Tensor:
         """The nearest codes, int8 [out, in]: round(w / scale) + zero, clipped. Ties go to the even multiple."""
         rows, width = weight.shape
         codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
@@ -187,7 +187,7 @@ class IntegerFormat(Format):
             codes[:, columns] = value.clamp_(self.lowest, self.highest).flatten(1).to(torch.int8)
         return codes
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, grid: IntegerGrid) -> Tensor:
         """The values of codes [out, in], float32."""
         rows, width = codes.shape
         out = torch.empty(rows, width, dtype=torch.float32, device=codes.device)
@@ -206,20 +206,22 @@ class IntegerFormat(Format):
             tensors["_zero"] = (torch.uint8, (row_bytes(grid[0] * grid[1], self.bits),))
         return tensors
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: IntegerGrid) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
         tensors = {"": pack_codes(codes, self.bits), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
         if grid.zero is not None:
             tensors["_zero"] = pack_bits(grid.zero.reshape(1, -1), self.bits).view(-1)
         return tensors
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+    def unpack(
+        self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
+    ) -> tuple[Tensor, IntegerGrid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
         scale = get("_scale")
         zero = None
         if not self.symmetric:
             zero = unpack_bits(get("_zero").view(1, -1), self.bits, scale.numel()).view(scale.shape)
-        return unpack_codes(get, self.bits, rows, width, start, stop), Grid(scale, zero).rows(start, stop)
+        return unpack_codes(get, self.bits, rows, width, start, stop), IntegerGrid(scale, zero).rows(start, stop)
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -231,7 +233,7 @@ class IntegerFormat(Format):
             "scale_dtype": dtype_name(self.scale_dtype),
         }
 
-    def expand(self, grid: Grid, width: int) -> tuple[Tensor, Tensor]:
+    def expand(self, grid: IntegerGrid, width: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of every weight, float32 [out, in] (a grid per tensor or row is a view; [1, in] per
         tensor)."""
         scale = grid.scale.float()
@@ -241,7 +243,7 @@ class IntegerFormat(Format):
         index = self.group_of(width, scale.device)
         return scale[:, index], zero.expand_as(scale)[:, index]
 
-    def _units(self, grid: Grid, width: int) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
+    def _units(self, grid: IntegerGrid, width: int) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
         for columns, units, size in groups.pieces(width, self.group_size):
             scale = grid.scale[:, units].float().unsqueeze(-1)
             zero = torch.zeros_like(scale) if grid.zero is None else grid.zero[:, units].float().unsqueeze(-1)

@@ -18,8 +18,8 @@ from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats import groups, level_search, scales, tables
 from lilliput.formats.bits import row_bytes
-from lilliput.formats.format import Family, Format, Search, Stored
-from lilliput.formats.integer import Grid, group_of, pack_codes, unpack_codes
+from lilliput.formats.format import Family, Format, RangeRule, Stored
+from lilliput.formats.integer import IntegerGrid, group_of, pack_codes, unpack_codes
 from lilliput.formats.scales import FloatScales, PowerScales, ScaleKind, Scales
 from lilliput.machine.cost import Cost
 from lilliput.target import Target
@@ -115,7 +115,7 @@ class LevelFormat(Format):
         return found
 
     def searched(
-        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+        self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None
     ) -> Scales:
         """See `Format`."""
         return self.fit(weight, search=how.search, importance=importance, steps=how.steps, norm=how.norm)
@@ -125,20 +125,20 @@ class LevelFormat(Format):
         levels = self.on(torch.empty(0)).levels
         return levels[levels >= 0]
 
-    def sweep_grid(self, grid: Scales) -> tuple[Grid, torch.dtype | None]:
+    def sweep_grid(self, grid: Scales) -> tuple[IntegerGrid, torch.dtype | None]:
         """See `swept.Sweepable`."""
         moves = self._moves
-        return Grid(grid.values() if moves is None else grid.codes.clone()), moves
+        return IntegerGrid(grid.values() if moves is None else grid.codes.clone()), moves
 
-    def swept_grid(self, swept: Grid, grid: Scales) -> Scales:
+    def swept_grid(self, swept: IntegerGrid, grid: Scales) -> Scales:
         """See `swept.Sweepable`."""
         return grid if self._moves is None else Scales(grid.kind, swept.scale)
 
-    def sweep_rounding(self, swept: Grid, rows: int, group: Sequence[int]) -> Rounding:
+    def sweep_rounding(self, swept: IntegerGrid, rows: int, group: Sequence[int]) -> Rounding:
         """See `swept.Sweepable`."""
         return Rounding.levels(swept.scale, self.on(swept.scale).snap, rows, group)
 
-    def swept_codes(self, centred: Tensor, swept: Grid, group: Sequence[int]) -> Tensor:
+    def swept_codes(self, centred: Tensor, swept: IntegerGrid, group: Sequence[int]) -> Tensor:
         """See `swept.Sweepable`."""
         table, half = self.on(centred), 1 << (self.bits - 1)
         codes = torch.empty(centred.shape, dtype=torch.int8, device=centred.device)

@@ -19,8 +19,8 @@ from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats import groups, integer, scales
 from lilliput.formats.bits import pack_bits, row_bytes, unpack_bits
-from lilliput.formats.format import Family, Format, Search, Stored
-from lilliput.formats.integer import Grid, IntegerFormat, group_of, pack_codes, uncentred, unpack_codes
+from lilliput.formats.format import Family, Format, RangeRule, Stored
+from lilliput.formats.integer import IntegerFormat, IntegerGrid, group_of, pack_codes, uncentred, unpack_codes
 from lilliput.formats.level_search import Weighed
 from lilliput.formats.levels import check_group, describe_scales
 from lilliput.formats.scales import FloatScales, ScaleKind, Scales
@@ -139,7 +139,7 @@ class NestedFormat(Format):
         return NestedGrid(found, held)
 
     def searched(
-        self, weight: Tensor, how: Search, *, importance: Tensor | None = None, support: Tensor | None = None
+        self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None
     ) -> NestedGrid:
         """See `Format`."""
         return self.fit(weight, search=how.search, importance=importance, steps=how.steps, norm=how.norm)
@@ -148,28 +148,28 @@ class NestedFormat(Format):
         """See `ranged.Ranged`."""
         return self.codes.magnitudes()
 
-    def sweep_grid(self, grid: NestedGrid) -> tuple[Grid, torch.dtype | None]:
+    def sweep_grid(self, grid: NestedGrid) -> tuple[IntegerGrid, torch.dtype | None]:
         """See `swept.Sweepable`."""
         return self.grid(grid), None
 
-    def swept_grid(self, swept: Grid, grid: NestedGrid) -> NestedGrid:
+    def swept_grid(self, swept: IntegerGrid, grid: NestedGrid) -> NestedGrid:
         """See `swept.Sweepable`."""
         return grid
 
-    def sweep_rounding(self, swept: Grid, rows: int, group: Sequence[int]) -> Rounding:
+    def sweep_rounding(self, swept: IntegerGrid, rows: int, group: Sequence[int]) -> Rounding:
         """See `swept.Sweepable`."""
         return Rounding.of(swept.scale, swept.zero, self.bits, rows, group)
 
-    def swept_codes(self, centred: Tensor, swept: Grid, group: Sequence[int]) -> Tensor:
+    def swept_codes(self, centred: Tensor, swept: IntegerGrid, group: Sequence[int]) -> Tensor:
         """See `swept.Sweepable`."""
         return uncentred(centred, swept.zero, group)
 
-    def grid(self, grid: NestedGrid) -> Grid:
+    def grid(self, grid: NestedGrid) -> IntegerGrid:
         """The plain grid that a nested one stands for: scales float32, zero points int8."""
         zeros = grid.zeros
         if isinstance(zeros, Scales):
             zeros = self._whole(zeros.values()).to(torch.int8)
-        return Grid(grid.scales.values(), zeros)
+        return IntegerGrid(grid.scales.values(), zeros)
 
     def encode(self, weight: Tensor, grid: NestedGrid) -> Tensor:
         """The nearest codes, int8 [out, in]."""

@@ -7,9 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.formats.format import Format, Search
+from lilliput.formats.format import Format, RangeRule
 
-__all__ = ["Ranged", "Search", "Spaced", "check", "fit"]
+__all__ = ["RangeRule", "Ranged", "Spaced", "check", "fit"]
 
 
 @runtime_checkable
@@ -36,7 +36,7 @@ class Spaced(Protocol):
         ...
 
 
-def check(form: Format, how: Search) -> None:
+def check(form: Format, how: RangeRule) -> None:
     """Raises PlanError where a format has no such range to choose."""
     if how.signed_scale and not form.signed_scales:
         raise PlanError(
@@ -45,7 +45,7 @@ def check(form: Format, how: Search) -> None:
         )
 
 
-def fit(form: Format, weight: Tensor, importance: Tensor | None, how: Search, support: Tensor | None = None) -> Any:
+def fit(form: Format, weight: Tensor, importance: Tensor | None, how: RangeRule, support: Tensor | None = None) -> Any:
     """The grid of `form` for `weight` [out, in]; `importance` [in] or [out, in] weighs errors where `how` searches.
     Outside `support`, bool [out, in], the weight is 0, and stays 0 in every format that can hold it.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lilliput.algebra import ranges as search
-from lilliput.formats.integer import Grid, IntegerFormat
+from lilliput.formats.integer import IntegerFormat, IntegerGrid
 
 _CHUNK = 1 << 20  # weights at a time: the temporaries stay small
 
@@ -142,11 +142,11 @@ def stored_scale(scale: Tensor, form: IntegerFormat) -> Tensor:
     return through(scale, search.stored(scale.detach(), form.scale_dtype))
 
 
-def encode(position: Tensor, scale: Tensor, zero: Tensor, units: Units) -> tuple[Tensor, Grid]:
+def encode(position: Tensor, scale: Tensor, zero: Tensor, units: Units) -> tuple[Tensor, IntegerGrid]:
     """Codes int8 [rows, width] and grid of what `rounded` gives for scales that are as stored."""
     codes = torch.empty(position.shape, dtype=torch.int8, device=position.device)
     form = units.form
     for rows in units.pieces():
         offset = units.spread(units.of(zero, rows))
         codes[rows] = position[rows].round().add_(offset).clamp_(form.lowest, form.highest).to(torch.int8)
-    return codes, Grid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))
+    return codes, IntegerGrid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))

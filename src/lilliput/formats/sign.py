@@ -20,15 +20,15 @@ from lilliput.target import Target
 
 
 @dataclass(frozen=True)
-class Grid:
+class SignGrid:
     """`left` [out] and `right` [in], in the format's scale dtype, not negative."""
 
     left: Tensor
     right: Tensor
 
-    def rows(self, start: int, stop: int) -> Grid:
+    def rows(self, start: int, stop: int) -> SignGrid:
         """The grid of output rows [start, stop)."""
-        return Grid(self.left[start:stop], self.right)
+        return SignGrid(self.left[start:stop], self.right)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SignFormat(Format):
         """Exact size: signs and two vectors."""
         return rows * width + (rows + width) * self.scale_dtype.itemsize * 8
 
-    def fit(self, weight: Tensor, *, importance: Tensor | None = None, rounds: int = 30) -> Grid:
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None, rounds: int = 30) -> SignGrid:
         """left, right of least sum of h (|w_ij| - left_i right_j)^2, h the `importance` ([in] or [out, in]; None: 1).
 
         Alternating least squares from the rows' means: the power iteration for the first singular pair of |W| where
@@ -78,17 +78,17 @@ class SignFormat(Format):
         even = ratio(left.norm(), right.norm()).sqrt()
         stored = (right * even).to(self.scale_dtype)
         left = ratio(weighted @ stored.double(), h @ stored.double().square())
-        grid = Grid(left.to(self.scale_dtype), stored)
+        grid = SignGrid(left.to(self.scale_dtype), stored)
         if not bool(torch.isfinite(grid.left).all() and torch.isfinite(grid.right).all()):
             name = dtype_name(self.scale_dtype)
             raise LilliputError(f"a value exceeds the range of {name}: set scale_dtype to float32 for this layer")
         return grid
 
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+    def encode(self, weight: Tensor, grid: SignGrid) -> Tensor:
         """The signs, int8 [out, in]: 0 for w >= 0, -1 for w < 0."""
         return -(weight < 0).to(torch.int8)
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, grid: SignGrid) -> Tensor:
         """The values of codes [out, in], float32."""
         return (2.0 * codes + 1.0) * grid.left.float().unsqueeze(1) * grid.right.float()
 
@@ -100,14 +100,16 @@ class SignFormat(Format):
             "_right": (self.scale_dtype, (width,)),
         }
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: SignGrid) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
         return {"": integer.pack_codes(codes, 1), "_left": grid.left.contiguous(), "_right": grid.right.contiguous()}
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+    def unpack(
+        self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
+    ) -> tuple[Tensor, SignGrid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
         packed = get("").view(rows, -1)[start:stop]
-        return unpack_bits(packed, 1, width), Grid(get("_left"), get("_right")).rows(start, stop)
+        return unpack_bits(packed, 1, width), SignGrid(get("_left"), get("_right")).rows(start, stop)
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lilliput.algebra.obs import Rounding
 from lilliput.errors import PlanError
 from lilliput.formats.format import Format
-from lilliput.formats.integer import Grid
+from lilliput.formats.integer import IntegerGrid
 from lilliput.formats.known import FAMILIES
 
 NAMES = tuple(name for family in FAMILIES if family.swept for name in family.wanted)  # of a target's format
@@ -20,7 +20,7 @@ NAMES = tuple(name for family in FAMILIES if family.swept for name in family.wan
 
 @runtime_checkable
 class Sweepable(Format, Protocol):
-    """A format as a sweep needs it. Its `Grid` there: scales [out, groups] ([1, 1]: per tensor) and zero points, int8,
+    """A format as a sweep needs it. Its `IntegerGrid` there: scales [out, groups] ([1, 1]: per tensor) and zero points, int8,
     real or None."""
 
     @property
@@ -29,20 +29,20 @@ class Sweepable(Format, Protocol):
     @property
     def group_size(self) -> int: ...
 
-    def sweep_grid(self, grid: Any) -> tuple[Grid, torch.dtype | None]:
+    def sweep_grid(self, grid: Any) -> tuple[IntegerGrid, torch.dtype | None]:
         """What the format's `fit` returned, which is left as it is, as the sweep sees it; and the type that a scale is
         rounded to by itself, where the sweep may move scales: they are a copy then."""
         ...
 
-    def swept_grid(self, swept: Grid, grid: Any) -> Any:
+    def swept_grid(self, swept: IntegerGrid, grid: Any) -> Any:
         """The format's own grid after the sweep; `grid` is the one that `sweep_grid` was given."""
         ...
 
-    def sweep_rounding(self, swept: Grid, rows: int, group: Sequence[int]) -> Rounding:
+    def sweep_rounding(self, swept: IntegerGrid, rows: int, group: Sequence[int]) -> Rounding:
         """The levels for `rows` outputs, `group` being that of each column in sweep order."""
         ...
 
-    def swept_codes(self, centred: Tensor, swept: Grid, group: Sequence[int]) -> Tensor:
+    def swept_codes(self, centred: Tensor, swept: IntegerGrid, group: Sequence[int]) -> Tensor:
         """Centred codes [in, out] of a sweep, overwritten, to codes int8 [out, in]; `group`: of each column."""
         ...
 
@@ -52,7 +52,7 @@ class Swept:
     """A fitted format under a sweep; see `Sweepable.sweep_grid` for `grid` and `moves` (None: scales are fixed)."""
 
     form: Sweepable
-    grid: Grid
+    grid: IntegerGrid
     moves: torch.dtype | None
 
     def rows(self, start: int, stop: int) -> Swept:

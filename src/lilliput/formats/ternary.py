@@ -26,14 +26,14 @@ PER_BYTE = 5
 
 
 @dataclass(frozen=True)
-class Grid:
+class TernaryGrid:
     """`scale` [out, groups] in the format's scale dtype, positive."""
 
     scale: Tensor
 
-    def rows(self, start: int, stop: int) -> Grid:
+    def rows(self, start: int, stop: int) -> TernaryGrid:
         """The grid of output rows [start, stop)."""
-        return Grid(self.scale[start:stop])
+        return TernaryGrid(self.scale[start:stop])
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TernaryFormat(Format):
         scales = rows * groups.count(width, self.group_size)
         return 8 * rows * -(-width // PER_BYTE) + scales * self.scale_dtype.itemsize * 8
 
-    def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> Grid:
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> TernaryGrid:
         """The scales of least sum of h (w - s c)^2 over all codes c of -1, 0, 1 for `weight` [out, in].
 
         The best k weights to keep are the k largest, whatever the importance h ([in] or [out, in], not negative): their
@@ -79,7 +79,7 @@ class TernaryFormat(Format):
         if not bool(torch.isfinite(kept).all()):
             name = dtype_name(self.scale_dtype)
             raise LilliputError(f"a scale exceeds the range of {name}: set scale_dtype to float32 for this layer")
-        return Grid(kept.to(self.scale_dtype))
+        return TernaryGrid(kept.to(self.scale_dtype))
 
     def _scales(self, weight: Tensor, weigh: Tensor) -> Tensor:
         """The scales [rows, groups] of some rows, before they are rounded."""
@@ -94,16 +94,16 @@ class TernaryFormat(Format):
         best = gain.argmax(-1, keepdim=True)
         return torch.where(count > 0, total / count, 0.0).gather(-1, best).squeeze(-1)
 
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+    def encode(self, weight: Tensor, grid: TernaryGrid) -> Tensor:
         """The nearest codes, int8 [out, in] of -1, 0, 1; |w| = s / 2 goes to 0."""
         scale = grid.scale.float()[:, groups.index(weight.shape[1], self.group_size, weight.device)]
         return torch.round(weight.float() / scale).clamp_(-1, 1).to(torch.int8)
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, grid: TernaryGrid) -> Tensor:
         """The values of codes [out, in], float32."""
         return codes * grid.scale.float()[:, groups.index(codes.shape[1], self.group_size, codes.device)]
 
-    def levels(self, grid: Grid) -> Tensor:
+    def levels(self, grid: TernaryGrid) -> Tensor:
         """The three values of each group, rising, float32 [out, groups, 3]."""
         return grid.scale.float().unsqueeze(-1) * torch.tensor([-1.0, 0.0, 1.0], device=grid.scale.device)
 
@@ -114,13 +114,15 @@ class TernaryFormat(Format):
             "_scale": (self.scale_dtype, (rows, groups.count(width, self.group_size))),
         }
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: TernaryGrid) -> dict[str, Tensor]:
         """The tensors that `stored` describes."""
         return {"": pack_ternary(codes).view(-1), "_scale": grid.scale.contiguous()}
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+    def unpack(
+        self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
+    ) -> tuple[Tensor, TernaryGrid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
-        return unpack_ternary(get("").view(rows, -1)[start:stop], width), Grid(get("_scale")[start:stop])
+        return unpack_ternary(get("").view(rows, -1)[start:stop], width), TernaryGrid(get("_scale")[start:stop])
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""

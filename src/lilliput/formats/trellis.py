@@ -19,7 +19,7 @@ from lilliput.algebra import compiled, ldlq, trellis
 from lilliput.errors import PlanError
 from lilliput.formats.bits import pack_unsigned, row_bytes, unpack_unsigned
 from lilliput.formats.format import Family, Format, Stored, dtype_name, dtype_of
-from lilliput.formats.vector import Grid, by_column, checked, each_row, rms_scale, unit_of
+from lilliput.formats.vector import VectorGrid, by_column, checked, each_row, rms_scale, unit_of
 from lilliput.machine.cost import Cost
 from lilliput.target import Target
 
@@ -75,11 +75,11 @@ class TrellisFormat(Format):
     def size_bits(self, rows: int, width: int) -> int:
         return -(-rows // 2) * width * self.half_bits + (rows if self.per_row else 1) * self.scale_dtype.itemsize * 8
 
-    def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> Grid:
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None) -> VectorGrid:
         """Scales from root mean squares. Raises LilliputError for NaN or infinity."""
-        return Grid(rms_scale(weight, self.per_row, 1.0, self.scale_dtype))
+        return VectorGrid(rms_scale(weight, self.per_row, 1.0, self.scale_dtype))
 
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+    def encode(self, weight: Tensor, grid: VectorGrid) -> Tensor:
         """Codes of the nearest walks, int32 [out, in]; scales of rows within a walk are not weighed."""
         rows, width = weight.shape
         walk = self.walk(rows)
@@ -94,10 +94,10 @@ class TrellisFormat(Format):
         path = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return path.view(width, -1).T[:rows].to(torch.int32)
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, grid: VectorGrid) -> Tensor:
         return trellis.table(self.window).to(codes.device)[codes.long()] * grid.scale.float()
 
-    def settle(self, grid: Grid, rows: int) -> ldlq.Settle:
+    def settle(self, grid: VectorGrid, rows: int) -> ldlq.Settle:
         """How a sweep rounds columns of `rows` weights."""
         if grid.scale.device.type != "cpu" or not compiled.available():
             return by_column(self, grid)
@@ -111,7 +111,7 @@ class TrellisFormat(Format):
             "_scale": (self.scale_dtype, (rows if self.per_row else 1, 1)),
         }
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: VectorGrid) -> dict[str, Tensor]:
         low, high = self.steps
         even = codes[0::2] & ((1 << low) - 1)
         odd = torch.zeros_like(even)
@@ -119,7 +119,9 @@ class TrellisFormat(Format):
         packed = pack_unsigned(even << high | odd, self.half_bits).flatten()
         return {"": packed, "_scale": grid.scale.to(self.scale_dtype).contiguous()}
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+    def unpack(
+        self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
+    ) -> tuple[Tensor, VectorGrid]:
         _, high = self.steps
         walk = self.walk(rows)
         first = start - start % walk  # the register is known where a walk begins
@@ -128,7 +130,7 @@ class TrellisFormat(Format):
         symbols = torch.stack((pair >> high, pair & ((1 << high) - 1)), 1).flatten(0, 1)
         padded = torch.nn.functional.pad(symbols, (0, 0, 0, -len(symbols) % walk)).view(-1, walk, width)
         codes = trellis.registers(padded, self.window, self.steps).flatten(0, 1)
-        return codes[start - first : stop - first].to(torch.int32), Grid(get("_scale")).rows(start, stop)
+        return codes[start - first : stop - first].to(torch.int32), VectorGrid(get("_scale")).rows(start, stop)
 
     def plain(self) -> dict[str, Any]:
         return {

@@ -36,14 +36,14 @@ _PASSES = 25
 
 
 @dataclass(frozen=True)
-class Grid:
+class VectorGrid:
     """`scale` [out, 1] in the format's scale dtype ([1, 1]: one for all); `table` float16 [entries, dimension], None
     where the format's definition fixes it."""
 
     scale: Tensor
     table: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> Grid:
+    def rows(self, start: int, stop: int) -> VectorGrid:
         """The grid of output rows [start, stop); one scale serves all rows."""
         return self if self.scale.shape == (1, 1) else replace(self, scale=self.scale[start:stop])
 
@@ -84,12 +84,12 @@ def unit_of(target: Target, name: str) -> tuple[bool, torch.dtype]:
     return size == -1, scale_dtype_of(target)
 
 
-def each_row(grid: Grid, rows: int) -> Tensor:
+def each_row(grid: VectorGrid, rows: int) -> Tensor:
     """The scale of each of `rows` rows, float32 [rows]."""
     return grid.scale.float().flatten().expand(rows)
 
 
-def by_column(form: Format, grid: Grid) -> ldlq.Settle:
+def by_column(form: Format, grid: VectorGrid) -> ldlq.Settle:
     """A sweep's columns rounded one by one, by the format's own `encode` and `decode`."""
 
     def nearest(column: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,11 +145,11 @@ class VectorFormat(Format):
         table = 16 * (self.dimension << self.entry_bits) if self.learned else 0
         return self.vectors(rows) * width * self.entry_bits + scales + table
 
-    def fit(self, weight: Tensor, *, importance: Tensor | None = None, seed: int = 0) -> Grid:
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None, seed: int = 0) -> VectorGrid:
         """Scales from root mean squares; learned entries by k-means, vectors weighted by their column's mean
         `importance`. Raises LilliputError for NaN or infinity in either."""
         factor = 1.0 if self.learned else 1.0 / e8.SPREAD
-        grid = Grid(rms_scale(weight, self.per_row, factor, self.scale_dtype))
+        grid = VectorGrid(rms_scale(weight, self.per_row, factor, self.scale_dtype))
         if not self.learned:
             return grid
         weights = torch.ones(weight.shape[1], device=weight.device)
@@ -161,7 +161,7 @@ class VectorFormat(Format):
         each = weights.repeat(self.vectors(len(weight)))
         return replace(grid, table=_kmeans(vectors, each, 1 << self.entry_bits, seed).half())
 
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+    def encode(self, weight: Tensor, grid: VectorGrid) -> Tensor:
         """Codes of the nearest entries, int32 [out, in]; scales of rows within a vector are not weighed."""
         rows, width = weight.shape
         vectors = self._split(weight.float() / grid.scale.float())
@@ -171,11 +171,11 @@ class VectorFormat(Format):
             entry[a : a + _CHUNK] = _nearest(part, grid.table.float()) if grid.table is not None else e8.nearest(part)
         return self._codes(entry.view(-1, width), rows)
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, grid: VectorGrid) -> Tensor:
         table = e8.table().to(codes.device) if grid.table is None else grid.table.float()
         return table.view(-1)[codes.long()] * grid.scale.float()
 
-    def settle(self, grid: Grid, rows: int) -> ldlq.Settle:
+    def settle(self, grid: VectorGrid, rows: int) -> ldlq.Settle:
         """How a sweep rounds columns of `rows` weights."""
         if self.learned or grid.scale.device.type != "cpu" or not compiled.available():
             return by_column(self, grid)
@@ -192,17 +192,19 @@ class VectorFormat(Format):
             tensors["_table"] = (torch.float16, (1 << self.entry_bits, self.dimension))
         return tensors
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: VectorGrid) -> dict[str, Tensor]:
         entry = codes[:: self.dimension] // self.dimension
         tensors = {"": _pack(entry, self.entry_bits), "_scale": grid.scale.to(self.scale_dtype).contiguous()}
         return tensors if grid.table is None else tensors | {"_table": grid.table.contiguous()}
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+    def unpack(
+        self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
+    ) -> tuple[Tensor, VectorGrid]:
         first, last = start // self.dimension, self.vectors(stop)
         packed = get("").view(self.vectors(rows), -1)[first:last]
         codes = self._codes(_unpack(packed, self.entry_bits, width), (last - first) * self.dimension)
         a = start - first * self.dimension
-        grid = Grid(get("_scale"), get("_table") if self.learned else None)
+        grid = VectorGrid(get("_scale"), get("_table") if self.learned else None)
         return codes[a : a + stop - start], grid.rows(start, stop)
 
     def plain(self) -> dict[str, Any]:

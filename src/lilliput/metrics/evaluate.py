@@ -16,11 +16,11 @@ from lilliput.data import Tokens, load_tokens, overlap
 from lilliput.data.tokens import same_vocabulary, vocabulary_of
 from lilliput.errors import DataError, PlanError
 from lilliput.machine import memory as ram
-from lilliput.metrics import layout
+from lilliput.metrics import slices
 from lilliput.metrics.interval import Interval
-from lilliput.metrics.layout import vocabulary
 from lilliput.metrics.logits import Scores, StreamedHead, same_head, score
 from lilliput.metrics.size import Size, measure
+from lilliput.metrics.slices import vocabulary
 from lilliput.metrics.text import TextResult, result
 from lilliput.model.stored import Model, open_model
 from lilliput.source.source import own_name
@@ -124,7 +124,7 @@ def _scores(
 ) -> list[Scores]:
     """One for each model. The reference runs once, and so does its head for all models that have the same head."""
     everyone = [*models, *([] if against is None else [against])]
-    shape = layout.choose(everyone[:1] + everyone[1:][-1:], ids.shape[1], budget, len(ids))
+    shape = slices.choose(everyone[:1] + everyone[1:][-1:], ids.shape[1], budget, len(ids))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work)))
         hidden = []
@@ -252,7 +252,7 @@ def evaluate_all(
         if against is None
         else open_model(against, dtype=compute, device=device, trust_remote_code=trust_remote_code)
     )
-    tokens = layout.tokens([*opened, *([] if base is None else [base])], tokens)
+    tokens = slices.tokens([*opened, *([] if base is None else [base])], tokens)
     step = tokens if stride is None else stride
     if not 1 <= step <= tokens:
         raise DataError(f"a stride of {stride} does not fit windows of {tokens} tokens: give 1 to {tokens}.")

@@ -117,8 +117,8 @@ def _evaluation(model: Model, budget: int | None) -> int:
 
     The least that it can do with where it does not fit the budget.
     """
-    from lilliput.metrics.layout import choose, window
-    from lilliput.metrics.layout import least as fewest
+    from lilliput.metrics.slices import choose, window
+    from lilliput.metrics.slices import least as fewest
 
     tokens = window(model)
     try:

@@ -24,7 +24,7 @@ STILL = 60 * MB  # what the process itself takes, as BASE does, where no forward
 
 
 @dataclass(frozen=True)
-class Layout:
+class Batching:
     """How a run spends its memory: samples per forward pass, and whether all passes pause together at each site."""
 
     batch: int
@@ -85,8 +85,8 @@ def _site(run: Run, plans: Sequence[LinearPlan]) -> int:
 
 def choose(
     resolved: Resolved, run: Run, phases: Sequence[Phase], *, packed: int, budget: int | None, processes: int = 1
-) -> Layout:
-    """The fastest layout within the budget, or one of so many processes' part of the free memory where there is none.
+) -> Batching:
+    """The fastest batching within the budget, or one of so many processes' part of the free memory where there is none.
 
     Raises PlanError that names the smallest budget that would do.
     """
@@ -95,15 +95,15 @@ def choose(
     while batches[-1] > 1:
         batches.append(batches[-1] // 2)
     most = room(budget, processes)
-    smallest: Layout | None = None
+    smallest: Batching | None = None
     for lockstep in (True, False):
         for batch in batches:
             size, where = estimate(resolved, replace(run, batch=batch), phases, lockstep=lockstep, packed=packed)
-            layout = Layout(batch, lockstep, size, where)
+            batching = Batching(batch, lockstep, size, where)
             if size <= most:
-                return layout
+                return batching
             if smallest is None or size < smallest.bytes:
-                smallest = layout
+                smallest = batching
     if smallest is None:
         raise PlanError("there is nothing to calibrate on: ask for at least one sample")
     if budget is None:

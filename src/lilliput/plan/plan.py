@@ -42,7 +42,7 @@ class Plan:
     outcomes: Mapping[str, Outcome]  # by canonical linear name
     tensors: tuple[TensorPlan, ...]
     shards: tuple[str, ...]
-    layout: footprint.Layout
+    batching: footprint.Batching
     samples: int
     tokens: int
     dtype: torch.dtype
@@ -117,7 +117,7 @@ class Plan:
     @property
     def room(self) -> int:
         """Bytes of RAM that the run may take: the budget, or what was planned without one."""
-        return self.layout.bytes if self.budget is None else self.budget
+        return self.batching.bytes if self.budget is None else self.budget
 
     def hash(self, data_fingerprint: str) -> str:
         """Identifies runs that may continue each other: same result bytes, same way of computing them."""
@@ -132,8 +132,8 @@ class Plan:
             "dtype": str(self.dtype),
             "device": self.device,
             "threads": self.threads,
-            "batch": self.layout.batch,
-            "lockstep": self.layout.lockstep,
+            "batch": self.batching.batch,
+            "lockstep": self.batching.lockstep,
             "memory": self.budget,
             "versions": [__version__, torch.__version__, transformers.__version__],
             **({"processes": self.processes} if self.processes > 1 else {}),
@@ -155,13 +155,13 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "parameters": self.parameters,
-            "peak_rss_bytes": self.layout.bytes,
-            "peak_phase": self.layout.where,
+            "peak_rss_bytes": self.batching.bytes,
+            "peak_phase": self.batching.where,
             "seconds": self.seconds,
             "samples": self.samples,
             "tokens_per_sample": self.tokens,
-            "batch": self.layout.batch,
-            "lockstep": self.layout.lockstep,
+            "batch": self.batching.batch,
+            "lockstep": self.batching.lockstep,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": self.threads,
             "by_kind": dict(by_kind),
@@ -332,7 +332,7 @@ def make(
         itemsize=dtype.itemsize,
         stored=max(x.dtype.itemsize for x in tensors),
     )
-    layout = footprint.choose(
+    batching = footprint.choose(
         resolved,
         run,
         (*estimates.phases(model, resolved, run, tensors), *estimates.closing(model, budget, processes, measured)),
@@ -350,7 +350,7 @@ def make(
         outcomes=outcomes,
         tensors=tensors,
         shards=shards,
-        layout=layout,
+        batching=batching,
         samples=samples,
         tokens=tokens,
         dtype=dtype,

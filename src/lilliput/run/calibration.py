@@ -7,7 +7,7 @@ from lilliput.data.generate import generate_tokens
 from lilliput.data.load import check, load_tokens
 from lilliput.data.tokens import Tokens
 from lilliput.errors import PlanError
-from lilliput.metrics.layout import window
+from lilliput.metrics.slices import window
 from lilliput.model.stored import Model
 from lilliput.options import Calibration, Text
 from lilliput.plan.plan import Plan

@@ -187,7 +187,7 @@ def _score_blocks(
     if task.needs:
         if ids is None:
             raise RuntimeError("scores were planned from calibration, but there are no tokens")
-        flow = Flow(ids, plan.layout.batch, work.folder, _stem(task), plan.dtype)
+        flow = Flow(ids, plan.batching.batch, work.folder, _stem(task), plan.dtype)
     governed = plan.resolved.governed(task)
     progress.step(start, count, "scoring")
     for passage in walk(

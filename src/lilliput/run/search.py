@@ -173,7 +173,7 @@ class _Trials:
         states = Activations(self._work.folder / "trial-states.bin", shape, self._plan.dtype, create=True)
         try:
             with torch.no_grad():
-                for block, found in statistics(model, mine, self._plan.layout.batch, states, self._needs):
+                for block, found in statistics(model, mine, self._plan.batching.batch, states, self._needs):
                     tensors = {f"{site}.{name}": x.need(name) for site, x in found.items() for name in self._needs}
                     tensors |= {f"{site}.count": torch.tensor(x.count) for site, x in found.items()}
                     path = self._work.folder / f"trial-stats-{block:04d}.safetensors"

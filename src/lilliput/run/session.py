@@ -21,7 +21,7 @@ from lilliput.machine.cost import Cost
 from lilliput.machine.device import choose as choose_device
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
-from lilliput.metrics.layout import window
+from lilliput.metrics.slices import window
 from lilliput.model import rotated
 from lilliput.model.stored import Model, open_model
 from lilliput.options import Calibration, Compute, Fit, Gates, Limits, Text
@@ -182,19 +182,19 @@ def read(opened: Model, made: Plan, told: Calibration, text: Text) -> tuple[Plan
 
 def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: Progress, began: float) -> Compression:
     made, tokens = read(opened, made, job.calibration, text)
-    layout: dict[str, Any] = {"batch": made.layout.batch, "lockstep": made.layout.lockstep}
+    batching: dict[str, Any] = {"batch": made.batching.batch, "lockstep": made.batching.lockstep}
     if made.budget is None:
-        # The layout follows the free memory of the moment; a run that goes on keeps the one that it began with.
+        # Batching depends on the free memory of the moment; a resumed run keeps what it began with.
         before = journal.begun(out, job.work)
-        layout |= {k: before[k] for k in layout if k in before}
-    layout = ranks.agreed(layout)
-    made = replace(made, layout=replace(made.layout, **layout))
+        batching |= {k: before[k] for k in batching if k in before}
+    batching = ranks.agreed(batching)
+    made = replace(made, batching=replace(made.batching, **batching))
     key = made.hash("none" if tokens is None else tokens.fingerprint)
     original: Model | None = None
     evaluation: Evaluation | None = None
     warnings: tuple[str, ...] = ()
     seen: Look | None = None
-    with Work(out, key, job.work, layout) as place:
+    with Work(out, key, job.work, batching) as place:
         with ranks.together():
             if ranks.lead():
                 place.need(made.folder_bytes, spill(made, opened, text.windows))

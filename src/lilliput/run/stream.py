@@ -195,7 +195,7 @@ def _compress_sites(
     skeleton = job.model.skeleton
     needs = {site.name: job.needs(site) for site in wanted}
     runs = through(skeleton, job.index, batches, inputs, outputs)
-    if job.plan.layout.lockstep:
+    if job.plan.batching.lockstep:
         seen = Collector(skeleton, job.index, wanted, needs)
         first_pass = through(skeleton, job.index, batches, inputs, None)[:1]
         met = order.as_met(job.anatomy, wanted, seen.taps, first_pass)
@@ -323,7 +323,7 @@ def _pieces(planned: TensorPlan, model: Model) -> Iterator[Tensor]:
 
 
 def _flow(plan: Plan, ids: Tensor, work: Work) -> Flow:
-    return Flow(ids, plan.layout.batch, work.folder, "hidden", plan.dtype)
+    return Flow(ids, plan.batching.batch, work.folder, "hidden", plan.dtype)
 
 
 def _blocks(

@@ -193,9 +193,9 @@ class TabledLinear(CompressedLinear):
         raw: Tensor = getattr(self, f"{PREFIX}0")
         return raw.view(-1, self.spec.out_features, self.spec.in_features // lut.INPUTS)
 
-    def _grid(self) -> binary.Grid:
+    def _grid(self) -> binary.BinaryGrid:
         get = below(super().stored, self.spec.payload)
-        return binary.Grid(get("_alpha"), get("_offset"))
+        return binary.BinaryGrid(get("_alpha"), get("_offset"))
 
 
 def tabled(kind: type, spec: LinearSpec) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lilliput.formats.binary import BinaryFormat, Grid
+from lilliput.formats.binary import BinaryFormat, BinaryGrid
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
 
@@ -73,7 +73,7 @@ def codes_of(held: Tensor) -> Tensor:
     return (out.view(torch.uint8).view(rows, -1).short() - (1 << (bits - 1))).to(torch.int8)
 
 
-def matmul(x: Tensor, held: Tensor, grid: Grid) -> Tensor:
+def matmul(x: Tensor, held: Tensor, grid: BinaryGrid) -> Tensor:
     """x WT for x [tokens, in] and the binary-coded W [out, in] with the bit planes `held`, in x's dtype: [tokens, out].
 
     The groups of `grid` are of whole bytes: see `form_of`.

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.formats.integer import Grid, IntegerFormat, from_target
+from lilliput.formats.integer import IntegerFormat, IntegerGrid, from_target
 from lilliput.formats.rounding import Units
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
@@ -107,7 +107,7 @@ class Fitted(Protocol):
         """The weight [rows, in] for the present leaves, differentiable."""
         ...
 
-    def finish(self) -> tuple[Tensor, Grid]:
+    def finish(self) -> tuple[Tensor, IntegerGrid]:
         """Codes int8 [rows, in], zero points added, and grid for the present leaves, as they would be stored."""
         ...
 
@@ -131,7 +131,7 @@ class _Linear:
         """The layer for the present leaves, as it would be stored."""
         codes, grids = zip(*(x.finish() for x in self.fitted), strict=True)
         held, support = torch.cat(codes), self.layer.support
-        grid = Grid(torch.cat([g.scale for g in grids]), _joined([g.zero for g in grids]))
+        grid = IntegerGrid(torch.cat([g.scale for g in grids]), _joined([g.zero for g in grids]))
         if support is not None:
             rest = (
                 torch.zeros_like(held[:1, :1]) if grid.zero is None else Units(self.form, *held.shape).spread(grid.zero)

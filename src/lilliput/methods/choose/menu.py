@@ -92,7 +92,7 @@ def rounded(weight: Tensor, importance: Tensor, targets: Sequence[Target], price
     found = []
     for target in targets:
         form = from_target(target)
-        grid = ranged.fit(form, weight, importance, ranged.Search("mse", _STEPS))
+        grid = ranged.fit(form, weight, importance, ranged.RangeRule("mse", _STEPS))
         error = form.decode(form.encode(weight, grid), grid) - weight
         found.append((error.square() @ price).double())
     return found

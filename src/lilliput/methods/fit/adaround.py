@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.formats import rounding
-from lilliput.formats.integer import Grid
+from lilliput.formats.integer import IntegerGrid
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Fitted, Start
@@ -67,7 +67,7 @@ class Rounder:
         code = torch.minimum(torch.maximum(self.floor + self.share(), low), high)
         return self.start.masked(code * self.start.units.spread(self.start.scale))
 
-    def finish(self) -> tuple[Tensor, Grid]:
+    def finish(self) -> tuple[Tensor, IntegerGrid]:
         with torch.no_grad():
             position = self.floor + (self.choice.value >= 0)
             return rounding.encode(position, self.start.scale, self.start.zero, self.start.units)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.formats import rounding
-from lilliput.formats.integer import Grid
+from lilliput.formats.integer import IntegerGrid
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
@@ -64,7 +64,7 @@ class Rounder:
         scale = self._scale()
         return self.start.masked(rounding.rounded(self._position(scale), scale, self.start.zero, self.start.units))
 
-    def finish(self) -> tuple[Tensor, Grid]:
+    def finish(self) -> tuple[Tensor, IntegerGrid]:
         with torch.no_grad():
             scale = self._scale()
             return rounding.encode(self._position(scale), scale, self.start.zero, self.start.units)

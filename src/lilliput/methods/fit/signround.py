@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.formats import rounding
-from lilliput.formats.integer import Grid
+from lilliput.formats.integer import IntegerGrid
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
@@ -87,7 +87,7 @@ class Rounder:
         scale, zero = self.grid()
         return self.start.masked(rounding.rounded(self.position(scale), scale, zero, self.start.units))
 
-    def finish(self) -> tuple[Tensor, Grid]:
+    def finish(self) -> tuple[Tensor, IntegerGrid]:
         with torch.no_grad():
             scale, zero = self.grid()
             return rounding.encode(self.position(scale), scale, zero, self.start.units)

@@ -170,7 +170,7 @@ def _better(scale: Tensor, best: Tensor, least: float, judge: _Judge) -> tuple[T
 
 
 def _fit(scaled: Tensor, price: Tensor, grid_of: Format, o: Options) -> Any:
-    return ranged.fit(grid_of, scaled, price if o.search == "mse" else None, ranged.Search(o.search, o.steps))
+    return ranged.fit(grid_of, scaled, price if o.search == "mse" else None, ranged.RangeRule(o.search, o.steps))
 
 
 def _error(readers: Sequence[tuple[Tensor, Tensor]], scale: Tensor, grid_of: Format, o: Options) -> float:

@@ -31,7 +31,7 @@ from lilliput.algebra import lattice, obs
 from lilliput.errors import PlanError
 from lilliput.formats import ranged, swept
 from lilliput.formats.groups import index
-from lilliput.formats.integer import Grid, IntegerFormat
+from lilliput.formats.integer import IntegerFormat, IntegerGrid
 from lilliput.formats.known import from_target
 from lilliput.formats.swept import Sweepable, Swept
 from lilliput.parts.layer import Layer
@@ -107,8 +107,8 @@ def rounded(layer: Layer, stats: SiteStats, form: Sweepable, o: Options, grid: A
     return layer.with_part(QuantizedPart(form, codes, swept.finish(work, grid)))
 
 
-def _search(o: Options) -> ranged.Search:
-    return ranged.Search(o.search, o.steps, o.norm, o.signed_scale)
+def _search(o: Options) -> ranged.RangeRule:
+    return ranged.RangeRule(o.search, o.steps, o.norm, o.signed_scale)
 
 
 def _importance(gram: Tensor, factor: obs.Factor, order: Tensor | None, o: Options) -> Tensor | None:
@@ -177,7 +177,9 @@ def _blocks(groups: list[int] | None, width: int, block: int) -> list[tuple[int,
     return list(itertools.pairwise(ordered))
 
 
-def _refit(values: Tensor, importance: Tensor | None, form: IntegerFormat, grid: Grid, group: int, o: Options) -> None:
+def _refit(
+    values: Tensor, importance: Tensor | None, form: IntegerFormat, grid: IntegerGrid, group: int, o: Options
+) -> None:
     """Fit one group's scale and zero on what its columns should become, [columns, rows]; written into `grid`."""
     unit = IntegerFormat(form.bits, form.symmetric, -1, form.scale_dtype)
     fitted = ranged.fit(unit, values.T.contiguous(), importance, _search(o))

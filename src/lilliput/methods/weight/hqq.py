@@ -55,7 +55,7 @@ def _affine(weight: Tensor, target: Target, o: Options) -> QuantizedPart:
     form = affine.from_target(target)
     grid = form.fit(weight, search=o.start == "mse")
     scale, zero = _fitted(weight, grid.scale.float(), grid.zero.float(), form.codes, o, True)
-    found = affine.Grid(scale.to(form.scale_dtype), zero.to(form.scale_dtype))
+    found = affine.AffineGrid(scale.to(form.scale_dtype), zero.to(form.scale_dtype))
     return QuantizedPart(form, form.encode(weight, found), found)
 
 
@@ -65,7 +65,7 @@ def _integer(weight: Tensor, target: Target, o: Options) -> QuantizedPart:
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
     scale, zero = _fitted(weight, scale, zero, form, o, False)
-    found = integer.Grid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))
+    found = integer.IntegerGrid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))
     return QuantizedPart(form, form.encode(weight, found), found)
 
 

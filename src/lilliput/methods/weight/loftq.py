@@ -27,7 +27,7 @@ from lilliput.algebra import lowrank
 from lilliput.errors import PlanError
 from lilliput.formats import ranged, swept
 from lilliput.formats.known import from_target
-from lilliput.formats.ranged import Search
+from lilliput.formats.ranged import RangeRule
 from lilliput.methods.weight import gptq
 from lilliput.methods.weight.eora import rank_of
 from lilliput.parts.layer import Layer
@@ -99,7 +99,7 @@ def _codes(name: str, weight: Tensor, stats: SiteStats, target: Target, o: Optio
     form = from_target(target)
     importance = stats.need("gram").diagonal() if o.weighting == "gram" and stats.count else None
     # The paper's grids cover the range; errors that count differently are looked for.
-    grid = ranged.fit(form, weight, importance, Search("minmax" if importance is None else "mse"))
+    grid = ranged.fit(form, weight, importance, RangeRule("minmax" if importance is None else "mse"))
     return QuantizedPart(form, form.encode(weight, grid), grid)
 
 

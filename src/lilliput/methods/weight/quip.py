@@ -153,8 +153,8 @@ def _rescale(
     gram: Tensor,
     ridge: float,
     form: Walked,
-    grid: vector.Grid,
-) -> vector.Grid:
+    grid: vector.VectorGrid,
+) -> vector.VectorGrid:
     """Scales at their least-squares values c H w / c H c where the loss falls by it; `deviation` [in, out] follows."""
     values = columns - deviation
     through = torch.addmm(values * ridge, gram, values)

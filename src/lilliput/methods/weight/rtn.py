@@ -100,8 +100,8 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     return layer.with_part(QuantizedPart(form, form.encode(weight, grid), grid))
 
 
-def _search(o: Options) -> ranged.Search:
-    return ranged.Search("mse" if o.search == "mse" else "minmax", o.steps, o.norm, o.signed_scale)
+def _search(o: Options) -> ranged.RangeRule:
+    return ranged.RangeRule("mse" if o.search == "mse" else "minmax", o.steps, o.norm, o.signed_scale)
 
 
 def _clipped(weight: Tensor, form: Format, o: Options) -> Tensor:

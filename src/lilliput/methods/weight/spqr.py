@@ -34,7 +34,7 @@ from torch import Tensor
 from lilliput.algebra import obs, values
 from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import groups, ranged, swept
-from lilliput.formats.integer import Grid, IntegerFormat
+from lilliput.formats.integer import IntegerFormat, IntegerGrid
 from lilliput.formats.nested import NestedFormat, from_target
 from lilliput.parts import sparse
 from lilliput.parts.layer import Layer
@@ -114,10 +114,10 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
 def _fit(form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Any:
     """The grid of all weights but those of `mask`."""
     held, weigh = _rest(form, weight, importance, mask, o)
-    return ranged.fit(form, held, weigh, ranged.Search(o.search))
+    return ranged.fit(form, held, weigh, ranged.RangeRule(o.search))
 
 
-def _coarse(form: IntegerFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Grid:
+def _coarse(form: IntegerFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> IntegerGrid:
     """The same, from a search that is good enough to tell outliers."""
     held, weigh = _rest(form, weight, importance, mask, o)
     return form.fit(held, search=o.search, importance=weigh, steps=_SCREEN, polish=False)

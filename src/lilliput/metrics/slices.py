@@ -72,7 +72,7 @@ def _block(model: Model, batch: int, tokens: int, itemsize: int) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Slices:
     """How an evaluation spends its memory: windows per forward pass, and vocabulary entries of the heads and of the
     logits at a time; and the bytes that it takes beside ram.BASE."""
 
@@ -99,8 +99,8 @@ def _bytes(models: list[Model], batch: int, columns: int, tile: int, tokens: int
 
 def choose(
     models: list[Model], tokens: int, budget: int | None, windows: int = 8, itemsize: int | None = None
-) -> Layout:
-    """The fastest layout within the budget, for so many `windows` of `tokens`.
+) -> Slices:
+    """The fastest slices within the budget, for this number of `windows` of `tokens`.
 
     itemsize: of the dtype that blocks are computed in, the first model's by default. Raises PlanError that names the
     smallest budget that would do.
@@ -124,7 +124,7 @@ def choose(
     columns = min(entries, tile * max(1, SLICE // (4 * tile * models[0].skeleton.hidden_size)))
     while columns > tile and _heads(models, columns, tile, tokens) > room:
         columns = tile * max(1, columns // tile // 2)
-    return Layout(batch, columns, tile, _bytes(models, batch, columns, tile, tokens, seen, size))
+    return Slices(batch, columns, tile, _bytes(models, batch, columns, tile, tokens, seen, size))
 
 
 def least(models: list[Model], tokens: int, seen: int, itemsize: int) -> int:

@@ -134,7 +134,7 @@ def compress(
 
 
 def convert(folder: str | Path, out: str | Path, *, to: str = "gguf", like: str | Path | None = None) -> Converted:
-    """Write a finished folder as another engine's container: codes carried over as they are, nothing quantized twice.
+    """Write a finished folder as another engine's container: codes are copied unchanged, nothing is quantized twice.
 
     folder: one that `compress` wrote on grids that the container has (docs/gguf.md), or a plain model. like: a GGUF
     file of the same model, whose metadata and tokenizer are carried over. Raises LilliputError for what the container

@@ -102,7 +102,7 @@ def test_gemma(explored: Any, name: str) -> None:
         }
         assert link(block, "input_layernorm").offset == 1.0
         assert block.residual_readers == ()
-        assert any("cannot be rotated" in note for note in block.notes)  # norms behind o and down
+        assert any("cannot be rotated" in note for note in block.notes)  # norms after o and down
 
 
 def test_phi3_fused(explored: Any) -> None:
@@ -146,7 +146,7 @@ def test_opt(explored: Any) -> None:
     }
 
 
-def test_opt_with_norms_behind(explored: Any) -> None:
+def test_opt_with_norms_after(explored: Any) -> None:
     _, anatomy = explored("opt_post_norm")
     block = anatomy.blocks[0]
     assert links(block) == {"self_attn.v_proj": ("self_attn.out_proj",), "fc1": ("fc2",)}

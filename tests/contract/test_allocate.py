@@ -20,8 +20,8 @@ from lilliput.verbs.view import BlockIO
 ALLOCATE = sorted(n for n, m in methods.discover().items() if isinstance(m.spec, Allocate))
 
 
-def _behind(name: str) -> Task:
-    """The step whose target is divided: the one behind the method in its default recipe."""
+def _next_step(name: str) -> Task:
+    """The step whose target is divided: the one after the method in its default recipe."""
     steps = catalogue.steps_of(name)
     step = steps[[x["method"] for x in steps].index(name) + 1]
     method = methods.get(step["method"])
@@ -38,7 +38,7 @@ def _size(task: Task, shape: tuple[int, int], target: Target) -> int:
 
 
 def _budget(name: str, toy: Any) -> Budget:
-    task = _behind(name)
+    task = _next_step(name)
     shapes = {x.name: (x.out_features, x.in_features) for x in toy.block.linears}
 
     def share(shape: tuple[int, int]) -> Share:
@@ -105,7 +105,7 @@ def test_every_linear_gets_a_target_and_the_budget_is_kept(name: str, toy: Any) 
 
 @pytest.mark.parametrize("name", ALLOCATE)
 def test_linears_that_are_alike_get_the_same(name: str, toy: Any) -> None:
-    """The same matrix behind the same inputs, once more."""
+    """The same matrix with the same inputs, once more."""
     spec, options, budget = _spec(name), methods.get(name).parse({}), _budget(name, toy)
     scores = spec.score(toy.view(), _io(toy), options)
     alike = {linear: replace(budget["up"]) for linear in ("up", "down", "q")}
@@ -117,5 +117,5 @@ def test_linears_that_are_alike_get_the_same(name: str, toy: Any) -> None:
 def test_a_target_without_anything_to_divide_is_refused(name: str) -> None:
     spec, options = _spec(name), methods.get(name).parse({})
     assert spec.refuse is not None
-    assert spec.refuse(_behind(name).target, options) is None
+    assert spec.refuse(_next_step(name).target, options) is None
     assert spec.refuse(Target(format="nf4", pattern="2:4"), options)

@@ -50,7 +50,7 @@ def _scheme(method: str, target: Target, rows: int, width: int) -> Scheme:
 
 
 def _fills(method: str) -> bool:
-    """Whether its parts reach everywhere, so that the plan refuses it behind a mask."""
+    """Whether its parts reach everywhere, so that the plan refuses it after a mask."""
     scheme = _scheme(method, _target(method), 96, 48)
     return bool(scheme.inputs or scheme.outputs or scheme.fills or not methods.get(method).spec.masked)
 

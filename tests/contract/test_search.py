@@ -25,8 +25,8 @@ def _spec(name: str) -> Search[Any]:
     return spec
 
 
-def _behind(name: str) -> Task:
-    """The step that is tried out: the one behind the method in its default recipe."""
+def _next_step(name: str) -> Task:
+    """The step that is tried out: the one after the method in its default recipe."""
     steps = catalogue.steps_of(name)
     step = steps[[x["method"] for x in steps].index(name) + 1]
     method = methods.get(step["method"])
@@ -40,7 +40,7 @@ def _size(task: Task, shape: tuple[int, int], target: Target) -> int:
 
 
 def _budget(name: str) -> Budget:
-    task = _behind(name)
+    task = _next_step(name)
 
     def share(block: int, shape: tuple[int, int]) -> Share:
         return Share(block, shape, task.target, lambda target: _size(task, shape, target))
@@ -88,7 +88,7 @@ def test_it_says_how_many_losses_may_follow_at_most(name: str) -> None:
 
 @pytest.mark.parametrize("name", SEARCH)
 def test_targets_are_of_linears_that_it_governs_and_can_be_had(name: str) -> None:
-    budget, task = _budget(name), _behind(name)
+    budget, task = _budget(name), _next_step(name)
     found, _ = _spec(name).run(_losses([]), budget, methods.get(name).parse({}))
     assert found.keys() <= budget.keys()
     for linear, target in found.items():
@@ -118,5 +118,5 @@ def test_a_target_that_leaves_nothing_to_try_is_refused(name: str) -> None:
     spec, options = _spec(name), methods.get(name).parse({})
     refuse: Callable[[Target, Any], str | None] | None = spec.refuse
     assert refuse is not None
-    assert refuse(_behind(name).target, options) is None
-    assert refuse(_behind(name).target.model_copy(update={"rank": 4, "ratio": None}), options)
+    assert refuse(_next_step(name).target, options) is None
+    assert refuse(_next_step(name).target.model_copy(update={"rank": 4, "ratio": None}), options)

@@ -196,7 +196,7 @@ def test_bad_files_and_names(tokenizer, tmp_path):
 
     fails(tmp_path / "none.txt", "there is no file")
     fails(tmp_path / "none.jsonl", "there is no file")
-    fails("dosc", "'dosc' is no source of text: give docs")
+    fails("dosc", "'dosc' is not a source of text: give docs")
     fails("self", "'self' is text that the model writes")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     fails(tmp_path / "x.parquet", r"\.txt and \.jsonl")
@@ -228,7 +228,7 @@ def test_docs_hold_enough_in_a_fixed_order():
 def test_docs_of_a_stripped_python(tokenizer, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     monkeypatch.setattr(docs.sysconfig, "get_path", lambda _: str(tmp_path))
-    with pytest.raises(DataError, match="carries no text"):
+    with pytest.raises(DataError, match="has no text"):
         load_tokens("docs", tokenizer, samples=1, tokens=8)
 
 
@@ -316,7 +316,7 @@ def test_named_sets_out_of_reach(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"'wikitext2' needs .*pip install 'lilliput\[hub\]'"):
         load_tokens("wikitext2", tokenizer, samples=1, tokens=8)
-    with pytest.raises(DataError, match=r"'ptb' is no source of text: .*wikitext2, c4.*only as a script"):
+    with pytest.raises(DataError, match=r"'ptb' is not a source of text: .*wikitext2, c4.*only as a script"):
         load_tokens("ptb", tokenizer, samples=1, tokens=8)
 
 
@@ -376,7 +376,12 @@ def test_a_source_is_checked_by_its_name_alone(tmp_path):
     for name in ("docs", "docs:library", "wikitext2", "hub:some/set"):
         check(name)
     (tmp_path / "a.csv").write_text("a")
-    wrong = (("doc", "no source"), (tmp_path / "no.txt", "no file"), (tmp_path / "a.csv", "rename"), ("self", "itself"))
+    wrong = (
+        ("doc", "not a source"),
+        (tmp_path / "no.txt", "no file"),
+        (tmp_path / "a.csv", "rename"),
+        ("self", "itself"),
+    )
     for name, said in wrong:
         with pytest.raises(DataError, match=said):
             check(name)

@@ -159,5 +159,5 @@ def test_a_config_for_another_model_is_found(folder: Path) -> None:
 
 
 def test_no_folder_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="is no folder"):
+    with pytest.raises(SourceError, match="is not a folder"):
         verify(tmp_path / "nowhere")

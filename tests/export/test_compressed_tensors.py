@@ -93,11 +93,11 @@ def test_a_layer_that_is_not_what_was_planned_is_an_error() -> None:
         ([outcome(fmt=int4(48))], "do not divide the 64 inputs of .*group_size 64 divides every width"),
         ([outcome(fmt=int4(), transposed=True)], "Conv1D"),
         ([outcome(fmt=int4(), dtype=torch.bfloat16)], "Nearest: scale_dtype bfloat16"),
-        ([outcome(fmt=int4(symmetric=False)), outcome(DOWN, int4(-1, False))], "one scheme for all"),
-        ([outcome(fmt=int4(), router=True)], "decides which experts a token takes.*exclude 'router'"),
-        ([outcome("m.experts.0.up_proj", int4(symmetric=False), expert=True)], "asymmetric grids in a model with"),
+        ([outcome(fmt=int4(symmetric=False)), outcome(DOWN, int4(-1, False))], "one setting for all"),
+        ([outcome(fmt=int4(), router=True)], "decides which experts a token uses.*exclude 'router'"),
+        ([outcome("m.experts.0.up_proj", int4(symmetric=False), expert=True)], "asymmetric integers in a model with"),
         ([outcome(fmt=int4()), outcome("m.experts.0.up_proj", expert=True)], "stays dense beside quantized"),
-        ([outcome("m.experts.0.up_proj", int4(), expert=True)], "part of a tensor that engines read whole"),
+        ([outcome("m.experts.0.up_proj", int4(), expert=True)], "part of a tensor that engines read as a whole"),
         (
             [outcome(f"m.experts.{i}.up_proj", int4(g), expert=True) for i, g in enumerate((32, 64))],
             "other experts differ",
@@ -142,7 +142,7 @@ def test_decoded_while_loading_it_takes_one_scheme() -> None:
     assert entry is not None
     assert entry["dequantize"] is True
     assert exporter.refuse([outcome(fmt=int4()), outcome(DOWN, int4())], CONFIG) is None
-    assert "one scheme for all" in (exporter.refuse([outcome(fmt=int4()), outcome(DOWN, int4(-1))], CONFIG) or "")
+    assert "one setting for all" in (exporter.refuse([outcome(fmt=int4()), outcome(DOWN, int4(-1))], CONFIG) or "")
     assert "decodes the linears in the dtype of the scales" in (exporter.dense_note([outcome(fmt=int4())]) or "")
 
 

@@ -84,7 +84,7 @@ def test_bad_settings_are_refused() -> None:
             CodebookFormat(*given)
     with pytest.raises(PlanError, match=r"levels in torch\.int8"):
         CodebookFormat(4, -1, torch.int8)
-    with pytest.raises(PlanError, match=r"16 levels for 8 weights each: .* at most 3 bits"):
+    with pytest.raises(PlanError, match=r"16 levels for every 8 weights: .* at most 3 bits"):
         CodebookFormat(4, 8).check(4, 64)
     CodebookFormat(4, 0).check(4, 8)
     # A table for a whole matrix is fitted to all of it at once; rows are taken few at a time.

@@ -51,10 +51,10 @@ def test_a_folder_has_the_planned_bytes_and_opens(tiny: Tiny, tmp_path: Path, ta
     ("bits: 4, group_size: channel, scale_dtype: int4/row", "one scale per row cannot be"),
     ("format: codebook, group_size: channel, scale_dtype: int4/row", "scales of kind 'int4/row' are not possible"),
     ("format: e8, group_size: channel, scale_dtype: e4m3", "scales of kind 'e4m3' are not possible"),
-    ("format: ternary, bits: 2", "'ternary' has 1.6 bits a weight by its nature"),
+    ("format: ternary, bits: 2", "'ternary' always has 1.6 bits a weight"),
     ("format: sign, group_size: 16", "'sign' has a value for each row and each column"),
     ("format: codebook, group_size: channel, symmetric: false", "'codebook' has no zero points"),
-    ("format: codebook, bits: 8, group_size: 16", "256 levels for 16 weights each: .* at most 4 bits"),
+    ("format: codebook, bits: 8, group_size: 16", "256 levels for every 16 weights: .* at most 4 bits"),
 ])  # fmt: skip
 def test_mistakes_are_found_by_the_plan(tiny: Tiny, target: str, said: str) -> None:
     with pytest.raises(PlanError, match=said):
@@ -84,7 +84,7 @@ def test_a_name_that_fixes_the_bits_needs_none() -> None:
 @pytest.mark.parametrize(
     "target", ["format: e8, bits: 2", "format: vector, bits: 2", "format: trellis", "format: affine"]
 )
-def test_formats_without_an_exact_zero_are_refused_behind_pruning(tiny: Tiny, target: str) -> None:
+def test_formats_without_an_exact_zero_are_refused_after_pruning(tiny: Tiny, target: str) -> None:
     recipe = _recipe("magnitude", "sparsity: 0.5") + _recipe("rtn", f"{target}, group_size: channel").partition("\n")[2]
     with pytest.raises(PlanError, match="reaches every weight, so an earlier step's zeros would not stay"):
         api.plan(tiny("qwen2"), recipe=recipe, **ROOM)

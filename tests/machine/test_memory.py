@@ -147,7 +147,7 @@ def test_glibc_s_settings_end_with_the_outermost_context(monkeypatch: pytest.Mon
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_a_library_call_leaves_the_host_s_allocator_usable(tmp_path: Path) -> None:
-    """Tensors of 8 MB are mapped anew each time inside the context, and behind it are kept on the heap again."""
+    """Tensors of 8 MB are mapped anew each time inside the context, and after it are kept on the heap again."""
     script = """
 import resource, torch
 from lilliput.machine import memory
@@ -165,9 +165,9 @@ with memory.steady():
 print(inside, faults())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    inside, behind = (int(x) for x in done.stdout.split())
+    inside, after = (int(x) for x in done.stdout.split())
     assert inside > 20 * 100
-    assert behind < inside / 10
+    assert after < inside / 10
 
 
 def test_the_vocabulary_s_table_counts_by_pieces() -> None:

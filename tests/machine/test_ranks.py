@@ -62,7 +62,7 @@ def agreement(a: Path, b: Path) -> float:
     """Share of equal codes over all linears.
 
     Sums in another order move a Gram matrix by 1e-7, which turns no code here. A code at a tie would turn, and some
-    percent of those behind it with it: in models of this size one code is that much.
+    percent of those after it with it: in models of this size one code is that much.
     """
     ours, theirs = tensors(a), tensors(b)
     assert ours.keys() == theirs.keys()

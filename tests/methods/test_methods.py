@@ -50,7 +50,7 @@ def test_options_have_defaults_and_hide_no_key(method: Method) -> None:
 def test_every_covered_id_has_a_recipe_that_runs_its_method(name: str, key: str) -> None:
     steps = get(name).spec.covers[key]
     if not isinstance(steps, list):
-        why = "no computation" if steps is None else steps[:40]
+        why = "not a computation" if steps is None else steps[:40]
         with pytest.raises(PlanError, match=why):
             load(key)
         return

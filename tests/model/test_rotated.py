@@ -57,7 +57,7 @@ ROTATED: dict[str, Callable[[], Any]] = {
     "deepseek, latent attention, shared experts": lambda: tf.DeepseekV2Config(**(SHAPE | LATENT)),
 }
 REFUSED: dict[str, Callable[[], Any]] = {
-    "gemma 2, norms behind the writers": lambda: tf.Gemma2Config(**SHAPE, head_dim=8, query_pre_attn_scalar=8),
+    "gemma 2, norms after the writers": lambda: tf.Gemma2Config(**SHAPE, head_dim=8, query_pre_attn_scalar=8),
     "gpt 2, layer norms": lambda: tf.GPT2Config(vocab_size=48, n_embd=24, n_layer=2, n_head=4, n_positions=32),
     "opt, layer norms": lambda: tf.OPTConfig(
         vocab_size=48, hidden_size=24, num_hidden_layers=2, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=24

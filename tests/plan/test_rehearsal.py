@@ -138,7 +138,7 @@ def test_groups_that_an_allocation_may_set_apart_decide_the_layout(folder: Make,
         "export: compressed-tensors\nsteps:\n  - {method: finequant}\n"
         "  - {method: rtn, target: {bits: 4, group_size: 32}, options: {importance: false, search: minmax}}\n"
     )
-    with pytest.raises(PlanError, match=r"as step 1 \(finequant\) may decide, .*engines read all experts by one"):
+    with pytest.raises(PlanError, match=r"as step 1 \(finequant\) may decide, .*engines read all experts with one"):
         api.plan(folder("mixtral"), recipe=recipe, **ROOM)
 
 

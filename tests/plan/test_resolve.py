@@ -47,7 +47,7 @@ def test_layers_that_factors_would_enlarge_stay_and_the_plan_says_so(model: Mode
     assert stays
     assert all(name.endswith(("k_proj", "v_proj")) for name in stays)
     assert made.to_json()["formats"] == {"rank 30 (float16)": 20, "dense": 8}
-    assert any("20 linears are one product of factors and run as two thin products." in x for x in made.notes)
+    assert any("20 linears are products of two factors and run as two thin products." in x for x in made.notes)
     assert not any("is decoded for its forward pass" in x for x in made.notes)
     (note,) = (x for x in made.notes if "stay as they are" in x)
     assert note.startswith("8 linears stay as they are: two factors")
@@ -94,5 +94,5 @@ def test_what_a_turned_layer_does_not_have_cannot_be_read(model: Model, weightin
 
 @pytest.mark.parametrize("method", ["rtn", "loftq", "codebook", "squeezellm", "quantile-quant"])
 def test_no_method_takes_a_codebook_larger_than_its_data(model: Model, method: str) -> None:
-    with pytest.raises(PlanError, match="256 levels for 16 weights each"):
+    with pytest.raises(PlanError, match="256 levels for every 16 weights"):
         plan(model, {"method": method, "target": {"format": "codebook", "bits": 8, "group_size": 16}})

@@ -97,7 +97,7 @@ def test_codebooks_refuse_what_is_no_number(name: str, value: float) -> None:
     if "fisher" in method.spec.needs:
         bad = fisher.clone()
         bad[0, 0] = value
-        with pytest.raises(LilliputError, match=r"Fisher information of x holds NaN or infini"):
+        with pytest.raises(LilliputError, match=r"Fisher information of x contains NaN or infini"):
             method.spec.run(Layer("x", w, fisher=bad), stats, target, method.parse({"weigh": "fisher"}))
         ill = stats.scaled(torch.ones(16))
         for field in ("gram", "square"):

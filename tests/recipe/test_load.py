@@ -94,7 +94,7 @@ def test_methods_and_catalogue_ids_are_recipes() -> None:
     [
         ("gptk", "Did you mean 'gptq'?"),
         ("smoothqant-w8", "Did you mean 'smoothquant-w8'?"),
-        ("ptq-vs-qat", "an idea and no computation"),
+        ("ptq-vs-qat", "an idea, not a computation"),
         ("nowhere.yaml", "no recipe file nowhere.yaml"),
         ("steps: [\n", "line 2: this is not YAML"),
         ("- a\n- b\n", "a recipe is a mapping"),

@@ -40,7 +40,7 @@ def test_a_path_is_no_base_model_of_the_hub(model: str) -> None:
     text = render(Card("t", model, "dense", ""))
     assert "base_model" not in front(text)
     assert f"`{model}`" in text
-    assert "names no licence" in text
+    assert "gives no licence" in text
 
 
 def test_native_folders_ask_for_the_import() -> None:

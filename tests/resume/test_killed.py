@@ -161,7 +161,7 @@ def test_killed_twice(driver: Driver, unbroken: Whole, tmp_path: Path) -> None:
     args = {**whole.args, "out": tmp_path / "out"}
     gptq = "lilliput.methods.weight.gptq:METHOD.run"
     assert driver(args=args, at=gptq, call=6, how="before")["code"] == -9
-    # A resumed run that dies has block 1 behind it and is in block 2.
+    # A resumed run that dies has finished block 1 and is in block 2.
     assert driver(args=args, at=gptq, call=6, how="before")["code"] == -9
     again = driver(args=args)
     assert again["skipped"] == 2

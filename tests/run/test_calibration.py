@@ -36,7 +36,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("recipe", ["gptq", "w8"])  # w8 reads no text
 def test_a_plan_names_wrong_text(tiny: Tiny, tmp_path: Path, recipe: str) -> None:
-    for data, said in (("dokcs", "no source of text"), (str(tmp_path / "no.jsonl"), "no file")):
+    for data, said in (("dokcs", "not a source of text"), (str(tmp_path / "no.jsonl"), "no file")):
         with pytest.raises(DataError, match=said):
             api.plan(tiny("llama"), recipe=recipe, data=data, **ROOM)
 

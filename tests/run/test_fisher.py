@@ -138,7 +138,7 @@ def test_fewer_samples_where_asked_for(source: Model, tmp_path: Path) -> None:
 
 
 def test_folds_change_squares_as_they_change_gradients(source: Model, tmp_path: Path) -> None:
-    """w' = w s: dL / dw' = dL / dw / s; seen through the weights that squeezellm is given behind smoothquant."""
+    """w' = w s: dL / dw' = dL / dw / s; seen through the weights that squeezellm is given after smoothquant."""
     made, model = planned(source, (Step(method="smoothquant"), *SQUEEZE))
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     made_of = fisher.layer

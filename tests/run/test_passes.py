@@ -98,7 +98,7 @@ def run(made: Plan, model: Model, out: Path) -> tuple[list[dict[str, Any]], dict
 
 
 def stopping(after: int, before: bool) -> Callable[[Work, Mapping[str, Any]], None]:
-    """Work.note that dies at its record number `after`: before or behind writing it."""
+    """Work.note that dies at its record number `after`: before or after writing it."""
     seen: list[None] = []
     note = Work.note
 

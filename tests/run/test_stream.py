@@ -1,4 +1,4 @@
-"""The block loop end to end on small models: what is written, what stays, and that nothing depends on the layout."""
+"""The block loop end to end on small models: what is written, what stays, and that nothing depends on the batching."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_the_same_bytes_twice(tiny: Tiny, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("batch", [1, 3])
 def test_lockstep_and_running_again_agree(tiny: Tiny, tmp_path: Path, name: str, recipe: str, batch: int) -> None:
-    """Both layouts see each site behind the already compressed ones before it, so they write the same bytes."""
+    """Both ways see each site after the already compressed ones before it, so they write the same bytes."""
     model = open_model(str(tiny(name)))
     quick = {"rtn": (), "gptq": ("gptq.search=minmax",), "awq-gptq": ("gptq.search=minmax", "awq.grid=3")}[recipe]
     made = api.plan(tiny(name), recipe=recipe, settings=quick, samples=4, tokens=32, dtype="float32")

@@ -172,7 +172,7 @@ TWICE = recipe("rtn", "bits: 8", "embed") + "- {method: rtn, target: {bits: 4}, 
     (recipe("wanda", "sparsity: 0.5", "embed"), "row by row"),
     (recipe("rtn", "format: nvfp4", "embed"), "cannot be read one by one"),
     (TWICE, "quantizes this layer already"),
-    ("export: compressed-tensors\n" + recipe("rtn", "bits: 8", "embed"), "no engine tried holds a packed one"),
+    ("export: compressed-tensors\n" + recipe("rtn", "bits: 8", "embed"), "no engine tested can hold a packed one"),
 ])  # fmt: skip
 def test_what_a_table_cannot_have_is_refused_by_the_plan(tiny: Tiny, steps: str, said: str) -> None:
     with pytest.raises(PlanError, match=said):

@@ -27,7 +27,7 @@ class Options(Strict):
 def refuse(target: Target, o: Options) -> str | None:
     """Why a step with this target cannot be divided."""
     if target.pattern is not None or target.sparsity is None:
-        return "the step that follows has no sparsity to divide: put one that prunes without a pattern behind it"
+        return "the step that follows has no sparsity to divide: put one that prunes without a pattern after it"
     return None
 
 
@@ -54,7 +54,7 @@ METHOD = Allocate(
     paper="replace: authors, year, arXiv number",
     options=Options,
     needs=(),  # replace: the statistics you read, of lilliput.stats.fold.NAMES
-    # replace: a step behind that spends what is divided
+    # replace: a step after it that spends what is divided
     recipe=[
         {"method": "my-method"},
         {"method": "magnitude", "target": {"sparsity": 0.5}},

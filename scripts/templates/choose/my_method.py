@@ -1,4 +1,4 @@
-"""replace: one line that says how my-method foresees losses. Now: by the error of the weights, inputs left aside.
+"""replace: one line that says how my-method predicts losses. Now: by the error of the weights, ignoring the inputs.
 
 replace: the equations. Rounding W [out, in] to nearest leaves D; its loss is sum_i F_i |D_i|^2 / in, F_i the squared
 gradients of output row i.
@@ -47,7 +47,7 @@ METHOD = Choose(
     paper="replace: authors, year, arXiv number",
     options=Options,
     needs=("gram", "fisher"),
-    # replace: a step behind that puts in what is chosen
+    # replace: a step after it that applies the choice
     recipe=[
         {"method": "my-method", "options": {"average": 4.0}},
         {"method": "gptq", "target": {"bits": 2, "group_size": 64}},

@@ -126,11 +126,11 @@ def _finite(weight: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor | Non
     """Both in float64, the metric over the mean of its diagonal and with a ridge on it."""
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be factored")
+        raise LilliputError(f"the weight contains {bad} values that are NaN or infinite: it cannot be factored")
     if metric is None:
         return weight.double(), None
     if not bool(torch.isfinite(metric).all()):
-        raise LilliputError("the Gram matrix of a layer's inputs holds NaN or infinity: check the calibration data")
+        raise LilliputError("the Gram matrix of a layer's inputs contains NaN or infinity: check the calibration data")
     metric = metric.double()
     mean = float((metric if metric.dim() == 1 else metric.diagonal()).mean())
     if mean <= 0.0:

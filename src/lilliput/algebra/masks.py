@@ -17,7 +17,7 @@ def largest(score: Tensor, keep: int) -> Tensor:
     """
     rows, width = score.shape
     if not bool(torch.isfinite(score.sum(dtype=torch.float64))):
-        raise LilliputError("pruning scores hold NaN or infinity: check the weights and the calibration data")
+        raise LilliputError("pruning scores contain NaN or infinity: check the weights and the calibration data")
     if keep <= 0 or keep >= width:
         return torch.full_like(score, keep > 0, dtype=torch.bool)
     mask = torch.empty_like(score, dtype=torch.bool)

@@ -57,7 +57,7 @@ def factorize(gram: Tensor, damping: float = 0.01, order: Tensor | None = None, 
     diagonal = gram.diagonal()
     mean = float(diagonal.double().mean()) if len(diagonal) else 0.0
     if not 0.0 <= mean < float("inf"):
-        raise LilliputError("the Gram matrix of a layer's inputs holds NaN or infinity: check the calibration data")
+        raise LilliputError("the Gram matrix of a layer's inputs contains NaN or infinity: check the calibration data")
     if mean == 0.0:
         return Factor(torch.zeros_like(gram), torch.ones_like(diagonal), damping)
     reverse = torch.arange(len(diagonal) - 1, -1, -1, device=gram.device) if order is None else order.flip(0)

@@ -30,7 +30,7 @@ def relative(weight: Tensor, importance: Tensor | None) -> Tensor | None:
     if importance.shape not in ((width,), (rows, width)):
         raise ValueError(f"importance {tuple(importance.shape)} does not fit a weight {tuple(weight.shape)}")
     if not bool(torch.isfinite(importance.sum())):
-        raise LilliputError("the importance of the inputs holds NaN or infinity: check the calibration data")
+        raise LilliputError("the importance of the inputs contains NaN or infinity: check the calibration data")
     top = importance.max() if importance.numel() else importance.new_tensor(0.0)
     # Relative to the largest, so that equal importance is exactly none; if nothing counts, all count alike.
     importance = importance / top if bool(top > 0) else torch.ones_like(importance)
@@ -43,7 +43,7 @@ def check(weight: Tensor, scale: Tensor, kind: str) -> None:
         return
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be quantized")
+        raise LilliputError(f"the weight contains {bad} values that are NaN or infinite: it cannot be quantized")
     raise LilliputError(f"a scale exceeds the range of {kind}: set scale_dtype to float32 (or bfloat16) for this layer")
 
 

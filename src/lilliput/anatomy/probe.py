@@ -13,7 +13,7 @@ from lilliput.anatomy.experts import UnrolledExperts
 from lilliput.anatomy.skeleton import Calls, Skeleton
 from lilliput.errors import SourceError
 
-BATCH, TOKENS = 32, 4  # many first tokens: a channel behind a ReLU must be seen alive
+BATCH, TOKENS = 32, 4  # many first tokens: a channel after a ReLU must be seen alive
 CHANGED = 1e-7  # relative; runs are repeatable, so what nothing touches stays the same to the last bit
 
 

@@ -1,9 +1,9 @@
 """What the final divergence would be if one block, or one linear, were the original's: by running it so.
 
 The compressed model runs once; for each thing to restore, a second stream of hidden states branches off where that
-thing lies, passes it in its original form, and goes on through the compressed blocks behind it. All streams advance
-together, so that every block is loaded once. The share that a restoration gives back, 1 - KL(restored) / KL, is exact
-for the text at hand; shares do not add up to 1, since errors amplify and cancel each other.
+thing lies, passes through it in its original form, and continues through the compressed blocks after it. All streams
+advance together, so that every block is loaded once. The share that a restoration gives back, 1 - KL(restored) / KL, is
+exact for the text at hand; shares do not add up to 1, since errors amplify and cancel each other.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def find(losses: Sequence[WeightLoss], stored: Callable[[str, str], str]) -> lis
                 many = f"{x.entries.count} entries" if x.entries.count > 1 else f"entry {x.entries.entry}"
                 factor = math.exp(x.entries.worst)
                 reason = (
-                    f"{many} of it, off by a factor of up to {factor:.3g} at {x.entries.entry}: nothing behind it "
-                    "makes up for that"
+                    f"{many} of it, off by a factor of up to {factor:.3g} at {x.entries.entry}: nothing after "
+                    "it makes up for that"
                 )
                 found.append((x.entries.worst, Suspect(stored(x.name, "codes"), x.name, 1.0, reason)))
     return [suspect for _, suspect in sorted(found, key=lambda pair: (-pair[0], pair[1].tensor))]

@@ -57,7 +57,7 @@ class RowErrors:
 
 @dataclass(frozen=True)
 class EntryErrors:
-    """Entries of a gain that no linear behind it makes up for, as |log| of the factor that is left: their median, the
+    """Entries of a gain that no linear after it compensates, as |log| of the remaining factor: their median, the
     largest, its entry, and how many stand out."""
 
     usual: float
@@ -67,8 +67,9 @@ class EntryErrors:
 
     @staticmethod
     def of(left: Sequence[Tensor]) -> EntryErrors:
-        """From the factors [in] of the columns of each linear behind the gain, 1 for none. An entry is as far off as in
-        the linear that shows it least: rounding moves the columns of each in its own way, a damaged gain all alike."""
+        """From the factors [in] of the columns of each linear after the gain, 1 for none. An entry counts with the
+        linear in which it is least off: rounding moves the columns of each linear differently, a damaged gain moves all
+        alike."""
         away = torch.stack([x.clamp(min=1e-3).log() for x in left])
         away -= away.median(1, keepdim=True).values
         alike = (away > 0).all(0) | (away < 0).all(0)
@@ -219,7 +220,7 @@ def compare(model: Model, against: Model, index: int) -> list[WeightLoss]:
         v, w = ours.tensor(name).float(), base.tensor(name).float()
         found = _loss(base.canonical(name), index, name, False, v, w, w)
         if name in gains:
-            # A fold moves scales between a gain and the linears behind it, where the error is measured; what a gain has
+            # A fold moves scales between a gain and the linears after it, where the error is measured; a gain that
             # moved without them shows in their levels.
             missed = abs(median(named[x].level for x in gains[name])) > 0.5 * abs(found.level)
             entries = EntryErrors.of([left[x] for x in gains[name]])

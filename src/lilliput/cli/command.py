@@ -74,7 +74,7 @@ def guarded(resume: bool = False) -> Iterator[None]:
         say(f"error: {error}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        more = " Run the same command again: it goes on after the last finished block." if resume else ""
+        more = " Run the same command again: it continues after the last finished block." if resume else ""
         if ranks.lead():
             say(f"interrupted.{more}")
         raise typer.Exit(130) from None

@@ -11,7 +11,7 @@ from lilliput.cli.command import answer
 from lilliput.cli.options import JsonOpt
 from lilliput.report import table
 
-ToOpt = Annotated[str | None, typer.Option("--to", help="Write this container in place of a folder: gguf.")]
+ToOpt = Annotated[str | None, typer.Option("--to", help="Write this container instead of a folder: gguf.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -20,15 +20,15 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote, or a plain model.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress, or a plain model.")],
     to: Annotated[str, typer.Option(help="The container: gguf.")],
-    out: Annotated[Path, typer.Option(help="File to write; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="File to write; it must not exist yet.")],
     like: Annotated[
-        Path | None, typer.Option(help="GGUF file of the same model: its metadata and tokenizer are carried over.")
+        Path | None, typer.Option(help="GGUF file of the same model, whose metadata and tokenizer are copied.")
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write DIR as another engine's container: codes carried over as they are, nothing quantized twice."""
+    """Write DIR as another engine's container: codes are copied unchanged, nothing is quantized twice."""
 
     def run() -> Any:
         from lilliput import api

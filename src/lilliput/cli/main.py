@@ -37,10 +37,10 @@ _BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PR
 
 @app.callback()
 def together(context: typer.Context) -> None:
-    """Compress a Hugging Face causal language model under a budget, and say what it cost."""
+    """Compress a Hugging Face causal language model within a budget, and report what was lost."""
     if ranks.size() > 1 and context.invoked_subcommand not in {"compress", "plan"}:
         with guarded():
-            error = f"{ranks.size()} processes were started, but {context.invoked_subcommand} is the work of one"
+            error = f"{ranks.size()} processes were started, but {context.invoked_subcommand} runs in a single one"
             raise (PlanError if ranks.lead() else ToldError)(f"{error}: start it without torchrun")
 
 
@@ -48,9 +48,9 @@ def together(context: typer.Context) -> None:
 @grouped
 def compress(
     model: ModelArg,
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
     job: Job,
-    eval_data: Annotated[str | None, typer.Option(help="Text to measure on; docs:library unless given.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Text to measure on; by default docs:library.")] = None,
     eval_windows: Annotated[
         int, typer.Option(min=0, help="Windows of 1,024 tokens to measure on; 0: none.")
     ] = Text.windows,
@@ -58,7 +58,7 @@ def compress(
     html: HtmlOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compress MODEL into a folder that engines load, and report what it cost."""
+    """Compress MODEL into a folder that engines load, and report what was lost."""
 
     def run() -> Any:
         from lilliput.report import page
@@ -66,7 +66,7 @@ def compress(
         if html is not None:
             page.writable(html)
             if not eval_windows:
-                raise PlanError("a page shows what was measured: leave --html out, or ask for --eval-windows")
+                raise PlanError("a page shows what was measured: leave out --html, or give --eval-windows")
         from lilliput import api
         from lilliput.progress import Progress
 
@@ -93,7 +93,7 @@ def plan(
     html: HtmlOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """What compress would do: bytes by kind of tensor, bits per weight, peak RAM, time. Reads no weights, but for
+    """What compress would do: bytes by kind of tensor, bits per weight, peak RAM, time. Reads no weights, except for
     --frontier."""
 
     def run() -> Any:
@@ -102,7 +102,7 @@ def plan(
         if frontier:
             return _frontier(model, job, html)
         if html is not None:
-            raise PlanError("a plan has no page: add --frontier, or leave --html out")
+            raise PlanError("a plan has no page: add --frontier, or leave out --html")
         return api.plan(model, **job.told()).to_json()
 
     def view(data: Any) -> Any:
@@ -124,7 +124,7 @@ def _frontier(model: str, job: Job, html: Path | None) -> Any:
     told = job.told()
     for name in ("recipe", "size", "bits"):
         if told.pop(name) is not None:
-            raise PlanError(f"--frontier looks at all sizes, and --{name} names one: leave one of them out")
+            raise PlanError(f"--frontier covers all sizes, and --{name} names one: leave one of them out")
     if html is not None:
         page.writable(html)
     with Progress() as progress:
@@ -136,11 +136,12 @@ def _frontier(model: str, job: Job, html: Path | None) -> Any:
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
     memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Check a written folder: hashes, shapes, finite, and that its engine opens it and computes what it holds."""
+    """Check a written folder: hashes, shapes, finite values, and that its engine opens it and computes what it
+    holds."""
 
     def run() -> Any:
         from lilliput import api
@@ -166,7 +167,9 @@ def methods(
     with guarded():
         if recipe:
             if name is None:
-                raise PlanError("--recipe needs a name, a method's or a catalogue id: `lilliput methods gptq --recipe`")
+                raise PlanError(
+                    "--recipe needs the name of a method or a catalogue id: `lilliput methods gptq --recipe`"
+                )
             found = load(name)
             write(dump(found.model_dump(mode="json", exclude_defaults=True)) if as_json else to_yaml(found))
         elif as_json:
@@ -183,7 +186,7 @@ def inspect(
     data: Annotated[str | None, typer.Option(help="Text to measure per-site outliers on.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Anatomy of MODEL: blocks, sites, links, groups, parameter counts; outliers by site when --data is given."""
+    """Anatomy of MODEL: blocks, sites, links, groups, parameter counts; with --data outliers by site."""
 
     def run() -> Any:
         from lilliput import api
@@ -199,7 +202,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
 ) -> None:
-    """Let MODEL continue a prompt, to see with your own eyes that it still speaks."""
+    """Let MODEL continue a prompt, to see for yourself that it still works."""
 
     def run() -> Any:
         from lilliput import api

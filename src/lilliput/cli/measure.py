@@ -28,7 +28,7 @@ JudgeOpt = Annotated[
 def evaluate(
     model: ModelArg,
     *,
-    against: Annotated[str | None, typer.Option(help="The original: adds every comparison, and the verdict.")] = None,
+    against: Annotated[str | None, typer.Option(help="The original: adds every comparison and the verdict.")] = None,
     measure: Measure,
     stride: Annotated[int | None, typer.Option(min=1, help="Begin windows this many tokens apart.")] = None,
     tasks: Annotated[
@@ -38,25 +38,31 @@ def evaluate(
             "knows."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all of them by default.")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Examples before each item; the task's own number.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; by default all.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each item; by default the task's own number.")
+    ] = None,
     judge: JudgeOpt = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name on that server.")] = None,
     prompts: Annotated[int, typer.Option(min=0, help="Prompts that both models continue greedily; 0: none.")] = 0,
-    where: Annotated[bool, typer.Option("--where", help="Find where the loss comes from; --html does too.")] = False,
+    where: Annotated[bool, typer.Option("--where", help="Find where the loss comes from; implied by --html.")] = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="Predict times on named devices.")] = False,
     html: HtmlOpt = None,
-    max_kl: Annotated[float | None, typer.Option(min=0.0, help="Exit 3 above this KL divergence, nats.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0.0, help="Exit with 3 above this KL divergence, in nats.")
+    ] = None,
     max_ppl_increase: Annotated[
-        float | None, typer.Option(min=0.0, help="Exit 3 above this rise of perplexity; 0.05 is 5 %.")
+        float | None, typer.Option(min=0.0, help="Exit with 3 above this rise of perplexity; 0.05 is 5 %.")
     ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Exit 3 below this share of equal first choices.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Exit with 3 below this share of equal first choices.")
     ] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder that keeps answers, so that a run goes on.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder that keeps answers, so that an interrupted run can continue.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure MODEL as it lies on disk: every figure with its 95 % interval, and a verdict."""
+    """Measure MODEL as stored on disk: every figure with its 95 % interval, and a verdict."""
 
     gates = Gates(max_kl, max_ppl_increase, min_agreement)
     parts = Parts(
@@ -76,9 +82,9 @@ def evaluate(
         from lilliput.report.evidence import gather
 
         if against is None and gates != Gates():
-            raise PlanError("a limit compares with the original: name it with --against")
+            raise PlanError("a limit compares with the original: give it with --against")
         if (judge is None) != (judge_model is None):
-            raise PlanError("a judge is a server and a model of it: give both --judge and --judge-model")
+            raise PlanError("a judge is a model on a server: give both --judge and --judge-model")
         if html is not None:
             page.writable(html)
         limits = measure.limits()
@@ -117,7 +123,7 @@ def compare(
     html: HtmlOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compressed models side by side: folders, or files that `lilliput eval --json` wrote."""
+    """Compare compressed models: folders, or files written by `lilliput eval --json`."""
 
     def run() -> Any:
         from lilliput.metrics.evaluate import evaluate_all
@@ -131,9 +137,9 @@ def compare(
             page.writable(html)
         folders = [name for name in models if not name.endswith(".json")]
         if scaling and (against is not None or measure.speed):
-            raise PlanError("models of several sizes have no one original: leave out --against and --speed")
+            raise PlanError("models of several sizes have no common original: leave out --against and --speed")
         if folders and against is None and not scaling:
-            raise PlanError(f"to measure {folders[0]} its original is needed: name it with --against")
+            raise PlanError(f"measuring {folders[0]} needs its original: give it with --against")
         saved = {name: _saved(Path(name)) for name in models if name not in folders}
         limits, compute, parts = measure.limits(), measure.compute(), Parts(speed=measure.speed)
         measured = {}
@@ -171,9 +177,9 @@ def _saved(path: Path) -> Any:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no evidence that `lilliput eval --json` wrote: {error}") from None
+        raise DataError(f"{path} is not evidence written by `lilliput eval --json`: {error}") from None
     if not isinstance(found, dict) or "quality" not in found:
-        raise DataError(f"{path} holds no evidence: write it with `lilliput eval MODEL --against BASE --json`")
+        raise DataError(f"{path} contains no evidence: write it with `lilliput eval MODEL --against BASE --json`")
     return found
 
 

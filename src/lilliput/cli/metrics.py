@@ -36,7 +36,7 @@ def metrics(
 def spread(
     model: ModelArg,
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the study; the same command goes on with what is there.")],
+    out: Annotated[Path, typer.Option(help="Folder of the study; the same command continues from what it contains.")],
     seeds: Annotated[str, typer.Option(help="Calibration seeds, comma-separated: three or more.")] = "0,1,2",
     job: Job,
     eval_data: Annotated[str, typer.Option(help="Text to measure on.")] = HELD_OUT,
@@ -44,7 +44,7 @@ def spread(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed folders.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compress MODEL once for each calibration seed, and say how far results differ."""
+    """Compress MODEL once for each calibration seed, and report how much the results differ."""
 
     def run() -> Any:
         from lilliput.progress import Progress
@@ -54,9 +54,9 @@ def spread(
         if not all(x.isdigit() for x in chosen):
             raise PlanError(f"--seeds '{seeds}': give whole numbers, such as 0,1,2")
         if job.seed is not None:
-            raise PlanError("each run draws its samples with a seed of its own: give --seeds, not --seed")
+            raise PlanError("each run draws its samples with its own seed: give --seeds, not --seed")
         if job.bits is not None or job.menu is not None:
-            raise PlanError("a spread is that of a recipe: give --recipe in place of --bits and --menu")
+            raise PlanError("a spread measures one recipe: give --recipe instead of --bits and --menu")
         from lilliput import api
 
         told = job.told()

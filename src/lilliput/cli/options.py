@@ -15,10 +15,10 @@ from lilliput.options import HELD_OUT, Calibration, Compute, Limits, Text
 from lilliput.units import parse_size
 
 ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
-MemoryOpt = Annotated[str | None, typer.Option(help="RAM that is never exceeded, such as 4GB.")]
+MemoryOpt = Annotated[str | None, typer.Option(help="RAM limit that is never exceeded, such as 4GB.")]
 HtmlOpt = Annotated[Path | None, typer.Option(help="Write the report as one page to this file.")]
 JsonOpt = Annotated[
-    bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")
+    bool, typer.Option("--json", help="One JSON object on standard output, everything else on standard error.")
 ]
 
 
@@ -27,7 +27,7 @@ class Job:
     """What compress and plan are told alike."""
 
     recipe: Annotated[
-        str | None, typer.Option(help="A named recipe, a method, an id, or a .yaml file; w4-engines unless given.")
+        str | None, typer.Option(help="A named recipe, a method, an id, or a .yaml file; by default w4-engines.")
     ] = None
     data: Annotated[
         str,
@@ -40,21 +40,21 @@ class Job:
     memory: MemoryOpt = None
     size: Annotated[
         str | None,
-        typer.Option(help="Largest output, such as 400MB: the best that fits; a recipe that does not is refused."),
+        typer.Option(help="Largest output, such as 400MB: finds the best that fits; refuses a --recipe that does not."),
     ] = None
-    bits: Annotated[float | None, typer.Option(help="The best by stored bits a weight, on average over linears.")] = (
+    bits: Annotated[
+        float | None, typer.Option(help="Find the best with this average of stored bits per weight of the linears.")
+    ] = None
+    menu: Annotated[
+        str | None, typer.Option(help="Formats to choose from: native, compressed-tensors, or int3/64/asym,int4/64,...")
+    ] = None
+    dtype: Annotated[str, typer.Option(help="Dtype of calibration passes: auto, bfloat16 or float32.")] = Compute.dtype
+    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = Compute.device
+    work: Annotated[Path | None, typer.Option(help="Folder for the unfinished run; by default beside the output.")] = (
         None
     )
-    menu: Annotated[
-        str | None, typer.Option(help="Grids to choose from: native, compressed-tensors, or int3/64/asym,int4/64,...")
-    ] = None
-    dtype: Annotated[str, typer.Option(help="Calibration forward: auto, bfloat16 or float32.")] = Compute.dtype
-    device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = Compute.device
-    work: Annotated[
-        Path | None, typer.Option(help="Folder for the unfinished run; beside the output unless given.")
-    ] = None
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change the recipe. Repeat.")
+        list[str] | None, typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change the recipe; may be repeated.")
     ] = None
     seed: Annotated[int | None, typer.Option(help="Draw calibration samples at random instead of from the start.")] = (
         None
@@ -74,14 +74,20 @@ class Measure:
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to measure on: docs:library, a file, wikitext2, c4, hub:DATASET[:CONFIG][:SPLIT]. Repeat."
+            help="Text to measure on: docs:library, a file, wikitext2, c4, hub:DATASET[:CONFIG][:SPLIT]; may "
+            "be repeated."
         ),
     ] = None
     windows: Annotated[int, typer.Option(min=2, help="Windows to score, from the first token on.")] = Text.windows
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in a window; 1,024, or all that the model knows.")
+        int | None,
+        typer.Option(
+            min=2, help="Tokens in a window; by default 1,024, or all positions of the model if it has fewer."
+        ),
     ] = None
-    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decoding beside the original.")] = False
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure prefill and decoding, together with the original.")
+    ] = False
     memory: MemoryOpt = None
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32"
 

@@ -67,4 +67,4 @@ def pieces(source: str = "docs") -> Iterator[str]:
                 yield text if first else "\n\n" + text
                 first = False
     if first:
-        raise DataError(f"this Python carries no text for '{source}': give a .txt or .jsonl file instead.")
+        raise DataError(f"this Python has no text for '{source}': give a .txt or .jsonl file instead.")

@@ -40,7 +40,7 @@ def _rows(data: Any, source: str) -> Iterator[tuple[int, Any]]:
             numbered = next(rows, None)
         # Streaming meets whatever the network, the reader or the data set's files raise; all mean the same to the user.
         except Exception as error:
-            raise DataError(f"'{source}' broke off while it was read: {error}") from error
+            raise DataError(f"'{source}' broke off while being read: {error}") from error
         if numbered is None:
             return
         yield numbered
@@ -62,7 +62,7 @@ def _open(source: str, name: str, config: str | None, split: str) -> Any:
 
 
 def is_named(source: str) -> bool:
-    """Whether this is the short name of a data set, with or without a split behind it."""
+    """Whether this is the short name of a data set, with or without a split after it."""
     return source.partition(":")[0] in NAMED
 
 

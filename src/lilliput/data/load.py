@@ -26,9 +26,9 @@ def load_tokens(
 
     `source`: a .txt or .jsonl file; "docs", "docs:reference" or "docs:library" (see `lilliput.data.docs`);
     "hub:dataset[:config][:split][:column]"; "wikitext2" or "c4", the splits that papers measure on, with another split
-    behind a colon where that is meant ("wikitext2:train" to calibrate on). The text is tokenized whole, special tokens
-    only where the text, the chat template or (at the very start) the tokenizer puts them. Windows are consecutive from
-    the first token; with a seed they are drawn from all non-overlapping windows of the first 16 million characters. No
+    after a colon if that is meant ("wikitext2:train" to calibrate on). The text is tokenized whole, special tokens only
+    where the text, the chat template or (at the very start) the tokenizer puts them. Windows are consecutive from the
+    first token; with a seed they are drawn from all non-overlapping windows of the first 16 million characters. No
     padding. vocabulary: rows of the embedding that is to read the tokens, None for no check.
 
     Raises DataError: unknown source, missing or unreadable file, bad row, too little text, a token beyond the
@@ -54,7 +54,7 @@ def check(source: str | Path) -> None:
     Reads nothing."""
     name = str(source)
     if name == "self":
-        raise DataError("'self' is text that the model writes to calibrate itself; here it cannot be used.")
+        raise DataError("'self' is text that the model writes for its own calibration; it cannot be used here.")
     if name in docs.SOURCES or _hub(name):
         return
     if Path(name).suffix or Path(name).exists():
@@ -62,6 +62,6 @@ def check(source: str | Path) -> None:
     else:
         why = " The hub holds the Penn Treebank only as a script, which is not run." if name == "ptb" else ""
         raise DataError(
-            f"'{name}' is no source of text: give {', '.join((*docs.SOURCES, *hub.NAMED))}, self, hub:DATASET, "
+            f"'{name}' is not a source of text: give {', '.join((*docs.SOURCES, *hub.NAMED))}, self, hub:DATASET, "
             f"or a .txt or .jsonl file.{why}"
         )

@@ -43,14 +43,15 @@ def parse(line: str, where: str) -> Any:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise DataError(
-            f"{where} holds {half}, half of a surrogate pair and no character: repair the text, or write \\ufffd there."
+            f"{where} contains {half}, half of a surrogate pair and not a character: repair the text, or write "
+            "\\ufffd there."
         ) from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
     except RecursionError:
-        raise DataError(f"{where} is nested too deep to be read: give a row with flat fields.") from None
+        raise DataError(f"{where} is nested too deeply to be read: give a row with flat fields.") from None
     except ValueError as error:  # an integer of more digits than Python converts
-        raise DataError(f"{where} holds a number that cannot be read: {error}.") from None
+        raise DataError(f"{where} contains a number that cannot be read: {error}.") from None
     return row
 
 

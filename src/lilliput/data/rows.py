@@ -75,7 +75,7 @@ def _render(row: Any, tokenizer: PreTrainedTokenizerBase, where: str, column: st
         raise DataError(f"{where}: '{name}' must be text, not {type(value).__name__}.")
     messages = _messages(value, where)
     if tokenizer.chat_template is None:
-        raise DataError(f"{where}: a chat, but this model has no chat template: give rows with 'text'.")
+        raise DataError(f"{where}: this is a chat, but the model has no chat template: give rows with 'text'.")
     return chat(messages, tokenizer, where), True
 
 

@@ -67,9 +67,8 @@ def known(ids: Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase, rows:
     first = int(flat[flat >= rows][0])
     name = tokenizer.convert_ids_to_tokens(first)
     raise DataError(
-        f"{where} holds the token {name!r} with the id {first}, but the model's embedding has {rows} rows (ids 0 to "
-        f"{rows - 1}): the tokenizer has tokens that the model was not resized for. Resize the model's embedding and "
-        "save it again, use the tokenizer that it was trained with, or give text without such tokens."
+        f"{where} contains the token {name!r} with the id {first}, but the model's embedding has {rows} rows "
+        f"(ids 0 to {rows - 1}): the model was not resized for all tokens of the tokenizer. Resize the model's embedding and save it again, use the tokenizer with which it was trained, or give text without such tokens."
     )
 
 

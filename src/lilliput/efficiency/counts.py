@@ -99,7 +99,7 @@ def flops(shapes: Shapes, context: int, served: Mapping[str, Serving] | None = N
     tokens of a prefill.
     """
     if context < 1:
-        raise PlanError(f"a context of {context} tokens: count operations at 1 token or more")
+        raise PlanError(f"a context of {context} tokens: give 1 token or more")
     prefilling, decoding = (sum(float(x.flops) * _keep(x, served, n) for x in shapes.matrices) for n in (context, 1))
     prefill = sum(x.flops(x.pairs(context)) for x in shapes.attention)
     decode = sum(x.flops(x.seen(context)) for x in shapes.attention)

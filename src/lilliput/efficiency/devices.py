@@ -154,5 +154,5 @@ def _best(work: Callable[[], object], where: str, repeats: int, clock: Clock) ->
         synchronize(where)
         least = min(least, clock() - began) if i else least
     if least <= 0:
-        raise PlanError("the clock did not advance while this device was measured: measure with larger sizes")
+        raise PlanError("the clock did not advance while this device was measured: use larger sizes")
     return least

@@ -79,7 +79,7 @@ def operators(work: Workload, device: Device, phase: Phase, batch: int, context:
         each = matrix.in_features * held.inputs + (matrix.out_features + 2 * held.between) * item
         through = matrix.copies * active * seen * each
         add(matrix.role, held.arithmetic, times * float(matrix.flops) * held.keep * seen, times * (weights + through))
-        if held.forming:  # behind the reading of what is stored, and before the product
+        if held.forming:  # after reading what is stored, and before the product
             add(matrix.role, "fp32", times * matrix.weights * touched * held.forming, 0.0)
     for x in shapes.attention:
         pairs = x.pairs(context) if phase == "prefill" else x.seen(context)
@@ -131,7 +131,9 @@ def rooflines(
         longest = min(x.shapes.positions or max(contexts) for x in (own, theirs) if x is not None)
         fitting = [x for x in contexts if x <= longest]
         if not fitting:
-            raise PlanError(f"the model knows {longest} positions, and every context asked for is longer: give less")
+            raise PlanError(
+                f"the model has {longest} positions, and every context asked for is longer: give shorter ones"
+            )
         rows += [
             _row(own, theirs, device, phase, batch, context)
             for batch in batches

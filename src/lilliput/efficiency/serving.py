@@ -82,7 +82,7 @@ def sparse(n: int, m: int, dtype: torch.dtype) -> Serving:
     """n of m weights kept, with the index of each, skipped by the hardware (Mishra et al. 2021). Only engines that
     store a matrix so gain from it; zeros in a dense file are multiplied like any other weight."""
     if not 0 < n < m:
-        raise PlanError(f"{n}:{m} is no sparsity: keep at least 1 weight of m and fewer than m")
+        raise PlanError(f"{n}:{m} is not a sparsity pattern: keep at least 1 weight of m and fewer than m")
     plain = dense(dtype)
     stored = n * (plain.bits + math.ceil(math.log2(m))) / m
     return replace(plain, label=f"{n}:{m} sparse weights", bits=stored, keep=n / m)

@@ -136,7 +136,7 @@ def shapes_of(model: Model) -> Shapes:
         if kind in _ATTENDS and any(x.role in ("o", "qkv", "v") for x in block.linears):
             attention.append(_attention(config, i, kind, block))
         else:
-            notes[f"block {i} has no softmax attention ({kind}): what mixes its tokens is not counted"] = None
+            notes[f"block {i} has no softmax attention ({kind}): the part that mixes its tokens is not counted"] = None
     norms += [prod(skeleton.shapes[n]) for n in anatomy.final if not n.endswith(".bias")]
     vocabulary, width = skeleton.shapes[anatomy.head][:2]
     matrices.append(Matrix(anatomy.head, "head", None, vocabulary, width))
@@ -164,8 +164,8 @@ def _linears(config: Any, name: str, number: int, block: Block) -> Iterable[Matr
             chosen = _chosen(config)
             if chosen is None:
                 raise SourceError(
-                    f"{name} has {banks[_bank(x)]} experts, and the config does not say how many of them a token goes "
-                    f"through: set one of {', '.join(_CHOSEN[:3])} in config.json"
+                    f"{name} has {banks[_bank(x)]} experts, and the config does not say how many of them each "
+                    f"token uses: set one of {', '.join(_CHOSEN[:3])} in config.json"
                 )
             active = Fraction(min(chosen, banks[_bank(x)]), banks[_bank(x)])
         yield Matrix(f"{name}.{x.name}.weight", x.role, number, x.out_features, x.in_features, active)
@@ -193,7 +193,7 @@ def _heads(config: Any, i: int) -> int:
     heads = setting(config, "num_attention_heads", i)
     heads = heads[i] if isinstance(heads, list | tuple) else heads
     if not isinstance(heads, int) or heads < 1:
-        raise SourceError("config.json names no number of attention heads: attention cannot be counted")
+        raise SourceError("config.json gives no number of attention heads: attention cannot be counted")
     return heads
 
 

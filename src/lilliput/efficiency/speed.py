@@ -147,7 +147,7 @@ def speedup(base: Sequence[float], own: Sequence[float]) -> Interval:
     """Geometric mean of base over own, paired by round, with its 95 % interval. Raises DataError: fewer than 2 rounds,
     or a time of zero."""
     if min(*base, *own) <= 0:
-        raise DataError("a run took no time by this clock: measure with more tokens")
+        raise DataError("a run took no measurable time: use more tokens")
     a, b = (torch.tensor(x, dtype=torch.float64) for x in (base, own))
     return exp_interval(a.log() - b.log())
 
@@ -195,8 +195,8 @@ def measure_speed(
     runners = [Runner(x, prompt=prompt, new=new, batch=batch, dtype=dtype, device=device) for x in names]
     if len({x.dtype for x in runners}) > 1:
         raise SourceError(
-            f"'{names[0]}' loads as {runners[0].dtype} and '{names[1]}' as {runners[1].dtype}: their times would "
-            "compare dtypes; say which dtype to load both in"
+            f"'{names[0]}' loads as {runners[0].dtype} and '{names[1]}' as {runners[1].dtype}: their times "
+            "would compare dtypes; give one dtype for both"
         )
     found = interleave(runners, runs=runs, warmup=warmup, clock=clock)
     peak = matmul_peak(runners[0].dtype, where=device, clock=clock)

@@ -71,7 +71,7 @@ def render(card: Card) -> str:
     lines = ["---", front.to_yaml(), "---", "", f"# {card.title}", ""]
     lines += [f"Compressed from `{card.base_model}` with Lilliput.", ""]
     if not card.licence:
-        lines += ["The source names no licence; the licence of the base model applies.", ""]
+        lines += ["The source gives no licence; the licence of the base model applies.", ""]
     lines += ["## Use", "", "```python", *_usage(card.layout, card.opener), "```", ""]
     if card.figures:
         lines += ["## Measured", "", "| | compressed | original |", "| --- | --- | --- |"]
@@ -80,7 +80,7 @@ def render(card: Card) -> str:
     lines += ["## Recipe", "", "```yaml", card.recipe.strip(), "```", ""]
     if card.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in card.notes), ""]
-    lines += ["`lilliput.json` tells bits, error and hash of every tensor; `lilliput verify DIR` checks them.", ""]
+    lines += ["`lilliput.json` lists bits, error and hash of every tensor; `lilliput verify DIR` checks them.", ""]
     return "\n".join(lines)
 
 

@@ -56,24 +56,24 @@ class CompressedTensors:
         for x in outcomes:
             if x.scheme.parts and x.format is None:
                 return (
-                    f"'{x.name}' becomes {x.scheme.describe()}, and engines read one integer grid for a linear. "
+                    f"'{x.name}' becomes {x.scheme.describe()}, and engines read only plain integers. "
                     "Nearest: rtn or gptq with format int; export 'lilliput' holds it."
                 )
         quantized = [x for x in outcomes if x.format is not None]
         for x in quantized:
             if x.transposed:
                 return (
-                    f"'{x.name}' is a Conv1D, stored as [in, out], which engines do not look for. "
+                    f"'{x.name}' is a Conv1D, stored as [in, out], which engines do not expect. "
                     "Nearest: export 'lilliput', which holds it."
                 )
             if x.embedding:
                 return (
-                    f"'{x.name}' is an embedding, and no engine tried holds a packed one. "
+                    f"'{x.name}' is an embedding, and no engine tested can hold a packed one. "
                     "Nearest: exclude 'embed' from every step; export 'lilliput' holds it."
                 )
             if x.router:
                 return (
-                    f"'{x.name}' decides which experts a token takes, and engines build it without a place for packed "
+                    f"'{x.name}' decides which experts a token uses, and engines have no place for its packed "
                     "weights. Nearest: exclude 'router' from every step; export 'lilliput' holds it."
                 )
             if x.format is not None and x.ragged:
@@ -200,20 +200,21 @@ def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome], 
     experts = [x for x in outcomes if x.expert]
     if asymmetric and experts:
         return (
-            f"asymmetric grids in a model with experts ('{experts[0].name}') load in no engine version tested. "
+            f"asymmetric integers in a model with experts ('{experts[0].name}') load in no engine version tested. "
             "Nearest: symmetric: true; export 'lilliput' holds zero points."
         )
     if (asymmetric or decoded) and len(kinds) > 1:
         first, second = list(kinds.values())[:2]
         return (
-            f"'{first}' and '{second}' differ in bits, symmetry or group, and a loader that decodes takes one "
-            f"scheme for all. Nearest: one target for all linears{'' if decoded else ', or symmetric: true'}; "
-            "export 'lilliput' holds mixed schemes."
+            f"'{first}' and '{second}' differ in bits, symmetry or group, and a loader that decodes uses one "
+            f"setting for all. Nearest: one target for all linears{'' if decoded else ', or symmetric: true'}; "
+            "export 'lilliput' holds mixed settings."
         )
     if quantized and len({None if x.format is None else kind_of(x.format) for x in experts}) > 1:
         return (
-            f"'{experts[0].name}' and other experts differ in bits or group: engines read all experts by one scheme. "
-            "Nearest: one target for all experts; export 'lilliput' holds mixed schemes."
+            f"'{experts[0].name}' and other experts differ in bits or group: engines read all experts with one "
+            "setting. "
+            "Nearest: one target for all experts; export 'lilliput' holds mixed settings."
         )
     if quantized and any(x.format is None for x in experts):
         return (
@@ -228,7 +229,7 @@ def _refuse_fused(outcomes: Sequence[Outcome], config: PretrainedConfig) -> str 
     if expert is None or single_name(f"{expert.name}.weight", skeleton(config)) is not None:
         return None
     return (
-        f"'{expert.name}' is part of a tensor that engines read whole: no file name of its own is known for it. "
+        f"'{expert.name}' is part of a tensor that engines read as a whole: it has no file name of its own. "
         "Nearest: leave the experts out of every step; export 'lilliput' holds them one by one."
     )
 
@@ -251,7 +252,7 @@ def _tolerances(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
         )
     split = _split_siblings(quantized)
     if split is not None:
-        notes.append(f"vLLM runs the linears of {split} as one and needs one scheme for them: it refuses this file.")
+        notes.append(f"vLLM runs the linears of {split} as one and needs one setting for them: it refuses this file.")
     bits = {f.bits for f in formats}
     if not bits <= {4, 8}:
         notes.append("SGLang reads only 4 and 8 bits; vLLM reads 2 to 8 symmetric, and 4 and 8 asymmetric.")
@@ -259,7 +260,8 @@ def _tolerances(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
 
 
 def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
-    """The first set of linears that vLLM fuses (q/k/v, gate/up) and that differ in scheme, in words."""
+    """The first set of linears that vLLM fuses (q/k/v, gate/up) and that differ in bits, symmetry or group, in
+    words."""
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         seen: dict[str, IntegerKind] = {}
         for x in quantized:

@@ -201,12 +201,13 @@ def _empty(
     except Exception as error:  # whatever the engine raises is the finding
         return None, (f"transformers does not open it: {first_line(error)}",), ()
     problems = [
-        f"transformers finds no tensor for {name} and would draw it at random" for name in sorted(info["missing_keys"])
+        f"transformers finds no tensor for {name} and would initialize it at random"
+        for name in sorted(info["missing_keys"])
     ]
     problems += [f"transformers finds another shape for {name}" for name in sorted(map(str, info["mismatched_keys"]))]
     problems += [str(x) for x in info.get("error_msgs") or ()]
     strange = sorted(set(info["unexpected_keys"]) - set(carried))
-    notes = [f"transformers has no place for {len(strange)} tensors, {strange[0]} among them"] if strange else []
+    notes = [f"transformers has no place for {len(strange)} tensors, including {strange[0]}"] if strange else []
     return model, tuple(problems), tuple(notes)
 
 
@@ -225,7 +226,7 @@ def _compare(
     whole = 8 * sum(prod(x) for x in sizes.values()) + sum(x.nbytes for x in reader.entries.values())
     if ram.BASE + least(ours.anatomy().blocks) > room:
         needed = units.readable(ram.BASE + least(ours.anatomy().blocks), up=True)
-        note = f"blocks were not compared with those of {found.engine}, which takes {needed}: names and shapes were"
+        note = f"only names and shapes were compared with those of {found.engine}: comparing blocks takes {needed}"
         return replace(found, notes=(*found.notes, note))
     errors: list[float] = []
     try:
@@ -240,7 +241,7 @@ def _compare(
         try:
             found = replace(found, logits=_logits(type(model), reader.files[0].parent, ours, ids))
         except Exception as error:
-            return replace(found, problems=(f"transformers opens it and cannot run it: {first_line(error)}",))
+            return replace(found, problems=(f"transformers opens it but cannot run it: {first_line(error)}",))
     return _judged(found, errors)
 
 
@@ -252,9 +253,11 @@ def _judged(found: Look, errors: Sequence[float]) -> Look:
             continue
         place = "the logits" if what == "logits" else f"block {errors.index(error)}"
         if not math.isfinite(error):
-            problems.append(f"what comes out of {place} is not finite: a weight is damaged or overflows")
+            problems.append(f"the output of {place} is not finite: a weight is damaged or overflows")
         elif error > CLOSE[what]:
-            problems.append(f"transformers computes {place} otherwise than the files say: it differs by {error:.2g}")
+            problems.append(
+                f"transformers computes something else for {place} than the files say: it differs by {error:.2g}"
+            )
     if not problems and (found.error or 0) > EXACT:
         notes.append(
             f"{found.engine} decodes in half precision: blocks differ by {found.error:.0e} from exact decoding"

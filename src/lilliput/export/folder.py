@@ -147,7 +147,7 @@ def safetensors_bytes(
 def safetensors_header(
     tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[str]]:
-    """What a safetensors file of these tensors begins with, its length and padding included, and their order behind it:
+    """What a safetensors file of these tensors begins with, its length and padding included, and their order after it:
     widest type first, then by name, as the library writes them."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     offset = 0
@@ -185,7 +185,7 @@ def _free(folder: Path, name: str) -> Path:
     path = folder / name
     for part in (path.parent, path):
         if part != folder and part.is_symlink():
-            raise PlanError(f"{part} is a link, and nothing outside the output folder is written: remove it")
+            raise PlanError(f"{part} is a link, and nothing outside the output folder may be written: remove it")
     path.parent.mkdir(exist_ok=True)
     return path
 

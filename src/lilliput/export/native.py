@@ -112,17 +112,15 @@ class Native:
             notes.append("Only transformers reads this folder, after `import lilliput`. Weights stay packed in memory.")
         factored = sum(spec.scheme.product is not None for spec in specs)
         if factored:
-            notes.append(f"{factored} linears are one product of factors and run as two thin products.")
+            notes.append(f"{factored} linears are products of two factors and run as two thin products.")
         if factored < len(specs):
             which = "Every other" if factored else "Each"
             notes.append(
-                f"{which} linear is decoded for its forward pass and multiplied dense, which saves memory and no time."
+                f"{which} linear is decoded for its forward pass and multiplied dense, which saves memory but no time."
             )
         patterns = sum(isinstance(spec.scheme.parts[0], PatternSpec) for spec in specs)
         if patterns:
-            notes.append(
-                f"{patterns} linears store only the weights that their pattern keeps, and the places of these."
-            )
+            notes.append(f"{patterns} linears store only the weights that their pattern keeps, and their places.")
         zeros = sum((x.sparsity or 0) > 0 for x in outcomes) - patterns
         if zeros:
             notes.append(

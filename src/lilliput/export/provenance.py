@@ -91,7 +91,9 @@ def read(folder: Path) -> Provenance | None:
         first = str(error).splitlines()[0]
         raise SourceError(f"{path} is damaged ({first}): write the folder again") from None
     if found.schema != SCHEMA:
-        raise SourceError(f"{path} has schema {found.schema}, this lilliput reads {SCHEMA}: use the one that wrote it")
+        raise SourceError(
+            f"{path} has schema {found.schema}, and this lilliput reads {SCHEMA}: use the version that wrote it"
+        )
     return found
 
 

@@ -64,7 +64,7 @@ def verify(folder: Path, *, memory: int | None = None) -> Verification:
     Problems are reported, not raised. Raises SourceError only where there is no folder.
     """
     if not folder.is_dir():
-        raise SourceError(f"{folder} is no folder: give the one that `lilliput compress --out` wrote")
+        raise SourceError(f"{folder} is not a folder: give one written by `lilliput compress --out`")
     rows = [_no_pickles(folder)]
     notes: list[str] = []
     config, check = _config(folder)
@@ -80,7 +80,7 @@ def verify(folder: Path, *, memory: int | None = None) -> Verification:
         reader = Shards(folder)
     except SourceError as error:
         rows.append(Check("weight files", "headers and sizes", (str(error),)))
-        return Verification(str(folder), tuple(rows), (*notes, "the weights and the engine were not looked at"))
+        return Verification(str(folder), tuple(rows), (*notes, "the weights and the engine were not checked"))
     count = f"{len(reader.entries)} tensors in {len(reader.files)} files"
     rows.append(Check("weight files", count))
     expected = {row.name: row for row in provenance.tensors} if provenance is not None else {}
@@ -88,7 +88,7 @@ def verify(folder: Path, *, memory: int | None = None) -> Verification:
         rows.append(_listed(expected, reader))
     rows += _contents(expected, reader)
     if any(row.problems for row in rows) or config is None:
-        notes.append("the engine was not started on a folder that is not whole")
+        notes.append("the engine was not started, because the folder is not whole")
     else:
         row, more = _opens(folder, memory)
         rows.append(row)
@@ -125,7 +125,7 @@ def _listed(expected: Mapping[str, TensorRow], reader: Reader) -> Check:
         found = (entry.file.name, str(entry.dtype).removeprefix("torch."), entry.shape)
         if found != (row.file, row.dtype, row.shape):
             problems.append(
-                f"tensor {name} is {found[1]} {list(found[2])} in {found[0]}, {NAME} tells of {row.dtype} "
+                f"tensor {name} is {found[1]} {list(found[2])} in {found[0]}, {NAME} says {row.dtype} "
                 f"{list(row.shape)} in {row.file}"
             )
     problems += [f"tensor {name} is not in {NAME}" for name in reader.entries if name not in expected]

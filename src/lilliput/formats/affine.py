@@ -24,7 +24,7 @@ from lilliput.target import Target
 
 _CHUNK = 1 << 18  # weights fitted at a time
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the range, about its middle, that a fit begins with
-_ROUNDS = 4  # of least squares behind it
+_ROUNDS = 4  # of least squares after it
 _FAR = 2.0  # windows of codes that a zero point may lie away from 0: 16 bits hold it finely up to there
 
 
@@ -56,7 +56,7 @@ class AffineFormat(Format):
     def __post_init__(self) -> None:
         _ = self.codes  # checks bits, group size and scale dtype
         if self.group_size == 0:
-            raise PlanError("real zero points come per group or per row: give a positive group size or 'channel'")
+            raise PlanError("real zero points belong to groups or rows: give a positive group size or 'channel'")
 
     @property
     def codes(self) -> IntegerFormat:

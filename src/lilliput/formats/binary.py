@@ -68,7 +68,7 @@ class BinaryFormat(Format):
         if not 1 <= self.bits <= 8:
             raise PlanError(f"{self.bits} bits: binary coding has 1 to 8 bits; choose one of those")
         if self.group_size < -1 or self.group_size == 0:
-            raise PlanError("binary coding has alphas per group or per row: give a positive group size or 'channel'")
+            raise PlanError("binary coding has alphas for groups or rows: give a positive group size or 'channel'")
         if self.scale_dtype not in SCALE_DTYPES:
             raise PlanError(f"alphas in {self.scale_dtype}: choose float16, bfloat16 or float32")
 
@@ -97,7 +97,7 @@ class BinaryFormat(Format):
         if weigh is None:
             weigh = weight.new_ones(1, width)
         if not bool(torch.isfinite(weight.sum())):
-            raise LilliputError("the weight holds NaN or infinite values: it cannot be quantized")
+            raise LilliputError("the weight contains NaN or infinity: it cannot be quantized")
         step = max(1, _CHUNK // max(width, 1))
         done = []
         for a in range(0, rows, step):
@@ -161,7 +161,7 @@ class BinaryFormat(Format):
         return {"kind": "binary", "bits": self.bits, "group_size": self.group_size, "scale_dtype": dtype}
 
     def _units(self, x: Tensor) -> Tensor:
-        """[rows, in] as [rows, groups, size], zeros behind a shorter last group."""
+        """[rows, in] as [rows, groups, size], zeros after a shorter last group."""
         rows, width = x.shape
         size = width if self.group_size < 0 else min(self.group_size, width)
         return pad(x, (0, -width % max(size, 1))).view(rows, -1, size)

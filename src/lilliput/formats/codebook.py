@@ -79,7 +79,8 @@ class CodebookFormat(Format):
         if self.levels > size:
             fits = max(size, 1).bit_length() - 1
             raise PlanError(
-                f"a table of {self.levels} levels for {size} weights each: a codebook is smaller than its data; choose "
+                f"a table of {self.levels} levels for every {size} weights: a codebook must be smaller than "
+                "its data; choose "
                 + (f"at most {fits} bits, or " if fits else "")
                 + "a table for more weights (group_size: a larger number, channel or tensor)"
             )
@@ -98,11 +99,13 @@ class CodebookFormat(Format):
             if importance.shape not in ((width,), (rows, width)):
                 raise ValueError(f"importance {tuple(importance.shape)} does not fit a weight {tuple(weight.shape)}")
             if not bool(torch.isfinite(importance.sum())):
-                raise LilliputError("the importance of the weights holds NaN or infinity: check the calibration data")
+                raise LilliputError(
+                    "the importance of the weights contains NaN or infinity: check the calibration data"
+                )
             importance = importance.expand(rows, width)
         if not bool(torch.isfinite(weight).all()):
             bad = int((~torch.isfinite(weight)).sum())
-            raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be quantized")
+            raise LilliputError(f"the weight contains {bad} values that are NaN or infinite: it cannot be quantized")
 
         def one(values: Tensor, weights: Tensor | None, pinned: Tensor | None) -> Tensor:
             held = None if pinned is None else pinned.any(1)

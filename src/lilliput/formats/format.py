@@ -135,7 +135,7 @@ class Family:
 def fixed_bits(target: Target, bits: str) -> Target:
     """For `Family.completed`: a format whose bits nobody chooses."""
     if target.bits is not None:
-        raise PlanError(f"'{target.format}' has {bits} bits a weight by its nature: leave out bits")
+        raise PlanError(f"'{target.format}' always has {bits} bits a weight: leave out bits")
     return target
 
 
@@ -147,5 +147,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dtype_of(name: str) -> torch.dtype:
     """Undo `dtype_name`, for floats that scales and values are stored in. Raises SourceError for another name."""
     if name not in DTYPES:
-        raise SourceError(f"values of type {name!r} are newer than this lilliput: install the one that wrote them")
+        raise SourceError(f"values of type {name!r} are newer than this lilliput: install the version that wrote them")
     return DTYPES[name]

@@ -286,7 +286,7 @@ def group_of(target: Target) -> int:
     named = {"channel": -1, "tensor": 0}
     size = named.get(target.group_size) if isinstance(target.group_size, str) else target.group_size
     if size is None:
-        raise PlanError("the group size 'auto' has to be resolved against the widths first: give a number")
+        raise PlanError("the group size 'auto' must be resolved for the widths first: give a number")
     return size
 
 

@@ -115,7 +115,7 @@ class _Sorted:
         """Levels with one moved by a merge and a split, and bool [units]: where that may lower the error.
 
         A split that gains a little less than the merge costs may still pay once all levels have followed, so that
-        splits are tried behind some values only.
+        splits are tried after some values only.
         """
         count = self.values.shape[1]
         every = max(1, count // (_SPLITS * levels.shape[1]))

@@ -62,7 +62,7 @@ def from_plain(plain: Mapping[str, Any]) -> Format:
     """The format that config.json describes. Raises SourceError for a kind that this code does not know."""
     kind = plain["kind"]
     if kind not in _WRITTEN:
-        raise SourceError(f"a part of kind {kind!r} is newer than this lilliput: install the one that wrote it")
+        raise SourceError(f"a part of kind {kind!r} is newer than this lilliput: install the version that wrote it")
     return _WRITTEN[kind](plain)
 
 

@@ -56,7 +56,7 @@ class LevelFormat(Format):
         if self.table == "custom":
             rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
             if not (rising and 0.0 in self.levels and self.levels[0] < 0 < self.levels[-1]):
-                raise PlanError("levels have to rise from below 0, through 0, to above it")
+                raise PlanError("levels must rise from below 0, through 0, to above 0")
             if len(self.levels) > 1 << self.bits:
                 raise PlanError(f"{len(self.levels)} levels do not fit {self.bits} bits: give {1 << self.bits} at most")
         elif self.table not in tables.MADE and self.table not in tables.FLOATS:

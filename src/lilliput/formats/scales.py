@@ -258,7 +258,7 @@ def from_plain(name: str) -> ScaleKind:
         return parse(name)
     except PlanError:
         raise SourceError(
-            f"scales of kind {name!r} are newer than this lilliput: install the one that wrote them"
+            f"scales of kind {name!r} are newer than this lilliput: install the version that wrote them"
         ) from None
 
 

@@ -61,7 +61,7 @@ class SignFormat(Format):
         size = weight.abs().double()
         h = torch.ones_like(size[:1]) if importance is None else importance.double().reshape(-1, weight.shape[1])
         if not bool(torch.isfinite(size.sum())) or not bool(torch.isfinite(h.sum())):
-            raise LilliputError("the weight or its importance holds NaN or infinite values: it cannot be quantized")
+            raise LilliputError("the weight or its importance contains NaN or infinity: it cannot be quantized")
         h = (h if bool((h > 0).any()) else torch.ones_like(h)).expand_as(size)
         weighted = size * h
 

@@ -20,8 +20,8 @@ NAMES = tuple(name for family in FAMILIES if family.swept for name in family.wan
 
 @runtime_checkable
 class Sweepable(Format, Protocol):
-    """A format as a sweep needs it. Its `IntegerGrid` there: scales [out, groups] ([1, 1]: per tensor) and zero points, int8,
-    real or None."""
+    """A format as a sweep needs it. Within the sweep its grid is an `IntegerGrid`: scales [out, groups] ([1, 1]: per
+    tensor) and zero points, int8, real or None."""
 
     @property
     def bits(self) -> int: ...

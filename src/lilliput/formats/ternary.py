@@ -69,7 +69,7 @@ class TernaryFormat(Format):
         weigh = relative(weight, importance)
         weigh = weight.new_ones(1, width) if weigh is None else weigh
         if not bool(torch.isfinite(weight.sum())):
-            raise LilliputError("the weight holds NaN or infinite values: it cannot be quantized")
+            raise LilliputError("the weight contains NaN or infinity: it cannot be quantized")
         weigh = weigh.expand(rows, width)
         scale = torch.empty(rows, groups.count(width, self.group_size), device=weight.device)
         step = max(1, _CHUNK // max(width, 1))

@@ -60,7 +60,7 @@ def rms_scale(weight: Tensor, per_row: bool, factor: float, dtype: torch.dtype) 
         return scale
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be quantized")
+        raise LilliputError(f"the weight contains {bad} values that are NaN or infinite: it cannot be quantized")
     raise LilliputError(
         f"a scale exceeds the range of {dtype_name(dtype)}: set scale_dtype to float32 (or bfloat16) for this layer"
     )
@@ -132,8 +132,8 @@ class VectorFormat(Format):
         vectors = self.vectors(rows) * width
         if self.learned and 1 << self.entry_bits > vectors:
             raise PlanError(
-                f"a table of {1 << self.entry_bits} entries for {vectors} vectors of a [{rows}, {width}] linear: a "
-                "codebook is smaller than its data; choose fewer bits, or exclude this layer"
+                f"a table of {1 << self.entry_bits} entries for {vectors} vectors of a [{rows}, {width}] "
+                "linear: a codebook must be smaller than its data; choose fewer bits, or exclude this layer"
             )
 
     def vectors(self, rows: int) -> int:
@@ -156,7 +156,7 @@ class VectorFormat(Format):
         if importance is not None:
             weights = (importance if importance.dim() == 1 else importance.mean(0)).to(weight).float()
             if not bool(torch.isfinite(weights.sum())):
-                raise LilliputError("the importance of the inputs holds NaN or infinity: check the calibration data")
+                raise LilliputError("the importance of the inputs contains NaN or infinity: check the calibration data")
         vectors = self._split(weight.float() / grid.scale.float())
         each = weights.repeat(self.vectors(len(weight)))
         return replace(grid, table=_kmeans(vectors, each, 1 << self.entry_bits, seed).half())

@@ -16,7 +16,7 @@ def choose(wanted: str) -> str:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise PlanError(f"--device {wanted}: this torch sees no such accelerator; use --device cpu")
+        raise PlanError(f"--device {wanted}: this torch finds no such accelerator; use --device cpu")
     try:
         found = torch.device(wanted)
     except RuntimeError:
@@ -28,8 +28,8 @@ def choose(wanted: str) -> str:
     if found.type == "cuda" and ranks.size() > 1:
         if found.index is not None or ranks.local() >= torch.cuda.device_count():
             raise PlanError(
-                f"--device {wanted}: each process takes an accelerator of its own, and there are "
-                f"{torch.cuda.device_count()}: start at most so many processes, with --device cuda"
+                f"--device {wanted}: each process needs its own accelerator, and there are "
+                f"{torch.cuda.device_count()}: start at most that many processes, with --device cuda"
             )
         torch.cuda.set_device(ranks.local())
         return f"cuda:{ranks.local()}"

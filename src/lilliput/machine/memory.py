@@ -83,8 +83,8 @@ def steady(largest: int = 3 * MB) -> Iterator[None]:
     every tensor then is faulted in page by page, which cost a fifth of the time. `FORWARD` is for forward passes and
     heads, whose tensors come and go in the same few sizes.
 
-    glibc cannot be told to let the threshold grow again. Behind the outermost context it stands where it would have
-    grown to by itself in a process that frees large tensors, at its most (`GROWN`).
+    glibc cannot be told to let the threshold grow again. After the outermost context it is set to the most that it
+    would have reached by itself in a process that frees large tensors (`GROWN`).
     """
     _thresholds.append(largest)
     _set_threshold(largest)

@@ -165,7 +165,7 @@ def largest(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What stops one rank stops all: a LilliputError raised inside on any of them is raised behind it on every one.
+    """What stops one rank stops all: a LilliputError raised inside on any rank is raised afterwards on every rank.
 
     The leader's own, or the first, is the leader's to say; the others raise a ToldError of the same text. No rank may
     wait for another inside.

@@ -91,7 +91,7 @@ def steps_of(name: str, also: Iterable[str] = ()) -> Steps:
         return steps
     read = f"read about it with `lilliput methods {method.name}`"
     if steps is None:
-        raise PlanError(f"'{name}' is an idea and no computation: {read}")
+        raise PlanError(f"'{name}' is an idea, not a computation: {read}")
     raise PlanError(f"no recipe runs '{name}': {steps}; {read}")
 
 

@@ -159,7 +159,8 @@ def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float]) ->
     for source, share in shared.items():
         if share > OVERLAP:
             notes.append(
-                f"the model was calibrated on {share:.0%} of {own_name(source)}: its figures look better than they are"
+                f"the model was calibrated on {share:.0%} of {own_name(source)}: its figures look better than "
+                "they should"
             )
     return tuple(notes)
 
@@ -239,13 +240,13 @@ def evaluate_all(
     began = time.monotonic()
     ram.based()
     if windows < 2:
-        raise DataError(f"windows: {windows}; an interval needs 2 windows or more.")
+        raise DataError(f"{windows} windows: an interval needs 2 windows or more.")
     compute = compute_dtype(dtype)
     sources = [str(x) for x in ([data] if isinstance(data, str | Path) else data)]
     if not sources:
-        raise DataError("there is no text to measure on: name at least one.")
+        raise DataError("there is no text to measure on: give at least one.")
     if not models:
-        raise DataError("there is no model to measure: name at least one.")
+        raise DataError("there is no model to measure: give at least one.")
     opened = [open_model(x, dtype=compute, device=device, trust_remote_code=trust_remote_code) for x in models]
     base = (
         None

@@ -189,7 +189,7 @@ def _finite(top: Tensor, name: str, at: tuple[int, slice]) -> Tensor:
     if len(bad):
         raise SourceError(
             f"'{name}' gives logits that are not finite, first in window {at[0]} at token {at[1].start + int(bad[0])}: "
-            "a weight is broken or the computation overflows; try --dtype float32, or check the folder with `verify`."
+            "a weight is damaged or the computation overflows; try --dtype float32, or check the folder with `verify`."
         )
     return top
 

@@ -37,8 +37,8 @@ def tokens(models: Sequence[Model], wanted: int | None, most: int = WINDOW) -> i
     for model in models:
         if model.positions is not None and wanted > model.positions:
             raise DataError(
-                f"windows of {wanted} tokens are more than the {model.positions} positions that {model.source.model} "
-                "knows: ask for fewer."
+                f"windows of {wanted} tokens are more than the {model.positions} positions of "
+                f"{model.source.model}: ask for fewer."
             )
     return wanted
 

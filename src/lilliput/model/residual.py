@@ -146,7 +146,7 @@ def _small(skeleton: Skeleton) -> Skeleton:
     try:
         return Skeleton(config)
     except (SourceError, ValueError, TypeError, RuntimeError) as error:
-        raise PlanError(f"no small copy of this model can be built, on which a rotation is tried: {error}") from None
+        raise PlanError(f"no small copy of this model can be built for trying a rotation: {error}") from None
 
 
 def _embedded(skeleton: Skeleton, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:

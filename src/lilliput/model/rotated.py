@@ -22,12 +22,12 @@ class RotatedModel(Model):
 
     Norm gains move into the linears that read them. Then, in block i, readers W <- W Q_i and writers W <- Q_iT W; the
     embedding E <- E Q_0 and the head W <- W Q_n. With one basis for all that is the whole change, and any code that
-    takes a Model runs it; where they differ, the caller multiplies the hidden states behind block i by
-    `transition(i)`. A tied head is untied, for the gain of the final norm goes into it alone.
+    takes a Model runs it; where they differ, the caller multiplies the hidden states after block i by `transition(i)`.
+    A tied head is untied, because the gain of the final norm goes into it alone.
 
     Block tensors that change are read in float32, those outside the blocks in the dtype of the files, or in float32 as
-    well where the model is to be `exact` rather than what would be written. `found`: what `residual` says of the base,
-    where that is known. Raises PlanError with the reason where the model's residual stream cannot be rotated.
+    well where the model is to be `exact` rather than what would be written. `stream`: the base's `residual`, if known
+    already. Raises PlanError with the reason if the model's residual stream cannot be rotated.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RotatedModel(Model):
 
     @property
     def outside(self) -> Outside:
-        """What takes part in a rotation outside the blocks."""
+        """The tensors outside the blocks that take part in a rotation."""
         return self._found.outside
 
     def change(self, canonical: str) -> Change | None:
@@ -68,13 +68,13 @@ class RotatedModel(Model):
         wide = matrix.double()
         off = float((wide.T @ wide - torch.eye(hidden, dtype=torch.float64)).abs().max())
         if not off < 1e-8:
-            raise LilliputError(f"a rotation has to be orthogonal, but this one is off by {off:.1e}")
+            raise LilliputError(f"a rotation must be orthogonal, but this one is off by {off:.1e}")
         before = self.bases or (None,) * (len(self.skeleton.block_names) + 1)
         made = {id(q): wide if q is None else q @ wide for q in before}
         return self.within([made[id(q)] for q in before], exact=self.exact)
 
     def transition(self, block: int) -> Tensor | None:
-        """What hidden states behind a block are multiplied by: Q_iT Q_(i+1), or None where the basis stays."""
+        """The factor on hidden states after a block: Q_iT Q_(i+1), or None if the basis does not change."""
         if not self.bases or self.bases[block] is self.bases[block + 1]:
             return None
         return self.bases[block].T @ self.bases[block + 1]

@@ -159,7 +159,7 @@ def open_model(
         config.tie_word_embeddings = False
         skeleton = Skeleton(config, dtype=dtype, device=device)
         names = _bind(source, skeleton)
-        notes = (f"the config ties {head} to {embedding}, but both are stored and differ: they are kept apart",)
+        notes = (f"the config ties {head} to {embedding}, but both are stored and differ: they are kept separate",)
     elif not skeleton.tied and head not in names.refs and getattr(source.config, "tie_word_embeddings", False):
         config = copy.deepcopy(config)
         config.tie_word_embeddings = True
@@ -201,7 +201,7 @@ def _check(source: Source, skeleton: Skeleton, names: Names) -> None:
     missing = [x for x in skeleton.shapes if x not in names.refs]
     if missing:
         odd = next(iter(names.strange.items()), None)
-        why = f" {odd[0]} would need the conversion {odd[1]}, which is not known here." if odd else ""
+        why = f" {odd[0]} would need the conversion {odd[1]}, which is not supported here." if odd else ""
         raise SourceError(
             f"{source.model} lacks {len(missing)} of the {len(skeleton.shapes)} tensors that its config asks for: "
             f"{few(missing)}.{why} Check that config.json belongs to "

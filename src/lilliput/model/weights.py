@@ -26,10 +26,10 @@ TABLE_ROWS = 4096  # rows of the token table read at a time
 class Model(Protocol):
     """A language model whose tensors are read by canonical name.
 
-    source: the files behind it; skeleton: its module tree, on the meta device but for what is loaded; refs: canonical
-    name -> where it lies in the files; carried: stored tensors that the language model does not know (vision towers,
-    buffers of old versions), to be written through unchanged; copies: stored tensors that only repeat a tied one, not
-    to be written; fused: experts that transformers loads only as part of a 3-D tensor; notes: what a user should know.
+    source: its files; skeleton: its module tree, on the meta device but for what is loaded; refs: canonical name ->
+    where it lies in the files; carried: stored tensors that the language model does not know (vision towers, buffers of
+    old versions), to be written through unchanged; copies: stored tensors that only repeat a tied one, not to be
+    written; fused: experts that transformers loads only as part of a 3-D tensor; notes: what a user should know.
     """
 
     source: Source

@@ -40,7 +40,7 @@ class Layer:
         if self.fisher is None:
             raise RuntimeError("the Fisher information was read but not collected: declare 'fisher' in its needs")
         if not bool(torch.isfinite(self.fisher).all()):
-            raise LilliputError(f"the Fisher information of {self.name} holds NaN or infinity: check the data")
+            raise LilliputError(f"the Fisher information of {self.name} contains NaN or infinity: check the data")
         return self.fisher
 
     def rest(self) -> Tensor:

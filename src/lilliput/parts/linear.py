@@ -156,8 +156,8 @@ def parse_config(entry: Mapping[str, Any]) -> dict[str, LinearSpec]:
     """Stored linear name to its description. Raises SourceError for a version or part that this code does not know."""
     if entry.get("version") not in READS:
         raise SourceError(
-            f"the folder's native layout has version {entry.get('version')!r}, this lilliput reads {READS}: "
-            "install the lilliput that wrote it"
+            f"the folder's native layout has version {entry.get('version')!r}, and this lilliput reads "
+            f"{READS}: install the version that wrote it"
         )
     try:
         schemes = [scheme.from_plain(x) for x in entry["schemes"]]

@@ -232,7 +232,7 @@ def from_plain(plain: Mapping[str, Any]) -> TransformSpec:
     if plain["kind"] in ("hadamard", "kronecker"):
         return Rotation(plain["kind"], int(plain["seed"]))
     raise SourceError(
-        f"a transform of kind {plain['kind']!r} is newer than this lilliput: install the one that wrote it"
+        f"a transform of kind {plain['kind']!r} is newer than this lilliput: install the version that wrote it"
     )
 
 

@@ -105,7 +105,7 @@ class Resolved:
         return frozenset(dividing) | {x.name for x in self.linears if any(task.fisher for task in x.tasks)}
 
     def governed(self, task: Task) -> dict[str, Task]:
-        """By linear, the step whose target `task` may decide: the next one behind it on the linear."""
+        """By linear, the step whose target `task` may decide: the next one after it on the linear."""
         found: dict[str, Task] = {}
         for plan in self.planned:
             later = [x for x in plan.tasks if x.step > task.step]
@@ -193,7 +193,7 @@ def _plan_linear(
 
 
 def _completed(task: Task, later: Sequence[Task]) -> Target:
-    """The target of a step with what its method and format say of what it leaves open; `later`: the steps behind it."""
+    """The target of a step with what its method and format say of what it leaves open; `later`: the steps after it."""
     target = task.target
     if task.spec.prepares and target.bits is None:
         target = next((x.target for x in later if x.spec.writes == "quantized"), target)

@@ -1,4 +1,4 @@
-"""Tables as data: what the page and the terminal print, with the number behind each cell for sorting."""
+"""Tables as data: what the page and the terminal print, with each cell's number for sorting."""
 
 from __future__ import annotations
 

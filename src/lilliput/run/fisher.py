@@ -107,8 +107,8 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
             with ranks.together():
                 if not bool(torch.isfinite(mean).all()):
                     raise LilliputError(
-                        f"the Fisher information of {name} holds NaN or infinity: the gradient of the loss overflows "
-                        f"in {str(plan.dtype).removeprefix('torch.')}; compute in float32 or bfloat16 (dtype), or "
+                        f"the Fisher information of {name} contains NaN or infinity: the gradient of the loss "
+                        f"overflows in {str(plan.dtype).removeprefix('torch.')}; compute in float32 or bfloat16 (dtype), or "
                         "leave the method out"
                     )
             short = name.removeprefix(f"{prefixes[block]}.").removesuffix(".weight")
@@ -133,7 +133,7 @@ def _mean_square(states: Activations, samples: int) -> float:
 
 
 def _tidy(work: Work, samples: Samples, records: Mapping[int, object], first: int, count: int) -> None:
-    """Remove what a run that was killed between a record and its tidying has left behind."""
+    """Remove what a run that was killed between a record and its tidying has left over."""
     for block in range(first):
         path_of(work, block).unlink(missing_ok=True)
     lowest = min(records, default=count)

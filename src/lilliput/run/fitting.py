@@ -74,7 +74,7 @@ def movement(
         total, tokens = 0.0, 0
         for n, was in zip(samples, before, strict=True):
             change = run(weights, inputs.read(n, n + 1).to(device)) - was
-            # Token by token, as a norm behind sees it: a few are a hundred times larger than the others.
+            # Token by token, as a norm after it sees them: a few are a hundred times larger than the others.
             share = change.square().sum(-1) / was.square().sum(-1).clamp(min=1e-30)
             total += float(share.sum(dtype=torch.float64))
             tokens += share.numel()

@@ -51,7 +51,7 @@ def frontier(job: Job, progress: Progress | None = None) -> Frontier:
     Raises LilliputError.
     """
     if ranks.size() > 1:
-        raise PlanError(f"{ranks.size()} processes were started, but --frontier is the work of one")
+        raise PlanError(f"{ranks.size()} processes were started, but --frontier runs in a single one")
     refuse_work(job.work)
     shown = Quiet() if progress is None else progress
     opened, made = resolved(job, measured=False)

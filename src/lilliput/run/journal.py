@@ -108,9 +108,9 @@ class Work:
     """The hidden folder beside OUT in which a run lives until its output appears by rename.
 
     `.OUT.partial/model` becomes OUT; the journal and the activations lie in `.OUT.partial/work`, or in a folder of
-    their own in the folder that the user names with `--work`. `facts` are noted when a run begins, for `begun`.
-    Raises BusyError while another process holds it, LilliputError when it belongs to another plan or when OUT exists.
-    A run that fails before its first record leaves nothing behind.
+    their own in the folder that the user names with `--work`. `facts` are noted when a run begins, for `begun`. Raises
+    BusyError while another process holds it, LilliputError when it belongs to another plan or when OUT exists. A run
+    that fails before its first record leaves no files.
 
     Of several processes the leader holds the folder and writes. The others keep their activations in a folder `rank-N`
     inside, know the same records, and never write to `staging`.

@@ -19,7 +19,7 @@ from lilliput.plan.tensors import METADATA
 from lilliput.source.shards import header_of
 from lilliput.streaming.states import START_ANEW, raw
 
-PART = ".part"  # behind the names of files that are not finished, so that nothing takes them for a model's
+PART = ".part"  # ends the names of unfinished files, so that nothing takes them for a model's
 CHUNK = 16 * memory.MB  # bytes that are read at a time
 
 Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -1,4 +1,4 @@
-"""Passes before the main one: rotations that are learned for the whole model, and scores behind global decisions.
+"""Passes before the main one: rotations that are learned for the whole model, and scores for global decisions.
 
 Each is journalled, so a killed run takes up what is finished: a learned rotation is a file of the work folder, scores
 are records of the journal, block by block. Squared gradients are `fisher`'s.
@@ -162,7 +162,7 @@ def scores(
     done = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
     count = len(model.skeleton.block_names) + (closing is not None)
     for path in work.folder.glob(f"{_stem(task)}-*.bin"):
-        # A run killed between a record and its tidying leaves the states of a finished block behind.
+        # A run killed between a record and its tidying leaves the states of a finished block.
         if path.name != f"{_stem(task)}-{len(done):04d}.bin" or len(done) == count:
             path.unlink()
     if len(done) < count:

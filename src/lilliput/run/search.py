@@ -192,7 +192,7 @@ class _Trials:
             return SiteStats(width, int(file.get_tensor(f"{site}.count")), **found)
 
     def _compressed(self, name: str, target: Target, *, keep: bool) -> Tensor:
-        """A linear's weight as the step behind would leave it, in the orientation of its module."""
+        """A linear's weight as the next step would leave it, in the orientation of its module."""
         path = self._files.get((name, target))
         if path is not None:
             return load_file(path)["weight"]

@@ -1,4 +1,4 @@
-"""A compression from its options to its answer: what is refused, the run itself, and what is measured behind it."""
+"""A compression from its options to its answer: what is refused, the run itself, and what is measured afterwards."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ NUMBERS = {
 
 
 class Strings(Sequence[memoryview]):
-    """Strings that lie one behind the other in a header, each behind its length; found by where they begin."""
+    """Strings that follow one another in a header, each after its length; indexed by where they begin."""
 
     def __init__(self, blob: memoryview, starts: NDArray[np.int64]) -> None:
         self._blob = blob
@@ -96,7 +96,7 @@ class Metadata:
         return bytes(self._blob[at + 8 : end]).decode("utf-8", errors="replace"), end
 
     def _value(self, key: str, kind: int, at: int) -> int:
-        """Take the value at a place over, and return the place behind it."""
+        """Take over the value at a place, and return the place after it."""
         types, length = [kind], 1
         if kind == ARRAY:
             inner, at = self._number(at)

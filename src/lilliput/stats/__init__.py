@@ -1,1 +1,1 @@
-"""Folds over the inputs of a site: what calibration leaves behind."""
+"""Folds over the inputs of a site: the statistics that calibration collects."""

@@ -63,11 +63,11 @@ def loss(skeleton: Skeleton, read: Read, samples: Samples) -> float:
 
 @contextmanager
 def reruns(skeleton: Skeleton, read: Read, samples: Samples) -> Iterator[Callable[[int, Read], Activations]]:
-    """What the last block leaves, for many weights that differ little: a function of the first block that differs and
-    of how tensors enter. Its result is valid until the next call.
+    """The last block's outputs for many sets of weights that differ little: a function of the first block that differs
+    and of how tensors enter. Its result is valid until the next call.
 
     The states that enter every block are kept on disk while the context lasts, so that only the blocks from that one on
-    run again. The number of blocks stands for none.
+    run again. The number of blocks means that none differs.
     """
     with ExitStack() as stack, torch.no_grad():
         streams = stack.enter_context(_Streams(skeleton, samples, keep=True, gradient=False))
@@ -143,7 +143,7 @@ def fisher(
 
 
 def gradient_path(samples: Samples, block: int) -> Path:
-    """Where `fisher` keeps the gradient of the hidden states that enter a block (of the head: the number behind)."""
+    """Where `fisher` keeps the gradient of the hidden states that enter a block (of the head: the next number)."""
     return samples.folder / f"gradient-{block:04d}.bin"
 
 

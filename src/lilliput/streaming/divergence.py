@@ -12,7 +12,7 @@ from lilliput.streaming.states import Activations
 
 
 def head_names(skeleton: Skeleton) -> tuple[str, ...]:
-    """The tensors behind the last block."""
+    """The tensors after the last block."""
     stem = skeleton.head.rpartition(".")[0]
     return tuple(dict.fromkeys((*skeleton.final, *(n for n in skeleton.shapes if n.rpartition(".")[0] == stem))))
 

@@ -55,7 +55,7 @@ def text(item: Choice) -> str:
 
 
 def prefixed(item: Choice, prefix: str) -> Choice:
-    """The item behind worked examples."""
+    """The item after worked examples."""
     return replace(item, contexts=tuple(prefix + x for x in item.contexts))
 
 

@@ -42,7 +42,7 @@ def text(item: Cloze) -> str:
 
 
 def prefixed(item: Cloze, prefix: str) -> Cloze:
-    """The item behind worked examples."""
+    """The item after worked examples."""
     return replace(item, context=prefix + item.context)
 
 

@@ -120,7 +120,7 @@ def _items(path: Path, known: str, count: int | None, shape: Shape | None = None
 
 
 def load_task(spec: Spec, *, limit: int | None = None, shots: int | None = None) -> Task:
-    """Items of a task file, the first `limit` of them, each behind `shots` worked examples.
+    """Items of a task file, the first `limit` of them, each after `shots` worked examples.
 
     The examples are the first rows of `spec.examples`; without such a file those of the task file itself, which are
     then not scored. shots: None for what the table says (0 for most). Only rows that are used are read and checked.

@@ -53,7 +53,7 @@ def text(item: Generate) -> str:
 
 
 def prefixed(item: Generate, prefix: str) -> Generate:
-    """The item behind worked examples."""
+    """The item after worked examples."""
     return replace(item, prompt=prefix + item.prompt)
 
 

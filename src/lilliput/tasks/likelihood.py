@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations by a model in memory, as EleutherAI's lm-evaluation-harness defines them.
 
-Context and continuation are encoded together and cut behind as many tokens as the context has by itself, spaces at the
+Context and continuation are encoded together and cut after as many tokens as the context has by itself, spaces at the
 end of the context first being moved to the continuation. An empty context is the beginning-of-text token (or
 end-of-text where there is none). What exceeds the model's context is cut off at the left.
 """

@@ -44,7 +44,7 @@ class _Answers:
 def loaded(
     model: str | Path, *, device: str = "cpu", dtype: str = "float32", work: Path | None = None
 ) -> Iterator[Loaded]:
-    """A model in memory for the time of a `with`, freed behind it.
+    """A model in memory while the context lasts, freed afterwards.
 
     work: a folder in which its answers are kept, so that an interrupted evaluation goes on. Raises SourceError for a
     folder that cannot be loaded, PlanError for an unknown dtype.

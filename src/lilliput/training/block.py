@@ -1,9 +1,9 @@
-"""What the methods of the family `fit` share: one loss of the whole block, each linear with trained numbers of its own.
+"""What the methods of the family `fit` share: one loss for the whole block, and trained numbers for each linear.
 
 The loss is the mean squared difference between the outputs of the block and those of the uncompressed one, on the same
-inputs, as a share of what the start loses; so rates and penalties mean the same in every block. With `weigh` "tokens"
-each token's error is divided by the mean square of its output: some tokens are a hundred times larger than the others
-(attention sinks), and would decide everything although the next norm brings them down to the size of all.
+inputs, as a share of the loss at the start, so that rates and penalties mean the same in every block. With `weigh`
+"tokens" each token's error is divided by the mean square of its output: some tokens are a hundred times larger than the
+others (attention sinks) and would decide everything, although the next norm brings all tokens to the same size.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ _CHUNK = 1 << 17  # weights worked on at a time
 class FitOptions(Strict):
     """What every method of the family has."""
 
-    iters: int = Field(200, ge=0, description="steps of descent; 0 returns the start")
+    iters: int = Field(200, ge=0, description="steps of descent; 0 leaves the start unchanged")
     lr: float | None = Field(None, gt=0.0, description="length of the first step; none: the method's own choice")
-    batch: int = Field(8, ge=1, description="samples that a step looks at")
+    batch: int = Field(8, ge=1, description="samples in a step")
     seed: int = Field(0, ge=0, description="seed of the order of the samples")
     start: Literal["mse", "minmax"] = Field(
-        "mse", description="grid of a layer that no earlier step quantized: of least weighted error, or covering it"
+        "mse", description="grid of a layer that no earlier step quantized: least weighted error, or covering the range"
     )
     weigh: Literal["tokens", "alike"] = Field(
-        "tokens", description="tokens: a token's error counts by its mean square output, as a norm behind sees it"
+        "tokens",
+        description="tokens: a token's error is relative to its mean square output, as a norm after it sees it",
     )
 
 
@@ -156,7 +157,7 @@ def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions)
         part = layer.parts[-1]
         form = part.format if isinstance(part, QuantizedPart) else None
         if not isinstance(part, QuantizedPart) or not isinstance(form, IntegerFormat):
-            raise PlanError(f"{layer.name}: only codes of integer formats can be fitted further: leave the step out")
+            raise PlanError(f"{layer.name}: only integer codes can be fitted further: leave the step out")
         grid, codes = part.grid, part.codes
     else:
         form = from_target(target)

@@ -20,7 +20,7 @@ from lilliput.verbs.view import BlockIO, BlockView
 @dataclass(frozen=True, kw_only=True)
 class Allocate(Spec[OptionsT]):
     """`score(block, io, options)`: what each linear of a block would lose; `run(scores, budget, options)`: the targets
-    of the step behind, whose own target is the average to keep.
+    of the step after it, whose own target is the average to keep.
 
     `refuse(target, options)`: why that step's target cannot be divided; `extremes(target, options)`: the targets
     farthest apart that linears with this one may get, where layouts have to hold both (None: sizes stay); `double`: it

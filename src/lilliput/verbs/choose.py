@@ -44,7 +44,7 @@ class Choose(Spec[OptionsT]):
     weight float32 [out, in]; `cost` float32 [out]: squared gradients of each output row, summed; the losses are in
     units in which cost times the mean squared error of a row's output over that of its inputs is 1. `entries(options)`:
     the menu (`budget.menu`); `goal(options)`, `trials(options)`; `fused(options)`: what an engine runs as one linear
-    gets one grid; `governs`: methods whose loss `score` foresees.
+    gets one grid; `governs`: methods whose loss `score` predicts.
     """
 
     verb: ClassVar[str] = "choose"
@@ -69,8 +69,8 @@ class Choose(Spec[OptionsT]):
         for other in around.governed.values():
             if other.method.name not in self.governs:
                 raise PlanError(
-                    f"{task.label}: it foresees what {' or '.join(self.governs)} loses, not '{other.method.name}': "
-                    "put that step behind it"
+                    f"{task.label}: it predicts the loss of {' or '.join(self.governs)}, not of "
+                    f"'{other.method.name}': put such a step after it"
                 )
 
     def apart(self, target: Target, options: OptionsT) -> tuple[Target, ...]:

@@ -41,8 +41,8 @@ def checked(scheme: Scheme, rows: int, width: int) -> Scheme:
 
 
 def pruned(label: str, draft: Draft, target: Target, width: int) -> Draft:
-    """The linear when a step chooses its zeros. Raises PlanError behind parts or other zeros, and for a pattern that
-    the width does not have."""
+    """The linear when a step chooses its zeros. Raises PlanError after parts or other zeros, and for a pattern that
+    does not divide the width."""
     if draft.scheme.parts:
         raise PlanError(f"{label}: pruning after quantization would tear holes into fitted codes: prune first")
     if draft.sparsity is not None:
@@ -76,13 +76,13 @@ def known(label: str, draft: Draft, needs: Collection[str], fisher: bool) -> Non
         lost = "mean or largest absolute inputs"
     if lost is not None:
         raise PlanError(
-            f"{label}: it reads {lost}, which are not known of a layer that an earlier step has turned "
+            f"{label}: it reads {lost}, which are not known for a layer that an earlier step has rotated "
             f"({scheme.describe()}): choose another option, or leave one of the two steps out"
         )
 
 
 def unmasked(label: str, draft: Draft, masked: bool) -> None:
-    """Raises PlanError where a step that keeps no zeros (`masked` false) comes behind one that makes some."""
+    """Raises PlanError where a step that keeps no zeros (`masked` false) comes after one that makes some."""
     if draft.sparsity is not None and not masked:
         raise PlanError(f"{label}: it would fill the zeros that an earlier step made: leave one of the two out")
 
@@ -92,7 +92,7 @@ def extended(label: str, draft: Draft, added: Scheme, quantizes: bool) -> Draft:
     scheme = draft.scheme
     if (added.inputs or added.outputs) and (scheme.parts or draft.sparsity is not None):
         raise PlanError(
-            f"{label}: it turns the weight, and an earlier step has already decided its parts or zeros: "
+            f"{label}: it transforms the weight, and an earlier step has already decided its parts or zeros: "
             "move it to the front"
         )
     if draft.sparsity is not None and added.fills:

@@ -23,5 +23,5 @@ class EditPlan:
     bases: tuple[Tensor, ...] = ()
 
     def transition(self, block: int) -> Tensor:
-        """The skip connection's transform behind `block`: Q_iT Q_(i+1), float64 [kept_i, kept_(i+1)]."""
+        """The skip connection's transform after `block`: Q_iT Q_(i+1), float64 [kept_i, kept_(i+1)]."""
         return self.bases[block].T @ self.bases[block + 1]

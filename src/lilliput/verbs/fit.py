@@ -24,7 +24,7 @@ from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 class Fit(Spec[OptionsT]):
     """`run(block, io, targets, options)`: the layers of a block fitted together, and its loss before and after.
 
-    It is the last step on a linear. Behind a step that quantizes it goes on from that step's codes, and so has its
+    It is the last step on a linear. After a step that quantizes it continues from that step's codes, and so has its
     target. `copies`: float32 copies of a block's weights that it holds at once; `looks(options, samples)`: samples that
     all its steps of descent look at, of so many.
     """

@@ -19,7 +19,7 @@ from lilliput.verbs.spec import Around, OptionsT, Spec, Stage, Task, Writes
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Spec[OptionsT]):
-    """`run(loss, budget, options)`: the targets of the step behind, and what was found in words.
+    """`run(loss, budget, options)`: the targets of the step after it, and the finding in words.
 
     `governs`: names of the methods that it tries out; `keeps_budget`: whatever it decides takes no more bytes than the
     recipe's targets; `refuse(target, options)`: why that step's target cannot be searched; `looked_at(samples,

@@ -98,7 +98,7 @@ class Spec(Generic[OptionsT]):
         """Raises PlanError where the step cannot stand where it does among the steps of the recipe."""
 
     def inherited(self, task: Task, before: Sequence[Task], asked: Target | None, name: str) -> Target:
-        """The step's target on the linear `name`, behind the steps `before` on it; `asked` is what the recipe names.
+        """The step's target on the linear `name`, after the steps `before` on it; `asked` is the target in the recipe.
 
         Raises PlanError where the two disagree.
         """
@@ -108,7 +108,8 @@ class Spec(Generic[OptionsT]):
         """Raises PlanError where not all of `tasks` can work on the linear `name` with this one."""
 
     def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
-        """What the step makes of a linear; `later` are the steps behind it on it. Raises PlanError where it cannot."""
+        """What the step makes of a linear; `later` are the steps after it on the linear. Raises PlanError where it
+        cannot."""
         return draft
 
     def scheme_of(self, target: Target, options: OptionsT, rows: int, width: int) -> Scheme:
@@ -267,7 +268,7 @@ class Around:
     """What a step finds on a model once all steps are resolved.
 
     `width`: of the residual stream; `quantized`: by linear, the target of the step that quantizes it; `governed`: by
-    linear, the step whose target this one may decide, which is the next one behind it on that linear.
+    linear, the step whose target this one may decide, which is the next one after it on that linear.
     """
 
     anatomy: Anatomy

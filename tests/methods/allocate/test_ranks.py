@@ -216,7 +216,7 @@ def test_what_cannot_be_divided_is_refused(toy: Any) -> None:
         _plan(toy, Step(method="ranks"), Step(method="rtn"))
     with pytest.raises(PlanError, match="no ratio to divide"):
         _plan(toy, Step(method="ranks"), Step(**svd, target=Target(rank=4)))
-    with pytest.raises(PlanError, match=r"least ratio that is looked at is 0\.25"):
+    with pytest.raises(PlanError, match=r"smallest ratio considered is 0\.25"):
         _plan(toy, Step(method="ranks", options={"steps": 4}), Step(**svd, target=Target(ratio=0.2)))
 
 

@@ -53,7 +53,7 @@ def planned(folder: Path, ratio: float = 0.4, weighting: str = "absmean", **opti
 
 
 def truncated(weight: Tensor, scale: Tensor, rank: int) -> Tensor:
-    """W diag(s) = U S VT, cut, and diag(s)^-1 behind."""
+    """W diag(s) = U S VT, cut, and then diag(s)^-1."""
     u, s, vt = torch.linalg.svd(weight.double() * scale, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vt[:rank] / scale
 
@@ -244,7 +244,7 @@ def test_what_fits_as_it_is_stays() -> None:
     targets, said = search(loss, budget, OPTIONS)
     assert targets["a"].rank is None
     assert targets["a"].ratio == 1.0
-    assert said == "asvd-search: all 1 linears fit as they are."
+    assert said == "asvd-search: all 1 linears fit unchanged."
 
 
 def test_losses_that_are_no_numbers_are_not_let_through() -> None:
@@ -267,7 +267,7 @@ def test_losses_that_are_no_numbers_are_not_let_through() -> None:
                 {"method": "asvd-search", "options": {"ratios": [0.5]}},
                 {"method": "svd-truncate", "target": {"ratio": 0.3}},
             ],
-            r"least ratio .* is 0\.5, and 0\.3 is below",
+            r"smallest ratio .* is 0\.5, and 0\.3 is below",
         ),
         (
             [{"method": "asvd-search", "options": {"ratios": [0.5, 1.0]}}, {"method": "svd-truncate"}],

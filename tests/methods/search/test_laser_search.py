@@ -50,7 +50,7 @@ def lowered(weight: Tensor, rank: int) -> Tensor:
 
 
 def slow(folder: Path, ids: Tensor, blocks: set[int]) -> tuple[dict[str, int], float, float]:
-    """The ranks that the search has to find, and the loss before and behind, by transformers and whole SVDs."""
+    """The ranks that the search has to find, and the loss before and after, by transformers and whole SVDs."""
     model = tf.AutoModelForCausalLM.from_pretrained(folder).float().eval()
     original = {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -148,7 +148,7 @@ def test_nothing_that_helps_changes_nothing() -> None:
     budget = {"a": Share(0, (10, 20), Target()), "b": Share(1, (4, 4), Target())}
     targets, said = search(lambda changes, left: 1.0 + len(changes), budget, Options())
     assert all(t.rank is None and t.ratio == 1.0 for t in targets.values())
-    assert said == "laser-search: none of 1 linears lowers the loss (1.0000); all stay as they are."
+    assert said == "laser-search: none of 1 linears lowers the loss (1.0000); all are left unchanged."
     with pytest.raises(LilliputError, match="not finite"):
         search(lambda changes, left: float("nan"), budget, Options())
 

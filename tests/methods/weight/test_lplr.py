@@ -90,7 +90,7 @@ def test_the_rank_is_the_largest_within_the_budget(left: str, right: str, budget
 
 
 def test_budgets_and_ranks_that_cannot_be() -> None:
-    with pytest.raises(PlanError, match=r"below rank 1: 1\.02 do"):
+    with pytest.raises(PlanError, match=r"do not suffice for rank 1: give 1\.02"):
         scheme(Target(), Options(budget=0.5), 24, 36)
     with pytest.raises(PlanError, match="give 1 to 24"):
         scheme(Target(rank=25), Options(), 24, 36)

@@ -76,7 +76,7 @@ def test_fisher_has_to_be_there() -> None:
     w, _, stats = case(20, 30)
     with pytest.raises(LilliputError, match="x has no Fisher information"):
         run(w, stats, Target(rank=6), weighting="fisher")
-    with pytest.raises(LilliputError, match="holds NaN or infinity"):
+    with pytest.raises(LilliputError, match="contains NaN or infinity"):
         run(w, stats, Target(rank=6), torch.full((20, 30), torch.inf), weighting="fisher")
     # An expert that no token reached: all of its weights count alike.
     unseen = run(w, stats, Target(rank=6), torch.zeros(20, 30), weighting="fisher").decode()
@@ -142,7 +142,7 @@ def test_ranks_from_ratio_and_what_stays_as_it_is() -> None:
     for rank in (0, 31, 100_000):
         with pytest.raises(PlanError, match=rf"rank {rank} of a \[30, 60\] linear: give 1 to 30"):
             rank_of(Target(rank=rank), 30, 60)
-    with pytest.raises(PlanError, match=r"no rank is left of a \[30, 60\] linear: give a target\.ratio of 0\.05"):
+    with pytest.raises(PlanError, match=r"no rank is left for a \[30, 60\] linear: give a target\.ratio of 0\.05"):
         rank_of(Target(ratio=0.01), 30, 60)
     assert rank_of(Target(ratio=0.05), 30, 60) == 1
 

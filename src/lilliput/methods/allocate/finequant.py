@@ -94,7 +94,7 @@ METHOD = Allocate(
     paper="Kim et al. 2023, arXiv 2308.09723",
     options=Options,
     needs=(),
-    note="finequant makes groups larger where that costs little: the files become at most as large as planned",
+    note="finequant enlarges groups where that costs little: the files are at most as large as planned",
     covers={
         "finequant": [
             {"method": "finequant"},

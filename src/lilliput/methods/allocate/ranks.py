@@ -72,7 +72,7 @@ def refuse(target: Target, o: Options) -> str | None:
     if target.ratio is None or target.rank is not None:
         return "the step that follows has no ratio to divide: give it target.ratio and no rank, as in svd-truncate"
     if target.ratio < 1 / o.steps:
-        return f"the least ratio that is looked at is {1 / o.steps}, and {target.ratio} is below it: give more steps"
+        return f"the smallest ratio considered is {1 / o.steps}, and {target.ratio} is below it: give more steps"
     return None
 
 

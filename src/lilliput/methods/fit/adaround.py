@@ -3,7 +3,7 @@
 On the start's grid: What = S clip(floor(w / S) + h(V)), h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1); at first h is the
 fractional part of w / S. Adam lowers the block's mean squared output error plus weight * mean(1 - |2 h - 1|^beta),
 where beta falls from 20 to 2 after a first fifth without that term; at the end h becomes 0 or 1. The error counts as a
-share of what the start loses and the penalty as a mean, so that `weight` means the same in every block. Behind a step
+share of what the start loses and the penalty as a mean, so that `weight` means the same in every block. After a step
 that quantizes, floor and fraction are those of the nearest position that rounds to its code.
 
 Paper: Nagel et al. 2020, arXiv 2004.10568 (layer by layer; here all layers of a block at once, as BRECQ does,

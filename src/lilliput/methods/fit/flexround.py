@@ -3,7 +3,7 @@
 What = S round(w / (S S2 s3)) with a factor S2 [out, in] for every weight, s3 [out, 1] for every output, and the scale S
 of each unit itself; all start so that the start's codes come out, stay positive, and go down the mean squared error of
 the block's outputs by Adam, gradients straight through the rounding. Large weights move by more codes than small ones.
-Behind a step that quantizes, w / S is the position described under signround, and stays when S moves.
+After a step that quantizes, w / S is the position described under signround, and stays when S moves.
 
 Paper: Lee et al. 2023, arXiv 2306.00317.
 Cost: iters times a forward and backward pass of `batch` samples. Limits: integer formats; a weight at code 0 can hardly

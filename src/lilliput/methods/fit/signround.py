@@ -7,9 +7,9 @@ signed steps theta -= lr sign(dL/dtheta), lr falling, gradients straight through
 Without an earlier step it starts at V = 0 on the grid of least weighted error, or, with start=minmax, on the covering
 one: that is the paper's, which bounds s and t by 1.
 
-Beyond the paper: behind a step that quantizes, such as gptq, it goes on from that step's codes c and grid. Rounded is
-then u + V, where u does not move with S: the code itself (margin=1), or as far towards w / S as rounds to the same code
-(margin=0). S then only scales the codes. Most of the gain comes from the scales.
+Beyond the paper: after a step that quantizes, such as gptq, it continues from that step's codes c and grid. It then
+rounds u + V, where u does not move with S: the code itself (margin=1), or as far towards w / S as rounds to the same
+code (margin=0). S then only scales the codes. Most of the gain comes from the scales.
 
 Paper: Cheng et al. 2024, arXiv 2309.05516.
 Cost: iters times a forward and backward pass of `batch` samples through the block. Limits: integer formats; it fits

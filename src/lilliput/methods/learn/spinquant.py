@@ -48,7 +48,7 @@ class Options(Strict):
 def refuse(width: int, targets: Mapping[str, Target], o: Options) -> str | None:
     """Why there is nothing to learn, or nothing to start from."""
     if not targets:
-        return "no later step quantizes, so every rotation has the same loss: add one, or use hadamard"
+        return "no later step quantizes, so every rotation has the same loss: add such a step, or use hadamard"
     try:
         if o.kind == "hadamard":
             hadamard.factor(width)

@@ -8,24 +8,24 @@ row (grouped queries) share the mean of their m.
 
 Readers whose outputs meet those of other tokens (queries, keys, values) can be judged, as in the paper's code, by how
 far the block's output moves with all of them compressed (`outputs` "block"), under "sweep" by GPTQ itself. Their own
-errors tell less: those of queries, which the softmax softens, are ten to ninety times those of values, and of the
-values' errors attention passes on what many tokens have in common.
+errors tell less: those of queries, which the softmax softens, are ten to ninety times those of values, and attention
+passes on only what the values' errors have in common over many tokens.
 
-Of linears with many outputs only `rows` are looked at: rows agree on the strong inputs, and all of them cost several
-times as much (0 does look at all, and only then is the error exact).
+Of linears with many outputs only `rows` rows are judged: rows agree on the strong inputs, and all of them cost several
+times as much (0 takes all rows, and only then is the error exact).
 
 Beyond the paper: `even` first tries s = w^-b, b = 1/4 ... 1, with w_j the root mean square of column j over all
 readers, which evens out the columns that share a scale, and then the exponents a on top of the best b. `judge` "sweep"
 prepares for GPTQ instead of rounding to nearest: the sweep pays R_jj^2 / s_j^2 for the squared rounding error of column
 j (`algebra.obs`), so the sum of that is compared; it needs no product with G.
 
-The paper's clip search is the step behind: `rtn` and `gptq` search the range of every group, of q and k too, for the
-least error weighted by the inputs' mean squares, which is the diagonal of what the paper compares.
+The paper's clip search is left to the next step: `rtn` and `gptq` search the range of every group, of q and k too, for
+the least error weighted by the inputs' mean squares, which is the diagonal of what the paper compares.
 
 Paper: Lin et al. 2024, arXiv 2306.00978.
 Cost: n * min(out, rows) * in^2 multiply-adds for each reader; where the block's output judges, n + 4 times two samples
-through the block, and under "sweep" as many times the readers' GPTQ. Limits: needs verified links; what other steps
-than `rtn` and `gptq` will make of the weights is not foreseen.
+through the block, and under "sweep" as many times the readers' GPTQ. Limits: needs verified links; what steps other
+than `rtn` and `gptq` will make of the weights is not taken into account.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ class Options(Strict):
     even: bool = Field(True, description="also try scales that even out the weights' columns")
     judge: Literal["rounding", "sweep"] = Field("rounding", description="what quantizes later: rtn, or gptq's sweep")
     outputs: Literal["block", "linears"] = Field(
-        "linears", description="judge queries, keys and values by their own, like all others, or by the block's output"
+        "linears",
+        description="judge queries, keys and values by their own outputs, like all others, or by the block's output",
     )
     search: Literal["minmax", "mse"] = Field("mse", description="range of a group in the trial quantization")
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")
     gain: float = Field(0.0, ge=0.0, lt=1.0, description="relative fall of the judged error that a scale must bring")
-    rows: int = Field(256, ge=0, description="judge by so many rows of each linear, evenly spaced (0: all)")
+    rows: int = Field(256, ge=0, description="judge by this many rows of each linear, evenly spaced (0: all)")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="judge sweep: damping of the sweep to come")
 
 

@@ -1,11 +1,11 @@
 """ASVD's own search for ranks (STRS): every layer at every ratio by itself, and one threshold of perplexity for all.
 
-For each linear that the step behind (`svd-truncate`) covers, and each ratio in `ratios`, the perplexity of the whole
+For each linear that the next step (`svd-truncate`) covers, and each ratio in `ratios`, the perplexity of the whole
 model on calibration text when this one alone is truncated. For a threshold p every layer gets the least ratio whose
 perplexity is at most p, and stays as it is where none is; of all thresholds the least is taken at which all layers
 together take no more bytes than the recipe's ratio would, alike for all; bytes fall as p rises, so bisection finds it.
 
-Layers are truncated as the step behind does it, with statistics of the uncompressed model's inputs over all calibration
+Layers are truncated as the next step does it, with statistics of the uncompressed model's inputs over all calibration
 samples; perplexity is taken over a part of the samples (`share`). A ratio j gives the rank j out in / (out + in), whole
 and at least 1; one whose factors would be no smaller than the layer is not looked at.
 
@@ -50,7 +50,7 @@ def refuse(target: Target, o: Options) -> str | None:
     if target.ratio is None or target.rank is not None:
         return "the step that follows has no ratio to divide: give it target.ratio and no rank, as in svd-truncate"
     if target.ratio < min(o.ratios):
-        return f"the least ratio that is tried is {min(o.ratios)}, and {target.ratio} is below it: add smaller ratios"
+        return f"the smallest ratio tried is {min(o.ratios)}, and {target.ratio} is below it: add smaller ratios"
     return None
 
 
@@ -92,8 +92,8 @@ def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target]
     chosen = _least(tried[:low])
     if _bytes(budget, chosen) > most:
         raise LilliputError(
-            "too few layers have a finite loss when they are truncated to come down to the ratio: check the "
-            "calibration text, or the dtype"
+            "too few layers have a finite loss after truncation to reach the ratio: check the calibration "
+            "text, or the dtype"
         )
     targets = {name: _with(share, chosen.get(name)) for name, share in budget.items()}
     return targets, _said(chosen, len(budget), tried[low - 1][0] if low else None)
@@ -130,10 +130,10 @@ def _size(share: Share, target: Target) -> int:
 
 def _said(chosen: Mapping[str, int], count: int, threshold: float | None) -> str:
     if threshold is None:
-        return f"asvd-search: all {count} linears fit as they are."
+        return f"asvd-search: all {count} linears fit unchanged."
     return (
-        f"asvd-search: {len(chosen)} of {count} linears truncated, each to the least rank that by itself leaves a "
-        f"perplexity of at most {math.exp(threshold):.4g} on the samples."
+        f"asvd-search: {len(chosen)} of {count} linears truncated, each to the smallest rank that alone keeps "
+        f"the perplexity on the samples at {math.exp(threshold):.4g} or below."
     )
 
 
@@ -141,7 +141,7 @@ METHOD = Search(
     paper="Yuan et al. 2023, arXiv 2312.05821",
     options=Options,
     needs=(),
-    note="Trying out chooses the ranks: sizes of single tensors are shown as if all layers had the recipe's ratio, "
+    note="Trials choose the ranks: sizes of single tensors are shown as if all layers had the recipe's ratio, "
     "whose total is the most that will be written.",
     covers={
         "asvd-search": [

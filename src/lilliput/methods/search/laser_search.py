@@ -1,15 +1,15 @@
 """LASER's search: the matrices, and their ranks, whose higher terms the model does better without.
 
-For each linear that the step behind (`laser`) covers in the last blocks, and each share of its ranks in `kept`, the
-loss of the whole model on calibration text when this one alone is lowered. Those that lower the loss are then put
-together, the best first, each at its best rank: one stays if the loss falls once more. All other linears stay as they
-are; if nothing lowers the loss, all of them do.
+For each linear that the next step (`laser`) covers in the last blocks, and each share of its ranks in `kept`, the loss
+of the whole model on calibration text when this one alone is lowered. Those that lower the loss are then put together,
+the best first, each at its best rank: one stays if the loss falls once more. All other linears stay as they are; if
+nothing lowers the loss, all of them do.
 
-What is found is found for the text, so it should be text of the task: `--data` takes a file of one's own, and a part
-of it (`share`) is looked at. The authors try about ten ranks of every matrix in all blocks, and find gains in the late
+What is found is found for the text, so it should be text of the task: `--data` takes a file of one's own, and a part of
+it (`share`) is looked at. The authors try about ten ranks of every matrix in all blocks, and find gains in the late
 ones, mostly at the lowest ranks of the matrices that enter an MLP: `--set laser-search.late=1 --set
-laser-search.kept=[0.9,0.5,0.25,0.1,0.05,0.01]`, and `where` of the step behind, widen the search. That step's own
-`kept` says nothing then.
+laser-search.kept=[0.9,0.5,0.25,0.1,0.05,0.01]`, and `where` of the next step, widen the search. That step's own `kept`
+is then ignored.
 
 Paper: Sharma et al. 2023, arXiv 2312.13558.
 Cost: for each candidate a decomposition, and a forward pass from its block on over the samples that are looked at.
@@ -71,10 +71,10 @@ def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target]
     first = blocks[len(blocks) - math.ceil(o.late * len(blocks) - 1e-9)]
     ranks = {name: _ranks(share.shape, o) for name, share in budget.items() if share.block >= first}
     left = sum(len(some) for some in ranks.values())
-    more = max(0, len(ranks) - 1)  # what putting together may ask for behind that
+    more = max(0, len(ranks) - 1)  # what combining them may ask for after that
     least = before = loss({}, left + more)
     if not math.isfinite(before):
-        raise LilliputError("the loss of the model as it is, is not finite: check the calibration text, or the dtype")
+        raise LilliputError("the loss of the unchanged model is not finite: check the calibration text, or the dtype")
     better: list[tuple[float, str, Target]] = []
     for name, some in ranks.items():
         tried = []
@@ -105,7 +105,7 @@ def _ranks(shape: tuple[int, int], o: Options) -> list[int]:
 
 def _said(chosen: Mapping[str, Target], looked: int, before: float, after: float) -> str:
     if not chosen:
-        return f"laser-search: none of {looked} linears lowers the loss ({before:.4f}); all stay as they are."
+        return f"laser-search: none of {looked} linears lowers the loss ({before:.4f}); all are left unchanged."
     names = [f"{name} to rank {target.rank}" for name, target in chosen.items()]
     return (
         f"laser-search: {len(chosen)} of {looked} linears lowered, loss on the samples {before:.4f} to {after:.4f}: "

@@ -44,7 +44,7 @@ class Options(Strict):
         "pivot", description="weight of an error in k-means: 1, the input's mean square, 1 / U_jj^2, or the Fisher one"
     )
     sweep: bool = Field(True, description="choose codes by GPTQ's sweep; false takes the nearest levels")
-    refits: int = Field(1, ge=0, le=50, description="passes of descent over tables and codes behind the sweep")
+    refits: int = Field(1, ge=0, le=50, description="passes of descent over tables and codes after the sweep")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
     shrinkage: float = Field(
         0.2, ge=0.0, le=10.0, description="added to each Gram diagonal entry, as a share of itself; 0 is GPTQ's"

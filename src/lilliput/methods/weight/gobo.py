@@ -63,7 +63,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     inside = torch.ones_like(weight, dtype=torch.bool) if layer.support is None else layer.support
     weight = torch.where(inside, weight, 0.0)
     if not bool(torch.isfinite(weight).all()):
-        raise LilliputError(f"{layer.name}: the weight holds NaN or infinite values: it cannot be quantized")
+        raise LilliputError(f"{layer.name}: the weight contains NaN or infinity: it cannot be quantized")
     mean = weight[inside].double().mean() if bool(inside.any()) else weight.new_zeros(())
     far = torch.where(inside, (weight - mean).abs().float(), -1.0)
     chosen = highest(far, sparse.share)

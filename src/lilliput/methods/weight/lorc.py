@@ -6,7 +6,7 @@ answer to it, so that the factors' own rounding is made up for.
 
 Paper: Yao et al. 2023, ZeroQuant-V2, arXiv 2303.08302.
 Cost: the eigenvectors of a matrix of the smaller side, in float64. Limits: the rest of a good quantizer is close to
-noise, of which low rank catches little; place it behind a quantizer of 2 or 3 bits. It knows nothing of the inputs.
+noise, of which low rank catches little; place it after a quantizer of 2 or 3 bits. It knows nothing of the inputs.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ def rank_of(target: Target, o: Options, rows: int, width: int) -> int:
     rank = min(most, 1 + int((o.budget * rows * width - one) // (two - one)))
     if rank < 1:
         least = math.ceil(100 * one / (rows * width)) / 100
-        raise PlanError(f"{o.budget} bits for each weight of a [{rows}, {width}] linear are below rank 1: {least} do")
+        raise PlanError(
+            f"{o.budget} bits for each weight of a [{rows}, {width}] linear do not suffice for rank 1: give {least}"
+        )
     return rank
 
 
@@ -73,7 +75,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     weight = rest_of(layer)
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise LilliputError(f"the weight holds {bad} values that are NaN or infinite: it cannot be factored")
+        raise LilliputError(f"the weight contains {bad} values that are NaN or infinite: it cannot be factored")
     rows, width = weight.shape
     rank = rank_of(target, o, rows, width)
     if o.basis == "singular":

@@ -8,8 +8,8 @@ input in `wanda`. A scope says what competes: `scope` and target.pattern. A shar
 n) of the n weights of a scope, exactly; of equal scores the earlier weight stays; 0 leaves the layer as it is and 1
 leaves nothing of it. The unit is a single weight: heads, neurons and blocks are not removed. All of it is
 post-training, in one shot and local: each layer for itself, where `owl` in front divides one share between layers. Both
-scores need no gradients; this one needs no data. What is left is updated, if at all, by a step behind that respects the
-support, such as `gptq`; nothing here prunes while it trains, or in several rounds.
+scores need no gradients; this one needs no data. The remaining weights are updated, if at all, by a later step that
+respects the support, such as `gptq`; nothing here prunes during training, or in several rounds.
 
 Paper: Han et al. 2015, arXiv 1506.02626; N:M: Mishra et al. 2021, arXiv 2104.08378.
 Cost: one selection per scope. Limits: weak on language models, whose inputs differ a thousandfold in size.

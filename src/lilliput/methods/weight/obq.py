@@ -80,7 +80,7 @@ def _inverse(gram: Tensor, damping: float) -> Tensor:
     diagonal = gram.diagonal()
     mean = float(diagonal.mean()) if len(diagonal) else 0.0
     if not (0.0 <= mean < float("inf") and bool(torch.isfinite(gram).all())):
-        raise LilliputError("the Gram matrix of a layer's inputs holds NaN or infinity: check the calibration data")
+        raise LilliputError("the Gram matrix of a layer's inputs contains NaN or infinity: check the calibration data")
     matrix = gram.clone()
     matrix.diagonal().add_(damping * mean if mean else 1.0)
     lower, info = torch.linalg.cholesky_ex(matrix)

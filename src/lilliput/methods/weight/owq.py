@@ -95,7 +95,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     columns = chosen.nonzero().squeeze(1)
     exact = (found - dense.decode())[:, columns]
     if not bool(torch.isfinite(exact.half()).all()):
-        raise LilliputError(f"{layer.name} holds weights beyond float16, which 'owq' keeps columns in: leave it out")
+        raise LilliputError(f"{layer.name} contains weights beyond float16, in which 'owq' keeps columns: leave it out")
     return layer.with_part(dense, ColumnsPart(exact, columns, width))
 
 

@@ -43,7 +43,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     if holes is not None:
         weight = weight.masked_fill(holes, 0.0)
     if not bool(torch.isfinite(weight).all()):
-        raise LilliputError(f"{layer.name}: the weight holds NaN or infinite values: it cannot be quantized")
+        raise LilliputError(f"{layer.name}: the weight contains NaN or infinity: it cannot be quantized")
     rows, width = weight.shape
     if form.group_size == 0:
         levels = _levels(weight.reshape(1, -1), form.levels, None if holes is None else holes.reshape(1, -1))[:, None]

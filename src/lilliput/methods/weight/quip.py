@@ -75,8 +75,8 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
     form = from_target(target)
     if o.search == "rms" and not isinstance(form, Spaced):
         raise PlanError(
-            f"search rms spaces levels evenly about 0, and {form.describe()} cannot: set target.format to affine and "
-            "group_size to channel, or leave search out"
+            f"search rms spaces levels evenly about 0, which {form.describe()} cannot do: set target.format to "
+            "affine and group_size to channel, or leave out search"
         )
     scales = (ScaleSpec(),) if o.diagonal else ()
     into, out_of = _turns(o)
@@ -99,7 +99,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     made = scheme(target, o, *layer.weight.shape)
     if layer.support is not None and (made.inputs or made.outputs or not form.holds_zero):
         raise PlanError(
-            f"{layer.name}: a mask does not survive {made.describe()}: prune without quip, or quip without pruning"
+            f"{layer.name}: a mask does not survive {made.describe()}: prune without quip, or use quip without pruning"
         )
     if o.shrinkage:
         gram = stats.need("gram").clone()
@@ -123,7 +123,9 @@ def _balance(layer: Layer, gram: Tensor) -> Scale:
     energy, size = gram.diagonal().double(), layer.weight.double().square().sum(0)
     if not bool(torch.isfinite(energy.sum() + size.sum())):
         what = "weight" if not bool(torch.isfinite(size.sum())) else "Gram matrix of the inputs"
-        raise LilliputError(f"the {what} of {layer.name} holds NaN or infinity: check the model and calibration data")
+        raise LilliputError(
+            f"the {what} of {layer.name} contains NaN or infinity: check the model and calibration data"
+        )
     known = (energy > 0) & (size > 0)
     exponent = torch.where(known, (energy.clamp(min=1e-300).log() - size.clamp(min=1e-300).log()) / 4, 0.0)
     exponent = torch.where(known, exponent - exponent.sum() / known.sum().clamp(min=1), 0.0)

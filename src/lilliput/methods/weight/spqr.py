@@ -107,7 +107,9 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     dense = QuantizedPart(form, codes, grid)
     outliers = sparse.pick(found - dense.decode(), mask, o.share)
     if not bool(torch.isfinite(outliers.values.half()).all()):
-        raise LilliputError(f"{layer.name} holds weights beyond float16, which 'spqr' keeps outliers in: leave it out")
+        raise LilliputError(
+            f"{layer.name} contains weights beyond float16, in which 'spqr' keeps outliers: leave it out"
+        )
     return layer.with_part(dense, outliers)
 
 

@@ -81,7 +81,7 @@ def rank_of(target: Target, rows: int, width: int) -> int | None:
     if rank < 1:
         least = math.ceil(1e4 * (rows + width) / (rows * width)) / 1e4
         raise PlanError(
-            f"no rank is left of a [{rows}, {width}] linear: give a target.ratio of {least} or more, or rank 1"
+            f"no rank is left for a [{rows}, {width}] linear: give a target.ratio of {least} or more, or rank 1"
         )
     return rank
 
@@ -126,12 +126,12 @@ def _fisher(layer: Layer, axis: Literal["outputs", "inputs", "both"]) -> tuple[T
     if layer.fisher is None:
         raise LilliputError(f"{layer.name} has no Fisher information: weighting 'fisher' needs squared gradients")
     if layer.inputs or layer.outputs:
-        raise LilliputError(f"{layer.name} is transformed, and its Fisher information is not: use weighting 'gram'")
+        raise LilliputError(f"{layer.name} is transformed, but its Fisher information is not: use weighting 'gram'")
     squares = layer.fisher.double()
     columns, sums = squares.sum(0), squares.sum(1)
     total = float(sums.sum())
     if not math.isfinite(total):
-        raise LilliputError(f"the Fisher information of {layer.name} holds NaN or infinity: check the data")
+        raise LilliputError(f"the Fisher information of {layer.name} contains NaN or infinity: check the data")
     if not total > 0.0:
         return None, None  # no token reached it, as an expert that nothing was routed to: all weights count alike
     # Outputs that no token used weigh little, not nothing: their rows are divided by their weight.

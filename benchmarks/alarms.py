@@ -34,27 +34,27 @@ def differences(folders: list[Path], base: Path, text: str, windows: int, tokens
     models = [open_model(str(x)) for x in folders]
     ids = load_tokens(text, models[0].source.tokenizer(), samples=windows, tokens=tokens).ids
     scores = evaluate._scores(models, open_model(str(base)), ids, None, None, None)
-    found = []
+    differences_by_folder = []
     for one in scores:
         if one.reference is None:
             raise RuntimeError("no original was measured")
-        found.append((one.nll - one.reference).mean(1))
-    return found
+        differences_by_folder.append((one.nll - one.reference).mean(1))
+    return differences_by_folder
 
 
-def above(found: Interval) -> bool:
-    return found.low > 1
+def above(interval: Interval) -> bool:
+    return interval.low > 1
 
 
 def rates(noise: Tensor, draw: torch.Generator) -> dict[str, int]:
     """Of `TRIES` flips: false alarms to either side, and losses of 3 % that were found."""
-    alarms = seen = 0
+    alarms = detections = 0
     for _ in range(TRIES):
         signs = torch.randint(2, noise.shape, generator=draw).double() * 2 - 1
         nothing = exp_interval(signs * noise)
         alarms += above(nothing) or nothing.high < 1
-        seen += above(exp_interval(signs * noise + math.log(1.03)))
-    return {"alarms": alarms, "found_3_percent": seen, "of": TRIES}
+        detections += above(exp_interval(signs * noise + math.log(1.03)))
+    return {"alarms": alarms, "found_3_percent": detections, "of": TRIES}
 
 
 def main() -> None:
@@ -65,13 +65,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    measured = differences(given.folders, given.base, given.text, given.windows, given.tokens)
+    arguments = parser.parse_args()
+    measured = differences(arguments.folders, arguments.base, arguments.text, arguments.windows, arguments.tokens)
     rows: list[dict[str, Any]] = []
-    for folder, every in zip(given.folders, measured, strict=True):
+    for folder, every in zip(arguments.folders, measured, strict=True):
         draw = torch.Generator().manual_seed(0)
         first, centred = every[:SIXTEEN], every - every.mean()
-        drawn = (centred[torch.randint(len(every), (SIXTEEN,), generator=draw)] for _ in range(TRIES))
+        draws = (centred[torch.randint(len(every), (SIXTEEN,), generator=draw)] for _ in range(TRIES))
         rows.append(
             {
                 "folder": folder.name,
@@ -79,14 +79,14 @@ def main() -> None:
                 "deviation": float(every.std()),
                 "raw": rates(first, draw),
                 "centred": rates(first - first.mean(), draw),
-                "found_1_percent": sum(above(exp_interval(x + math.log(1.01))) for x in drawn),
+                "found_1_percent": sum(above(exp_interval(x + math.log(1.01))) for x in draws),
                 "of": TRIES,
                 "differences": every.tolist(),
             }
         )
         print(json.dumps({k: v for k, v in rows[-1].items() if k != "differences"}), flush=True)
-    if given.out is not None:
-        given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

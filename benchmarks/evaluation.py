@@ -26,17 +26,17 @@ from typing import IO
 TURN = 2.0  # seconds
 
 
-def evaluation(given: argparse.Namespace) -> None:
+def evaluation(arguments: argparse.Namespace) -> None:
     """In a process of its own: announces that it is ready, waits, evaluates, ends."""
     from lilliput.metrics.evaluate import evaluate
 
-    shape = {"windows": given.windows, "tokens": given.tokens, "dtype": given.dtype}
+    shape = {"windows": arguments.windows, "tokens": arguments.tokens, "dtype": arguments.dtype}
     print("ready", flush=True)
     sys.stdin.readline()
-    evaluate(given.folder, given.base, data=given.text, detail=True, **shape)
+    evaluate(arguments.folder, arguments.base, data=arguments.text, detail=True, **shape)
 
 
-def bare(given: argparse.Namespace) -> None:
+def bare(arguments: argparse.Namespace) -> None:
     """In a process of its own: announces that it is ready, waits, and writes a line for each window that went through
     both models, until it is killed."""
     import torch
@@ -44,13 +44,13 @@ def bare(given: argparse.Namespace) -> None:
 
     from lilliput.data import load_tokens
 
-    tokenizer = AutoTokenizer.from_pretrained(given.folder)
-    ids = load_tokens(given.text, tokenizer, samples=given.windows, tokens=given.tokens).ids
-    dtype = getattr(torch, given.dtype)
-    where = {"gguf_file": given.base.name} if given.base.is_file() else {}
-    base = given.base.parent if where else given.base
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    ids = load_tokens(arguments.text, tokenizer, samples=arguments.windows, tokens=arguments.tokens).ids
+    dtype = getattr(torch, arguments.dtype)
+    where = {"gguf_file": arguments.base.name} if arguments.base.is_file() else {}
+    base = arguments.base.parent if where else arguments.base
     models = [AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **where).eval()]
-    models.append(AutoModelForCausalLM.from_pretrained(given.folder, dtype=dtype).eval())
+    models.append(AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=dtype).eval())
     with torch.no_grad():
         for model in models:
             model(ids[:1], use_cache=False)
@@ -93,9 +93,9 @@ def one_round(arguments: list[str]) -> dict[str, float]:
             seconds[0] += time.perf_counter() - began
             began = time.perf_counter()
             os.killpg(other.pid, signal.SIGCONT)
-            while (left := TURN - (time.perf_counter() - began)) > 0:
-                if lines.select(left) and (found := outputs[1].read()):
-                    windows += found.count(b"\n")
+            while (remaining := TURN - (time.perf_counter() - began)) > 0:
+                if lines.select(remaining) and (lines_read := outputs[1].read()):
+                    windows += lines_read.count(b"\n")
                     counted = seconds[1] + time.perf_counter() - began
             os.killpg(other.pid, signal.SIGSTOP)
             seconds[1] += time.perf_counter() - began
@@ -106,10 +106,10 @@ def one_round(arguments: list[str]) -> dict[str, float]:
     return {"evaluation": seconds[0], "bare": counted, "bare_windows": windows}
 
 
-def _pipe(found: IO[bytes] | None) -> IO[bytes]:
-    if found is None:
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    if pipe is None:
         raise RuntimeError("a process has no pipe")
-    return found
+    return pipe
 
 
 def main() -> None:
@@ -123,26 +123,26 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=("evaluation", "bare"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        {"evaluation": evaluation, "bare": bare}[given.child](given)
+    arguments = parser.parse_args()
+    if arguments.child:
+        {"evaluation": evaluation, "bare": bare}[arguments.child](arguments)
         return
     rows = []
-    for _ in range(given.rounds):
+    for _ in range(arguments.rounds):
         row = one_round(sys.argv[1:])
-        row["ratio"] = row["evaluation"] / (row["bare"] / row["bare_windows"] * given.windows)
+        row["ratio"] = row["evaluation"] / (row["bare"] / row["bare_windows"] * arguments.windows)
         rows.append(row)
         print(" ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
-    found = {
-        "folder": given.folder.name,
-        "tokens": given.windows * given.tokens,
-        "dtype": given.dtype,
+    figures = {
+        "folder": arguments.folder.name,
+        "tokens": arguments.windows * arguments.tokens,
+        "dtype": arguments.dtype,
         "ratio": sorted(x["ratio"] for x in rows)[len(rows) // 2],
         "rounds": rows,
     }
-    print(f"{found['tokens']} tokens: {found['ratio']:.2f} times the two bare forward passes")
-    if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"{figures['tokens']} tokens: {figures['ratio']:.2f} times the two bare forward passes")
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

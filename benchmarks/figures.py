@@ -24,11 +24,11 @@ PROTOCOL = (
 )
 
 
-def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def row(name: str, figures: dict[str, Any]) -> dict[str, Any]:
     """One entry of measured.json."""
-    words = found["recipe"].split()
+    words = figures["recipe"].split()
     steps = load(words[0]).steps
-    test = found["test"]
+    test = figures["test"]
 
     def interval(metric: str) -> list[float]:
         return [round(test[metric][key], 5) for key in ("value", "low", "high")]
@@ -37,24 +37,24 @@ def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "run": " ".join([Path(words[0]).name, *words[1:]]),
         "methods": list(dict.fromkeys(step.method for step in steps)),
-        "bits_per_weight": round(found["bits_per_weight"], 4),
+        "bits_per_weight": round(figures["bits_per_weight"], 4),
         "perplexity": round(test["perplexity"]["value"], 3),
         "ratio": interval("perplexity_ratio"),
         "kl": interval("kl"),
-        "c4": round(found["c4"]["perplexity_ratio"]["value"], 4),
-        "ptb": round(found["ptb"]["perplexity_ratio"]["value"], 4),
-        "forwards": None if found.get("disturbed") else round(found["forwards"], 1),
-        "peak_bytes": found["peak_rss_bytes"],
+        "c4": round(figures["c4"]["perplexity_ratio"]["value"], 4),
+        "ptb": round(figures["ptb"]["perplexity_ratio"]["value"], 4),
+        "forwards": None if figures.get("disturbed") else round(figures["forwards"], 1),
+        "peak_bytes": figures["peak_rss_bytes"],
     }
 
 
 def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that no other beats in bits and KL both, by bits."""
-    found: list[dict[str, Any]] = []
+    best: list[dict[str, Any]] = []
     for one in sorted(rows, key=lambda x: (x["bits_per_weight"], x["kl"][0])):
-        if not found or one["kl"][0] < found[-1]["kl"][0]:
-            found.append(one)
-    return found
+        if not best or one["kl"][0] < best[-1]["kl"][0]:
+            best.append(one)
+    return best
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
@@ -80,8 +80,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         axes.plot(*_places(others), "o", color="0.55", markersize=4)
         axes.plot(*_places(best), "o-", color="#0b6e4f", markersize=5, linewidth=1)
         canvas.draw()
-        taken = [axes.transData.transform(place) for place in zip(*_places(rows), strict=True)]
-        boxes = [(x - 3, y - 3, x + 3, y + 3) for x, y in taken]
+        spots = [axes.transData.transform(place) for place in zip(*_places(rows), strict=True)]
+        boxes = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]
         for one in [*best, *sorted(others, key=lambda x: x["kl"][0])]:
             place = axes.transData.transform((one["bits_per_weight"], one["kl"][0]))
             wide = 4.6 * len(one["name"])
@@ -107,9 +107,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     options = parser.parse_args()
-    found = json.loads(options.results.read_text(encoding="utf-8"))
-    rows = [row(name, x) for name, x in found.items() if "perplexity_ratio" in x.get("test", {})]
-    first = next(x["test"] for x in found.values() if "perplexity_ratio" in x["test"])
+    results = json.loads(options.results.read_text(encoding="utf-8"))
+    rows = [row(name, x) for name, x in results.items() if "perplexity_ratio" in x.get("test", {})]
+    first = next(x["test"] for x in results.values() if "perplexity_ratio" in x["test"])
     original = first["perplexity"]["value"] / first["perplexity_ratio"]["value"]
     rows.sort(key=lambda x: (-round(x["bits_per_weight"]), x["perplexity"]))
     root = Path(__file__).resolve().parent.parent

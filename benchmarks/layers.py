@@ -69,10 +69,10 @@ def measure(run: str, layers: dict[str, tuple[Tensor, SiteStats, Tensor]]) -> di
     method = methods.get(words[0])
     assert isinstance(method.spec, Compress)
     compress = method.spec.run
-    read = YAML(typ="safe", pure=True).load
-    given = {key: read(value) for key, value in (word.split("=", 1) for word in words[1:])}
-    fields = {key: value for key, value in given.items() if key in Target.model_fields}
-    options = method.parse({key: value for key, value in given.items() if key not in fields})
+    parse = YAML(typ="safe", pure=True).load
+    settings = {key: parse(value) for key, value in (word.split("=", 1) for word in words[1:])}
+    fields = {key: value for key, value in settings.items() if key in Target.model_fields}
+    options = method.parse({key: value for key, value in settings.items() if key not in fields})
     from lilliput.formats import known
 
     target = known.completed(method.spec.completed(Target.model_validate(fields)))

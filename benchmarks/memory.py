@@ -185,15 +185,15 @@ def measure(model: Path, out: Path, text: Path, arguments: list[str]) -> dict[st
     """One compress process: what it planned, took and wrote."""
     command = [sys.executable, "-c", CHILD, "compress", str(model), "--out", str(out), "--data", str(text), "--json"]
     began = time.perf_counter()
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    seen = json.loads(done.stderr.strip().splitlines()[-1])
-    report = json.loads(done.stdout)
+    process = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(process.stderr)
+    peaks = json.loads(process.stderr.strip().splitlines()[-1])
+    report = json.loads(process.stdout)
     return {
         "seconds": time.perf_counter() - began,
-        "peak_above_base": seen["peak"] - seen["base"],
-        "base": seen["base"],
+        "peak_above_base": peaks["peak"] - peaks["base"],
+        "base": peaks["base"],
         "predicted_peak": report["predicted"]["peak_rss_bytes"],
         "reported_peak": report["measured"]["peak_rss_bytes"],
         "bytes": report["measured"]["bytes"],
@@ -222,7 +222,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     if options.job == "depth":
         for recipe in options.recipe or ["gptq"]:
-            found: dict[str, Any] = {}
+            figures: dict[str, Any] = {}
             for layers in (2, 32):
                 model = folder / f"deep-{layers}"
                 if not model.exists():
@@ -230,9 +230,9 @@ def main() -> None:
                 name, *settings = recipe.split()
                 shared = ["--recipe", name, "--samples", "16", "--tokens", "512", "--eval-windows", "2"]
                 shared += [word for setting in settings for word in ("--set", setting)]
-                found[f"{layers} blocks"] = measure(model, folder / f"out-{layers}-{time.time_ns()}", text, shared)
-            peaks = [row["peak_above_base"] for row in found.values()]
-            results[recipe] = found | {"ratio": peaks[1] / peaks[0]}
+                figures[f"{layers} blocks"] = measure(model, folder / f"out-{layers}-{time.time_ns()}", text, shared)
+            peaks = [row["peak_above_base"] for row in figures.values()]
+            results[recipe] = figures | {"ratio": peaks[1] / peaks[0]}
     elif options.job == "vocabulary":
         shape = {"layers": 4, "hidden": 640, "inner": 2048, "heads": 4, "kv": 1, "vocabulary": 262_144}
         file, model = folder / "large.gguf", folder / "large"
@@ -243,11 +243,11 @@ def main() -> None:
         text.write_text("A day like any other, and the same again. " * 10_000)
         for recipe in options.recipe or ["rtn"]:
             name, *settings = recipe.split()
-            for made in (file, model):
+            for path in (file, model):
                 shared = [word for setting in settings for word in ("--set", setting)]
                 shared += ["--recipe", name, "--samples", "32", "--tokens", "512", "--eval-windows", "2"]
                 shared += ["--memory", options.memory or "1GB"]
-                results[f"{recipe}, {made.name}"] = measure(made, folder / f"out-{time.time_ns()}", text, shared)
+                results[f"{recipe}, {path.name}"] = measure(path, folder / f"out-{time.time_ns()}", text, shared)
     else:
         model = folder / "billion"
         if not model.exists():

@@ -69,9 +69,9 @@ def compress(model: str, calibration: str, out: str, words: list[str]) -> dict[s
 
 def fresh(arguments: list[str]) -> dict[str, Any]:
     """The same script in a fresh process, which prints one JSON object last."""
-    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    answer: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return answer
 
 
 def main() -> None:
@@ -93,8 +93,8 @@ def main() -> None:
     runs = options.run
     if options.runs:
         lines = [x for x in Path(options.runs).read_text().splitlines() if x.strip() and not x.startswith("#")]
-        known = {x.partition("=")[0].strip(): x for x in lines}
-        runs = [known[x] for x in runs] if runs else lines
+        named = {x.partition("=")[0].strip(): x for x in lines}
+        runs = [named[x] for x in runs] if runs else lines
     results: dict[str, Any] = {}
     failed: list[str] = []
     if options.out and Path(options.out).exists():
@@ -146,8 +146,8 @@ def measure(options: argparse.Namespace, rows: dict[str, dict[str, Any]], folder
             if not names:
                 continue
             against = None if alone else options.model
-            found = evaluate_all([folders[x] for x in names], against, data=file, windows=windows, tokens=1024)
-            for name, evaluation in zip(names, found, strict=True):
+            evaluations = evaluate_all([folders[x] for x in names], against, data=file, windows=windows, tokens=1024)
+            for name, evaluation in zip(names, evaluations, strict=True):
                 plain = evaluation.to_json()
                 keys = ("perplexity", "perplexity_ratio", "kl", "agreement")
                 rows[name][label] = {"windows": windows} | {key: plain[key] for key in keys if plain.get(key)}

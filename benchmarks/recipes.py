@@ -60,22 +60,22 @@ def measured(folder: str, model: str, texts: dict[str, tuple[str, int]]) -> dict
     from lilliput.model.stored import open_model
 
     tokens = window(open_model(model))
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for windows in dict.fromkeys(count for _, count in texts.values()):
         names = [name for name, (_, count) in texts.items() if count == windows]
         evaluation = evaluate(folder, model, data=[texts[name][0] for name in names], windows=windows, tokens=tokens)
         for name, text in zip(names, evaluation.texts, strict=True):
             plain = text.to_json()
-            found[name] = {"windows": windows} | {key: plain[key] for key in METRICS}
-    return {name: found[name] for name in texts}
+            figures[name] = {"windows": windows} | {key: plain[key] for key in METRICS}
+    return {name: figures[name] for name in texts}
 
 
 def table(rows: dict[str, Any], texts: list[str]) -> str:
     """Rows in Markdown: ratio and KL on each text with 95 % intervals, bits, folder, seconds and peak."""
 
-    def interval(found: dict[str, float], digits: int) -> str:
-        low, high = found["low"], found["high"]
-        return f"{found['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    def interval(figure: dict[str, float], digits: int) -> str:
+        low, high = figure["low"], figure["high"]
+        return f"{figure['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
     heads = ["recipe", "bits per weight", *(f"{x}: {y}" for x in texts for y in ("ratio", "KL")), "MB", "s", "peak, MB"]
     lines = [heads, ["---"] * len(heads)]
@@ -93,12 +93,12 @@ def table(rows: dict[str, Any], texts: list[str]) -> str:
 
 def texts_of(words: list[str], windows: int) -> dict[str, tuple[str, int]]:
     """NAME=FILE[@WINDOWS] as name -> (file, windows)."""
-    found = {}
+    texts = {}
     for word in words:
         name, _, place = word.partition("=") if "=" in word else (word, "", word)
         file, at, count = place.rpartition("@")
-        found[name] = (file, int(count)) if at and count.isdecimal() else (place, windows)
-    return found
+        texts[name] = (file, int(count)) if at and count.isdecimal() else (place, windows)
+    return texts
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -127,26 +127,26 @@ def main(arguments: list[str] | None = None) -> None:
         "data": {name: list(place) for name, place in texts.items()},
     }
     rows: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    wanted: list[str] = []
+    runs: list[str] = []
     for recipe in options.recipes or named():
         before, _, words = recipe.partition("=") if "=" in recipe.split()[0] else (recipe, "", recipe)
         name, words = before.strip(), words.strip()
-        wanted.append(name)
-        asked = {"recipe": words} | protocol
-        if asked.items() <= rows.get(name, {}).items():
+        runs.append(name)
+        request = {"recipe": words} | protocol
+        if request.items() <= rows.get(name, {}).items():
             continue
         with tempfile.TemporaryDirectory(prefix="lilliput-recipes-") as scratch:
             folder = str(Path(scratch) / "out")
             child = [sys.executable, __file__, *arguments, "--child", folder, "--recipes", words]
-            done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
-            row = asked | json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
+            row = request | json.loads(process.stdout.splitlines()[-1])
             if "refused" not in row:
                 row["texts"] = measured(folder, options.model, texts)
         rows[name] = row
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1) + "\n")
         print(table({name: row}, list(texts)).splitlines()[-1], file=sys.stderr, flush=True)
-    print(table({name: rows[name] for name in wanted}, list(texts)))
+    print(table({name: rows[name] for name in runs}, list(texts)))
 
 
 if __name__ == "__main__":

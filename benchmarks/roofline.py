@@ -32,8 +32,8 @@ def compare(base: Path, folder: Path, *, contexts: list[int], new: int, runs: in
         for phase, measured in (("prefill", speed.prefill), ("decode", speed.decode)):
             # The measured steps attend to context + 1 to context + new tokens.
             length = context if phase == "prefill" else context + (new + 1) // 2
-            found = rooflines(model, original, [device], batches=(1,), contexts=(length,))
-            row = next(x for x in found if x.phase == phase)
+            predictions = rooflines(model, original, [device], batches=(1,), contexts=(length,))
+            row = next(x for x in predictions if x.phase == phase)
             if row.base_seconds is None or measured.base_seconds is None or measured.speedup is None:
                 raise RuntimeError("no base was measured")
             rows.append(
@@ -81,13 +81,15 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     rows: list[dict[str, Any]] = []
-    for folder in given.folders:
-        rows += compare(given.base, folder, contexts=given.context or [512], new=given.new, runs=given.runs)
-    if given.out is not None:
-        given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for folder in arguments.folders:
+        rows += compare(
+            arguments.base, folder, contexts=arguments.context or [512], new=arguments.new, runs=arguments.runs
+        )
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

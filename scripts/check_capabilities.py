@@ -105,7 +105,7 @@ def cases() -> Iterator[Case]:
 
 def outcomes(case: Case, weights: dict[str, torch.Tensor]) -> list[Outcome]:
     """The linears of a stored model, by file name (which these models share with their module trees)."""
-    found = []
+    rows = []
     for name, weight in weights.items():
         stored = name.removesuffix(".weight")
         if weight.dim() != 2 or "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
@@ -113,12 +113,12 @@ def outcomes(case: Case, weights: dict[str, torch.Tensor]) -> list[Outcome]:
         conv = case.model == "gpt2" and stored != "lm_head"
         out, width = reversed(weight.shape) if conv else weight.shape
         expert = ".experts." in stored
-        found.append(
+        rows.append(
             Outcome(
                 stored, stored, out, width, quantized(case.format(stored)), weight.dtype, transposed=conv, expert=expert
             )
         )
-    return found
+    return rows
 
 
 def stored_weights(case: Case, config: PretrainedConfig, folder: Path | None = None) -> dict[str, torch.Tensor]:
@@ -137,9 +137,9 @@ def write(case: Case, exporter: lilliput.export.Exporter, folder: Path) -> tuple
     config = CONFIGS[case.model]()
     dense, packed = folder / "dense", folder / "packed"
     weights = stored_weights(case, config, dense)
-    found = outcomes(case, weights)
+    linears = outcomes(case, weights)
     tensors = dict(weights)
-    for x in found:
+    for x in linears:
         weight = tensors.pop(f"{x.stored}.weight").float()
         layer = Layer(x.name, weight.T.contiguous() if x.transposed else weight)
         if x.format is not None:
@@ -152,17 +152,17 @@ def write(case: Case, exporter: lilliput.export.Exporter, folder: Path) -> tuple
     packed.mkdir()
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
     plain = json.loads((dense / "config.json").read_text())
-    plain["quantization_config"] = exporter.config(found, config)
+    plain["quantization_config"] = exporter.config(linears, config)
     (packed / "config.json").write_text(json.dumps(plain))
-    return dense, packed, found
+    return dense, packed, linears
 
 
 def logits(folder: Path) -> torch.Tensor:
     """What transformers computes from a folder, in the dtype that its config names."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=torch.arange(32).unsqueeze(0), use_cache=False).logits.float()
-    return found
+        scores: torch.Tensor = model(input_ids=torch.arange(32).unsqueeze(0), use_cache=False).logits.float()
+    return scores
 
 
 def measure(case: Case, exporter: lilliput.export.Exporter | None = None) -> str:
@@ -170,13 +170,13 @@ def measure(case: Case, exporter: lilliput.export.Exporter | None = None) -> str
     with tempfile.TemporaryDirectory() as place:
         try:
             dense, packed, _ = write(case, exporter or CompressedTensors(), Path(place))
-            reference, found = logits(dense), logits(packed)
+            reference, packed_logits = logits(dense), logits(packed)
         except Exception as error:  # whatever the engine raises is the finding
             return f"fails: {type(error).__name__}"
-    if torch.equal(reference, found):
+    if torch.equal(reference, packed_logits):
         return "exact"
-    apart = float((reference - found).abs().max() / reference.abs().max())
-    return "tolerance" if apart <= TOLERANCE else "fails: wrong logits"
+    difference = float((reference - packed_logits).abs().max() / reference.abs().max())
+    return "tolerance" if difference <= TOLERANCE else "fails: wrong logits"
 
 
 def read_table() -> dict[str, Any]:
@@ -197,16 +197,16 @@ def main() -> int:
     # A version without a column should do what the newest one with a column does.
     columns = sorted(table.get("compressed-tensors", {}), key=Version)
     column = version if version in columns or not columns else columns[-1]
-    known = {json.dumps(row["case"]): row["transformers"] for row in table["cases"]}
+    by_case = {json.dumps(row["case"]): row["transformers"] for row in table["cases"]}
     rows, wrong = [], 0
     for case in cases():
         plain = asdict(case)
-        found = measure(case)
-        before = known.get(json.dumps(plain), {})
-        rows.append({"case": plain, "transformers": dict(sorted({**before, version: found}.items()))})
-        if before.get(column) != found:
+        result = measure(case)
+        before = by_case.get(json.dumps(plain), {})
+        rows.append({"case": plain, "transformers": dict(sorted({**before, version: result}.items()))})
+        if before.get(column) != result:
             wrong += 1
-            print(f"{plain}: the table says {before.get(column)} of {column}, transformers {version} gives {found}")
+            print(f"{plain}: the table says {before.get(column)} of {column}, transformers {version} gives {result}")
     if writing:
         versions = {**table.get("compressed-tensors", {}), version: compressed_tensors.__version__}
         body = ",\n".join(f"  {json.dumps(row)}" for row in rows)

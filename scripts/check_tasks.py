@@ -85,8 +85,8 @@ def _theirs(model: Loaded, file: Path) -> list[dict[str, Any]]:
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4, device=str(model.model.device))
-    found: Any = lm_eval.simple_evaluate(model=lm, tasks=[str(file)], log_samples=True, bootstrap_iters=0)
-    (samples,) = found["samples"].values()
+    results: Any = lm_eval.simple_evaluate(model=lm, tasks=[str(file)], log_samples=True, bootstrap_iters=0)
+    (samples,) = results["samples"].values()
     return sorted(samples, key=lambda x: int(x["doc_id"]))
 
 
@@ -95,7 +95,7 @@ def compare(model: Loaded, spec: files.Spec, limit: int, folder: Path) -> dict[s
     task = files.load_task(spec, limit=limit, shots=0)
     assert spec.file is not None
     rows = [row for _, row in files.rows(spec.file)][:limit]
-    theirs = _theirs(model, _definition(spec.known, rows, folder))
+    theirs = _theirs(model, _definition(spec.entry, rows, folder))
     prompts, gaps, differing = 0, [0.0], 0
     ours = task.kind.measure(model, task.shape, task.items, lambda done, total: None)
     for i, (item, sample) in enumerate(zip(task.items, theirs, strict=True)):
@@ -125,17 +125,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     table = []
-    with loaded(chosen.model) as model, tempfile.TemporaryDirectory() as folder:
-        for text in chosen.tasks:
-            row = compare(model, files.parse(text), chosen.limit, Path(folder))
+    with loaded(options.model) as model, tempfile.TemporaryDirectory() as folder:
+        for text in options.tasks:
+            row = compare(model, files.parse(text), options.limit, Path(folder))
             table.append(row)
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if options.json is not None:
+        options.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     bad = [x for x in table if x["prompts_differing"] or x["items_differing"]]
-    bad += [x for x in table if x["largest_gap_nats"] > chosen.tolerance]
+    bad += [x for x in table if x["largest_gap_nats"] > options.tolerance]
     sys.exit(1 if bad else 0)
 
 

@@ -99,26 +99,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/SmolLM2-135M-w4"), help="folder to write")
     parser.add_argument("--recipe", default="w4-engines", help="recipe to run")
-    given = parser.parse_args()
+    options = parser.parse_args()
     began = time.monotonic()
-    original, out = packaged_model(), given.out
+    original, out = packaged_model(), options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     if (out / "lilliput.json").is_file():
         shutil.rmtree(out)
-    print(f"compressing {original.name} with the recipe {given.recipe} into {out}", file=sys.stderr)
-    command = ("compress", str(original), "--out", str(out), "--recipe", given.recipe)
+    print(f"compressing {original.name} with the recipe {options.recipe} into {out}", file=sys.stderr)
+    command = ("compress", str(original), "--out", str(out), "--recipe", options.recipe)
     report = lilliput(*command, "--samples", "32", "--tokens", "512")
 
     from lilliput import api
 
-    said = {
+    answers = {
         "original": api.generate(original, PROMPT, max_new_tokens=40),
         "compressed, through transformers": through_transformers(out, PROMPT),
     }
     console = Console()
     console.print(table(report, time.monotonic() - began))
     console.print(f"prompt: {PROMPT}", markup=False, highlight=False)
-    for name, text in said.items():
+    for name, text in answers.items():
         console.print(f"{name}: {text.strip()}", markup=False, highlight=False)
     console.print(
         f"\nThe model is in {out}, the whole report in {out / 'lilliput.json'}.", markup=False, highlight=False

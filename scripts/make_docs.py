@@ -27,8 +27,8 @@ def pages() -> dict[str, str]:
     lines = ["# Methods", "", "Written by `scripts/make_docs.py` from the method files; do not edit.", ""]
     lines += ["| method | verb | writes | what it does |", "| --- | --- | --- | --- |"]
     lines += [f"| [{m.name}]({m.name}.md) | `{m.spec.verb}` | {m.spec.writes} | {m.summary} |" for m in methods]
-    found = measured.figures()
-    lines += ["", "## Measured", "", found["protocol"], "", PICTURE, "", *measured.table(found["rows"])]
+    figures = measured.figures()
+    lines += ["", "## Measured", "", figures["protocol"], "", PICTURE, "", *measured.table(figures["rows"])]
     return {
         "metrics.md": measuring(),
         "methods/index.md": "\n".join(lines) + "\n",
@@ -38,38 +38,38 @@ def pages() -> dict[str, str]:
 
 def measuring() -> str:
     """The page of all metrics and benchmarks."""
-    found = list(metrics.discover().values())
+    listed = list(metrics.discover().values())
     lines = [
         "# Metrics and benchmarks",
         "",
         "Written by `scripts/make_docs.py` from the files that measure; do not edit.",
     ]
     lines += ["`lilliput metrics` prints the same.", "", "| metric | what it is | covers |", "| --- | --- | --- |"]
-    lines += [f"| [{x.name}](#{x.name}) | {x.summary} | {', '.join(x.metric.covers)} |" for x in found]
-    return "\n".join([*lines, "", *(f"#{metrics.page(x)}" for x in found)])
+    lines += [f"| [{x.name}](#{x.name}) | {x.summary} | {', '.join(x.metric.covers)} |" for x in listed]
+    return "\n".join([*lines, "", *(f"#{metrics.page(x)}" for x in listed)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the pages are current")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the checkout")
-    given = parser.parse_args(arguments)
-    folder = given.root / "docs"
-    wanted = pages()
+    options = parser.parse_args(arguments)
+    folder = options.root / "docs"
+    content = pages()
     paths = [*folder.glob("methods/*.md"), *folder.glob("metrics.md")]
-    there = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths}
-    old = sorted(name for name in {*wanted, *there} if wanted.get(name) != there.get(name))
-    if given.check:
+    current = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    old = sorted(name for name in {*content, *current} if content.get(name) != current.get(name))
+    if options.check:
         if old:
             sys.exit(f"error: not current in {folder}: {', '.join(old)}; run python scripts/make_docs.py")
         return
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     for name in old:
-        if name in wanted:
-            (folder / name).write_text(wanted[name], encoding="utf-8")
+        if name in content:
+            (folder / name).write_text(content[name], encoding="utf-8")
         else:
             (folder / name).unlink()
-    print(f"{len(old)} of {len(wanted)} pages changed in {folder}")
+    print(f"{len(old)} of {len(content)} pages changed in {folder}")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ def write(root: Path, family: str, name: str) -> tuple[Path, Path]:
         sys.exit(f"error: '{name}' is no name for a method: small letters, digits and single dashes, such as my-method")
     module = name.replace("-", "_")
     methods = root / "src" / "lilliput" / "methods"
-    taken = list(methods.glob(f"*/{module}.py"))
+    existing = list(methods.glob(f"*/{module}.py"))
     if not methods.is_dir():
         sys.exit(f"error: {root} is no checkout of lilliput: {methods} does not exist")
-    if taken:
-        sys.exit(f"error: there is a method '{name}' already: {taken[0]}")
+    if existing:
+        sys.exit(f"error: there is a method '{name}' already: {existing[0]}")
     files = (methods / family / f"{module}.py", root / "tests" / "methods" / family / f"test_{module}.py")
     for path, template in zip(files, (f"{METHOD}.py", f"test_{METHOD}.py"), strict=True):
         text = (TEMPLATES / family / template).read_text(encoding="utf-8")
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("family", help=", ".join(FAMILIES))
     parser.add_argument("name", help="what recipes call it, such as my-method")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the checkout")
-    given = parser.parse_args(arguments)
-    method, test = write(given.root, given.family, given.name)
+    options = parser.parse_args(arguments)
+    method, test = write(options.root, options.family, options.name)
     print(f"wrote {method}\nwrote {test}\nrun: pytest {test}")
 
 

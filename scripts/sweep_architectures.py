@@ -132,7 +132,7 @@ class Result:
     recipe: str
     kind: str
     layout: str = ""
-    said: str = ""
+    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ def make(name: str, folder: Path) -> None:
                 value.add_(torch.randn(value.shape) * 0.05)
     model.save_pretrained(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(letters)}}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(letters)}}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
         folder
     )
 
@@ -215,9 +215,9 @@ def sweep(name: str, place: Path) -> Row:
         try:
             opened = open_model(source)
         except LilliputError as error:
-            return Row(name, tuple(Result(label, "refused", said=str(error)) for label in RECIPES))
+            return Row(name, tuple(Result(label, "refused", message=str(error)) for label in RECIPES))
         except Exception as error:
-            return Row(name, tuple(Result(label, "wrong", said=f"not read, {_first(error)}") for label in RECIPES))
+            return Row(name, tuple(Result(label, "wrong", message=f"not read, {_first(error)}") for label in RECIPES))
         return Row(name, tuple(measure(opened, place, label) for label in RECIPES))
 
 
@@ -228,28 +228,28 @@ def measure(model: Model, place: Path, label: str) -> Result:
     text.write_text("".join(chr(32 + i * i % 91) for i in range(400)))
     out = place / label
     try:
-        done = api.compress(
+        compression = api.compress(
             model, out, recipe=recipe,  # type: ignore[arg-type]  # looked at once for all recipes
             settings=settings, data=str(text), samples=2, tokens=24, dtype="float32",
             device="cpu", eval_windows=0, progress=Quiet(),
         )  # fmt: skip
     except (PlanError, SourceError) as error:
-        return Result(label, "refused", said=str(error))
+        return Result(label, "refused", message=str(error))
     except Exception as error:  # whatever comes once the work is done is no refusal
-        return Result(label, "wrong", said=f"compress ended with {_first(error)}")
-    entry = done.plan.quantization_config
-    layout = "dense" if entry is None else done.plan.exporter + (", decoded" if entry.get("dequantize") else "")
+        return Result(label, "wrong", message=f"compress ended with {_first(error)}")
+    entry = compression.plan.quantization_config
+    layout = "dense" if entry is None else compression.plan.exporter + (", decoded" if entry.get("dequantize") else "")
     try:
         opened, info = engine(out)
-        lost = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}
-        apart = difference(logits(opened), logits(own(out)))
+        problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}
+        distance = difference(logits(opened), logits(own(out)))
     except Exception as error:
         return Result(label, "wrong", layout, f"opened, {_first(error)}")
-    if lost:
-        return Result(label, "wrong", layout, f"transformers reports {lost}")
-    if not apart <= APART:
-        return Result(label, "wrong", layout, f"logits are {apart:.1e} from those of the decoded weights")
-    return Result(label, "compressed", layout, f"{apart:.0e}")
+    if problems:
+        return Result(label, "wrong", layout, f"transformers reports {problems}")
+    if not distance <= APART:
+        return Result(label, "wrong", layout, f"logits are {distance:.1e} from those of the decoded weights")
+    return Result(label, "compressed", layout, f"{distance:.0e}")
 
 
 def engine(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -271,10 +271,10 @@ def logits(model: Any) -> Tensor:
     ids = torch.arange(24).mul(7).remainder(250).add(3).unsqueeze(0)
     torch.manual_seed(0)
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits.float()
-    if not bool(torch.isfinite(found).all()):
+        scores: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    if not bool(torch.isfinite(scores).all()):
         raise ValueError("logits are not finite")
-    return found
+    return scores
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -287,8 +287,8 @@ def quiet() -> Iterator[None]:
     """No load reports, progress bars and warnings of the libraries below."""
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
-    said = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    sink = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(sink), contextlib.redirect_stdout(sink):
         warnings.simplefilter("ignore")
         yield
 
@@ -309,16 +309,16 @@ def line(row: Row) -> str:
     if row.unmade:
         return f"| {row.name} |  |  |  |  | not tried: {_cell(row.unmade)} |"
     cells = " | ".join(x.layout if x.kind == "compressed" else x.kind for x in row.results)
-    said = dict.fromkeys(_cell(x.said) for x in row.results if x.kind != "compressed")
-    return f"| {row.name} | {cells} | {' '.join(said)} |"
+    reasons = dict.fromkeys(_cell(x.message) for x in row.results if x.kind != "compressed")
+    return f"| {row.name} | {cells} | {' '.join(reasons)} |"
 
 
 def page(rows: Sequence[Row]) -> str:
     """docs/architectures.md."""
     counts = Counter(x.kind for row in rows for x in row.results)
-    tried = sum(not row.unmade for row in rows)
+    count = sum(not row.unmade for row in rows)
     summary = f"{counts['compressed']} compressed, {counts['refused']} refused, {counts['wrong']} wrong"
-    head = HEAD.format(version=transformers.__version__, tried=tried, recipes=len(RECIPES), summary=summary)
+    head = HEAD.format(version=transformers.__version__, tried=count, recipes=len(RECIPES), summary=summary)
     labels = " | ".join(RECIPES)
     return "\n".join((head, f"| model type | {labels} | why not |", "| --- " * 6 + "|", *map(line, rows), ""))
 
@@ -333,18 +333,18 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="model types; all where none is named")
     parser.add_argument("--write", action="store_true", help="write the page instead of comparing with it")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows: list[Row] = []
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("fork")) as pool:
-        for row in pool.map(_one, given.names or names()):
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork")) as pool:
+        for row in pool.map(_one, options.names or names()):
             rows.append(row)
             print(line(row), flush=True)
-            for x in row.results if given.names else ():
-                print(f"    {x.recipe}: {x.kind} {x.layout} {x.said}")
+            for x in row.results if options.names else ():
+                print(f"    {x.recipe}: {x.kind} {x.layout} {x.message}")
     wrong = sum(x.kind == "wrong" for row in rows for x in row.results)
-    if given.names:
+    if options.names:
         return int(wrong > 0)
-    if given.write:
+    if options.write:
         PAGE.write_text(page(rows), encoding="utf-8")
         return int(wrong > 0)
     same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page(rows)

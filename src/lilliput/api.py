@@ -148,8 +148,8 @@ def _fit(recipe: str | Path | Recipe | None, size: int | None, bits: float | Non
     if recipe is None:
         return Fit(size, bits, tuple(menu)) if size is not None or bits is not None or menu else None
     if bits is not None or menu:
-        told = "--bits" if bits is not None else "--menu"
-        raise PlanError(f"{told} asks for a composition that is found by measuring, and --recipe names one: give one")
+        option = "--bits" if bits is not None else "--menu"
+        raise PlanError(f"{option} asks for a composition that is found by measuring, and --recipe names one: give one")
     return None
 
 
@@ -196,10 +196,10 @@ def inspect(
         return anatomy.inspect(opened)
     length = min(512, opened.positions or 512) if tokens is None else tokens
     calibration.known_positions(opened, length)
-    read = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=length, vocabulary=opened.vocabulary)
+    windows = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=length, vocabulary=opened.vocabulary)
     with tempfile.TemporaryDirectory() as folder:
-        seen = collect.site_statistics(opened, read.ids, Path(folder), frozenset({"absmax", "square"}))
-    return anatomy.inspect(opened) | {"outliers": anatomy.outliers(seen)}
+        stats = collect.site_statistics(opened, windows.ids, Path(folder), frozenset({"absmax", "square"}))
+    return anatomy.inspect(opened) | {"outliers": anatomy.outliers(stats)}
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str:

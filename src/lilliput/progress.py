@@ -41,13 +41,13 @@ class Progress:
             self.close()
             self._total, self._first, self._began, self._printed = total, done, now, float("-inf")
         self._last = done
-        left = self._left(done, total, now)
+        remaining = self._left(done, total, now)
         if self._stream.isatty():
-            self._draw(done, total, left, note)
+            self._draw(done, total, remaining, note)
         elif done >= total or now - self._printed >= self._every:
             self._printed = now
-            said = ", ".join(x for x in (f"{self.title} {done}/{total}", left, note) if x)
-            print(said, file=self._stream, flush=True)
+            line = ", ".join(x for x in (f"{self.title} {done}/{total}", remaining, note) if x)
+            print(line, file=self._stream, flush=True)
         if done >= total:
             self.close()
 
@@ -72,7 +72,7 @@ class Progress:
             return ""
         return f"{duration((now - self._began) / fresh * (total - done))} left"
 
-    def _draw(self, done: int, total: int, left: str, note: str) -> None:
+    def _draw(self, done: int, total: int, remaining: str, note: str) -> None:
         if self._bar is None:
             columns = (
                 TextColumn("{task.description}"),
@@ -84,8 +84,8 @@ class Progress:
             self._bar = Bar(*columns, console=console, redirect_stdout=False, redirect_stderr=False)
             self._bar.add_task(self.title, total=total, note="")
             self._bar.start()
-        said = ", ".join(x for x in (left, note) if x)
-        self._bar.update(self._bar.task_ids[0], completed=done, note=said)
+        text = ", ".join(x for x in (remaining, note) if x)
+        self._bar.update(self._bar.task_ids[0], completed=done, note=text)
 
 
 class Quiet(Progress):

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lilliput.attribution.weights import WeightLoss, compare, turned
+from lilliput.attribution.weights import WeightLoss, compare, is_rotated
 from lilliput.model.stored import StoredModel, open_model
 
 
@@ -24,9 +24,9 @@ def test_linears_are_told_by_what_they_are_and_not_by_their_names(llama) -> None
 def test_norms_have_no_say_in_whether_a_model_is_turned() -> None:
     linears = [loss("h.0.attn.o", "o", True, 0.01), loss("h.0.mlp.up", "up", True, 0.02)]
     norms = [loss(f"h.0.norm{i}.weight", f"norm{i}.weight", False, 1.0) for i in range(3)]
-    assert turned(linears + norms)
-    assert not turned([loss("h.0.attn.o", "o", True, 0.99), *norms])
-    assert not turned([loss("h.0.attn.o", "o", True, float("nan"))])
+    assert is_rotated(linears + norms)
+    assert not is_rotated([loss("h.0.attn.o", "o", True, 0.99), *norms])
+    assert not is_rotated([loss("h.0.attn.o", "o", True, float("nan"))])
 
 
 def test_every_weight_is_read_once(llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,12 +44,12 @@ def test_a_group_becomes_options_and_arrives_as_one_object() -> None:
 
 
 def test_sizes_are_read_by_their_option_s_name() -> None:
-    told = Job(memory="2GB", size="1MB").told()
-    assert (told["memory"], told["size"]) == (2_000_000_000, 1_000_000)
+    arguments = Job(memory="2GB", size="1MB").arguments()
+    assert (arguments["memory"], arguments["size"]) == (2_000_000_000, 1_000_000)
     assert Measure(memory="2GB").limits() == Limits(2_000_000_000)
     for wrong, option in ((Job(memory="much"), "--memory"), (Job(size="much"), "--size")):
         with pytest.raises(PlanError, match=option):
-            wrong.told()
+            wrong.arguments()
 
 
 def test_what_is_measured_on_has_a_default() -> None:

@@ -32,7 +32,7 @@ class Toy:
 
     def io(self) -> BlockIO:
         folded = {n: fold.update(fold.init(x.shape[1], fold.NAMES), x) for n, x in self.inputs.items()}
-        return BlockIO({n: fold.finish(s) for n, s in folded.items()}, moved=self.moved)
+        return BlockIO({n: fold.finish(s) for n, s in folded.items()}, movement=self.moved)
 
     def moved(self, weights: Mapping[str, Tensor]) -> float:
         x = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(6))

@@ -151,7 +151,7 @@ def test_awq_judges_attention_by_the_blocks_output(judge: str, later: Any, toy: 
         return asked[-1]
 
     other = type(toy)(tensors, toy.inputs, toy.block)
-    io = BlockIO(toy.io().stats, moved=moved)
+    io = BlockIO(toy.io().stats, movement=moved)
 
     def errors(**options: Any) -> dict[str, float]:
         folds = _rewrite("awq", other.view(), io, judge=judge, rows=0, **options)

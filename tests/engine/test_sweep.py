@@ -40,14 +40,14 @@ def test_the_sweep_sees_what_is_wrong(sweep: ModuleType, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(sweep, "own", other)
     (found,) = sweep.sweep("llama", tmp_path / "apart").results
-    assert (found.kind, found.said[:10]) == ("wrong", "logits are")
+    assert (found.kind, found.message[:10]) == ("wrong", "logits are")
 
     def broken(*_: object, **__: object) -> None:
         raise KeyError("gone")
 
     monkeypatch.setattr(sweep.api, "compress", broken)
     (found,) = sweep.sweep("llama", tmp_path / "broken").results
-    assert (found.kind, found.said) == ("wrong", "compress ended with KeyError: 'gone'")
+    assert (found.kind, found.message) == ("wrong", "compress ended with KeyError: 'gone'")
 
 
 def test_names_of_fields_make_a_config_small(sweep: ModuleType) -> None:

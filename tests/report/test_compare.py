@@ -9,7 +9,7 @@ import pytest
 
 from lilliput.errors import DataError
 from lilliput.report.compare import comparison_rows, headline, render_comparison
-from lilliput.report.figures import beside
+from lilliput.report.figures import label_offsets
 
 
 def near(value: float) -> dict[str, float]:
@@ -122,7 +122,7 @@ def test_without_speeds_one_plot_is_left(models: list[dict[str, Any]]) -> None:
 def test_names_beside_near_points_cover_nothing() -> None:
     spots = [(100.0, 50.0), (112.0, 50.5), (300.0, 50.0), (112.0, 30.0)]
     widths = [40.0] * 4
-    places = beside(spots, widths, [1, 0, 2, 3], 200.0)
+    places = label_offsets(spots, widths, [1, 0, 2, 3], 200.0)
     boxes = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
     for n, (dx, dy) in places.items():
         x, y = spots[n][0] + dx, spots[n][1] + dy

@@ -58,14 +58,14 @@ def test_an_average_of_bits_is_kept_and_filled(source: Model, tmp_path: Path) ->
     assert 4.9 < bits <= 5.0
     targets = {task.target.bits for x in (*made.resolved.linears, *made.resolved.tables) for task in x.tasks}
     assert len(targets) > 1
-    assert made.foreseen is not None
-    assert made.foreseen > 0
+    assert made.predicted_kl is not None
+    assert made.predicted_kl > 0
     assert "menu chose" in made.notes[-1]
 
 
 def test_a_size_is_kept_with_all_that_lies_beside_the_weights(source: Model, tmp_path: Path) -> None:
     plan = planned(source, average=8.0)
-    size = plan.bytes + delivery.beside(plan, source) + 3500
+    size = plan.bytes + delivery.other_bytes(plan, source) + 3500
     made = chosen(planned(source, size=size), source, tmp_path / "out")
     assert size - 200 < made.folder_bytes <= size
 
@@ -75,7 +75,7 @@ def test_more_bits_are_foreseen_to_lose_less(source: Model, tmp_path: Path) -> N
     (task,) = choices.steps(plan)
     with Work(tmp_path / "out", "key") as work:
         stream.run(plan, source, IDS, work, Quiet())
-        scores = choosing.foreseen(plan, task, work)
+        scores = choosing.predictions(plan, task, work)
     assert all(list(x) == sorted(x, reverse=True) for x in scores.values())
     curve = choices.frontier(plan, source, task, scores, 6, lambda made: made)
     assert len(curve) == 6

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from lilliput.errors import BusyError, LilliputError, PlanError
-from lilliput.run.journal import Work, begun, partial_of, save_atomically, work_of, write_atomically
+from lilliput.run.journal import Work, first_facts, partial_of, save_atomically, work_of, write_atomically
 
 
 def test_records_outlive_the_run(tmp_path: Path) -> None:
@@ -14,7 +14,7 @@ def test_records_outlive_the_run(tmp_path: Path) -> None:
     with Work(out, "plan", facts={"batch": 3}) as work:
         work.note({"kind": "block", "block": 0})
         work.note({"kind": "outside", "shard": 0})
-    assert begun(out, None) == {"batch": 3, "plan": "plan"}
+    assert first_facts(out, None) == {"batch": 3, "plan": "plan"}
     with Work(out, "plan") as work:
         assert work.find("block") == [{"kind": "block", "block": 0}]
         (work.staging / "weights").write_text("w")
@@ -22,7 +22,7 @@ def test_records_outlive_the_run(tmp_path: Path) -> None:
         work.publish()
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(out) == ["weights"]
-    assert begun(out, None) == {}
+    assert first_facts(out, None) == {}
 
 
 @pytest.mark.parametrize("tail", ['{"kind": "blo', '{"kind": "block", "block": 1}{"kind"', "\0\0\0", "[1]\n", "é"])
@@ -79,7 +79,7 @@ def test_a_journal_that_is_none(tmp_path: Path) -> None:
     (work.folder / "journal.jsonl").write_bytes(b"\xff\xfe not json")
     with pytest.raises(LilliputError, match="another plan"):
         Work(tmp_path / "out", "plan").__enter__()
-    assert begun(tmp_path / "out", None) == {}
+    assert first_facts(tmp_path / "out", None) == {}
 
 
 def test_nothing_stays_of_a_run_that_did_nothing(tmp_path: Path) -> None:

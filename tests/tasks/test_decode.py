@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lilliput.errors import DataError
+from lilliput.tasks.answers import AnswerStore
 from lilliput.tasks.decode import greedy
-from lilliput.tasks.kept import Kept
 
 PROMPTS = ["The assignment statement", "A", "Names refer to objects. Names are introduced by", "An"]
 
@@ -23,7 +23,7 @@ def slow(model, prompt, tokens):
 
 
 def test_batches_write_what_each_prompt_alone_would(llama):
-    assert greedy(replace(llama, kept=Kept()), PROMPTS, tokens=12) == [slow(llama, x, 12) for x in PROMPTS]
+    assert greedy(replace(llama, answers=AnswerStore()), PROMPTS, tokens=12) == [slow(llama, x, 12) for x in PROMPTS]
 
 
 def test_a_stop_string_ends_the_answer_and_is_left_out(llama):

@@ -104,7 +104,7 @@ def test_shots_of_multiple_choice_show_the_right_answer(jsonl):
 
 def test_specifications(tmp_path):
     assert parse("piqa=a.jsonl") == Spec("piqa", "piqa", tmp_path.__class__("a.jsonl"))
-    assert parse("bbh:navigate=a.jsonl").known == "bbh"
+    assert parse("bbh:navigate=a.jsonl").entry == "bbh"
     assert parse("piqa") == Spec("piqa", "piqa", None)
     assert str(parse("gsm8k=a.jsonl+b.jsonl").examples) == "b.jsonl"
     (tmp_path / "mine.yaml").write_text("task: mine")

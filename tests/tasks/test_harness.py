@@ -6,8 +6,8 @@ import pytest
 
 from lilliput.errors import DataError, LilliputError
 from lilliput.tasks import harness
+from lilliput.tasks.answers import AnswerStore
 from lilliput.tasks.decode import greedy
-from lilliput.tasks.kept import Kept
 from lilliput.tasks.likelihood import log_likelihoods
 from lilliput.tasks.run import run_tasks
 
@@ -38,7 +38,7 @@ def test_the_adapter_answers_as_we_do(llama):
     def asked(kind, *arguments):
         return [Instance(request_type=kind, doc={}, arguments=x, idx=0) for x in arguments]
 
-    model = harness.adapter(replace(llama, kept=Kept()))
+    model = harness.adapter(replace(llama, answers=AnswerStore()))
     pair = ("The statement", " binds names")
     (expected,) = log_likelihoods(llama, [pair])
     assert model.loglikelihood(asked("loglikelihood", pair)) == [(expected.value, expected.greedy)]

@@ -15,9 +15,9 @@ from lilliput.errors import DataError
 from lilliput.metrics import paired
 from lilliput.options import Judge
 from lilliput.tasks import judge as judges
-from lilliput.tasks.instructions import apart, compare_instructions
+from lilliput.tasks.answers import AnswerStore
+from lilliput.tasks.instructions import compare_instructions, separate
 from lilliput.tasks.judge import preferred
-from lilliput.tasks.kept import Kept
 
 
 class Server:
@@ -144,8 +144,8 @@ def test_a_busy_server_is_asked_again_and_a_wrong_one_is_named(server: Server) -
 def test_answers_are_kept(server: Server, tmp_path: Path) -> None:
     server.say = longest
     judge = Judge(server.url, "m")
-    first = judges.compare(judge, ["p"], ["aa"], ["a"], kept=Kept(tmp_path / "judge.jsonl"))
-    again = judges.compare(judge, ["p"], ["aa"], ["a"], kept=Kept(tmp_path / "judge.jsonl"))
+    first = judges.compare(judge, ["p"], ["aa"], ["a"], store=AnswerStore(tmp_path / "judge.jsonl"))
+    again = judges.compare(judge, ["p"], ["aa"], ["a"], store=AnswerStore(tmp_path / "judge.jsonl"))
     assert first == again
     assert len(server.seen) == 2
 
@@ -167,8 +167,8 @@ def test_instructions_are_judged(server: Server, tiny: Any, noisy: Path, jsonl: 
 def test_a_judge_needs_instructions(server: Server, jsonl: Any) -> None:
     judge = Judge(server.url, "m", wait=0.0)
     with pytest.raises(DataError, match="--tasks instructions=FILE"):
-        apart(["piqa"], "base", judge)
+        separate(["piqa"], "base", judge)
     path = jsonl("v.jsonl", {"prompt": "a"}, {"prompt": "b"})
     server.fail = [401]
     with pytest.raises(DataError, match="status 401"):
-        apart([f"instructions={path}"], "base", judge)
+        separate([f"instructions={path}"], "base", judge)

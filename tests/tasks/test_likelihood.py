@@ -7,7 +7,7 @@ import torch
 
 from lilliput.errors import DataError, SourceError
 from lilliput.tasks import likelihood
-from lilliput.tasks.kept import Kept
+from lilliput.tasks.answers import AnswerStore
 from lilliput.tasks.likelihood import Encoded, Loaded, encode, log_likelihoods
 from lilliput.tasks.run import loaded
 
@@ -40,7 +40,7 @@ def manual(model: Loaded, context: str, continuation: str) -> tuple[float, bool]
 
 
 def test_scores_equal_a_manual_computation(llama):
-    found = log_likelihoods(replace(llama, kept=Kept()), REQUESTS)
+    found = log_likelihoods(replace(llama, answers=AnswerStore()), REQUESTS)
     for request, score in zip(REQUESTS, found, strict=True):
         value, greedy = manual(llama, *request)
         assert score.value == pytest.approx(value, rel=1e-5)
@@ -62,7 +62,7 @@ def test_batches_do_not_change_scores(tiny, name, monkeypatch):
     with loaded(tiny(name)) as model:
         together = log_likelihoods(model, REQUESTS)
         monkeypatch.setattr(likelihood, "TOKENS", 1)
-        alone = log_likelihoods(replace(model, kept=Kept()), REQUESTS)
+        alone = log_likelihoods(replace(model, answers=AnswerStore()), REQUESTS)
     assert [x.value for x in alone] == pytest.approx([x.value for x in together], rel=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_requests_that_differ_in_the_last_token_share_a_pass(llama, monkeypatch)
         return real(loaded, inputs, first)
 
     monkeypatch.setattr(likelihood, "tail_logits", counted)
-    likelihood.scores(replace(llama, kept=Kept()), [Encoded((5, 6, 7), (x,)) for x in range(20, 30)])
+    likelihood.scores(replace(llama, answers=AnswerStore()), [Encoded((5, 6, 7), (x,)) for x in range(20, 30)])
     assert passes == [(5, 6, 7)]
 
 

@@ -63,7 +63,7 @@ def test_bounds_hold() -> None:
 def test_the_start_is_kept_where_every_step_is_worse() -> None:
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     done = minimise([Parameter(x)], lambda _: _uphill(x), lambda: height(x), Schedule(5, 0.3))
-    assert (done.kept, done.start, done.end) == ("start", 0.0, 0.0)
+    assert (done.state, done.start, done.end) == ("start", 0.0, 0.0)
     assert torch.equal(x.detach(), torch.tensor([1.0, -2.0]))
 
 
@@ -80,7 +80,7 @@ def test_the_best_state_on_the_way_is_kept() -> None:
         return height(x)
 
     done = minimise([Parameter(x)], slope, lambda: height(x), Schedule(20, 0.25))
-    assert done.kept == "best"
+    assert done.state == "best"
     assert float(x[0].detach()) == pytest.approx(1.0, abs=0.13)
     assert done.end == pytest.approx(height(x))
 

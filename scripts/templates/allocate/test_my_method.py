@@ -25,6 +25,6 @@ def test_my_method_agrees_with_the_reference_and_keeps_the_mean() -> None:
     weights = {name: size * torch.randn(4, width, generator=draw) for name, size, width in (("a", 1, 6), ("b", 3, 10))}
     scores = score(BlockView(Block((), (), (), Groups()), weights), BlockIO({}), Options())
     budget = {name: Share(0, (4, w.shape[1]), Target(sparsity=0.6)) for name, w in weights.items()}
-    found = {name: target.sparsity for name, target in allocate(scores, budget, Options(spread=0.2)).items()}
-    assert found == pytest.approx(reference(weights, 0.6, 0.2), abs=1e-9)
-    assert 24 * found["a"] + 40 * found["b"] == pytest.approx(64 * 0.6)
+    sparsities = {name: target.sparsity for name, target in allocate(scores, budget, Options(spread=0.2)).items()}
+    assert sparsities == pytest.approx(reference(weights, 0.6, 0.2), abs=1e-9)
+    assert 24 * sparsities["a"] + 40 * sparsities["b"] == pytest.approx(64 * 0.6)

@@ -34,13 +34,13 @@ def score(weight: Tensor, stats: SiteStats, cost: Tensor, targets: Sequence[Targ
     if not stats.count:
         return (0.0,) * len(targets)
     # replace: from here on
-    found = []
+    losses = []
     for target in targets:
         form = from_target(target)
         grid = ranged.fit(form, weight, None, ranged.RangeRule("mse"))
         error = (form.decode(form.encode(weight, grid), grid) - weight).double()
-        found.append(float(cost.double() @ error.square().mean(1)))
-    return tuple(found)
+        losses.append(float(cost.double() @ error.square().mean(1)))
+    return tuple(losses)
 
 
 METHOD = Choose(

@@ -32,9 +32,9 @@ def edit(groups: Sequence[Groups], stats: Mapping[str, SiteStats], o: Options) -
     if len(stats) != len(groups) + 1:
         raise ValueError(f"{len(groups)} blocks have {len(groups) + 1} boundaries, not {len(stats)}")
     bases = []
-    for seen in stats.values():
+    for stat in stats.values():
         # replace: from here on
-        order = seen.need("gram").diagonal().argsort(descending=True, stable=True)
+        order = stat.need("gram").diagonal().argsort(descending=True, stable=True)
         bases.append(torch.eye(len(order), dtype=torch.float64)[order].T.contiguous())
     return EditPlan(bases=tuple(bases))
 

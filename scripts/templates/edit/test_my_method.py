@@ -21,7 +21,7 @@ def test_my_method_agrees_with_the_reference() -> None:
     draw = torch.Generator().manual_seed(0)
     inputs = [torch.randn(20, WIDTH, generator=draw).double() for _ in range(3)]
     stats = {str(n): fold.finish(fold.update(fold.init(WIDTH, ("gram",)), x.float())) for n, x in enumerate(inputs)}
-    found = edit([Groups(), Groups()], stats, Options())
-    assert len(found.bases) == 3
-    for x, basis in zip(inputs, found.bases, strict=True):
+    plan = edit([Groups(), Groups()], stats, Options())
+    assert len(plan.bases) == 3
+    for x, basis in zip(inputs, plan.bases, strict=True):
         torch.testing.assert_close(x @ basis, x[:, reference(x)], rtol=0, atol=0)

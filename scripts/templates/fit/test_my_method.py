@@ -22,8 +22,8 @@ TARGET = Target(bits=3, group_size=8, symmetric=True, scale_dtype="float32")
 def step(codes: Tensor, scale: Tensor, weight: Tensor, inputs: Tensor) -> Tensor:
     """replace: your equations, as obvious as can be. Now: the factors after one step of Adam, which is `lr` long."""
     factor = torch.ones_like(scale, requires_grad=True)
-    made = (codes.view(ROWS, -1, 8) * (scale * factor)[:, :, None]).reshape(ROWS, WIDTH)
-    (inputs @ (made - weight).T).square().mean().backward()
+    expected = (codes.view(ROWS, -1, 8) * (scale * factor)[:, :, None]).reshape(ROWS, WIDTH)
+    (inputs @ (expected - weight).T).square().mean().backward()
     assert factor.grad is not None
     return 1.0 - LR * factor.grad.sign()
 

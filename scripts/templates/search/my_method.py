@@ -47,11 +47,11 @@ def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target]
     # replace: from here on; ask for losses in an order that only losses decide, so that a killed run can go on
     whole = {name: share.target.model_copy(update={"rank": None, "ratio": 1.0}) for name, share in budget.items()}
     before = loss({}, len(budget))
-    tried: list[tuple[float, str, Target]] = []
+    trials: list[tuple[float, str, Target]] = []
     for number, (name, share) in enumerate(budget.items()):
         target = share.target.model_copy(update={"rank": max(1, int(o.kept * min(share.shape))), "ratio": None})
-        tried.append((loss({name: target}, len(budget) - number - 1), name, target))
-    after, name, target = min(tried, key=lambda x: x[:2])
+        trials.append((loss({name: target}, len(budget) - number - 1), name, target))
+    after, name, target = min(trials, key=lambda x: x[:2])
     if not after < before:
         return whole, f"my-method: no linear lowers the loss ({before:.4f})."
     return {**whole, name: target}, f"my-method: {name} to rank {target.rank}, loss {before:.4f} to {after:.4f}."

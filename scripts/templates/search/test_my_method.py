@@ -28,10 +28,10 @@ def test_my_method_agrees_with_the_reference(losses: Mapping[str, float]) -> Non
         assert all(target.rank == 3 for target in changes.values())
         return losses[next(iter(changes))] if changes else 2.5
 
-    found, said = search(loss, BUDGET, Options(kept=0.5))
-    assert found.keys() == BUDGET.keys()
-    changed = [name for name, target in found.items() if target.rank is not None]
-    wanted = reference(losses, 2.5)
-    assert changed == ([] if wanted is None else [wanted])
-    assert said.startswith("my-method: ")
+    targets, sentence = search(loss, BUDGET, Options(kept=0.5))
+    assert targets.keys() == BUDGET.keys()
+    changed = [name for name, target in targets.items() if target.rank is not None]
+    expected = reference(losses, 2.5)
+    assert changed == ([] if expected is None else [expected])
+    assert sentence.startswith("my-method: ")
     assert asked == [3, 2, 1, 0], "how many calls may follow"

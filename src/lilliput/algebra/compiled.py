@@ -76,8 +76,8 @@ def _window(numbers: Tensor) -> int:
 
 def _known(patterns: Tensor) -> tuple[Any, Any, Any]:
     """The patterns, their squared norms and their sums."""
-    known = patterns.numpy()
-    return known, (known * known).sum(1), known.sum(1)
+    codebook = patterns.numpy()
+    return codebook, (codebook * codebook).sum(1), codebook.sum(1)
 
 
 def _numba() -> Any:
@@ -89,16 +89,16 @@ def _jit(function: Callable[..., None]) -> Any:
 
 
 def _parallel(function: Callable[..., None]) -> Callable[..., None]:
-    made: Callable[..., None] = _numba().njit(parallel=True, boundscheck=False, error_model="numpy")(function)
-    return made
+    compiled: Callable[..., None] = _numba().njit(parallel=True, boundscheck=False, error_model="numpy")(function)
+    return compiled
 
 
 def _threads() -> None:
     """As many as torch has; its own sleep meanwhile."""
     numba = _numba()
-    wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != wanted:
-        numba.set_num_threads(wanted)
+    count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != count:
+        numba.set_num_threads(count)
 
 
 @functools.cache

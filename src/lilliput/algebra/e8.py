@@ -30,11 +30,11 @@ def patterns() -> Tensor:
     def pattern(large: tuple[int, ...], largest: int | None = None) -> list[float]:
         return [2.5 if i == largest else 1.5 if i in large else 0.5 for i in range(DIMENSION)]
 
-    found = [pattern(c) for k in range(5) for c in itertools.combinations(range(DIMENSION), k)]
-    found += [pattern((), i) for i in range(DIMENSION)]
-    found += [pattern((j,), i) for i in range(DIMENSION) for j in range(DIMENSION) if i != j]
-    found += [pattern(c) for c in itertools.islice(itertools.combinations(range(DIMENSION), 5), 256 - len(found))]
-    return torch.tensor(found)
+    rows = [pattern(c) for k in range(5) for c in itertools.combinations(range(DIMENSION), k)]
+    rows += [pattern((), i) for i in range(DIMENSION)]
+    rows += [pattern((j,), i) for i in range(DIMENSION) for j in range(DIMENSION) if i != j]
+    rows += [pattern(c) for c in itertools.islice(itertools.combinations(range(DIMENSION), 5), 256 - len(rows))]
+    return torch.tensor(rows)
 
 
 @functools.cache
@@ -63,29 +63,29 @@ def nearest(x: Tensor) -> Tensor:
     return in_torch(x, patterns().to(x.device))
 
 
-def in_torch(x: Tensor, known: Tensor) -> Tensor:
+def in_torch(x: Tensor, codebook: Tensor) -> Tensor:
     """`nearest` by torch's operations; known: the patterns, on the device of x."""
-    square, total = known.square().sum(1), known.sum(1)
+    square, total = codebook.square().sum(1), codebook.sum(1)
     best: Tensor | None = None
     chosen: Tensor | None = None
     for shift in (0, 1):
         y = x + (0.25 if shift else -0.25)
         size, negative = y.abs(), y < 0
         # One term after the other, so that sums do not depend on how a product is cut.
-        gain, norm = torch.zeros(len(x), len(known), dtype=x.dtype, device=x.device), torch.zeros_like(y[:, 0])
+        gain, norm = torch.zeros(len(x), len(codebook), dtype=x.dtype, device=x.device), torch.zeros_like(y[:, 0])
         weakest = torch.full_like(gain, torch.inf)
         for i in range(DIMENSION):
-            term = size[:, i, None] * known[:, i]
+            term = size[:, i, None] * codebook[:, i]
             gain += term
             norm += y[:, i] * y[:, i]
             torch.minimum(weakest, term, out=weakest)
         odd = (total + negative.sum(1, keepdim=True)).remainder(2) != 0
         gain = gain.mul_(2).sub_(square).sub_(weakest.mul_(4).mul_(odd)).sub_(norm[:, None])
         score, pattern = gain.max(1)
-        flip = (size * known[pattern]).argmin(1)
+        flip = (size * codebook[pattern]).argmin(1)
         wrong = odd.gather(1, pattern[:, None]).squeeze(1)
-        turned = negative ^ (torch.nn.functional.one_hot(flip, DIMENSION).bool() & wrong[:, None])
-        bits = (turned[:, :7].long() << torch.arange(1, 8, device=x.device)).sum(1)
+        signs = negative ^ (torch.nn.functional.one_hot(flip, DIMENSION).bool() & wrong[:, None])
+        bits = (signs[:, :7].long() << torch.arange(1, 8, device=x.device)).sum(1)
         index = pattern * 256 + bits + shift
         if best is None or chosen is None:
             best, chosen = score, index

@@ -85,8 +85,12 @@ def _halves(width: int) -> tuple[Tensor, Tensor]:
             matrices.append(paley(order))  # not symmetric, unlike Sylvester's
         else:
             matrices += [torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)] * (order.bit_length() - 1)
-    cut = min(range(len(matrices) + 1), key=lambda n: sum(math.prod(map(len, x)) for x in (matrices[:n], matrices[n:])))
-    left, right = (functools.reduce(torch.kron, x, torch.ones(1, 1).double()) for x in (matrices[:cut], matrices[cut:]))
+    middle = min(
+        range(len(matrices) + 1), key=lambda n: sum(math.prod(map(len, x)) for x in (matrices[:n], matrices[n:]))
+    )
+    left, right = (
+        functools.reduce(torch.kron, x, torch.ones(1, 1).double()) for x in (matrices[:middle], matrices[middle:])
+    )
     return left, right / math.sqrt(width)
 
 

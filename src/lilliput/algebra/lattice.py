@@ -60,12 +60,12 @@ def recode(
         pull = torch.addmm(deviation[a:b] * ridge, gram[a:b], deviation)
         diagonal = corner.diagonal().clone()
         diagonal.masked_fill_(diagonal == 0, 1.0)
-        held = codes[a:b] * rounding.scale[rounding.group[a]]
-        target = torch.addcdiv(held, pull, diagonal[:, None])
-        moved = torch.empty_like(target)
+        quantized = codes[a:b] * rounding.scale[rounding.group[a]]
+        target = torch.addcdiv(quantized, pull, diagonal[:, None])
+        deviations = torch.empty_like(target)
         mask = None if support is None else support[a:b]
-        settle(target, moved, held, corner.div_(diagonal), a, rounding, codes[a:b], mask)
-        deviation[a:b] += moved
+        settle(target, deviations, quantized, corner.div_(diagonal), a, rounding, codes[a:b], mask)
+        deviation[a:b] += deviations
 
 
 def _rescale(
@@ -83,9 +83,9 @@ def _rescale(
     slope = ((gram[start:stop] @ deviation).add_(own, alpha=ridge) * codes).sum(0)
     bend = (((gram[start:stop, start:stop] @ codes).add_(codes, alpha=ridge)) * codes).sum(0)
     scale = rounding.scale[group]
-    wanted = stored(torch.where(bend > 0, scale + slope / bend, scale), dtype)
-    step = wanted - scale
-    falls = (step * (step * bend - 2 * slope) < 0) & (wanted * scale > 0) & torch.isfinite(wanted)
+    proposal = stored(torch.where(bend > 0, scale + slope / bend, scale), dtype)
+    step = proposal - scale
+    falls = (step * (step * bend - 2 * slope) < 0) & (proposal * scale > 0) & torch.isfinite(proposal)
     step = torch.where(falls, step, 0.0)
     own.addcmul_(codes, step, value=-1.0)
     scale.add_(step)

@@ -34,8 +34,8 @@ def by_column(nearest: Nearest) -> Settle:
     def settle(aim: Tensor, weight: Tensor, coupling: Tensor, codes: Tensor, deviation: Tensor) -> None:
         for j in range(len(aim)):
             value = aim[j] if j == 0 else torch.addmv(aim[j], deviation[:j].T, coupling[:j, j])
-            codes[j], got = nearest(value)
-            torch.sub(weight[j], got, out=deviation[j])
+            codes[j], rounded = nearest(value)
+            torch.sub(weight[j], rounded, out=deviation[j])
 
     return settle
 
@@ -63,7 +63,7 @@ def polish(weight: Tensor, deviation: Tensor, gram: Tensor, ridge: float, settle
         diagonal = corner.diagonal().clone()
         diagonal.masked_fill_(diagonal == 0, 1.0)
         pull = torch.addmm(deviation[a:b] * ridge, gram[a:b], deviation)
-        held = weight[a:b] - deviation[a:b]
-        moved = torch.empty_like(held)
-        settle(torch.addcdiv(held, pull, diagonal[:, None]), held, corner / diagonal, codes[a:b], moved)
-        deviation[a:b] += moved
+        quantized = weight[a:b] - deviation[a:b]
+        deviations = torch.empty_like(quantized)
+        settle(torch.addcdiv(quantized, pull, diagonal[:, None]), quantized, corner / diagonal, codes[a:b], deviations)
+        deviation[a:b] += deviations

@@ -45,28 +45,28 @@ def sweep(problem: Problem, table: Tensor, group: Tensor, stored: torch.dtype, r
     codes. Values outside the support are 0.
     """
     x = problem
-    turned = x.weight.T.contiguous() if x.order is None else x.weight.T[x.order]
-    held = None if x.support is None else x.support.T.contiguous()
+    columns = x.weight.T.contiguous() if x.order is None else x.weight.T[x.order]
+    kept_mask = None if x.support is None else x.support.T.contiguous()
     visits = group if x.order is None else group[x.order]
     swept = Levels.of(table, visits.tolist())
-    mask = held if held is None or x.order is None else held[x.order]
-    values, deviation = torch.empty_like(turned), torch.empty_like(turned)
-    for a in range(0, len(turned), x.block):
-        b = min(a + x.block, len(turned))
-        aim = obs.reach(turned, deviation, x.factor, a, b)
+    mask = kept_mask if kept_mask is None or x.order is None else kept_mask[x.order]
+    values, deviation = torch.empty_like(columns), torch.empty_like(columns)
+    for a in range(0, len(columns), x.block):
+        b = min(a + x.block, len(columns))
+        aim = obs.reach(columns, deviation, x.factor, a, b)
         some = None if mask is None else mask[a:b]
         coupling = x.factor.coupling[a:b, a:b]
-        obs.settle(aim, deviation[a:b], turned[a:b], coupling, a, swept, values[a:b], some)
+        obs.settle(aim, deviation[a:b], columns[a:b], coupling, a, swept, values[a:b], some)
     if x.order is not None:
         values = torch.empty_like(values).index_copy_(0, x.order, values)
         deviation = torch.empty_like(deviation).index_copy_(0, x.order, deviation)
-    del turned
+    del columns
     if refits:
         gram = x.gram.clone()
         gram.diagonal().mul_(1.0 + x.shrinkage)
         ridge = x.factor.damping * float(x.gram.diagonal().mean())
         gram.diagonal().add_(ridge)
-        fixed = None if held is None else ~held
+        fixed = None if kept_mask is None else ~kept_mask
         step = max(1, ROOM // max(len(values), 1))
         for _ in range(refits):
             table = table.clone()
@@ -75,7 +75,7 @@ def sweep(problem: Problem, table: Tensor, group: Tensor, stored: torch.dtype, r
                 still = None if fixed is None else fixed[:, rows]
                 table[rows] = _refit(values[:, rows], deviation[:, rows], gram, table[rows], group, still, stored)
             levels = Levels.of(table, group.tolist())
-            lattice.recode(values, deviation, gram, 0.0, levels, held, 0, len(values))
+            lattice.recode(values, deviation, gram, 0.0, levels, kept_mask, 0, len(values))
     return values.T, table
 
 
@@ -100,8 +100,8 @@ def _refit(
     for g in range(groups):
         columns = (group == g).nonzero().squeeze(1)
         one = table[:, g].contiguous()
-        found = torch.searchsorted((one[:, 1:] + one[:, :-1]) / 2, values[columns].T.contiguous())
-        index[columns] = found.T + g * k
+        places = torch.searchsorted((one[:, 1:] + one[:, :-1]) / 2, values[columns].T.contiguous())
+        index[columns] = places.T + g * k
     movable = torch.ones_like(flat) if fixed is None else (flat != 0).double()
     moves = None if fixed is None else (~fixed).double()
 
@@ -130,15 +130,15 @@ def _refit(
         after = (residual * fresh).sum(0)
         towards = torch.addcmul(fresh, towards, torch.where(size > 0, after / size, 0.0))
         size = after
-    wanted = (flat + step).to(stored).double()
-    change = spread(wanted - flat)
-    tried = drift - change
-    better = (_times(gram, tried) * tried).sum(0) < before
-    better &= torch.isfinite(wanted).all(0)
-    deviation.copy_(torch.where(better, tried, drift))
+    proposal = (flat + step).to(stored).double()
+    change = spread(proposal - flat)
+    drift_after = drift - change
+    better = (_times(gram, drift_after) * drift_after).sum(0) < before
+    better &= torch.isfinite(proposal).all(0)
+    deviation.copy_(torch.where(better, drift_after, drift))
     values.add_(torch.where(better, change, 0.0))
-    kept = torch.where(better, wanted, flat).float()
-    return kept.T.reshape(rows, groups, k).sort(-1).values
+    accepted = torch.where(better, proposal, flat).float()
+    return accepted.T.reshape(rows, groups, k).sort(-1).values
 
 
 def _times(gram: Tensor, x: Tensor) -> Tensor:

@@ -57,19 +57,19 @@ def spectrum(
     metric one more, unless the `root` is at hand (`root_of`). Raises LilliputError for NaN or infinity in the weight or
     the metric.
     """
-    held, metric = _finite(weight, metric)
-    held = held if rows is None else held * rows.double()[:, None]
-    if held.shape[0] <= held.shape[1]:
-        turned = held if metric is None else held * metric if metric.dim() == 1 else held @ metric
-        energy, basis = torch.linalg.eigh(_symmetric(turned @ held.T))
+    matrix, metric = _finite(weight, metric)
+    matrix = matrix if rows is None else matrix * rows.double()[:, None]
+    if matrix.shape[0] <= matrix.shape[1]:
+        image = matrix if metric is None else matrix * metric if metric.dim() == 1 else matrix @ metric
+        energy, basis = torch.linalg.eigh(_symmetric(image @ matrix.T))
         return Spectrum(basis.flip(1), energy.flip(0).clamp_min(0.0))
     if metric is not None and metric.dim() == 1:
-        held = held * metric.sqrt()
+        matrix = matrix * metric.sqrt()
     elif metric is not None:
-        held = held @ (_root(metric) if root is None else root)
-    energy, right = torch.linalg.eigh(_symmetric(held.T @ held))
+        matrix = matrix @ (_root(metric) if root is None else root)
+    energy, right = torch.linalg.eigh(_symmetric(matrix.T @ matrix))
     # Orthonormal also where a singular value is 0: whatever completes the basis.
-    basis = torch.linalg.qr(held @ right.flip(1)).Q
+    basis = torch.linalg.qr(matrix @ right.flip(1)).Q
     return Spectrum(basis, energy.flip(0).clamp_min(0.0))
 
 
@@ -90,11 +90,11 @@ def project(left: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
     Least squares by the singular value decomposition of `left`, so that factors of any condition serve. It is the
     optimum under every metric of the inputs; `rows` [out] weighs the outputs.
     """
-    held, aim = left.double(), weight.double()
+    factor, aim = left.double(), weight.double()
     if rows is not None:
-        held, aim = held * rows.double()[:, None], aim * rows.double()[:, None]
-    u, s, vt = torch.linalg.svd(held, full_matrices=False)
-    floor = s[:1] * max(held.shape) * torch.finfo(s.dtype).eps
+        factor, aim = factor * rows.double()[:, None], aim * rows.double()[:, None]
+    u, s, vt = torch.linalg.svd(factor, full_matrices=False)
+    floor = s[:1] * max(factor.shape) * torch.finfo(s.dtype).eps
     inverse = torch.where(s > floor, 1.0 / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
     out: Tensor = vt.T @ (inverse[:, None] * (u.T @ aim))
     return out
@@ -105,8 +105,8 @@ def squared(difference: Tensor, metric: Tensor | None = None) -> float:
     d = difference.double()
     if metric is None:
         return float(d.square().sum())
-    turned = d * metric.double() if metric.dim() == 1 else d @ metric.double()
-    return max(float((turned * d).sum()), 0.0)
+    image = d * metric.double() if metric.dim() == 1 else d @ metric.double()
+    return max(float((image * d).sum()), 0.0)
 
 
 def tails(weight: Tensor, basis: Tensor, metric: Tensor | None) -> Tensor:
@@ -116,10 +116,10 @@ def tails(weight: Tensor, basis: Tensor, metric: Tensor | None) -> Tensor:
     that direction u takes off is uT W M WT u. n = min(out, in) directions that span the columns of W leave 0.
     """
     image = basis.T @ weight.double()
-    turned = image if metric is None else image * metric.double() if metric.dim() == 1 else image @ metric.double()
-    taken = (turned * image).sum(1).clamp_min(0.0)
-    left = taken.flip(0).cumsum(0).flip(0)
-    return torch.cat([left, left.new_zeros(1)])
+    weighted = image if metric is None else image * metric.double() if metric.dim() == 1 else image @ metric.double()
+    gains = (weighted * image).sum(1).clamp_min(0.0)
+    errors = gains.flip(0).cumsum(0).flip(0)
+    return torch.cat([errors, errors.new_zeros(1)])
 
 
 def _finite(weight: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor | None]:

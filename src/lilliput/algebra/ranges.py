@@ -51,8 +51,8 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` as a file holds it, in float32: rounded to `dtype`, 0 replaced by 1, too small raised to the smallest."""
     tiny = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).smallest_normal
     size = scale.abs()
-    kept = torch.where(size == 0, 1.0, size.clamp(min=tiny)).to(dtype).float()
-    return torch.where(scale < 0, -kept, kept)
+    size_stored = torch.where(size == 0, 1.0, size.clamp(min=tiny)).to(dtype).float()
+    return torch.where(scale < 0, -size_stored, size_stored)
 
 
 @dataclass(frozen=True)
@@ -107,19 +107,19 @@ def fit(w: Tensor, importance: Tensor | None, rule: Rule) -> tuple[Tensor, Tenso
     # The error is smooth enough in the factor: every third one, then the neighbours of the best. It loses 0.1 % of the
     # error of trying them all, in half the time.
     for i in range(_STRIDE, rule.steps, _STRIDE):
-        tried = stored(wide * (1.0 - unit * i), rule.dtype)
-        error = work.error(tried, zero)
+        trial = stored(wide * (1.0 - unit * i), rule.dtype)
+        error = work.error(trial, zero)
         at = torch.where(error < best.error, float(i), at)
-        best.take(tried, zero, error)
+        best.take(trial, zero, error)
     for move in (-1.0, 1.0):
-        tried = stored(wide * (1.0 - unit * (at + move).clamp_(0.0, rule.steps - 1.0)), rule.dtype)
-        best.take(tried, zero, work.error(tried, zero))
+        trial = stored(wide * (1.0 - unit * (at + move).clamp_(0.0, rule.steps - 1.0)), rule.dtype)
+        best.take(trial, zero, work.error(trial, zero))
     for _ in range(2 if rule.polish else 0):
-        tried = work.refit(best.scale, best.zero)
-        best.take(tried, best.zero, work.error(tried, best.zero))
-        for moved in work.neighbours(best.scale, best.zero):
-            tried = work.refit(*moved)
-            best.take(tried, moved[1], work.error(tried, moved[1]))
+        trial = work.refit(best.scale, best.zero)
+        best.take(trial, best.zero, work.error(trial, best.zero))
+        for neighbour in work.neighbours(best.scale, best.zero):
+            trial = work.refit(*neighbour)
+            best.take(trial, neighbour[1], work.error(trial, neighbour[1]))
     return best.scale.squeeze(-1), best.zero.squeeze(-1)
 
 

@@ -96,19 +96,19 @@ def _rows(
     support: Tensor | None,
     targets: Tensor | None,
 ) -> Tensor:
-    turned = weight.T.contiguous() if order is None else weight.T[order]
+    columns = weight.T.contiguous() if order is None else weight.T[order]
     mask = None
     if support is not None:
         mask = support.T.contiguous() if order is None else support.T[order]
-    deviation, values = torch.empty_like(turned), torch.empty_like(turned)
-    width = len(turned)
+    deviation, values = torch.empty_like(columns), torch.empty_like(columns)
+    width = len(columns)
     for a in range(0, width, block):
         b = min(a + block, width)
-        aim = obs.reach(turned, deviation, factor, a, b)
+        aim = obs.reach(columns, deviation, factor, a, b)
         some = None if mask is None else mask[a:b]
-        obs.settle(aim, deviation[a:b], turned[a:b], factor.coupling[a:b, a:b], a, rounding, values[a:b], some)
+        obs.settle(aim, deviation[a:b], columns[a:b], factor.coupling[a:b, a:b], a, rounding, values[a:b], some)
         values[a:b].mul_(torch.stack([rounding.scale[g] for g in rounding.group[a:b]]))
         if targets is not None:  # `aim` is now what `settle` rounded each column from
             targets[:, slice(a, b) if order is None else order[a:b]] = aim.T
-    del turned, deviation
+    del columns, deviation
     return values.T if order is None else torch.empty_like(values).index_copy_(0, order, values).T

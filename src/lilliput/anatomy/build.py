@@ -83,13 +83,13 @@ def _unbuilt(config: Any, error: Exception) -> SourceError:
 
 def _unroll_experts(model: nn.Module) -> list[str]:
     notes: list[str] = []
-    known: dict[tuple[Any, ...], bool] = {}
+    verdicts: dict[tuple[Any, ...], bool] = {}
     for name, module in list(model.named_modules()):
         if not is_batched(module):
             continue
         kind = (type(module), *(tuple(p.shape) for p in module.parameters(recurse=False)))
-        unrolled = unroll(module) if known.get(kind, True) else None
-        known[kind] = unrolled is not None
+        unrolled = unroll(module) if verdicts.get(kind, True) else None
+        verdicts[kind] = unrolled is not None
         if unrolled is None:
             notes.append(f"{name}: 3-D tensors of {type(module).__name__} have an unknown form and stay as they are")
         else:
@@ -109,14 +109,14 @@ def _find_blocks(model: nn.Module, config: Any) -> tuple[str, ...]:
 
 def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
     """Tensors that the model wants in float32 whatever the dtype, as transformers' own loader keeps them."""
-    wanted = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
-        wanted |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for path, module in model.named_modules():
         for table in (module._parameters, module._buffers):
             for key, value in table.items():
                 parts = set(f"{path}.{key}".split("."))
-                if value is not None and value.is_floating_point() and parts & wanted:
+                if value is not None and value.is_floating_point() and parts & patterns:
                     table[key] = _like(value, torch.float32)
 
 
@@ -147,9 +147,9 @@ def _fill_buffers(model: nn.Module, device: str) -> None:
             with torch.no_grad():
                 owner._init_weights(module)
             results.append({k: module._buffers[k].clone() for k in keys})
-        lost = [k for k in keys if not torch.equal(results[0][k], results[1][k])]
-        if lost:
+        varying = [k for k in keys if not torch.equal(results[0][k], results[1][k])]
+        if varying:
             raise SourceError(
-                f"{type(model).__name__} does not recompute the buffers {lost} of '{path}', "
+                f"{type(model).__name__} does not recompute the buffers {varying} of '{path}', "
                 "and no checkpoint holds them: the model cannot be run"
             )

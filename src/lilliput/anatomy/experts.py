@@ -37,10 +37,10 @@ class UnrolledExperts(nn.Module):
             self.add_module(str(e), Expert(hidden, inner, dtype))
 
     def expert(self, e: int) -> Expert:
-        found = self._modules[str(e)]
-        if not isinstance(found, Expert):
-            raise TypeError(f"expert {e} was replaced by {type(found).__name__}")
-        return found
+        module = self._modules[str(e)]
+        if not isinstance(module, Expert):
+            raise TypeError(f"expert {e} was replaced by {type(module).__name__}")
+        return module
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)

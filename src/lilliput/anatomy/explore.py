@@ -93,10 +93,10 @@ def _look(probe: Probe) -> Block:
     norms = norm_links(probe, sites)
     between = linear_links(probe, sites)
     links = (*norms.links, *between.links)
-    found = flow(probe, sites)
-    role = roles(probe, sites, links, found)
+    feeds = flow(probe, sites)
+    role = roles(probe, sites, links, feeds)
     channels, channel_notes = channel_groups(probe, sites, role, links)
-    heads, head_notes = head_groups(probe, sites, role, found)
+    heads, head_notes = head_groups(probe, sites, role, feeds)
     experts, expert_notes = expert_groups(probe, role)
     stream = residual(probe, links, role)
     site_of = {n: s.name for s in sites for n in s.linears}
@@ -127,20 +127,20 @@ def _sites(probe: Probe) -> list[Site]:
 def _stages(probe: Probe, sites: Sequence[Site]) -> list[Site]:
     """Order sites by what they depend on: with the linears of all later stages replaced, a site's input stays."""
     placed: list[Site] = []
-    left = list(sites)
+    remaining = list(sites)
     stage = 0
-    while left:
+    while remaining:
         changes: dict[str, Tensor] = {}
-        for site in left:
+        for site in remaining:
             for name in site.linears:
                 changes |= probe.noise(name, torch.ones(probe.linears[name].out_features, dtype=torch.bool))
-        seen = probe.look(changes)
+        run = probe.look(changes)
         base = probe.base.inputs
-        free = [s for s in left if s.name in seen.inputs and not differs(seen.inputs[s.name], base[s.name])]
+        free = [s for s in remaining if s.name in run.inputs and not differs(run.inputs[s.name], base[s.name])]
         if not free:
             raise RuntimeError("linears of a block depend on each other in a circle: is the block deterministic?")
         placed += [Site(s.name, s.width, s.linears, stage) for s in free]
-        left = [s for s in left if s not in free]
+        remaining = [s for s in remaining if s not in free]
         stage += 1
     return placed
 

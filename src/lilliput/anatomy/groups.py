@@ -42,7 +42,7 @@ def channel_groups(
 
 
 def head_groups(
-    probe: Probe, sites: Sequence[Site], roles: Mapping[str, Role], found: Flow
+    probe: Probe, sites: Sequence[Site], roles: Mapping[str, Role], feeds: Flow
 ) -> tuple[list[Group], list[str]]:
     """One group per key-value head: its rows in q, k and v, the columns of its queries in o.
 
@@ -53,7 +53,7 @@ def head_groups(
     for site in sites:
         if not all(roles[n] == "o" for n in site.linears):
             continue
-        feeders = [n for n in probe.linears if site.name in found.direct.get(n, ())]
+        feeders = [n for n in probe.linears if site.name in feeds.direct.get(n, ())]
         chunks = _chunks(probe, site, feeders)
         parts = _components(site, chunks) if chunks is not None else None
         if parts is None:
@@ -76,11 +76,15 @@ def expert_groups(probe: Probe, roles: Mapping[str, Role]) -> tuple[list[Group],
             continue
         for e in experts:
             members: list[Member] = [(router, "rows", (e, e + 1))]
-            for name, found in own.items():
-                if found.expert == e:
+            for name, linears in own.items():
+                if linears.expert == e:
                     down = roles[name] == "down"
                     members.append(
-                        (name, "columns" if down else "rows", (0, found.in_features if down else found.out_features))
+                        (
+                            name,
+                            "columns" if down else "rows",
+                            (0, linears.in_features if down else linears.out_features),
+                        )
                     )
             groups.append(Group("expert", tuple(members)))
     return groups, notes
@@ -102,9 +106,9 @@ def _maps(
         if rows >= 2 * probe.linears[consumer].in_features:
             if up is None:
                 return None
-            taken = torch.zeros(rows, dtype=torch.bool)
-            taken[up] = True
-            gate = channel_rows(probe, name, consumer, without=taken)
+            used = torch.zeros(rows, dtype=torch.bool)
+            used[up] = True
+            gate = channel_rows(probe, name, consumer, without=used)
             if gate is None:
                 return None
             out += [gate, up]
@@ -140,8 +144,8 @@ def _chunks(probe: Probe, site: Site, feeders: Sequence[str]) -> list[tuple[str,
         for start in range(0, rows, size):
             mask = torch.zeros(rows, dtype=torch.bool)
             mask[start : start + size] = True
-            seen = probe.look(probe.noise(name, mask))
-            hit = changed_channels(seen.inputs[site.name], base)
+            run = probe.look(probe.noise(name, mask))
+            hit = changed_channels(run.inputs[site.name], base)
             if bool(hit.any()):
                 out.append((name, (start, start + size), hit))
     return out

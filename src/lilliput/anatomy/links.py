@@ -56,9 +56,13 @@ def linear_links(probe: Probe, sites: Sequence[Site]) -> Links:
         if not producers:
             continue
         later = [s for s in sites if s.stage > stage[producers[0]]]
-        found = _candidates(probe, producers, later)
-        together = _try_linear(probe, found) if len(found) > 1 and len(found) == len(producers) else float("inf")
-        for one in found:  # experts at once, and one by one only where that fails
+        candidates = _candidates(probe, producers, later)
+        together = (
+            _try_linear(probe, candidates)
+            if len(candidates) > 1 and len(candidates) == len(producers)
+            else float("inf")
+        )
+        for one in candidates:  # experts at once, and one by one only where that fails
             producer, site, index = one
             error = together if together <= TOLERANCE else _try_linear(probe, [one])
             if error <= TOLERANCE:
@@ -86,10 +90,10 @@ def channel_rows(probe: Probe, producer: str, consumer: str, without: Tensor | N
         marked = (numbers >> bit) & 1 == 1
         hits = []
         for mask in (marked, ~marked):
-            seen = probe.look(probe.noise(producer, mask if without is None else mask & ~without))
-            if consumer not in seen.inputs or seen.inputs[consumer].shape != probe.base.inputs[consumer].shape:
+            run = probe.look(probe.noise(producer, mask if without is None else mask & ~without))
+            if consumer not in run.inputs or run.inputs[consumer].shape != probe.base.inputs[consumer].shape:
                 return None
-            hits.append((probe.early(seen.inputs[consumer]) - base).abs().amax(0) > 1e-6 * base.abs().max())
+            hits.append((probe.early(run.inputs[consumer]) - base).abs().amax(0) > 1e-6 * base.abs().max())
         if not bool((hits[0] ^ hits[1]).all()):
             return None
         index |= hits[0].long() << bit
@@ -128,9 +132,9 @@ def _try_norm(probe: Probe, norm: str, readers: Sequence[str], width: int, offse
     return probe.error(probe.look(changes))
 
 
-def _try_linear(probe: Probe, found: Sequence[tuple[str, Site, Tensor]]) -> float:
+def _try_linear(probe: Probe, candidates: Sequence[tuple[str, Site, Tensor]]) -> float:
     changes: dict[str, Tensor] = {}
-    for producer, site, index in found:
+    for producer, site, index in candidates:
         rows = torch.ones(probe.linears[producer].out_features, dtype=probe.skeleton.dtype)
         scale = probe.uniform(len(rows))
         used = torch.zeros(len(rows), dtype=torch.bool)
@@ -170,10 +174,10 @@ def _candidates(probe: Probe, family: Sequence[str], later: Sequence[Site]) -> l
         used = torch.where(mask, factor, torch.ones_like(factor))
         for producer in family:
             changes |= probe.rows(producer, used)
-        seen = probe.look(changes)
+        run = probe.look(changes)
         reached = []
         for producer, site, index in some:
-            before, after = probe.base.inputs[site.linears[0]], seen.inputs.get(site.linears[0])
+            before, after = probe.base.inputs[site.linears[0]], run.inputs.get(site.linears[0])
             if after is None or after.shape != before.shape:
                 continue
             x, y = probe.early(before), probe.early(after)
@@ -194,8 +198,8 @@ def _match(x: Tensor, y: Tensor, factor: Tensor, mask: Tensor) -> Tensor:
     order = where[factor[where].argsort()]
     values = factor[order].contiguous()
     right = torch.searchsorted(values, ratio.contiguous()).clamp(0, len(values) - 1)
-    left = (right - 1).clamp_min(0)
-    nearest = torch.where((values[left] - ratio).abs() < (values[right] - ratio).abs(), left, right)
+    lower = (right - 1).clamp_min(0)
+    nearest = torch.where((values[lower] - ratio).abs() < (values[right] - ratio).abs(), lower, right)
     step = 1.386 / len(factor)  # the factors' distance, relative
     close = (values[nearest] / ratio - 1).abs() <= min(0.1 * step, 1e-3)
     alive = x.norm(dim=0) > 0

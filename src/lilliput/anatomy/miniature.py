@@ -27,20 +27,20 @@ def miniature(skeleton: Skeleton, dtype: torch.dtype = torch.float64) -> Skeleto
     Heads and experts keep their number, and heads their size, so that every layout is the large model's.
     """
     config = copy.deepcopy(skeleton.config)
-    taken = {size for names in skeleton.names_of(0) for size in skeleton.shapes[names]}
+    used = {size for names in skeleton.names_of(0) for size in skeleton.shapes[names]}
     heads = int(setting(config, "num_attention_heads") or 0)
     sizes: dict[str, int] = {}
     if heads and any(named(config, word) for word in ("num_key_value_heads", *_HEAD_WORDS)):
         if setting(config, "head_dim", 0) is None:
             config.head_dim = config.hidden_size // heads  # or heads would shrink with the residual stream
-        sizes["hidden_size"] = _fresh(taken, heads * -(-HIDDEN // heads), heads)
+        sizes["hidden_size"] = _fresh(used, heads * -(-HIDDEN // heads), heads)
     for name, value in config.to_dict().items():
         if isinstance(value, int) and not isinstance(value, bool) and any(w in name for w in _INNER_WORDS):
-            sizes[name] = _fresh(taken, INNER, 8)
+            sizes[name] = _fresh(used, INNER, 8)
     sizes = {n: size for n, size in sizes.items() if size * 2 <= int(setting(config, n) or 0)}
-    for chosen in (sizes, {n: size for n, size in sizes.items() if n != "hidden_size"}):
-        small = _build(config, chosen, dtype) if chosen else None
-        if small is not None and _shrunk(skeleton, small, config, chosen):
+    for shrunk in (sizes, {n: size for n, size in sizes.items() if n != "hidden_size"}):
+        small = _build(config, shrunk, dtype) if shrunk else None
+        if small is not None and _shrunk(skeleton, small, config, shrunk):
             return small
     return None
 
@@ -97,13 +97,13 @@ class _StretchError(Exception):
     """An index of the miniature that has no counterpart in the large block."""
 
 
-def _fresh(taken: set[int], least: int, step: int) -> int:
+def _fresh(used: set[int], least: int, step: int) -> int:
     """A size that no other dimension has, so that none is mistaken for another."""
     size = least
-    while size in taken:
+    while size in used:
         size += step
-    taken.add(size)
-    taken.add(2 * size)
+    used.add(size)
+    used.add(2 * size)
     return size
 
 

@@ -110,13 +110,13 @@ class Probe:
         spread = (torch.randperm(size, generator=self.rng) + 0.5) / size
         return torch.exp2(2 * spread.to(self.skeleton.dtype) - 1)
 
-    def error(self, seen: Seen, expected: Tensor | None = None) -> float:
+    def error(self, run: Seen, expected: Tensor | None = None) -> float:
         """Relative change of the block's output: Frobenius norms."""
         base = self.base.out if expected is None else expected
-        if not torch.isfinite(seen.out).all():
+        if not torch.isfinite(run.out).all():
             return float("inf")
         added = base - self.hidden  # the residual alone would hide what the block itself does
-        return float((seen.out - base).norm() / added.norm().clamp_min(torch.finfo(base.dtype).tiny))
+        return float((run.out - base).norm() / added.norm().clamp_min(torch.finfo(base.dtype).tiny))
 
     def per_token(self, x: Tensor) -> Tensor | None:
         """x [.., width] as [batch, tokens, width], or None where it holds only some tokens (an expert's input)."""
@@ -147,9 +147,9 @@ class Probe:
             shape = (self.batch, self.tokens, self.skeleton.hidden_size)
             self.hidden = torch.randn(shape, generator=self.rng, dtype=self.skeleton.dtype)
             self.calls = self.skeleton.calls(self.batch, self.tokens)
-            seen = self._run(self.hidden)
-            if all(f.name in seen.inputs for f in self.linears.values() if f.expert is not None) or self.batch >= 1024:
-                return seen
+            run = self._run(self.hidden)
+            if all(f.name in run.inputs for f in self.linears.values() if f.expert is not None) or self.batch >= 1024:
+                return run
             self.batch *= 4
 
     def _run(self, hidden: Tensor) -> Seen:

@@ -28,18 +28,18 @@ def flow(probe: Probe, sites: Sequence[Site]) -> Flow:
     seen_family: dict[str, str] = {}
     for site in reversed(sites):
         for name in site.linears:
-            found = probe.linears[name]
-            twin = seen_family.setdefault(found.family, name)
+            linear = probe.linears[name]
+            twin = seen_family.setdefault(linear.family, name)
             if twin != name:
                 direct[name] = _of_expert(direct[twin], probe, twin, name)
                 continue
-            everything = torch.ones(found.out_features, dtype=torch.bool)
-            seen = probe.look(probe.noise(name, everything))
+            everything = torch.ones(linear.out_features, dtype=torch.bool)
+            run = probe.look(probe.noise(name, everything))
             hit = {
                 s.name
                 for s in sites
                 if stage[s.name] > site.stage
-                and (s.name not in seen.inputs or differs(seen.inputs[s.name], probe.base.inputs[s.name]))
+                and (s.name not in run.inputs or differs(run.inputs[s.name], probe.base.inputs[s.name]))
             }
             reach[name] = hit
             by_others = {t for s in hit for n in _site(sites, s).linears for t in reach.get(n, ())}
@@ -47,11 +47,11 @@ def flow(probe: Probe, sites: Sequence[Site]) -> Flow:
     return Flow(direct, _mixing(probe, sites))
 
 
-def roles(probe: Probe, sites: Sequence[Site], links: Sequence[Link], found: Flow) -> dict[str, Role]:
+def roles(probe: Probe, sites: Sequence[Site], links: Sequence[Link], feeds: Flow) -> dict[str, Role]:
     """A role for every linear; "other" where looking does not tell."""
     out: dict[str, Role] = {}
     producers: dict[str, list[str]] = {}
-    for name, targets in found.direct.items():
+    for name, targets in feeds.direct.items():
         for target in targets:
             producers.setdefault(target, []).append(name)
     linked = {(x.producer, x.site): x for x in links if x.kind == "linear"}
@@ -62,10 +62,10 @@ def roles(probe: Probe, sites: Sequence[Site], links: Sequence[Link], found: Flo
         feeders = [n for n in producers.get(site.name, ()) if n not in out]
         if not feeders:
             continue
-        if site.name in found.mixing:
+        if site.name in feeds.mixing:
             out |= dict.fromkeys(site.linears, "o")
             out |= _attention(probe, site, feeders, linked)
-        elif all(not found.direct[n] or out.get(n) == "down" for n in site.linears):
+        elif all(not feeds.direct[n] or out.get(n) == "down" for n in site.linears):
             mlp = _mlp(probe, site, feeders, linked)
             if mlp:
                 out |= dict.fromkeys(site.linears, "down")
@@ -114,10 +114,10 @@ def _moves(probe: Probe, name: str, site: Site, at: int, watch: int) -> bool:
 
     handle = probe.block.get_submodule(name).register_forward_hook(hook)
     try:
-        seen = probe.look()
+        run = probe.look()
     finally:
         handle.remove()
-    before, after = (probe.per_token(x.inputs[site.name]) for x in (probe.base, seen))
+    before, after = (probe.per_token(x.inputs[site.name]) for x in (probe.base, run))
     return before is not None and after is not None and differs(after[:, watch], before[:, watch])
 
 
@@ -125,11 +125,11 @@ def _mixing(probe: Probe, sites: Sequence[Site]) -> tuple[str, ...]:
     """Sites of the earliest stage whose last token sees a change of the first token."""
     hidden = probe.hidden.clone()
     hidden[:, 0] = hidden[:, 0].roll(1, 0) + 0.5
-    seen = probe.look(hidden=hidden)
+    run = probe.look(hidden=hidden)
     hit = []
     for site in sites:
         before = probe.per_token(probe.base.inputs[site.name])
-        after = seen.inputs.get(site.name)
+        after = run.inputs.get(site.name)
         if before is None or after is None or after.shape != probe.base.inputs[site.name].shape:
             continue
         if differs(after.reshape(before.shape)[:, -1], before[:, -1]):

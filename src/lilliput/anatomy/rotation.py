@@ -46,9 +46,9 @@ def residual(probe: Probe, links: Sequence[Link], roles: Mapping[str, Role]) -> 
         changes[f"{writer}.weight"] = weight @ rotation if probe.linears[writer].transposed else rotation.T @ weight
         if probe.linears[writer].bias:
             changes[f"{writer}.bias"] = probe.tensor(f"{writer}.bias") @ rotation
-    seen = probe.look(changes, hidden=probe.hidden @ rotation)
+    run = probe.look(changes, hidden=probe.hidden @ rotation)
     expected = probe.base.out @ rotation
-    error = float((seen.out - expected).norm() / (expected - probe.hidden @ rotation).norm())
+    error = float((run.out - expected).norm() / (expected - probe.hidden @ rotation).norm())
     if not error <= TOLERANCE:
         return Residual((), (), (f"the residual stream cannot be rotated: the block's output changes by {error:.1e}",))
     return Residual(tuple((x.producer, x.readers) for x in norms), writers, ())
@@ -56,7 +56,7 @@ def residual(probe: Probe, links: Sequence[Link], roles: Mapping[str, Role]) -> 
 
 def _behind_linear(probe: Probe) -> set[str]:
     """Norms whose input is (the first columns of) a linear's output, as between the two halves of a low-rank linear."""
-    found: set[str] = set()
+    norms: set[str] = set()
     for norm, (x, _) in probe.base.norms.items():
         rows = x.reshape(-1, x.shape[-1])
         for y in probe.base.outputs.values():
@@ -66,5 +66,5 @@ def _behind_linear(probe: Probe) -> set[str]:
                 and flat.shape[1] >= rows.shape[1]
                 and torch.equal(flat[:, : rows.shape[1]], rows)
             ):
-                found.add(norm)
-    return found
+                norms.add(norm)
+    return norms

@@ -38,8 +38,8 @@ class _StopForwardError(Exception):
 
 def positions(config: Any) -> int | None:
     """Tokens of the longest context that a config of transformers names; None where it names none."""
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
-    return next((x for x in found if isinstance(x, int) and x > 0), None)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
+    return next((x for x in limits if isinstance(x, int) and x > 0), None)
 
 
 class Skeleton:
@@ -184,23 +184,23 @@ class Skeleton:
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states [B, T, H] after the last block -> what the head reads (the final tensors must be loaded)."""
-        seen: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def stop(x: Tensor, *_: Any, **__: Any) -> Any:
-            seen.append(x)
+            inputs.append(x)
             raise _StopForwardError
 
-        given = (hidden, None, None) if self._tuples else hidden
+        output = (hidden, None, None) if self._tuples else hidden
 
         def inject(*_: Any, **__: Any) -> Any:
-            return given
+            return output
 
         forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(self._layers, inject)
         forwards |= {m: self._stub(m) for m in self._before}
         forwards[self.head_module] = stop
         with _forwards(forwards):
             self._forward(self._dummy(hidden.shape[0], hidden.shape[1]))
-        return seen[0]
+        return inputs[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Finished hidden states [.., H] -> float32 logits [.., V], soft-capped and scaled as the model does it."""
@@ -303,8 +303,8 @@ class Skeleton:
         return tuple(n for n in self.shapes if n in early), tuple(n for n in self.shapes if n in late)
 
     def _names(self, modules: Sequence[nn.Module]) -> set[str]:
-        wanted = {id(m) for m in modules}
-        return {n for n, places in self._places.items() if any(id(p.module) in wanted for p in places)}
+        ids = {id(m) for m in modules}
+        return {n for n, places in self._places.items() if any(id(p.module) in ids for p in places)}
 
     def _put(self, name: str, value: Tensor) -> None:
         places = self._places[name]

@@ -24,13 +24,13 @@ def tables(skeleton: Skeleton) -> tuple[Linear, ...]:
     model: Any = skeleton.model
     paths = {id(module): path for path, module in model.named_modules()}
     table, head = model.get_input_embeddings(), skeleton.head_module
-    found: list[Linear] = []
+    linears: list[Linear] = []
     if isinstance(table, nn.Embedding):
         also = (paths[id(head)],) if skeleton.tied else ()
-        found.append(_table(paths[id(table)], EMBED, table.weight.shape, also=also))
+        linears.append(_table(paths[id(table)], EMBED, table.weight.shape, also=also))
     if isinstance(head, nn.Linear) and not skeleton.tied:
-        found.append(_table(paths[id(head)], HEAD, head.weight.shape, bias=head.bias is not None))
-    return tuple(x for x in found if f"{x.name}.weight" in skeleton.shapes)
+        linears.append(_table(paths[id(head)], HEAD, head.weight.shape, bias=head.bias is not None))
+    return tuple(x for x in linears if f"{x.name}.weight" in skeleton.shapes)
 
 
 def multiplies(table: Linear) -> bool:

@@ -23,13 +23,13 @@ def opener(config: PretrainedConfig) -> Any:
     """
     import transformers as tf
 
-    known = (tf.AutoModelForCausalLM, tf.AutoModelForImageTextToText, tf.AutoModelForMultimodalLM)
-    for auto in known:
+    autos = (tf.AutoModelForCausalLM, tf.AutoModelForImageTextToText, tf.AutoModelForMultimodalLM)
+    for auto in autos:
         if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {}):
             return auto
     raise SourceError(
         f"transformers opens models of the type '{config.model_type}' by none of "
-        f"{', '.join(auto.__name__ for auto in known)}: give the folder of its language model alone"
+        f"{', '.join(auto.__name__ for auto in autos)}: give the folder of its language model alone"
     )
 
 
@@ -68,12 +68,12 @@ def file_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     """The names that transformers gives these modules in files; engines of their own match by those."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    found: set[str] = set()
+    files: set[str] = set()
     back = [x.reverse_transform() for x in reversed(get_model_conversion_mapping(model, add_legacy=False))]
     for name in names:
         key = f"{name}.weight"
         for transform in back:
             renamed, matched = transform.rename_source_key(key)
             key = renamed if matched is not None else key
-        found.add(key.removesuffix(".weight"))
-    return found
+        files.add(key.removesuffix(".weight"))
+    return files

@@ -17,7 +17,7 @@ from torch import Tensor
 from lilliput.attribution.restore import Restored, restore
 from lilliput.attribution.suspects import Suspect, find
 from lilliput.attribution.turn import turned_like
-from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, producers, turned
+from lilliput.attribution.weights import Alignment, WeightLoss, align, compare, is_rotated, producers
 from lilliput.data import load_tokens
 from lilliput.errors import DataError
 from lilliput.machine import memory as ram
@@ -99,7 +99,7 @@ def _losses(ours: Model, base: Model) -> list[WeightLoss]:
 def _aligned(ours: Model, base: Model) -> tuple[Model, list[WeightLoss]]:
     """The original, in the compressed model's coordinates where that can be, and the weights beside each other."""
     losses = _losses(ours, base)
-    alike = turned_like(ours, base) if turned(losses) else None
+    alike = turned_like(ours, base) if is_rotated(losses) else None
     return (base, losses) if alike is None else (alike, _losses(ours, alike))
 
 
@@ -127,52 +127,52 @@ def attribute(
     began = time.monotonic()
     ours, base = _pair(model, against, dtype)
     count = len(base.skeleton.block_names)
-    found, losses = _aligned(ours, base)
+    original, losses = _aligned(ours, base)
     damaged = tuple(find(losses, partial(_stored, ours)))
     notes: list[str] = []
-    if turned(losses):
+    if is_rotated(losses):
         notes.append(
             "The compressed model works in turned coordinates: its blocks cannot take the original's place one by one, "
             "so shares are not given. Where only the residual stream was rotated, the embedding would tell how."
         )
         return Attribution(0.0, (), _rows(losses, None, {}, {}), (), damaged, tuple(notes), time.monotonic() - began)
-    if found is not base:
+    if original is not base:
         notes.append(
             "The compressed model works in turned coordinates: the original was turned like it to be compared."
         )
-        base = found
+        base = original
     tokens = slices.tokens([ours, base], tokens, TOKENS)
     ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens, vocabulary=base.vocabulary).ids
     levels = {x.linear: math.log(x.factor) for x in damaged if x.factor > 0 and x.factor != 1.0}
     with tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work) as name:
         run = partial(restore, ours, base, ids, Path(name), memory_bytes=memory, progress=progress)
-        seen = run(blocks=range(count), outputs=True)
-        shares = {i: _share(seen.total, left) for i, left in seen.blocks.items()}
-        estimated = _estimates(losses, seen, shares)
-        chosen = sorted(estimated, key=lambda n: (-estimated[n], n))[:top]
+        restored = run(blocks=range(count), outputs=True)
+        shares = {i: _share(restored.total, kl) for i, kl in restored.blocks.items()}
+        estimated = _estimates(losses, restored, shares)
+        suspected = sorted(estimated, key=lambda n: (-estimated[n], n))[:top]
         sparse = [x.name for x in _block_linears(losses) if x.zeros >= _SPARSE]
-        again = run(linears=_weights(ours, base, [n for n in chosen if estimated[n] > 0], levels))
+        again = run(linears=_weights(ours, base, [n for n in suspected if estimated[n] > 0], levels))
         techniques: tuple[dict[str, Any], ...] = ()
         if sparse:
             every = [x.name for x in _block_linears(losses)]
             pruned = run(everywhere=_weights(ours, base, every, levels, pruned=True)).everywhere
-            techniques = _techniques(seen.total, pruned if pruned is not None else 0.0)
-    exact = {n: _share(again.total, left) for n, left in again.linears.items()}
+            techniques = _techniques(restored.total, pruned if pruned is not None else 0.0)
+    exact = {n: _share(again.total, kl) for n, kl in again.linears.items()}
     notes.append(f"Measured on {windows} x {tokens} tokens of {data}.")
     ram.trim()
     return Attribution(
-        total_kl=seen.total,
+        total_kl=restored.total,
         blocks=tuple(
             {
                 "block": i,
-                "output_error": seen.block_outputs[i].error,
-                "output_snr_db": decibel(seen.block_outputs[i].error),
-                "drift": seen.drift[i].error,
+                "output_error": restored.block_outputs[i].error,
+                "output_snr_db": decibel(restored.block_outputs[i].error),
+                "drift": restored.drift[i].error,
                 "share": shares[i],
             }
             for i in range(count)
         ),
-        linears=_rows(losses, seen, estimated, exact),
+        linears=_rows(losses, restored, estimated, exact),
         techniques=techniques,
         suspects=damaged,
         notes=tuple(notes),
@@ -180,8 +180,8 @@ def attribute(
     )
 
 
-def _share(total: float, left: float) -> float:
-    return (total - left) / total if total > 0 else 0.0
+def _share(total: float, kl: float) -> float:
+    return (total - kl) / total if total > 0 else 0.0
 
 
 def _techniques(total: float, pruned: float) -> tuple[dict[str, Any], ...]:
@@ -205,12 +205,13 @@ def _block_linears(losses: list[WeightLoss]) -> list[WeightLoss]:
     return [x for x in losses if x.linear]
 
 
-def _estimates(losses: list[WeightLoss], seen: Restored, shares: Mapping[int, float]) -> dict[str, float]:
+def _estimates(losses: list[WeightLoss], restored: Restored, shares: Mapping[int, float]) -> dict[str, float]:
     """A block's share, divided among its linears by their squared output errors (weight errors where they were not
     run)."""
     linears = _block_linears(losses)
     energy = {
-        x.name: (seen.linear_outputs[x.name].error if x.name in seen.linear_outputs else x.error) ** 2 for x in linears
+        x.name: (restored.linear_outputs[x.name].error if x.name in restored.linear_outputs else x.error) ** 2
+        for x in linears
     }
     whole: dict[int, float] = {}
     for x in linears:
@@ -250,7 +251,7 @@ def _weights(
 
 
 def _rows(
-    losses: list[WeightLoss], seen: Restored | None, estimated: Mapping[str, float], exact: Mapping[str, float]
+    losses: list[WeightLoss], restored: Restored | None, estimated: Mapping[str, float], exact: Mapping[str, float]
 ) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
@@ -258,7 +259,9 @@ def _rows(
             "block": x.block,
             "role": x.role,
             "weight_error": x.error,
-            "output_error": seen.linear_outputs[x.name].error if seen and x.name in seen.linear_outputs else None,
+            "output_error": restored.linear_outputs[x.name].error
+            if restored and x.name in restored.linear_outputs
+            else None,
             "snr_db": decibel(x.error),
             "share": exact.get(x.name, estimated.get(x.name)),
             "exact": x.name in exact,

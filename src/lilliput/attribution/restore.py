@@ -32,12 +32,12 @@ class OutputLoss:
     """Energies summed over tokens: of the original's outputs, and of the difference of the compressed block's."""
 
     whole: float = 0.0
-    lost: float = 0.0
+    difference: float = 0.0
 
     @property
     def error(self) -> float:
         """Relative error of the outputs."""
-        return (max(self.lost, 0.0) / self.whole) ** 0.5 if self.whole > 0 else 0.0
+        return (max(self.difference, 0.0) / self.whole) ** 0.5 if self.whole > 0 else 0.0
 
 
 @dataclass
@@ -77,8 +77,8 @@ def restore(
     measure the outputs of blocks and linears. Two blocks are resident, and one file of hidden states for each stream
     lies in `folder`.
     """
-    wanted = linears or {}
-    found = Restored()
+    swaps = linears or {}
+    result = Restored()
     with ExitStack() as stack, torch.no_grad():
         streams: dict[str, Activations] = {}  # all but the original's
 
@@ -103,7 +103,7 @@ def restore(
                 fresh.append(f"block {index}")
                 for run in through(against.skeleton, index, base_batches, ours, branch(fresh[-1])):
                     run()
-            for name, weight in wanted.get(index, {}).items():
+            for name, weight in swaps.get(index, {}).items():
                 fresh.append(f"{model.skeleton.block_names[index]}.{name}")
                 _swapped(model, index, {name: weight}, batches, ours, branch(fresh[-1]))
             if everywhere is not None:
@@ -115,23 +115,23 @@ def restore(
                     for run in through(model.skeleton, index, batches, states, states):
                         run()
             if outputs:
-                _outputs(model, against, index, base, base_batches, batches, found)
-                found.drift.append(_distance(ours, base))
+                _outputs(model, against, index, base, base_batches, batches, result)
+                result.drift.append(_distance(ours, base))
             else:
                 for run in through(against.skeleton, index, base_batches, base, base):
                     run()
             if progress is not None:
                 progress.step(index + 1, count, "finding what was lost")
-        left = _divergences(model, against, ids, base, streams, memory_bytes)
-    found.total = left.pop("compressed")
-    found.everywhere = left.pop("everywhere", None)
-    for name, value in left.items():
+        divergences = _divergences(model, against, ids, base, streams, memory_bytes)
+    result.total = divergences.pop("compressed")
+    result.everywhere = divergences.pop("everywhere", None)
+    for name, value in divergences.items():
         number = name.removeprefix("block ")
         if number != name:
-            found.blocks[int(number)] = value
+            result.blocks[int(number)] = value
         else:
-            found.linears[name] = value
-    return found
+            result.linears[name] = value
+    return result
 
 
 def _swapped(
@@ -140,12 +140,12 @@ def _swapped(
     """Run a block with some weights put in for its own."""
     skeleton = model.skeleton
     names = {name: f"{skeleton.block_names[index]}.{name}.weight" for name in weights}
-    kept = {tensor: skeleton.tensor(tensor) for tensor in names.values()}
+    originals = {tensor: skeleton.tensor(tensor) for tensor in names.values()}
     for name, make in weights.items():
-        skeleton.load({names[name]: make().to(kept[names[name]].dtype)})
+        skeleton.load({names[name]: make().to(originals[names[name]].dtype)})
     for run in through(skeleton, index, batches, inputs, outputs):
         run()
-    skeleton.load(kept)
+    skeleton.load(originals)
 
 
 def _outputs(
@@ -155,7 +155,7 @@ def _outputs(
     states: Activations,
     base_batches: Batches,
     batches: Batches,
-    found: Restored,
+    result: Restored,
 ) -> None:
     """Outputs of block `index` and of its linears, both models on the original's hidden states, batch by batch.
 
@@ -165,7 +165,7 @@ def _outputs(
     prefix = against.skeleton.block_names[index]
     whole = OutputLoss()
     for start, stop in base_batches.bounds:
-        seen: list[dict[str, Tensor]] = []
+        captured: list[dict[str, Tensor]] = []
         hidden = states.read(start, stop)
         ends = []
         for side, calls in ((against, base_batches), (model, batches)):
@@ -175,14 +175,14 @@ def _outputs(
                     module: nn.Module = side.skeleton.block(index).get_submodule(linear.name)
                     stack.callback(module.register_forward_hook(_keep(outs, linear.name)).remove)
                 ends.append(side.skeleton.run(index, hidden.to(side.skeleton.device), calls.calls[stop - start]))
-            seen.append(outs)
+            captured.append(outs)
         states.write(start, ends[0])
         start_at = hidden.to(ends[0].device).float()
         _add(whole, ends[1].float() - start_at, ends[0].float() - start_at)
-        for name, theirs in seen[0].items():
-            if name in seen[1] and seen[1][name].shape == theirs.shape:
-                _add(found.linear_outputs.setdefault(f"{prefix}.{name}", OutputLoss()), seen[1][name], theirs)
-    found.block_outputs.append(whole)
+        for name, theirs in captured[0].items():
+            if name in captured[1] and captured[1][name].shape == theirs.shape:
+                _add(result.linear_outputs.setdefault(f"{prefix}.{name}", OutputLoss()), captured[1][name], theirs)
+    result.block_outputs.append(whole)
 
 
 def _keep(outs: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -194,7 +194,7 @@ def _keep(outs: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, Te
 
 def _add(loss: OutputLoss, ours: Tensor, theirs: Tensor) -> None:
     loss.whole += float(theirs.double().square().sum())
-    loss.lost += float((ours - theirs).double().square().sum())
+    loss.difference += float((ours - theirs).double().square().sum())
 
 
 def _distance(ours: Activations, base: Activations) -> OutputLoss:

@@ -43,30 +43,30 @@ def find(losses: Sequence[WeightLoss], stored: Callable[[str, str], str]) -> lis
         roles[loss.role].append(loss)
     scaled = {x.name: _away(x.level, [y.level for y in role], _LEVEL) for role in roles.values() for x in role}
     alone = {x.name: abs(x.raw - _middle([y.raw for y in roles[x.role]])) for x in losses}
-    found: list[tuple[float, Suspect]] = []
+    ranked: list[tuple[float, Suspect]] = []
     for role in roles.values():
         errors = [math.log(max(x.error, 1e-9)) for x in role]
         usual_level, usual_error = math.exp(_middle([x.level for x in role])), math.exp(median(errors))
         for x, error in zip(role, errors, strict=True):
             other = x.partner if x.partner is not None and scaled[x.partner] > 0.0 else None
             # A level that damage has moved is most of the error; coarse codes move it by a small part of theirs.
-            moved = abs(math.expm1(x.level - _middle([y.level for y in role]))) > _SHARE * x.error
+            shifted = abs(math.expm1(x.level - _middle([y.level for y in role]))) > _SHARE * x.error
             mine = other is None or alone[x.name] >= alone[other]
-            if scaled[x.name] > 0.0 and x.fit > _FIT and moved and mine:
+            if scaled[x.name] > 0.0 and x.fit > _FIT and shifted and mine:
                 value = math.exp(x.level)
                 factor = value / usual_level
                 reason = f"its values are {value:.2f} times the original's, where its kind has {usual_level:.2f}"
-                found.append((10.0 + scaled[x.name], Suspect(stored(x.name, "scale"), x.name, factor, reason)))
+                ranked.append((10.0 + scaled[x.name], Suspect(stored(x.name, "scale"), x.name, factor, reason)))
             elif other is None and x.error > max(0.02, usual_error) and (away := _away(error, errors, _ERROR)) > 0.0:
                 reason = f"its relative error is {x.error:.3g}, where its kind has {usual_error:.3g}"
-                found.append((away, Suspect(stored(x.name, "codes"), x.name, 1.0, reason)))
+                ranked.append((away, Suspect(stored(x.name, "codes"), x.name, 1.0, reason)))
             elif x.rows is not None and x.rows.count > 0:
                 many = f"{x.rows.count} rows" if x.rows.count > 1 else f"row {x.rows.row}"
                 reason = (
                     f"{many} of it, the worst at row {x.rows.row}, are up to {x.rows.worst:.3g} off, where half of its "
                     f"rows are less than {x.rows.usual:.3g} off"
                 )
-                found.append(
+                ranked.append(
                     (math.log(x.rows.worst / x.rows.usual), Suspect(stored(x.name, "codes"), x.name, 1.0, reason))
                 )
             elif x.entries is not None and x.entries.count > 0:
@@ -76,8 +76,8 @@ def find(losses: Sequence[WeightLoss], stored: Callable[[str, str], str]) -> lis
                     f"{many} of it, off by a factor of up to {factor:.3g} at {x.entries.entry}: nothing after "
                     "it makes up for that"
                 )
-                found.append((x.entries.worst, Suspect(stored(x.name, "codes"), x.name, 1.0, reason)))
-    return [suspect for _, suspect in sorted(found, key=lambda pair: (-pair[0], pair[1].tensor))]
+                ranked.append((x.entries.worst, Suspect(stored(x.name, "codes"), x.name, 1.0, reason)))
+    return [suspect for _, suspect in sorted(ranked, key=lambda pair: (-pair[0], pair[1].tensor))]
 
 
 def _middle(kind: Sequence[float]) -> float:

@@ -53,5 +53,5 @@ def _rotation(model: Model, against: RotatedModel) -> Tensor | None:
     residue = max(0.0, energy + whole - 2.0 * float(values.sum()))
     if whole == 0.0 or residue > _RESIDUE**2 * whole or float(values[-1]) < _RANK * float(values[0]):
         return None
-    found: Tensor = left @ right
-    return found
+    rotation: Tensor = left @ right
+    return rotation

@@ -66,11 +66,11 @@ class EntryErrors:
     count: int
 
     @staticmethod
-    def of(left: Sequence[Tensor]) -> EntryErrors:
+    def of(factors: Sequence[Tensor]) -> EntryErrors:
         """From the factors [in] of the columns of each linear after the gain, 1 for none. An entry counts with the
         linear in which it is least off: rounding moves the columns of each linear differently, a damaged gain moves all
         alike."""
-        away = torch.stack([x.clamp(min=1e-3).log() for x in left])
+        away = torch.stack([x.clamp(min=1e-3).log() for x in factors])
         away -= away.median(1, keepdim=True).values
         alike = (away > 0).all(0) | (away < 0).all(0)
         least = torch.where(alike, away.abs().amin(0), 0.0)
@@ -135,8 +135,8 @@ def _row_factors(ours: Tensor, base: Tensor) -> Tensor:
 def _column_factors(ours: Tensor, base: Tensor) -> Tensor:
     """Least-squares factor of each column [in]; where it is below 1, of the weights that pruning has left."""
     whole = _row_factors(ours.T, base.T)
-    left = _row_factors(ours.T, torch.where(ours == 0, 0.0, base).T)
-    return torch.where(whole < 1, left.clamp(max=1.0), whole)
+    factors = _row_factors(ours.T, torch.where(ours == 0, 0.0, base).T)
+    return torch.where(whole < 1, factors.clamp(max=1.0), whole)
 
 
 def producers(block: Block, ours: BlockWeights, base: BlockWeights) -> dict[str, Pair]:
@@ -195,17 +195,17 @@ def compare(model: Model, against: Model, index: int) -> list[WeightLoss]:
     ours, base = BlockWeights(model, index, block), BlockWeights(against, index, block)
     pairs = producers(block, ours, base)
     aligned = align(block, ours, base, pairs)
-    behind = {reader for link in block.links if link.kind == "norm" for reader in link.readers}
-    left: dict[str, Tensor] = {}
+    readers = {reader for link in block.links if link.kind == "norm" for reader in link.readers}
+    remainders: dict[str, Tensor] = {}
     out: list[WeightLoss] = []
     for linear in block.linears:
-        known = linear.name in pairs
-        v, w = pairs.pop(linear.name) if known else (ours.linear(linear), base.linear(linear))
+        paired = linear.name in pairs
+        v, w = pairs.pop(linear.name) if paired else (ours.linear(linear), base.linear(linear))
         name = f"{base.prefix}.{linear.name}"
         fitting = aligned[linear.name].apply(w)
         out.append(_loss(name, index, linear.role, True, v, w, fitting))
-        if linear.name in behind:
-            left[name] = _column_factors(v, fitting)
+        if linear.name in readers:
+            remainders[name] = _column_factors(v, fitting)
     out = _linked(out, block, base.prefix, aligned)
     named = {x.name: x for x in out}
     gains = {
@@ -218,14 +218,14 @@ def compare(model: Model, against: Model, index: int) -> list[WeightLoss]:
         if name in linears or prod(against.shape(base.canonical(name))) < 2:
             continue
         v, w = ours.tensor(name).float(), base.tensor(name).float()
-        found = _loss(base.canonical(name), index, name, False, v, w, w)
+        row = _loss(base.canonical(name), index, name, False, v, w, w)
         if name in gains:
             # A fold moves scales between a gain and the linears after it, where the error is measured; a gain that
             # moved without them shows in their levels.
-            missed = abs(median(named[x].level for x in gains[name])) > 0.5 * abs(found.level)
-            entries = EntryErrors.of([left[x] for x in gains[name]])
-            found = replace(found, error=0.0, fit=1.0, level=found.level if missed else 0.0, entries=entries)
-        out.append(found)
+            missed = abs(median(named[x].level for x in gains[name])) > 0.5 * abs(row.level)
+            entries = EntryErrors.of([remainders[x] for x in gains[name]])
+            row = replace(row, error=0.0, fit=1.0, level=row.level if missed else 0.0, entries=entries)
+        out.append(row)
     return out
 
 
@@ -265,7 +265,7 @@ def _linked(losses: list[WeightLoss], block: Block, prefix: str, aligned: Mappin
     return list(named.values())
 
 
-def turned(losses: list[WeightLoss]) -> bool:
+def is_rotated(losses: list[WeightLoss]) -> bool:
     """Whether the residual stream of the compressed model has other coordinates, as after a rotation."""
     linears = [x for x in losses if x.linear and not isnan(x.cosine)]
     low = sum(abs(x.cosine) < _TURNED for x in linears)

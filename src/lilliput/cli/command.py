@@ -53,14 +53,14 @@ def write(text: str) -> None:
 def redirected() -> Iterator[None]:
     """What libraries print, from C as well, goes to standard error: standard output is for the answer alone."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    standard_output = os.dup(1)
     os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(standard_output, 1)
+        os.close(standard_output)
 
 
 @contextmanager

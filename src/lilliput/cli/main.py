@@ -70,14 +70,14 @@ def compress(
         from lilliput import api
         from lilliput.progress import Progress
 
-        told = job.told()
+        options = job.arguments()
         with Progress() as progress:
-            done = api.compress(
-                model, out, **told, eval_data=eval_data, eval_windows=eval_windows, to=to, progress=progress
+            result = api.compress(
+                model, out, **options, eval_data=eval_data, eval_windows=eval_windows, to=to, progress=progress
             )
         if html is not None and ranks.lead():
-            page.write(html, page.render(done.evidence or {}))
-        return done.to_json()
+            page.write(html, page.render(result.evidence or {}))
+        return result.to_json()
 
     answer(run, table.compress, as_json, resume=True)
 
@@ -103,7 +103,7 @@ def plan(
             return _frontier(model, job, html)
         if html is not None:
             raise PlanError("a plan has no page: add --frontier, or leave out --html")
-        return api.plan(model, **job.told()).to_json()
+        return api.plan(model, **job.arguments()).to_json()
 
     def view(data: Any) -> Any:
         if not frontier:
@@ -121,14 +121,14 @@ def _frontier(model: str, job: Job, html: Path | None) -> Any:
     from lilliput.report import frontier as curve
     from lilliput.report import page
 
-    told = job.told()
+    options = job.arguments()
     for name in ("recipe", "size", "bits"):
-        if told.pop(name) is not None:
+        if options.pop(name) is not None:
             raise PlanError(f"--frontier covers all sizes, and --{name} names one: leave one of them out")
     if html is not None:
         page.writable(html)
     with Progress() as progress:
-        data = api.frontier(model, **told, progress=progress).to_json()
+        data = api.frontier(model, **options, progress=progress).to_json()
     if html is not None:
         page.write(html, curve.render(data))
     return data
@@ -170,8 +170,10 @@ def methods(
                 raise PlanError(
                     "--recipe needs the name of a method or a catalogue id: `lilliput methods gptq --recipe`"
                 )
-            found = load(name)
-            write(dump(found.model_dump(mode="json", exclude_defaults=True)) if as_json else to_yaml(found))
+            named_recipe = load(name)
+            write(
+                dump(named_recipe.model_dump(mode="json", exclude_defaults=True)) if as_json else to_yaml(named_recipe)
+            )
         elif as_json:
             write(dump(catalogue.index() if name is None else catalogue.entry(catalogue.find(name))))
         elif name is not None:

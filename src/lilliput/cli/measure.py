@@ -105,9 +105,9 @@ def evaluate(
 
     from lilliput.report import terminal
 
-    found = command.answer(run, terminal.evaluation, as_json)
-    _complain([found])
-    if not all(gate["passed"] for gate in found["gates"]):
+    answer = command.answer(run, terminal.evaluation, as_json)
+    _complain([answer])
+    if not all(gate["passed"] for gate in answer["gates"]):
         raise typer.Exit(MISSED)
 
 
@@ -149,19 +149,19 @@ def compare(
             if folders and not scaling:
                 texts = [*evaluate_all(folders, against, **vars(measure.text()), **shared)]
             for name, evaluation in zip(folders, texts, strict=True):
-                given: Any = {"limits": limits, "compute": compute, "evaluation": evaluation, "progress": progress}
-                measured[name] = gather(name, against, text=measure.text(), parts=parts, **given)[1]
-        found: list[Any] = [(saved | measured)[name] for name in models]
-        rows = scaling_rows(found) if scaling else comparison_rows(found)
+                settings: Any = {"limits": limits, "compute": compute, "evaluation": evaluation, "progress": progress}
+                measured[name] = gather(name, against, text=measure.text(), parts=parts, **settings)[1]
+        answer: list[Any] = [(saved | measured)[name] for name in models]
+        rows = scaling_rows(answer) if scaling else comparison_rows(answer)
         if html is not None:
-            page.write(html, render_scaling(found) if scaling else render_comparison(found))
-        return {"models": rows, "evidence": found}
+            page.write(html, render_scaling(answer) if scaling else render_comparison(answer))
+        return {"models": rows, "evidence": answer}
 
     from lilliput.report import terminal
 
     view = terminal.scaling if scaling else terminal.comparison
-    found = command.answer(run, lambda found: view(found["evidence"]), as_json)
-    _complain(found["evidence"])
+    answer = command.answer(run, lambda answer: view(answer["evidence"]), as_json)
+    _complain(answer["evidence"])
 
 
 def _complain(evidences: Sequence[Any]) -> None:
@@ -175,12 +175,12 @@ def _complain(evidences: Sequence[Any]) -> None:
 
 def _saved(path: Path) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        evidence = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not evidence written by `lilliput eval --json`: {error}") from None
-    if not isinstance(found, dict) or "quality" not in found:
+    if not isinstance(evidence, dict) or "quality" not in evidence:
         raise DataError(f"{path} contains no evidence: write it with `lilliput eval MODEL --against BASE --json`")
-    return found
+    return evidence
 
 
 def register(app: typer.Typer) -> None:

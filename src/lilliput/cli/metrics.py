@@ -50,8 +50,8 @@ def spread(
         from lilliput.progress import Progress
         from lilliput.studies import spread as study
 
-        chosen = [x.strip() for x in seeds.split(",")]
-        if not all(x.isdigit() for x in chosen):
+        numbers = [x.strip() for x in seeds.split(",")]
+        if not all(x.isdigit() for x in numbers):
             raise PlanError(f"--seeds '{seeds}': give whole numbers, such as 0,1,2")
         if job.seed is not None:
             raise PlanError("each run draws its samples with its own seed: give --seeds, not --seed")
@@ -59,16 +59,16 @@ def spread(
             raise PlanError("a spread measures one recipe: give --recipe instead of --bits and --menu")
         from lilliput import api
 
-        told = job.told()
+        options = job.arguments()
         with Progress() as progress:
             return study.spread(
                 model,
                 out,
-                seeds=[int(x) for x in chosen],
+                seeds=[int(x) for x in numbers],
                 recipe=job.recipe or api.DEFAULT_RECIPE,
-                settings=told["settings"],
+                settings=options["settings"],
                 calibration=Calibration(job.data, job.samples, job.tokens),
-                limits=Limits(told["memory"], told["size"]),
+                limits=Limits(options["memory"], options["size"]),
                 compute=Compute(job.dtype, job.device, job.work),
                 text=Text((eval_data,), eval_windows),
                 keep=keep,

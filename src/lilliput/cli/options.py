@@ -60,7 +60,7 @@ class Job:
         None
     )
 
-    def told(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `lilliput.compress` and `lilliput.plan`. Raises PlanError for what is no size."""
         sizes = {"memory": parse_size(self.memory, "--memory"), "size": parse_size(self.size, "--size")}
         menu = () if self.menu is None else tuple(x.strip() for x in self.menu.split(","))
@@ -119,8 +119,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def called(**given: Any) -> None:  # whatever options the signature below has, by name
-        made = {name: kind(**{x.name: given.pop(x.name) for x in fields(kind)}) for name, kind in groups.items()}
-        command(**given, **made)
+        instances = {name: kind(**{x.name: given.pop(x.name) for x in fields(kind)}) for name, kind in groups.items()}
+        command(**given, **instances)
 
     parameters = list(flat())
     called.__annotations__ = {x.name: x.annotation for x in parameters}

@@ -36,7 +36,7 @@ def _reference() -> Iterator[str]:
 
 def _library() -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
-    seen: set[str] = set()
+    modules_read: set[str] = set()
     for name in sorted(sys.stdlib_module_names - _ABSENT):
         module = root / f"{name}.py"
         files = [module] if module.is_file() else sorted((root / name).glob("**/*.py"))
@@ -50,8 +50,8 @@ def _library() -> Iterator[str]:
             for node in ast.walk(tree):
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                     text = (ast.get_docstring(node) or "").strip()
-                    if len(text.split()) >= MIN_WORDS and text not in seen:
-                        seen.add(text)
+                    if len(text.split()) >= MIN_WORDS and text not in modules_read:
+                        modules_read.add(text)
                         yield text
 
 

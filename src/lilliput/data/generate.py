@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lilliput.data.tokens import Tokens, known
+from lilliput.data.tokens import Tokens, check_ids
 from lilliput.errors import DataError
 from lilliput.runtime.cache import CachedModel
 
@@ -71,7 +71,7 @@ def generate_tokens(
     ids = torch.empty(samples, tokens, dtype=torch.int64)
     writer = CachedModel(skeleton.model)
     if tokenizer.bos_token_id is not None:
-        known([int(tokenizer.bos_token_id)], tokenizer, model.vocabulary, "'self'")
+        check_ids([int(tokenizer.bos_token_id)], tokenizer, model.vocabulary, "'self'")
     model.load(names)
     try:
         for start in range(0, samples, batch):

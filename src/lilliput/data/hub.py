@@ -82,9 +82,9 @@ def pieces(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """
     if is_named(source):
         name, _, split = source.partition(":")
-        known = NAMED[name]
-        rows = _rows(_open(source, known.dataset, known.config, split or known.split), source)
-        yield from render(rows, tokenizer, source=source, column="text", joint=known.joint)
+        entry = NAMED[name]
+        rows = _rows(_open(source, entry.dataset, entry.config, split or entry.split), source)
+        yield from render(rows, tokenizer, source=source, column="text", joint=entry.joint)
         return
     name, config, split, column, *rest = [*source.removeprefix(PREFIX).split(":"), "", "", ""]
     if not name or any(rest):

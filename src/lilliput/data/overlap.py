@@ -39,8 +39,8 @@ def overlap(a: Tokens, b: Tokens, n: int = 13) -> float:
     Both must come from one tokenizer. 13 tokens are the customary length (Brown et al. 2020, arXiv:2005.14165, C.1).
     Windows shorter than n hold no n-gram: the share is then 0.
     """
-    seen, asked = _hashes(a, n), _hashes(b, n)
-    return float(np.isin(asked, seen).mean()) if asked.size else 0.0
+    reference, hashes = _hashes(a, n), _hashes(b, n)
+    return float(np.isin(hashes, reference).mean()) if hashes.size else 0.0
 
 
 def items_seen(a: Tokens, items: Sequence[Sequence[int]], n: int = 13) -> list[bool]:
@@ -48,9 +48,9 @@ def items_seen(a: Tokens, items: Sequence[Sequence[int]], n: int = 13) -> list[b
 
     Items shorter than n hold no n-gram and count as not seen.
     """
-    seen = np.unique(_hashes(a, n))
-    found = []
+    reference = np.unique(_hashes(a, n))
+    flags = []
     for ids in items:
-        asked = _hashes(Tokens.of(torch.tensor([list(ids)], dtype=torch.int64), "item"), n)
-        found.append(bool(np.isin(asked, seen, assume_unique=False).any()))
-    return found
+        hashes = _hashes(Tokens.of(torch.tensor([list(ids)], dtype=torch.int64), "item"), n)
+        flags.append(bool(np.isin(hashes, reference, assume_unique=False).any()))
+    return flags

@@ -41,8 +41,8 @@ def chat(
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     # A template is a program that came with the model: it can raise whatever an expression can.
     except Exception as error:
-        said = str(error) or type(error).__name__
-        raise DataError(f"{where}: the model's chat template refuses this chat: {said}") from None
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{where}: the model's chat template refuses this chat: {reason}") from None
     return str(text)
 
 

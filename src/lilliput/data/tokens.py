@@ -57,7 +57,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [start, *ids] if adds_start and ids[:1] != [start] else ids
 
 
-def known(ids: Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase, rows: int | None, where: str) -> None:
+def check_ids(ids: Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase, rows: int | None, where: str) -> None:
     """Raises DataError, led by `where`, for the first of token ids beyond an embedding of so many rows (None: any)."""
     if rows is None or not len(ids):
         return
@@ -68,7 +68,8 @@ def known(ids: Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase, rows:
     name = tokenizer.convert_ids_to_tokens(first)
     raise DataError(
         f"{where} contains the token {name!r} with the id {first}, but the model's embedding has {rows} rows "
-        f"(ids 0 to {rows - 1}): the model was not resized for all tokens of the tokenizer. Resize the model's embedding and save it again, use the tokenizer with which it was trained, or give text without such tokens."
+        f"(ids 0 to {rows - 1}): the model was not resized for all tokens of the tokenizer. Resize the model's "
+        "embedding and save it again, use the tokenizer with which it was trained, or give text without such tokens."
     )
 
 
@@ -89,11 +90,11 @@ def same_vocabulary(ours: str, theirs: str, names: str) -> None:
 def _prefix(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
     """At least `needed` ids from the start of the joined pieces, or all there are; reads no more than that takes."""
     text, ended = "", False
-    wanted = 6 * (needed + MARGIN)
+    length = 6 * (needed + MARGIN)
     source = iter(pieces)
     while True:
         parts, size = [text], len(text)
-        while size < wanted and not ended:
+        while size < length and not ended:
             piece = next(source, None)
             if piece is None:
                 ended = True
@@ -104,7 +105,7 @@ def _prefix(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, needed: i
         ids = encode(tokenizer, text)
         if ended or len(ids) >= needed + MARGIN:
             return ids
-        wanted = max(2 * len(text), 1024)
+        length = max(2 * len(text), 1024)
 
 
 def _limited(pieces: Iterable[str], characters: int) -> Iterable[str]:
@@ -147,9 +148,9 @@ def windows(
     count = len(ids) // tokens
     grid = torch.tensor(ids[: count * tokens], dtype=torch.int64).view(count, tokens)
     if seed is None:
-        found = grid[:samples].clone()
+        rows = grid[:samples].clone()
     else:
         generator = torch.Generator().manual_seed(seed)
-        found = grid[torch.randperm(count, generator=generator)[:samples].sort().values]
-    known(found, tokenizer, vocabulary, f"'{source}'")
-    return Tokens.of(found, source)
+        rows = grid[torch.randperm(count, generator=generator)[:samples].sort().values]
+    check_ids(rows, tokenizer, vocabulary, f"'{source}'")
+    return Tokens.of(rows, source)

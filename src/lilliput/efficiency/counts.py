@@ -102,7 +102,7 @@ def flops(shapes: Shapes, context: int, served: Mapping[str, Serving] | None = N
         raise PlanError(f"a context of {context} tokens: give 1 token or more")
     prefilling, decoding = (sum(float(x.flops) * _keep(x, served, n) for x in shapes.matrices) for n in (context, 1))
     prefill = sum(x.flops(x.pairs(context)) for x in shapes.attention)
-    decode = sum(x.flops(x.seen(context)) for x in shapes.attention)
+    decode = sum(x.flops(x.span(context)) for x in shapes.attention)
     return Flops(
         float(prefilling + (_forming(shapes, served, context) + prefill) / context),
         float(decoding + _forming(shapes, served, 1) + decode),
@@ -123,8 +123,11 @@ def _forming(shapes: Shapes, served: Mapping[str, Serving] | None, tokens: int) 
 def prefill_flops(shapes: Shapes, batch: int, tokens: int, served: Mapping[str, Serving] | None = None) -> float:
     """Operations of a prefill of batch x tokens tokens with logits at the last of each sequence; linears and attention
     only: what decoding weights takes is no work of the model's. served: as in `flops`."""
-    seen = {x.tensor: batch if x.role == "head" else batch * tokens for x in shapes.matrices}
-    linears = sum(float(x.flops) * _keep(x, served, seen[x.tensor]) * seen[x.tensor] for x in shapes.matrices)
+    tokens_by_tensor = {x.tensor: batch if x.role == "head" else batch * tokens for x in shapes.matrices}
+    linears = sum(
+        float(x.flops) * _keep(x, served, tokens_by_tensor[x.tensor]) * tokens_by_tensor[x.tensor]
+        for x in shapes.matrices
+    )
     return float(linears + batch * sum(x.flops(x.pairs(tokens)) for x in shapes.attention))
 
 
@@ -145,17 +148,17 @@ def count(
     shapes = shapes_of(model)
     dtype = served_dtype(model)
     served = serving_of(model, shapes, runtime)
-    found = size.measure(model)
+    measured = size.measure(model)
     saved, share = (None, None) if zeros is None else _saved(shapes, zeros, served)
     theirs = None if base is None else size.measure(base).bytes
     original = None if base is None else shapes_of(base)
     before = None if base is None or original is None else serving_of(base, original, runtime)
     return Counts(
         parameters=_parameters(model),
-        bytes=found.bytes,
+        bytes=measured.bytes,
         ram_bytes=weight_bytes(model, served, dtype),
-        bits_per_weight=found.bits_per_weight,
-        model_bits_per_weight=found.model_bits_per_weight,
+        bits_per_weight=measured.bits_per_weight,
+        model_bits_per_weight=measured.model_bits_per_weight,
         context=context,
         flops_per_token=flops(shapes, context, served),
         kv_bytes_per_token=sum(x.cached for x in shapes.attention) * dtype.itemsize,
@@ -168,7 +171,7 @@ def count(
         base_bytes=theirs,
         base_ram_bytes=None if base is None or before is None else weight_bytes(base, before, served_dtype(base)),
         base_flops_per_token=None if original is None else flops(original, context, before),
-        compression_ratio=None if theirs is None else theirs / found.bytes,
+        compression_ratio=None if theirs is None else theirs / measured.bytes,
         notes=shapes.notes,
     )
 
@@ -208,17 +211,17 @@ def _by_kind(model: Model, shapes: Shapes) -> tuple[Kind, ...]:
     skeleton, stored = model.skeleton, model.source.stored
     kinds = {x.tensor: "experts" if x.active < 1 else _KINDS.get(x.role, x.role) for x in shapes.matrices}
     kinds |= dict.fromkeys(skeleton.embeddings, "embedding")  # a tied head is the embedding
-    found: dict[str, list[float]] = {}
+    totals: dict[str, list[float]] = {}
     for name, ref in model.refs.items():
         whole = stored[ref.stored]
-        entry = found.setdefault(kinds.get(name, "norms and biases"), [0, 0.0])
+        entry = totals.setdefault(kinds.get(name, "norms and biases"), [0, 0.0])
         entry[0] += 1
         entry[1] += whole.nbytes * prod(skeleton.shapes[name]) / prod(whole.shape)
     for name in model.carried:
-        entry = found.setdefault("carried along", [0, 0.0])
+        entry = totals.setdefault("carried along", [0, 0.0])
         entry[0] += 1
         entry[1] += stored[name].nbytes
-    rows = (Kind(kind, int(n), round(total)) for kind, (n, total) in found.items())
+    rows = (Kind(kind, int(n), round(total)) for kind, (n, total) in totals.items())
     return tuple(sorted(rows, key=lambda x: -x.bytes))
 
 

@@ -36,12 +36,12 @@ class Device:
     runtime: Runtime = "kernels"
     overhead: tuple[float, float] = (0.0, 0.0)
 
-    def arithmetic(self, wanted: str) -> str:
+    def arithmetic(self, kind: str) -> str:
         """The arithmetic that a product runs in: the wanted one, else what engines widen its operands to."""
-        for name in (wanted, *_WIDER.get(wanted, ())):
+        for name in (kind, *_WIDER.get(kind, ())):
             if name in self.peaks:
                 return name
-        raise PlanError(f"{self.name} has no peak for {wanted} arithmetic: known are {', '.join(self.peaks)}")
+        raise PlanError(f"{self.name} has no peak for {kind} arithmetic: known are {', '.join(self.peaks)}")
 
 
 def devices() -> tuple[Device, ...]:
@@ -63,10 +63,10 @@ def device(name: str) -> Device:
     """A device by name; "this-cpu" is measured now. Raises PlanError with the nearest name."""
     if name == THIS:
         return measure_device()
-    known = {x.name: x for x in devices()}
-    if name not in known:
-        raise PlanError(f"unknown device '{name}': one of {', '.join(known)}, {THIS}.{nearest(name, known)}")
-    return known[name]
+    by_name = {x.name: x for x in devices()}
+    if name not in by_name:
+        raise PlanError(f"unknown device '{name}': one of {', '.join(by_name)}, {THIS}.{nearest(name, by_name)}")
+    return by_name[name]
 
 
 def measure_device(
@@ -110,8 +110,8 @@ def memory_bandwidth(buffer: int, *, repeats: int = 5, where: str = "cpu", clock
     """Bytes/s: the better of summing `buffer` bytes of float32 and of copying them."""
     a = torch.zeros(buffer // 4, device=where).fill_(1.0)
     b = torch.zeros_like(a).fill_(1.0)
-    read = 4 * a.numel() / _best(lambda: a.sum(), where, repeats, clock)
-    return max(read, 8 * a.numel() / _best(lambda: b.copy_(a), where, repeats, clock))
+    reading = 4 * a.numel() / _best(lambda: a.sum(), where, repeats, clock)
+    return max(reading, 8 * a.numel() / _best(lambda: b.copy_(a), where, repeats, clock))
 
 
 def pass_overhead(

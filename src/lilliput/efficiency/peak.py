@@ -33,11 +33,11 @@ def peak_memory(folder: str | Path, *, prompt: int, new: int, batch: int = 1, th
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(x for x in sys.path if x),
     }
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise LilliputError(f"the peak memory of {folder} could not be measured: {said}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1])["bytes"])
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if process.returncode:
+        message = (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
+        raise LilliputError(f"the peak memory of {folder} could not be measured: {message}")
+    return int(json.loads(process.stdout.strip().splitlines()[-1])["bytes"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     for name, default in (("prompt", 512), ("new", 16), ("batch", 1), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     import torch
     from transformers import AutoModelForCausalLM  # noqa: F401  (imported so that the base holds it)
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     from lilliput.efficiency.runner import Runner
     from lilliput.machine.memory import peak_rss, resident
 
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(options.threads)
     base = resident()
-    dtype = None if given.dtype == "auto" else getattr(torch, given.dtype)
-    runner = Runner(given.folder, prompt=given.prompt, new=given.new, batch=given.batch, dtype=dtype)
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    runner = Runner(options.folder, prompt=options.prompt, new=options.new, batch=options.batch, dtype=dtype)
     runner.prefill()
     runner.decode()
     print(json.dumps({"bytes": peak_rss() - base}))

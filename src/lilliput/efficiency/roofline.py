@@ -60,49 +60,54 @@ def operators(work: Workload, device: Device, phase: Phase, batch: int, context:
     tokens = batch * context if phase == "prefill" else batch
     rows: dict[str, list[float]] = {}
 
-    def add(name: str, arithmetic: str, flops: float, moved: float) -> None:
+    def add(name: str, arithmetic: str, flops: float, bytes_moved: float) -> None:
         entry = rows.setdefault(name, [0.0, 0.0, 0.0, 0.0])
         compute = flops / device.peaks[device.arithmetic(arithmetic)]
-        transfer = moved / device.bandwidth
+        transfer = bytes_moved / device.bandwidth
         entry[0] += flops
-        entry[1] += moved
+        entry[1] += bytes_moved
         entry[2] += max(compute, transfer)
         entry[3] += max(compute, transfer) if compute > transfer else 0.0
 
     plain = ARITHMETIC[work.dtype]
     add("embedding", plain, 0.0, 2.0 * tokens * shapes.hidden * item)
-    for (matrix, held), times in work.groups().items():
-        seen = batch if matrix.role == "head" else tokens
-        active, held = float(matrix.active), held.at(seen * float(matrix.active))
-        touched = matrix.touched(seen)
-        weights = matrix.weights * touched * (held.bits / 8 + held.decoded)
-        each = matrix.in_features * held.inputs + (matrix.out_features + 2 * held.between) * item
-        through = matrix.copies * active * seen * each
-        add(matrix.role, held.arithmetic, times * float(matrix.flops) * held.keep * seen, times * (weights + through))
-        if held.forming:  # after reading what is stored, and before the product
-            add(matrix.role, "fp32", times * matrix.weights * touched * held.forming, 0.0)
+    for (matrix, serving), times in work.groups().items():
+        tokens_in = batch if matrix.role == "head" else tokens
+        active, serving = float(matrix.active), serving.at(tokens_in * float(matrix.active))
+        touched = matrix.touched(tokens_in)
+        weights = matrix.weights * touched * (serving.bits / 8 + serving.decoded)
+        each = matrix.in_features * serving.inputs + (matrix.out_features + 2 * serving.between) * item
+        through = matrix.copies * active * tokens_in * each
+        add(
+            matrix.role,
+            serving.arithmetic,
+            times * float(matrix.flops) * serving.keep * tokens_in,
+            times * (weights + through),
+        )
+        if serving.forming:  # after reading what is stored, and before the product
+            add(matrix.role, "fp32", times * matrix.weights * touched * serving.forming, 0.0)
     for x in shapes.attention:
-        pairs = x.pairs(context) if phase == "prefill" else x.seen(context)
+        pairs = x.pairs(context) if phase == "prefill" else x.span(context)
         queries = tokens * x.heads * (x.key_width + x.value_width) * item
         add("attention", plain, float(batch * x.flops(pairs)), float(queries))
-        written = tokens * x.cached * item
-        add("kv cache", plain, 0.0, float(written + batch * x.seen(context) * x.cached * item))
+        cached = tokens * x.cached * item
+        add("kv cache", plain, 0.0, float(cached + batch * x.span(context) * x.cached * item))
     # A norm reads and writes; two additions to the residual stream read twice and write; so does a gated activation.
     elements = 2 * sum(shapes.norms) + 6 * shapes.hidden * shapes.blocks + 3 * float(shapes.inner)
     add("norms and activations", plain, elements * tokens, elements * tokens * item)
-    found = tuple(
-        Operator(name, flops, moved, seconds, "arithmetic" if computing > seconds / 2 else "memory")
-        for name, (flops, moved, seconds, computing) in rows.items()
+    listed = tuple(
+        Operator(name, flops, bytes_moved, seconds, "arithmetic" if computing > seconds / 2 else "memory")
+        for name, (flops, bytes_moved, seconds, computing) in rows.items()
     )
     once, each = device.overhead
-    besides = once + shapes.blocks * each
-    return (*found, Operator("python and launches", 0.0, 0.0, besides, "overhead")) if besides else found
+    overhead = once + shapes.blocks * each
+    return (*listed, Operator("python and launches", 0.0, 0.0, overhead, "overhead")) if overhead else listed
 
 
-def bound_of(found: Sequence[Operator]) -> Bound:
+def bound_of(rows: Sequence[Operator]) -> Bound:
     """What most of the time goes to."""
     spent: dict[Bound, float] = {"memory": 0.0, "arithmetic": 0.0, "overhead": 0.0}
-    for x in found:
+    for x in rows:
         spent[x.bound] += x.seconds
     return max(spent, key=spent.__getitem__)
 
@@ -144,9 +149,9 @@ def rooflines(
 
 
 def _row(own: Workload, base: Workload | None, device: Device, phase: Phase, batch: int, context: int) -> Row:
-    found = operators(own, device, phase, batch, context)
+    listed = operators(own, device, phase, batch, context)
     theirs = () if base is None else operators(base, device, phase, batch, context)
-    seconds = sum(x.seconds for x in found)
+    seconds = sum(x.seconds for x in listed)
     before = None if base is None else sum(x.seconds for x in theirs)
     row = Row(
         device=device.name,
@@ -154,9 +159,9 @@ def _row(own: Workload, base: Workload | None, device: Device, phase: Phase, bat
         context=context,
         phase=phase,
         seconds=seconds,
-        bound=bound_of(found),
+        bound=bound_of(listed),
         fits=_fits(own, device, batch, context),
-        operators=found,
+        operators=listed,
         sentence="",
         base_seconds=before,
         base_bound=None if base is None else bound_of(theirs),

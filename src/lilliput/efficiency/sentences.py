@@ -36,9 +36,9 @@ def _effect(row: Row, own: Workload, base: Workload, device: Device, speedup: fl
     kind, packed, decoded = _kind(own)
     operations = sum(x.flops for x in row.operators) < 0.99 * sum(x.flops for x in row.base_operators)
     if speedup >= FASTER:
-        moved = sum(x.bytes for x in row.base_operators) / sum(x.bytes for x in row.operators)
+        ratio = sum(x.bytes for x in row.base_operators) / sum(x.bytes for x in row.operators)
         if row.base_bound != "arithmetic":
-            why = f"moving {moved:.1f} times fewer bytes" if moved >= FASTER else "fewer operations"
+            why = f"moving {ratio:.1f} times fewer bytes" if ratio >= FASTER else "fewer operations"
         else:
             why = "fewer operations" if operations else kind
         return f"{why} can make it up to {speedup:.1f} times as fast"
@@ -53,8 +53,8 @@ def _effect(row: Row, own: Workload, base: Workload, device: Device, speedup: fl
     if row.base_bound == "arithmetic":
         return f"{kind} {verb}{_widened(own, device)}"
     if row.base_bound == "overhead":
-        besides = sum(x.seconds for x in row.base_operators if x.bound == "overhead")
-        return f"{kind} {verb}: {besides / sum(x.seconds for x in row.base_operators):.0%} of the time goes to those"
+        extra = sum(x.seconds for x in row.base_operators if x.bound == "overhead")
+        return f"{kind} {verb}: {extra / sum(x.seconds for x in row.base_operators):.0%} of the time goes to those"
     largest = max(row.operators, key=lambda x: x.bytes)
     share = largest.bytes / sum(x.bytes for x in row.operators)
     return f"{kind} {verb}: {share:.0%} of the bytes moved go to the {largest.name}"
@@ -65,8 +65,8 @@ def _kind(work: Workload) -> tuple[str, bool, bool]:
     whether they are decoded in each pass."""
     weights: Counter[str] = Counter()
     for x in work.shapes.matrices:
-        held = work.served[x.tensor]
-        label = f"{int(held.packed)}-bit weights" if held.packed is not None else held.label
+        serving = work.served[x.tensor]
+        label = f"{int(serving.packed)}-bit weights" if serving.packed is not None else serving.label
         if label != "dense":
             weights[label] += x.weights
     if not weights:

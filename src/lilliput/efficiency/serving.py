@@ -95,21 +95,21 @@ def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool, few
     without transforms is written once, a sum is taken part by part in float32, turned back, and rounded.
     """
     rows, width = spec.out_features, spec.in_features
-    held, product = replace(dense(dtype), label=f"{int(bits)}-bit weights", bits=bits), spec.scheme.product
+    plain, product = replace(dense(dtype), label=f"{int(bits)}-bit weights", bits=bits), spec.scheme.product
     if thin and product is not None:
         share = product.rank * (rows + width) / (rows * width)
-        written = 2.0 * dtype.itemsize * share
-        return replace(held, label="low-rank factors", keep=share, decoded=written, between=product.rank)
-    made = spec.scheme
-    form = lut.form_of(made, width) if few else None
-    looked = None if form is None else (lut.most(form), lut.operations(form, rows, width) / (2 * rows * width))
-    turns = len(made.inputs) + len(made.outputs)
+        traffic = 2.0 * dtype.itemsize * share
+        return replace(plain, label="low-rank factors", keep=share, decoded=traffic, between=product.rank)
+    scheme = spec.scheme
+    form = lut.form_of(scheme, width) if few else None
+    tables = None if form is None else (lut.most(form), lut.operations(form, rows, width) / (2 * rows * width))
+    turns = len(scheme.inputs) + len(scheme.outputs)
     through = 2.0 * dtype.itemsize
-    if turns or len(made.parts) > 1:
-        products = sum(1 for part in made.parts if part.operations(rows, width))
+    if turns or len(scheme.parts) > 1:
+        products = sum(1 for part in scheme.parts if part.operations(rows, width))
         # Zeros are written; a part or turn reads the sum and writes it, a product is written and read besides.
-        through += 4.0 * (1 + 2 * (len(made.parts) + turns + products) + 1)
-    return replace(held, decoded=through, forming=made.operations(rows, width) / (rows * width), tabled=looked)
+        through += 4.0 * (1 + 2 * (len(scheme.parts) + turns + products) + 1)
+    return replace(plain, decoded=through, forming=scheme.operations(rows, width) / (rows * width), tabled=tables)
 
 
 def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: Runtime) -> dict[str, Serving]:
@@ -132,7 +132,7 @@ def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: 
         stored = model.source.stored[name]
         elements = prod(stored.shape)
         bits = 8 * stored.nbytes / elements
-        held = replace(plain, label=f"{int(bits)}-bit weights", bits=bits)
+        packed = replace(plain, label=f"{int(bits)}-bit weights", bits=bits)
         spec = own.get(name.removesuffix(".weight"))
         if spec is not None:
             kind = type(model.skeleton.model.get_submodule(tensor.removesuffix(".weight")))
@@ -145,7 +145,7 @@ def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: 
             out[tensor] = replace(plain, packed=bits)
         else:
             inputs = arithmetic(name.removesuffix(".weight"))
-            out[tensor] = held if inputs is None else replace(w8a8(inputs), bits=bits)
+            out[tensor] = packed if inputs is None else replace(w8a8(inputs), bits=bits)
     return out
 
 
@@ -153,10 +153,10 @@ def _config(model: Model) -> Mapping[str, Any]:
     """What config.json says of how the weights are stored."""
     raw: dict[str, Any] = json.loads((model.source.folder / "config.json").read_text(encoding="utf-8"))
     places = (raw, raw.get("text_config") or {}, raw.get("llm_config") or {})
-    found: Mapping[str, Any] = next(
+    config_entry: Mapping[str, Any] = next(
         x[k] for x in places for k in ("quantization_config", "compression_config") if x.get(k)
     )
-    return found
+    return config_entry
 
 
 def _input_arithmetic(model: Model) -> Callable[[str], str | None]:

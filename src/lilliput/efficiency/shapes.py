@@ -68,13 +68,13 @@ class Attention:
     cached: int
     window: int | None = None
 
-    def seen(self, context: int) -> int:
+    def span(self, context: int) -> int:
         """Tokens that the last of `context` tokens attends to, itself included."""
         return context if self.window is None else min(context, self.window)
 
     def pairs(self, tokens: int) -> int:
-        """Query-key pairs of a causal pass over `tokens` tokens: sum of `seen(t)` for t = 1 .. tokens."""
-        full = self.seen(tokens)
+        """Query-key pairs of a causal pass over `tokens` tokens: sum of `span(t)` for t = 1 .. tokens."""
+        full = self.span(tokens)
         return full * (full + 1) // 2 + (tokens - full) * full
 
     def flops(self, pairs: int) -> int:
@@ -102,7 +102,7 @@ class Shapes:
 
     def cached(self, context: int) -> int:
         """Elements in the cache of one sequence of `context` tokens; a window keeps its last tokens only."""
-        return sum(x.cached * x.seen(context) for x in self.attention)
+        return sum(x.cached * x.span(context) for x in self.attention)
 
 
 def shapes_of(model: Model) -> Shapes:
@@ -118,8 +118,8 @@ def shapes_of(model: Model) -> Shapes:
     notes: dict[str, None] = {}
     inner = Fraction(0)
     for i, (name, block) in enumerate(zip(anatomy.block_names, anatomy.blocks, strict=True)):
-        found = list(_linears(config, name, i, block))
-        claimed = {x.tensor for x in found}
+        linears = list(_linears(config, name, i, block))
+        claimed = {x.tensor for x in linears}
         rest = [n for n in skeleton.names_of(i) if n not in claimed and not n.endswith(".bias")]
         for tensor in rest:
             shape = skeleton.shapes[tensor]
@@ -127,11 +127,11 @@ def shapes_of(model: Model) -> Shapes:
                 norms.append(shape[0] if shape[0] >= skeleton.hidden_size else shape[0] * _heads(config, i))
             elif len(shape) == 3 and shape[1] > 1 and _chosen(config) is not None:
                 active = Fraction(_chosen(config) or 1, shape[0])
-                found.append(Matrix(tensor, "experts", i, shape[1], shape[2], active, shape[0]))
+                linears.append(Matrix(tensor, "experts", i, shape[1], shape[2], active, shape[0]))
             else:
                 notes[f"{tensor.removeprefix(name + '.')}: operations of this tensor are not counted"] = None
-        matrices += found
-        inner += sum((x.in_features * x.active for x in found if x.role == "down"), Fraction(0))
+        matrices += linears
+        inner += sum((x.in_features * x.active for x in linears if x.role == "down"), Fraction(0))
         kind = _kind(config, i)
         if kind in _ATTENDS and any(x.role in ("o", "qkv", "v") for x in block.linears):
             attention.append(_attention(config, i, kind, block))
@@ -161,13 +161,13 @@ def _linears(config: Any, name: str, number: int, block: Block) -> Iterable[Matr
     for x in block.linears:
         active = Fraction(1)
         if x.expert is not None:
-            chosen = _chosen(config)
-            if chosen is None:
+            experts_per_token = _chosen(config)
+            if experts_per_token is None:
                 raise SourceError(
                     f"{name} has {banks[_bank(x)]} experts, and the config does not say how many of them each "
                     f"token uses: set one of {', '.join(_CHOSEN[:3])} in config.json"
                 )
-            active = Fraction(min(chosen, banks[_bank(x)]), banks[_bank(x)])
+            active = Fraction(min(experts_per_token, banks[_bank(x)]), banks[_bank(x)])
         yield Matrix(f"{name}.{x.name}.weight", x.role, number, x.out_features, x.in_features, active)
 
 
@@ -177,8 +177,8 @@ def _bank(linear: Linear) -> str:
 
 
 def _chosen(config: Any) -> int | None:
-    found = (getattr(config, key, None) for key in _CHOSEN)
-    return next((x for x in found if isinstance(x, int) and x > 0), None)
+    values = (getattr(config, key, None) for key in _CHOSEN)
+    return next((x for x in values if isinstance(x, int) and x > 0), None)
 
 
 def _kind(config: Any, i: int) -> str:
@@ -211,8 +211,8 @@ def _attention(config: Any, i: int, kind: str, block: Block) -> Attention:
     width = wide // heads
     latent = getattr(config, "kv_lora_rank", None)
     if isinstance(latent, int):  # DeepSeek-V2: one latent vector and one rotary key for all heads is what is cached
-        turned = int(config.qk_rope_head_dim)
-        return Attention(i, heads, int(config.qk_nope_head_dim) + turned, width, latent + turned, window)
+        rotary = int(config.qk_rope_head_dim)
+        return Attention(i, heads, int(config.qk_nope_head_dim) + rotary, width, latent + rotary, window)
     if "qkv" in rows:
         return Attention(i, heads, width, width, rows["qkv"] - heads * width, window)
     if "k" in rows and "v" in rows:

@@ -198,9 +198,9 @@ def measure_speed(
             f"'{names[0]}' loads as {runners[0].dtype} and '{names[1]}' as {runners[1].dtype}: their times "
             "would compare dtypes; give one dtype for both"
         )
-    found = interleave(runners, runs=runs, warmup=warmup, clock=clock)
+    times = interleave(runners, runs=runs, warmup=warmup, clock=clock)
     peak = matmul_peak(runners[0].dtype, where=device, clock=clock)
-    own, theirs = found[0], found[1] if base is not None else None
+    own, theirs = times[0], times[1] if base is not None else None
     prefill = Phase(
         prompt,
         timing(own.prefill),

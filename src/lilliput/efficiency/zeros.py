@@ -44,8 +44,8 @@ def _count(model: Model, matrix: Matrix) -> Zeros:
         zero = part == 0
         total += int(zero.sum())
         open_ = {p for p in open_ if _keeps(zero, *p)}
-    kept = [p for p in PATTERNS if p in open_ and total * p[1] >= matrix.weights * (p[1] - p[0])]
-    return Zeros(total, kept[0] if kept else None)
+    patterns = [p for p in PATTERNS if p in open_ and total * p[1] >= matrix.weights * (p[1] - p[0])]
+    return Zeros(total, patterns[0] if patterns else None)
 
 
 def _keeps(zero: Tensor, n: int, m: int) -> bool:

@@ -60,13 +60,13 @@ def _forms(name: str) -> tuple[Exporter, ...]:
     from lilliput.export.compressed_tensors import CompressedTensors
     from lilliput.export.native import Native
 
-    known: dict[str, tuple[Exporter, ...]] = {
+    forms: dict[str, tuple[Exporter, ...]] = {
         "compressed-tensors": (CompressedTensors(), CompressedTensors(decoded=True)),
         "lilliput": (Native(),),
     }
-    if name not in known:
-        raise PlanError(f"unknown export layout '{name}'.{nearest(name, known)}")
-    return known[name]
+    if name not in forms:
+        raise PlanError(f"unknown export layout '{name}'.{nearest(name, forms)}")
+    return forms[name]
 
 
 def choose(
@@ -82,13 +82,13 @@ def choose(
     """
     reasons: list[str] = []
     for name in ("compressed-tensors", "lilliput") if wanted == "auto" else (wanted,):
-        said: list[str] = []
+        obstacles: list[str] = []
         for exporter in _forms(name):
             reason = exporter.refuse(outcomes, config) or refuse(exporter)
             if reason is None:
                 return exporter
-            said.append(reason)
+            obstacles.append(reason)
         if wanted != "auto":
-            raise PlanError(f"the layout '{wanted}' cannot hold this result: {said[0]}")
-        reasons.append(f"{name}: {said[0]}")
+            raise PlanError(f"the layout '{wanted}' cannot hold this result: {obstacles[0]}")
+        reasons.append(f"{name}: {obstacles[0]}")
     raise PlanError("no layout can hold this result. " + " ".join(reasons))

@@ -263,13 +263,13 @@ def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
     """The first set of linears that vLLM fuses (q/k/v, gate/up) and that differ in bits, symmetry or group, in
     words."""
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        seen: dict[str, IntegerKind] = {}
+        kinds: dict[str, IntegerKind] = {}
         for x in quantized:
             parent, _, leaf = x.name.rpartition(".")
             if (
                 leaf in names
                 and x.format is not None
-                and seen.setdefault(parent, kind_of(x.format)) != kind_of(x.format)
+                and kinds.setdefault(parent, kind_of(x.format)) != kind_of(x.format)
             ):
                 return f"{parent} ({', '.join(names)})"
     return None
@@ -286,8 +286,8 @@ def exact_targets(outcomes: Sequence[Outcome]) -> list[str]:
             shape, number = _split_block(name)
             folded.setdefault(shape, set()).add(number)
     targets = []
-    for shape, found in sorted(folded.items()):
-        choice = "|".join(sorted(found, key=lambda n: (len(n), n)))
+    for shape, numbers in sorted(folded.items()):
+        choice = "|".join(sorted(numbers, key=lambda n: (len(n), n)))
         head, _, tail = re.escape(shape).partition("\0")
         body = head + (f"(?:{choice})" if choice else "") + tail
         targets.append("re:^" + re.sub(r"(\\\.experts\\\.)\d+(\\\.)", r"\1\\d+\2", body) + "$")

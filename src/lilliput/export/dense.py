@@ -21,5 +21,5 @@ def dense_linears(outcomes: Sequence[Outcome], config: PretrainedConfig) -> list
     modules = dict(model.named_modules())
     quantized = {module_name(x.name, modules, prefix) for x in outcomes if x.format is not None}
     linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and n not in quantized}
-    told = {x.stored for x in outcomes if x.format is None and not x.expert}
-    return sorted(linears | file_names(model, linears) | told)
+    names = {x.stored for x in outcomes if x.format is None and not x.expert}
+    return sorted(linears | file_names(model, linears) | names)

@@ -149,13 +149,13 @@ def hollow(kind: Any, config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Modu
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    odd = [name for name, found, wanted in info["mismatched_keys"] if not _in_last_word(found, wanted)]
+    odd = [name for name, actual, expected in info["mismatched_keys"] if not _in_last_word(actual, expected)]
     return model.eval(), {**info, "mismatched_keys": odd}
 
 
-def _in_last_word(found: Sequence[int], wanted: Sequence[int]) -> bool:
+def _in_last_word(actual: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether a shape is wider than the wanted one by codes of 2 or more bits that one word holds."""
-    return tuple(found[:-1]) == tuple(wanted[:-1]) and 0 <= found[-1] - wanted[-1] < WORD // 2
+    return tuple(actual[:-1]) == tuple(expected[:-1]) and 0 <= actual[-1] - expected[-1] < WORD // 2
 
 
 def _fill(
@@ -212,7 +212,7 @@ def _empty(
 
 
 def _compare(
-    found: Look,
+    result: Look,
     model: nn.Module,
     config: Any,
     reader: Shards,
@@ -226,29 +226,29 @@ def _compare(
     whole = 8 * sum(prod(x) for x in sizes.values()) + sum(x.nbytes for x in reader.entries.values())
     if ram.BASE + least(ours.anatomy().blocks) > room:
         needed = units.readable(ram.BASE + least(ours.anatomy().blocks), up=True)
-        note = f"only names and shapes were compared with those of {found.engine}: comparing blocks takes {needed}"
-        return replace(found, notes=(*found.notes, note))
+        note = f"only names and shapes were compared with those of {result.engine}: comparing blocks takes {needed}"
+        return replace(result, notes=(*result.notes, note))
     errors: list[float] = []
     try:
         for error in _blocks(model, config, reader, ours, ids):
             errors.append(error)
             if progress is not None:
                 progress.step(len(errors), len(ours.skeleton.block_names), "in its engine")
-        found = replace(found, blocks=len(errors), error=max(errors))
+        result = replace(result, blocks=len(errors), error=max(errors))
     except Exception as error:  # whatever the engine raises; alone it may be the way in which a block was called
-        found = replace(found, notes=(*found.notes, f"blocks could not be compared: {first_line(error)}"))
+        result = replace(result, notes=(*result.notes, f"blocks could not be compared: {first_line(error)}"))
     if ram.BASE + whole <= room:
         try:
-            found = replace(found, logits=_logits(type(model), reader.files[0].parent, ours, ids))
+            result = replace(result, logits=_logits(type(model), reader.files[0].parent, ours, ids))
         except Exception as error:
-            return replace(found, problems=(f"transformers opens it but cannot run it: {first_line(error)}",))
-    return _judged(found, errors)
+            return replace(result, problems=(f"transformers opens it but cannot run it: {first_line(error)}",))
+    return _judged(result, errors)
 
 
-def _judged(found: Look, errors: Sequence[float]) -> Look:
+def _judged(result: Look, errors: Sequence[float]) -> Look:
     """Problems and notes for the differences that were found."""
-    problems, notes = list(found.problems), list(found.notes)
-    for what, error in (("block", found.error), ("logits", found.logits)):
+    problems, notes = list(result.problems), list(result.notes)
+    for what, error in (("block", result.error), ("logits", result.logits)):
         if error is None:
             continue
         place = "the logits" if what == "logits" else f"block {errors.index(error)}"
@@ -258,28 +258,28 @@ def _judged(found: Look, errors: Sequence[float]) -> Look:
             problems.append(
                 f"transformers computes something else for {place} than the files say: it differs by {error:.2g}"
             )
-    if not problems and (found.error or 0) > EXACT:
+    if not problems and (result.error or 0) > EXACT:
         notes.append(
-            f"{found.engine} decodes in half precision: blocks differ by {found.error:.0e} from exact decoding"
+            f"{result.engine} decodes in half precision: blocks differ by {result.error:.0e} from exact decoding"
         )
-    return replace(found, problems=tuple(problems), notes=tuple(notes))
+    return replace(result, problems=tuple(problems), notes=tuple(notes))
 
 
 def _logits(kind: Any, folder: Path, ours: Model, ids: Tensor) -> float:
     """The whole model as a user opens it."""
     with trial():
         theirs = kind.from_pretrained(folder, dtype=torch.float32).eval()
-        seen = theirs(input_ids=ids, use_cache=False).logits.float()
+        actual = theirs(input_ids=ids, use_cache=False).logits.float()
     del theirs
     names = list(ours.skeleton.shapes)
     ours.load(names)
     try:
         model: Any = ours.skeleton.model
-        wanted = model(input_ids=ids, use_cache=False).logits.float()
+        expected = model(input_ids=ids, use_cache=False).logits.float()
     finally:
         ours.unload(names)
     routed = any(x.expert is not None for block in ours.anatomy().blocks for x in block.linears)
-    return _difference(seen, wanted, wanted.mean(-1, keepdim=True), routed)
+    return _difference(actual, expected, expected.mean(-1, keepdim=True), routed)
 
 
 def _blocks(model: nn.Module, config: Any, reader: Shards, ours: Model, ids: Tensor) -> Iterator[float]:
@@ -302,22 +302,22 @@ def _blocks(model: nn.Module, config: Any, reader: Shards, ours: Model, ids: Ten
         stored = {x for name in ours.skeleton.names_of(i) for x in ours.parts(name)}
         stored |= {x for x in (f"{n.rpartition('.')[0]}{SHAPE}" for n in stored) if x in reader.entries}
         _fill(model, quantizer, block, reader, sorted(stored), ours.skeleton.block(i))
-        wanted = ours.skeleton.run(i, hidden, calls)
+        expected = ours.skeleton.run(i, hidden, calls)
         routed = any(x.expert is not None for x in ours.anatomy().blocks[i].linears)
-        yield _difference(ours.skeleton.run(i, hidden, calls, module=block), wanted, hidden, routed)
+        yield _difference(ours.skeleton.run(i, hidden, calls, module=block), expected, hidden, routed)
         block.to("meta")
-        hidden = wanted
+        hidden = expected
 
 
-def _difference(seen: Tensor, wanted: Tensor, base: Tensor, routed: bool) -> float:
+def _difference(actual: Tensor, expected: Tensor, base: Tensor, routed: bool) -> float:
     """The ratio of |seen - wanted| to |wanted - base|, the largest of all tokens; infinite where one is not finite.
 
     routed: experts are chosen on the way, so that the `ROUTED` quantile counts instead.
     """
-    if not bool(torch.isfinite(seen).all() & torch.isfinite(wanted).all()):
+    if not bool(torch.isfinite(actual).all() & torch.isfinite(expected).all()):
         return math.inf
-    off = (seen - wanted).double().norm(dim=-1)
-    size = (wanted - base).double().norm(dim=-1) + 1e-6 * wanted.double().norm(dim=-1)
+    off = (actual - expected).double().norm(dim=-1)
+    size = (expected - base).double().norm(dim=-1) + 1e-6 * expected.double().norm(dim=-1)
     ratio = (off / size.clamp_min(1e-30)).flatten()
     return float(ratio.quantile(ROUTED) if routed else ratio.max())
 

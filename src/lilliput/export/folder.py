@@ -85,8 +85,8 @@ def model_config(
 
 def _without(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what holds of the source's files alone: where they lay, how they were packed, code in them."""
-    kept = {key: value for key, value in config.items() if key not in _OF_FILES}
-    return {key: _without(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    remaining = {key: value for key, value in config.items() if key not in _OF_FILES}
+    return {key: _without(value) if isinstance(value, dict) else value for key, value in remaining.items()}
 
 
 def _both(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

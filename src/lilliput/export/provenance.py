@@ -86,15 +86,15 @@ def read(folder: Path) -> Provenance | None:
     if not path.is_file():
         return None
     try:
-        found = TypeAdapter(Provenance).validate_json(path.read_bytes())
+        record = TypeAdapter(Provenance).validate_json(path.read_bytes())
     except (ValidationError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise SourceError(f"{path} is damaged ({first}): write the folder again") from None
-    if found.schema != SCHEMA:
+    if record.schema != SCHEMA:
         raise SourceError(
-            f"{path} has schema {found.schema}, and this lilliput reads {SCHEMA}: use the version that wrote it"
+            f"{path} has schema {record.schema}, and this lilliput reads {SCHEMA}: use the version that wrote it"
         )
-    return found
+    return record
 
 
 def sha256(tensor: Tensor) -> str:
@@ -108,10 +108,10 @@ def sha256(tensor: Tensor) -> str:
 
 def versions() -> dict[str, str]:
     """Python and the libraries that shape the result."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("lilliput", "torch", "transformers", "compressed-tensors", "safetensors"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            numbers[name] = "not installed"
+    return numbers

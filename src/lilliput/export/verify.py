@@ -122,10 +122,10 @@ def _listed(expected: Mapping[str, TensorRow], reader: Reader) -> Check:
         if entry is None:
             problems.append(f"tensor {name} is missing from {row.file}")
             continue
-        found = (entry.file.name, str(entry.dtype).removeprefix("torch."), entry.shape)
-        if found != (row.file, row.dtype, row.shape):
+        actual = (entry.file.name, str(entry.dtype).removeprefix("torch."), entry.shape)
+        if actual != (row.file, row.dtype, row.shape):
             problems.append(
-                f"tensor {name} is {found[1]} {list(found[2])} in {found[0]}, {NAME} says {row.dtype} "
+                f"tensor {name} is {actual[1]} {list(actual[2])} in {actual[0]}, {NAME} says {row.dtype} "
                 f"{list(row.shape)} in {row.file}"
             )
     problems += [f"tensor {name} is not in {NAME}" for name in reader.entries if name not in expected]
@@ -166,10 +166,10 @@ def _not_finite(values: Tensor) -> int:
 def _opens(folder: Path, memory: int | None) -> tuple[Check, tuple[str, ...]]:
     """The engine opens the folder and computes what Lilliput's own reader decodes."""
     try:
-        seen = look(folder, memory=memory)
+        result = look(folder, memory=memory)
     except LilliputError as error:
         return Check("engine", "read by lilliput", (str(error),)), ()
-    return Check("engine", seen.detail, _some(list(seen.problems))), seen.notes
+    return Check("engine", result.detail, _some(list(result.problems))), result.notes
 
 
 def _some(problems: list[str]) -> tuple[str, ...]:

@@ -136,11 +136,11 @@ class AffineFormat(Format):
             return best
         least = self._loss(w, h, best)[0]
 
-        def take(tried: tuple[Tensor, Tensor]) -> None:
+        def take(trial: tuple[Tensor, Tensor]) -> None:
             nonlocal best, least
-            loss, _ = self._loss(w, h, tried)
+            loss, _ = self._loss(w, h, trial)
             better = loss < least
-            best = torch.where(better, tried[0], best[0]), torch.where(better, tried[1], best[1])
+            best = torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1])
             least = torch.where(better, loss, least)
 
         middle, half = (low + high) / 2, (high - low) / 2
@@ -188,8 +188,8 @@ class AffineFormat(Format):
         """The nearest codes, int8 [out, in]."""
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         for columns, scale, zero, size in self._units(grid, weight.shape[1]):
-            found = self._codes(groups.split(weight[:, columns].float(), size), (scale, zero))
-            codes[:, columns] = found.flatten(1).to(torch.int8)
+            nearest = self._codes(groups.split(weight[:, columns].float(), size), (scale, zero))
+            codes[:, columns] = nearest.flatten(1).to(torch.int8)
         return codes
 
     def decode(self, codes: Tensor, grid: AffineGrid) -> Tensor:

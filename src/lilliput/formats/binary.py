@@ -99,11 +99,11 @@ class BinaryFormat(Format):
         if not bool(torch.isfinite(weight.sum())):
             raise LilliputError("the weight contains NaN or infinity: it cannot be quantized")
         step = max(1, _CHUNK // max(width, 1))
-        done = []
+        grids = []
         for a in range(0, rows, step):
             some = weigh[a : a + step] if len(weigh) == rows else weigh
-            done.append(self._fit(self._units(weight[a : a + step].float()), self._units(some.float()), start, rounds))
-        grid = BinaryGrid(torch.cat([g.alpha for g in done]), torch.cat([g.offset for g in done]))
+            grids.append(self._fit(self._units(weight[a : a + step].float()), self._units(some.float()), start, rounds))
+        grid = BinaryGrid(torch.cat([g.alpha for g in grids]), torch.cat([g.offset for g in grids]))
         if not bool(torch.isfinite(grid.alpha).all() and torch.isfinite(grid.offset).all()):
             name = dtype_name(self.scale_dtype)
             raise LilliputError(f"an alpha exceeds the range of {name}: set scale_dtype to float32 for this layer")
@@ -116,8 +116,8 @@ class BinaryFormat(Format):
         step = max(1, _CHUNK // max(width, 1))
         for a in range(0, rows, step):
             some = weight[a : a + step]
-            found = self._nearest(self._units(some.float()), grid.rows(a, a + step))[0].view(len(some), -1)
-            codes[a : a + step] = (found[:, :width] - (1 << (self.bits - 1))).to(torch.int8)
+            nearest = self._nearest(self._units(some.float()), grid.rows(a, a + step))[0].view(len(some), -1)
+            codes[a : a + step] = (nearest[:, :width] - (1 << (self.bits - 1))).to(torch.int8)
         return codes
 
     def decode(self, codes: Tensor, grid: BinaryGrid) -> Tensor:
@@ -204,11 +204,11 @@ class BinaryFormat(Format):
         grid: BinaryGrid,
     ) -> Tensor:
         """Write `grid` and its codes where they lower the error of the `active` groups; returns which those are."""
-        found, error = self._tried(units, weigh, grid)
+        trial_codes, error = self._tried(units, weigh, grid)
         better = (error < least[active]).squeeze(-1)
         where = active[better]
         best.alpha[where], best.offset[where] = grid.alpha[better], grid.offset[better]
-        codes[where], least[where] = found[better], error[better]
+        codes[where], least[where] = trial_codes[better], error[better]
         return where
 
     def _tried(self, units: Tensor, weigh: Tensor, grid: BinaryGrid) -> tuple[Tensor, Tensor]:
@@ -218,10 +218,10 @@ class BinaryFormat(Format):
     def _greedy(self, units: Tensor, weigh: Tensor) -> BinaryGrid:
         total = weigh.sum(-1, keepdim=True).clamp(min=1e-30)
         offset = (units * weigh).sum(-1, keepdim=True) / total
-        left, alphas = units - offset, []
+        rest, alphas = units - offset, []
         for _ in range(self.bits):
-            alpha = (left.abs() * weigh).sum(-1, keepdim=True) / total
-            left = left - torch.where(left < 0, -alpha, alpha)
+            alpha = (rest.abs() * weigh).sum(-1, keepdim=True) / total
+            rest = rest - torch.where(rest < 0, -alpha, alpha)
             alphas.append(alpha)
         return self._as_stored(torch.cat(alphas, -1), offset.squeeze(-1))
 
@@ -229,8 +229,8 @@ class BinaryFormat(Format):
         size = units.shape[-1]
         form = IntegerFormat(self.bits, False, -1, torch.float32)
         grid = form.fit(units.view(-1, size), search="mse", importance=weigh.view(-1, size))
-        made = of_integers(form, grid)
-        return self._as_stored(made.alpha, made.offset)
+        coding = of_integers(form, grid)
+        return self._as_stored(coding.alpha, coding.offset)
 
     def _refit(self, units: Tensor, weigh: Tensor, codes: Tensor) -> BinaryGrid:
         """Least squares; where groups have fewer different codes than unknowns a faint ridge decides."""

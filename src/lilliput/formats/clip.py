@@ -48,24 +48,24 @@ def _cut(weight: Tensor, size: int, levels: Tensor, steps: int) -> Tensor:
     best = torch.full((len(counts), 1), float("inf"))
     share = torch.ones(len(counts), 1)
     for step in range(steps):
-        kept = max(1, round(BINS * (steps - step) / steps))
-        loss = _divergence(counts, kept, levels.cpu() / float(levels[-1]))
+        length = max(1, round(BINS * (steps - step) / steps))
+        loss = _divergence(counts, length, levels.cpu() / float(levels[-1]))
         better = loss < best
-        best, share = torch.where(better, loss, best), torch.where(better, kept / BINS, share)
+        best, share = torch.where(better, loss, best), torch.where(better, length / BINS, share)
     limit = peak * share.to(weight)
     return torch.minimum(torch.maximum(weight, -limit), limit)
 
 
-def _divergence(counts: Tensor, kept: int, levels: Tensor) -> Tensor:
+def _divergence(counts: Tensor, bins: int, levels: Tensor) -> Tensor:
     """KL of the clipped histogram from the one that levels can tell apart, [rows, 1]."""
-    inside = counts[:, :kept]
+    inside = counts[:, :bins]
     clipped = inside.clone()
-    clipped[:, -1] += counts[:, kept:].sum(1)
-    centre = (torch.arange(kept) + 0.5) / kept
+    clipped[:, -1] += counts[:, bins:].sum(1)
+    centre = (torch.arange(bins) + 0.5) / bins
     level = torch.bucketize(centre, (levels[1:] + levels[:-1]) / 2)
-    held = torch.zeros(len(counts), len(levels)).index_add_(1, level, inside)
+    histogram = torch.zeros(len(counts), len(levels)).index_add_(1, level, inside)
     filled = torch.zeros(len(counts), len(levels)).index_add_(1, level, (inside > 0).float())
-    merged = (held / filled.clamp(min=1))[:, level] * (inside > 0)
+    merged = (histogram / filled.clamp(min=1))[:, level] * (inside > 0)
     p = clipped / clipped.sum(1, keepdim=True).clamp(min=1e-30)
     q = merged / merged.sum(1, keepdim=True).clamp(min=1e-30)
     # A bin that only clipped weights reach has P and no Q: infinitely far, but for a floor that keeps an order.

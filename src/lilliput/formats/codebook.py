@@ -108,17 +108,17 @@ class CodebookFormat(Format):
             raise LilliputError(f"the weight contains {bad} values that are NaN or infinite: it cannot be quantized")
 
         def one(values: Tensor, weights: Tensor | None, pinned: Tensor | None) -> Tensor:
-            held = None if pinned is None else pinned.any(1)
-            return kmeans.fit(values, self.levels, weights=weights, zero=held)
+            has_zero = None if pinned is None else pinned.any(1)
+            return kmeans.fit(values, self.levels, weights=weights, zero=has_zero)
 
         if self.group_size == 0:
             flat = (None if x is None else x.reshape(1, -1) for x in (importance, zero))
             return self.table(one(weight.reshape(1, -1), *flat)[:, None])
-        found = weight.new_empty(rows, groups.count(width, self.group_size), self.levels)
+        levels = weight.new_empty(rows, groups.count(width, self.group_size), self.levels)
         for columns, some, size in groups.pieces(width, self.group_size):
             parts = (None if x is None else x[:, columns].reshape(-1, size) for x in (importance, zero))
-            found[:, some] = one(weight[:, columns].reshape(-1, size), *parts).view(rows, -1, self.levels)
-        return self.table(found)
+            levels[:, some] = one(weight[:, columns].reshape(-1, size), *parts).view(rows, -1, self.levels)
+        return self.table(levels)
 
     def searched(
         self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None

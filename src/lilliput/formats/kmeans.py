@@ -73,35 +73,35 @@ class _Sorted:
         if weights is None:
             self.weights = torch.ones_like(values)
         else:
-            given = weights.double().expand(values.shape)
-            top = given.amax(1, keepdim=True)
-            given = torch.where(top > 0, given / top, 1.0)  # relative, so that equal weights are exactly none
-            self.weights = given.gather(1, order)
+            mass = weights.double().expand(values.shape)
+            top = mass.amax(1, keepdim=True)
+            mass = torch.where(top > 0, mass / top, 1.0)  # relative, so that equal weights are exactly none
+            self.weights = mass.gather(1, order)
         self.mass = _prefix(self.weights)
         self.moment = _prefix(self.weights * self.values)
 
     def sums(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and weighted sum of the values nearest to each level, [units, k]."""
         bounds = (levels[:, 1:] + levels[:, :-1]) / 2
-        cut = torch.searchsorted(self.values, bounds, right=True)
-        return _between(self.mass, cut), _between(self.moment, cut)
+        places = torch.searchsorted(self.values, bounds, right=True)
+        return _between(self.mass, places), _between(self.moment, places)
 
     def error(self, levels: Tensor) -> Tensor:
         """Weighted squared error of each unit, but for a constant of the unit."""
         mass, moment = self.sums(levels)
         return (levels * (levels * mass - 2 * moment)).sum(1)
 
-    def descend(self, levels: Tensor, held: Tensor | None, iterations: int) -> Tensor:
+    def descend(self, levels: Tensor, fixed: Tensor | None, iterations: int) -> Tensor:
         for _ in range(iterations):
             mass, moment = self.sums(levels)
-            moved = torch.where(mass > 0, moment / mass, levels)
-            if held is not None:
-                moved = torch.where(held, levels, moved)
+            centres = torch.where(mass > 0, moment / mass, levels)
+            if fixed is not None:
+                centres = torch.where(fixed, levels, centres)
             # Means of neighbouring intervals are in order but for the last bits.
-            moved = moved.cummax(1).values
-            if torch.equal(moved, levels):
+            centres = centres.cummax(1).values
+            if torch.equal(centres, levels):
                 break
-            levels = moved
+            levels = centres
         return levels
 
     def of(self, units: Tensor) -> _Sorted:
@@ -111,7 +111,7 @@ class _Sorted:
         some.mass, some.moment = self.mass[units], self.moment[units]
         return some
 
-    def moved(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+    def with_move(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Levels with one moved by a merge and a split, and bool [units]: where that may lower the error.
 
         A split that gains a little less than the merge costs may still pay once all levels have followed, so that
@@ -121,9 +121,9 @@ class _Sorted:
         every = max(1, count // (_SPLITS * levels.shape[1]))
         bounds = (levels[:, 1:] + levels[:, :-1]) / 2
         label = torch.searchsorted(bounds.contiguous(), self.values[:, every - 1 :: every].contiguous())
-        cut = torch.searchsorted(self.values, bounds, right=True)
-        first = torch.nn.functional.pad(cut, (1, 0))
-        last = torch.nn.functional.pad(cut, (0, 1), value=count)
+        places = torch.searchsorted(self.values, bounds, right=True)
+        first = torch.nn.functional.pad(places, (1, 0))
+        last = torch.nn.functional.pad(places, (0, 1), value=count)
         before, so_far = self.mass[:, every::every], self.moment[:, every::every]
         mass = [before - self.mass.gather(1, first).gather(1, label)]
         mass.append(self.mass.gather(1, last).gather(1, label) - before)
@@ -162,7 +162,7 @@ def _fit(values: Tensor, k: int, weights: Tensor | None, zero: Tensor | None, it
     active = torch.arange(len(best), device=best.device)
     for _ in range(_MOVES if k > 2 else 0):
         some = data.of(active)
-        levels, worth = some.moved(best[active])
+        levels, worth = some.with_move(best[active])
         active, levels, some = active[worth], levels[worth], some.of(worth)
         if not len(active):
             break
@@ -172,9 +172,9 @@ def _fit(values: Tensor, k: int, weights: Tensor | None, zero: Tensor | None, it
         best[active] = levels[better]
     best = data.descend(best, None, iterations)
     if zero is not None:
-        held = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.abs().argmin(1, keepdim=True), True)
-        held &= zero[:, None]
-        best = data.descend(torch.where(held, 0.0, best).sort(1).values, held, iterations)
+        fixed = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.abs().argmin(1, keepdim=True), True)
+        fixed &= zero[:, None]
+        best = data.descend(torch.where(fixed, 0.0, best).sort(1).values, fixed, iterations)
     index = torch.arange(k, device=values.device).expand(len(values), k)
     exact = unique.gather(1, torch.minimum(index, distinct - 1))
     return torch.where(distinct <= k, exact, best).float()
@@ -184,9 +184,9 @@ def _start(density: Tensor, rank: Tensor, distinct: Tensor, unique: Tensor, k: i
     """Values [units, k] at the middles of k equal shares of `density`, all of them distinct where there are enough."""
     shares = density.cumsum(1)
     at = (torch.arange(k, device=density.device) + 0.5) / k * shares[:, -1:]
-    found = torch.searchsorted(shares, at.contiguous()).clamp_(max=density.shape[1] - 1)
+    places = torch.searchsorted(shares, at.contiguous()).clamp_(max=density.shape[1] - 1)
     number = torch.arange(k, device=density.device)
-    ranks = (rank.gather(1, found) - number).cummax(1).values + number
+    ranks = (rank.gather(1, places) - number).cummax(1).values + number
     ranks = torch.minimum(ranks, distinct - k + number).clamp_(min=0)
     return unique.gather(1, torch.minimum(ranks, distinct - 1))
 
@@ -201,7 +201,7 @@ def _prefix(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values.cumsum(1), (1, 0))
 
 
-def _between(prefix: Tensor, cut: Tensor) -> Tensor:
+def _between(prefix: Tensor, places: Tensor) -> Tensor:
     """Sums between neighbouring cuts, [units, cuts + 1]."""
-    inner = prefix.gather(1, cut)
+    inner = prefix.gather(1, places)
     return torch.diff(inner, dim=1, prepend=prefix[:, :1], append=prefix[:, -1:])

@@ -26,7 +26,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 _WANTED: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.wanted}
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
-    kind: read for family in FAMILIES for kind, read in family.written.items()
+    kind: reader for family in FAMILIES for kind, reader in family.written.items()
 }
 
 

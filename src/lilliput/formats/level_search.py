@@ -86,15 +86,15 @@ def shrink(weighed: Weighed, table: Table, peak: Tensor, dtype: torch.dtype, ste
     best = stored(peak / table.top, dtype)
     unit = (1.0 - shortest) / max(steps - 1, 1)
     for rows, some, w, importance in weighed.blocks():
-        wide = kept = best[rows, some]
-        least = _loss(weighed, table, w, importance, kept)
+        wide = chosen = best[rows, some]
+        least = _loss(weighed, table, w, importance, chosen)
         at = torch.zeros_like(least)
 
-        def take(tried: Tensor) -> Tensor:
-            nonlocal kept, least
-            loss = _loss(weighed, table, w, importance, tried)  # noqa: B023 - called within the round
+        def take(trial: Tensor) -> Tensor:
+            nonlocal chosen, least
+            loss = _loss(weighed, table, w, importance, trial)  # noqa: B023 - called within the round
             better = loss < least
-            kept, least = torch.where(better, tried, kept), torch.where(better, loss, least)
+            chosen, least = torch.where(better, trial, chosen), torch.where(better, loss, least)
             return better
 
         for i in range(_STRIDE, steps, _STRIDE):
@@ -102,8 +102,8 @@ def shrink(weighed: Weighed, table: Table, peak: Tensor, dtype: torch.dtype, ste
         for move in (-1.0, 1.0):
             take(stored(wide * (1.0 - unit * (at + move).clamp_(0.0, steps - 1.0)), dtype))
         for _ in range(2):
-            take(stored(_refit(table, w, importance, kept), dtype))
-        best[rows, some] = kept
+            take(stored(_refit(table, w, importance, chosen), dtype))
+        best[rows, some] = chosen
     return best
 
 

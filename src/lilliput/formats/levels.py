@@ -102,17 +102,17 @@ class LevelFormat(Format):
         ranges.check(weight, peak, "float32")
         kind = self.scales
         if search == "minmax":
-            found = Scales(kind, kind.coded(peak, table.top, second := kind.second(peak, table.top)), second)
+            grid = Scales(kind, kind.coded(peak, table.top, second := kind.second(peak, table.top)), second)
         elif isinstance(kind, FloatScales):
             best = level_search.shrink(weighed, table, peak, kind.dtype, steps, self._shortest)
-            found = Scales(kind, best.to(kind.dtype))
+            grid = Scales(kind, best.to(kind.dtype))
         else:
             ideal = None
             if not isinstance(kind, PowerScales):  # an octave apart, the neighbours are all there is
                 ideal = level_search.shrink(weighed, table, peak, torch.float32, steps, self._shortest) * table.top
-            found = scales.choose(kind, peak, ideal, table.top, lambda s: level_search.error(weighed, table, s))
-        ranges.check(weight, found.values(), kind.name)
-        return found
+            grid = scales.choose(kind, peak, ideal, table.top, lambda s: level_search.error(weighed, table, s))
+        ranges.check(weight, grid.values(), kind.name)
+        return grid
 
     def searched(
         self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None

@@ -114,29 +114,29 @@ class NestedFormat(Format):
             best = self._whole(self.codes.lowest - lows[0] / scale)
             least = error(scale, best)
             for other in lows[1:]:
-                tried = self._whole(self.codes.lowest - other / scale)
-                loss = error(scale, tried)
-                best = torch.where(loss < least, tried, best)
+                trial = self._whole(self.codes.lowest - other / scale)
+                loss = error(scale, trial)
+                best = torch.where(loss < least, trial, best)
                 least = torch.minimum(loss, least)
             return best, least
 
         if search == "mse":
             ideal = torch.where(peak > 0, plain.scale, 0.0) * top
-            found = scales.choose(kind, peak, ideal, top, lambda s: zero(s)[1])
+            fitted = scales.choose(kind, peak, ideal, top, lambda s: zero(s)[1])
         else:
-            found = Scales(kind, kind.coded(peak, top, second := kind.second(peak, top)), second)
-        ranges.check(weight, found.values(), kind.name)
-        wanted, _ = zero(found.values())
-        if wanted is None:
-            return NestedGrid(found)
+            fitted = Scales(kind, kind.coded(peak, top, second := kind.second(peak, top)), second)
+        ranges.check(weight, fitted.values(), kind.name)
+        ideal_zero, _ = zero(fitted.values())
+        if ideal_zero is None:
+            return NestedGrid(fitted)
         zeros = self._zero_kind
         if zeros is None:
-            return NestedGrid(found, wanted.to(torch.int8))
-        held = Scales(zeros, zeros.coded(wanted, 1.0, shared := zeros.second(wanted, 1.0)), shared)
+            return NestedGrid(fitted, ideal_zero.to(torch.int8))
+        zero_scales = Scales(zeros, zeros.coded(ideal_zero, 1.0, shared := zeros.second(ideal_zero, 1.0)), shared)
         if search == "mse":
-            held = scales.search(held, lambda z: error(found.values(), self._whole(z)))
-            found = scales.search(found, lambda s: error(s, self._whole(held.values())))
-        return NestedGrid(found, held)
+            zero_scales = scales.search(zero_scales, lambda z: error(fitted.values(), self._whole(z)))
+            fitted = scales.search(fitted, lambda s: error(s, self._whole(zero_scales.values())))
+        return NestedGrid(fitted, zero_scales)
 
     def searched(
         self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None

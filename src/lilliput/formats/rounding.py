@@ -59,7 +59,7 @@ class Units:
         for a in range(0, self.rows, step):
             yield slice(a, min(a + step, self.rows))
 
-    def apart(self, weights: int) -> Iterator[tuple[slice, Units]]:
+    def pieces_with_units(self, weights: int) -> Iterator[tuple[slice, Units]]:
         """Such pieces with the units of their own; a grid per tensor stays whole."""
         if self.form.group_size == 0:
             yield slice(0, self.rows), self
@@ -103,13 +103,13 @@ class _Rounded(torch.autograd.Function):
             g = slope[rows]
             steps = units.gather(g * codes[rows])
             g = g * units.spread(units.of(scale, rows))
-            kept = torch.mul(g, inside[rows], out=by_position[rows])
-            moved = units.gather(kept - g)
+            passed = torch.mul(g, inside[rows], out=by_position[rows])
+            zero_slope = units.gather(passed - g)
             if scale.shape[0] == 1:
                 by_scale += steps.sum(0, keepdim=True)
-                by_zero += moved.sum(0, keepdim=True)
+                by_zero += zero_slope.sum(0, keepdim=True)
             else:
-                by_scale[rows], by_zero[rows] = steps, moved
+                by_scale[rows], by_zero[rows] = steps, zero_slope
         return by_position, by_scale, by_zero, None
 
 
@@ -123,17 +123,17 @@ class _Through(torch.autograd.Function):
     """Another value, the same gradient."""
 
     @staticmethod
-    def forward(ctx: Any, given: Tensor, shown: Tensor) -> Tensor:
-        return shown.clone()
+    def forward(ctx: Any, source: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         return slopes[0], None
 
 
-def through(given: Tensor, shown: Tensor) -> Tensor:
+def through(source: Tensor, value: Tensor) -> Tensor:
     """`shown` in place of `given`, whose gradient it hands on."""
-    out: Tensor = _Through.apply(given, shown)  # type: ignore[no-untyped-call]
+    out: Tensor = _Through.apply(source, value)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -58,7 +58,7 @@ class ScaleKind(Protocol):
         """Scales, float32 [rows, groups]."""
         ...
 
-    def moved(self, codes: Tensor, by: int) -> Tensor:
+    def shifted(self, codes: Tensor, by: int) -> Tensor:
         """Codes moved by so many, inside their range."""
         ...
 
@@ -123,7 +123,7 @@ class FloatScales:
     def values(self, codes: Tensor, second: Second) -> Tensor:
         return codes.float()
 
-    def moved(self, codes: Tensor, by: int) -> Tensor:
+    def shifted(self, codes: Tensor, by: int) -> Tensor:
         return codes
 
     def rows(self, second: Second, start: int, stop: int) -> Second:
@@ -160,7 +160,7 @@ class PowerScales:
     def values(self, codes: Tensor, second: Second) -> Tensor:
         return torch.where(codes == 0, 2.0**-127, (codes.to(torch.int32) << 23).view(torch.float32))
 
-    def moved(self, codes: Tensor, by: int) -> Tensor:
+    def shifted(self, codes: Tensor, by: int) -> Tensor:
         return (codes + by).clamp_(1, 254)
 
     def rows(self, second: Second, start: int, stop: int) -> Second:
@@ -198,7 +198,7 @@ class SmallFloatScales:
     def values(self, codes: Tensor, second: Second) -> Tensor:
         return codes.to(torch.uint8).view(torch.float8_e4m3fn).float() / second[0]
 
-    def moved(self, codes: Tensor, by: int) -> Tensor:
+    def shifted(self, codes: Tensor, by: int) -> Tensor:
         return (codes + by).clamp_(1, 126)
 
     def rows(self, second: Second, start: int, stop: int) -> Second:
@@ -230,12 +230,12 @@ def parse(name: str) -> ScaleKind:
         return FloatScales(DTYPES.get(name, torch.float16))
     if name in ("e8m0", "e4m3"):
         return PowerScales() if name == "e8m0" else SmallFloatScales()
-    found = re.fullmatch(r"int([0-9]+)/(row|[0-9]+)", name)
-    if found is None:
+    match = re.fullmatch(r"int([0-9]+)/(row|[0-9]+)", name)
+    if match is None:
         from lilliput.errors import nearest  # recipes check their scale_dtype here
 
         raise PlanError(f"no kind of scales is called '{name}'.{nearest(name, EXAMPLES)}")
-    bits, over = int(found[1]), found[2]
+    bits, over = int(match[1]), match[2]
     if not 2 <= bits <= 8:
         near = f"int{min(8, max(2, bits))}/{over}"
         raise PlanError(f"scales of {bits} bits ('{name}'): integers have 2 to 8 bits; the nearest is {near}")
@@ -304,7 +304,7 @@ def _descend(scales: Scales, least: Tensor, error: Callable[[Tensor], Tensor]) -
     for _ in range(2):
         start, changed = codes, False
         for by in (-1, 1):
-            codes, least, some = _take(kind, kind.moved(start, by), codes, least, second, error)
+            codes, least, some = _take(kind, kind.shifted(start, by), codes, least, second, error)
             changed = changed or some
         if not changed:
             break
@@ -312,8 +312,8 @@ def _descend(scales: Scales, least: Tensor, error: Callable[[Tensor], Tensor]) -
 
 
 def _take(
-    kind: ScaleKind, tried: Tensor, codes: Tensor, least: Tensor, second: Second, error: Callable[[Tensor], Tensor]
+    kind: ScaleKind, trial: Tensor, codes: Tensor, least: Tensor, second: Second, error: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, bool]:
-    loss = error(kind.values(tried, second))
+    loss = error(kind.values(trial, second))
     better = loss < least
-    return torch.where(better, tried, codes), torch.where(better, loss, least), bool(better.any())
+    return torch.where(better, trial, codes), torch.where(better, loss, least), bool(better.any())

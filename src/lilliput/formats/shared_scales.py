@@ -46,7 +46,7 @@ class BlockScales:
         first = 0 if len(second) == 2 else int(second[2])
         return (second[0] + codes * self._steps(second[1], first, codes.shape)).clamp_(min=TINY)
 
-    def moved(self, codes: Tensor, by: int) -> Tensor:
+    def shifted(self, codes: Tensor, by: int) -> Tensor:
         return (codes + by).clamp_(-127, 127)
 
     def rows(self, second: Second, start: int, stop: int) -> Second:
@@ -96,7 +96,7 @@ class RowScales:
     def values(self, codes: Tensor, second: Second) -> Tensor:
         return (codes + 1) * second[0]
 
-    def moved(self, codes: Tensor, by: int) -> Tensor:
+    def shifted(self, codes: Tensor, by: int) -> Tensor:
         return (codes + by).clamp_(0, (1 << self.bits) - 1)
 
     def rows(self, second: Second, start: int, stop: int) -> Second:
@@ -150,7 +150,7 @@ class AffineScales:
         value = low + codes * step
         return value.clamp_(min=2.0**-24) if self.positive else value
 
-    def moved(self, codes: Tensor, by: int) -> Tensor:
+    def shifted(self, codes: Tensor, by: int) -> Tensor:
         return (codes + by).clamp_(0, (1 << self.bits) - 1)
 
     def rows(self, second: Second, start: int, stop: int) -> Second:

@@ -75,11 +75,11 @@ class TernaryFormat(Format):
         step = max(1, _CHUNK // max(width, 1))
         for a in range(0, rows, step):
             scale[a : a + step] = self._scales(weight[a : a + step].float(), weigh[a : a + step].float())
-        kept = as_stored(scale, self.scale_dtype)
-        if not bool(torch.isfinite(kept).all()):
+        stored_scale = as_stored(scale, self.scale_dtype)
+        if not bool(torch.isfinite(stored_scale).all()):
             name = dtype_name(self.scale_dtype)
             raise LilliputError(f"a scale exceeds the range of {name}: set scale_dtype to float32 for this layer")
-        return TernaryGrid(kept.to(self.scale_dtype))
+        return TernaryGrid(stored_scale.to(self.scale_dtype))
 
     def _scales(self, weight: Tensor, weigh: Tensor) -> Tensor:
         """The scales [rows, groups] of some rows, before they are rounded."""

@@ -32,11 +32,11 @@ def peak_rss() -> int:
     tell; getrusage's may be that of the process that started this one)."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
-            found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
+            match = re.search(r"VmHWM:\s+(\d+) kB", file.read())
     except OSError:
-        found = None
-    if found:
-        return int(found[1]) * 1024
+        match = None
+    if match:
+        return int(match[1]) * 1024
     import resource
     import sys
 

@@ -129,8 +129,8 @@ def _sent(value: T, source: int) -> T:
         torch.distributed.broadcast(length, source)
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8) if mine else torch.empty(int(length)).byte()
         torch.distributed.broadcast(data, source)
-    found: T = value if mine else json.loads(data.numpy().tobytes())
-    return found
+    answer: T = value if mine else json.loads(data.numpy().tobytes())
+    return answer
 
 
 def agreed(value: T) -> T:
@@ -175,8 +175,8 @@ def together() -> Iterator[None]:
         yield
     except LilliputError as error:
         mine = error
-    said = [text for text in gathered(None if mine is None else str(mine)) if text is not None]
+    messages = [text for text in gathered(None if mine is None else str(mine)) if text is not None]
     if mine is not None and lead():
         raise mine
-    if said:
-        raise (LilliputError if lead() else ToldError)(said[0])
+    if messages:
+        raise (LilliputError if lead() else ToldError)(messages[0])

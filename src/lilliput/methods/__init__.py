@@ -36,15 +36,15 @@ def _load(family: str, name: str) -> Method:
 @functools.cache
 def discover() -> Mapping[str, Method]:
     """All methods by name, found by listing the folders."""
-    found: dict[str, Method] = {}
+    methods: dict[str, Method] = {}
     for family in _families():
         package = importlib.import_module(f"lilliput.methods.{family}")
         for info in pkgutil.iter_modules(package.__path__):
             method = _load(family, info.name)
-            if method.name in found:
+            if method.name in methods:
                 raise RuntimeError(f"two methods are called {method.name}")
-            found[method.name] = method
-    return found
+            methods[method.name] = method
+    return methods
 
 
 @functools.cache

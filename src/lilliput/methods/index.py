@@ -60,13 +60,13 @@ def options(method: Method) -> list[dict[str, Any]]:
 
 def covering() -> Mapping[str, Method]:
     """Catalogue id to the method that covers it. Raises RuntimeError where two files claim one id."""
-    found: dict[str, Method] = {}
+    by_id: dict[str, Method] = {}
     for method in discover().values():
         for key in method.spec.covers:
-            if key in found:
-                raise RuntimeError(f"both '{found[key].name}' and '{method.name}' cover '{key}'")
-            found[key] = method
-    return found
+            if key in by_id:
+                raise RuntimeError(f"both '{by_id[key].name}' and '{method.name}' cover '{key}'")
+            by_id[key] = method
+    return by_id
 
 
 def find(name: str, also: Iterable[str] = ()) -> Method:
@@ -89,10 +89,10 @@ def steps_of(name: str, also: Iterable[str] = ()) -> Steps:
     steps = method.spec.covers.get(name, method.recipe if name == method.name else None)
     if isinstance(steps, list):
         return steps
-    read = f"read about it with `lilliput methods {method.name}`"
+    advice = f"read about it with `lilliput methods {method.name}`"
     if steps is None:
-        raise PlanError(f"'{name}' is an idea, not a computation: {read}")
-    raise PlanError(f"no recipe runs '{name}': {steps}; {read}")
+        raise PlanError(f"'{name}' is an idea, not a computation: {advice}")
+    raise PlanError(f"no recipe runs '{name}': {steps}; {advice}")
 
 
 def _type_name(annotation: object) -> str:

@@ -19,10 +19,10 @@ def figures() -> Mapping[str, Any]:
     """`protocol`, text, and `rows`, each with `name`, `run` (recipe and settings), `methods` (their names),
     `bits_per_weight`, `perplexity`, `ratio` and `kl` as [value, low, high], `c4` and `ptb` (ratios), `forwards` (wall
     time in bfloat16 forward passes of the calibration tokens) and `peak_bytes`."""
-    found: Mapping[str, Any] = json.loads(
+    data: Mapping[str, Any] = json.loads(
         resources.files("lilliput.methods").joinpath("measured.json").read_text("utf-8")
     )
-    return found
+    return data
 
 
 def of(method: str) -> list[Mapping[str, Any]]:
@@ -50,8 +50,8 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _interval(found: Sequence[float]) -> str:
-    value, low, high = (f"{x:.3f}" for x in found)
+def _interval(ends: Sequence[float]) -> str:
+    value, low, high = (f"{x:.3f}" for x in ends)
     return f"{value} [{low}, {high}]"
 
 

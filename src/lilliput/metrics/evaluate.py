@@ -135,9 +135,9 @@ def _scores(
             stack.callback(hidden[-1].delete)
             finish(model, hidden[-1])
         reference = None if against is None else StreamedHead(against, hidden[-1])
-        found: dict[int, Scores] = {}
+        scores: dict[int, Scores] = {}
         for first, model in enumerate(models):
-            if first in found:
+            if first in scores:
                 continue
             alike = [n for n in range(first, len(models)) if n == first or same_head(model, models[n])]
             head = StreamedHead(model, *(hidden[n] for n in alike))
@@ -145,9 +145,9 @@ def _scores(
             several = score(
                 ids, head, reference, columns=shape.columns, tile=shape.tile, streams=len(alike), names=names
             )
-            found |= {n: several.stream(stream, len(ids)) for stream, n in enumerate(alike)}
+            scores |= {n: several.stream(stream, len(ids)) for stream, n in enumerate(alike)}
     ram.trim()
-    return [found[n] for n in range(len(models))]
+    return [scores[n] for n in range(len(models))]
 
 
 def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float]) -> tuple[str, ...]:
@@ -270,7 +270,7 @@ def evaluate_all(
     shared = {} if calibration is None else {text.source: overlap(calibration, text) for text in loaded}
     scored = slice(None) if step == tokens else slice(-step, None)
     tokenizer = opened[0].source.tokenizer() if detail else None
-    found = []
+    evaluations = []
     for one, its in zip(opened, scores, strict=True):
         texts = tuple(
             result(text, its.of(slice(n * windows, (n + 1) * windows), scored), step, tokenizer)
@@ -278,7 +278,7 @@ def evaluate_all(
         )
         size = measure(one)
         used = str(one.skeleton.dtype).removeprefix("torch.")
-        found.append(
+        evaluations.append(
             Evaluation(
                 model=one.source.model,
                 against=None if base is None else base.source.model,
@@ -292,4 +292,4 @@ def evaluate_all(
                 notes=_notes(size, used, windows, shared),
             )
         )
-    return found
+    return evaluations

@@ -78,8 +78,8 @@ def continuations(model: Model, prompts: Tensor, new_tokens: int) -> Tensor:
     finally:
         model.unload(model.skeleton.shapes)
         ram.trim()
-    found: Tensor = out[:, ids.shape[1] :].cpu()
-    return found
+    tokens: Tensor = out[:, ids.shape[1] :].cpu()
+    return tokens
 
 
 def generation(
@@ -101,8 +101,8 @@ def generation(
     """
     models = [open_model(x, dtype=dtype, device=device) for x in (model, against)]
     tokenizer = models[0].source.tokenizer()
-    known = [x.positions for x in models if x.positions is not None]
-    room = min(known, default=CONTEXT + max(NEW, new_tokens or 0))
+    limits = [x.positions for x in models if x.positions is not None]
+    room = min(limits, default=CONTEXT + max(NEW, new_tokens or 0))
     context = min(CONTEXT, max(1, room // 3))
     new_tokens = min(NEW, room - context) if new_tokens is None else new_tokens
     if prompts < 2 or not 1 <= new_tokens <= room - context:
@@ -112,15 +112,15 @@ def generation(
         )
     stretches = load_tokens(data, tokenizer, samples=prompts, tokens=2 * CONTEXT, vocabulary=models[0].vocabulary)
     ids = stretches.ids[:, :context]
-    found = [continuations(x, ids, new_tokens) for x in models]
-    first = first_differences(found[0], found[1])
+    answers = [continuations(x, ids, new_tokens) for x in models]
+    first = first_differences(answers[0], answers[1])
     order = first.argsort(stable=True).tolist()[:examples]
     return GenerationResult(
         prompts=prompts,
         new_tokens=new_tokens,
         first_difference=clip(mean_interval(first.double()), 0.0, float(new_tokens)),
         identical=clip(mean_interval((first == new_tokens).double()), 0.0, 1.0),
-        examples=tuple(_example(tokenizer, ids[i], found[0][i], found[1][i], int(first[i])) for i in order),
+        examples=tuple(_example(tokenizer, ids[i], answers[0][i], answers[1][i], int(first[i])) for i in order),
     )
 
 

@@ -108,8 +108,8 @@ def same_head(a: Model, b: Model) -> bool:
 
 
 def _configuration(model: Model) -> dict[str, Any]:
-    apart = {"quantization_config", "dtype", "_name_or_path", "transformers_version", "tie_word_embeddings"}
-    return {k: v for k, v in model.source.text_config.to_dict().items() if k not in apart}
+    ignored = {"quantization_config", "dtype", "_name_or_path", "transformers_version", "tie_word_embeddings"}
+    return {k: v for k, v in model.source.text_config.to_dict().items() if k not in ignored}
 
 
 def _head_tensors(model: Model) -> dict[str, str]:
@@ -175,8 +175,8 @@ class _Sums:
         """Keep the targets' logits where they lie in the slice that begins at vocabulary entry `first`."""
         inside = (targets >= first) & (targets < first + logits.shape[1])
         local = (targets - first).clamp(0, logits.shape[1] - 1)
-        found = logits.gather(1, local[:, None].to(logits.device))[:, 0].cpu().double()
-        self.target[at] = torch.where(inside, found, self.target[at])
+        values = logits.gather(1, local[:, None].to(logits.device))[:, 0].cpu().double()
+        self.target[at] = torch.where(inside, values, self.target[at])
 
     def lse(self) -> Tensor:
         return self.top + self.total.log()
@@ -228,29 +228,29 @@ def score(
     rival = torch.zeros(streams * windows, width, dtype=torch.float64)
 
     def take(window: int, start: int, stop: int, first: int, last: int) -> None:
-        here = slice(start, stop)
+        part = slice(start, stop)
         targets = ids[window, start + 1 : stop + 1]
         if reference is not None:
             base = reference.logits(window, start, stop, first, last)
             best, index = base.max(dim=1)
-            best = _finite(best, reference.name, (window, here))
-            ahead = best > theirs.top[window, here]
-            peak, shrink = theirs.rise((window, here), best, index + first)
-            theirs.pick((window, here), base, targets, first)
+            best = _finite(best, reference.name, (window, part))
+            ahead = best > theirs.top[window, part]
+            peak, shrink = theirs.rise((window, part), best, index + first)
+            theirs.pick((window, part), base, targets, first)
             share = (base - peak[:, None].to(base)).exp_()
-            theirs.total[window, here] += share.sum(dim=1).cpu().double()
+            theirs.total[window, part] += share.sum(dim=1).cpu().double()
         for stream in range(streams):
-            at = (stream * windows + window, here)
+            at = (stream * windows + window, part)
             logits = model.logits(at[0], start, stop, first, last)
             most, place = logits.max(dim=1)
-            top, _ = ours.rise(at, _finite(most, names[stream], (window, here)), place + first)
+            top, _ = ours.rise(at, _finite(most, names[stream], (window, part)), place + first)
             ours.pick(at, logits, targets, first)
             if reference is not None:
                 rival[at] = torch.where(ahead, logits.gather(1, index[:, None])[:, 0].cpu().double(), rival[at])
                 # In the place of the reference's logits once nobody else needs them.
-                apart = base.sub_(logits) if stream == streams - 1 else base - logits
-                gap[at] = gap[at] * shrink + torch.linalg.vecdot(share, apart).cpu().double()
-                del apart
+                differences = base.sub_(logits) if stream == streams - 1 else base - logits
+                gap[at] = gap[at] * shrink + torch.linalg.vecdot(share, differences).cpu().double()
+                del differences
             ours.total[at] += logits.sub_(top[:, None].to(logits)).exp_().sum(dim=1).cpu().double()
 
     try:

@@ -69,8 +69,8 @@ def mcnemar(lost: int, won: int) -> float:
 def proportion(right: int, items: int) -> Interval:
     """Share right/items with its 95 % score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
     share = right / items
-    found = stats.binomtest(right, items).proportion_ci(LEVEL, method="wilson")
-    return Interval(share, min(share, float(found.low)), max(share, float(found.high)))
+    interval = stats.binomtest(right, items).proportion_ci(LEVEL, method="wilson")
+    return Interval(share, min(share, float(interval.low)), max(share, float(interval.high)))
 
 
 def difference(counts: Flips) -> Interval:
@@ -81,8 +81,8 @@ def difference(counts: Flips) -> Interval:
     """
     lost, won = ((x + 1) / (counts.items + 2) for x in (counts.lost, counts.won))
     half = _Z * math.sqrt(max(0.0, lost + won - (won - lost) ** 2) / (counts.items + 2))
-    found, middle = counts.difference, won - lost
-    return clip(Interval(found, min(found, middle - half), max(found, middle + half)), -1.0, 1.0)
+    centre, middle = counts.difference, won - lost
+    return clip(Interval(centre, min(centre, middle - half), max(centre, middle + half)), -1.0, 1.0)
 
 
 def bootstrap(values: Tensor, *, seed: int = 0, samples: int = SAMPLES) -> Interval:
@@ -97,7 +97,7 @@ def bootstrap(values: Tensor, *, seed: int = 0, samples: int = SAMPLES) -> Inter
     flat = values.to(torch.float64).flatten().numpy()
     if not np.ptp(flat):  # scipy warns of equal values, whose interval is a point
         return Interval(float(flat[0]), float(flat[0]), float(flat[0]))
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         (flat,),
         np.mean,
         n_resamples=samples,
@@ -107,7 +107,7 @@ def bootstrap(values: Tensor, *, seed: int = 0, samples: int = SAMPLES) -> Inter
         vectorized=True,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(flat.mean()), float(found.low), float(found.high))
+    return Interval(float(flat.mean()), float(result.low), float(result.high))
 
 
 def sign_flip(differences: Tensor, *, seed: int = 0, samples: int = SAMPLES) -> float:
@@ -117,7 +117,7 @@ def sign_flip(differences: Tensor, *, seed: int = 0, samples: int = SAMPLES) -> 
     at hand counting as well (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585).
     """
     flat = differences.to(torch.float64).flatten().numpy()
-    found = stats.permutation_test(
+    result = stats.permutation_test(
         (flat,),
         lambda values, axis: np.abs(values.mean(axis=axis)),
         permutation_type="samples",
@@ -127,7 +127,7 @@ def sign_flip(differences: Tensor, *, seed: int = 0, samples: int = SAMPLES) -> 
         vectorized=True,
         rng=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def _batch(count: int) -> int:
@@ -219,12 +219,12 @@ def verdict(counts: Flips, p_corrected: float, *, tests: int = 1, margin: float 
     with 80 % probability, or where the interval excludes it; otherwise the sample was too small, and the verdict says
     how many items would do.
     """
-    found = difference(counts)
-    points = f"{100 * abs(found.value):.1f} +- {50 * (found.high - found.low):.1f} points"
+    interval = difference(counts)
+    points = f"{100 * abs(interval.value):.1f} +- {50 * (interval.high - interval.low):.1f} points"
     if p_corrected < ALPHA:
-        return Verdict("loss", f"loss of {points}") if found.value < 0 else Verdict("gain", f"gain of {points}")
+        return Verdict("loss", f"loss of {points}") if interval.value < 0 else Verdict("gain", f"gain of {points}")
     alpha = ALPHA / tests
-    if found.low > -margin or power(counts.items, counts.discordant, margin, alpha) >= POWER:
+    if interval.low > -margin or power(counts.items, counts.discordant, margin, alpha) >= POWER:
         return Verdict("ok", "no detectable loss")
     needed = items_needed(counts.discordant, margin, alpha)
     return Verdict("unsure", f"underpowered: run {needed} items to see a loss of {100 * margin:g} points")

@@ -33,16 +33,16 @@ def measure(model: Model) -> Size:
     blocks = [name for i in range(len(skeleton.block_names)) for name in skeleton.names_of(i)]
     matrices = {model.refs[name].stored for name in blocks if len(skeleton.shapes[name]) == 2}
     record = provenance.read(model.source.folder)
-    chosen = matrices & {f"{row.stored}.weight" for row in record.linears} if record is not None else set()
-    if not chosen:
-        chosen = {n for n in matrices if stored[n].nbytes != prod(stored[n].shape) * stored[n].dtype.itemsize}
-    counted = chosen or matrices
+    compressed = matrices & {f"{row.stored}.weight" for row in record.linears} if record is not None else set()
+    if not compressed:
+        compressed = {n for n in matrices if stored[n].nbytes != prod(stored[n].shape) * stored[n].dtype.itemsize}
+    counted = compressed or matrices
     weights = sum(prod(stored[n].shape) for n in counted)
     return Size(
         bytes=sum(x.stat().st_size for x in model.source.files()),
         bits_per_weight=8 * sum(stored[n].nbytes for n in counted) / weights,
         model_bits_per_weight=8 * sum(x.nbytes for x in stored.values()) / sum(prod(x.shape) for x in stored.values()),
-        compressed=len(chosen),
+        compressed=len(compressed),
     )
 
 

@@ -27,20 +27,20 @@ def window(model: Model) -> int:
     return tokens([model], None)
 
 
-def tokens(models: Sequence[Model], wanted: int | None, most: int = WINDOW) -> int:
+def tokens(models: Sequence[Model], count: int | None, most: int = WINDOW) -> int:
     """Tokens in a window that all models can read: `wanted`, or as many as they know positions, up to `most`, where
     nobody says. Raises DataError."""
-    if wanted is None:
+    if count is None:
         return min(most, *(model.positions or most for model in models))
-    if wanted < 2:
-        raise DataError(f"windows of {wanted} tokens; a prediction needs 2 tokens or more.")
+    if count < 2:
+        raise DataError(f"windows of {count} tokens; a prediction needs 2 tokens or more.")
     for model in models:
-        if model.positions is not None and wanted > model.positions:
+        if model.positions is not None and count > model.positions:
             raise DataError(
-                f"windows of {wanted} tokens are more than the {model.positions} positions of "
+                f"windows of {count} tokens are more than the {model.positions} positions of "
                 f"{model.source.model}: ask for fewer."
             )
-    return wanted
+    return count
 
 
 def vocabulary(model: Model) -> int:
@@ -48,11 +48,11 @@ def vocabulary(model: Model) -> int:
     return model.skeleton.shapes[model.skeleton.head][0]
 
 
-def _outside(model: Model, seen: int, itemsize: int) -> int:
+def _outside(model: Model, distinct: int, itemsize: int) -> int:
     """Bytes of the embeddings in the compute dtype, of the token table the rows of at most `seen` tokens, and of the
     rows at hand as they are stored."""
     shapes = model.skeleton.shapes
-    rows = {n: min(shapes[n][0], max(seen, TABLE_ROWS)) for n in model.skeleton.embeddings}
+    rows = {n: min(shapes[n][0], max(distinct, TABLE_ROWS)) for n in model.skeleton.embeddings}
     sizes = {n: rows[n] * prod(shapes[n][1:]) for n in rows}
     stored = max((sizes[n] * model.dtype(n).itemsize for n in sizes), default=0)
     return sum(sizes.values()) * itemsize + min(stored, TABLE_ROWS * model.skeleton.hidden_size * 4)
@@ -89,9 +89,9 @@ def _heads(models: list[Model], columns: int, tile: int, tokens: int) -> int:
     return 4 * columns * len(models) * hidden + casting + LOGITS * tile * min(ROWS, tokens)
 
 
-def _bytes(models: list[Model], batch: int, columns: int, tile: int, tokens: int, seen: int, itemsize: int) -> int:
+def _bytes(models: list[Model], batch: int, columns: int, tile: int, tokens: int, distinct: int, itemsize: int) -> int:
     return max(
-        max(_outside(m, seen, itemsize) for m in models),
+        max(_outside(m, distinct, itemsize) for m in models),
         max(_block(m, batch, tokens, itemsize) for m in models),
         _heads(models, columns, tile, tokens),
     )
@@ -108,9 +108,9 @@ def choose(
     room = ceil((budget if budget is not None else max(ram.available() // 2, 1)) / ram.SLACK) - ram.BASE
     size = models[0].skeleton.dtype.itemsize if itemsize is None else itemsize
     entries = max(vocabulary(m) for m in models)
-    seen = windows * tokens
+    distinct = windows * tokens
     fewest = min(entries, 256)
-    floor = least(models, tokens, seen, size)
+    floor = least(models, tokens, distinct, size)
     if budget is not None and floor > room:
         need = units.readable((floor + ram.BASE) * ram.SLACK, up=True)
         raise PlanError(f"--memory {units.readable(budget)} is too small to evaluate: give --memory {need} or more.")
@@ -124,13 +124,13 @@ def choose(
     columns = min(entries, tile * max(1, SLICE // (4 * tile * models[0].skeleton.hidden_size)))
     while columns > tile and _heads(models, columns, tile, tokens) > room:
         columns = tile * max(1, columns // tile // 2)
-    return Slices(batch, columns, tile, _bytes(models, batch, columns, tile, tokens, seen, size))
+    return Slices(batch, columns, tile, _bytes(models, batch, columns, tile, tokens, distinct, size))
 
 
-def least(models: list[Model], tokens: int, seen: int, itemsize: int) -> int:
+def least(models: list[Model], tokens: int, distinct: int, itemsize: int) -> int:
     """Bytes, beside ram.BASE, without which these models cannot be measured on `seen` tokens in windows of `tokens`.
 
     itemsize: of the dtype that blocks are computed in.
     """
     fewest = min(256, *(vocabulary(m) for m in models))
-    return _bytes(models, 1, fewest, fewest, tokens, seen, itemsize)
+    return _bytes(models, 1, fewest, fewest, tokens, distinct, itemsize)

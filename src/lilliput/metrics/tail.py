@@ -38,11 +38,11 @@ def kl_quantile(divergence: Tensor, share: float, seed: int = 0) -> Interval:
     low, high = torch.zeros(_DRAWS, dtype=torch.int64), torch.full((_DRAWS,), len(values) - 1)
     while bool((low < high).any()):
         middle = (low + high) // 2
-        held = torch.searchsorted(places, middle.expand(count, -1).contiguous(), right=True)
-        enough = (held.T * times).sum(1) >= rank
+        counted = torch.searchsorted(places, middle.expand(count, -1).contiguous(), right=True)
+        enough = (counted.T * times).sum(1) >= rank
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    found = values[low]
-    half = t_quantile(count - 1) * float(found.std(correction=1)) * math.sqrt(count / (count - 1))
+    quantiles = values[low]
+    half = t_quantile(count - 1) * float(quantiles.std(correction=1)) * math.sqrt(count / (count - 1))
     return clip(Interval(value, value - half, value + half), 0.0, math.inf)
 
 

@@ -65,7 +65,7 @@ def result(text: Tokens, scores: Scores, stride: int, tokenizer: PreTrainedToken
     A tokenizer asks for token classes, positions and worst tokens, which need a reference.
     """
     windows, tokens = text.ids.shape
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if (
         scores.reference is not None
         and scores.reference_choice is not None
@@ -73,7 +73,7 @@ def result(text: Tokens, scores: Scores, stride: int, tokenizer: PreTrainedToken
         and scores.same is not None
     ):
         targets = text.ids[:, tokens - scores.nll.shape[1] :]
-        found = {
+        figures = {
             "reference_perplexity": perplexity(scores.reference),
             "perplexity_ratio": perplexity_ratio(scores.nll, scores.reference),
             "kl": kl(scores.divergence),
@@ -83,8 +83,8 @@ def result(text: Tokens, scores: Scores, stride: int, tokenizer: PreTrainedToken
             "flips": flips(scores.choice == targets, scores.reference_choice == targets),
         }
         if tokenizer is not None:
-            found |= _detail(text.ids, scores, tokenizer)
-    return TextResult(text.source, text.fingerprint, windows, tokens, stride, perplexity(scores.nll), **found)
+            figures |= _detail(text.ids, scores, tokenizer)
+    return TextResult(text.source, text.fingerprint, windows, tokens, stride, perplexity(scores.nll), **figures)
 
 
 def _detail(ids: Tensor, scores: Scores, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -108,5 +108,5 @@ def _detail(ids: Tensor, scores: Scores, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> Sequence[Sequence[str]]:
     """Every token as text, decoded by itself; ids int64 [windows, tokens]."""
-    known = {i: tokenizer.decode([i]) for i in torch.unique(ids).tolist()}
-    return [[known[i] for i in row] for row in ids.tolist()]
+    by_id = {i: tokenizer.decode([i]) for i in torch.unique(ids).tolist()}
+    return [[by_id[i] for i in row] for row in ids.tolist()]

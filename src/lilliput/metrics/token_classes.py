@@ -65,13 +65,13 @@ def words_of(pieces: Sequence[str]) -> tuple[list[int], list[str]]:
 
 def classify(windows: Sequence[Sequence[str]]) -> dict[str, Tensor]:
     """By class, whether each token of each window is of it: bool [windows, tokens]; `windows`: tokens as text."""
-    seen = [words_of(window) for window in windows]
-    counts = Counter(word.strip() for _, words in seen for word in words)
+    split = [words_of(window) for window in windows]
+    counts = Counter(word.strip() for _, words in split for word in words)
     masks = {name: torch.zeros(len(windows), len(windows[0]), dtype=torch.bool) for name in CLASSES}
-    for row, (number, words) in enumerate(seen):
-        found = [_classes(word.strip(), words[i - 1] if i else "\n", counts) for i, word in enumerate(words)]
+    for row, (number, words) in enumerate(split):
+        classes = [_classes(word.strip(), words[i - 1] if i else "\n", counts) for i, word in enumerate(words)]
         for column, word in enumerate(number):
-            for name in found[word]:
+            for name in classes[word]:
                 masks[name][row, column] = True
     return masks
 
@@ -144,13 +144,13 @@ def worst(
     windows: all tokens as text; divergence [windows, tokens - 1]; choice, reference: what both models preferred there.
     """
     out: list[dict[str, Any]] = []
-    taken: Counter[int] = Counter()
+    per_window: Counter[int] = Counter()
     width = divergence.shape[1]
     for flat in divergence.reshape(-1).argsort(descending=True, stable=True).tolist():
         row, at = divmod(flat, width)
-        if taken[row] == 2:
+        if per_window[row] == 2:
             continue
-        taken[row] += 1
+        per_window[row] += 1
         out.append(
             {
                 "text": "".join(windows[row][max(0, at + 1 - context) : at + 1]),

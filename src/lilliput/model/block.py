@@ -32,9 +32,9 @@ class BlockWeights:
 
     def names(self) -> tuple[str, ...]:
         """All tensors of the block, relative names."""
-        cut = len(self.prefix) + 1
+        length = len(self.prefix) + 1
         index = self._model.skeleton.block_names.index(self.prefix)
-        return tuple(name[cut:] for name in self._model.skeleton.names_of(index))
+        return tuple(name[length:] for name in self._model.skeleton.names_of(index))
 
     def canonical(self, name: str) -> str:
         return f"{self.prefix}.{name}"

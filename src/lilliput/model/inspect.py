@@ -68,15 +68,15 @@ def outliers(stats: Mapping[str, SiteStats], top: int = 5) -> list[dict[str, Any
     channels is set by few of them.
     """
     rows: list[dict[str, Any]] = []
-    for site, seen in stats.items():
-        absmax = seen.need("absmax")
-        rms = float(seen.second_moment().mean().sqrt())
-        values, channels = absmax.topk(min(top, seen.width))
+    for site, stat in stats.items():
+        absmax = stat.need("absmax")
+        rms = float(stat.second_moment().mean().sqrt())
+        values, channels = absmax.topk(min(top, stat.width))
         rows.append(
             {
                 "site": site,
-                "width": seen.width,
-                "tokens": seen.count,
+                "width": stat.width,
+                "tokens": stat.count,
                 "rms": rms,
                 "absmax": float(absmax.max()),
                 "ratio": float(absmax.max()) / rms if rms > 0 else 0.0,

@@ -62,27 +62,27 @@ def residual(model: Model) -> Residual:
 
 
 def _changes(anatomy: Anatomy, outside: Outside, skeleton: Skeleton) -> Mapping[str, Change]:
-    found: dict[str, Change] = {}
+    changes: dict[str, Change] = {}
     last = len(anatomy.blocks)
     for i, (prefix, block) in enumerate(zip(anatomy.block_names, anatomy.blocks, strict=True)):
         offsets = {x.producer: x.offset for x in block.links if x.kind == "norm"}
         linears = {x.name: x for x in block.linears}
         for norm, readers in block.residual_readers:
             gain = f"{prefix}.{norm}.weight"
-            found[gain] = Change("gain", i, offset=offsets[norm])
+            changes[gain] = Change("gain", i, offset=offsets[norm])
             for name in readers:
                 flipped = linears[name].transposed
-                found[f"{prefix}.{name}.weight"] = Change("reader", i, flipped, gain, offsets[norm])
+                changes[f"{prefix}.{name}.weight"] = Change("reader", i, flipped, gain, offsets[norm])
         for name in block.residual_writers:
-            found[f"{prefix}.{name}.weight"] = Change("writer", i, linears[name].transposed)
+            changes[f"{prefix}.{name}.weight"] = Change("writer", i, linears[name].transposed)
             if linears[name].bias:
-                found[f"{prefix}.{name}.bias"] = Change("bias", i)
+                changes[f"{prefix}.{name}.bias"] = Change("bias", i)
     for name in outside.embeddings:
-        found[name] = Change("outside", 0)
-    found[skeleton.head] = Change("outside", last, gain=outside.norm, offset=outside.offset)
+        changes[name] = Change("outside", 0)
+    changes[skeleton.head] = Change("outside", last, gain=outside.norm, offset=outside.offset)
     if outside.norm is not None:
-        found[outside.norm] = Change("gain", last, offset=outside.offset)
-    return found
+        changes[outside.norm] = Change("gain", last, offset=outside.offset)
+    return changes
 
 
 def _untied(skeleton: Skeleton) -> Skeleton:
@@ -113,22 +113,22 @@ def verify(skeleton: Skeleton, anatomy: Anatomy) -> Outside:
     embeddings = tuple(n for n in small.embeddings if small.shapes[n][-1] == width and len(small.shapes[n]) == 2)
     norm = small.final[0] if len(small.final) == 1 and small.shapes[small.final[0]] == (width,) else None
     ids = torch.arange(8).view(2, 4)
-    turned = {n: _reflect(v) if n in embeddings else v for n, v in tensors.items()}
+    rotated = {n: _reflect(v) if n in embeddings else v for n, v in tensors.items()}
     hidden = _embedded(small, tensors, ids)
-    if _apart(_embedded(small, turned, ids), _reflect(hidden)) > TOLERANCE:
+    if _apart(_embedded(small, rotated, ids), _reflect(hidden)) > TOLERANCE:
         raise PlanError(
             f"{anatomy.architecture} cannot be rotated: its embedding is more than a table of rows; leave the rotation "
             "out of the recipe"
         )
     with torch.no_grad():
         small.load(tensors)
-        wanted = small.logits(small.finish(hidden))
+        expected = small.logits(small.finish(hidden))
         for offset in (0.0, 1.0):
             gain = torch.ones(width) if norm is None else tensors[norm] + offset
             small.load({small.head: _reflect(tensors[small.head] * gain)})
             if norm is not None:
                 small.load({norm: torch.full((width,), 1.0 - offset)})
-            if _apart(small.logits(small.finish(_reflect(hidden))), wanted) <= TOLERANCE:
+            if _apart(small.logits(small.finish(_reflect(hidden))), expected) <= TOLERANCE:
                 return Outside(embeddings, norm, offset)
     raise PlanError(
         f"{anatomy.architecture} cannot be rotated: its final norm and head do not commute with a rotation (only plain "

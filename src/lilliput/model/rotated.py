@@ -31,16 +31,16 @@ class RotatedModel(Model):
     """
 
     def __init__(
-        self, base: Model, bases: Sequence[Tensor] = (), *, exact: bool = False, found: Residual | None = None
+        self, base: Model, bases: Sequence[Tensor] = (), *, exact: bool = False, stream: Residual | None = None
     ) -> None:
-        found = residual(base) if found is None else found
+        stream = residual(base) if stream is None else stream
         self.base = base
         self.bases: tuple[Tensor, ...] = tuple(bases)
         self.exact = exact
-        self.source, self.skeleton, self.notes = base.source, found.skeleton, base.notes
+        self.source, self.skeleton, self.notes = base.source, stream.skeleton, base.notes
         self.carried, self.copies, self.fused = base.carried, base.copies, base.fused
-        self.refs = {name: base.refs[self._below(name)] for name in found.skeleton.shapes}
-        self._found = found
+        self.refs = {name: base.refs[self._below(name)] for name in stream.skeleton.shapes}
+        self._stream = stream
         self._factors = _shared(self.bases)
         if self.bases and len(self.bases) != len(self.skeleton.block_names) + 1:
             raise LilliputError(
@@ -50,15 +50,15 @@ class RotatedModel(Model):
     @property
     def outside(self) -> Outside:
         """The tensors outside the blocks that take part in a rotation."""
-        return self._found.outside
+        return self._stream.outside
 
     def change(self, canonical: str) -> Change | None:
         """How a rotation enters a tensor, None where it does not."""
-        return self._found.changes.get(canonical)
+        return self._stream.changes.get(canonical)
 
     def within(self, bases: Sequence[Tensor], *, exact: bool = False) -> RotatedModel:
         """The base in other bases."""
-        return RotatedModel(self.base, bases, exact=exact, found=self._found)
+        return RotatedModel(self.base, bases, exact=exact, stream=self._stream)
 
     def rotated(self, matrix: Tensor) -> RotatedModel:
         """The model with its whole residual stream rotated further, by an orthogonal matrix [hidden, hidden]."""
@@ -70,8 +70,8 @@ class RotatedModel(Model):
         if not off < 1e-8:
             raise LilliputError(f"a rotation must be orthogonal, but this one is off by {off:.1e}")
         before = self.bases or (None,) * (len(self.skeleton.block_names) + 1)
-        made = {id(q): wide if q is None else q @ wide for q in before}
-        return self.within([made[id(q)] for q in before], exact=self.exact)
+        products = {id(q): wide if q is None else q @ wide for q in before}
+        return self.within([products[id(q)] for q in before], exact=self.exact)
 
     def transition(self, block: int) -> Tensor | None:
         """The factor on hidden states after a block: Q_iT Q_(i+1), or None if the basis does not change."""
@@ -80,7 +80,7 @@ class RotatedModel(Model):
         return self.bases[block].T @ self.bases[block + 1]
 
     def anatomy(self) -> Anatomy:
-        return self._found.anatomy
+        return self._stream.anatomy
 
     def stored_name(self, canonical: str) -> str:
         return self.base.stored_name(canonical)
@@ -166,5 +166,5 @@ def turn(value: Tensor, matrix: Tensor, kind: str, transposed: bool) -> Tensor:
 
 def _shared(bases: Sequence[Tensor]) -> list[Tensor]:
     """The bases in float32; equal objects stay one object."""
-    made = {id(q): q.to(torch.float32) for q in bases}
-    return [made[id(q)] for q in bases]
+    narrow = {id(q): q.to(torch.float32) for q in bases}
+    return [narrow[id(q)] for q in bases]

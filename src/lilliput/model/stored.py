@@ -76,12 +76,12 @@ class StoredModel(Model):
             yield from stretches(rows, self.shape(canonical)[0])
             return
         for first, last in stretches(rows, self.shape(canonical)[0]):
-            wanted = rows[(rows >= first) & (rows < last)]
-            if len(wanted) * SPARSE > last - first:
+            in_stretch = rows[(rows >= first) & (rows < last)]
+            if len(in_stretch) * SPARSE > last - first:
                 yield first, last
                 continue
-            ends = (wanted.diff() > SPARSE).nonzero()[:, 0]
-            for group in wanted.tensor_split(ends + 1):
+            ends = (in_stretch.diff() > SPARSE).nonzero()[:, 0]
+            for group in in_stretch.tensor_split(ends + 1):
                 yield int(group[0]), int(group[-1]) + 1
 
     def stored_name(self, canonical: str) -> str:

@@ -45,10 +45,10 @@ class Layer:
 
     def rest(self) -> Tensor:
         """What the parts leave over, float32 [out, in], between the transforms."""
-        left = turn(self.weight, self.inputs, self.outputs)
+        rest = turn(self.weight, self.inputs, self.outputs)
         for part in self.parts:
-            left = left - part.decode()
-        return left
+            rest = rest - part.decode()
+        return rest
 
     def decode(self) -> Tensor:
         """The layer as it will be stored: the sum of its parts, or, without parts, the supported weight."""
@@ -99,8 +99,8 @@ def stack(layers: Sequence[Layer]) -> Layer:
     if any(layer.support is not None for layer in layers):
         ones = [torch.ones_like(x.weight, dtype=torch.bool) if x.support is None else x.support for x in layers]
         support = torch.cat(ones)
-    known = [layer.fisher for layer in layers if layer.fisher is not None]
-    fisher = torch.cat(known) if len(known) == len(layers) else None
+    fishers = [layer.fisher for layer in layers if layer.fisher is not None]
+    fisher = torch.cat(fishers) if len(fishers) == len(layers) else None
     return Layer(name, torch.cat([layer.weight for layer in layers]), support=support, fisher=fisher)
 
 

@@ -59,31 +59,31 @@ def decode(spec: LinearSpec, get: Callable[[str], Tensor], dtype: torch.dtype = 
 
     `get` returns a stored tensor by its name. One part without transforms is decoded a few rows at a time.
     """
-    made, rows, width = spec.scheme, spec.out_features, spec.in_features
-    turned = bool(made.inputs or made.outputs)
+    parts_of, rows, width = spec.scheme, spec.out_features, spec.in_features
+    transformed = bool(parts_of.inputs or parts_of.outputs)
     # Rows of one part pass through float32 one chunk at a time; the sum with a zero is exact.
-    wide = torch.float32 if turned or len(made.parts) > 1 else dtype
+    wide = torch.float32 if transformed or len(parts_of.parts) > 1 else dtype
     out = torch.zeros(rows, width, dtype=wide, device=get(spec.payload).device)
-    for i, part in enumerate(made.parts):
+    for i, part in enumerate(parts_of.parts):
         part.add_to(out, below(get, spec.payload + scheme.prefix(i)))
-    if turned:
+    if transformed:
         stored = below(get, spec.payload)
-        inputs = transform.load("in", made.inputs, width, stored)
-        outputs = transform.load("out", made.outputs, rows, stored)
+        inputs = transform.load("in", parts_of.inputs, width, stored)
+        outputs = transform.load("out", parts_of.outputs, rows, stored)
         out = transform.turn_back(out, inputs, outputs)
     return out.to(dtype).contiguous()
 
 
-def divides(made: Scheme, rows: int, width: int) -> bool:
+def divides(form: Scheme, rows: int, width: int) -> bool:
     """Whether the stored tensors of a [rows, width] linear are those of its first rows followed by those of the rest,
     wherever it is cut after a multiple of `ALIGNED` rows."""
-    if made.inputs or made.outputs:
+    if form.inputs or form.outputs:
         return False
-    whole = made.stored(rows, width)
-    for cut in (ALIGNED, 2 * ALIGNED, 3 * ALIGNED):
-        if cut >= rows:
+    whole = form.stored(rows, width)
+    for at in (ALIGNED, 2 * ALIGNED, 3 * ALIGNED):
+        if at >= rows:
             continue
-        first, rest = made.stored(cut, width), made.stored(rows - cut, width)
+        first, rest = form.stored(at, width), form.stored(rows - at, width)
         for suffix, (_, shape) in whole.items():
             a, b = first[suffix][1], rest[suffix][1]
             if a[0] + b[0] != shape[0] or a[1:] != shape[1:] or b[1:] != shape[1:]:

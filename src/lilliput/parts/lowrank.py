@@ -137,12 +137,12 @@ def approximate(
     right one carries them whole. The left factor is rounded first; the right one is fitted to what it has become.
     Raises LilliputError for a weight or metric that is not finite, and for factors that the type cannot hold.
     """
-    found = lowrank.spectrum(weight, metric, rows, root)
-    basis = found.basis[:, :rank]
+    spectrum = lowrank.spectrum(weight, metric, rows, root)
+    basis = spectrum.basis[:, :rank]
     if rows is not None:
         basis = basis / rows.double()[:, None]
     if split == "even":
-        basis = basis * _roots(found.energy[:rank])
+        basis = basis * _roots(spectrum.energy[:rank])
     left = as_part(basis, spec)
     return LowRankPart(left, as_part(lowrank.project(left.decode(), weight, rows), spec))
 

@@ -39,7 +39,7 @@ class PatternSpec:
         """Bits of a place within m inputs."""
         return max(1, (self.m - 1).bit_length())
 
-    def kept(self, width: int) -> int:
+    def stored_per_row(self, width: int) -> int:
         """Stored weights of a row. Raises PlanError where m does not divide the width."""
         if width % self.m:
             raise PlanError(f"the pattern {self.n}:{self.m} does not divide a width of {width}: leave this layer out")
@@ -49,23 +49,23 @@ class PatternSpec:
         return f"{self.n}:{self.m} {self.values.describe()}"
 
     def size_bits(self, rows: int, width: int) -> int:
-        kept = self.kept(width)
-        return self.values.size_bits(rows, kept) + rows * kept * self.place_bits
+        count = self.stored_per_row(width)
+        return self.values.size_bits(rows, count) + rows * count * self.place_bits
 
     def stored(self, rows: int, width: int) -> Stored:
-        kept = self.kept(width)
-        places: Stored = {"_place": (torch.uint8, (rows * row_bytes(kept, self.place_bits),))}
-        return self.values.stored(rows, kept) | places
+        count = self.stored_per_row(width)
+        places: Stored = {"_place": (torch.uint8, (rows * row_bytes(count, self.place_bits),))}
+        return self.values.stored(rows, count) | places
 
     def operations(self, rows: int, width: int) -> int:
-        return self.values.operations(rows, self.kept(width))
+        return self.values.operations(rows, self.stored_per_row(width))
 
     def add_to(self, out: Tensor, get: Get) -> None:
         rows, width = out.shape
-        kept = self.kept(width)
-        values = torch.zeros(rows, kept, device=out.device)
+        count = self.stored_per_row(width)
+        values = torch.zeros(rows, count, device=out.device)
         self.values.add_to(values, get)
-        codes = unpack_bits(get("_place").view(rows, -1), self.place_bits, kept)
+        codes = unpack_bits(get("_place").view(rows, -1), self.place_bits, count)
         out.scatter_add_(1, self.columns(codes.long() + (1 << (self.place_bits - 1))), values.to(out.dtype))
 
     def columns(self, places: Tensor) -> Tensor:
@@ -90,8 +90,8 @@ class PatternPart:
         return PatternSpec(self.n, self.m, self.values.spec)
 
     def decode(self) -> Tensor:
-        rows, kept = self.places.shape
-        out = torch.zeros(rows, kept // self.n * self.m, device=self.places.device)
+        rows, count = self.places.shape
+        out = torch.zeros(rows, count // self.n * self.m, device=self.places.device)
         return out.scatter_(1, self.spec.columns(self.places), self.values.decode())
 
     def bits(self) -> int:
@@ -109,9 +109,9 @@ def places_of(score: Tensor, n: int, m: int) -> Tensor:
     """Where the `n` highest of every `m` scores [out, in] are, int64 [out, in / m * n] of 0 .. m - 1; among equals the
     first."""
     rows, width = score.shape
-    kept = PatternSpec(n, m).kept(width)
+    count = PatternSpec(n, m).stored_per_row(width)
     mask = largest(score.reshape(-1, m), n)
-    return mask.nonzero()[:, 1].view(rows, kept)
+    return mask.nonzero()[:, 1].view(rows, count)
 
 
 def values_at(weight: Tensor, places: Tensor, n: int, m: int) -> Tensor:

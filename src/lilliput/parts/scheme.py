@@ -72,9 +72,9 @@ class Scheme:
 
     def pack(self, layer: Layer) -> dict[str, Tensor]:
         """The tensors that `stored` describes. ValueError: the layer has other parts or transforms."""
-        held = of(layer)
-        if held != self:
-            raise ValueError(f"{layer.name} was planned as {self.describe()} and is {held.describe()}")
+        actual = of(layer)
+        if actual != self:
+            raise ValueError(f"{layer.name} was planned as {self.describe()} and is {actual.describe()}")
         tensors: dict[str, Tensor] = {}
         for i, part in enumerate(layer.parts):
             tensors |= {prefix(i) + suffix: x for suffix, x in part.pack().items()}

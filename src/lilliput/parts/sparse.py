@@ -122,9 +122,9 @@ def highest(score: Tensor, share: float) -> Tensor:
 def pick(weight: Tensor, mask: Tensor, share: float, dtype: torch.dtype = torch.float16) -> SparsePart:
     """The weights [out, in] of `mask`, which has exactly the share's number of them (ValueError otherwise)."""
     rows, width = weight.shape
-    chosen = mask.reshape(-1).nonzero().squeeze(1)
-    if len(chosen) != SparseSpec(share).count(rows, width):
-        raise ValueError(f"{len(chosen)} weights are no share of {share} of {rows} x {width}")
+    places = mask.reshape(-1).nonzero().squeeze(1)
+    if len(places) != SparseSpec(share).count(rows, width):
+        raise ValueError(f"{len(places)} weights are no share of {share} of {rows} x {width}")
     row = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
-    row[1:] = torch.bincount(chosen // width, minlength=rows).cumsum(0)
-    return SparsePart(share, weight.reshape(-1)[chosen], chosen % width, row, width, dtype)
+    row[1:] = torch.bincount(places // width, minlength=rows).cumsum(0)
+    return SparsePart(share, weight.reshape(-1)[places], places % width, row, width, dtype)

@@ -36,10 +36,10 @@ class Candidates:
 
     def items(self, scores: Scores | None = None) -> list[Item]:
         """What is chosen among; without scores all losses are 0."""
-        made = []
+        items = []
         for key, names in self.together.items():
             shared = set.intersection(*(set(self.options[name]) for name in names))
-            made.append(
+            items.append(
                 Item(
                     key,
                     tuple(
@@ -52,7 +52,7 @@ class Candidates:
                     ),
                 )
             )
-        return made
+        return items
 
     def targets(self, items: Sequence[Item], chosen: Choice) -> dict[str, Target]:
         """By linear, what was chosen."""
@@ -81,25 +81,25 @@ def candidates(plan: Plan, task: Task) -> Candidates:
         if x.name not in governed:
             continue
         size = sizes(plan, x, governed[x.name])
-        found: dict[int, tuple[Target, int]] = {}
+        entries_of: dict[int, tuple[Target, int]] = {}
         for j, entry in enumerate(menu_entries):
             target = menu.on(governed[x.name].target, entry)
             try:
                 if not _whole(x, target, spec.fused(task.options)) or not _fits(x, governed[x.name], target):
                     why = f"groups of {entry} do not divide its {x.linear.in_features} inputs"
                     continue
-                found[j] = target, size(target)
+                entries_of[j] = target, size(target)
             except PlanError as error:
                 why = str(error)
-        if not found:
+        if not entries_of:
             raise PlanError(f"{task.label}: {x.name} can have no entry of the menu {', '.join(menu_entries)}: {why}")
-        options[x.name] = found
+        options[x.name] = entries_of
         together.setdefault(spec.together(x.name, x.linear, task.options), []).append(x.name)
-    made = Candidates(options, {key: tuple(names) for key, names in together.items()})
-    for item in made.items():
+    result = Candidates(options, {key: tuple(names) for key, names in together.items()})
+    for item in result.items():
         if not item.options:
             raise PlanError(f"{task.label}: {item.name} share one grid, and no entry of the menu fits all of them")
-    return made
+    return result
 
 
 def _whole(x: LinearPlan, target: Target, engine: bool) -> bool:
@@ -114,34 +114,34 @@ def _fits(x: LinearPlan, task: Task, target: Target) -> bool:
     return x.block != OUTSIDE or divides(scheme, x.linear.out_features, x.linear.in_features)
 
 
-def payload(plan: Plan, found: Candidates) -> int:
+def payload(plan: Plan, options: Candidates) -> int:
     """Bytes in the plan of what is chosen among."""
-    return sum(x.nbytes for x in plan.tensors if x.source in found.options)
+    return sum(x.nbytes for x in plan.tensors if x.source in options.options)
 
 
-def room(plan: Plan, task: Task, found: Candidates) -> int:
+def room(plan: Plan, task: Task, options: Candidates) -> int:
     """Bytes for what is chosen among."""
     goal = task.of(Choose).goal(task.options)
     if goal.size is not None:
-        return goal.size - (plan.folder_bytes - payload(plan, found))
+        return goal.size - (plan.folder_bytes - payload(plan, options))
     if goal.bits is None:
         raise PlanError(f"{task.label}: it keeps to a size or to an average of bits: give one of them")
-    return int(goal.bits * _weights(plan, found) / 8)
+    return int(goal.bits * _weights(plan, options) / 8)
 
 
-def _weights(plan: Plan, found: Candidates) -> int:
+def _weights(plan: Plan, options: Candidates) -> int:
     linears = plan.resolved.planned
-    return sum(x.linear.parameters for x in linears if x.name in found.options)
+    return sum(x.linear.parameters for x in linears if x.name in options.options)
 
 
 def feasible(plan: Plan, model: Model) -> Plan:
     """The plan itself. Raises PlanError where a step that chooses cannot keep to its goal, with the smallest that is
     possible and what holds it up."""
     for task in steps(plan):
-        found = candidates(plan, task)
-        items = found.items()
+        options = candidates(plan, task)
+        items = options.items()
         least = choice.smallest(items)
-        goal, left = task.of(Choose).goal(task.options), room(plan, task, found)
+        goal, limit = task.of(Choose).goal(task.options), room(plan, task, options)
         if goal.size is not None and goal.bits is not None:
             raise PlanError(f"{task.label}: a size and an average of bits contradict each other: give one of them")
         if goal.size is not None and goal.size > (whole := original(model)):
@@ -149,29 +149,29 @@ def feasible(plan: Plan, model: Model) -> Plan:
                 f"--size {units.readable(goal.size)} is more than the model itself takes ({units.readable(whole)}): "
                 "there is nothing to compress"
             )
-        if least.bytes > left:
-            raise PlanError(_too_small(plan, task, found, items, least, left))
+        if least.bytes > limit:
+            raise PlanError(_too_small(plan, task, options, items, least, limit))
     return plan
 
 
 def original(model: Model) -> int:
     """Bytes of the source: its tensors and the files beside them."""
-    beside = sum(path.stat().st_size for path in model.source.side_files().values())
-    return sum(x.nbytes for x in model.source.stored.values()) + beside
+    others = sum(path.stat().st_size for path in model.source.side_files().values())
+    return sum(x.nbytes for x in model.source.stored.values()) + others
 
 
-def _too_small(plan: Plan, task: Task, found: Candidates, items: Sequence[Item], least: Choice, left: int) -> str:
+def _too_small(plan: Plan, task: Task, options: Candidates, items: Sequence[Item], least: Choice, limit: int) -> str:
     goal = task.of(Choose).goal(task.options)
     if goal.size is None:
-        smallest_bits = 8 * least.bytes / _weights(plan, found)
+        smallest_bits = 8 * least.bytes / _weights(plan, options)
         return (
             f"--bits {goal.bits} is less than the smallest entries of the menu take: {smallest_bits:.3f} "
             "bits a weight with scales. Nearest: that, or a --menu with larger groups"
         )
-    rest = plan.folder_bytes - payload(plan, found)
+    rest = plan.folder_bytes - payload(plan, options)
     kinds: Counter[str] = Counter()
     for x in plan.tensors:
-        if x.source not in found.options:
+        if x.source not in options.options:
             kinds[x.kind] += x.nbytes
     kinds["files beside the weights"] = plan.folder_bytes - plan.bytes
     named = ", ".join(f"{kind} {units.readable(size)}" for kind, size in kinds.most_common(2) if size)
@@ -188,25 +188,25 @@ def decided(plan: Plan, model: Model, task: Task, scores: Scores, sized: Sized) 
 
     What lies beside the weights depends on the choice, so the room is measured anew after each.
     """
-    found = candidates(plan, task)
-    items = found.items(scores)
-    goal, left = task.of(Choose).goal(task.options), room(plan, task, found)
+    options = candidates(plan, task)
+    items = options.items(scores)
+    goal, limit = task.of(Choose).goal(task.options), room(plan, task, options)
     best: Plan | None = None
-    tried: set[int] = set()
-    while left not in tried and len(tried) < _ROUNDS:
-        tried.add(left)
-        chosen = choice.choose(items, left)
+    attempts: set[int] = set()
+    while limit not in attempts and len(attempts) < _ROUNDS:
+        attempts.add(limit)
+        chosen = choice.choose(items, limit)
         if chosen is None:
             break
-        made = divided(plan, model, plan.resolved.with_targets(task, found.targets(items, chosen)))
-        note = said(task, found, items, chosen)
-        made = sized(replace(made, foreseen=chosen.loss, notes=(*made.notes, note)))
-        fits = goal.size is None or made.folder_bytes <= goal.size
-        if fits and (best is None or chosen.loss < (best.foreseen or 0.0)):
-            best = made
+        result = divided(plan, model, plan.resolved.with_targets(task, options.targets(items, chosen)))
+        note = sentence(task, options, items, chosen)
+        result = sized(replace(result, predicted_kl=chosen.loss, notes=(*result.notes, note)))
+        fits = goal.size is None or result.folder_bytes <= goal.size
+        if fits and (best is None or chosen.loss < (best.predicted_kl or 0.0)):
+            best = result
         if goal.size is None:
             break
-        left = goal.size - (made.folder_bytes - chosen.bytes)
+        limit = goal.size - (result.folder_bytes - chosen.bytes)
     if best is None:
         raise PlanError(f"{task.label}: nothing that was tried keeps to its size; ask for a little more")
     return best
@@ -225,32 +225,32 @@ class Point:
 
 def frontier(plan: Plan, model: Model, task: Task, scores: Scores, count: int, sized: Sized) -> list[Point]:
     """The best choices from the fewest bytes to the least loss, `count` sizes evenly apart."""
-    found = candidates(plan, task)
-    items = found.items(scores)
+    options = candidates(plan, task)
+    items = options.items(scores)
     low, high = choice.smallest(items).bytes, choice.largest(items).bytes
-    made: dict[tuple[int, ...], Point] = {}
+    points: dict[tuple[int, ...], Point] = {}
     for n in range(count):
         chosen = choice.choose(items, low + (high - low) * n // max(count - 1, 1))
         if chosen is None:
             raise RuntimeError("the smallest choice does not fit its own bytes")
-        laid = sized(divided(plan, model, plan.resolved.with_targets(task, found.targets(items, chosen))))
-        bits = 8 * chosen.bytes / _weights(plan, found)
-        made[chosen.picks] = Point(laid.folder_bytes, bits, chosen.loss, _counted(task, found, items, chosen))
-    return list(made.values())
+        laid = sized(divided(plan, model, plan.resolved.with_targets(task, options.targets(items, chosen))))
+        bits = 8 * chosen.bytes / _weights(plan, options)
+        points[chosen.picks] = Point(laid.folder_bytes, bits, chosen.loss, _counted(task, options, items, chosen))
+    return list(points.values())
 
 
-def _counted(task: Task, found: Candidates, items: Sequence[Item], chosen: Choice) -> dict[str, int]:
+def _counted(task: Task, options: Candidates, items: Sequence[Item], chosen: Choice) -> dict[str, int]:
     """How many linears got each entry, in the order of the menu."""
     names = entries(task)
-    got: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for item, j in zip(items, chosen.picks, strict=True):
-        got[names[item.options[j].key]] += len(found.together[item.name])
-    return {x: got[x] for x in names if got[x]}
+        counts[names[item.options[j].key]] += len(options.together[item.name])
+    return {x: counts[x] for x in names if counts[x]}
 
 
-def said(task: Task, found: Candidates, items: Sequence[Item], chosen: Choice) -> str:
+def sentence(task: Task, options: Candidates, items: Sequence[Item], chosen: Choice) -> str:
     """Who got what, in a sentence."""
-    named = ", ".join(f"{n} x {x}" for x, n in _counted(task, found, items, chosen).items())
+    named = ", ".join(f"{n} x {x}" for x, n in _counted(task, options, items, chosen).items())
     return f"{task.method.name} chose {named}; KL divergence foreseen: {chosen.loss:.4f} nats."
 
 

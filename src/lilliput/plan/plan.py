@@ -54,8 +54,8 @@ class Plan:
     notes: tuple[str, ...]
     side_bytes: int
     processes: int = 1  # that share the samples
-    beside: int | None = None  # bytes beside the weights at most, where a step keeps to a size
-    foreseen: float | None = None  # KL divergence in nats that a step predicts of its decision
+    other_bytes: int | None = None  # bytes beside the weights at most, where a step keeps to a size
+    predicted_kl: float | None = None  # KL divergence in nats that a step predicts of its decision
 
     @cached_property
     def bytes(self) -> int:
@@ -83,8 +83,8 @@ class Plan:
     @cached_property
     def folder_bytes(self) -> int:
         """Bytes of the whole folder: within a percent, and at most so many where a step keeps to a size."""
-        if self.beside is not None:
-            return self.bytes + self.beside
+        if self.other_bytes is not None:
+            return self.bytes + self.other_bytes
         rows = 520 * len(self.resolved.linears) + 120 * len(self.tensors) + 12_000
         return self.bytes + self.side_bytes + rows
 
@@ -199,13 +199,13 @@ def scale_dtype(model: Model) -> torch.dtype:
     return torch.bfloat16 if torch.bfloat16 in stored else torch.float16
 
 
-def compute_dtype(wanted: str, device: str) -> torch.dtype:
+def compute_dtype(name: str, device: str) -> torch.dtype:
     """`auto` is bfloat16 where the processor multiplies it natively, else float32."""
-    if wanted != "auto":
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if wanted not in known:
-            raise PlanError(f"--dtype {wanted} is not known: choose auto, float32, bfloat16 or float16")
-        return known[wanted]
+    if name != "auto":
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if name not in dtypes:
+            raise PlanError(f"--dtype {name} is not known: choose auto, float32, bfloat16 or float16")
+        return dtypes[name]
     if device != "cpu":
         return torch.bfloat16
     flags = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -251,7 +251,7 @@ def _unloadable(
         number = {key: n for n, key in enumerate(dict.fromkeys(shared))}
         targets = {}
         for x, key in zip(planned, shared, strict=True):
-            if choice := task.spec.apart(governed[x.name].target, task.options):
+            if choice := task.spec.farthest(governed[x.name].target, task.options):
                 targets[x.name] = choice[number[key] % len(choice)]
         if targets:
             mixed = _outcomes(model, resolved.with_targets(task, targets))

@@ -50,24 +50,24 @@ def refuse(exporter: Exporter, model: Model, outcomes: Mapping[str, Outcome]) ->
     native = exporter.name == "lilliput"
     if native and (reason := _swapped(engine, entry)) is not None:
         return reason
-    kept = _kinds(model, outcomes)
+    sample = _kinds(model, outcomes)
     packed = entry if native else CompressedTensors().config(tuple(outcomes.values()), model.source.config)
-    written = _load(engine, model, exporter, outcomes, packed, kept)
-    if written.error is not None and entry != packed:  # decoded while loading, which nothing but an error calls for
-        written = _load(engine, model, exporter, outcomes, entry, kept)
-    if written == _Seen(None):
+    result = _load(engine, model, exporter, outcomes, packed, sample)
+    if result.error is not None and entry != packed:  # decoded while loading, which nothing but an error calls for
+        result = _load(engine, model, exporter, outcomes, entry, sample)
+    if result == _Seen(None):
         return None
-    dense = _load(engine, model, exporter, {}, None, kept)
+    dense = _load(engine, model, exporter, {}, None, sample)
     if dense.error is not None:
         return None
     nearest = "" if native else " Nearest: export 'lilliput', which it loads."
-    if written.error is not None:
-        return f"transformers does not load its tensors into {name} ({written.error}).{nearest}"
-    lost = sorted(written.missing - dense.missing)
-    if not lost:
+    if result.error is not None:
+        return f"transformers does not load its tensors into {name} ({result.error}).{nearest}"
+    missing = sorted(result.missing - dense.missing)
+    if not missing:
         return None
     return (
-        f"transformers finds no '{lost[0]}' for {name} in it and would go on with random numbers."
+        f"transformers finds no '{missing[0]}' for {name} in it and would go on with random numbers."
         f"{nearest or ' Nearest: leave such linears out of every step.'}"
     )
 
@@ -100,11 +100,11 @@ def _load(
     exporter: Exporter,
     outcomes: Mapping[str, Outcome],
     entry: Mapping[str, Any] | None,
-    kept: frozenset[int],
+    sample: frozenset[int],
 ) -> _Seen:
     """Load what the exporter would write of the blocks `kept` and of all that is outside the blocks."""
     names = model.skeleton.block_names
-    left_out = tuple(f"{name}." for i, name in enumerate(names) if i not in kept)
+    left_out = tuple(f"{name}." for i, name in enumerate(names) if i not in sample)
     tensors: dict[str, Tensor] = {}
     for x in lay_out(model, exporter, outcomes)[0]:
         if not x.source.startswith(left_out):
@@ -122,6 +122,6 @@ def _load(
     except Exception as error:  # whatever the engine raises is the finding
         return _Seen(first_line(error))
     modules, prefix = dict(engine.named_modules()), text_prefix(engine, source)
-    tried = tuple(f"{module_name(names[i], modules, prefix)}." for i in kept)
+    prefixes = tuple(f"{module_name(names[i], modules, prefix)}." for i in sample)
     missing = {str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
-    return _Seen(None, frozenset(key for key in missing if key.startswith(tried)))
+    return _Seen(None, frozenset(key for key in missing if key.startswith(prefixes)))

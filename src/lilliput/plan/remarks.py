@@ -31,7 +31,7 @@ def _wide(tensors: Sequence[TensorPlan]) -> str:
 
 def _steps(resolved: Resolved) -> tuple[str, ...]:
     """What the steps do that their names do not say."""
-    kept = [
+    unchanged = [
         x.name
         for x in resolved.linears
         if x.tasks
@@ -41,10 +41,10 @@ def _steps(resolved: Resolved) -> tuple[str, ...]:
     ]
     notes = [*resolved.notes]
     notes += [task.spec.note for task in resolved.tasks if task.spec.note is not None]
-    if kept:
+    if unchanged:
         notes.append(
-            f"{len(kept)} linears stay as they are: two factors of the rank asked for would be no smaller "
-            f"({units.few(kept)})."
+            f"{len(unchanged)} linears stay as they are: two factors of the rank asked for would be no smaller "
+            f"({units.few(unchanged)})."
         )
     formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
     remarks = dict.fromkeys(form.remark() for form in dict.fromkeys(formats))

@@ -106,12 +106,12 @@ class Resolved:
 
     def governed(self, task: Task) -> dict[str, Task]:
         """By linear, the step whose target `task` may decide: the next one after it on the linear."""
-        found: dict[str, Task] = {}
+        governors: dict[str, Task] = {}
         for plan in self.planned:
             later = [x for x in plan.tasks if x.step > task.step]
             if later and matches(self.recipe.steps[task.step].where, plan.name, plan.linear):
-                found[plan.name] = later[0]
-        return found
+                governors[plan.name] = later[0]
+        return governors
 
     def covered(self, task: Task) -> tuple[Linear, ...]:
         """The linears that a step works on, or whose targets it may decide."""
@@ -177,12 +177,12 @@ def _group(target: Target, widths: Sequence[int], at: str) -> int:
 
 
 def _plan_linear(
-    name: str, linear: Linear, block: int, tasks: Sequence[Task], asked: Mapping[int, Target]
+    name: str, linear: Linear, block: int, tasks: Sequence[Task], targets: Mapping[int, Target]
 ) -> LinearPlan:
     """What the steps make of a linear; `asked` are targets as the recipe names them, by step."""
     mine: list[Task] = []
     for task in tasks:
-        target = task.spec.inherited(task, mine, asked.get(task.step), name)
+        target = task.spec.inherited(task, mine, targets.get(task.step), name)
         mine.append(replace(task, target=known.fitting(target, linear.in_features)))
     for task in mine:
         task.spec.accompanied(task, mine, name)
@@ -230,13 +230,13 @@ def resolve(
 
     `width` is that of the residual stream, for methods that rotate it; `tables` are the embedding and the head.
     """
-    found = [methods.get(step.method) for step in recipe.steps]
-    asked = [
+    used = [methods.get(step.method) for step in recipe.steps]
+    targets = [
         Task(number, method, step.target, method.parse(step.options))
-        for number, (step, method) in enumerate(zip(recipe.steps, found, strict=True))
+        for number, (step, method) in enumerate(zip(recipe.steps, used, strict=True))
     ]
-    for task in asked:
-        task.spec.ordered(task, asked)
+    for task in targets:
+        task.spec.ordered(task, targets)
     everything = [
         (number, f"{prefix}.{linear.name}", linear)
         for number, (prefix, block) in enumerate(zip(anatomy.block_names, anatomy.blocks, strict=True))
@@ -244,19 +244,19 @@ def resolve(
     ]
     tasks: list[Task] = []
     idle: list[str] = []
-    for task, step in zip(asked, recipe.steps, strict=True):
-        target = _completed(task, asked[task.step + 1 :])
-        chosen = [x for _, name, x in everything if matches(step.where, name, x)]
-        chosen += [x for x in tables if task.spec.stage is Stage.LINEAR and matches(step.where, x.name, x)]
-        if not chosen and not tables and set(step.where.include) <= {EMBED, HEAD}:
+    for task, step in zip(targets, recipe.steps, strict=True):
+        target = _completed(task, targets[task.step + 1 :])
+        covered = [x for _, name, x in everything if matches(step.where, name, x)]
+        covered += [x for x in tables if task.spec.stage is Stage.LINEAR and matches(step.where, x.name, x)]
+        if not covered and not tables and set(step.where.include) <= {EMBED, HEAD}:
             idle.append(f"{task.label} does nothing: {anatomy.architecture} has no plain embedding or head.")
             continue
-        if not chosen:
+        if not covered:
             raise PlanError(
                 f"{task.label} applies to no layer: 'where' includes {list(step.where.include)} "
                 f"and excludes {list(step.where.exclude)}; layers are called like {everything[0][1]}"
             )
-        group = _group(target, sorted({x.in_features for x in chosen}), task.label)
+        group = _group(target, sorted({x.in_features for x in covered}), task.label)
         scales = str(scale_dtype).removeprefix("torch.") if target.scale_dtype == "auto" else target.scale_dtype
         target = target.model_copy(update={"group_size": group, "scale_dtype": scales})
         tasks.append(replace(task, target=target))
@@ -264,7 +264,7 @@ def resolve(
     def on(name: str, linear: Linear, *stages: Stage) -> list[Task]:
         return [x for x in tasks if x.spec.stage in stages and matches(recipe.steps[x.step].where, name, linear)]
 
-    named = {task.step: task.target for task in asked}
+    named = {task.step: task.target for task in targets}
     plans = [
         _plan_linear(name, linear, block, on(name, linear, Stage.LINEAR, Stage.CLOSE), named)
         for block, name, linear in everything
@@ -285,15 +285,15 @@ def resolve(
 
 def _narrowed(tasks: Sequence[Task], plans: Sequence[LinearPlan]) -> list[str]:
     """Where rows are no multiple of a format's blocks, and what takes its place there."""
-    wanted = {task.step: task.target.format for task in tasks}
-    found: dict[tuple[str, str], list[str]] = {}
+    formats_by_step = {task.step: task.target.format for task in tasks}
+    replaced: dict[tuple[str, str], list[str]] = {}
     for plan in plans:
         for task in plan.tasks:
-            if task.spec.writes == "quantized" and task.target.format != wanted[task.step]:
-                found.setdefault((wanted[task.step], task.target.format), []).append(plan.name)
+            if task.spec.writes == "quantized" and task.target.format != formats_by_step[task.step]:
+                replaced.setdefault((formats_by_step[task.step], task.target.format), []).append(plan.name)
     return [
         f"{narrow} instead of {name}, whose blocks do not divide the rows: {few(names)} ({len(names)} in all)."
-        for (name, narrow), names in found.items()
+        for (name, narrow), names in replaced.items()
     ]
 
 

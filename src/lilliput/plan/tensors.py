@@ -84,8 +84,8 @@ def lay_out(
     for name in (x for x in skeleton.shapes if x not in blocks):
         table = outcomes.get(name.removesuffix(".weight"))
         if table is not None:
-            held = exporter.describe(table).items()
-            planned += [TensorPlan(n, "quantized", dtype, tuple(s), 0, None, table.name) for n, (dtype, s) in held]
+            entries = exporter.describe(table).items()
+            planned += [TensorPlan(n, "quantized", dtype, tuple(s), 0, None, table.name) for n, (dtype, s) in entries]
             continue
         kind, dtype = kind_of(name, model), model.written_dtype(name)
         planned.append(TensorPlan(model.stored_name(name), kind, dtype, model.shape(name), 0, None, name))

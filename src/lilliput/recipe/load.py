@@ -69,12 +69,12 @@ def named() -> tuple[str, ...]:
 
 def described() -> Mapping[str, str]:
     """What each of the named recipes is, in their own words: the comment that its file begins with."""
-    found = {}
+    descriptions = {}
     for name in named():
         lines = resources.files(_NAMED).joinpath(f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-        told = itertools.takewhile(lambda line: line.startswith("#"), lines)
-        found[name] = " ".join(line.removeprefix("#").strip() for line in told)
-    return found
+        comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+        descriptions[name] = " ".join(line.removeprefix("#").strip() for line in comment)
+    return descriptions
 
 
 def parse(text: str, source: str = "recipe", name: str = "custom") -> Recipe:
@@ -108,8 +108,8 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """
     steps = list(recipe.steps)
     for setting in settings:
-        left, equals, value = setting.partition("=")
-        step, dot, key = left.strip().rpartition(".")
+        place, equals, value = setting.partition("=")
+        step, dot, key = place.strip().rpartition(".")
         if not (equals and dot and step and key):
             raise PlanError(f"a setting is written STEP.KEY=VALUE, such as gptq.bits=3, not '{setting}'")
         try:
@@ -128,25 +128,25 @@ def to_yaml(recipe: Recipe) -> str:
     return _dumped(ordered)
 
 
-def _find(steps: Sequence[Step], wanted: str, setting: str) -> int:
-    if wanted.isdecimal():
-        if int(wanted) >= len(steps):
-            raise PlanError(f"setting '{setting}': there is no step {wanted}; steps count from 0 to {len(steps) - 1}")
-        return int(wanted)
+def _find(steps: Sequence[Step], name: str, setting: str) -> int:
+    if name.isdecimal():
+        if int(name) >= len(steps):
+            raise PlanError(f"setting '{setting}': there is no step {name}; steps count from 0 to {len(steps) - 1}")
+        return int(name)
     tables = [i for i, step in enumerate(steps) if set(step.where.include) <= {EMBED, HEAD}]
-    table, wanted = wanted.replace("-", "_"), wanted.replace("_", "-")
+    table, name = name.replace("-", "_"), name.replace("_", "-")
     if table in (EMBED, HEAD):
-        found = [i for i in tables if table in steps[i].where.include]
+        matches = [i for i in tables if table in steps[i].where.include]
     else:
-        found = [i for i, step in enumerate(steps) if step.method == wanted]
+        matches = [i for i, step in enumerate(steps) if step.method == name]
         # A method's name is that of its step on the blocks; the one on the tables is called by what it covers.
-        found = [i for i in found if i not in tables] or found
-    if len(found) > 1:
-        numbers = " and ".join(str(i) for i in found)
-        raise PlanError(f"setting '{setting}': '{wanted}' is steps {numbers}; write the number instead of the name")
-    if not found:
-        raise PlanError(f"setting '{setting}': no step '{wanted}'.{nearest(wanted, {x.method for x in steps})}")
-    return found[0]
+        matches = [i for i in matches if i not in tables] or matches
+    if len(matches) > 1:
+        numbers = " and ".join(str(i) for i in matches)
+        raise PlanError(f"setting '{setting}': '{name}' is steps {numbers}; write the number instead of the name")
+    if not matches:
+        raise PlanError(f"setting '{setting}': no step '{name}'.{nearest(name, {x.method for x in steps})}")
+    return matches[0]
 
 
 def _set(step: Step, key: str, value: Any, setting: str) -> Step:
@@ -160,8 +160,8 @@ def _set(step: Step, key: str, value: Any, setting: str) -> Step:
     elif key in options:
         data["options"] = {**data.get("options", {}), key: value}
     else:
-        known = {*Target.model_fields, *Where.model_fields, *options}
-        raise PlanError(f"setting '{setting}': '{step.method}' has no '{key}'.{nearest(key, known)}")
+        fields = {*Target.model_fields, *Where.model_fields, *options}
+        raise PlanError(f"setting '{setting}': '{step.method}' has no '{key}'.{nearest(key, fields)}")
     try:
         return Step.model_validate(data)
     except ValidationError as error:

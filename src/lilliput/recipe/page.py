@@ -34,9 +34,9 @@ def page(method: Method) -> str:
         for key, steps in method.spec.covers.items():
             how = f"`lilliput methods {key} --recipe`" if isinstance(steps, list) else "an idea, described above"
             lines += [f"- `{key}`: {f'not to be run: {steps}' if isinstance(steps, str) else how}"]
-    made = {name: told for name, told in described().items() if _uses(name, method)}
-    if made:
-        lines += ["", "## Named recipes", "", *(f"- `{name}`: {told}" for name, told in made.items())]
+    recipes = {name: description for name, description in described().items() if _uses(name, method)}
+    if recipes:
+        lines += ["", "## Named recipes", "", *(f"- `{name}`: {description}" for name, description in recipes.items())]
     rows_measured = measured.of(method.name)
     if rows_measured:
         lines += ["", "## Measured", "", measured.figures()["protocol"], "", *measured.table(rows_measured)]

@@ -49,9 +49,9 @@ def table(
 ) -> Table:
     """A Table without the columns in which no row has anything to say."""
     whole = [tuple(row) for row in rows]
-    kept = [i for i in range(len(columns)) if any(row[i].text not in ("", MISSING) for row in whole)]
-    names = tuple(columns[i] for i in kept)
-    return Table(names, tuple(tuple(row[i] for i in kept) for row in whole), caption, sortable, note)
+    filled = [i for i in range(len(columns)) if any(row[i].text not in ("", MISSING) for row in whole)]
+    names = tuple(columns[i] for i in filled)
+    return Table(names, tuple(tuple(row[i] for i in filled) for row in whole), caption, sortable, note)
 
 
 def number(x: float | None, digits: int = 4) -> Cell:

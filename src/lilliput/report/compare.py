@@ -37,17 +37,17 @@ def comparison_rows(evidences: Sequence[Data]) -> list[dict[str, Any]]:
     bases = dict.fromkeys(str(x["against"]) for x in evidences if x.get("against"))
     if len(bases) > 1:
         raise DataError(f"these models were measured against different originals ({', '.join(bases)}): give one base.")
-    chosen = [common(evidences, x) for x in evidences]
-    loss = "kl" if all(x.get("kl") for x in chosen) else "perplexity_ratio"
-    rows = [_row(x, data, loss) for x, data in zip(evidences, chosen, strict=True)]
+    texts = [common(evidences, x) for x in evidences]
+    loss = "kl" if all(x.get("kl") for x in texts) else "perplexity_ratio"
+    rows = [_row(x, data, loss) for x, data in zip(evidences, texts, strict=True)]
     for name, row in zip(names(rows), rows, strict=True):
         row["name"] = name
-    lost = [_value(row[loss]) for row in rows]
+    losses = [_value(row[loss]) for row in rows]
     large = [None if row["bytes"] is None else (row["bytes"], row["bytes"]) for row in rows]
     slow = [None if row["speedup"] is None else (-row["speedup"]["high"], -row["speedup"]["low"]) for row in rows]
     for i, row in enumerate(rows):
-        row["best_size"] = best(i, large, lost)
-        row["best_speed"] = best(i, slow, lost)
+        row["best_size"] = best(i, large, losses)
+        row["best_speed"] = best(i, slow, losses)
     return rows
 
 
@@ -148,12 +148,12 @@ def common(evidences: Sequence[Data], evidence: Data) -> Data:
     every = [{_key(row): row for row in (x.get("quality") or {}).get("data") or ()} for x in evidences]
     if not any(every):
         return {}
-    shared = next((key for key in every[0] if all(key in found for found in every)), None)
+    shared = next((key for key in every[0] if all(key in by_data for by_data in every)), None)
     if shared is None:
-        texts = [", ".join(str(row["name"]) for row in found.values()) or "none" for found in every]
+        texts = [", ".join(str(row["name"]) for row in by_data.values()) or "none" for by_data in every]
         named = "; ".join(f"{x.get('model')} on {text}" for x, text in zip(evidences, texts, strict=True))
         raise DataError(f"these models were measured on no text in common ({named}): evaluate all on the same --data.")
-    return next(found[shared] for x, found in zip(evidences, every, strict=True) if x is evidence)
+    return next(by_data[shared] for x, by_data in zip(evidences, every, strict=True) if x is evidence)
 
 
 def _key(row: Data) -> tuple[object, ...]:
@@ -191,12 +191,14 @@ def _and(names: Sequence[str]) -> str:
 
 def _plot(rows: Sequence[Data], name: str, key: str, best: str, x_axis: str, caption: str) -> Picture | None:
     loss = rows[0]["loss"]
-    known = [(row, row[key], row[loss]) for row in rows if row[key] is not None and row[loss] is not None]
-    if len(known) < 2:
+    measured = [(row, row[key], row[loss]) for row in rows if row[key] is not None and row[loss] is not None]
+    if len(measured) < 2:
         return None
     points = [
-        figures.Point(str(row["name"]), *_cost(cost), lost["value"], lost["low"], lost["high"], bool(row[best]))
-        for row, cost, lost in known
+        figures.Point(
+            str(row["name"]), *_cost(cost), loss_value["value"], loss_value["low"], loss_value["high"], bool(row[best])
+        )
+        for row, cost, loss_value in measured
     ]
     y_axis = "KL from the original, nats" if loss == "kl" else "perplexity ratio"
     data = table(
@@ -205,15 +207,17 @@ def _plot(rows: Sequence[Data], name: str, key: str, best: str, x_axis: str, cap
             (
                 words(row["name"]),
                 cells.times(cost) if isinstance(cost, Mapping) else cells.size(cost),
-                cells.interval(lost, 3 if loss == "kl" else 4),
+                cells.interval(loss_value, 3 if loss == "kl" else 4),
                 words("★" if row[best] else ""),
             )
-            for row, cost, lost in known
+            for row, cost, loss_value in measured
         ],
     )
-    drawn = figures.pareto(name, points, x_axis, y_axis, upwards=best == "best_speed")
-    said = f"{caption} {'. '.join('; '.join(cell.line for cell in row) for row in data.rows)}."
-    return Picture(*drawn, said, caption, data, (("ours", "none better in both"), ("muted", "another is better")))
+    drawings = figures.pareto(name, points, x_axis, y_axis, upwards=best == "best_speed")
+    description = f"{caption} {'. '.join('; '.join(cell.line for cell in row) for row in data.rows)}."
+    return Picture(
+        *drawings, description, caption, data, (("ours", "none better in both"), ("muted", "another is better"))
+    )
 
 
 def _cost(cost: Any) -> tuple[float, float, float]:

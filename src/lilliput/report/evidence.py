@@ -46,16 +46,16 @@ def assemble(
     comes last, from all of it."""
     from lilliput.efficiency import count, count_zeros, shapes_of
 
-    found = _described(evaluation, model)
-    steps = [step.get("target") or {} for step in (found.get("recipe") or {}).get("steps") or ()]
+    evidence = _described(evaluation, model)
+    steps = [step.get("target") or {} for step in (evidence.get("recipe") or {}).get("steps") or ()]
     # Reads every weight once more, and a grid has zeros of its own that nobody means to skip.
     pruned = any(x.get("sparsity") or x.get("pattern") for x in steps)
     zeros = count_zeros(model, shapes_of(model)) if pruned else None
-    found |= {"size": count(model, against, zeros=zeros).to_json()} | dict(parts)
-    found["quality"] = _quality(evaluation) | dict(parts.get("quality") or {})
-    found["gates"] = check_gates(found, **vars(gates))
-    found["verdict"] = verdict(found)
-    return found
+    evidence |= {"size": count(model, against, zeros=zeros).to_json()} | dict(parts)
+    evidence["quality"] = _quality(evaluation) | dict(parts.get("quality") or {})
+    evidence["gates"] = check_gates(evidence, **vars(gates))
+    evidence["verdict"] = verdict(evidence)
+    return evidence
 
 
 def gather(
@@ -78,10 +78,10 @@ def gather(
     measurable, and where the text metrics fail. A later part that fails is missing in the evidence, whose "failed" says
     why: what was measured before stays.
     """
-    from lilliput.tasks.instructions import apart, compare_instructions
+    from lilliput.tasks.instructions import compare_instructions, separate
 
     dtype = compute_dtype(compute.dtype)
-    scored, instructed = apart(parts.tasks, against, parts.judge)
+    scored, instructed = separate(parts.tasks, against, parts.judge)
     if scored:
         from lilliput.tasks import check_tasks
 
@@ -92,41 +92,41 @@ def gather(
         shared: Data = {"memory": limits.memory, "dtype": compute.dtype, "work": compute.work, "progress": progress}
         evaluation = evaluate(ours, base, **vars(text), detail=base is not None, **shared)
     first = evaluation.texts[0].data
-    found: Data = {"quality": {}}
+    evidence: Data = {"quality": {}}
     failed: dict[str, str] = {}
     if base is not None:
         with _kept("loss", failed):
-            found["loss"] = _loss(ours, base, first, parts.where, limits, compute, progress)
+            evidence["loss"] = _loss(ours, base, first, parts.where, limits, compute, progress)
         if parts.prompts:
             from lilliput.metrics.generation import generation
 
             with _kept("prompts", failed):
                 answered = generation(ours, base, data=first, prompts=parts.prompts)
-                found["quality"]["generation"] = answered.to_json()
+                evidence["quality"]["generation"] = answered.to_json()
     whole: Data = {"limit": parts.limit, "dtype": compute.dtype, "work": compute.work, "progress": progress}
     if scored:
         from lilliput.tasks import abilities, run_tasks
 
         with _kept("tasks", failed):
             rows = run_tasks(model, against, scored, shots=parts.shots, **whole)
-            found |= {"tasks": [x.to_json() for x in rows], "abilities": [x.to_json() for x in abilities(rows)]}
+            evidence |= {"tasks": [x.to_json() for x in rows], "abilities": [x.to_json() for x in abilities(rows)]}
     if against is not None and instructed:
         with _kept("instructions", failed):
             files = [x.file for x in instructed if x.file is not None]
             answers = [compare_instructions(model, against, x, judge=parts.judge, **whole) for x in files]
-            found["quality"]["instructions"] = [x.to_json() for x in answers]
+            evidence["quality"]["instructions"] = [x.to_json() for x in answers]
     if parts.speed:
         from lilliput.efficiency import measure_speed
 
         with _kept("speed", failed):
-            found["speed"] = measure_speed(model, against).to_json()
+            evidence["speed"] = measure_speed(model, against).to_json()
     if parts.roofline:
         with _kept("roofline", failed):
-            found["roofline"] = {"rows": _rooflines(ours, base)}
+            evidence["roofline"] = {"rows": _rooflines(ours, base)}
     if failed:
-        found["failed"] = failed
-        found["notes"] = [*evaluation.notes, *(f"{part}: not measured. {why}" for part, why in failed.items())]
-    return evaluation, assemble(evaluation, ours, base, found, gates)
+        evidence["failed"] = failed
+        evidence["notes"] = [*evaluation.notes, *(f"{part}: not measured. {why}" for part, why in failed.items())]
+    return evaluation, assemble(evaluation, ours, base, evidence, gates)
 
 
 @contextmanager
@@ -145,8 +145,8 @@ def _loss(
 
     if not where:
         return {"suspects": [x.to_json() for x in suspects(model, against)]}
-    found = attribute(model, against, data=data, memory=limits.memory, work=compute.work, progress=progress)
-    return found.to_json()
+    attribution = attribute(model, against, data=data, memory=limits.memory, work=compute.work, progress=progress)
+    return attribution.to_json()
 
 
 def _rooflines(model: Model, against: Model | None) -> list[Data]:
@@ -160,7 +160,7 @@ def _rooflines(model: Model, against: Model | None) -> list[Data]:
 
 def _described(evaluation: Evaluation, model: Model) -> Data:
     """What is known without running anything: names, recipe, tensors, origin."""
-    found: Data = {
+    described: Data = {
         "schema": SCHEMA,
         "title": Path(evaluation.model).name,
         "model": evaluation.model,
@@ -170,7 +170,7 @@ def _described(evaluation: Evaluation, model: Model) -> Data:
     }
     record = provenance.read(model.source.folder)
     rows = {} if record is None else {f"{x.stored}.weight": x for x in record.linears}
-    found["tensors"] = [
+    described["tensors"] = [
         {
             "name": name,
             "kind": "quantized" if name in rows and rows[name].format != "dense" else "dense",
@@ -184,8 +184,8 @@ def _described(evaluation: Evaluation, model: Model) -> Data:
     ]
     if record is not None:
         recipe = schema.Recipe.model_validate(record.recipe)
-        found["recipe"] = {"steps": record.recipe.get("steps", []), "text": recipes.to_yaml(recipe)}
-        found["provenance"] = {
+        described["recipe"] = {"steps": record.recipe.get("steps", []), "text": recipes.to_yaml(recipe)}
+        described["provenance"] = {
             "original": record.model,
             "format": record.layout,
             "plan": record.plan,
@@ -193,7 +193,7 @@ def _described(evaluation: Evaluation, model: Model) -> Data:
             "calibration": None if record.data is None else dict(vars(record.data)),
             "versions": dict(record.versions),
         }
-    return found
+    return described
 
 
 def _quality(evaluation: Evaluation) -> Data:

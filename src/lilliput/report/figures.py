@@ -217,17 +217,17 @@ def scaling(name: str, lines: Mapping[str, Sequence[Point]], x_axis: str, y_axis
         axes.set_xscale("log")
         front = sorted((p for line in lines.values() for p in line if p.best), key=lambda p: p.x)
         axes.step([p.x for p in front], [p.y for p in front], where="post", color=COLOUR["grid"], lw=4)
-        for shade, (said, line) in zip(shades(len(lines)), lines.items(), strict=True):
+        for shade, (label, line) in zip(shades(len(lines)), lines.items(), strict=True):
             colour = COLOUR[shade]
             axes.plot([p.x for p in line], [p.y for p in line], color=colour, linewidth=1.5)
             for p in line:
                 axes.plot([p.x, p.x], [p.low, p.high], color=colour, linewidth=1)
                 fill = colour if p.best else COLOUR["surface"]
                 marker = axes.plot([p.x], [p.y], marker="o", markersize=8, color=colour, markerfacecolor=fill, mew=2)
-                marker[0].set_gid(tip(clean(f"{p.name}, {said}")))
+                marker[0].set_gid(tip(clean(f"{p.name}, {label}")))
             end = line[-1] if upwards else line[0]
             place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(said, (end.x, end.y), size=11, bbox=_PLAIN, **place)
+            axes.annotate(label, (end.x, end.y), size=11, bbox=_PLAIN, **place)
         axes.margins(x=0.08, y=0.14)
         axes.grid(axis="y")
         axes.set_ylabel(y_axis, size=11)
@@ -297,7 +297,7 @@ def _name_points(axes: Axes, points: Sequence[Point], longest: int) -> None:
     texts = [_short(clean(p.name), longest) for p in points]
     middle = axes.transAxes.transform((0.5, 0.5))[0] / unit
     order = sorted(range(len(points)), key=lambda n: not points[n].best)
-    for n, (dx, dy) in beside(spots, [6.4 * len(text) for text in texts], order, middle).items():
+    for n, (dx, dy) in label_offsets(spots, [6.4 * len(text) for text in texts], order, middle).items():
         axes.annotate(
             texts[n],
             (points[n].x, points[n].y),
@@ -309,15 +309,15 @@ def _name_points(axes: Axes, points: Sequence[Point], longest: int) -> None:
         )
 
 
-def beside(
+def label_offsets(
     spots: Sequence[tuple[float, ...]], widths: Sequence[float], order: Sequence[int], middle: float
 ) -> dict[int, tuple[int, int]]:
     """Where names of such widths go beside their points, as offsets: in turn by `order`, each where it covers the
     fewest names and comes near the fewest other points. All in points of print; left of its point is a name that ends
     there (a negative offset)."""
     # What stands right above or below a point seems to be its name.
-    taken = {("point", n): (x - 8, y - 18, x + 8, y + 20) for n, (x, y) in enumerate(spots)}
-    found: dict[int, tuple[int, int]] = {}
+    occupied = {("point", n): (x - 8, y - 18, x + 8, y + 20) for n, (x, y) in enumerate(spots)}
+    places: dict[int, tuple[int, int]] = {}
     for n in order:
         x, y = spots[n]
         sides = (-9, 9) if x > middle else (9, -9)
@@ -331,14 +331,14 @@ def beside(
             for dy in (7, -16, 21, -30)
             for dx in sides
         }
-        others = [box for key, box in taken.items() if key != ("point", n)]
+        others = [box for key, box in occupied.items() if key != ("point", n)]
         crossed = {
             place: sum(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in others)
             for place, a in boxes.items()
         }
-        found[n] = min(boxes, key=lambda place, crossed=crossed: crossed[place])  # type: ignore[misc]
-        taken["name", n] = boxes[found[n]]
-    return found
+        places[n] = min(boxes, key=lambda place, crossed=crossed: crossed[place])  # type: ignore[misc]
+        occupied["name", n] = boxes[places[n]]
+    return places
 
 
 def _scale(axes: Axes, label: str, narrow: bool, whole: bool = False) -> None:

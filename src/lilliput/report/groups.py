@@ -34,7 +34,7 @@ def ability_table(evidence: Data) -> Table:
 
 def group_table(rows: Sequence[Data], kind: str, caption: str = "") -> Table:
     """Groups of items that are right or wrong, each with its paired test."""
-    shown = [
+    lines = [
         (
             words(x["name"]),
             words(x["verdict"], TONES.get(str(x["level"]), "")),
@@ -48,12 +48,12 @@ def group_table(rows: Sequence[Data], kind: str, caption: str = "") -> Table:
         for x in rows
     ]
     columns = (kind, "verdict", "difference", "original", "compressed", "items", "p (Holm)", "of tasks")
-    return table(columns, shown, caption, note="Differences in percentage points on the same items." if shown else "")
+    return table(columns, lines, caption, note="Differences in percentage points on the same items." if lines else "")
 
 
 def judged_table(rows: Sequence[Data]) -> Table:
     """What judges said of the answers to each file of instructions, then by category."""
-    shown = [
+    lines = [
         (
             words(Path(str(x["source"])).name),
             words(part["name"]),
@@ -68,8 +68,8 @@ def judged_table(rows: Sequence[Data]) -> Table:
         for part in x.get("judged") or ()
     ]
     columns = ("instructions", "of", "judge", "prompts", "win rate", "won, tied, lost", "p (sign test)")
-    note = "Each pair is judged in both orders; it counts as won or lost where both verdicts agree." if shown else ""
-    return table((*columns, "same in both orders"), shown, "Answers, judged.", note=note)
+    note = "Each pair is judged in both orders; it counts as won or lost where both verdicts agree." if lines else ""
+    return table((*columns, "same in both orders"), lines, "Answers, judged.", note=note)
 
 
 def _points(interval: Data | None) -> Cell:

@@ -33,7 +33,7 @@ def render(evidence: Data) -> str:
     Raises LilliputError where matplotlib or jinja2 is not installed.
     """
     require()
-    found = (
+    sections_of = (
         sections.recipe(evidence),
         sections.size(evidence),
         quality(evidence),
@@ -48,7 +48,7 @@ def render(evidence: Data) -> str:
     return page(
         "report.html.j2",
         title=str(evidence.get("title") or evidence.get("model") or "Lilliput report"),
-        sections=[section for section in found if section is not None and section.blocks],
+        sections=[section for section in sections_of if section is not None and section.blocks],
         verdict=answer,
         badge=BADGES[answer["level"]],
         figures=headline_figures(evidence),
@@ -63,25 +63,25 @@ def page(template: str, *, title: str, sections: Sequence[Section], **rest: obje
     """A template of this package with what every page needs: style, script and their policy."""
     script = (_TEMPLATES / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    made = _environment().get_template(template)
-    return made.render(title=title, sections=sections, script=script, script_hash=digest, heats=HEATS, **rest)
+    document = _environment().get_template(template)
+    return document.render(title=title, sections=sections, script=script, script_hash=digest, heats=HEATS, **rest)
 
 
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["kind"] = kind
-    made.filters["whole"] = lambda text: str(text).replace(" %", "\u00a0%")  # no line ends before a unit
-    made.filters["drawn"] = Markup  # matplotlib has escaped what it wrote
-    return made
+    environment.filters["kind"] = kind
+    environment.filters["whole"] = lambda text: str(text).replace(" %", "\u00a0%")  # no line ends before a unit
+    environment.filters["drawn"] = Markup  # matplotlib has escaped what it wrote
+    return environment
 
 
 def headline_figures(evidence: Data) -> list[Figure]:
@@ -89,37 +89,37 @@ def headline_figures(evidence: Data) -> list[Figure]:
     size, speed = evidence.get("size") or {}, evidence.get("speed") or {}
     worst = next(iter(measured(evidence)), {})
     where = f"on {worst['name']}" if worst else ""
-    found = []
+    figures = []
     if worst.get("perplexity_ratio"):
         ratio = worst["perplexity_ratio"]
-        found.append(
+        figures.append(
             Figure("perplexity, × original", f"{ratio['value']:.3f}", _span(ratio, 3, where), ratio_tone(ratio))
         )
     elif worst.get("perplexity"):
-        found.append(Figure("perplexity", f"{worst['perplexity']['value']:.4g}", where))
+        figures.append(Figure("perplexity", f"{worst['perplexity']['value']:.4g}", where))
     if worst.get("kl"):
-        found.append(Figure("KL from original, nats", f"{worst['kl']['value']:.3g}", _span(worst["kl"], 3, where)))
+        figures.append(Figure("KL from original, nats", f"{worst['kl']['value']:.3g}", _span(worst["kl"], 3, where)))
     if worst.get("agreement"):
         same = {key: 100 * worst["agreement"][key] for key in ("value", "low", "high")}
-        found.append(Figure("same top token", f"{same['value']:.1f} %", _span(same, 3, where)))
+        figures.append(Figure("same top token", f"{same['value']:.1f} %", _span(same, 3, where)))
     if size.get("bytes") is not None:
         ratio_of = size.get("compression_ratio")
         below = f"{ratio_of:.2f}× smaller" if ratio_of else ""
         if size.get("base_bytes"):
             below = f"{below}, was {cells.size(size['base_bytes']).text}".removeprefix(", ")
-        found.append(Figure("size on disk", cells.size(size["bytes"]).text, below))
+        figures.append(Figure("size on disk", cells.size(size["bytes"]).text, below))
     for phase in ("decode", "prefill"):
         gain = (speed.get(phase) or {}).get("speedup")
         if gain:
-            found.append(
+            figures.append(
                 Figure(f"{phase} speed, × original", f"{gain['value']:.2f}×", _span(gain, 3, ""), sections.faster(gain))
             )
             break
     if size.get("bits_per_weight") is not None:
         whole = size.get("model_bits_per_weight")
         below = f"{whole:.3g} over the whole model" if whole is not None else ""
-        found.append(Figure("bits per weight", f"{size['bits_per_weight']:.3g}", below))
-    return found
+        figures.append(Figure("bits per weight", f"{size['bits_per_weight']:.3g}", below))
+    return figures
 
 
 def _span(x: Data, digits: int, where: str) -> str:

@@ -20,16 +20,16 @@ _EXAMPLES = 8
 
 
 def quality(evidence: Data) -> Section | None:
-    found = evidence.get("quality") or {}
+    part = evidence.get("quality") or {}
     blocks = [
-        *_data(found.get("data") or ()),
-        *_classes(found.get("classes") or ()),
-        *_positions(found.get("positions") or ()),
+        *_data(part.get("data") or ()),
+        *_classes(part.get("classes") or ()),
+        *_positions(part.get("positions") or ()),
         *_tasks(evidence.get("tasks") or ()),
         *grouped(evidence),
-        *_generation(found.get("generation") or {}),
-        *_instructions(found.get("instructions") or ()),
-        *_worst(found.get("worst") or ()),
+        *_generation(part.get("generation") or {}),
+        *_instructions(part.get("instructions") or ()),
+        *_worst(part.get("worst") or ()),
     ]
     return Section("quality", "Quality", blocks) if blocks else None
 
@@ -75,8 +75,8 @@ def _data(rows: Sequence[Data]) -> list[Block]:
             for x in paired
         ]
         caption = "Perplexity over the original's, on the same windows."
-        drawn = figures.forest("ratio", lines, "perplexity ratio (1: no change)", 1.0)
-        blocks.append(Picture(*drawn, label(caption, data), caption, data))
+        drawings = figures.forest("ratio", lines, "perplexity ratio (1: no change)", 1.0)
+        blocks.append(Picture(*drawings, label(caption, data), caption, data))
     return [*blocks, data_table(rows)]
 
 
@@ -85,7 +85,7 @@ def data_table(rows: Sequence[Data]) -> Table:
     columns = ("data", "perplexity, × original", "KL, nats", "KL, 95th percentile", "KL, 99th")
     metrics = ("perplexity_ratio", "kl", "kl_p95", "kl_p99")
     alone = ("perplexity", "reference_perplexity")
-    shown = [
+    lines = [
         (
             words(x["name"]),
             *(cells.interval(x.get(key)) for key in metrics),
@@ -95,12 +95,12 @@ def data_table(rows: Sequence[Data]) -> Table:
         for x in rows
     ]
     names = (*columns, "same top token", "perplexity", "original's perplexity")
-    return table(names, shown, "Figures by data set; in brackets the 95 % interval.")
+    return table(names, lines, "Figures by data set; in brackets the 95 % interval.")
 
 
 def _classes(rows: Sequence[Data]) -> list[Block]:
-    known = [x for x in rows if x.get("kl")]
-    if not known:
+    measured = [x for x in rows if x.get("kl")]
+    if not measured:
         return []
     data = table(
         ("tokens of class", "count", "KL, nats", "top-1 agreement"),
@@ -111,30 +111,30 @@ def _classes(rows: Sequence[Data]) -> list[Block]:
                 cells.interval(x["kl"], 3),
                 cells.shares(x.get("agreement")),
             )
-            for x in known
+            for x in measured
         ],
     )
     lines = [
         Row(str(x["name"]), x["kl"]["value"], x["kl"]["low"], x["kl"]["high"], cells.interval(x["kl"], 3).line)
-        for x in known
+        for x in measured
     ]
     caption = "KL divergence from the original by class of token: what kind of text suffers."
-    drawn = figures.forest("classes", lines, "KL, nats", 0.0)
-    return [Picture(*drawn, label(caption, data), caption, data)]
+    drawings = figures.forest("classes", lines, "KL, nats", 0.0)
+    return [Picture(*drawings, label(caption, data), caption, data)]
 
 
 def _positions(rows: Sequence[Data]) -> list[Block]:
-    known = [x for x in rows if x.get("kl")]
-    if len(known) < 2:
+    measured = [x for x in rows if x.get("kl")]
+    if len(measured) < 2:
         return []
     data = table(
         ("from", "to", "KL, nats"),
-        [(cells.number(x["from"]), cells.number(x["to"]), cells.interval(x["kl"], 3)) for x in known],
+        [(cells.number(x["from"]), cells.number(x["to"]), cells.interval(x["kl"], 3)) for x in measured],
     )
-    points = [((x["from"] + x["to"]) / 2, x["kl"]["value"], x["kl"]["low"], x["kl"]["high"]) for x in known]
+    points = [((x["from"] + x["to"]) / 2, x["kl"]["value"], x["kl"]["low"], x["kl"]["high"]) for x in measured]
     caption = "KL divergence by position in the window: whether long contexts suffer more."
-    drawn = figures.curve("positions", points, "position, tokens", "KL, nats")
-    return [Picture(*drawn, label(caption, data), caption, data)]
+    drawings = figures.curve("positions", points, "position, tokens", "KL, nats")
+    return [Picture(*drawings, label(caption, data), caption, data)]
 
 
 def _tasks(rows: Sequence[Data]) -> list[Block]:
@@ -142,8 +142,8 @@ def _tasks(rows: Sequence[Data]) -> list[Block]:
         return []
     whole = task_table(rows)
     # One axis of percentage points: scores of another kind have only their row in the table.
-    known = [x for x in rows if x.get("difference") and x.get("flips")]
-    if not known:
+    compared = [x for x in rows if x.get("difference") and x.get("flips")]
+    if not compared:
         return [whole]
     lines = [
         Row(
@@ -152,20 +152,20 @@ def _tasks(rows: Sequence[Data]) -> list[Block]:
             _difference(x).line,
             TONES.get(str(x.get("level")), "ours"),
         )
-        for x in known
+        for x in compared
     ]
     caption = "Tasks: compressed less original; left of the line is a loss."
     data = table(
         ("task", "difference", "verdict"),
-        [(words(x["name"]), _difference(x), words(x.get("verdict"))) for x in known],
+        [(words(x["name"]), _difference(x), words(x.get("verdict"))) for x in compared],
     )
-    drawn = figures.forest("tasks", lines, "percentage points", 0.0)
-    return [Picture(*drawn, label(caption, data), caption, data), whole]
+    drawings = figures.forest("tasks", lines, "percentage points", 0.0)
+    return [Picture(*drawings, label(caption, data), caption, data), whole]
 
 
 def task_table(rows: Sequence[Data]) -> Table:
     """Every task with its verdict in words."""
-    shown = [
+    lines = [
         (
             words(x["name"]),
             words(x.get("verdict"), TONES.get(str(x.get("level")), "")),
@@ -185,7 +185,7 @@ def task_table(rows: Sequence[Data]) -> Table:
         "Differences in percentage points on the same items. Could show: the smallest loss that these items would "
         "have shown with 80 % probability."
     )
-    return table((*columns, "p (Holm)", "could show"), shown, "Tasks.", note=note)
+    return table((*columns, "p (Holm)", "could show"), lines, "Tasks.", note=note)
 
 
 def _ends(interval: Data, factor: float = 1.0) -> tuple[float, float, float]:
@@ -199,12 +199,12 @@ def _score(row: Data, key: str) -> Cell:
 
 def _difference(row: Data) -> Cell:
     """A task's difference: in percentage points where items are right or wrong, else as it is."""
-    found = row.get("difference")
-    if not found:
+    difference = row.get("difference")
+    if not difference:
         return Cell(cells.MISSING)
     factor, form = (100.0, "+.1f") if row.get("flips") else (1.0, "+.3g")
-    value, low, high = (f"{x:{form}}".replace("-", "−") for x in _ends(found, factor))
-    return Cell(value, float(found["value"]), below=f"[{low}, {high}]")
+    value, low, high = (f"{x:{form}}".replace("-", "−") for x in _ends(difference, factor))
+    return Cell(value, float(difference["value"]), below=f"[{low}, {high}]")
 
 
 def _points(share: float | None) -> Cell:
@@ -212,19 +212,19 @@ def _points(share: float | None) -> Cell:
 
 
 def _flips(row: Data) -> Cell:
-    found = row.get("flips")
-    return words(f"{found['right_to_wrong']} lost, {found['wrong_to_right']} won" if found else None)
+    flips = row.get("flips")
+    return words(f"{flips['right_to_wrong']} lost, {flips['wrong_to_right']} won" if flips else None)
 
 
-def _generation(found: Data) -> list[Block]:
-    if not found:
+def _generation(part: Data) -> list[Block]:
+    if not part:
         return []
     lines = []
-    if found.get("first_difference"):
-        words_of = cells.interval(found["first_difference"], 3).line
-        lines.append(f"Greedy continuations first differ after {words_of} tokens, over {found.get('prompts')} prompts.")
-    if found.get("identical"):
-        lines.append(f"Continuations that do not differ: {cells.shares(found['identical']).line}.")
+    if part.get("first_difference"):
+        words_of = cells.interval(part["first_difference"], 3).line
+        lines.append(f"Greedy continuations first differ after {words_of} tokens, over {part.get('prompts')} prompts.")
+    if part.get("identical"):
+        lines.append(f"Continuations that do not differ: {cells.shares(part['identical']).line}.")
     blocks: list[Block] = [Prose(tuple(lines))] if lines else []
     rows = tuple(
         example(
@@ -233,14 +233,14 @@ def _generation(found: Data) -> list[Block]:
             str(x["theirs"]),
             "no difference" if x.get("first_difference") is None else f"first differs at token {x['first_difference']}",
         )
-        for x in (found.get("examples") or ())[:_EXAMPLES]
+        for x in (part.get("examples") or ())[:_EXAMPLES]
     )
     return [*blocks, Examples(rows)] if rows else blocks
 
 
 def instruction_table(rows: Sequence[Data]) -> Table:
     """What both models write when they are told to."""
-    shown = [
+    lines = [
         (
             words(Path(str(x["source"])).name),
             cells.number(x.get("prompts")),
@@ -264,22 +264,22 @@ def instruction_table(rows: Sequence[Data]) -> Table:
     note = "Repeated: share of an answer's 4-grams that occurred before in it."
     note = " ".join([*dict.fromkeys(f"{str(x['note']).capitalize()}." for x in rows if x.get("note")), note])
     repeated = ("repeated, original", "repeated, compressed")
-    return table((*columns, *repeated), shown, "Answers to instructions.", note=note)
+    return table((*columns, *repeated), lines, "Answers to instructions.", note=note)
 
 
 def _instructions(rows: Sequence[Data]) -> list[Block]:
     if not rows:
         return []
     answers = [x for row in rows for x in row.get("examples") or ()][:_EXAMPLES]
-    told = tuple(example(str(x["prompt"]), str(x["ours"]), str(x["base"]), "") for x in answers)
+    examples = tuple(example(str(x["prompt"]), str(x["ours"]), str(x["base"]), "") for x in answers)
     judged = judged_table(rows)
-    return [instruction_table(rows), *([judged] if judged.rows else []), *([Examples(told)] if told else [])]
+    return [instruction_table(rows), *([judged] if judged.rows else []), *([Examples(examples)] if examples else [])]
 
 
 def _worst(rows: Sequence[Data]) -> list[Block]:
     if not rows:
         return []
-    shown = [
+    lines = [
         (
             words(f"…{str(x.get('text') or '')[-90:]}"),
             words(_visible(x.get("token"))),
@@ -290,7 +290,7 @@ def _worst(rows: Sequence[Data]) -> list[Block]:
         for x in rows[:_WORST]
     ]
     columns = ("after", "came", "original preferred", "compressed preferred", "KL, nats")
-    return [table(columns, shown, "The tokens on which both models differ most.")]
+    return [table(columns, lines, "The tokens on which both models differ most.")]
 
 
 def _visible(token: object) -> str | None:

@@ -47,10 +47,10 @@ def scaling_rows(evidences: Sequence[Data]) -> list[dict[str, Any]]:
     for name, row in zip(names(rows), rows, strict=True):
         row["name"] = name
     bits = [(row["total_bits"], row["total_bits"]) for row in rows]
-    lost = [row["loss"]["value"] for row in rows]
+    losses = [row["loss"]["value"] for row in rows]
     missed = [None if row["accuracy"] is None else -row["accuracy"]["value"] for row in rows]
     for i, row in enumerate(rows):
-        row["best_loss"], row["best_accuracy"] = best(i, bits, lost), best(i, bits, missed)
+        row["best_loss"], row["best_accuracy"] = best(i, bits, losses), best(i, bits, missed)
     return rows
 
 
@@ -73,9 +73,9 @@ def _row(evidence: Data, data: Data, tasks: Sequence[str]) -> dict[str, Any]:
 def _bits(evidence: Data) -> int:
     """The bit width that a model stands for."""
     steps = (evidence.get("recipe") or {}).get("steps") or ()
-    asked = [(x.get("target") or {}).get("bits") for x in steps]
-    known = [int(x) for x in asked if x is not None]
-    return known[-1] if known else round(evidence["size"].get("bits_per_weight") or 0.0)
+    widths = [(x.get("target") or {}).get("bits") for x in steps]
+    numbers = [int(x) for x in widths if x is not None]
+    return numbers[-1] if numbers else round(evidence["size"].get("bits_per_weight") or 0.0)
 
 
 def _key(row: Data) -> str:
@@ -109,7 +109,7 @@ def headline(rows: Sequence[Data]) -> str:
 def scaling_table(rows: Sequence[Data]) -> Table:
     """All rows, for the page and the terminal."""
     columns = ("model", "bits of a weight", "bits of the model", "parameters", "loss, nats per token", "accuracy")
-    shown = [
+    lines = [
         (
             words(row["name"]),
             cells.number(row["bits"]),
@@ -122,22 +122,22 @@ def scaling_table(rows: Sequence[Data]) -> Table:
         for row in sorted(rows, key=lambda row: (-row["bits"], row["total_bits"]))
     ]
     note = "★ Front: none with at most as many bits is as good or better."
-    return table((*columns, "front"), shown, sortable=True, note=note)
+    return table((*columns, "front"), lines, sortable=True, note=note)
 
 
 def _picture(rows: Sequence[Data], key: str, y_axis: str, caption: str) -> Picture | None:
-    known = [row for row in rows if row[key] is not None]
-    if len(known) < 2:
+    measured = [row for row in rows if row[key] is not None]
+    if len(measured) < 2:
         return None
     lines: dict[str, list[Point]] = {}
-    for row in sorted(known, key=lambda row: (-row["bits"], row["total_bits"])):
+    for row in sorted(measured, key=lambda row: (-row["bits"], row["total_bits"])):
         x, y = float(row["total_bits"]), row[key]
         point = Point(str(row["name"]), x, x, x, y["value"], y["low"], y["high"], bool(row[f"best_{key}"]))
         lines.setdefault(f"{row['bits']} bits", []).append(point)
-    drawn = figures.scaling(f"scaling-{key}", lines, "bits of the whole model", y_axis, upwards=key == "accuracy")
-    data = scaling_table(known)
+    drawings = figures.scaling(f"scaling-{key}", lines, "bits of the whole model", y_axis, upwards=key == "accuracy")
+    data = scaling_table(measured)
     legend = tuple(zip(figures.shades(len(lines)), lines, strict=True))
-    return Picture(*drawn, label(caption, data), caption, data, legend)
+    return Picture(*drawings, label(caption, data), caption, data, legend)
 
 
 def render_scaling(evidences: Sequence[Data]) -> str:
@@ -147,11 +147,11 @@ def render_scaling(evidences: Sequence[Data]) -> str:
     """
     require()
     rows = scaling_rows(evidences)
-    found = (
+    blocks = (
         _picture(rows, "loss", "loss, nats per token", "Loss against bits: down and left is better."),
         _picture(rows, "accuracy", "mean accuracy", "Accuracy against bits: up and left is better."),
     )
-    plots: list[Block] = [x for x in found if x is not None]
+    plots: list[Block] = [x for x in blocks if x is not None]
     lead = "A line joins the sizes of one bit width. Filled and joined in grey: none of as few bits is better."
     return page(
         "compare.html.j2",

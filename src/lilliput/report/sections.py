@@ -23,32 +23,32 @@ BARS = (("base", "original"), ("ours", "compressed"))
 
 
 def recipe(evidence: Data) -> Section | None:
-    found = evidence.get("recipe")
-    if not found:
+    part = evidence.get("recipe")
+    if not part:
         return None
-    steps = found.get("steps") or ()
+    steps = part.get("steps") or ()
     rows = [
         (words(f"{i}. {x.get('method')}"), words(x.get("target")), words(x.get("options")), words(x.get("where")))
         for i, x in enumerate(steps, 1)
     ]
     blocks: list[Block] = [table(("step", "target", "options", "where"), rows)] if rows else []
-    if found.get("text"):
-        blocks.append(Code("As YAML", str(found["text"])))
+    if part.get("text"):
+        blocks.append(Code("As YAML", str(part["text"])))
     return Section("recipe", "Recipe", blocks, " then ".join(str(x.get("method")) for x in steps))
 
 
 def size(evidence: Data) -> Section | None:
-    found = evidence.get("size")
-    if not found:
+    part = evidence.get("size")
+    if not part:
         return None
-    kinds = sorted(found.get("by_kind") or (), key=lambda x: -x["bytes"])
-    whole = {"kind": "whole model", "bytes": found.get("bytes"), "base_bytes": found.get("base_bytes")}
-    shown = [x for x in (whole, *kinds) if x["bytes"] is not None]
+    kinds = sorted(part.get("by_kind") or (), key=lambda x: -x["bytes"])
+    whole = {"kind": "whole model", "bytes": part.get("bytes"), "base_bytes": part.get("base_bytes")}
+    entries = [x for x in (whole, *kinds) if x["bytes"] is not None]
     data = table(
         ("kind", "tensors", "original", "compressed"),
         [
             (words(x["kind"]), cells.number(x.get("tensors")), cells.size(x.get("base_bytes")), cells.size(x["bytes"]))
-            for x in shown
+            for x in entries
         ],
     )
     groups = [
@@ -60,89 +60,89 @@ def size(evidence: Data) -> Section | None:
                 if x.get(key) is not None
             ],
         )
-        for x in shown
+        for x in entries
     ]
     blocks: list[Block] = []
     if groups:
         caption = "Bytes on disk by kind of tensor."
-        drawn = figures.bars("size", groups)
-        blocks.append(Picture(*drawn, label(caption, data), caption, data, BARS))
-    return Section("size", "Size", [*blocks, _sizes(found)])
+        drawings = figures.bars("size", groups)
+        blocks.append(Picture(*drawings, label(caption, data), caption, data, BARS))
+    return Section("size", "Size", [*blocks, _sizes(part)])
 
 
-def _sizes(found: Data) -> Table:
-    flops, base = found.get("flops_per_token") or {}, found.get("base_flops_per_token") or {}
-    count, ratio = cells.number, found.get("compression_ratio")
+def _sizes(part: Data) -> Table:
+    flops, base = part.get("flops_per_token") or {}, part.get("base_flops_per_token") or {}
+    count, ratio = cells.number, part.get("compression_ratio")
     rows = [
-        ("bytes on disk", cells.size(found.get("base_bytes")), cells.size(found.get("bytes"))),
-        ("bytes in RAM", cells.size(found.get("base_ram_bytes")), cells.size(found.get("ram_bytes"))),
-        ("parameters", count(found.get("base_parameters")), count(found.get("parameters"))),
-        ("bits per weight, compressed linears", Cell(""), count(found.get("bits_per_weight"), 3)),
-        ("bits per weight, whole model", Cell(""), count(found.get("model_bits_per_weight"), 3)),
+        ("bytes on disk", cells.size(part.get("base_bytes")), cells.size(part.get("bytes"))),
+        ("bytes in RAM", cells.size(part.get("base_ram_bytes")), cells.size(part.get("ram_bytes"))),
+        ("parameters", count(part.get("base_parameters")), count(part.get("parameters"))),
+        ("bits per weight, compressed linears", Cell(""), count(part.get("bits_per_weight"), 3)),
+        ("bits per weight, whole model", Cell(""), count(part.get("model_bits_per_weight"), 3)),
         ("times smaller", Cell(""), Cell(cells.MISSING) if ratio is None else Cell(f"{ratio:.2f}×", ratio)),
         ("FLOPs per token, prefill", cells.count(base.get("prefill")), cells.count(flops.get("prefill"))),
         ("FLOPs per token, decode", cells.count(base.get("decode")), cells.count(flops.get("decode"))),
-        ("multiplications saved per token", Cell(""), cells.count(found.get("macs_saved"))),
-        ("share of multiplications saved", Cell(""), cells.share(found.get("macs_saved_share"))),
-        ("KV cache per token", Cell(""), cells.size(found.get("kv_bytes_per_token"))),
+        ("multiplications saved per token", Cell(""), cells.count(part.get("macs_saved"))),
+        ("share of multiplications saved", Cell(""), cells.share(part.get("macs_saved_share"))),
+        ("KV cache per token", Cell(""), cells.size(part.get("kv_bytes_per_token"))),
     ]
-    known = [(words(name), a, b) for name, a, b in rows if a.value is not None or b.value is not None]
-    return table(("", "original", "compressed"), known)
+    lines = [(words(name), a, b) for name, a, b in rows if a.value is not None or b.value is not None]
+    return table(("", "original", "compressed"), lines)
 
 
 def speed(evidence: Data) -> Section | None:
-    found = evidence.get("speed")
-    if not found:
+    part = evidence.get("speed")
+    if not part:
         return None
-    phases = [(name, found[name]) for name in ("prefill", "decode") if found.get(name)]
-    data = speed_table(found)
+    phases = [(name, part[name]) for name in ("prefill", "decode") if part.get(name)]
+    data = speed_table(part)
     blocks: list[Block] = []
     lines = [(name, x["speedup"]) for name, x in phases if x.get("speedup")]
     if lines:
         caption = "Measured speed-up over the original; right of the line is faster."
         rows = [Row(name, x["value"], x["low"], x["high"], cells.times(x).line, faster(x)) for name, x in lines]
-        drawn = figures.forest("speed", rows, "times as fast as the original", 1.0)
-        blocks.append(Picture(*drawn, label(caption, data), caption, data))
+        drawings = figures.forest("speed", rows, "times as fast as the original", 1.0)
+        blocks.append(Picture(*drawings, label(caption, data), caption, data))
     elif phases:
         blocks.append(data)
-    used = use_table(found)
+    used = use_table(part)
     if used.rows:
         blocks.append(used)
-    runs = f"{found['runs']} runs of each, interleaved" if found.get("runs") else ""
-    how = [(key, found.get(key)) for key in ("batch", "dtype", "device", "threads")]
-    said = ", ".join([x for x in [runs] if x] + [f"{key} {value}" for key, value in how if value is not None])
-    return Section("speed", "Speed", blocks, f"{said}." if said else "")
+    runs = f"{part['runs']} runs of each, interleaved" if part.get("runs") else ""
+    how = [(key, part.get(key)) for key in ("batch", "dtype", "device", "threads")]
+    summary = ", ".join([x for x in [runs] if x] + [f"{key} {value}" for key, value in how if value is not None])
+    return Section("speed", "Speed", blocks, f"{summary}." if summary else "")
 
 
-def use_table(found: Data) -> Table:
+def use_table(part: Data) -> Table:
     """What the time gives: tokens, the share of the device's peak (MFU), and the memory it takes."""
     rows = (
         ("tokens per second", cells.number, "throughput"),
         ("model FLOPs utilisation (MFU)", cells.share, "mfu"),
         ("peak memory", cells.size, "peak_rss_bytes"),
     )
-    shown = [(words(name), show(found.get(f"base_{key}")), show(found.get(key))) for name, show, key in rows]
-    shown.append((words("measured peak of the device, FLOP/s"), Cell(""), cells.count(found.get("peak_flops"))))
-    return table(("", "original", "compressed"), [line for line in shown if line[2].value is not None])
+    lines = [(words(name), show(part.get(f"base_{key}")), show(part.get(key))) for name, show, key in rows]
+    lines.append((words("measured peak of the device, FLOP/s"), Cell(""), cells.count(part.get("peak_flops"))))
+    return table(("", "original", "compressed"), [line for line in lines if line[2].value is not None])
 
 
-def speed_table(found: Data) -> Table:
+def speed_table(part: Data) -> Table:
     """Measured times of each phase."""
     whose = (("original", "base_seconds"), ("compressed", "seconds"))
     which = (("p50", "median"), ("p90", "p90"), ("p95", "p95"))
-    columns = tuple(f"{who}, {said}" for who, _ in whose for said, _ in which)
+    columns = tuple(f"{who}, {caption}" for who, _ in whose for caption, _ in which)
     keys = [(key, q) for _, key in whose for _, q in which]
     return table(
         ("phase", "tokens", *columns, "speed-up"),
         [
             (
                 words(name),
-                cells.number(found[name].get("tokens")),
-                *(cells.brief((found[name].get(key) or {}).get(q)) for key, q in keys),
-                cells.times(found[name].get("speedup")),
+                cells.number(part[name].get("tokens")),
+                *(cells.brief((part[name].get(key) or {}).get(q)) for key, q in keys),
+                cells.times(part[name].get("speedup")),
             )
             for name in ("prefill", "decode")
-            if found.get(name)
+            if part.get(name)
         ],
         note="Latency of a prefill over the rounds, and of a decoded token over all of them: median and percentiles.",
     )
@@ -158,8 +158,8 @@ def roofline(evidence: Data) -> Section | None:
         places.setdefault(f"{row['device']}, batch {row['batch']}, context {row['context']:,}", []).append(row)
     colours = {"prefill": "second", "decode": "ours"}
     groups = [
-        (place, [(float(x["speedup"]), f"{x['speedup']:.2f}×{_unfit(x)}", colours[x["phase"]]) for x in found])
-        for place, found in places.items()
+        (place, [(float(x["speedup"]), f"{x['speedup']:.2f}×{_unfit(x)}", colours[x["phase"]]) for x in entries])
+        for place, entries in places.items()
     ]
     columns = (
         "device",
@@ -195,12 +195,12 @@ def roofline(evidence: Data) -> Section | None:
     legend = (("second", "prefill"), ("ours", "decode"))
     blocks: list[Block] = [data]
     if groups:
-        drawn = figures.bars("roofline", groups, 1.0)
-        blocks = [Picture(*drawn, label(caption, data), caption, data, legend)]
+        drawings = figures.bars("roofline", groups, 1.0)
+        blocks = [Picture(*drawings, label(caption, data), caption, data, legend)]
     slow = [x for x in compared if x["speedup"] < _FASTER] or rows
-    said = _in_short(slow, rows)
-    if said:
-        blocks.append(Prose(said[:_SENTENCES]))
+    sentences = _in_short(slow, rows)
+    if sentences:
+        blocks.append(Prose(sentences[:_SENTENCES]))
     operators = [
         (
             words(x["device"]),
@@ -224,21 +224,21 @@ def roofline(evidence: Data) -> Section | None:
 def _in_short(some: Sequence[Data], rows: Sequence[Data]) -> tuple[str, ...]:
     """What the sentences of `some` predictions say, each thing once, with the devices that it is said of and, where
     other predictions of a device and phase say something else, in how many of them."""
-    said: dict[str, list[tuple[str, str]]] = {}
+    statements: dict[str, list[tuple[str, str]]] = {}
     for x in some:
         if x.get("sentence"):
             what = _PLACE.sub("", str(x["sentence"]))
-            said.setdefault(what[:1].upper() + what[1:], []).append((str(x["device"]), str(x["phase"])))
+            statements.setdefault(what[:1].upper() + what[1:], []).append((str(x["device"]), str(x["phase"])))
     every = Counter((str(x["device"]), str(x["phase"])) for x in rows)
-    found = []
-    for what, places in said.items():
+    lines = []
+    for what, places in statements.items():
         counts = Counter(places)
         parts = [
             name if n == every[name, phase] else f"{name} in {n} of {every[name, phase]}"
             for (name, phase), n in counts.items()
         ]
-        found.append(f"{what.removesuffix('.')} ({', '.join(parts)}).")
-    return tuple(found)
+        lines.append(f"{what.removesuffix('.')} ({', '.join(parts)}).")
+    return tuple(lines)
 
 
 def _unfit(row: Data) -> str:
@@ -249,37 +249,37 @@ def _unfit(row: Data) -> str:
 
 
 def loss(evidence: Data) -> Section | None:
-    found = evidence.get("loss")
-    if not found:
+    part = evidence.get("loss")
+    if not part:
         return None
     blocks: list[Block] = []
-    suspects = found.get("suspects") or ()
+    suspects = part.get("suspects") or ()
     if suspects:
         lines = [
             f"{x['tensor']}: {x['reason']}" + (f" (factor {x['factor']:.4g})" if x.get("factor") is not None else "")
             for x in suspects
         ]
         blocks.append(Prose(tuple(lines), "bad", "Damaged, by all appearance"))
-    linears, per_block = found.get("linears") or (), found.get("blocks") or ()
+    linears, per_block = part.get("linears") or (), part.get("blocks") or ()
     if linears:
         blocks.append(_heat(linears))
     if per_block:
         blocks.append(_blocks(per_block))
-    if found.get("note"):
-        blocks.append(Prose((str(found["note"]),)))
-    total = found.get("total_kl")
+    if part.get("note"):
+        blocks.append(Prose((str(part["note"]),)))
+    total = part.get("total_kl")
     lead = f"Divided is a KL divergence of {total:.3g} nats per token." if total is not None else ""
     return Section("loss", "Where the loss is", blocks, lead)
 
 
 def _measure(rows: Sequence[Data]) -> tuple[str, str]:
     """Key and words of what the rows tell best."""
-    told = {
+    keys = {
         "share": "share of the loss",
         "output_error": "error of the outputs",
         "weight_error": "error of the weights",
     }
-    return next(((k, v) for k, v in told.items() if any(x.get(k) is not None for x in rows)), ("share", told["share"]))
+    return next(((k, v) for k, v in keys.items() if any(x.get(k) is not None for x in rows)), ("share", keys["share"]))
 
 
 def _heat(linears: Sequence[Data]) -> Picture:
@@ -316,8 +316,8 @@ def _heat(linears: Sequence[Data]) -> Picture:
     )
     marked = any(exact for _, _, exact in cell.values())
     caption = f"{name.capitalize()} by block and linear." + (" Dots: measured by re-running." if marked else "")
-    drawn = figures.heat("heat", cell, roles)
-    return Picture(*drawn, label(caption, data), caption, data, (), (_amount(key, 0.0), _amount(key, most)))
+    drawings = figures.heat("heat", cell, roles)
+    return Picture(*drawings, label(caption, data), caption, data, (), (_amount(key, 0.0), _amount(key, most)))
 
 
 def _blocks(rows: Sequence[Data]) -> Picture:
@@ -347,7 +347,7 @@ def tensors(evidence: Data) -> Section | None:
     rows = evidence.get("tensors") or ()
     if not rows:
         return None
-    shown = [
+    lines = [
         (
             words(x["name"]),
             words(x.get("kind")),
@@ -363,15 +363,15 @@ def tensors(evidence: Data) -> Section | None:
     return Section(
         "tensors",
         "Every tensor",
-        [table(columns, shown, sortable=True, note=_left_out(len(rows)))],
+        [table(columns, lines, sortable=True, note=_left_out(len(rows)))],
         f"{len(rows):,} stored tensors.",
     )
 
 
 def provenance(evidence: Data) -> Section | None:
-    found = dict(evidence.get("provenance") or {})
+    part = dict(evidence.get("provenance") or {})
     heads = {key: evidence[key] for key in ("model", "against", "created") if evidence.get(key)}
-    return Section("provenance", "Provenance", [Tree(heads | found)]) if heads or found else None
+    return Section("provenance", "Provenance", [Tree(heads | part)]) if heads or part else None
 
 
 def notes(evidence: Data) -> Section | None:

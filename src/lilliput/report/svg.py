@@ -149,7 +149,7 @@ def _inline(text: str, name: str, width: float) -> str:
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--font)", text)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: _SHORT.sub(r"\1", found[0]), text)
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda match: _SHORT.sub(r"\1", match[0]), text)
     text = re.sub(r">\s+<", "><", text)
     for token, colour in COLOUR.items():
         text = text.replace(colour, f"var(--{token})")

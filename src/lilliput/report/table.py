@@ -32,9 +32,9 @@ _LABELS: Mapping[str, str] = {
 def plan(data: Data) -> RenderableType:
     """What would happen: totals, then bytes by kind of tensor."""
     hidden = ("tensors", "by_kind", "recipe")
-    shown = {"recipe": recipe(data.get("recipe")), **{k: v for k, v in data.items() if k not in hidden}}
+    entries = {"recipe": recipe(data.get("recipe")), **{k: v for k, v in data.items() if k not in hidden}}
     kinds = [{"kind": kind, **row} for kind, row in (data.get("by_kind") or {}).items()]
-    parts = [document(shown, "plan")]
+    parts = [document(entries, "plan")]
     if kinds:
         parts.append(rows(sorted(kinds, key=lambda row: -int(row["bytes"])), "tensors by kind"))
     return Group(*parts)

@@ -50,15 +50,15 @@ def evaluation(evidence: Data) -> RenderableType:
         ("", "", " "),
         [(words(x.label), Cell(x.value, tone=x.tone), words(x.below)) for x in headline_figures(evidence)],
     )
-    found = evidence.get("quality") or {}
+    part = evidence.get("quality") or {}
     tables = [
         figures,
         gates(evidence),
-        _only(data_table(found.get("data") or ()), _DATA),
+        _only(data_table(part.get("data") or ()), _DATA),
         _only(task_table(evidence.get("tasks") or ()), _TASKS),
         ability_table(evidence),
-        _only(judged_table(found.get("instructions") or ()), _JUDGED),
-        _only(instruction_table(found.get("instructions") or ()), _ANSWERS),
+        _only(judged_table(part.get("instructions") or ()), _JUDGED),
+        _only(instruction_table(part.get("instructions") or ()), _ANSWERS),
         _only(speed_table(evidence.get("speed") or {}), _SPEED),
         use_table(evidence.get("speed") or {}),
         _worst_linears(evidence.get("loss") or {}),
@@ -84,7 +84,7 @@ def scaling(evidences: Sequence[Data]) -> RenderableType:
 
 def grid(data: Table) -> RenderableType:
     """A Table for the terminal: numbers to the right, tones as colours, intervals beside their values."""
-    made = RichTable(
+    rich_table = RichTable(
         title=data.caption or None,
         box=SIMPLE_HEAD,
         title_justify="left",
@@ -93,24 +93,26 @@ def grid(data: Table) -> RenderableType:
     )
     for i, name in enumerate(data.columns):
         numeric = any(row[i].value is not None for row in data.rows)
-        made.add_column(Text(name.strip()), justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0)
+        rich_table.add_column(
+            Text(name.strip()), justify="right" if numeric else "left", overflow="fold", no_wrap=i == 0
+        )
     for row in data.rows:
-        made.add_row(*(Text(cell.line, style=STYLES.get(cell.tone, "")) for cell in row))
-    return made if not data.note else Group(made, Padding(Text(data.note), (0, 0, 0, 2)))
+        rich_table.add_row(*(Text(cell.line, style=STYLES.get(cell.tone, "")) for cell in row))
+    return rich_table if not data.note else Group(rich_table, Padding(Text(data.note), (0, 0, 0, 2)))
 
 
 def _only(data: Table, names: Sequence[str]) -> Table:
-    kept = [i for i, name in enumerate(data.columns) if name in names]
-    rows = tuple(tuple(row[i] for i in kept) for row in data.rows)
-    return Table(tuple(data.columns[i] for i in kept), rows, data.caption, note=data.note)
+    places = [i for i, name in enumerate(data.columns) if name in names]
+    rows = tuple(tuple(row[i] for i in places) for row in data.rows)
+    return Table(tuple(data.columns[i] for i in places), rows, data.caption, note=data.note)
 
 
 def _worst_linears(loss: Data) -> Table | None:
-    known = sorted((x for x in loss.get("linears") or () if x.get("share") is not None), key=lambda x: -x["share"])
-    if not known:
+    shared = sorted((x for x in loss.get("linears") or () if x.get("share") is not None), key=lambda x: -x["share"])
+    if not shared:
         return None
     rows = [
         (words(x["name"]), cells.share(x["share"]), words("exact" if x.get("exact") else "estimated"))
-        for x in known[:_LINEARS]
+        for x in shared[:_LINEARS]
     ]
     return table(("linear", "share of the loss", "how"), rows, "Where the loss is.")

@@ -32,10 +32,10 @@ _MOST = 100_000  # windows; nobody runs more
 
 def measured(evidence: Data) -> list[Data]:
     """The data sets of an evaluation, worst first: by the low end of the perplexity ratio, those without one last."""
-    found: Sequence[Data] = (evidence.get("quality") or {}).get("data") or ()
-    ratios = [row.get("perplexity_ratio") for row in found]
-    order = sorted(range(len(found)), key=lambda i: -(ratios[i] or {"low": -math.inf})["low"])
-    return [found[i] for i in order]
+    rows: Sequence[Data] = (evidence.get("quality") or {}).get("data") or ()
+    ratios = [row.get("perplexity_ratio") for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: -(ratios[i] or {"low": -math.inf})["low"])
+    return [rows[i] for i in order]
 
 
 def verdict(evidence: Data) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def check_gates(
     for name, limit, key, origin, sign in stated:
         if limit is None:
             continue
-        known = [(row[key]["value"] - origin, str(row.get("name"))) for row in measured(evidence) if row.get(key)]
-        value, data = max(known, key=lambda x: sign * x[0], default=(None, None))
+        values = [(row[key]["value"] - origin, str(row.get("name"))) for row in measured(evidence) if row.get(key)]
+        value, data = max(values, key=lambda x: sign * x[0], default=(None, None))
         passed = value is not None and sign * value <= sign * limit
         rows.append({"name": name, "limit": limit, "value": value, "passed": passed, "data": data})
     return rows
@@ -155,24 +155,24 @@ def _gain(evidence: Data) -> str:
 
 def _bad(evidence: Data, data: Sequence[Data]) -> list[tuple[str, str]]:
     """What forbids shipping: in short for the headline, and as a sentence."""
-    found = []
+    reasons = []
     for row in (evidence.get("loss") or {}).get("suspects") or ():
         factor = f" (off by a factor of {row['factor']:.3g})" if row.get("factor") is not None else ""
-        found.append((f"{row['tensor']} looks damaged", f"{row['tensor']}: {row['reason']}{factor}."))
+        reasons.append((f"{row['tensor']} looks damaged", f"{row['tensor']}: {row['reason']}{factor}."))
     for gate in evidence.get("gates") or ():
         if not gate["passed"]:
             value = "was not measured" if gate["value"] is None else f"is {gate['value']:.4g}"
-            said = f"the gate {gate['name']} {gate['limit']:.4g} is missed: it {value}"
-            found.append((said, f"T{said[1:]}."))
+            sentence = f"the gate {gate['name']} {gate['limit']:.4g} is missed: it {value}"
+            reasons.append((sentence, f"T{sentence[1:]}."))
     for row in data:
         ratio = row["perplexity_ratio"]
         if ratio["low"] > BAD_RATIO:
-            said = f"perplexity on {row['name']} is {ratio['value']:.3g} times the original's"
+            sentence = f"perplexity on {row['name']} is {ratio['value']:.3g} times the original's"
             why = (
                 f"On {row['name']} the low end of the interval, {ratio['low']:.3g}, lies above the limit, {BAD_RATIO}."
             )
-            found.append((said, why))
-    return found
+            reasons.append((sentence, why))
+    return reasons
 
 
 def _facts(evidence: Data, data: Sequence[Data]) -> list[str]:
@@ -185,9 +185,9 @@ def _facts(evidence: Data, data: Sequence[Data]) -> list[str]:
     for row in evidence.get("tasks") or ():
         if row.get("level") == "loss":
             facts.append(f"{row['name']}: {row['verdict']}.")
-    found = evidence.get("size") or {}
-    if found.get("bytes") and found.get("base_bytes"):
-        now, before = size(found["bytes"]), size(found["base_bytes"])
+    part = evidence.get("size") or {}
+    if part.get("bytes") and part.get("base_bytes"):
+        now, before = size(part["bytes"]), size(part["base_bytes"])
         facts.append(f"No smaller on disk: {now}." if now == before else f"{now} instead of {before} on disk.")
     return facts
 

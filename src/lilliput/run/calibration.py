@@ -13,44 +13,44 @@ from lilliput.options import Calibration, Text
 from lilliput.plan.plan import Plan
 
 
-def read(model: Model, made: Plan, told: Calibration) -> Tokens | None:
+def read(model: Model, plan: Plan, calibration: Calibration) -> Tokens | None:
     """The calibration windows; None where no step reads any, and for text that the model is to write itself (`write`).
 
     Raises DataError for text that is not there, cannot be read or is too short, PlanError where the model that is to
     write its text does not fit into the budget.
     """
-    if told.data == "self":
-        _fits(made)
+    if calibration.data == "self":
+        _fits(plan)
         return None
-    if not made.resolved.reads_tokens:
-        check(told.data)
+    if not plan.resolved.reads_tokens:
+        check(calibration.data)
         return None
     return load_tokens(
-        told.data,
+        calibration.data,
         model.source.tokenizer(),
-        samples=told.samples,
-        tokens=told.tokens,
-        seed=told.seed,
+        samples=calibration.samples,
+        tokens=calibration.tokens,
+        seed=calibration.seed,
         vocabulary=model.vocabulary,
     )
 
 
-def write(model: Model, made: Plan, seed: int | None) -> Tokens | None:
+def write(model: Model, plan: Plan, seed: int | None) -> Tokens | None:
     """Calibration windows that the model writes itself; None where no step reads any."""
-    if not made.resolved.reads_tokens:
+    if not plan.resolved.reads_tokens:
         return None
     tokenizer = model.source.tokenizer()
-    return generate_tokens(model, tokenizer, samples=made.samples, tokens=made.tokens, seed=seed or 0)
+    return generate_tokens(model, tokenizer, samples=plan.samples, tokens=plan.tokens, seed=seed or 0)
 
 
-def _fits(made: Plan) -> None:
-    if not made.resolved.reads_tokens or made.budget is None:
+def _fits(plan: Plan) -> None:
+    if not plan.resolved.reads_tokens or plan.budget is None:
         return
-    whole = sum(x.nbytes for x in made.tensors if x.kind != "quantized") + made.parameters * made.dtype.itemsize
-    if whole > made.budget:
+    whole = sum(x.nbytes for x in plan.tensors if x.kind != "quantized") + plan.parameters * plan.dtype.itemsize
+    if whole > plan.budget:
         raise PlanError(
             f"--data self loads the whole model to write its text: that needs {units.readable(whole)}, more than "
-            f"--memory {units.readable(made.budget)}; use --data docs or a file"
+            f"--memory {units.readable(plan.budget)}; use --data docs or a file"
         )
 
 

@@ -77,13 +77,13 @@ def run(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, pr
 def again(plan: Plan, task: Task, model: Model, work: Work) -> Plan:
     """The same, from the journal."""
 
-    def sized(made: Plan) -> Plan:
-        return replace(made, beside=delivery.beside(made, model))
+    def sized(plan_now: Plan) -> Plan:
+        return replace(plan_now, other_bytes=delivery.other_bytes(plan_now, model))
 
-    return choices.decided(plan, model, task, foreseen(plan, task, work), sized)
+    return choices.decided(plan, model, task, predictions(plan, task, work), sized)
 
 
-def foreseen(plan: Plan, task: Task, work: Work) -> Scores:
+def predictions(plan: Plan, task: Task, work: Work) -> Scores:
     """By linear, the loss in nats of each entry of the menu, corrected by the trials."""
     scores = passes.recorded(task, work)
     by_number = {int(r["number"]): float(r["loss"]) for r in work.find("trial") if r["step"] == task.step}
@@ -111,24 +111,24 @@ def corrections(ratios: Mapping[int, tuple[str, float]]) -> dict[str, float]:
     logs: dict[str, list[float]] = defaultdict(list)
     for _, (role, ratio) in sorted(ratios.items()):
         logs[role].append(math.log(min(max(ratio, 1 / LIMIT), LIMIT)))
-    every = [x for found in logs.values() for x in found]
+    every = [x for result in logs.values() for x in result]
     if not every:
         return {}
     mean = math.fsum(every) / len(every)
-    found = {role: math.exp((math.fsum(x) + mean) / (len(x) + 1)) for role, x in logs.items()}
-    return {"": math.exp(mean), **found}
+    result = {role: math.exp((math.fsum(x) + mean) / (len(x) + 1)) for role, x in logs.items()}
+    return {"": math.exp(mean), **result}
 
 
-def trials(plan: Plan, task: Task, found: Candidates) -> tuple[Trial, ...]:
+def trials(plan: Plan, task: Task, pool: Candidates) -> tuple[Trial, ...]:
     """Linears spread over depth and kind."""
-    blocks = [[x for x in plan.resolved.of_block(n) if x.name in found.options] for n in range(_blocks(plan))]
+    blocks = [[x for x in plan.resolved.of_block(n) if x.name in pool.options] for n in range(_blocks(plan))]
     filled = [n for n, linears in enumerate(blocks) if linears]
     count = task.of(Choose).trials(task.options).count if filled else 0
     planned = []
     for k in range(count):
         block = filled[(2 * k + 1) * len(filled) // (2 * count)]
         linear = blocks[block][3 * k % len(blocks[block])]
-        options = found.options[linear.name]
+        options = pool.options[linear.name]
         ends = min(options, key=lambda j: (options[j][1], j)), max(options, key=lambda j: (options[j][1], j))
         planned.append(Trial(k, block, linear.name, ends, (options[ends[0]][0], options[ends[1]][0])))
     return tuple(planned)
@@ -141,17 +141,17 @@ def _blocks(plan: Plan) -> int:
 def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progress: Progress) -> None:
     """Take the scores and the trials that the journal does not have yet."""
     spec, governed = task.of(Choose), plan.resolved.governed(task)
-    found = choices.candidates(plan, task)
+    pool = choices.candidates(plan, task)
     entries = len(spec.entries(task.options))
-    planned = trials(plan, task, found)
-    of_block = {(x.block, x.linear.name): x for x in plan.resolved.linears if x.name in found.options}
+    planned = trials(plan, task, pool)
+    of_block = {(x.block, x.linear.name): x for x in plan.resolved.linears if x.name in pool.options}
 
     def score(block: int, view: BlockView, io: BlockIO) -> Scores:
         if io.squares is None:
             raise RuntimeError("squared gradients were planned, and nobody brings them")
         scores: dict[str, tuple[float, ...]] = {}
         for name, weight in view.weights.items():
-            options = found.options[of_block[block, name].name]
+            options = pool.options[of_block[block, name].name]
             stats = io.stats[view.anatomy.linear(name).site].to(weight.device)
             rows = io.squares(name).sum(1).to(weight.device)
             losses = spec.score(weight, stats, rows, [target for target, _ in options.values()], task.options)
@@ -159,20 +159,20 @@ def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progr
             for trial in planned:
                 if trial.name == of_block[block, name].name:
                     step, weights = governed[trial.name], BlockWeights(model, block, view.anatomy)
-                    kept = {}
+                    trial_weights = {}
                     for which, target in zip(_ENDS, trial.targets, strict=True):
                         layer = Layer(trial.name, weight)
                         value = step.of(Compress).run(layer, stats, target, step.options).decode()
                         stored = weights.to_stored(view.anatomy.linear(name), value)
                         dtype = model.written_dtype(f"{trial.name}.weight")
-                        kept[which] = stored.to("cpu", dtype).contiguous()
-                    save_atomically(_path(work.folder, task, trial), kept)
+                        trial_weights[which] = stored.to("cpu", dtype).contiguous()
+                    save_atomically(_path(work.folder, task, trial), trial_weights)
         return scores
 
     def closing(states: Activations | None) -> Scores:
-        return tablescores.scores(plan, task, model, ids, states, found, entries, work)
+        return tablescores.scores(plan, task, model, ids, states, pool, entries, work)
 
-    tabled = any(x.name in found.options for x in plan.resolved.tables)
+    tabled = any(x.name in pool.options for x in plan.resolved.tables)
     passes.scores(plan, task, model, ids, work, progress, score, closing if tabled else None)
     _try(plan, task, model, ids, work, progress, planned)
 
@@ -191,16 +191,16 @@ def _try(
     planned: tuple[Trial, ...],
 ) -> None:
     """The KL divergence with each linear of a trial alone, over the first samples; each is a record."""
-    done = {int(r["number"]) for r in work.find("trial") if r["step"] == task.step}
-    left = [x for x in planned if x.number not in done]
-    if left:
+    finished = {int(r["number"]) for r in work.find("trial") if r["step"] == task.step}
+    remaining = [x for x in planned if x.number not in finished]
+    if remaining:
         count = min(task.of(Choose).trials(task.options).samples, len(ids))
         mine = ids[:count][ranks.share(count)]
         with backward.reruns(model.skeleton, model.read, Samples(mine, work.folder)) as again:
             whole = again(len(model.skeleton.block_names), model.read)
-            for trial in left:
+            for trial in remaining:
                 name = f"{trial.name}.weight"
-                lost = []
+                losses = []
                 for which in _ENDS:
                     weight = torch.empty(model.shape(name), dtype=model.written_dtype(name))
                     if ranks.lead():
@@ -211,8 +211,8 @@ def _try(
                         return weight if tensor == name else model.read(tensor)
 
                     changed = again(trial.block, read)
-                    lost.append(divergence(model.skeleton, model.read, whole, changed) * len(mine))
-                total = float(ranks.add(torch.tensor([lost[0] - lost[1]], dtype=torch.float64))) / count
+                    losses.append(divergence(model.skeleton, model.read, whole, changed) * len(mine))
+                total = float(ranks.add(torch.tensor([losses[0] - losses[1]], dtype=torch.float64))) / count
                 work.note({"kind": "trial", "step": task.step, "number": trial.number, "loss": max(total, 0.0)})
                 progress.step(trial.number + 1, len(planned), "trials")
                 memory.trim()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lilliput.data.rows import chat
-from lilliput.data.tokens import known
+from lilliput.data.tokens import check_ids
 from lilliput.errors import DataError, SourceError
 from lilliput.model.stored import Model
 
@@ -54,11 +54,11 @@ def settings(folder: Path, own: GenerationConfig) -> GenerationConfig:
     if not (folder / SETTINGS).is_file():
         return own
     try:
-        found: GenerationConfig = GenerationConfig.from_pretrained(folder)
+        config: GenerationConfig = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(f"{folder / SETTINGS} cannot be read ({first}): correct it, or move it away") from None
-    return found
+    return config
 
 
 @torch.no_grad()
@@ -71,10 +71,10 @@ def continuation(model: Model, prompt: str, new_tokens: int) -> str:
     """
     tokenizer = model.source.tokenizer()
     ids = _ids(prompt, tokenizer)
-    known(ids, tokenizer, model.vocabulary, "the prompt")
+    check_ids(ids, tokenizer, model.vocabulary, "the prompt")
     if model.positions is not None and len(ids) + new_tokens > model.positions:
-        left = model.positions - len(ids)
-        remedy = f"ask for at most {left} new ones, or shorten the prompt" if left > 0 else "shorten the prompt"
+        room = model.positions - len(ids)
+        remedy = f"ask for at most {room} new ones, or shorten the prompt" if room > 0 else "shorten the prompt"
         raise DataError(
             f"a prompt of {len(ids)} tokens and {new_tokens} new ones are more than the {model.positions} positions "
             f"that the model knows: {remedy}"

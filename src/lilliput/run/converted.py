@@ -39,10 +39,10 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
     reason = converter.refuse(tuple(session.planned(job).outcomes.values()), open_source(str(job.model)).text_config)
     if reason is not None:
         raise PlanError(f"the result cannot be written as {to}: {reason}")
-    done = session.compressed(job, folder, text, progress)
+    result = session.compressed(job, folder, text, progress)
     if not ranks.lead():
-        return replace(done, out=out)
+        return replace(result, out=out)
     model = Path(job.model).expanduser()
-    written = converter.convert(folder, out, model if to == "gguf" and model.suffix == ".gguf" else None)
+    container = converter.convert(folder, out, model if to == "gguf" and model.suffix == ".gguf" else None)
     shutil.rmtree(folder)
-    return replace(done, out=out, converted=written, folder_bytes=written.bytes)
+    return replace(result, out=out, converted=container, folder_bytes=container.bytes)

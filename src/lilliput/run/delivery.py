@@ -102,15 +102,17 @@ def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int
     }
     for key, label in labels.items():
         if plain.get(key) is not None:
-            beside = interval(reference) if key == "perplexity" and reference else ""
-            figures.append(Figure(label, interval(plain[key]), beside))
+            base = interval(reference) if key == "perplexity" and reference else ""
+            figures.append(Figure(label, interval(plain[key]), base))
     return tuple(figures)
 
 
 def _portable(plain: dict[str, Any]) -> dict[str, Any]:
     """An evaluation without paths of this machine; the folder that was measured needs no name within itself."""
-    kept = {key: own_name(x) if key in ("against", "data") and x else x for key, x in plain.items() if key != "model"}
-    return kept | {"texts": [_portable(x) for x in plain["texts"]]} if "texts" in plain else kept
+    portable = {
+        key: own_name(x) if key in ("against", "data") and x else x for key, x in plain.items() if key != "model"
+    }
+    return portable | {"texts": [_portable(x) for x in plain["texts"]]} if "texts" in plain else portable
 
 
 def _contents(
@@ -141,7 +143,7 @@ def _write(
     )
 
 
-def beside(plan: Plan, model: Model) -> int:
+def other_bytes(plan: Plan, model: Model) -> int:
     """Bytes at most of the files beside the weights, before a weight is written."""
     tasks = {x.name: x.tasks for x in plan.resolved.planned if x.tasks}
     row = {"bits": _LONGEST, "error": _LONGEST, "seconds": _LONGEST, "error_of": "output", "zeros": 1.0}
@@ -161,21 +163,21 @@ def beside(plan: Plan, model: Model) -> int:
 def write_loadable(folder: Path, d: Delivery) -> None:
     """Config, tokenizer and, for several files, index: from here on the folder opens like any model."""
     if len(d.plan.shards) > 1:
-        names = {file: list(held) for file, held in d.plan.files.items()}
+        names = {file: list(tensors) for file, tensors in d.plan.files.items()}
         write_index(folder, names, sum(x.nbytes for x in d.plan.tensors))
     _write(folder, d, {}, (), ())
 
 
 def opened(work: Work, out: Path, memory: int, progress: Progress) -> Look:
     """What the engine makes of the written folder. Raises LilliputError where it is not what was compressed."""
-    seen = look(work.staging, memory=memory, progress=progress)
-    if seen.problems:
+    result = look(work.staging, memory=memory, progress=progress)
+    if result.problems:
         raise LilliputError(
-            f"{out} is not written, because {seen.engine} does not compute what was compressed: "
-            f"{'; '.join(seen.problems[:3])}. Set `export: lilliput` in the recipe: that layout does not depend on how "
-            f"an engine reads others. What is finished stays in {work.folder}"
+            f"{out} is not written, because {result.engine} does not compute what was compressed: "
+            f"{'; '.join(result.problems[:3])}. Set `export: lilliput` in the recipe: that layout does not depend "
+            f"on how an engine reads others. Finished pieces stay in {work.folder}"
         )
-    return seen
+    return result
 
 
 def write_report(

@@ -35,8 +35,8 @@ def cost(plan: Plan, model: Model) -> Cost:
 
 def stored(plan: Plan) -> Cost:
     """The squared gradients, which stay in the work folder until their block is compressed."""
-    read = plan.resolved.squared()
-    weights = sum(x.linear.parameters for x in plan.resolved.linears if x.name in read)
+    names = plan.resolved.squared()
+    weights = sum(x.linear.parameters for x in plan.resolved.linears if x.name in names)
     return Cost(disk=torch.float32.itemsize * weights)
 
 
@@ -45,7 +45,7 @@ def path_of(work: Work, block: int) -> Path:
     return work.folder / f"fisher-{block:04d}.safetensors"
 
 
-def kept(work: Work) -> list[str]:
+def file_names(work: Work) -> list[str]:
     """Names of the files that the block loop still reads."""
     return [path.name for path in work.folder.glob("fisher-*.safetensors")]
 
@@ -55,8 +55,8 @@ def reader(path: Path) -> Callable[[str], Tensor]:
 
     def read(name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:
-            found: Tensor = file.get_tensor(name)
-        return found
+            squares: Tensor = file.get_tensor(name)
+        return squares
 
     return read
 
@@ -84,8 +84,10 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
         raise RuntimeError("squared gradients were planned, but there are no tokens")
     prefixes = model.skeleton.block_names
     samples = Samples(ids[:count][ranks.share(count)], work.folder, progress)
-    read = plan.resolved.squared()
-    wanted = [{f"{x.name}.weight" for x in plan.resolved.of_block(n) if x.name in read} for n in range(len(prefixes))]
+    names = plan.resolved.squared()
+    names_by_block = [
+        {f"{x.name}.weight" for x in plan.resolved.of_block(n) if x.name in names} for n in range(len(prefixes))
+    ]
     records = {int(record["block"]): record for record in work.find("fisher")}
     _tidy(work, samples, records, first, len(prefixes))
     with ranks.together():
@@ -95,30 +97,30 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
             path = backward.gradient_path(samples, lowest)
             Activations.taken_up(path, shape, torch.float32, records[lowest]["gradient"][ranks.rank()]).close()
         for block in range(first, len(prefixes)):
-            if ranks.lead() and block in records and wanted[block] and not path_of(work, block).is_file():
+            if ranks.lead() and block in records and names_by_block[block] and not path_of(work, block).is_file():
                 raise LilliputError(
                     f"{path_of(work, block)} was written by the unfinished run and is gone; {START_ANEW}"
                 )
     transposed = {f"{x.name}.weight" for x in plan.resolved.linears if x.linear.transposed}
-    for block, found, states in backward.fisher(model.skeleton, model.read, samples, wanted, done=records):
+    for block, squares, states in backward.fisher(model.skeleton, model.read, samples, names_by_block, done=records):
         tensors: dict[str, Tensor] = {}
-        for name, total in found.items():
+        for name, total in squares.items():
             mean = ranks.add(total).div_(count)
             with ranks.together():
                 if not bool(torch.isfinite(mean).all()):
                     raise LilliputError(
                         f"the Fisher information of {name} contains NaN or infinity: the gradient of the loss "
-                        f"overflows in {str(plan.dtype).removeprefix('torch.')}; compute in float32 or bfloat16 (dtype), or "
-                        "leave the method out"
+                        f"overflows in {str(plan.dtype).removeprefix('torch.')}; compute in float32 or bfloat16 "
+                        "(dtype), or leave the method out"
                     )
             short = name.removeprefix(f"{prefixes[block]}.").removesuffix(".weight")
             tensors[short] = (mean.T if name in transposed else mean).contiguous().cpu()
             del total, mean
         if tensors and ranks.lead():
             save_atomically(path_of(work, block), tensors)
-        del tensors, found
+        del tensors, squares
         record = {"kind": "fisher", "block": block, "gradient": ranks.gathered(states.checksum())}
-        if block == 0 and any(x.name in read for x in plan.resolved.tables):
+        if block == 0 and any(x.name in names for x in plan.resolved.tables):
             record |= {"entering": _mean_square(states, count)}
         work.note(record)
         progress.step(len(prefixes) - block, len(prefixes), "squared gradients")

@@ -34,9 +34,9 @@ def runner(model: Model, index: int, anatomy: Block, batches: Batches) -> Run:
     """
     skeleton = model.skeleton
     names = skeleton.names_of(index)
-    cut = len(skeleton.block_names[index]) + 1
+    length = len(skeleton.block_names[index]) + 1
     transposed = {x.name for x in anatomy.linears if x.transposed}
-    small = {n[cut:]: skeleton.tensor(n).float() for n in names if _float(skeleton.tensor(n)) == 1}
+    small = {n[length:]: skeleton.tensor(n).float() for n in names if _float(skeleton.tensor(n)) == 1}
     half = skeleton.dtype is not torch.float32
     calls = dict(batches.calls)
 
@@ -57,7 +57,7 @@ def runner(model: Model, index: int, anatomy: Block, batches: Batches) -> Run:
 def movement(
     model: Model, index: int, anatomy: Block, batches: Batches, inputs: Activations
 ) -> Callable[[Mapping[str, Tensor]], float]:
-    """How far other weights move the outputs of a loaded block; see `BlockIO.moved`.
+    """How far other weights move the outputs of a loaded block; see `BlockIO.movement`.
 
     Looks at the first two samples, each by itself: neither the size of batches nor the number of processes matters.
     """
@@ -131,18 +131,18 @@ def carry_out(
     anatomy: Block,
     batches: Batches,
     inputs: Activations,
-    seen: Observed,
+    observed: Observed,
     layers: Mapping[str, Layer],
     tasks: Mapping[str, Task],
 ) -> Iterator[Fit]:
     """The steps of `tasks` (by linear) in their order; the caller installs each result before it asks for the next."""
     piece = max(b - a for a, b in batches.bounds)
-    io = FitIO(seen.stats, inputs, seen.targets, piece)
+    io = FitIO(observed.stats, inputs, observed.targets, piece)
     for step in sorted({task.step for task in tasks.values()}):
         began = time.perf_counter()
         mine = {name: task for name, task in tasks.items() if task.step == step}
         first = next(iter(mine.values()))
-        block = FitBlock(anatomy, {name: layers[name] for name in mine}, seen.run)
+        block = FitBlock(anatomy, {name: layers[name] for name in mine}, observed.run)
         with torch.enable_grad():
             out = drivers.of(first, CloseDriver).run(first, block, io, {n: t.target for n, t in mine.items()})
         if out.layers.keys() != mine.keys():
@@ -151,7 +151,7 @@ def carry_out(
 
 
 def fit_block(
-    job: BlockJob, batches: Batches, inputs: Activations, seen: Observed, kept: dict[str, Layer]
+    job: BlockJob, batches: Batches, inputs: Activations, observed: Observed, by_name: dict[str, Layer]
 ) -> tuple[dict[str, Tensor], Rows]:
     """Apply the fit steps to a block whose other steps are done; as `compress_site`, with the block's loss in the rows.
 
@@ -159,7 +159,7 @@ def fit_block(
     """
     device = torch.device(job.model.skeleton.device)
     plans = {name: x for name, x in job.plans.items() if x.together}
-    fresh = {name: x for name, x in plans.items() if name not in kept}
+    fresh = {name: x for name, x in plans.items() if name not in by_name}
     layers = {
         name: lowered(Layer(x.name, job.weights.linear(x.linear).to(device)), job.plan.outcomes[x.name].dtype)
         for name, x in fresh.items()
@@ -167,11 +167,11 @@ def fit_block(
     tasks = {name: x.together[0] for name, x in plans.items()}
     tensors: dict[str, Tensor] = {}
     rows: Rows = []
-    for fit in carry_out(job.anatomy, batches, inputs, seen, layers | kept, tasks):
+    for fit in carry_out(job.anatomy, batches, inputs, observed, layers | by_name, tasks):
         for name, layer in fit.result.layers.items():
             plan = job.plans[name]
             share = fit.seconds * plan.linear.parameters / sum(x.weight.numel() for x in fit.result.layers.values())
-            stored, row = deliver(job, plan, layer, replace(seen.stats[plan.linear.site], gram=None), share)
+            stored, row = deliver(job, plan, layer, replace(observed.stats[plan.linear.site], gram=None), share)
             tensors.update(stored)
             rows.append({**row, "block_loss": [fit.result.start, fit.result.end]})
     return tensors, rows

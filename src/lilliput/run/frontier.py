@@ -53,24 +53,24 @@ def frontier(job: Job, progress: Progress | None = None) -> Frontier:
     if ranks.size() > 1:
         raise PlanError(f"{ranks.size()} processes were started, but --frontier runs in a single one")
     refuse_work(job.work)
-    shown = Quiet() if progress is None else progress
-    opened, made = resolved(job, measured=False)
-    (task,) = choices.steps(made)
-    choices.candidates(made, task)
-    made, tokens = read(opened, made, job.calibration, Text(windows=0))
+    display = Quiet() if progress is None else progress
+    opened, plan = resolved(job, measured=False)
+    (task,) = choices.steps(plan)
+    choices.candidates(plan, task)
+    plan, tokens = read(opened, plan, job.calibration, Text(windows=0))
     if tokens is None:
         raise RuntimeError("a choice by loss was planned, but there are no tokens")
-    with tempfile.TemporaryDirectory() as passing, shown:
+    with tempfile.TemporaryDirectory() as passing, display:
         place = Path(passing) if job.work is None else job.work
         place.mkdir(parents=True, exist_ok=True)
-        with Work(place / "frontier", made.hash(tokens.fingerprint)) as work, torch.no_grad():
-            fisher.take(made, opened, tokens.ids, work, shown, 0)
-            choosing.measure(made, task, opened, tokens.ids, work, shown)
-            scores = choosing.foreseen(made, task, work)
+        with Work(place / "frontier", plan.hash(tokens.fingerprint)) as work, torch.no_grad():
+            fisher.take(plan, opened, tokens.ids, work, display, 0)
+            choosing.measure(plan, task, opened, tokens.ids, work, display)
+            scores = choosing.predictions(plan, task, work)
 
     def sized(laid: Plan) -> Plan:
-        return replace(laid, beside=delivery.beside(laid, opened))
+        return replace(laid, other_bytes=delivery.other_bytes(laid, opened))
 
-    points = choices.frontier(made, opened, task, scores, POINTS, sized)
+    points = choices.frontier(plan, opened, task, scores, POINTS, sized)
     entries = choices.entries(task)
-    return Frontier(made.model, made.exporter, entries, choices.original(opened), points)
+    return Frontier(plan.model, plan.exporter, entries, choices.original(opened), points)

@@ -70,7 +70,7 @@ def work_of(out: Path, work: Path | None) -> Path:
     return work / f"{out.name}-{hashlib.sha256(str(out).encode()).hexdigest()[:8]}.lilliput"
 
 
-def begun(out: Path, work: Path | None) -> Mapping[str, Any]:
+def first_facts(out: Path, work: Path | None) -> Mapping[str, Any]:
     """What the unfinished run for `out` noted when it began; empty where there is none."""
     try:
         with (work_of(out, work) / JOURNAL).open(encoding="utf-8") as file:
@@ -85,18 +85,18 @@ def published(out: Path, work: Path | None) -> bool:
     if (partial_of(out) / "model").exists():
         return False
     try:
-        written = provenance.read(out)
+        record = provenance.read(out)
     except (SourceError, OSError):
         return False
-    return written is not None and written.plan == begun(out, work).get("plan")
+    return record is not None and record.plan == first_facts(out, work).get("plan")
 
 
 def room(work: Path, size: int) -> None:
     """Raises PlanError unless the disk of `work`, which need not exist yet, takes `size` bytes of activations beside
     those of runs that are there already."""
     place = next(x for x in (work, *work.parents) if x.exists())
-    there = sum(x.stat().st_size for x in work.glob("*.lilliput/**/*") if x.is_file())
-    free = shutil.disk_usage(place).free + there
+    used = sum(x.stat().st_size for x in work.glob("*.lilliput/**/*") if x.is_file())
+    free = shutil.disk_usage(place).free + used
     if free < size:
         raise PlanError(
             f"the disk of {work} has {readable(free)} free but {readable(size)} of activations will be written: free "
@@ -108,9 +108,9 @@ class Work:
     """The hidden folder beside OUT in which a run lives until its output appears by rename.
 
     `.OUT.partial/model` becomes OUT; the journal and the activations lie in `.OUT.partial/work`, or in a folder of
-    their own in the folder that the user names with `--work`. `facts` are noted when a run begins, for `begun`. Raises
-    BusyError while another process holds it, LilliputError when it belongs to another plan or when OUT exists. A run
-    that fails before its first record leaves no files.
+    their own in the folder that the user names with `--work`. `facts` are noted when a run begins, for `first_facts`.
+    Raises BusyError while another process holds it, LilliputError when it belongs to another plan or when OUT exists. A
+    run that fails before its first record leaves no files.
 
     Of several processes the leader holds the folder and writes. The others keep their activations in a folder `rank-N`
     inside, know the same records, and never write to `staging`.
@@ -158,7 +158,7 @@ class Work:
         if os.path.lexists(self.out):
             if not published(self.out, self._elsewhere):
                 raise _exists(self.out)
-            self._compare(begun(self.out, self._elsewhere).get("plan"))
+            self._compare(first_facts(self.out, self._elsewhere).get("plan"))
             self.out.rename(self.staging)  # the last step is done again, for its report
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._journal.exists():
@@ -196,8 +196,8 @@ class Work:
         for folder in self.folder.glob(_PASSING):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _compare(self, found: object) -> None:
-        if found != self._header["plan"]:
+    def _compare(self, value: object) -> None:
+        if value != self._header["plan"]:
             raise LilliputError(
                 f"{self.partial} holds an unfinished run of another plan (model, recipe, data, threads, memory budget, "
                 "processes or versions differ): repeat that command to finish it, or delete the folder to start anew"
@@ -209,12 +209,12 @@ class Work:
 
         What an earlier run has written of them already counts.
         """
-        wanted: dict[int, tuple[Path, int]] = {}
+        needs: dict[int, tuple[Path, int]] = {}
         for folder, size in ((self.staging, out), (self.folder, work)):
-            there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            place, before = wanted.get(folder.stat().st_dev, (folder, 0))
-            wanted[folder.stat().st_dev] = place, before + max(size - there, 0)
-        for folder, size in wanted.values():
+            used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            place, before = needs.get(folder.stat().st_dev, (folder, 0))
+            needs[folder.stat().st_dev] = place, before + max(size - used, 0)
+        for folder, size in needs.values():
             free = shutil.disk_usage(folder).free
             if free < size:
                 raise PlanError(
@@ -236,10 +236,10 @@ class Work:
 
     def hashes(self) -> dict[str, str]:
         """sha256 (hex) of every tensor of the output that is finished, by stored name."""
-        found: dict[str, str] = {}
+        hashes: dict[str, str] = {}
         for record in (*self.find("outside"), *self.find("block"), *self.find("table")):
-            found.update(record["sha256"])
-        return found
+            hashes.update(record["sha256"])
+        return hashes
 
     def keep(self, files: Sequence[str]) -> None:
         """Delete what is in the work folder, except for the journal and these files."""

@@ -59,10 +59,10 @@ def within(layer: Layer, dtype: torch.dtype, solve: Callable[[Layer], Layer]) ->
     if top > _WIDE:  # the range of float32
         return solve(layer)
     for share in _SHARES:
-        shown = layer if share == 1.0 else replace(layer, weight=layer.weight.clamp(-share * top, share * top))
-        done = solve(shown)
-        if fits(done.decode(), dtype):
-            return replace(done, weight=layer.weight) if done.weight is shown.weight else done
+        clipped = layer if share == 1.0 else replace(layer, weight=layer.weight.clamp(-share * top, share * top))
+        solved = solve(clipped)
+        if fits(solved.decode(), dtype):
+            return replace(solved, weight=layer.weight) if solved.weight is clipped.weight else solved
     raise overflow(layer.name, dtype)
 
 
@@ -89,22 +89,22 @@ def overflow(name: str, dtype: torch.dtype) -> LilliputError:
 
 def _energy(x: Tensor, gram: Tensor | None) -> float:
     """Sum of squares of x [rows, in], or of its outputs; in float64 where float32 overflows."""
-    found = float(x.square().sum() if gram is None else (x @ gram).mul_(x).sum())
-    if math.isfinite(found):
-        return found
-    return _energy(x.double(), None if gram is None else gram.double()) if x.dtype != torch.float64 else found
+    energy = float(x.square().sum() if gram is None else (x @ gram).mul_(x).sum())
+    if math.isfinite(energy):
+        return energy
+    return _energy(x.double(), None if gram is None else gram.double()) if x.dtype != torch.float64 else energy
 
 
 def energies(change: Tensor, weight: Tensor, gram: Tensor | None, rough: bool = False) -> tuple[float, float]:
     """Energy of a change [rows, in] and of the weight itself: of the outputs where the Gram matrix is known."""
-    lost = _energy(change, gram)
+    loss = _energy(change, gram)
     with fold.reduced_products(rough and gram is not None):
-        return lost, _energy(weight, gram)
+        return loss, _energy(weight, gram)
 
 
-def relative(lost: float, whole: float) -> float:
+def relative(loss: float, whole: float) -> float:
     """A relative error from energies; 0 where there is nothing to lose."""
-    return float((max(lost, 0.0) / whole) ** 0.5) if whole > 0 else 0.0
+    return float((max(loss, 0.0) / whole) ** 0.5) if whole > 0 else 0.0
 
 
 def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool) -> tuple[float, str]:
@@ -113,13 +113,13 @@ def _error(weight: Tensor, decoded: Tensor, stats: SiteStats | None, rough: bool
     `rough`: the outputs' whole energy, a sum without cancellation, may round its factors to bfloat16.
     """
     gram = stats.gram if stats is not None and stats.count else None
-    lost = whole = 0.0
+    loss = whole = 0.0
     step = max(1, _CHUNK // weight.shape[1])
     for a in range(0, len(weight), step):
         some = weight[a : a + step]
         lost_here, whole_here = energies(decoded[a : a + step] - some, some, gram, rough)
-        lost, whole = lost + lost_here, whole + whole_here
-    return relative(lost, whole), "weight" if gram is None else "output"
+        loss, whole = loss + lost_here, whole + whole_here
+    return relative(loss, whole), "weight" if gram is None else "output"
 
 
 def _stored(job: BlockJob, plan: LinearPlan, layer: Layer) -> dict[str, Tensor]:

@@ -37,21 +37,21 @@ class Output:
     def __init__(self, folder: Path, files: Mapping[str, Contents]) -> None:
         self._folder = folder
         self._files = files
-        self._file = {tensor: name for name, held in files.items() for tensor in held}
+        self._file = {tensor: name for name, contents in files.items() for tensor in contents}
         self._offsets: dict[str, int] = {}
 
     def lay_out(self) -> None:
         """Make all files anew, empty but for their headers, whatever an earlier run has left of them."""
-        for left in self._folder.glob(f"*{PART}"):
-            left.unlink()
-        for name, held in self._files.items():
+        for stale in self._folder.glob(f"*{PART}"):
+            stale.unlink()
+        for name, contents in self._files.items():
             path = self._folder / (name + PART)
             with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as handle, _named(path):
                 # Reserving the space now turns a full disk into an error before the work, not in the middle of it.
-                os.posix_fallocate(handle, 0, safetensors_bytes(held, METADATA))
-                _write_at(handle, memoryview(safetensors_header(held, METADATA)[0]), 0)
+                os.posix_fallocate(handle, 0, safetensors_bytes(contents, METADATA))
+                _write_at(handle, memoryview(safetensors_header(contents, METADATA)[0]), 0)
                 os.fsync(handle)
-            self._locate(path, held)
+            self._locate(path, contents)
         _sync(self._folder)
 
     def take_up(self, hashes: Mapping[str, str]) -> None:
@@ -59,18 +59,18 @@ class Output:
 
         Raises LilliputError where a file is gone, or is not what that run has written.
         """
-        for name, held in self._files.items():
+        for name, contents in self._files.items():
             path = self._path(name)
             if not path.is_file():
                 raise LilliputError(f"{path} was written by the unfinished run and is gone; {START_ANEW}")
-            header = safetensors_header(held, METADATA)[0]
+            header = safetensors_header(contents, METADATA)[0]
             with path.open("rb") as file:
-                same = file.read(len(header)) == header and path.stat().st_size == safetensors_bytes(held, METADATA)
+                same = file.read(len(header)) == header and path.stat().st_size == safetensors_bytes(contents, METADATA)
             if not same:
                 raise _changed(path)
-            self._locate(path, held)
-            for tensor in held:
-                if tensor in hashes and self._digest(path, tensor, held) != hashes[tensor]:
+            self._locate(path, contents)
+            for tensor in contents:
+                if tensor in hashes and self._digest(path, tensor, contents) != hashes[tensor]:
                     raise _changed(path, tensor)
 
     def write(self, names: Iterable[str], pieces: Callable[[str], Iterable[Tensor]]) -> dict[str, str]:
@@ -129,17 +129,17 @@ class Output:
         part = self._folder / (name + PART)
         return self._folder / name if (self._folder / name).exists() and not part.exists() else part
 
-    def _locate(self, path: Path, held: Contents) -> None:
+    def _locate(self, path: Path, contents: Contents) -> None:
         try:
-            read = header_of(path)
+            header = header_of(path)
         except SourceError as error:
             raise RuntimeError(f"the safetensors library does not read the header of {path}") from error
-        if {name: (entry.dtype, entry.shape) for name, (entry, _) in read.items()} != dict(held):
+        if {name: (entry.dtype, entry.shape) for name, (entry, _) in header.items()} != dict(contents):
             raise RuntimeError(f"the safetensors library reads other tensors from the header of {path}")
-        self._offsets |= {name: offset for name, (_, offset) in read.items()}
+        self._offsets |= {name: offset for name, (_, offset) in header.items()}
 
-    def _digest(self, path: Path, name: str, held: Contents) -> str:
-        dtype, shape = held[name]
+    def _digest(self, path: Path, name: str, contents: Contents) -> str:
+        dtype, shape = contents[name]
         at, digest = self._offsets[name], hashlib.sha256()
         end = at + prod(shape) * dtype.itemsize
         with path.open("rb", buffering=0) as file:
@@ -204,9 +204,9 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def _write_at(handle: int, data: memoryview, at: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done:], at + done)
+    count = 0
+    while count < len(data):
+        count += os.pwrite(handle, data[count:], at + count)
 
 
 def _sync(folder: Path) -> None:

@@ -76,9 +76,9 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
                     "start anew"
                 )
     matrix = ranks.same(matrix.contiguous())
-    turned = turning.rotated(matrix)
+    rotated = turning.rotated(matrix)
     memory.trim()
-    return turned
+    return rotated
 
 
 def _product(folds: Any, width: int) -> Tensor:
@@ -131,16 +131,16 @@ def _decided(plan: Plan, task: Task, model: Model, scores: Scores) -> Plan:
     return divided(plan, model, plan.resolved.with_targets(task, targets))
 
 
-def found(plan: Plan, task: Task, model: Model, targets: Mapping[str, Target], said: str) -> Plan:
+def with_targets(plan: Plan, task: Task, model: Model, targets: Mapping[str, Target], note: str) -> Plan:
     """The plan with targets that a step has found, and what it says of them."""
     plan = divided(plan, model, plan.resolved.with_targets(task, targets))
-    return replace(plan, notes=(*plan.notes, said))
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def recorded(task: Task, work: Work) -> Scores:
     """The scores of all finished places, by full name."""
-    done = [r for r in work.find("score") if r["step"] == task.step]
-    return {name: tuple(values) for record in done for name, values in record["scores"].items()}
+    records = [r for r in work.find("score") if r["step"] == task.step]
+    return {name: tuple(values) for record in records for name, values in record["scores"].items()}
 
 
 def scores(
@@ -159,15 +159,15 @@ def scores(
     on all ranks, what the last one leaves.
     """
     ids = None if ids is None else ids[ranks.share(len(ids))]
-    done = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
+    records = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
     count = len(model.skeleton.block_names) + (closing is not None)
     for path in work.folder.glob(f"{_stem(task)}-*.bin"):
         # A run killed between a record and its tidying leaves the states of a finished block.
-        if path.name != f"{_stem(task)}-{len(done):04d}.bin" or len(done) == count:
+        if path.name != f"{_stem(task)}-{len(records):04d}.bin" or len(records) == count:
             path.unlink()
-    if len(done) < count:
+    if len(records) < count:
         with torch.no_grad():
-            _score_blocks(plan, task, model, ids, work, progress, done, score, closing)
+            _score_blocks(plan, task, model, ids, work, progress, records, score, closing)
     return recorded(task, work)
 
 
@@ -178,11 +178,11 @@ def _score_blocks(
     ids: Tensor | None,
     work: Work,
     progress: Progress,
-    done: list[dict[str, Any]],
+    records: list[dict[str, Any]],
     score: Score,
     closing: Closing | None,
 ) -> None:
-    count, start = len(model.skeleton.block_names), len(done)
+    count, start = len(model.skeleton.block_names), len(records)
     flow: Flow | None = None
     if task.needs:
         if ids is None:
@@ -191,7 +191,7 @@ def _score_blocks(
     governed = plan.resolved.governed(task)
     progress.step(start, count, "scoring")
     for passage in walk(
-        model, flow, first=start, recorded=done[-1]["hidden"] if done else None, keep=closing is not None
+        model, flow, first=start, recorded=records[-1]["hidden"] if records else None, keep=closing is not None
     ):
         index = passage.block
         anatomy = model.anatomy().blocks[index]
@@ -204,19 +204,19 @@ def _score_blocks(
             passes = through(model.skeleton, index, passage.batches, passage.inputs, passage.outputs)
             stats = collect(model.skeleton, index, sites, needs, passes)
         model.unload_block(index)  # not beside what a score is taken from
-        found: Scores = {}
+        collected: Scores = {}
         if ranks.lead():
             weights = BlockWeights(model, index, anatomy)
             view = BlockView(anatomy, {name: weights.linear(anatomy.linear(name)).to(weights.device) for name in names})
             io = BlockIO(stats, fisher.reader(fisher.path_of(work, index)) if task.fisher else None)
-            found = score(index, view, io)
+            collected = score(index, view, io)
             del view
         work.note(
             {
                 "kind": "score",
                 "step": task.step,
                 "block": index,
-                "scores": {f"{prefix}.{name}": list(values) for name, values in found.items()},
+                "scores": {f"{prefix}.{name}": list(values) for name, values in collected.items()},
                 "hidden": passage.checksum(),
             }
         )

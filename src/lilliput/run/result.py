@@ -40,8 +40,8 @@ class Compression:
             "seconds",
         )
         predicted = self.plan.to_json()
-        if self.plan.foreseen is not None:
-            predicted, keys = {**predicted, "kl": self.plan.foreseen}, (*keys, "kl")
+        if self.plan.predicted_kl is not None:
+            predicted, keys = {**predicted, "kl": self.plan.predicted_kl}, (*keys, "kl")
         measured: dict[str, Any] = {} if self.evaluation is None else dict(self.evaluation.to_json())
         measured |= {
             **({} if self.engine is None else {"engine": self.engine.detail}),

@@ -49,12 +49,12 @@ def cost(plan: Plan, task: Task, model: Model) -> Cost:
     states = (len(skeleton.block_names) + 2) * skeleton.dtype.itemsize
     needs = _needs(plan, task)
     observing = plan.samples * plan.tokens * skeleton.hidden_size * skeleton.dtype.itemsize if needs else 0
-    kept = plan.processes * sum(_kept(block, needs) for block in model.anatomy().blocks)
+    statistics_bytes = plan.processes * sum(_kept(block, needs) for block in model.anatomy().blocks)
     outcomes = [plan.outcomes[name] for name in plan.resolved.governed(task)]
-    written = sum(x.out_features * x.in_features * x.dtype.itemsize for x in outcomes)
-    looked = task.of(Search).looked_at(plan.samples, task.options)
-    trying = looked * plan.tokens * skeleton.hidden_size * states + plan.processes * written
-    return Cost(disk=kept + max(observing, trying))
+    weights_bytes = sum(x.out_features * x.in_features * x.dtype.itemsize for x in outcomes)
+    samples = task.of(Search).looked_at(plan.samples, task.options)
+    trying = samples * plan.tokens * skeleton.hidden_size * states + plan.processes * weights_bytes
+    return Cost(disk=statistics_bytes + max(observing, trying))
 
 
 def _needs(plan: Plan, task: Task) -> frozenset[str]:
@@ -71,9 +71,9 @@ def search(
     plan: Plan, task: Task, budget: Budget, model: Model, ids: Tensor | None, work: Work, progress: Progress
 ) -> tuple[Mapping[str, Target], str]:
     """The targets that the step decides on, and what it says of them. ids [N, T] are all samples."""
-    known = result(plan, task, work)
-    if known is not None:
-        return known
+    recorded = result(plan, task, work)
+    if recorded is not None:
+        return recorded
     if ids is None:
         raise RuntimeError("losses were planned, but there are no tokens")
     count = task.of(Search).looked_at(plan.samples, task.options)
@@ -81,14 +81,14 @@ def search(
         path.unlink()  # of a killed run
     try:
         with _Trials(plan, task, model, ids, count, work, progress) as trials:
-            targets, said = task.of(Search).run(trials.loss, budget, task.options)
+            targets, note = task.of(Search).run(trials.loss, budget, task.options)
     except LilliputError as error:
         if ranks.lead():
             raise
         raise ToldError(str(error)) from error  # all ranks find the same, and one says it
     changed = {name: _other(target, budget[name].target) for name, target in targets.items()}
-    work.note({"kind": "found", "step": task.step, "targets": changed, "said": said})
-    return targets, said
+    work.note({"kind": "found", "step": task.step, "targets": changed, "said": note})
+    return targets, note
 
 
 def _other(target: Target, before: Target) -> dict[str, Any]:
@@ -135,14 +135,14 @@ class _Trials:
         for path in (*self._files.values(), *self._stats.values()):
             path.unlink(missing_ok=True)
 
-    def loss(self, changes: Mapping[str, Target], left: int) -> float:
+    def loss(self, changes: Mapping[str, Target], remaining: int) -> float:
         """See `methods.scores.Loss`."""
         self._asked += 1
         if self._asked > len(self._known):
-            lost = self._measured(changes)
-            self._work.note({"kind": "trial", "step": self._task.step, "loss": lost})
-            self._known.append(lost)
-        self._progress.step(self._asked, self._asked + left, "losses of candidates")
+            value = self._measured(changes)
+            self._work.note({"kind": "trial", "step": self._task.step, "loss": value})
+            self._known.append(value)
+        self._progress.step(self._asked, self._asked + remaining, "losses of candidates")
         return self._known[self._asked - 1]
 
     def _measured(self, changes: Mapping[str, Target]) -> float:
@@ -173,9 +173,9 @@ class _Trials:
         states = Activations(self._work.folder / "trial-states.bin", shape, self._plan.dtype, create=True)
         try:
             with torch.no_grad():
-                for block, found in statistics(model, mine, self._plan.batching.batch, states, self._needs):
-                    tensors = {f"{site}.{name}": x.need(name) for site, x in found.items() for name in self._needs}
-                    tensors |= {f"{site}.count": torch.tensor(x.count) for site, x in found.items()}
+                for block, stats in statistics(model, mine, self._plan.batching.batch, states, self._needs):
+                    tensors = {f"{site}.{name}": x.need(name) for site, x in stats.items() for name in self._needs}
+                    tensors |= {f"{site}.count": torch.tensor(x.count) for site, x in stats.items()}
                     path = self._work.folder / f"trial-stats-{block:04d}.safetensors"
                     save_atomically(path, {key: x.to("cpu").contiguous() for key, x in tensors.items()})
                     self._stats[block] = path
@@ -188,8 +188,8 @@ class _Trials:
         if not self._needs:
             return SiteStats(width, 0)
         with safe_open(self._stats[plan.block], "pt") as file:
-            found = {name: file.get_tensor(f"{site}.{name}") for name in self._needs}
-            return SiteStats(width, int(file.get_tensor(f"{site}.count")), **found)
+            tensors = {name: file.get_tensor(f"{site}.{name}") for name in self._needs}
+            return SiteStats(width, int(file.get_tensor(f"{site}.count")), **tensors)
 
     def _compressed(self, name: str, target: Target, *, keep: bool) -> Tensor:
         """A linear's weight as the next step would leave it, in the orientation of its module."""
@@ -200,8 +200,8 @@ class _Trials:
         weights = BlockWeights(self._model, plan.block, self._model.anatomy().blocks[plan.block])
         layer = Layer(name, weights.linear(plan.linear).to(weights.device))
         stats = self._seen(plan).to(weights.device)
-        done = task.of(Compress).run(layer, stats, target, task.options).decode()
-        stored = weights.to_stored(plan.linear, done).to("cpu", self._model.written_dtype(f"{name}.weight"))
+        weight = task.of(Compress).run(layer, stats, target, task.options).decode()
+        stored = weights.to_stored(plan.linear, weight).to("cpu", self._model.written_dtype(f"{name}.weight"))
         if keep:
             path = self._work.folder / f"trial-{len(self._files):05d}.safetensors"
             save_atomically(path, {"weight": stored.contiguous()})

@@ -58,12 +58,12 @@ def planned(job: Job) -> Plan:
     """What `compressed` would do. Reads no weights and writes nothing. Raises LilliputError."""
     with ranks.joined(), ranks.together():
         refuse_work(job.work)
-        opened, made = _open(job)
+        opened, plan = _open(job)
         if ranks.lead():
-            calibration.read(opened, made, job.calibration)
+            calibration.read(opened, plan, job.calibration)
             if job.work is not None:
-                journal.room(job.work, spill(made, opened, 0))
-        return made
+                journal.room(job.work, spill(plan, opened, 0))
+        return plan
 
 
 @memory.steady()
@@ -74,12 +74,12 @@ def compressed(job: Job, out: Path, text: Text, progress: Progress | None = None
     """
     began = time.perf_counter()
     progress = Quiet() if not ranks.lead() else Progress() if progress is None else progress
-    with ranks.joined(), progress as shown:
+    with ranks.joined(), progress as display:
         with ranks.together():
             _refuse(out, job.work, text)
-            opened, made = _open(job, measured=text.windows > 0)
+            opened, plan = _open(job, measured=text.windows > 0)
         try:
-            return _run(opened, made, out.absolute(), job, text, shown, began)
+            return _run(opened, plan, out.absolute(), job, text, display, began)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise LilliputError(
@@ -90,8 +90,8 @@ def compressed(job: Job, out: Path, text: Text, progress: Progress | None = None
 
 
 def _open(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
-    opened, made = resolved(job, measured=measured)
-    return opened, choices.feasible(made, opened)
+    opened, plan = resolved(job, measured=measured)
+    return opened, choices.feasible(plan, opened)
 
 
 def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
@@ -102,17 +102,17 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
             f"{text.samples} samples of {text.tokens} tokens: calibration takes at least 1 sample of 2 tokens"
         )
     if job.fit is not None:
-        found = compose(job.fit)
+        recipe = compose(job.fit)
     else:
-        found = job.recipe if isinstance(job.recipe, Recipe) else recipes.load(job.recipe)
-    wanted = recipes.with_settings(found, job.settings) if job.settings else found
+        recipe = job.recipe if isinstance(job.recipe, Recipe) else recipes.load(job.recipe)
+    adjusted = recipes.with_settings(recipe, job.settings) if job.settings else recipe
     where = choose_device(compute.device)
     dtype = compute_dtype(compute.dtype, where)
-    opened = rotated.prepared(open_model(job.model, dtype=dtype, device=where), rotates(wanted))
+    opened = rotated.prepared(open_model(job.model, dtype=dtype, device=where), rotates(adjusted))
     calibration.known_positions(opened, text.tokens)
-    made = make(
+    plan = make(
         opened,
-        wanted,
+        adjusted,
         samples=text.samples,
         tokens=text.tokens,
         budget=job.limits.memory,
@@ -123,9 +123,9 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         measured=measured,
         processes=ranks.size(),
     )
-    if choices.steps(made):
-        made = replace(made, beside=delivery.beside(made, opened))
-    return opened, made
+    if choices.steps(plan):
+        plan = replace(plan, other_bytes=delivery.other_bytes(plan, opened))
+    return opened, plan
 
 
 def _refuse(out: Path, elsewhere: Path | None, text: Text) -> None:
@@ -142,28 +142,28 @@ def refuse_work(place: Path | None) -> None:
     """Raises PlanError where no folder can be made at `place`."""
     if place is None:
         return
-    there = next(x for x in (place, *place.parents) if os.path.lexists(x))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written to" if there.is_dir() else "is no folder"
-        raise PlanError(f"--work {place}: {there} {why}; name a place where the unfinished run can lie")
+    existing = next(x for x in (place, *place.parents) if os.path.lexists(x))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "cannot be written to" if existing.is_dir() else "is no folder"
+        raise PlanError(f"--work {place}: {existing} {why}; name a place where the unfinished run can lie")
 
 
-def spill(made: Plan, model: Model, eval_windows: int) -> int:
+def spill(plan: Plan, model: Model, eval_windows: int) -> int:
     """Bytes of what lies in the work folder at its fullest."""
     measuring = Cost(disk=2 * eval_windows * window(model) * model.skeleton.hidden_size * 4 if eval_windows else 0)
-    return stream.cost(made, model).then(measuring).disk
+    return stream.cost(plan, model).then(measuring).disk
 
 
-def _shared(tokens: Tokens | None, made: Plan) -> Tokens | None:
+def _shared(tokens: Tokens | None, plan: Plan) -> Tokens | None:
     """The leader's tokens on all ranks."""
-    if not made.resolved.reads_tokens:
+    if not plan.resolved.reads_tokens:
         return None
     source = ranks.agreed("" if tokens is None else tokens.source)
-    ids = ranks.same(torch.empty(made.samples, made.tokens, dtype=torch.int64) if tokens is None else tokens.ids)
+    ids = ranks.same(torch.empty(plan.samples, plan.tokens, dtype=torch.int64) if tokens is None else tokens.ids)
     return Tokens.of(ids, source) if tokens is None else tokens
 
 
-def read(opened: Model, made: Plan, told: Calibration, text: Text) -> tuple[Plan, Tokens | None]:
+def read(opened: Model, plan: Plan, text_options: Calibration, text: Text) -> tuple[Plan, Tokens | None]:
     """The plan with the checkpoint's fingerprint, and the calibration windows. The leader alone reads.
 
     Text that is missing or too short is found before the checkpoint is read, not after the work.
@@ -171,58 +171,58 @@ def read(opened: Model, made: Plan, told: Calibration, text: Text) -> tuple[Plan
     tokens: Tokens | None = None
     with ranks.together():
         if ranks.lead():
-            tokens = calibration.read(opened, made, told)
+            tokens = calibration.read(opened, plan, text_options)
             calibration.measurable(opened, text)
             opened.source.scan()
-            made = replace(made, fingerprint=opened.source.fingerprint())  # now that every byte has been read
-            if told.data == "self":
-                tokens = calibration.write(opened, made, told.seed)
-    return made, _shared(tokens, made)
+            plan = replace(plan, fingerprint=opened.source.fingerprint())  # now that every byte has been read
+            if text_options.data == "self":
+                tokens = calibration.write(opened, plan, text_options.seed)
+    return plan, _shared(tokens, plan)
 
 
-def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: Progress, began: float) -> Compression:
-    made, tokens = read(opened, made, job.calibration, text)
-    batching: dict[str, Any] = {"batch": made.batching.batch, "lockstep": made.batching.lockstep}
-    if made.budget is None:
+def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: Progress, began: float) -> Compression:
+    plan, tokens = read(opened, plan, job.calibration, text)
+    batching: dict[str, Any] = {"batch": plan.batching.batch, "lockstep": plan.batching.lockstep}
+    if plan.budget is None:
         # Batching depends on the free memory of the moment; a resumed run keeps what it began with.
-        before = journal.begun(out, job.work)
+        before = journal.first_facts(out, job.work)
         batching |= {k: before[k] for k in batching if k in before}
     batching = ranks.agreed(batching)
-    made = replace(made, batching=replace(made.batching, **batching))
-    key = made.hash("none" if tokens is None else tokens.fingerprint)
+    plan = replace(plan, batching=replace(plan.batching, **batching))
+    key = plan.hash("none" if tokens is None else tokens.fingerprint)
     original: Model | None = None
     evaluation: Evaluation | None = None
     warnings: tuple[str, ...] = ()
-    seen: Look | None = None
+    look: Look | None = None
     with Work(out, key, job.work, batching) as place:
         with ranks.together():
             if ranks.lead():
-                place.need(made.folder_bytes, spill(made, opened, text.windows))
+                place.need(plan.folder_bytes, spill(plan, opened, text.windows))
         skipped = len(place.find("block"))
-        rows = stream.run(made, opened, None if tokens is None else tokens.ids, place, progress)
+        rows = stream.run(plan, opened, None if tokens is None else tokens.ids, place, progress)
         peak = max(ranks.gathered(memory.peak_above_base()))
-        made = stages.decided(made, opened, place)
+        plan = stages.decided(plan, opened, place)
         if ranks.lead():
-            facts = delivery.Delivery(made, opened, key, tokens, tuple(rows), place.hashes())
+            facts = delivery.Delivery(plan, opened, key, tokens, tuple(rows), place.hashes())
             delivery.write_loadable(place.staging, facts)
-            seen = delivery.opened(place, out, made.room, progress)
+            look = delivery.opened(place, out, plan.room, progress)
             if text.windows > 0:
-                original = open_model(opened.source.model, device=made.device)
-                evaluation = _measure(original, made, place, tokens, text, progress)
+                original = open_model(opened.source.model, device=plan.device)
+                evaluation = _measure(original, plan, place, tokens, text, progress)
                 warnings = evaluation.notes
-            warnings = (*warnings, *seen.notes)
+            warnings = (*warnings, *look.notes)
             spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
-            delivery.write_report(place.staging, facts, seen, evaluation, spent, peak, warnings)
+            delivery.write_report(place.staging, facts, look, evaluation, spent, peak, warnings)
             _within(place.staging, job.fit)
         place.publish()
     evidence = None
     if evaluation is not None and original is not None:
         measured = replace(evaluation, model=str(out))
-        notes = [*made.notes, *evaluation.notes]
+        notes = [*plan.notes, *evaluation.notes]
         evidence = assemble(measured, open_model(out), original, {"notes": notes}, Gates())
     return Compression(
         out=out,
-        plan=made,
+        plan=plan,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=max(peak, memory.peak_above_base()),
         folder_bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
@@ -230,7 +230,7 @@ def _run(opened: Model, made: Plan, out: Path, job: Job, text: Text, progress: P
         evaluation=evaluation,
         rows=tuple(rows),
         warnings=warnings,
-        engine=seen,
+        engine=look,
         evidence=evidence,
     )
 
@@ -246,18 +246,18 @@ def _within(folder: Path, fit: Fit | None) -> None:
 
 
 def _measure(
-    original: Model, made: Plan, place: Work, tokens: Tokens | None, text: Text, progress: Progress
+    original: Model, plan: Plan, place: Work, tokens: Tokens | None, text: Text, progress: Progress
 ) -> Evaluation:
     return measure(
         place.staging,
         original,
         work=place.folder,
-        device=made.device,
+        device=plan.device,
         data=text.data,
         windows=text.windows,
         tokens=window(original),
         detail=True,
-        memory=made.room,
+        memory=plan.room,
         calibration=tokens,
         progress=progress,
     )

@@ -38,7 +38,7 @@ from lilliput.verbs.view import BlockIO, BlockView
 
 
 def compress_site(
-    job: BlockJob, site: Site, stats: SiteStats | None, kept: dict[str, Layer]
+    job: BlockJob, site: Site, stats: SiteStats | None, layers: dict[str, Layer]
 ) -> tuple[dict[str, Tensor], Rows]:
     """Apply the compress steps to the linears of a site; the block's modules take over the result.
 
@@ -46,7 +46,7 @@ def compress_site(
     with their block go to `kept` instead. Of several ranks the leader alone solves:
     the others get the weights from it, so that all go on with the same bits, and return nothing.
     """
-    tensors, rows = _solved(job, site, stats, kept) if ranks.lead() else ({}, [])
+    tensors, rows = _solved(job, site, stats, layers) if ranks.lead() else ({}, [])
     skeleton = job.model.skeleton
     if stats is not None and ranks.size() > 1:
         for name in (f"{job.plans[x].name}.weight" for x in site.linears if job.plans[x].tasks):
@@ -57,7 +57,7 @@ def compress_site(
 
 
 def _solved(
-    job: BlockJob, site: Site, stats: SiteStats | None, kept: dict[str, Layer]
+    job: BlockJob, site: Site, stats: SiteStats | None, held_back: dict[str, Layer]
 ) -> tuple[dict[str, Tensor], Rows]:
     device = torch.device(job.model.skeleton.device)
     empty = SiteStats(site.width, 0)
@@ -78,7 +78,7 @@ def _solved(
         for plan, piece in zip(plans, pieces, strict=True):
             share = seconds * plan.linear.parameters / sum(p.linear.parameters for p in plans)
             if plan.together:
-                kept[plan.linear.name] = piece
+                held_back[plan.linear.name] = piece
                 install(job, plan, piece.decode())
                 continue
             stored, row = deliver(job, plan, piece, stats, share)
@@ -129,17 +129,17 @@ def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | 
         if not sites:
             continue
         stats: dict[str, SiteStats] = {}
-        moved = None
+        movement = None
         if task.needs and batches is not None and inputs is not None:
             needs = {site.name: task.needs for site in sites}
             stats = _collect(job, batches, inputs, sites, needs)
-            moved = fitting.movement(job.model, job.index, job.anatomy, batches, inputs)
+            movement = fitting.movement(job.model, job.index, job.anatomy, batches, inputs)
         names = sorted({name for link in job.anatomy.links for name in link.readers if name in covered})
         names = names if ranks.lead() else []
         view = BlockView(
             job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)).to(job.weights.device) for n in names}
         )
-        job.weights.fold(drivers.of(task, BlockDriver).run(task, view, BlockIO(stats, moved=moved)))
+        job.weights.fold(drivers.of(task, BlockDriver).run(task, view, BlockIO(stats, movement=movement)))
         touched = {name: job.weights.tensor(name) for name in job.weights.names() if job.weights.folded(name)}
         if batches is not None:
             job.model.skeleton.load({job.weights.canonical(name): value for name, value in touched.items()})
@@ -151,12 +151,12 @@ def compress_block(
     """Compress one block (loaded where there is calibration) and run it, so that later blocks see its error."""
     tensors: dict[str, Tensor] = {}
     rows: Rows = []
-    kept: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
 
     def take(site: Site, stats: SiteStats | None) -> None:
-        packed, seen = compress_site(job, site, stats, kept)
+        packed, observed = compress_site(job, site, stats, layers)
         tensors.update(packed)
-        rows.extend(seen)
+        rows.extend(observed)
 
     rewrite_block(job, batches, inputs)
     if batches is None or inputs is None or outputs is None:
@@ -164,21 +164,21 @@ def compress_block(
             take(site, None)
         return tensors, rows
 
-    wanted = [site for site in job.anatomy.sites if any(job.plans[name].alone for name in site.linears)]
+    sites = [site for site in job.anatomy.sites if any(job.plans[name].alone for name in site.linears)]
     fits = [task for x in job.plans.values() for task in x.together]
     if fits:
         # Targets are those of the block before anything in it is compressed.
         needs = frozenset().union(*(task.needs for task in fits))
-        with fitting.observe(job.model, job.index, job.anatomy, batches, inputs, needs) as seen:
-            if wanted:
-                _compress_sites(job, batches, inputs, None, wanted, take)
-            fitted, more = fitting.fit_block(job, batches, inputs, seen, kept)
+        with fitting.observe(job.model, job.index, job.anatomy, batches, inputs, needs) as observed:
+            if sites:
+                _compress_sites(job, batches, inputs, None, sites, take)
+            fitted, more = fitting.fit_block(job, batches, inputs, observed, layers)
         tensors.update(fitted)
         rows += more
         for run in through(job.model.skeleton, job.index, batches, inputs, outputs):
             run()
     else:
-        _compress_sites(job, batches, inputs, outputs, wanted, take)
+        _compress_sites(job, batches, inputs, outputs, sites, take)
     number = {name: n for n, name in enumerate(name for site in job.anatomy.sites for name in site.linears)}
     return tensors, sorted(rows, key=lambda row: number[row["name"].removeprefix(f"{job.weights.prefix}.")])
 
@@ -188,21 +188,21 @@ def _compress_sites(
     batches: Batches,
     inputs: Activations,
     outputs: Activations | None,
-    wanted: Sequence[Site],
+    sites: Sequence[Site],
     take: Callable[[Site, SiteStats | None], None],
 ) -> None:
     """Show every site to `take` with the statistics of its inputs, the sites before it being compressed."""
     skeleton = job.model.skeleton
-    needs = {site.name: job.needs(site) for site in wanted}
+    needs = {site.name: job.needs(site) for site in sites}
     runs = through(skeleton, job.index, batches, inputs, outputs)
     if job.plan.batching.lockstep:
-        seen = Collector(skeleton, job.index, wanted, needs)
+        collector = Collector(skeleton, job.index, sites, needs)
         first_pass = through(skeleton, job.index, batches, inputs, None)[:1]
-        met = order.as_met(job.anatomy, wanted, seen.taps, first_pass)
-        taps = [tap(skeleton, job.index, site) for site in met]
-        lockstep.walk(taps, runs, seen.see, lambda site: take(job.anatomy.site(site), seen.take(site)))
+        ordered = order.as_met(job.anatomy, sites, collector.taps, first_pass)
+        taps = [tap(skeleton, job.index, site) for site in ordered]
+        lockstep.walk(taps, runs, collector.see, lambda site: take(job.anatomy.site(site), collector.take(site)))
     else:
-        for wave in order.waves(wanted):
+        for wave in order.waves(sites):
             stats = _collect(job, batches, inputs, wave, needs)
             for site in wave:
                 take(site, stats.pop(site.name))
@@ -210,10 +210,10 @@ def _compress_sites(
             run()
 
 
-def _block_tensors(job: BlockJob, done: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _block_tensors(job: BlockJob, finished: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a block: the compressed ones and the rest as they are, or as folds left them."""
-    out = dict(done)
-    cut = len(job.weights.prefix) + 1
+    out = dict(finished)
+    length = len(job.weights.prefix) + 1
     untouched = {x.name: x for x in job.plans.values() if not x.tasks}
     for planned in job.plan.of_block(job.index):
         if planned.name in out:
@@ -223,15 +223,15 @@ def _block_tensors(job: BlockJob, done: Mapping[str, Tensor]) -> dict[str, Tenso
             layer = Layer(linear.name, job.weights.linear(linear.linear))
             out.update(job.exporter.pack(job.plan.outcomes[linear.name], layer))
         else:
-            value = job.weights.tensor(planned.source[cut:])
-            if job.weights.folded(planned.source[cut:]) and not fits(value, planned.dtype):
+            value = job.weights.tensor(planned.source[length:])
+            if job.weights.folded(planned.source[length:]) and not fits(value, planned.dtype):
                 raise overflow(planned.source, planned.dtype)
             out[planned.name] = value.to(planned.dtype).contiguous()
     return out
 
 
-def _write(job: BlockJob, done: Mapping[str, Tensor], output: Output) -> dict[str, str]:
-    tensors = _block_tensors(job, done)
+def _write(job: BlockJob, finished: Mapping[str, Tensor], output: Output) -> dict[str, str]:
+    tensors = _block_tensors(job, finished)
     return output.write(tensors, lambda name: [tensors[name]])
 
 
@@ -291,16 +291,16 @@ def _tables(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: 
 def _begin(plan: Plan, model: Model, work: Work, output: Output) -> None:
     """Lay out the files and write what lies outside the blocks, or take up the files of a run that has done so."""
     hashes: dict[str, str] = {}
-    begun = bool(work.find("outside"))
+    resumed = bool(work.find("outside"))
     with ranks.together():
-        if ranks.lead() and begun:
+        if ranks.lead() and resumed:
             output.take_up(work.hashes())
         elif ranks.lead():
             output.lay_out()
             outside = {x.name: x for x in plan.of_block(None) if x.kind != "quantized"}
             hashes = output.write(outside, lambda name: _pieces(outside[name], model))
             memory.trim()
-    if not begun:
+    if not resumed:
         work.note({"kind": "outside", "sha256": hashes})
 
 
@@ -342,7 +342,7 @@ def _blocks(
         if ids is None:
             raise RuntimeError("calibration was planned but there are no tokens")
         flow = _flow(plan, ids, work)
-        work.keep([flow.path(start).name, *stages.files(plan), *fisher.kept(work)])
+        work.keep([flow.path(start).name, *stages.files(plan), *fisher.file_names(work)])
     exporter = export.get(plan.exporter)
     recorded = finished[start - 1]["hidden"] if start else None
     tables = bool(plan.resolved.tables)  # which are made from what the last block has left
@@ -351,12 +351,12 @@ def _blocks(
         weights = BlockWeights(model, index, anatomy.blocks[index])
         squares = fisher.path_of(work, index) if plan.resolved.fisher(plan.samples) else None
         job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares)
-        done, rows = compress_block(job, passage.batches, passage.inputs, passage.outputs)
+        tensors, rows = compress_block(job, passage.batches, passage.inputs, passage.outputs)
         model.unload_block(index)  # not beside the tensors while they are written
         hashes: dict[str, str] = {}
         if ranks.lead():
-            hashes = _write(job, done, output)
-        del done
+            hashes = _write(job, tensors, output)
+        del tensors
         # Only now is the block finished: its tensors are on the disk, and the next one's inputs with all ranks.
         record = {"kind": "block", "block": index, "rows": rows, "sha256": hashes, "hidden": passage.checksum()}
         work.note(record)

@@ -34,8 +34,8 @@ from lilliput.streaming.states import Activations
 
 def pending(plan: Plan, work: Work) -> tuple[LinearPlan, ...]:
     """The tables that are not written yet."""
-    written = {record["name"] for record in work.find("table")}
-    return tuple(x for x in plan.resolved.tables if x.name not in written)
+    names = {record["name"] for record in work.find("table")}
+    return tuple(x for x in plan.resolved.tables if x.name not in names)
 
 
 def compress(
@@ -48,11 +48,11 @@ def compress(
     """
     tables = pending(plan, work)
     needs = frozenset().union(*(task.needs for x in tables for task in x.tasks))
-    read = head_inputs(model, hidden, needs) if needs and hidden is not None else None
+    inputs = head_inputs(model, hidden, needs) if needs and hidden is not None else None
     used = None if ids is None else token_counts(ids, model.vocabulary)
     for number, table in enumerate(tables):
         show.step(number, len(tables), table.linear.role)
-        stats = _stats(table, read, needs, model.skeleton.device)
+        stats = _stats(table, inputs, needs, model.skeleton.device)
         job = _Table(plan, model, table, stats, used)
         hashes: dict[str, str] = {}
         row: dict[str, Any] = {}
@@ -65,20 +65,20 @@ def compress(
         show.step(number + 1, len(tables), f"{table.linear.role}, error {job.error:.4f}")
 
 
-def _stats(table: LinearPlan, read: SiteStats | None, needs: frozenset[str], device: str) -> SiteStats:
+def _stats(table: LinearPlan, inputs: SiteStats | None, needs: frozenset[str], device: str) -> SiteStats:
     """What a step on a table reads: the head's inputs, or, for an embedding by itself, those that weigh all errors
     alike."""
     width = table.linear.in_features
-    if read is None:
+    if inputs is None:
         return SiteStats(width, 0)
-    return read if multiplies(table.linear) else lookups(width, needs, device)
+    return inputs if multiplies(table.linear) else lookups(width, needs, device)
 
 
 @dataclass
 class _Sums:
     """What is added up over the slabs of a table."""
 
-    lost: float = 0.0
+    loss: float = 0.0
     whole: float = 0.0
     zeros: float = 0.0
     bits: int = 0
@@ -103,7 +103,7 @@ class _Table:
     @property
     def error(self) -> float:
         """Relative error of what is written so far: of the head's outputs, or of the rows as they are looked up."""
-        return relative(self._sums.lost, self._sums.whole)
+        return relative(self._sums.loss, self._sums.whole)
 
     def slabs(self) -> Iterator[Mapping[str, Tensor]]:
         """The stored tensors of consecutive rows, by name."""
@@ -142,8 +142,8 @@ class _Table:
         if self._used is not None:
             often = self._used[start:stop, None].sqrt()
             change, weight, gram = change * often, weight * often, None
-        lost, whole = energies(change, weight, gram)
-        self._sums.lost += lost
+        loss, whole = energies(change, weight, gram)
+        self._sums.loss += loss
         self._sums.whole += whole
         self._sums.zeros += float((decoded == 0).sum())
 

@@ -30,7 +30,7 @@ def scores(
     model: Model,
     ids: Tensor,
     states: Activations | None,
-    found: Candidates,
+    pool: Candidates,
     entries: int,
     work: Work,
 ) -> Scores:
@@ -38,33 +38,33 @@ def scores(
     leaves of this rank's."""
     if states is None:
         raise RuntimeError("scores of tables were planned, but nothing ran through the blocks")
-    read = head_inputs(model, states, frozenset({"gram"}))
+    inputs = head_inputs(model, states, frozenset({"gram"}))
     unsure = uncertainty(model.skeleton, model.read, states)
     if ranks.size() > 1:
         unsure = ranks.add(unsure * len(states)) / len(ids)
     often = token_counts(ids[ranks.share(len(ids))], model.vocabulary) + 1.0  # any token may come
     often /= often.sum()
     entering = next((float(r["entering"]) for r in work.find("fisher") if "entering" in r), 0.0)
-    made = {}
+    result = {}
     for table in plan.resolved.tables:
-        if table.name not in found.options or not ranks.lead():
+        if table.name not in pool.options or not ranks.lead():
             continue
-        options = found.options[table.name]
+        options = pool.options[table.name]
         losses = torch.zeros(len(options), dtype=torch.float64)
         if multiplies(table.linear):
-            energy = float(read.need("gram").diagonal().sum(dtype=torch.float64)) / max(read.count, 1)
-            losses += 0.5 * energy * _foreseen(task, model, table, read, unsure.cpu(), found)
+            energy = float(inputs.need("gram").diagonal().sum(dtype=torch.float64)) / max(inputs.count, 1)
+            losses += 0.5 * energy * _predicted(task, model, table, inputs, unsure.cpu(), pool)
         if table.linear.role == EMBED:
             width = table.linear.in_features
             plain = lookups(width, frozenset({"gram"}), "cpu")
             each = 0.5 * entering * width * plan.tokens / (plan.tokens - 1)
-            losses += each * _foreseen(task, model, table, plain, often.cpu(), found)
-        made[table.name] = numbered(entries, options, losses.tolist())
-    return made
+            losses += each * _predicted(task, model, table, plain, often.cpu(), pool)
+        result[table.name] = numbered(entries, options, losses.tolist())
+    return result
 
 
-def _foreseen(
-    task: Task, model: Model, table: LinearPlan, stats: SiteStats, weights: Tensor, found: Candidates
+def _predicted(
+    task: Task, model: Model, table: LinearPlan, stats: SiteStats, weights: Tensor, pool: Candidates
 ) -> Tensor:
     """`score` of the table with these weights of its rows [rows], from rows drawn by them; float64 [options]."""
     count = table.linear.out_features
@@ -73,14 +73,14 @@ def _foreseen(
     sums = weights.cumsum(0)
     at = (torch.arange(_ROWS, dtype=torch.float64) + 0.5) / _ROWS * total
     places = torch.searchsorted(sums, at).clamp_(max=count - 1)
-    drawn, often = places.unique(return_counts=True)  # type: ignore[no-untyped-call]
-    rows = torch.empty(len(drawn), table.linear.in_features)
+    sample, often = places.unique(return_counts=True)  # type: ignore[no-untyped-call]
+    rows = torch.empty(len(sample), table.linear.in_features)
     for start in range(0, count, TABLE_ROWS):
-        here = (drawn >= start) & (drawn < start + TABLE_ROWS)
-        if bool(here.any()):
+        inside = (sample >= start) & (sample < start + TABLE_ROWS)
+        if bool(inside.any()):
             slab = model.read_rows(f"{table.name}.weight", start, min(start + TABLE_ROWS, count))
-            rows[here] = slab[drawn[here] - start].float()
-    targets = [target for target, _ in found.options[table.name].values()]
+            rows[inside] = slab[sample[inside] - start].float()
+    targets = [target for target, _ in pool.options[table.name].values()]
     spec = task.of(Choose)
-    lost = spec.score(rows, stats.to("cpu"), often.float() * (total / _ROWS), targets, task.options)
-    return torch.tensor(lost, dtype=torch.float64)
+    losses = spec.score(rows, stats.to("cpu"), often.float() * (total / _ROWS), targets, task.options)
+    return torch.tensor(losses, dtype=torch.float64)

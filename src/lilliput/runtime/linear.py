@@ -58,7 +58,9 @@ class CompressedLinear(nn.Module):
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the decoded weight, of a linear whose scheme divides."""
         marker: Tensor = getattr(self, MARKER)
-        return decode_rows(self.spec, lambda name, cut: self.stored(name)[cut[0] : cut[1]], start, stop, marker.dtype)
+        return decode_rows(
+            self.spec, lambda name, span: self.stored(name)[span[0] : span[1]], start, stop, marker.dtype
+        )
 
     def share(self, other: CompressedLinear) -> None:
         """Take the packed tensors of another module, which stay one and the same."""
@@ -94,11 +96,11 @@ class LookedUp(CompressedLinear):
         padding, self.padding_idx = self.padding_idx, None
         self.__dict__["_table"] = self._decoded(used)
         try:  # the module's own forward pass, which may scale what it looks up, on the rows that occur
-            found: Tensor = super().forward(places)
+            rows: Tensor = super().forward(places)
         finally:
             del self.__dict__["_table"]
             self.padding_idx = padding
-        return found
+        return rows
 
     def _decoded(self, used: Tensor) -> Tensor:
         """Rows `used` int64 [n] (ascending, each once)."""
@@ -152,17 +154,17 @@ class TabledLinear(CompressedLinear):
         if f"{PREFIX}0" not in self._buffers:
             return CompressedLinear.weight.fget(self)  # type: ignore[attr-defined, no-any-return]
         marker: Tensor = getattr(self, MARKER)
-        spec, form, grid, held = self.spec, self._form(), self._grid(), self._planes()
-        dense = torch.empty(spec.out_features, spec.in_features, dtype=marker.dtype, device=held.device)
+        spec, form, grid, planes = self.spec, self._form(), self._grid(), self._planes()
+        dense = torch.empty(spec.out_features, spec.in_features, dtype=marker.dtype, device=planes.device)
         step = max(1, CHUNK // spec.in_features)
         for a in range(0, spec.out_features, step):
-            dense[a : a + step] = form.decode(lut.codes_of(held[:, a : a + step]), grid.rows(a, a + step))
+            dense[a : a + step] = form.decode(lut.codes_of(planes[:, a : a + step]), grid.rows(a, a + step))
         return dense.T.contiguous() if spec.transposed else dense
 
     def stored(self, name: str) -> Tensor:
         if name == self.spec.payload:
-            held = self._planes()
-            return pack_codes(lut.codes_of(held), len(held))
+            planes = self._planes()
+            return pack_codes(lut.codes_of(planes), len(planes))
         return super().stored(name)
 
     def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -173,12 +175,12 @@ class TabledLinear(CompressedLinear):
         self.register_buffer(f"{PREFIX}0", lut.planes(codes, form.bits).view(-1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        held = self._planes()
+        planes = self._planes()
         tokens = x.numel() // self.spec.in_features
-        if x.device.type != "cpu" or held.device.type != "cpu" or tokens * len(held) > lut.LOOKS or not tokens:
-            found: Tensor = super().forward(x)
-            return found
-        out = lut.matmul(x.reshape(tokens, -1).float(), held, self._grid())
+        if x.device.type != "cpu" or planes.device.type != "cpu" or tokens * len(planes) > lut.LOOKS or not tokens:
+            output: Tensor = super().forward(x)
+            return output
+        out = lut.matmul(x.reshape(tokens, -1).float(), planes, self._grid())
         bias: Tensor | None = getattr(self, "bias", None)
         out = out if bias is None else out + bias.float()
         return out.view(*x.shape[:-1], -1).to(x.dtype)
@@ -225,8 +227,8 @@ def compress_(module: nn.Module, spec: LinearSpec) -> None:
     weight = module._parameters.pop("weight")
     shape = (spec.in_features, spec.out_features) if spec.transposed else (spec.out_features, spec.in_features)
     if weight is None or tuple(weight.shape) != shape:
-        found = None if weight is None else tuple(weight.shape)
-        raise ValueError(f"{spec.name} is {found} in the model and {shape} in config.json")
+        actual = None if weight is None else tuple(weight.shape)
+        raise ValueError(f"{spec.name} is {actual} in the model and {shape} in config.json")
     module.__class__ = _subclass(type(module), _mixin(type(module), spec))  # type: ignore[arg-type]
     module.spec = spec  # type: ignore[assignment]
     module.register_buffer(MARKER, torch.empty(0, dtype=weight.dtype, device="cpu"), persistent=False)

@@ -61,29 +61,29 @@ def planes(codes: Tensor, bits: int) -> Tensor:
     return out
 
 
-def codes_of(held: Tensor) -> Tensor:
+def codes_of(planes: Tensor) -> Tensor:
     """Undo `planes`: int8 [out, n]."""
-    bits, rows, _ = held.shape
-    numbers = torch.arange(1 << INPUTS, device=held.device)
-    each = (numbers.unsqueeze(1) >> torch.arange(INPUTS, device=held.device) & 1).to(torch.uint8)
+    bits, rows, _ = planes.shape
+    numbers = torch.arange(1 << INPUTS, device=planes.device)
+    each = (numbers.unsqueeze(1) >> torch.arange(INPUTS, device=planes.device) & 1).to(torch.uint8)
     spread = each.view(torch.int64).view(-1)  # eight bits of a byte as eight bytes, which shift all at once
-    out = torch.zeros(held[0].numel(), dtype=torch.int64, device=held.device)
-    for i, plane in enumerate(held):
+    out = torch.zeros(planes[0].numel(), dtype=torch.int64, device=planes.device)
+    for i, plane in enumerate(planes):
         out |= spread.index_select(0, plane.reshape(-1).int()) << i
     return (out.view(torch.uint8).view(rows, -1).short() - (1 << (bits - 1))).to(torch.int8)
 
 
-def matmul(x: Tensor, held: Tensor, grid: BinaryGrid) -> Tensor:
+def matmul(x: Tensor, bit_planes: Tensor, grid: BinaryGrid) -> Tensor:
     """x WT for x [tokens, in] and the binary-coded W [out, in] with the bit planes `held`, in x's dtype: [tokens, out].
 
     The groups of `grid` are of whole bytes: see `form_of`.
     """
-    _, rows, count = held.shape
+    _, rows, count = bit_planes.shape
     groups = grid.offset.shape[1]
     table = tables(x).view(len(x), -1)
     starts = torch.arange(count, dtype=torch.int32, device=x.device) << INPUTS
     out = x.view(len(x), groups, -1).sum(-1) @ grid.offset.to(x).T
-    for i, plane in enumerate(held):
+    for i, plane in enumerate(bit_planes):
         sums = table.index_select(1, (plane.int() + starts).view(-1)).view(len(x), rows, groups, -1).sum(-1)
         out += (sums * grid.alpha[..., i].to(x)).sum(-1)
     return out

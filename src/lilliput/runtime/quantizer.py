@@ -83,7 +83,7 @@ def swap(model: PreTrainedModel, specs: Iterable[LinearSpec]) -> list[Compressed
     """
     prefix = text_prefix(model, model.config)
     modules = dict(model.named_modules())
-    done: list[CompressedLinear] = []
+    swapped: list[CompressedLinear] = []
     for spec in (y for x in specs for y in (x, *(replace(x, name=name) for name in x.also))):
         if spec.also:
             _untie(model, modules, prefix, spec)
@@ -101,8 +101,8 @@ def swap(model: PreTrainedModel, specs: Iterable[LinearSpec]) -> list[Compressed
         except (KeyError, ValueError) as error:
             raise SourceError(f"the folder does not fit {type(model).__name__}: {error}") from None
         if isinstance(module, CompressedLinear):
-            done.append(module)
-    return done
+            swapped.append(module)
+    return swapped
 
 
 def _untie(model: PreTrainedModel, modules: Mapping[str, nn.Module], prefix: str, spec: LinearSpec) -> None:
@@ -111,8 +111,8 @@ def _untie(model: PreTrainedModel, modules: Mapping[str, nn.Module], prefix: str
     model.config.tie_word_embeddings = False
     tied = {f"{module_name(name, modules, prefix)}.weight" for name in (spec.name, *spec.also)}
     for holder in (x for x in model.modules() if getattr(x, "all_tied_weights_keys", None)):
-        kept = {k: v for k, v in holder.all_tied_weights_keys.items() if k not in tied and v not in tied}
-        holder.all_tied_weights_keys = kept
+        remaining = {k: v for k, v in holder.all_tied_weights_keys.items() if k not in tied and v not in tied}
+        holder.all_tied_weights_keys = remaining
 
 
 def _unroll_above(model: nn.Module, modules: dict[str, nn.Module], name: str) -> None:

@@ -57,12 +57,12 @@ def find(reader: Reader, raw: Mapping[str, Any], dtype: torch.dtype, label: str)
             f"{label} is stored as '{sparsity['format']}', a legacy sparse layout. Decompress it with the "
             "llm-compressor version that wrote it, and give the dense folder here."
         )
-    found: dict[str, Packed] = {}
+    packed: dict[str, Packed] = {}
     for name in reader.entries:
         base, _, leaf = name.rpartition(".")
         if leaf == "weight_packed" or (leaf == "weight" and f"{base}.weight_scale" in reader.entries):
-            found[f"{base}.weight"] = _one(reader, base, leaf, config, dtype, label)
-    return undo(reader, raw, found, label)
+            packed[f"{base}.weight"] = _one(reader, base, leaf, config, dtype, label)
+    return undo(reader, raw, packed, label)
 
 
 def _one(reader: Reader, base: str, leaf: str, config: QuantizationConfig, dtype: torch.dtype, label: str) -> Packed:
@@ -105,9 +105,9 @@ def _one(reader: Reader, base: str, leaf: str, config: QuantizationConfig, dtype
             )
     order = part("weight_g_idx")
     size = args.group_size
-    wanted = tuple(args.block_structure) if args.block_structure else (1, int(size)) if size and size > 0 else None
+    block_size = tuple(args.block_structure) if args.block_structure else (1, int(size)) if size and size > 0 else None
     grid = entries[scale].shape
-    block = block_of(shape, grid, wanted) if order is None else (1, 1)
+    block = block_of(shape, grid, block_size) if order is None else (1, 1)
     if block is None:
         raise SourceError(f"{label}: {scale} {list(grid)} does not fit {base}.weight {list(shape)} and its groups.")
     zero = part("weight_zero_point")

@@ -113,9 +113,11 @@ class Gguf:
         """What the converter did to this tensor, undone."""
         half = values.dtype == torch.bfloat16  # numpy has none; float32 holds it exactly
         array = values.float().numpy() if half else values.numpy()
-        held: dict[str, Any] = {"tensors": {}}
-        done = self._processor.process(weights=array, name=stored, tensor_key_mapping=None, parsed_parameters=held)
-        out = torch.from_numpy(np.ascontiguousarray(done.weights))
+        parsed: dict[str, Any] = {"tensors": {}}
+        processed = self._processor.process(
+            weights=array, name=stored, tensor_key_mapping=None, parsed_parameters=parsed
+        )
+        out = torch.from_numpy(np.ascontiguousarray(processed.weights))
         return out.to(values.dtype)
 
 

@@ -64,10 +64,10 @@ class _Cursor:
 
     def skip_strings(self, count: int) -> None:
         """Pass over so many strings: the words of a vocabulary, which may be half a million."""
-        read, unpack = self.file.read, struct.Struct("<Q").unpack
+        read_bytes, unpack = self.file.read, struct.Struct("<Q").unpack
         for _ in range(count):
-            (size,) = unpack(read(8))
-            if size > MOST or len(read(size)) != size:
+            (size,) = unpack(read_bytes(8))
+            if size > MOST or len(read_bytes(size)) != size:
                 raise ValueError("it ends inside its header")
 
     def value(self, kind: int) -> str | int | None:

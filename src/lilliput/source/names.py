@@ -39,10 +39,10 @@ class Ref:
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the part, given that of the stored tensor."""
-        left = stored if self.index is None else stored[1:]
+        shape = stored if self.index is None else stored[1:]
         if self.rows is not None:
-            left = (self.rows[1] - self.rows[0], *left[1:])
-        return left[::-1] if self.transposed else left
+            shape = (self.rows[1] - self.rows[0], *shape[1:])
+        return shape[::-1] if self.transposed else shape
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Names:
     strange: Mapping[str, str]
 
 
-def bind(stored: Mapping[str, tuple[int, ...]], wanted: Iterable[str], module: nn.Module) -> Names:
+def bind(stored: Mapping[str, tuple[int, ...]], canonical: Iterable[str], module: nn.Module) -> Names:
     """Places of the `wanted` canonical names among stored names and shapes; what is not found is left out.
 
     `module` is the transformers model on the meta device: it knows which renames its checkpoints need.
@@ -63,7 +63,7 @@ def bind(stored: Mapping[str, tuple[int, ...]], wanted: Iterable[str], module: n
     places, strange = _renamed(stored, module)
     base = str(getattr(module, "base_model_prefix", ""))
     base = f"{base}." if base else ""
-    names = list(wanted)
+    names = list(canonical)
     inner = [x.removeprefix(base) for x in names if x.startswith(base)]
     prefix = _prefix(places, inner, base)
     refs: dict[str, Ref] = {}
@@ -109,10 +109,10 @@ def _renamed(stored: Mapping[str, tuple[int, ...]], module: nn.Module) -> tuple[
             places.update(_fused(target, name, stored[name]))
             continue
         converter = next(x for x in converters if pattern in x.source_patterns)
-        found = _converted(apply_renamings(name, renamings), name, target, pattern, converter, stored[name])
-        if not found:
+        parts = _converted(apply_renamings(name, renamings), name, target, pattern, converter, stored[name])
+        if not parts:
             strange[name] = " + ".join(type(x).__name__ for x in converter.operations)
-        places.update(found)
+        places.update(parts)
     return places, strange
 
 

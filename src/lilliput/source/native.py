@@ -44,15 +44,15 @@ class Native:
 
 def find(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: str) -> dict[str, Packed]:
     """Logical weight name -> how to decode it. Raises SourceError: a part is missing, or of another shape or dtype."""
-    found: dict[str, Packed] = {}
+    packed: dict[str, Packed] = {}
     for stored, spec in parse_config(config).items():
         for name, (kind, shape) in spec.describe().items():
             entry = reader.entries.get(name)
             if entry is None or entry.shape != shape or entry.dtype != kind:
-                held = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+                actual = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
                 raise SourceError(
-                    f"{label}: tensor {name} is {held}, and config.json describes {kind} {list(shape)}. The files do "
+                    f"{label}: tensor {name} is {actual}, and config.json describes {kind} {list(shape)}. The files do "
                     "not belong together: write or download the folder again."
                 )
-        found[f"{stored}.weight"] = Native(spec, dtype)
-    return found
+        packed[f"{stored}.weight"] = Native(spec, dtype)
+    return packed

@@ -68,12 +68,12 @@ def _folder(model: str, folder: Path, trust_remote_code: bool, prefix: tuple[str
             "(`merge_and_unload()` of peft), save the result, and give that folder; or remove the adapter's files."
         )
     if not (folder / "config.json").is_file():
-        found = sorted(folder.glob("*.gguf"))
-        if len(found) == 1:
-            return _file(model, found[0])
-        if found:
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) == 1:
+            return _file(model, files[0])
+        if files:
             raise SourceError(
-                f"{folder} holds {len(found)} GGUF files. Name one: {', '.join(x.name for x in found[:4])}."
+                f"{folder} holds {len(files)} GGUF files. Name one: {', '.join(x.name for x in files[:4])}."
             )
         if names := pickles(folder):
             raise refuse_pickles(names, folder)
@@ -114,9 +114,9 @@ def _short(dtype: torch.dtype) -> str:
 
 def _choice(folder: Path, shards: Shards) -> tuple[str, ...]:
     """Which weights were taken, where the folder also has others."""
-    taken = shards.chosen.name
-    left = [x for x in (WHOLE, INDEX) if x != taken and (folder / x).is_file()]
-    return (f"its weights are those of {taken}, as transformers takes them, and not of {left[0]}",) if left else ()
+    chosen = shards.chosen.name
+    others = [x for x in (WHOLE, INDEX) if x != chosen and (folder / x).is_file()]
+    return (f"its weights are those of {chosen}, as transformers takes them, and not of {others[0]}",) if others else ()
 
 
 def _renamed(reader: Unwrapped) -> tuple[str, ...]:

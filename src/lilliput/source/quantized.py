@@ -102,7 +102,7 @@ def find(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: s
 
 
 def _fp8(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: str) -> dict[str, Packed]:
-    found: dict[str, Packed] = {}
+    packed: dict[str, Packed] = {}
     size = config.get("weight_block_size")
     for name, entry in reader.entries.items():
         if entry.dtype not in FP8:
@@ -119,12 +119,12 @@ def _fp8(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: s
             raise SourceError(
                 f"{label}: {scale} {list(grid)} does not fit {name} {list(entry.shape)} in blocks of {size}."
             )
-        found[name] = Scaled(entry.shape, dtype, name, scale, block)
-    return found
+        packed[name] = Scaled(entry.shape, dtype, name, scale, block)
+    return packed
 
 
 def _mxfp4(reader: Reader, dtype: torch.dtype, label: str) -> dict[str, Packed]:
-    found: dict[str, Packed] = {}
+    packed: dict[str, Packed] = {}
     for name, entry in reader.entries.items():
         if not name.endswith("_blocks"):
             continue
@@ -133,8 +133,8 @@ def _mxfp4(reader: Reader, dtype: torch.dtype, label: str) -> dict[str, Packed]:
         if scales is None or len(entry.shape) != 4 or scales.shape != entry.shape[:3]:
             raise SourceError(f"{label}: {name} {list(entry.shape)} has no {base}_scales that fits it.")
         experts, out, groups, half = entry.shape
-        found[base] = Mxfp4((experts, groups * half * 2, out), dtype, name, f"{base}_scales")
-    return found
+        packed[base] = Mxfp4((experts, groups * half * 2, out), dtype, name, f"{base}_scales")
+    return packed
 
 
 def _gptq(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: str) -> dict[str, Packed]:
@@ -144,7 +144,7 @@ def _gptq(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: 
             "'gptq' with GPTQModel."
         )
     plus = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-    found: dict[str, Packed] = {}
+    packed: dict[str, Packed] = {}
     for name, entry in reader.entries.items():
         if not name.endswith(".qweight"):
             continue
@@ -158,17 +158,17 @@ def _gptq(reader: Reader, config: Mapping[str, Any], dtype: torch.dtype, label: 
         order = f"{base}.g_idx" if f"{base}.g_idx" in reader.entries else None
         shapes = {x: reader.entries[f"{base}.{x}"].shape for x in ("qzeros", "scales")}
         grid = -(-width // group)
-        wanted: dict[str, tuple[int, ...]] = {"qzeros": (grid, rows * bits // 32), "scales": (grid, rows)}
+        expected: dict[str, tuple[int, ...]] = {"qzeros": (grid, rows * bits // 32), "scales": (grid, rows)}
         if order is not None:
-            shapes, wanted = shapes | {"g_idx": reader.entries[order].shape}, wanted | {"g_idx": (width,)}
-        if wrong := next((x for x in wanted if shapes[x] != wanted[x]), None):
+            shapes, expected = shapes | {"g_idx": reader.entries[order].shape}, expected | {"g_idx": (width,)}
+        if wrong := next((x for x in expected if shapes[x] != expected[x]), None):
             raise SourceError(
                 f"{label}: {base}.{wrong} has shape {list(shapes[wrong])}, but {bits} bits in groups of {group}, as "
-                f"its quantization_config says of this linear, need {list(wanted[wrong])}. The config does not belong "
-                "to these files: copy both from one place."
+                f"its quantization_config says of this linear, need {list(expected[wrong])}. The config does not "
+                "belong to these files: copy both from one place."
             )
-        found[f"{base}.weight"] = Gptq((rows, width), dtype, base, bits, group, order, plus)
-    return found
+        packed[f"{base}.weight"] = Gptq((rows, width), dtype, base, bits, group, order, plus)
+    return packed
 
 
 def _gptq_grid(base: str, config: Mapping[str, Any], label: str) -> tuple[int, int]:

@@ -47,15 +47,15 @@ def pread(path: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
     """Fill `buffer` (uint8) from `offset` of the file. Raises SourceError when the file ends before."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        done, view = 0, memoryview(buffer.data)
-        while done < len(view):
-            got = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
-            if got == 0:
+        count, view = 0, memoryview(buffer.data)
+        while count < len(view):
+            step = os.preadv(handle, [view[count : count + (1 << 30)]], offset + count)
+            if step == 0:
                 raise SourceError(
-                    f"{path} ends {len(view) - done} bytes early: it was cut while it was read. Copy or download "
+                    f"{path} ends {len(view) - count} bytes early: it was cut while it was read. Copy or download "
                     "it again."
                 )
-            done += got
+            count += step
     finally:
         os.close(handle)
 

@@ -22,7 +22,7 @@ def scan(reader: Reader, finite: bool, progress: Progress | None) -> str:
     """
     digest = hashlib.sha256()
     names = sorted(reader.entries)
-    for done, name in enumerate(names):
+    for number, name in enumerate(names):
         digest.update(name.encode())
         row = 0
         for raw, values in reader.chunks(name):
@@ -31,7 +31,7 @@ def scan(reader: Reader, finite: bool, progress: Progress | None) -> str:
                 _finite(name, reader.entries[name], values, row)
             row += values.shape[0] if values.dim() else 0
         if progress is not None:
-            progress.step(done + 1, len(names), name)
+            progress.step(number + 1, len(names), name)
     return digest.hexdigest()
 
 

@@ -84,19 +84,19 @@ def choose(folder: Path, named: str | None = None) -> Path:
     for name in (WHOLE, INDEX):
         if (folder / name).is_file():
             return folder / name
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         if names := pickles(folder):
             raise refuse_pickles(names, folder)
         raise SourceError(f"{folder} holds no weights: no *.safetensors and no *.gguf file lies in it.")
-    if found[0].name.startswith("model-0") and "-of-" in found[0].name:
+    if files[0].name.startswith("model-0") and "-of-" in files[0].name:
         raise SourceError(f"{folder} has shards but no {INDEX}, which names them all. Copy or download it again.")
-    if len(found) > 1:
+    if len(files) > 1:
         raise SourceError(
-            f"{folder} has {len(found)} safetensors files ({found[0].name}, {found[1].name}, ...) and neither "
+            f"{folder} has {len(files)} safetensors files ({files[0].name}, {files[1].name}, ...) and neither "
             f"{WHOLE} nor {INDEX} to say which are the model. Keep the one that is, as {WHOLE}."
         )
-    return found[0]
+    return files[0]
 
 
 def named_in(index: Path) -> dict[str, Path]:

@@ -38,19 +38,19 @@ SIDE = (
 )  # fmt: skip
 
 
-def own_name(given: str) -> str:
+def own_name(name: str) -> str:
     """What to call a model or a text beyond this machine: a file or folder by its own name, an id as it is.
 
     The folder of a model in the hub's cache is called by its id.
     """
-    path = Path(given).expanduser()
+    path = Path(name).expanduser()
     if not path.exists():
-        return given
+        return name
     path = Path(os.path.abspath(path))
     kind, *words = path.parent.parent.name.split("--")
     if kind == "models" and words and path.parent.name == "snapshots":
         return "/".join(words)
-    return path.name or given
+    return path.name or name
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,10 @@ class Source:
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 self.tokenizer().save_pretrained(folder)
                 self._written = folder
-            found = {x for x in self._written.rglob("*") if x.is_file()}
-            return {x.relative_to(self._written).as_posix(): x for x in sorted(found)}
-        found = {x for pattern in SIDE for x in self.folder.glob(pattern) if x.is_file() and x.suffix != ".py"}
-        return {x.relative_to(self.folder).as_posix(): x for x in sorted(found)}
+            files = {x for x in self._written.rglob("*") if x.is_file()}
+            return {x.relative_to(self._written).as_posix(): x for x in sorted(files)}
+        files = {x for pattern in SIDE for x in self.folder.glob(pattern) if x.is_file() and x.suffix != ".py"}
+        return {x.relative_to(self.folder).as_posix(): x for x in sorted(files)}
 
 
 def _packed(name: str, packed: Packed, reader: Reader) -> Stored:

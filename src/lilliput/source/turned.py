@@ -39,8 +39,8 @@ class Turn:
     def __call__(self, weight: Tensor) -> Tensor:
         """`weight` [out, in] (or [out, 1], a bias), float64; turned outputs are whole multiples of `order`."""
         side = weight if self.inputs else weight.T
-        turned = transform(side.reshape(len(side), -1, self.order)).reshape(side.shape)
-        return turned if self.inputs else turned.T
+        rotated = transform(side.reshape(len(side), -1, self.order)).reshape(side.shape)
+        return rotated if self.inputs else rotated.T
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Turned:
 
     inner: Packed
     turns: tuple[Turn, ...]
-    beside: tuple[str, ...]  # stored tensors of the rotations, of no use any more
+    rotations: tuple[str, ...]  # stored tensors of the rotations, of no use any more
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Turned:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return (*self.inner.parts, *self.beside)
+        return (*self.inner.parts, *self.rotations)
 
     def decode(self, reader: Reader, rows: tuple[int, int] | None = None) -> Tensor:
         """The values in `dtype`, or those of rows [start, stop)."""
@@ -100,7 +100,7 @@ def undo(reader: Reader, raw: Mapping[str, Any], packed: Mapping[str, Packed], l
     online = [(name, scheme, args) for name, scheme in groups for args in scheme.apply if args.is_online()]
     for name, scheme, args in online:
         _check(name, scheme, args, label)
-    found = dict(packed)
+    result = dict(packed)
     for base, weight in _linears(reader, packed).items():
         shape = (weight.shape[0], weight.shape[1])
         turns = []
@@ -113,15 +113,15 @@ def undo(reader: Reader, raw: Mapping[str, Any], packed: Mapping[str, Packed], l
                 turns.append(Turn(order, inputs))
         if not turns:
             continue
-        beside = tuple(
+        rotations = tuple(
             x for x in reader.entries for name, _, args in online if x.startswith(f"{base}.{name}_{args.location}.")
         )
-        found[f"{base}.weight"] = Turned(weight, tuple(turns), beside)
+        result[f"{base}.weight"] = Turned(weight, tuple(turns), rotations)
         outer = tuple(x for x in turns if not x.inputs)
         bias = reader.entries.get(f"{base}.bias")
         if outer and bias is not None:
-            found[f"{base}.bias"] = Turned(Cast(bias.shape, bias.dtype, f"{base}.bias"), outer, ())
-    return found
+            result[f"{base}.bias"] = Turned(Cast(bias.shape, bias.dtype, f"{base}.bias"), outer, ())
+    return result
 
 
 def _check(name: str, scheme: TransformScheme, args: TransformArgs, label: str) -> None:
@@ -148,13 +148,13 @@ def _refusal(name: str, why: str, label: str) -> SourceError:
 
 def _linears(reader: Reader, packed: Mapping[str, Packed]) -> dict[str, Packed]:
     """Every matrix of the files by the name of its module."""
-    found = {name.removesuffix(".weight"): x for name, x in packed.items() if len(x.shape) == 2}
+    matrices = {name.removesuffix(".weight"): x for name, x in packed.items() if len(x.shape) == 2}
     used = {part for x in packed.values() for part in x.parts}
     for name, entry in reader.entries.items():
         base = name.removesuffix(".weight")
         if base != name and name not in used and len(entry.shape) == 2:
-            found.setdefault(base, Cast(entry.shape, entry.dtype, name))
-    return found
+            matrices.setdefault(base, Cast(entry.shape, entry.dtype, name))
+    return matrices
 
 
 def _class_of(base: str) -> nn.Module:

@@ -34,12 +34,12 @@ def reduced_products(enabled: bool) -> Iterator[None]:
 
 def init(width: int, names: Iterable[str], device: torch.device | str = "cpu") -> SiteStats:
     """Empty statistics for a site of `width` channels. Raises ValueError for a name not in NAMES."""
-    wanted = set(names)
-    if wanted - set(NAMES):
-        raise ValueError(f"unknown statistics {sorted(wanted - set(NAMES))}: choose from {NAMES}")
+    chosen = set(names)
+    if chosen - set(NAMES):
+        raise ValueError(f"unknown statistics {sorted(chosen - set(NAMES))}: choose from {NAMES}")
 
     def zeros(name: str, *shape: int) -> Tensor | None:
-        return torch.zeros(*shape, device=device) if name in wanted else None
+        return torch.zeros(*shape, device=device) if name in chosen else None
 
     return SiteStats(
         width,
@@ -97,12 +97,12 @@ def complete(state: SiteStats, site: str, dtype: torch.dtype) -> SiteStats:
     Raises SourceError that names the site where inputs, or sums of their squares, overflow; dtype: what the model
     computes in.
     """
-    found = all_reduce(finish(state))
-    totals = (found.gram, found.square, found.mean, found.absmax, found.absmean)
+    total = all_reduce(finish(state))
+    totals = (total.gram, total.square, total.mean, total.absmax, total.absmean)
     # The diagonal is what overflows first.
-    seen = [x.diagonal() if x.dim() == 2 else x for x in totals if x is not None]
-    if all(bool(torch.isfinite(x).all()) for x in seen):
-        return found
+    extremes = [x.diagonal() if x.dim() == 2 else x for x in totals if x is not None]
+    if all(bool(torch.isfinite(x).all()) for x in extremes):
+        return total
     how = str(dtype).removeprefix("torch.")
     remedy = "check" if dtype is torch.float32 else "try --dtype float32, or check"
     raise (SourceError if ranks.lead() else ToldError)(

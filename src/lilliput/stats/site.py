@@ -61,20 +61,20 @@ class SiteStats:
         Absolute values do not survive a rotation: they become None, and `square` follows from the Gram matrix if it was
         collected.
         """
-        seen = self
+        stats = self
         for t in transforms:
             if isinstance(t, Scale):
-                seen = seen.scaled(t.factor.float())
+                stats = stats.scaled(t.factor.float())
                 continue
-            gram = None if seen.gram is None else t.apply(t.apply(seen.gram).T)
-            seen = SiteStats(
-                seen.width,
-                seen.count,
+            gram = None if stats.gram is None else t.apply(t.apply(stats.gram).T)
+            stats = SiteStats(
+                stats.width,
+                stats.count,
                 gram=gram,
-                square=None if gram is None or seen.square is None else gram.diagonal().clone(),
-                mean=None if seen.mean is None else t.apply(seen.mean),
+                square=None if gram is None or stats.square is None else gram.diagonal().clone(),
+                mean=None if stats.mean is None else t.apply(stats.mean),
             )
-        return seen
+        return stats
 
     def to(self, device: torch.device | str) -> SiteStats:
         def move(value: Tensor | None) -> Tensor | None:

@@ -131,13 +131,13 @@ def fisher(
             streams.inputs[block + 1].delete()
             before = streams.gradient
             after = Activations(gradient_path(samples, block), shape, torch.float32, create=True)
-            found = _squares(skeleton, block, streams, after, names[block])
+            squares = _squares(skeleton, block, streams, after, names[block])
             loader.unload_block(block)
             memory.trim()
-            found = {name: value.div_(tokens * tokens) for name, value in found.items()}
+            squares = {name: value.div_(tokens * tokens) for name, value in squares.items()}
             streams.gradient = after
-            yield block, found, after
-            del found  # not beside the squares of the block below
+            yield block, squares, after
+            del squares  # not beside the squares of the block below
             before.delete()
         streams.gradient.delete()
 
@@ -283,17 +283,19 @@ def _head(
             for start in range(0, len(ids), step):
                 part = finished.detach()[0, start : min(start + step, len(ids))].requires_grad_(gradient is not None)
                 logits = skeleton.logits(part)
-                lost = torch.nn.functional.cross_entropy(logits, ids[start : start + step], reduction="sum") / count
-                total += float(lost.detach())
+                part_loss = (
+                    torch.nn.functional.cross_entropy(logits, ids[start : start + step], reduction="sum") / count
+                )
+                total += float(part_loss.detach())
                 if gradient is not None:
-                    got = torch.autograd.grad(lost, (part, *head.values()))
-                    into[0, start : start + len(part)] = got[0]
-                    sums.add(dict(zip(head, got[1:], strict=True)))
+                    gradients = torch.autograd.grad(part_loss, (part, *head.values()))
+                    into[0, start : start + len(part)] = gradients[0]
+                    sums.add(dict(zip(head, gradients[1:], strict=True)))
             if gradient is not None:
                 final = {x: leaves[x] for x in leaves if x not in head}
-                got = torch.autograd.grad(finished, (hidden, *final.values()), into)
-                gradient.write(n, got[0])
-                sums.add(dict(zip(final, got[1:], strict=True)))
+                gradients = torch.autograd.grad(finished, (hidden, *final.values()), into)
+                gradient.write(n, gradients[0])
+                sums.add(dict(zip(final, gradients[1:], strict=True)))
                 sums.close()
     skeleton.unload(names)
     memory.trim()
@@ -314,9 +316,9 @@ def _block(
             out = skeleton.run(block, hidden, calls)
             back = streams.gradient.read(n, n + 1).to(skeleton.device, out.dtype)
             # An expert that no token chose has no gradient.
-            got = torch.autograd.grad(out, (hidden, *leaves.values()), back, allow_unused=True)
-            streams.gradient.write(n, got[0])
-            sums.add({name: g for name, g in zip(leaves, got[1:], strict=True) if g is not None})
+            gradients = torch.autograd.grad(out, (hidden, *leaves.values()), back, allow_unused=True)
+            streams.gradient.write(n, gradients[0])
+            sums.add({name: g for name, g in zip(leaves, gradients[1:], strict=True) if g is not None})
             sums.close()
     return sums.total, sums.squares
 
@@ -368,8 +370,8 @@ class _Sums:
         for name, value in gradients.items():
             self.total[name].add_(value)
             if self.squares:
-                held = self._sample.get(name)
-                self._sample[name] = value.float() if held is None else held + value
+                total = self._sample.get(name)
+                self._sample[name] = value.float() if total is None else total + value
 
     def close(self) -> None:
         """The sample is complete."""

@@ -67,9 +67,9 @@ def collect(
 
     `stop_after`: a pass is left once it has met all sites, see `lockstep.watch`.
     """
-    seen = Collector(skeleton, block, sites, needs)
-    lockstep.watch(seen.taps, passes, seen.see, stop_after=stop_after)
-    return {site.name: seen.take(site.name) for site in sites}
+    collector = Collector(skeleton, block, sites, needs)
+    lockstep.watch(collector.taps, passes, collector.see, stop_after=stop_after)
+    return {site.name: collector.take(site.name) for site in sites}
 
 
 def statistics(
@@ -85,10 +85,10 @@ def statistics(
     for block in resident(model):
         sites = blocks[block].sites
         passes = through(model.skeleton, block, batches, states, states)
-        found = collect(model.skeleton, block, sites, {site.name: needs for site in sites}, passes)
+        stats = collect(model.skeleton, block, sites, {site.name: needs for site in sites}, passes)
         model.unload_block(block)
-        yield block, found
-        del found  # not beside the next block's
+        yield block, stats
+        del stats  # not beside the next block's
 
 
 def site_statistics(
@@ -96,16 +96,16 @@ def site_statistics(
 ) -> dict[str, SiteStats]:
     """Statistics of the inputs of every site of every block, by its full name; ids int64 [N, T]."""
     names = model.skeleton.block_names
-    found: dict[str, SiteStats] = {}
+    result: dict[str, SiteStats] = {}
     states = Activations(
         folder / "sites.bin", (*ids.shape, model.skeleton.hidden_size), model.skeleton.dtype, create=True
     )
     try:
         with torch.no_grad():
-            for block, seen in statistics(model, ids, batch, states, needs):
-                found.update({f"{names[block]}.{site}": stats for site, stats in seen.items()})
+            for block, of_block in statistics(model, ids, batch, states, needs):
+                result.update({f"{names[block]}.{site}": stats for site, stats in of_block.items()})
                 if progress is not None:
                     progress.step(block + 1, len(names))
     finally:
         states.delete()
-    return found
+    return result

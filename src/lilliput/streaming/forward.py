@@ -60,8 +60,8 @@ def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
     used, mapped = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     rows = torch.empty(len(used), table.weight.shape[1], dtype=skeleton.dtype_of(name), device=skeleton.device)
     for first, last in model.spans(name, used):
-        here = (used >= first) & (used < last)
-        rows[here] = model.read_rows(name, first, last)[used[here] - first].to(rows)
+        inside = (used >= first) & (used < last)
+        rows[inside] = model.read_rows(name, first, last)[used[inside] - first].to(rows)
     padding, table.padding_idx = table.padding_idx, None
     others = [n for n in skeleton.embeddings if n != name]
     model.load(others)

@@ -51,17 +51,17 @@ def watch(
 
     With `stop_after` a pass is left as soon as it has met all taps, so what follows costs nothing.
     """
-    left: set[str] = set()
+    remaining: set[str] = set()
 
     def look(site: str, x: Tensor) -> None:
         see(site, x)
-        left.discard(site)
-        if stop_after and not left:
+        remaining.discard(site)
+        if stop_after and not remaining:
             raise _Stop
 
     with _hooks(taps, look):
         for run in passes:
-            left = {tap.site for tap in taps}
+            remaining = {tap.site for tap in taps}
             try:
                 run()
             except _Stop:
@@ -87,14 +87,14 @@ def walk(
 
     walkers = [greenlet.greenlet(run) for run in passes]
     at: dict[int, int] = {}
-    shown: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
 
     def advance(n: int) -> None:
         where = walkers[n].switch()
         if walkers[n].dead:
             at.pop(n, None)
         else:
-            number, shown[n] = where
+            number, inputs[n] = where
             if number <= at.get(n, -1):
                 raise RuntimeError(f"the sites of a block are not met in their order: {taps[number].site}")
             at[n] = number
@@ -105,11 +105,11 @@ def walk(
                 advance(n)
             for number, tap in enumerate(taps):
                 # Shown only now, so that the passes come in their order also where some left a site out.
-                here = sorted(k for k, place in at.items() if place == number)
-                for n in here:
-                    see(tap.site, shown.pop(n))
+                waiting = sorted(k for k, place in at.items() if place == number)
+                for n in waiting:
+                    see(tap.site, inputs.pop(n))
                 arrived(tap.site)
-                for n in here:
+                for n in waiting:
                     advance(n)
     finally:
         for walker in walkers:

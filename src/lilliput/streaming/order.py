@@ -22,21 +22,21 @@ def as_met(
     """
     if len({site.stage for site in sites}) == len(sites):
         return sites
-    seen: dict[str, int] = {}
+    places: dict[str, int] = {}
 
     def see(site: str, _: Tensor) -> None:
-        seen.setdefault(site, len(seen))
+        places.setdefault(site, len(places))
 
     lockstep.watch(taps, first_pass, see, stop_after=False)
-    met = max(ranks.gathered(seen), key=len)
+    order = max(ranks.gathered(places), key=len)
     expert = {site.name: anatomy.linear(site.linears[0]).expert for site in sites}
-    first = min((n for name, n in met.items() if expert[name] is not None), default=len(met))
+    first = min((n for name, n in order.items() if expert[name] is not None), default=len(order))
 
     def place(site: Site) -> tuple[int, int, int]:
         number = expert[site.name]
         if number is not None:
             return first, number, site.stage
-        return met.get(site.name, len(met)), -1, site.stage
+        return order.get(site.name, len(order)), -1, site.stage
 
     return sorted(sites, key=place)
 
@@ -44,11 +44,11 @@ def as_met(
 def waves(sites: Sequence[Site]) -> list[list[Site]]:
     """Sites whose statistics are taken in one run: of one stage, and no more Gram matrices than two of the widest."""
     room = 2 * max((site.width for site in sites), default=1) ** 2
-    found: list[list[Site]] = []
+    groups: list[list[Site]] = []
     for site in sites:
-        last = found[-1] if found else []
+        last = groups[-1] if groups else []
         if last and last[-1].stage == site.stage and sum(s.width**2 for s in (*last, site)) <= room:
             last.append(site)
         else:
-            found.append([site])
-    return found
+            groups.append([site])
+    return groups

@@ -54,11 +54,11 @@ class Activations:
     @classmethod
     def taken_up(cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, checksum: int) -> Self:
         """What an interrupted run has left. Raises LilliputError unless it is whole and has the recorded checksum."""
-        found = cls(path, shape, dtype, create=False)
-        if found.checksum() != checksum:
-            found.close()
+        states = cls(path, shape, dtype, create=False)
+        if states.checksum() != checksum:
+            states.close()
             raise LilliputError(f"{path} is not what the unfinished run wrote (a power failure?); {START_ANEW}")
-        return found
+        return states
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -67,20 +67,20 @@ class Activations:
         """Samples [start, stop) as a new tensor [stop - start, tokens, hidden]."""
         out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
         view = raw(out)
-        done, at = 0, start * self._row
-        while done < len(view):
-            got = os.preadv(self._file, [view[done:]], at + done)
-            if got == 0:
+        count, at = 0, start * self._row
+        while count < len(view):
+            step = os.preadv(self._file, [view[count:]], at + count)
+            if step == 0:
                 raise OSError(f"{self.path} ended early")
-            done += got
+            count += step
         return out
 
     def write(self, start: int, hidden: Tensor) -> None:
         """Store `hidden` [n, tokens, hidden] from sample `start` on."""
         view = raw(hidden.detach().to("cpu", self.dtype).contiguous())
-        done, at = 0, start * self._row
-        while done < len(view):
-            done += os.pwrite(self._file, view[done:], at + done)
+        count, at = 0, start * self._row
+        while count < len(view):
+            count += os.pwrite(self._file, view[count:], at + count)
 
     def checksum(self) -> int:
         """CRC-32 of the content: a resumed run starts from it only if it is what was written."""

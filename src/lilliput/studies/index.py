@@ -32,7 +32,7 @@ class Listed:
 @functools.cache
 def discover() -> Mapping[str, Listed]:
     """All metrics and benchmarks by name. Raises RuntimeError for two of one name, or a METRIC that is none."""
-    found: dict[str, Listed] = {}
+    listed: dict[str, Listed] = {}
     for room in ROOMS:
         package = importlib.import_module(f"lilliput.{room}")
         for info in pkgutil.iter_modules(package.__path__):
@@ -40,11 +40,11 @@ def discover() -> Mapping[str, Listed]:
             if "METRIC" not in vars(module):
                 continue
             name, metric = info.name.replace("_", "-"), vars(module)["METRIC"]
-            if not isinstance(metric, Metric) or name in found:
+            if not isinstance(metric, Metric) or name in listed:
                 raise RuntimeError(f"{module.__name__}: METRIC is no Metric, or another file is called '{name}'")
             summary, _, text = (module.__doc__ or "").strip().partition("\n")
-            found[name] = Listed(name, room, metric, summary, text.strip())
-    return dict(sorted(found.items()))
+            listed[name] = Listed(name, room, metric, summary, text.strip())
+    return dict(sorted(listed.items()))
 
 
 def index() -> list[dict[str, Any]]:
@@ -60,14 +60,14 @@ def entry(listed: Listed) -> dict[str, Any]:
 
 def find(name: str) -> list[Listed]:
     """The metric of that name, or all that cover this id of the literature. Raises DataError with the nearest name."""
-    wanted, known = name.replace("_", "-"), discover()
-    if wanted in known:
-        return [known[wanted]]
-    found = [x for x in known.values() if wanted in x.metric.covers]
-    if not found:
-        ids = {key for x in known.values() for key in x.metric.covers}
-        raise DataError(f"unknown metric, benchmark or catalogue id '{name}'.{nearest(wanted, {*known, *ids})}")
-    return found
+    identifier, metrics = name.replace("_", "-"), discover()
+    if identifier in metrics:
+        return [metrics[identifier]]
+    matches = [x for x in metrics.values() if identifier in x.metric.covers]
+    if not matches:
+        ids = {key for x in metrics.values() for key in x.metric.covers}
+        raise DataError(f"unknown metric, benchmark or catalogue id '{name}'.{nearest(identifier, {*metrics, *ids})}")
+    return matches
 
 
 def page(listed: Listed) -> str:

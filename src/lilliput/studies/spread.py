@@ -95,21 +95,21 @@ def spread(
         raise PlanError(f"--seeds {','.join(map(str, seeds))}: a spread takes {LEAST} seeds or more, all different")
     if text.windows < 2:
         raise DataError("one window gives no interval: measure on 2 or more")
-    drawn = {"data": calibration.data, "samples": calibration.samples, "tokens": calibration.tokens}
-    shared: dict[str, Any] = {"recipe": recipe, "settings": settings, **drawn, **vars(limits), **vars(compute)}
-    made = api.plan(model, seed=seeds[0], **shared)
-    if not made.resolved.reads_tokens:
+    sampling = {"data": calibration.data, "samples": calibration.samples, "tokens": calibration.tokens}
+    shared: dict[str, Any] = {"recipe": recipe, "settings": settings, **sampling, **vars(limits), **vars(compute)}
+    plan = api.plan(model, seed=seeds[0], **shared)
+    if not plan.resolved.reads_tokens:
         raise PlanError("no step of this recipe reads calibration text: every seed would give the same model")
-    told = {"model": made.fingerprint, "recipe": made.to_json()["recipe"], **drawn, "dtype": compute.dtype}
-    _begin(folder, {**told, "text": vars(text)})
+    study = {"model": plan.fingerprint, "recipe": plan.to_json()["recipe"], **sampling, "dtype": compute.dtype}
+    _begin(folder, {**study, "text": vars(text)})
     runs = []
     for seed in seeds:
         record, place = folder / f"seed-{seed}.json", folder / f"seed-{seed}"
         if not record.exists():
             if not place.is_dir() or journal.published(place.absolute(), compute.work):
                 api.compress(model, place, seed=seed, eval_windows=0, progress=progress, **shared)
-            found = evaluate(place, model, **vars(text), memory=limits.memory, progress=progress)
-            _write(record, {"seed": seed, **_figures(found)})
+            evaluation = evaluate(place, model, **vars(text), memory=limits.memory, progress=progress)
+            _write(record, {"seed": seed, **_figures(evaluation)})
         if not keep and place.is_dir():
             shutil.rmtree(place)
         runs.append(_read(record))
@@ -117,8 +117,8 @@ def spread(
     return Spread(str(model), text.data[0], tuple(seeds), tuple(runs), figures)
 
 
-def _figures(found: Evaluation) -> dict[str, Any]:
-    plain = found.to_json()
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    plain = evaluation.to_json()
     return {name: plain[name] for name in FIGURES}
 
 
@@ -137,9 +137,9 @@ def _over(name: str, runs: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """Makes the folder, or finds that what is there belongs to the same study. Raises PlanError where it does not."""
-    there = folder / _SETTINGS
-    if there.exists():
-        before = _read(there)
+    path = folder / _SETTINGS
+    if path.exists():
+        before = _read(path)
         other = [key for key in settings if before.get(key) != json.loads(json.dumps(settings[key]))]
         if other:
             raise PlanError(f"{folder} holds runs with another {', '.join(other)}: choose another --out")
@@ -149,7 +149,7 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
     if not folder.absolute().parent.is_dir():
         raise PlanError(f"the folder {folder.absolute().parent} does not exist: create it, or choose another --out")
     folder.mkdir(exist_ok=True)
-    _write(there, settings)
+    _write(path, settings)
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
@@ -161,10 +161,10 @@ def _write(path: Path, data: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is no record of a run ({error}): remove it, and that seed runs again") from None
-    return found
+    return record
 
 
 METRIC = Metric(

@@ -97,7 +97,7 @@ def groups(counts: Sequence[Counts]) -> tuple[Group, ...]:
     rows = []
     for x, p in zip(counts, p_values, strict=True):
         p_holm = None if p is None else next(corrected)
-        said = None if x.flips is None or p_holm is None else paired.verdict(x.flips, p_holm, tests=len(tested))
+        verdict = None if x.flips is None or p_holm is None else paired.verdict(x.flips, p_holm, tests=len(tested))
         rows.append(
             Group(
                 x.name,
@@ -109,8 +109,8 @@ def groups(counts: Sequence[Counts]) -> tuple[Group, ...]:
                 x.flips,
                 p,
                 p_holm,
-                "none" if said is None else said.level,
-                "not compared: no base model was given" if said is None else said.text,
+                "none" if verdict is None else verdict.level,
+                "not compared: no base model was given" if verdict is None else verdict.text,
             )
         )
     return tuple(rows)
@@ -123,11 +123,13 @@ def by_category(
     names = sorted(set(labels))
     if len(names) < 2:
         return ()
-    found = []
+    counts = []
     for name in names:
         at = [i for i, label in enumerate(labels) if label == name]
-        found.append(count(name or OTHER, task, [ours[i] for i in at], None if base is None else [base[i] for i in at]))
-    return groups(found)
+        counts.append(
+            count(name or OTHER, task, [ours[i] for i in at], None if base is None else [base[i] for i in at])
+        )
+    return groups(counts)
 
 
 METRIC = Metric(

@@ -44,14 +44,14 @@ def item(shape: Shape, row: Row, where: str) -> Choice:
     return Choice(contexts, tuple(delimiter + x for x in choices), tuple(map(len, choices)), int(label))
 
 
-def shown(item: Choice) -> str:
+def example(item: Choice) -> str:
     """The item with its right answer, as a worked example."""
     return item.contexts[item.label] + item.continuations[item.label]
 
 
 def text(item: Choice) -> str:
     """The item's text, as calibration data would hold it."""
-    return shown(item)
+    return example(item)
 
 
 def prefixed(item: Choice, prefix: str) -> Choice:
@@ -69,13 +69,13 @@ def measure(
     """acc and acc_norm of each item, 0 or 1."""
     requests = [pair for x in items for pair in zip(x.contexts, x.continuations, strict=True)]
     scores = iter(log_likelihoods(loaded, requests, step=step))
-    found: dict[str, list[float]] = {"acc": [], "acc_norm": []}
+    metrics: dict[str, list[float]] = {"acc": [], "acc_norm": []}
     for x in items:
         sums = [next(scores).value for _ in x.continuations]
         shares = [value / length for value, length in zip(sums, x.lengths, strict=True)]
-        found["acc"].append(float(_first_largest(sums) == x.label))
-        found["acc_norm"].append(float(_first_largest(shares) == x.label))
-    return found
+        metrics["acc"].append(float(_first_largest(sums) == x.label))
+        metrics["acc_norm"].append(float(_first_largest(shares) == x.label))
+    return metrics
 
 
 METRIC = Metric(

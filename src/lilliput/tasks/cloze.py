@@ -31,14 +31,14 @@ def item(shape: Shape, row: Row, where: str) -> Cloze:
     return Cloze(shape.text(shape.context, row), shape.text(shape.delimiter, row) + target)
 
 
-def shown(item: Cloze) -> str:
+def example(item: Cloze) -> str:
     """The whole text, as a worked example."""
     return item.context + item.target
 
 
 def text(item: Cloze) -> str:
     """The item's text, as calibration data would hold it."""
-    return shown(item)
+    return example(item)
 
 
 def prefixed(item: Cloze, prefix: str) -> Cloze:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.data.tokens import known
+from lilliput.data.tokens import check_ids
 from lilliput.errors import DataError
 from lilliput.tasks.likelihood import Loaded, ids_of, not_finite, tail_logits
 
@@ -17,18 +17,18 @@ BATCH = 8
 
 def _ends(loaded: Loaded) -> list[int]:
     """Token ids that end a text: those of the generation config, or the tokenizer's."""
-    found: Any = getattr(loaded.model.generation_config, "eos_token_id", None)
-    if found is None:
-        found = loaded.tokenizer.eos_token_id
-    return [] if found is None else [int(x) for x in (found if isinstance(found, list) else [found])]
+    ids: Any = getattr(loaded.model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = loaded.tokenizer.eos_token_id
+    return [] if ids is None else [int(x) for x in (ids if isinstance(ids, list) else [ids])]
 
 
 def _text(loaded: Loaded, ids: Sequence[int], ends: Sequence[int], stop: Sequence[str]) -> tuple[str, bool]:
     """The continuation up to the first end or stop string, and whether there was one."""
-    cut = next((i for i, x in enumerate(ids) if x in ends), len(ids))
-    text = str(loaded.tokenizer.decode(list(ids[:cut]), skip_special_tokens=True))
+    end = next((i for i, x in enumerate(ids) if x in ends), len(ids))
+    text = str(loaded.tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
     at = min((i for i in (text.find(x) for x in stop) if i >= 0), default=-1)
-    return (text[:at], True) if at >= 0 else (text, cut < len(ids))
+    return (text[:at], True) if at >= 0 else (text, end < len(ids))
 
 
 def _batch(loaded: Loaded, prompts: Sequence[list[int]], stop: Sequence[str], tokens: int) -> list[str]:
@@ -41,7 +41,7 @@ def _batch(loaded: Loaded, prompts: Sequence[list[int]], stop: Sequence[str], to
     ids = torch.tensor([[0] * (longest - len(x)) + x for x in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts], device=model.device)
 
-    def done(input_ids: Tensor, scores: Any, **other: Any) -> Tensor:
+    def finished(input_ids: Tensor, scores: Any, **other: Any) -> Tensor:
         rows = input_ids[:, longest:].tolist()
         return torch.tensor([_text(loaded, row, ends, stop)[1] for row in rows], device=input_ids.device)
 
@@ -52,7 +52,7 @@ def _batch(loaded: Loaded, prompts: Sequence[list[int]], stop: Sequence[str], to
         eos_token_id=ends or None,
         use_cache=True,
     )
-    out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[done])
+    out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[finished])
     return [_text(loaded, row, ends, stop)[0] for row in out[:, longest:].tolist()]
 
 
@@ -73,28 +73,28 @@ def greedy(
     """
     if tokens >= loaded.length:
         raise DataError(f"answers of {tokens} tokens leave no room in the {loaded.length} positions of {loaded.name}.")
-    found: dict[int, str] = {}
+    texts: dict[int, str] = {}
     waiting: list[int] = []
     encoded = [ids_of(loaded.tokenizer, x)[-(loaded.length - tokens) :] for x in prompts]
     for i, prompt in enumerate(prompts):
         if not encoded[i]:
             raise DataError("a prompt is empty: give the model something to continue.")
-        known(encoded[i], loaded.tokenizer, loaded.vocabulary, "a prompt of the task")
-        before = loaded.kept.get("greedy", prompt, list(stop), tokens)
+        check_ids(encoded[i], loaded.tokenizer, loaded.vocabulary, "a prompt of the task")
+        before = loaded.answers.get("greedy", prompt, list(stop), tokens)
         if before is None:
             waiting.append(i)
         else:
-            found[i] = str(before)
+            texts[i] = str(before)
     waiting.sort(key=lambda i: (-len(encoded[i]), i))
-    step(len(found), len(prompts))
+    step(len(texts), len(prompts))
     for at in range(0, len(waiting), BATCH):
         batch = waiting[at : at + BATCH]
         longest = tuple(encoded[batch[0]])
         if at == 0 and not bool(torch.isfinite(tail_logits(loaded, [longest], len(longest) - 1)).all()):
             raise not_finite(loaded, torch.tensor([longest], device=loaded.model.device))
-        written = _batch(loaded, [encoded[i] for i in batch], stop, tokens)
-        for i, answer in zip(batch, written, strict=True):
-            found[i] = answer
-            loaded.kept.put(answer, "greedy", prompts[i], list(stop), tokens)
-        step(len(found), len(prompts))
-    return [found[i] for i in range(len(prompts))]
+        answers = _batch(loaded, [encoded[i] for i in batch], stop, tokens)
+        for i, answer in zip(batch, answers, strict=True):
+            texts[i] = answer
+            loaded.answers.put(answer, "greedy", prompts[i], list(stop), tokens)
+        step(len(texts), len(prompts))
+    return [texts[i] for i in range(len(prompts))]

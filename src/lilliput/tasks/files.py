@@ -14,7 +14,7 @@ from lilliput.errors import DataError
 from lilliput.tasks import choice, cloze, generate
 from lilliput.tasks.shapes import Row, Shape, shape_of
 
-# What a kind of task can do: item(shape, row, where), shown(item), prefixed(item, text), text(item) and
+# What a kind of task can do: item(shape, row, where), example(item), prefixed(item, text), text(item) and
 # measure(loaded, shape, items, step).
 KINDS: Mapping[str, ModuleType] = {"choice": choice, "cloze": cloze, "generate": generate}
 
@@ -23,13 +23,13 @@ KINDS: Mapping[str, ModuleType] = {"choice": choice, "cloze": cloze, "generate":
 class Spec:
     """A task as the user named it: NAME=FILE, NAME=FILE+EXAMPLES, KNOWN:LABEL=FILE, NAME=FILE.yaml, or NAME alone.
 
-    known: the entry of the table that reads the rows (see known.yaml), any other name being a user's own format; file:
+    entry: the entry of the table that reads the rows (see known.yaml), any other name being a user's own format; file:
     None for a task of the evaluation harness; examples: a file whose first rows are worked examples; definition: the
     harness's own description of the task NAME, None where it knows it.
     """
 
     name: str
-    known: str
+    entry: str
     file: Path | None
     examples: Path | None = None
     definition: Path | None = None
@@ -56,21 +56,21 @@ def parse(text: str) -> Spec:
     """A task's specification from the command line. Raises DataError for an empty name or file, and where there is no
     file to define a task."""
     name, equals, path = text.strip().partition("=")
-    known = name.partition(":")[0]
-    if not known or (equals and not path):
+    entry = name.partition(":")[0]
+    if not entry or (equals and not path):
         raise DataError(
             f"'{text}' is no task: give NAME=FILE.jsonl, NAME=FILE.jsonl+EXAMPLES.jsonl, NAME=FILE.yaml, or NAME alone."
         )
     if not equals:
-        return Spec(name, known, None)
+        return Spec(name, entry, None)
     if Path(path).suffix in (".yaml", ".yml"):
         if not Path(path).is_file():
             raise DataError(f"there is no file '{path}' that describes the task '{name}'.")
-        return Spec(name, known, None, definition=Path(path))
+        return Spec(name, entry, None, definition=Path(path))
     file, plus, examples = path.rpartition("+")
     if not plus or not file or Path(path).exists():
-        return Spec(name, known, Path(path))
-    return Spec(name, known, Path(file), Path(examples))
+        return Spec(name, entry, Path(path))
+    return Spec(name, entry, Path(file), Path(examples))
 
 
 def rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -130,21 +130,21 @@ def load_task(spec: Spec, *, limit: int | None = None, shots: int | None = None)
         raise DataError(f"the task '{spec.name}' names no file: give {spec.name}=FILE.jsonl.")
     if (limit is not None and limit < 1) or (shots is not None and shots < 0):
         raise DataError(f"limit {limit} and {shots} shots: at least one item and no fewer than 0 examples.")
-    shape, _, _ = _items(spec.file, spec.known, 1)
-    wanted = shape.shots if shots is None else shots
-    ahead = 0 if spec.examples is not None else wanted
-    _, items, categories = _items(spec.file, spec.known, None if limit is None else ahead + limit, shape)
+    shape, _, _ = _items(spec.file, spec.entry, 1)
+    count = shape.shots if shots is None else shots
+    ahead = 0 if spec.examples is not None else count
+    _, items, categories = _items(spec.file, spec.entry, None if limit is None else ahead + limit, shape)
     examples, items = items[:ahead], items[ahead:]
     if spec.examples is not None:
-        examples = _items(spec.examples, spec.known, wanted, shape)[1]
-    if len(examples) < wanted or not items:
+        examples = _items(spec.examples, spec.entry, count, shape)[1]
+    if len(examples) < count or not items:
         short = spec.examples or spec.file
         raise DataError(
-            f"'{short}' has too few rows for {wanted} worked examples"
+            f"'{short}' has too few rows for {count} worked examples"
             f"{'' if spec.examples else ' and one item'}: give more rows or fewer shots."
         )
     kind = KINDS[shape.kind]
-    prefix = "".join(f"{kind.shown(x)}\n\n" for x in examples)
+    prefix = "".join(f"{kind.example(x)}\n\n" for x in examples)
     ready = tuple(kind.prefixed(x, prefix) for x in items)
     digest = hashlib.sha256(repr((shape, ready)).encode()).hexdigest()
-    return Task(spec.name, shape, ready, wanted, digest, tuple(categories[ahead:]))
+    return Task(spec.name, shape, ready, count, digest, tuple(categories[ahead:]))

@@ -41,7 +41,7 @@ def item(shape: Shape, row: Row, where: str) -> Generate:
     return Generate(shape.text(shape.prompt, row), answer, shape.text(shape.shown, row), pattern)
 
 
-def shown(item: Generate) -> str:
+def example(item: Generate) -> str:
     """The prompt with its answer, as a worked example."""
     delimiter = "" if item.prompt[-1:].isspace() else " "
     return f"{item.prompt}{delimiter}{item.worked}"
@@ -49,7 +49,7 @@ def shown(item: Generate) -> str:
 
 def text(item: Generate) -> str:
     """The item's text, as calibration data would hold it."""
-    return shown(item)
+    return example(item)
 
 
 def prefixed(item: Generate, prefix: str) -> Generate:
@@ -75,15 +75,15 @@ def measure(
     loaded: Loaded, shape: Shape, items: Sequence[Generate], step: Callable[[int, int], None]
 ) -> dict[str, list[float]]:
     """For each metric of the shape 1 where the extracted answer is the right one, else 0."""
-    written = greedy(loaded, [x.prompt for x in items], stop=shape.stop, tokens=shape.tokens, step=step)
+    answers = greedy(loaded, [x.prompt for x in items], stop=shape.stop, tokens=shape.tokens, step=step)
     rules: Mapping[str, Mapping[str, str]] = shape.patterns or {shape.metric: {}}
-    found: dict[str, list[float]] = {name: [] for name in rules}
-    for x, answer in zip(items, written, strict=True):
+    scores: dict[str, list[float]] = {name: [] for name in rules}
+    for x, answer in zip(items, answers, strict=True):
         for name, rule in rules.items():
             pattern = x.pattern or rule.get("pattern", "")
-            got = extract(answer, pattern, rule.get("take", "first")) if pattern else answer
-            found[name].append(float(got is not None and normal(got) == normal(x.answer)))
-    return found
+            extracted = extract(answer, pattern, rule.get("take", "first")) if pattern else answer
+            scores[name].append(float(extracted is not None and normal(extracted) == normal(x.answer)))
+    return scores
 
 
 METRIC = Metric(

@@ -57,8 +57,8 @@ def adapter(loaded: Loaded, step: Callable[[int, int], None] = lambda done, tota
 
     class Adapter(LM):  # type: ignore[misc]
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            found = log_likelihoods(loaded, [(x.args[0], x.args[1]) for x in requests], step=step)
-            return [(x.value, x.greedy) for x in found]
+            likelihoods = log_likelihoods(loaded, [(x.args[0], x.args[1]) for x in requests], step=step)
+            return [(x.value, x.greedy) for x in likelihoods]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             tokenizer = loaded.tokenizer
@@ -77,7 +77,7 @@ def adapter(loaded: Loaded, step: Callable[[int, int], None] = lambda done, tota
             return sums
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            found: list[str] = []
+            answers: list[str] = []
             for x in requests:
                 settings = dict(x.args[1])
                 if settings.get("do_sample"):
@@ -85,9 +85,9 @@ def adapter(loaded: Loaded, step: Callable[[int, int], None] = lambda done, tota
                 stop = settings.get("until") or []
                 tokens = int(settings.get("max_gen_toks", _TOKENS))
                 stops = (stop,) if isinstance(stop, str) else tuple(stop)
-                found += greedy(loaded, [x.args[0]], stop=stops, tokens=tokens)
-                step(len(found), len(requests))
-            return found
+                answers += greedy(loaded, [x.args[0]], stop=stops, tokens=tokens)
+                step(len(answers), len(requests))
+            return answers
 
     return Adapter()
 
@@ -120,22 +120,22 @@ def check(name: str, definition: Path | None = None) -> None:
 def by_item(samples: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[float]]:
     """The harness's logged samples as scores by metric. Raises DataError where a task has no score for single items."""
     filters = {str(x["filter"]) for x in samples}
-    found: dict[str, dict[int, float]] = {}
+    by_metric: dict[str, dict[int, float]] = {}
     for x in samples:
         for metric in x["metrics"]:
             if isinstance(x[metric], bool | int | float) or hasattr(x[metric], "item"):
                 key = metric if len(filters) == 1 else f"{metric},{x['filter']}"
-                found.setdefault(key, {})[int(x["doc_id"])] = float(x[metric])
+                by_metric.setdefault(key, {})[int(x["doc_id"])] = float(x[metric])
     whole = {str(x["doc_id"]) for x in samples}
-    found = {metric: of for metric, of in found.items() if len(of) == len(whole)}
-    if not found:
+    by_metric = {metric: of for metric, of in by_metric.items() if len(of) == len(whole)}
+    if not by_metric:
         raise DataError(f"the task '{name}' scores no single items: measure perplexity with --data instead.")
-    return {metric: [of[i] for i in sorted(of)] for metric, of in found.items()}
+    return {metric: [of[i] for i in sorted(of)] for metric, of in by_metric.items()}
 
 
-def _preferred(found: Mapping[str, Sequence[float]]) -> str:
-    ranked = [x for wanted in _PREFERRED for x in found if x.partition(",")[0] == wanted]
-    return (ranked or list(found))[0]
+def _preferred(by_metric: Mapping[str, Sequence[float]]) -> str:
+    ranked = [x for name in _PREFERRED for x in by_metric if x.partition(",")[0] == name]
+    return (ranked or list(by_metric))[0]
 
 
 def run(
@@ -160,7 +160,7 @@ def run(
 
     manager = _known(names, None if definition is None else definition.resolve().parent)
     try:
-        found: Any = lm_eval.simple_evaluate(
+        results: Any = lm_eval.simple_evaluate(
             model=model,
             tasks=list(names),
             num_fewshot=shots,
@@ -178,13 +178,13 @@ def run(
             f"sets come from the Hugging Face hub: check the network, or give a local file, {names[0]}=FILE.jsonl."
         ) from error
     out: dict[str, HarnessScores] = {}
-    for name, samples in found["samples"].items():
+    for name, samples in results["samples"].items():
         by_metric = by_item(samples, name)
         prompts = sorted((int(x["doc_id"]), str(x["prompt_hash"])) for x in samples)
         out[name] = HarnessScores(
-            kind=str(found["configs"][name].get("output_type", "")),
+            kind=str(results["configs"][name].get("output_type", "")),
             metric=_preferred(by_metric),
-            shots=int(found["n-shot"].get(name) or 0),
+            shots=int(results["n-shot"].get(name) or 0),
             fingerprint=hashlib.sha256(repr(prompts).encode()).hexdigest(),
             scores=by_metric,
         )

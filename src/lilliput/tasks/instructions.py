@@ -25,10 +25,10 @@ from lilliput.options import Judge
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
 from lilliput.tasks import judge as judges
+from lilliput.tasks.answers import store_in
 from lilliput.tasks.decode import greedy
 from lilliput.tasks.files import Spec, category, parse, rows
 from lilliput.tasks.judge import Judged
-from lilliput.tasks.kept import kept_in
 from lilliput.tasks.likelihood import Loaded, ids_of, log_likelihoods
 from lilliput.tasks.run import loaded
 
@@ -107,13 +107,15 @@ def instruction(row: Mapping[str, Any], where: str) -> str:
     return "\n\n".join(x for x in (row[name], inner.get("input")) if isinstance(x, str) and x)
 
 
-def apart(tasks: Sequence[str], against: str | Path | None, judge: Judge | None = None) -> tuple[list[str], list[Spec]]:
+def separate(
+    tasks: Sequence[str], against: str | Path | None, judge: Judge | None = None
+) -> tuple[list[str], list[Spec]]:
     """The tasks that have right answers, as they were named, and the files of instructions.
 
     Raises DataError where instructions name no file or hold a bad row, where there is no base model beside them, and
     where a judge does not answer or has nothing to judge.
     """
-    scored = [x for x in tasks if parse(x).known != KNOWN]
+    scored = [x for x in tasks if parse(x).entry != KNOWN]
     specs = [parse(x) for x in tasks if x not in scored]
     for spec in specs:
         if spec.file is None or spec.examples is not None:
@@ -132,19 +134,19 @@ def apart(tasks: Sequence[str], against: str | Path | None, judge: Judge | None 
 
 def _asked(path: Path, limit: int | None) -> tuple[list[str], list[str]]:
     """Instructions, and the category of each."""
-    found = [(instruction(row, f"row {n} of '{path}'"), category(row)) for n, row in rows(path)][:limit]
-    if len(found) < 2:
-        raise DataError(f"'{path}': {len(found)} instructions give no interval: ask at least 2.")
-    return [x for x, _ in found], [x for _, x in found]
+    pairs = [(instruction(row, f"row {n} of '{path}'"), category(row)) for n, row in rows(path)][:limit]
+    if len(pairs) < 2:
+        raise DataError(f"'{path}': {len(pairs)} instructions give no interval: ask at least 2.")
+    return [x for x, _ in pairs], [x for _, x in pairs]
 
 
-def _prompts(model: Loaded, asked: Sequence[str]) -> list[str]:
+def _prompts(model: Loaded, instructions: Sequence[str]) -> list[str]:
     """Through the chat template where there is one, else as a question with room for an answer. Raises DataError where
     the template fails."""
     tokenizer = model.tokenizer
     if tokenizer.chat_template is None:
-        return [f"{x}\n\n" for x in asked]
-    chats = [[{"role": "user", "content": x}] for x in asked]
+        return [f"{x}\n\n" for x in instructions]
+    chats = [[{"role": "user", "content": x}] for x in instructions]
     return [chat(x, tokenizer, f"instruction {i}", answer=True) for i, x in enumerate(chats, 1)]
 
 
@@ -154,10 +156,10 @@ def _interval(values: Sequence[float], low: float = 0.0, high: float = float("in
 
 def _mean_likelihoods(model: Loaded, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Mean log-likelihood a token; minus infinity for an empty answer, which says nothing."""
-    said = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
-    found = iter(log_likelihoods(model, said))
+    answered = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
+    scores = iter(log_likelihoods(model, answered))
     lengths = [len(ids_of(model.tokenizer, a, special=False)) for a in answers]
-    return [next(found).value / n if a else -float("inf") for a, n in zip(answers, lengths, strict=True)]
+    return [next(scores).value / n if a else -float("inf") for a, n in zip(answers, lengths, strict=True)]
 
 
 def compare_instructions(
@@ -180,36 +182,36 @@ def compare_instructions(
     models with different tokenizers, a judge that does not answer), SourceError and PlanError as `run_tasks`.
     """
     path = Path(file)
-    asked, categories = _asked(path, limit)
+    questions, categories = _asked(path, limit)
     tokenizer = open_source(str(model)).tokenizer()
     theirs = vocabulary_of(open_source(str(against)).tokenizer())
     same_vocabulary(vocabulary_of(tokenizer), theirs, f"'{model}' and '{against}'")
     folder = None if work is None else Path(work)
-    with Quiet() if progress is None else progress as shown:
+    with Quiet() if progress is None else progress as display:
 
         def step(done: int, total: int) -> None:
-            shown.step(done, total, "instructions")
+            display.step(done, total, "instructions")
 
         with loaded(model, device=device, dtype=dtype, work=folder) as whole:
-            ours = greedy(whole, _prompts(whole, asked), tokens=tokens, step=step)
+            ours = greedy(whole, _prompts(whole, questions), tokens=tokens, step=step)
         del whole
         with loaded(against, device=device, dtype=dtype, work=folder) as whole:
-            prompts = _prompts(whole, asked)
+            prompts = _prompts(whole, questions)
             base = greedy(whole, prompts, tokens=tokens, step=step)
             likely = [_mean_likelihoods(whole, prompts, x) for x in (ours, base)]
         del whole
-        said: tuple[Judged, ...] = ()
+        judged: tuple[Judged, ...] = ()
         if judge is not None:
-            answers = kept_in(folder, "judge")
-            said = judges.compare(judge, asked, ours, base, categories=categories, kept=answers, step=step)
+            answers = store_in(folder, "judge")
+            judged = judges.compare(judge, questions, ours, base, categories=categories, store=answers, step=step)
     ids = [[ids_of(tokenizer, x, special=False) for x in answers] for answers in (ours, base)]
     repeated = [[repetition(x) for x in answers] for answers in ids]
     same = [a == b for a, b in zip(ours, base, strict=True)]
     wins = [0.5 if s else float(a > b) for s, a, b in zip(same, *likely, strict=True)]
-    answered = [Answered(*x) for x in zip(asked, ours, base, *likely, strict=True)]
+    answered = [Answered(*x) for x in zip(questions, ours, base, *likely, strict=True)]
     return Instructions(
         source=str(path),
-        prompts=len(asked),
+        prompts=len(questions),
         ours_length=_interval([len(x) for x in ids[0]]),
         base_length=_interval([len(x) for x in ids[1]]),
         ours_repetition=_interval(repeated[0]),
@@ -220,7 +222,7 @@ def compare_instructions(
         examples=tuple([x for x, s in zip(answered, same, strict=True) if not s][:_SHOWN]),
         note=NOTE,
         judge=None if judge is None else judge.model,
-        judged=said,
+        judged=judged,
     )
 
 

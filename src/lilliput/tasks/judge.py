@@ -28,7 +28,7 @@ from lilliput.metrics import paired
 from lilliput.metrics.interval import Interval, clip, mean_interval
 from lilliput.metrics.metric import Metric
 from lilliput.options import JUDGE_KEY, Judge
-from lilliput.tasks.kept import Kept
+from lilliput.tasks.answers import AnswerStore
 
 TRIES = 3
 SECONDS = 300  # that an answer may take
@@ -108,20 +108,20 @@ def _answer(judge: Judge, messages: Sequence[Mapping[str, str]]) -> str:
 
 def preferred(text: str) -> str:
     """ "A" or "B" as the judge's last verdict has it, "C" for a tie and where there is none."""
-    said: list[str] = _SAID.findall(text)
-    return said[-1] if said else "C"
+    verdicts: list[str] = _SAID.findall(text)
+    return verdicts[-1] if verdicts else "C"
 
 
-def _asked(judge: Judge, kept: Kept, prompt: str, first: str, second: str) -> str:
-    said = (
+def _asked(judge: Judge, store: AnswerStore, prompt: str, first: str, second: str) -> str:
+    question = (
         f"[Instruction]\n{prompt}\n\n[Answer of assistant A]\n{first}\n[End of answer A]\n\n"
         f"[Answer of assistant B]\n{second}\n[End of answer B]"
     )
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": said}]
-    before = kept.get("judge", judge.url, judge.model, messages)
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
+    before = store.get("judge", judge.url, judge.model, messages)
     if before is None:
         before = _answer(judge, messages)
-        kept.put(before, "judge", judge.url, judge.model, messages)
+        store.put(before, "judge", judge.url, judge.model, messages)
     return preferred(str(before))
 
 
@@ -132,22 +132,22 @@ def compare(
     base: Sequence[str],
     *,
     categories: Sequence[str] = (),
-    kept: Kept | None = None,
+    store: AnswerStore | None = None,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Judged, ...]:
     """All pairs, and then, where they are of several categories, those of each by name.
 
-    kept: answers of an interrupted run; step(done, total) counts pairs. Raises DataError where the judge fails.
+    store: answers of an interrupted run; step(done, total) counts pairs. Raises DataError where the judge fails.
     """
-    answers = Kept() if kept is None else kept
+    answers = AnswerStore() if store is None else store
     scores: list[tuple[float, bool | None]] = []
     for i, (prompt, a, b) in enumerate(zip(prompts, ours, base, strict=True)):
         if a == b:
             scores.append((0.5, None))
         else:
-            there = {"A": 1.0, "B": 0.0, "C": 0.5}[_asked(judge, answers, prompt, a, b)]
+            forward = {"A": 1.0, "B": 0.0, "C": 0.5}[_asked(judge, answers, prompt, a, b)]
             back = {"A": 0.0, "B": 1.0, "C": 0.5}[_asked(judge, answers, prompt, b, a)]
-            scores.append((there if there == back else 0.5, there == back))
+            scores.append((forward if forward == back else 0.5, forward == back))
         step(i + 1, len(prompts))
     names = sorted({x for x in categories if x})
     parts = [

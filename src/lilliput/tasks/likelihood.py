@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.skeleton import positions
-from lilliput.data.tokens import known
+from lilliput.data.tokens import check_ids
 from lilliput.errors import DataError, SourceError
-from lilliput.tasks.kept import Kept
+from lilliput.tasks.answers import AnswerStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,13 +31,14 @@ FALLBACK_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory with its tokenizer. name: for messages; length: the most tokens it reads; kept: its answers."""
+    """A model in memory with its tokenizer. name: for messages; length: the most tokens it reads; answers: those that
+    it gave."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     length: int
-    kept: Kept = field(default_factory=Kept)
+    answers: AnswerStore = field(default_factory=AnswerStore)
 
     @property
     def vocabulary(self) -> int:
@@ -72,19 +73,19 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Tru
     """Token ids, with the tokenizer's own special tokens unless the text begins with its beginning-of-text token."""
     start = tokenizer.bos_token
     added = special and not (start and text.startswith(start))
-    found: list[int] = tokenizer(text, add_special_tokens=added, verbose=False)["input_ids"]
-    return found
+    ids: list[int] = tokenizer(text, add_special_tokens=added, verbose=False)["input_ids"]
+    return ids
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, length: int) -> Encoded:
     """Token ids of a request, cut to `length` inputs. Raises DataError for a continuation without tokens of its own or
     longer than `length`."""
     if context:
-        kept = context.rstrip()
+        stem = context.rstrip()
         # A context of spaces alone stays as it is: nothing would be left of it.
-        moved = context[len(kept) :] if kept else ""
-        before = ids_of(tokenizer, kept or context)
-        after = ids_of(tokenizer, (kept or context) + moved + continuation)[len(before) :]
+        spaces = context[len(stem) :] if stem else ""
+        before = ids_of(tokenizer, stem or context)
+        after = ids_of(tokenizer, (stem or context) + spaces + continuation)[len(before) :]
     else:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         after = ids_of(tokenizer, continuation, special=False)
@@ -130,21 +131,21 @@ def tail_logits(loaded: Loaded, inputs: Sequence[tuple[int, ...]], first: int) -
     ids = torch.tensor([[*x, *(x[:1] * (longest - len(x)))] for x in inputs], device=model.device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         keep = torch.arange(first, longest, device=model.device)
-        found: Tensor = model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
-        return found
+        logits: Tensor = model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
+        return logits
     whole: Tensor = model(input_ids=ids, use_cache=False).logits
     return whole[:, first:]
 
 
 def broken(loaded: Loaded, inputs: Tensor) -> str:
     """Name of the first module whose output on inputs [rows, tokens] is not finite; empty where all are."""
-    found: list[str] = []
+    names: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
         def look(module: Any, arguments: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-                found.append(name)
+            if not names and isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+                names.append(name)
 
         return look
 
@@ -156,7 +157,7 @@ def broken(loaded: Loaded, inputs: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else ""
+    return names[0] if names else ""
 
 
 def not_finite(loaded: Loaded, inputs: Tensor) -> SourceError:
@@ -188,17 +189,17 @@ def scores(
     embedding.
     """
     highest = max((x.inputs + x.targets for x in requests), key=max, default=())
-    known(highest, loaded.tokenizer, loaded.vocabulary, "an item of the task")
-    found: dict[int, Score] = {}
+    check_ids(highest, loaded.tokenizer, loaded.vocabulary, "an item of the task")
+    by_index: dict[int, Score] = {}
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, x in enumerate(requests):
-        before = loaded.kept.get("likelihood", x.inputs, x.targets)
+        before = loaded.answers.get("likelihood", x.inputs, x.targets)
         if before is None:
             groups.setdefault(x.inputs, []).append(i)
         else:
-            found[i] = Score(float(before[0]), bool(before[1]))
+            by_index[i] = Score(float(before[0]), bool(before[1]))
     rows = [(inputs, max(len(requests[i].targets) for i in group)) for inputs, group in groups.items()]
-    step(len(found), len(requests))
+    step(len(by_index), len(requests))
     for batch in _batches(rows, int(loaded.model.config.get_text_config().vocab_size)):
         first = min(len(rows[j][0]) - rows[j][1] for j in batch)
         logits = tail_logits(loaded, [rows[j][0] for j in batch], first)
@@ -207,12 +208,12 @@ def scores(
             for i in groups[inputs]:
                 targets = torch.tensor(requests[i].targets, device=logits.device)
                 end = len(inputs) - first
-                found[i] = score = _score(logits[row, end - len(targets) : end], targets)
+                by_index[i] = score = _score(logits[row, end - len(targets) : end], targets)
                 if not math.isfinite(score.value):
                     raise not_finite(loaded, torch.tensor([inputs], device=logits.device))
-                loaded.kept.put([score.value, score.greedy], "likelihood", inputs, requests[i].targets)
-        step(len(found), len(requests))
-    return [found[i] for i in range(len(requests))]
+                loaded.answers.put([score.value, score.greedy], "likelihood", inputs, requests[i].targets)
+        step(len(by_index), len(requests))
+    return [by_index[i] for i in range(len(requests))]
 
 
 def log_likelihoods(

@@ -111,25 +111,25 @@ def _compared(ours: Sequence[float], base: Sequence[float]) -> Interval:
 
 def _perplexity(ours: Sequence[float], base: Sequence[float] | None) -> dict[str, Interval]:
     a = torch.tensor(ours, dtype=torch.float64)
-    found = {"ours": exp_interval(-a)}
+    intervals = {"ours": exp_interval(-a)}
     if base is not None:
         b = torch.tensor(base, dtype=torch.float64)
-        found |= {"base": exp_interval(-b), "ratio": exp_interval(b - a)}
-    return found
+        intervals |= {"base": exp_interval(-b), "ratio": exp_interval(b - a)}
+    return intervals
 
 
 def _also(scored: Scored) -> dict[str, dict[str, Interval]]:
-    found: dict[str, dict[str, Interval]] = {}
+    intervals: dict[str, dict[str, Interval]] = {}
     for name, ours in scored.ours.items():
         base = None if scored.base is None else scored.base[name]
         if name == LOG_LIKELIHOOD:
             if len(ours) > 1:
-                found["perplexity"] = _perplexity(ours, base)
+                intervals["perplexity"] = _perplexity(ours, base)
         elif name != scored.metric:
-            found[name] = {"ours": _level(ours)}
+            intervals[name] = {"ours": _level(ours)}
             if base is not None:
-                found[name] |= {"base": _level(base), "difference": _compared(ours, base)}
-    return found
+                intervals[name] |= {"base": _level(base), "difference": _compared(ours, base)}
+    return intervals
 
 
 def _p_value(scored: Scored) -> float | None:
@@ -142,16 +142,16 @@ def _p_value(scored: Scored) -> float | None:
     return paired.sign_flip(torch.tensor(ours, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64))
 
 
-def _verdict(flips: Flips | None, found: Interval | None, p_holm: float | None, tests: int) -> tuple[str, str]:
-    if found is None or p_holm is None:
+def _verdict(flips: Flips | None, interval: Interval | None, p_holm: float | None, tests: int) -> tuple[str, str]:
+    if interval is None or p_holm is None:
         return "none", "not compared: no base model was given"
     if flips is not None:
-        said = paired.verdict(flips, p_holm, tests=tests)
-        return said.level, said.text
-    amount = f"{abs(found.value):.3g} +- {(found.high - found.low) / 2:.2g}"
+        verdict = paired.verdict(flips, p_holm, tests=tests)
+        return verdict.level, verdict.text
+    amount = f"{abs(interval.value):.3g} +- {(interval.high - interval.low) / 2:.2g}"
     if p_holm < paired.ALPHA:
-        return ("loss", f"loss of {amount}") if found.value < 0 else ("gain", f"gain of {amount}")
-    return "unsure", f"no significant difference ({found.low:.3g} to {found.high:.3g})"
+        return ("loss", f"loss of {amount}") if interval.value < 0 else ("gain", f"gain of {amount}")
+    return "unsure", f"no significant difference ({interval.low:.3g} to {interval.high:.3g})"
 
 
 def _categories(scored: Scored) -> tuple[Group, ...]:
@@ -182,9 +182,9 @@ def results(scored: Sequence[Scored]) -> list[TaskResult]:
         ours = x.ours[x.metric]
         base = None if x.base is None else x.base[x.metric]
         flips = None if base is None else _flips(ours, base)
-        found = None if base is None else _compared(ours, base)
+        compared = None if base is None else _compared(ours, base)
         p_holm = None if p is None else next(corrected)
-        level, said = _verdict(flips, found, p_holm, len(tested))
+        level, words = _verdict(flips, compared, p_holm, len(tested))
         rows.append(
             TaskResult(
                 name=x.name,
@@ -196,13 +196,13 @@ def results(scored: Sequence[Scored]) -> list[TaskResult]:
                 fingerprint=x.fingerprint,
                 ours=_level(ours),
                 base=None if base is None else _level(base),
-                difference=found,
+                difference=compared,
                 flips=flips,
                 p_value=p,
                 p_holm=p_holm,
                 detectable=None if flips is None else paired.detectable(flips.items, flips.discordant, alpha),
                 level=level,
-                verdict=said,
+                verdict=words,
                 also=_also(x),
                 notes=x.notes,
                 ability=x.ability,

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lilliput.data.overlap import items_seen
-from lilliput.data.tokens import Tokens, known, same_vocabulary, vocabulary_of
+from lilliput.data.tokens import Tokens, check_ids, same_vocabulary, vocabulary_of
 from lilliput.errors import DataError, SourceError
 from lilliput.machine import memory
 from lilliput.metrics.evaluate import compute_dtype
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
 from lilliput.tasks import harness
+from lilliput.tasks.answers import store_for
 from lilliput.tasks.files import Spec, Task, load_task, parse
-from lilliput.tasks.kept import kept_for
 from lilliput.tasks.likelihood import Loaded, context_length, ids_of
 from lilliput.tasks.result import Scored, Scores, TaskResult, results
 from lilliput.tasks.shapes import ability_of
@@ -63,9 +63,9 @@ def loaded(
             f"{model} cannot be loaded whole to run tasks ({text[0] if text else type(error).__name__}): give a "
             "folder that transformers opens, and enough memory for all of it."
         ) from error
-    kept = kept_for(work, source.folder, dtype, torch.device(device).type)
+    answers = store_for(work, source.folder, dtype, torch.device(device).type)
     try:
-        yield Loaded(whole, source.tokenizer(), str(model), context_length(whole), kept)
+        yield Loaded(whole, source.tokenizer(), str(model), context_length(whole), answers)
     finally:
         del whole
         gc.collect()
@@ -91,11 +91,11 @@ def overlap_note(task: Task, tokenizer: PreTrainedTokenizerBase, calibration: To
 
     Empty where there is none. Both must come from `tokenizer`.
     """
-    seen = items_seen(calibration, [ids_of(tokenizer, task.kind.text(x), special=False) for x in task.items])
-    if not sum(seen):
+    flags = items_seen(calibration, [ids_of(tokenizer, task.kind.text(x), special=False) for x in task.items])
+    if not sum(flags):
         return ""
     return (
-        f"{sum(seen)} of {len(seen)} items share 13 tokens or more with the calibration text '{calibration.source}': "
+        f"{sum(flags)} of {len(flags)} items share 13 tokens or more with the calibration text '{calibration.source}': "
         "this task's figures may look better than they are"
     )
 
@@ -106,13 +106,13 @@ def _answers(
     tasks: Mapping[str, Task],
     limit: int | None,
     shots: int | None,
-    shown: Progress,
+    display: Progress,
 ) -> dict[str, _Answers]:
     """Answers by name, in the order of the specifications; a harness group gives one for each of its tasks."""
-    found: dict[str, _Answers] = {}
+    answers: dict[str, _Answers] = {}
 
     def step(name: str) -> Callable[[int, int], None]:
-        return lambda done, total: shown.step(done, total, f"{name}, {Path(model.name).name}")
+        return lambda done, total: display.step(done, total, f"{name}, {Path(model.name).name}")
 
     for spec in specs:
         task = tasks.get(spec.name)
@@ -121,10 +121,10 @@ def _answers(
                 model, [spec.name], definition=spec.definition, limit=limit, shots=shots, step=step(spec.name)
             )
             for name, x in scored.items():
-                found[name] = _Answers(x.kind, x.metric, x.shots, x.fingerprint, x.scores, ability_of(name))
+                answers[name] = _Answers(x.kind, x.metric, x.shots, x.fingerprint, x.scores, ability_of(name))
         else:
             scores = task.kind.measure(model, task.shape, task.items, step(spec.name))
-            found[spec.name] = _Answers(
+            answers[spec.name] = _Answers(
                 task.shape.kind,
                 task.shape.metric,
                 task.shots,
@@ -133,7 +133,7 @@ def _answers(
                 task.shape.ability,
                 task.categories,
             )
-    return found
+    return answers
 
 
 def check_tasks(
@@ -164,7 +164,7 @@ def check_tasks(
         rows = getattr(source.text_config, "vocab_size", None)
         for task in tasks.values():
             for item in task.items:
-                known(ids_of(ours, task.kind.text(item)), ours, rows, f"an item of '{task.name}' for {name}")
+                check_ids(ids_of(ours, task.kind.text(item)), ours, rows, f"an item of '{task.name}' for {name}")
     if against is not None:
         _same_tokens(ours, tokenizers[str(against)], list(tasks.values()), f"'{model}' and '{against}'")
     return parsed, tasks, ours
@@ -196,14 +196,14 @@ def run_tasks(
     """
     parsed, tasks, tokenizer = check_tasks(model, against, specs, limit=limit, shots=shots)
     folder = None if work is None else Path(work)
-    with Quiet() if progress is None else progress as shown:
+    with Quiet() if progress is None else progress as display:
         with loaded(model, device=device, dtype=dtype, work=folder) as whole:
-            ours = _answers(whole, parsed, tasks, limit, shots, shown)
+            ours = _answers(whole, parsed, tasks, limit, shots, display)
         del whole
         base: dict[str, _Answers] | None = None
         if against is not None:
             with loaded(against, device=device, dtype=dtype, work=folder) as whole:
-                base = _answers(whole, parsed, tasks, limit, shots, shown)
+                base = _answers(whole, parsed, tasks, limit, shots, display)
             del whole
     files = {x.name: str(x.file) for x in parsed if x.file is not None}
     scored = []

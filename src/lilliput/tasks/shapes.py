@@ -97,9 +97,9 @@ def _environment() -> Any:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    made = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    made.filters["without_brackets"] = _without_brackets
-    return made
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["without_brackets"] = _without_brackets
+    return environment
 
 
 @cache
@@ -131,8 +131,8 @@ def ability_of(name: str) -> str:
     """What a data set asks for, by the name that it has in the table, or in the harness, whose subsets begin with it
     (bbh_cot_fewshot_navigate)."""
     shapes = table()
-    found = max((x for x in shapes if name == x or name.startswith(f"{x}_")), key=len, default=OWN)
-    return shapes[found][0].ability
+    match = max((x for x in shapes if name == x or name.startswith(f"{x}_")), key=len, default=OWN)
+    return shapes[match][0].ability
 
 
 def shape_of(name: str, row: Row, where: str) -> Shape:

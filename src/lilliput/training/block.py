@@ -56,7 +56,8 @@ class Start:
     """Some rows of a linear before the descent: what to approximate, and codes on a grid that do so already.
 
     weight float32 [rows, in]: what the other parts leave over, 0 outside the support; base: those other parts' sum
-    (None: no others); scale, zero float32 [units]; codes int16, centred (code - zero); given: an earlier step's.
+    (None: no others); scale, zero float32 [units]; codes int16, centred (code - zero); continued: whether they are an
+    earlier step's.
     """
 
     units: Units
@@ -66,7 +67,7 @@ class Start:
     scale: Tensor
     zero: Tensor
     codes: Tensor
-    given: bool
+    continued: bool
 
     def origin(self, margin: float) -> Tensor:
         """Positions float32 [rows, in] that round to the codes: w / S where it does, else the nearest that does, moved
@@ -90,9 +91,9 @@ class Start:
                 self.scale[rows],
                 self.zero[rows],
                 self.codes[rows],
-                self.given,
+                self.continued,
             )
-            for rows, units in self.units.apart(_CHUNK)
+            for rows, units in self.units.pieces_with_units(_CHUNK)
         ]
 
 
@@ -131,29 +132,31 @@ class _Linear:
     def finished(self) -> Layer:
         """The layer for the present leaves, as it would be stored."""
         codes, grids = zip(*(x.finish() for x in self.fitted), strict=True)
-        held, support = torch.cat(codes), self.layer.support
+        joined_codes, support = torch.cat(codes), self.layer.support
         grid = IntegerGrid(torch.cat([g.scale for g in grids]), _joined([g.zero for g in grids]))
         if support is not None:
             rest = (
-                torch.zeros_like(held[:1, :1]) if grid.zero is None else Units(self.form, *held.shape).spread(grid.zero)
+                torch.zeros_like(joined_codes[:1, :1])
+                if grid.zero is None
+                else Units(self.form, *joined_codes.shape).spread(grid.zero)
             )
-            held = torch.where(support, held, rest)
-        return replace(self.layer, parts=(*self.layer.parts, QuantizedPart(self.form, held, grid)))
+            joined_codes = torch.where(support, joined_codes, rest)
+        return replace(self.layer, parts=(*self.layer.parts, QuantizedPart(self.form, joined_codes, grid)))
 
 
 def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    there = [x for x in tensors if x is not None]
-    return torch.cat(there) if there else None
+    present = [x for x in tensors if x is not None]
+    return torch.cat(present) if present else None
 
 
 def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions) -> tuple[Layer, Start]:
-    given = bool(layer.parts) and isinstance(layer.parts[-1], QuantizedPart)
-    before = replace(layer, parts=layer.parts[:-1] if given else layer.parts)
+    has_codes = bool(layer.parts) and isinstance(layer.parts[-1], QuantizedPart)
+    before = replace(layer, parts=layer.parts[:-1] if has_codes else layer.parts)
     weight = before.rest()
     base = layer.weight - weight if before.parts else None
     if layer.support is not None:
         weight = torch.where(layer.support, weight, 0.0)
-    if given:
+    if has_codes:
         part = layer.parts[-1]
         form = part.format if isinstance(part, QuantizedPart) else None
         if not isinstance(part, QuantizedPart) or not isinstance(form, IntegerFormat):
@@ -161,15 +164,15 @@ def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions)
         grid, codes = part.grid, part.codes
     else:
         form = from_target(target)
-        seen = stats is not None and stats.count and o.start == "mse"
-        importance = stats.second_moment().to(weight) if stats is not None and seen else None
+        has_stats = stats is not None and stats.count and o.start == "mse"
+        importance = stats.second_moment().to(weight) if stats is not None and has_stats else None
         grid = form.fit(weight, search=o.start, importance=importance)
         codes = form.encode(weight, grid)
     units = Units(form, *weight.shape)
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
     centred = (codes - units.spread(zero)).to(torch.int16)
-    return before, Start(units, weight, base, layer.support, scale, zero, centred, given)
+    return before, Start(units, weight, base, layer.support, scale, zero, centred, has_codes)
 
 
 def descend(
@@ -214,13 +217,13 @@ def descend(
         with torch.enable_grad():
             total = sum(_losses(block, io, leaves, chosen, o, backward=norm))
         for name, linear in linears.items():
-            seen = leaves.pop(name).grad
+            gradient = leaves.pop(name).grad
             at = 0
             for x in linear.fitted:
                 with torch.enable_grad():
-                    if seen is not None:
+                    if gradient is not None:
                         weight = x.weight()
-                        weight.backward(seen[at : at + len(weight)])  # type: ignore[no-untyped-call]
+                        weight.backward(gradient[at : at + len(weight)])  # type: ignore[no-untyped-call]
                         at += len(weight)
                     extra = None if penalty is None else penalty(x, step / schedule.steps)
                     if extra is not None:
@@ -228,8 +231,8 @@ def descend(
         return total / norm
 
     parameters = [p for linear in linears.values() for x in linear.fitted for p in x.parameters]
-    done = train.minimise(parameters, slope, whole, schedule)
-    return BlockFit({name: x.finished() for name, x in linears.items()}, done.start, done.end)
+    descent = train.minimise(parameters, slope, whole, schedule)
+    return BlockFit({name: x.finished() for name, x in linears.items()}, descent.start, descent.end)
 
 
 def _samples(count: int, o: FitOptions) -> list[list[int]]:
@@ -260,10 +263,10 @@ def _losses(
         some = chosen[a : a + io.piece]
         device = next(iter(weights.values())).device
         hidden = torch.cat([io.inputs.read(n, n + 1) for n in some]).to(device)
-        wanted = torch.cat([io.targets.read(n, n + 1) for n in some]).to(device)
-        error = (block.run(weights, hidden) - wanted).square().mean(2)
+        targets = torch.cat([io.targets.read(n, n + 1) for n in some]).to(device)
+        error = (block.run(weights, hidden) - targets).square().mean(2)
         if o.weigh == "tokens":
-            error = error / wanted.square().mean(2).clamp_(min=1e-12)
+            error = error / targets.square().mean(2).clamp_(min=1e-12)
         each = error.mean(1)
         if backward is not None:
             (each.sum() / backward).backward()  # type: ignore[no-untyped-call]

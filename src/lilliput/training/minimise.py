@@ -43,7 +43,7 @@ class Descent:
 
     start: float
     end: float
-    kept: Literal["start", "best", "last"]
+    state: Literal["start", "best", "last"]
 
 
 def minimise(
@@ -80,17 +80,17 @@ def minimise(
     for p in parameters:
         p.value.grad = None
     last = _finite(whole(), "after the last step")
-    found: Descent = Descent(first, last, "last") if last < first else Descent(first, first, "start")
+    result: Descent = Descent(first, last, "last") if last < first else Descent(first, first, "start")
     if best is not start:
         after = _copy(parameters)
         _restore(parameters, best)
-        seen = _finite(whole(), "in the best state")
-        if seen < found.end:
-            return Descent(first, seen, "best")
+        check = _finite(whole(), "in the best state")
+        if check < result.end:
+            return Descent(first, check, "best")
         _restore(parameters, after)
-    if found.kept == "start":
+    if result.state == "start":
         _restore(parameters, start)
-    return found
+    return result
 
 
 def _finite(value: float, when: str) -> float:

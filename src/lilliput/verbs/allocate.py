@@ -45,7 +45,7 @@ class Allocate(Spec[OptionsT]):
         order.governing(task, around)
         order.divisible(task, around, self.refuse)
 
-    def apart(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
+    def farthest(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
         return () if self.extremes is None else self.extremes(target, options)
 
     def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:

@@ -73,11 +73,11 @@ class Choose(Spec[OptionsT]):
                     f"'{other.method.name}': put such a step after it"
                 )
 
-    def apart(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
+    def farthest(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
         """Grids that stand beside each other, whatever their groups: a row's own always fits."""
         entries = self.entries(options)
-        found = [menu.on(target, x).model_copy(update={"group_size": -1}) for x in (entries[0], entries[-1])]
-        return tuple(dict.fromkeys(found))
+        targets = [menu.on(target, x).model_copy(update={"group_size": -1}) for x in (entries[0], entries[-1])]
+        return tuple(dict.fromkeys(targets))
 
     def tokens(self, options: OptionsT) -> bool:
         return True

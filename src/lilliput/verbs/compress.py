@@ -74,7 +74,7 @@ class Compress(Spec[OptionsT]):
             return drafts.pruned(label, draft, task.target, linear.in_features)
         if self.writes == "quantized":
             drafts.once(label, draft)
-        drafts.known(label, draft, task.needs, task.fisher)
+        drafts.check_statistics(label, draft, task.needs, task.fisher)
         drafts.unmasked(label, draft, self.masked)
         added = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
         return drafts.extended(label, draft, added, self.writes == "quantized")

@@ -65,18 +65,18 @@ def once(label: str, draft: Draft) -> None:
         raise PlanError(f"{label}: an earlier step quantizes this layer already; keep one of them")
 
 
-def known(label: str, draft: Draft, needs: Collection[str], fisher: bool) -> None:
+def check_statistics(label: str, draft: Draft, needs: Collection[str], fisher: bool) -> None:
     """Raises PlanError where the step reads what does not survive the transforms of the linear so far."""
     scheme = draft.scheme
-    turned = any(not isinstance(x, ScaleSpec) for x in scheme.inputs)
-    lost: str | None = None
+    rotated = any(not isinstance(x, ScaleSpec) for x in scheme.inputs)
+    missing: str | None = None
     if fisher and (scheme.inputs or scheme.outputs):
-        lost = "squared gradients"
-    elif turned and {"absmean", "absmax"} & set(needs):
-        lost = "mean or largest absolute inputs"
-    if lost is not None:
+        missing = "squared gradients"
+    elif rotated and {"absmean", "absmax"} & set(needs):
+        missing = "mean or largest absolute inputs"
+    if missing is not None:
         raise PlanError(
-            f"{label}: it reads {lost}, which are not known for a layer that an earlier step has rotated "
+            f"{label}: it reads {missing}, which are not known for a layer that an earlier step has rotated "
             f"({scheme.describe()}): choose another option, or leave one of the two steps out"
         )
 

@@ -66,23 +66,23 @@ class Fit(Spec[OptionsT]):
                     f"{draft.scheme.parts[-1].describe()}: only integer codes at the end of a layer's parts can be "
                     "fitted"
                 )
-            done = draft
+            result = draft
         else:
-            drafts.known(label, draft, task.needs, task.fisher)
+            drafts.check_statistics(label, draft, task.needs, task.fisher)
             drafts.unmasked(label, draft, self.masked)
             added = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
-            done = drafts.extended(label, draft, added, True)
+            result = drafts.extended(label, draft, added, True)
         if later:
             raise PlanError(
                 f"{later[0].label} on {name}: {task.label} fits this layer with its block once all other "
                 "steps are done: make it the last one on this layer, and the only one of its family"
             )
-        return done
+        return result
 
     def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
         # Three products a weight and token for each step, and three passes that only look.
-        looked = self.looks(options, run.samples) * 3 + 3 * run.samples
-        return Cost(operations=looked * run.tokens * sum(x.parameters for x in linears))
+        samples = self.looks(options, run.samples) * 3 + 3 * run.samples
+        return Cost(operations=samples * run.tokens * sum(x.parameters for x in linears))
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         """A block: its weights in all their copies, and what a batch leaves for the way back."""

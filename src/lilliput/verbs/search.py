@@ -85,8 +85,8 @@ class Search(Spec[OptionsT]):
         return None
 
     def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
-        looked = self.passes(len(linears), options) * self.looked_at(run.samples, options)
-        return Cost(operations=3.0 * run.weights * looked * run.tokens)
+        samples = self.passes(len(linears), options) * self.looked_at(run.samples, options)
+        return Cost(operations=3.0 * run.weights * samples * run.tokens)
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         making = max(peak.of_decomposing(block.linears).ram for block in run.kinds)

@@ -91,8 +91,8 @@ class Spec(Generic[OptionsT]):
         if self.writes == "support" and target.pattern is None:
             added["sparsity"] = 0.5
         added |= self.default
-        taken = named | ({"rank", "ratio"} if named & {"rank", "ratio"} else set())
-        return target.model_copy(update={key: value for key, value in added.items() if key not in taken})
+        fixed = named | ({"rank", "ratio"} if named & {"rank", "ratio"} else set())
+        return target.model_copy(update={key: value for key, value in added.items() if key not in fixed})
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
         """Raises PlanError where the step cannot stand where it does among the steps of the recipe."""
@@ -119,7 +119,7 @@ class Spec(Generic[OptionsT]):
     def suits(self, task: Task, around: Around) -> None:
         """Raises PlanError where the method cannot do what its step asks for on this model."""
 
-    def apart(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
+    def farthest(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
         """The targets farthest apart that the step may give linears with this one; none: its decision is no matter of
         layouts."""
         return ()
@@ -195,19 +195,19 @@ class Method:
 
     def parse(self, options: Mapping[str, Any]) -> BaseModel:
         """Options as the method's own type. Raises PlanError that names the option, the rule and the nearest name."""
-        known = self.options.model_fields
+        fields = self.options.model_fields
         for key in options:
-            if key not in known:
-                raise PlanError(f"method '{self.name}' has no option '{key}'.{nearest(key, known)}")
+            if key not in fields:
+                raise PlanError(f"method '{self.name}' has no option '{key}'.{nearest(key, fields)}")
         try:
-            made = self.options.model_validate(dict(options))
+            parsed = self.options.model_validate(dict(options))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(x) for x in first["loc"])
             raise PlanError(
                 f"option '{where}' of method '{self.name}': {first['msg']}, got {first['input']!r}"
             ) from None
-        return made
+        return parsed
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ class Task:
         """Of how many of `samples` calibration samples the step asks squared gradients; 0: of none."""
         if not self.fisher:
             return 0
-        asked = None if self.spec.fisher_samples is None else self.spec.fisher_samples(self.options)
-        return samples if asked is None else min(asked, samples)
+        count = None if self.spec.fisher_samples is None else self.spec.fisher_samples(self.options)
+        return samples if count is None else min(count, samples)
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ class BlockIO:
     """Statistics by site name, as collected before this step changes anything.
 
     `squares(linear)`: squared gradients float32 [out, in], read from disk; None where the step asks for none.
-    `moved(weights)`: how far the block's output moves with `weights` [out, in], by linear, in place of the linears'
+    `movement(weights)`: how far the block's output moves with `weights` [out, in], by linear, in place of the linears'
     own: the mean over tokens of |change|^2 / |output|^2, on two calibration samples; None without calibration.
     """
 
     stats: Mapping[str, SiteStats]
     squares: Callable[[str], Tensor] | None = None
-    moved: Callable[[Mapping[str, Tensor]], float] | None = None
+    movement: Callable[[Mapping[str, Tensor]], float] | None = None
 
 
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]

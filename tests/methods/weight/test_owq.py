@@ -116,9 +116,9 @@ def test_each_kept_column_pays() -> None:
 
 
 def test_the_number_of_columns_is_planned() -> None:
-    assert owq.kept(owq.Options(extra=0.1), 576, 1536) == 9  # 0.1 * 576 * 1536 / (16 * 576 + 32)
-    assert owq.kept(owq.Options(extra=0.0), 576, 1536) == 0
-    assert owq.kept(owq.Options(extra=16.0), 4, 10) == 6
+    assert owq.column_count(owq.Options(extra=0.1), 576, 1536) == 9  # 0.1 * 576 * 1536 / (16 * 576 + 32)
+    assert owq.column_count(owq.Options(extra=0.0), 576, 1536) == 0
+    assert owq.column_count(owq.Options(extra=16.0), 4, 10) == 6
     made = owq.scheme(_target(), owq.Options(extra=0.1), 576, 1536)
     plain = IntegerFormat(3, False, -1, torch.float32).size_bits(576, 1536)
     assert 0.09 < (made.size_bits(576, 1536) - plain) / (576 * 1536) <= 0.1

@@ -68,13 +68,13 @@ def mean_range(weight: Tensor, size: int) -> float:
 
 def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]:
     """A group size for each linear; -1, as resolved targets have it, is one group per row."""
-    found = {}
+    targets = {}
     for name, share in budget.items():
         least = share.target.group_size
         assert isinstance(least, int)  # `refuse` has seen to it
-        chosen = choose(scores[name], least, o.fall)
-        found[name] = share.target.model_copy(update={"group_size": -1 if chosen is None else chosen})
-    return found
+        size = choose(scores[name], least, o.fall)
+        targets[name] = share.target.model_copy(update={"group_size": -1 if size is None else size})
+    return targets
 
 
 def choose(score: tuple[float, ...], least: int, fall: float) -> int | None:

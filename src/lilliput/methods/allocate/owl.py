@@ -47,11 +47,11 @@ def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
     scores = {name: w.abs() * _size(block, io, name).to(w) for name, w in block.weights.items()}
     entries = sum(s.numel() for s in scores.values())
     joint = sum(float(s.sum(dtype=torch.float64)) for s in scores.values()) / max(entries, 1)
-    found: dict[str, tuple[float, ...]] = {}
+    counts: dict[str, tuple[float, ...]] = {}
     for name, s in scores.items():
         mean = joint if o.per == "block" else float(s.mean(dtype=torch.float64))
-        found[name] = (float((s > o.multiple * mean).sum()), float(s.numel()))
-    return found
+        counts[name] = (float((s > o.multiple * mean).sum()), float(s.numel()))
+    return counts
 
 
 def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]:
@@ -59,14 +59,14 @@ def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]
     unit = {name: str(share.block) if o.per == "block" else name for name, share in budget.items()}
     units = list(dict.fromkeys(unit.values()))
     place = {u: i for i, u in enumerate(units)}
-    above, entries, weights, wanted = (torch.zeros(len(units), dtype=torch.float64) for _ in range(4))
+    above, entries, weights, budgeted = (torch.zeros(len(units), dtype=torch.float64) for _ in range(4))
     for name, share in budget.items():
         i = place[unit[name]]
         above[i] += scores[name][0]
         entries[i] += scores[name][1]
         weights[i] += share.weights
-        wanted[i] += share.weights * float(share.target.sparsity or 0.0)
-    mean = float(wanted.sum() / weights.sum())
+        budgeted[i] += share.weights * float(share.target.sparsity or 0.0)
+    mean = float(budgeted.sum() / weights.sum())
     sparsities = divide(above / entries, weights, mean, min(o.spread, mean, 1.0 - mean))
     return {
         name: share.target.model_copy(update={"sparsity": float(sparsities[place[unit[name]]])})

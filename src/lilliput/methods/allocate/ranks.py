@@ -63,8 +63,8 @@ class Options(Strict):
 
 def needs(o: Options) -> tuple[str, ...]:
     """Output errors take the Gram matrix whatever is truncated by."""
-    taken = ("gram", "absmean") if o.weighting == "absmean" else ("gram",)
-    return (*taken, "fisher") if o.measure == "loss" else taken
+    statistics = ("gram", "absmean") if o.weighting == "absmean" else ("gram",)
+    return (*statistics, "fisher") if o.measure == "loss" else statistics
 
 
 def refuse(target: Target, o: Options) -> str | None:
@@ -78,7 +78,7 @@ def refuse(target: Target, o: Options) -> str | None:
 
 def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
     """For each linear: its outputs, its inputs, and the squared output error at rank 0 and at each ratio below 1."""
-    found: dict[str, tuple[float, ...]] = {}
+    scores: dict[str, tuple[float, ...]] = {}
     for name, weight in block.weights.items():
         stats = io.stats[block.anatomy.linear(name).site]
         gram = stats.need("gram") if stats.count else None
@@ -87,8 +87,8 @@ def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
         rows, width = weight.shape
         ranks = [0, *(rank_at(j, o.steps, rows, width) for j in range(1, o.steps))]
         unit = _cost(io, name, gram) / rows if o.measure == "loss" else 1.0
-        found[name] = (float(rows), float(width), *(unit * float(errors[rank]) for rank in ranks))
-    return found
+        scores[name] = (float(rows), float(width), *(unit * float(errors[rank]) for rank in ranks))
+    return scores
 
 
 def _cost(io: BlockIO, name: str, gram: Tensor | None) -> float:
@@ -119,25 +119,25 @@ def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]
     curves = [_curve(scores[name], share, o) for name, share in budget.items()]
     place = [0] * len(curves)
     room = sum(_size(share, share.target) for share in budget.values()) - sum(curve[0].size for curve in curves)
-    heap = [found for n, curve in enumerate(curves) if (found := _offer(n, curve, 0, room, o)) is not None]
+    heap = [offer for n, curve in enumerate(curves) if (offer := _offer(n, curve, 0, room, o)) is not None]
     heapq.heapify(heap)
     while heap:
         _, n, j = heapq.heappop(heap)
         price = curves[n][j].size - curves[n][place[n]].size
         if price <= room:
             place[n], room = j, room - price
-        found = _offer(n, curves[n], place[n], room, o)  # where the room has shrunk below the price, a shorter step
-        if found is not None:
-            heapq.heappush(heap, found)
-    chosen = [curve[j].rank for curve, j in zip(curves, place, strict=True)]
+        offer = _offer(n, curves[n], place[n], room, o)  # where the room has shrunk below the price, a shorter step
+        if offer is not None:
+            heapq.heappush(heap, offer)
+    ranks = [curve[j].rank for curve, j in zip(curves, place, strict=True)]
     for n in sorted(range(len(curves)), key=lambda n: (-_next(curves[n], place[n], o), n)):
-        rank, share = chosen[n], budget[names[n]]
+        rank, share = ranks[n], budget[names[n]]
         if rank is not None:
             before = curves[n][place[n]].size
             rows, width = scores[names[n]][:2]
-            chosen[n] = _raised(share, rank, before + room, lowrank.break_even(int(rows), int(width)))
-            room -= _size(share, _with(share, chosen[n])) - before
-    return {name: _with(budget[name], rank) for name, rank in zip(names, chosen, strict=True)}
+            ranks[n] = _raised(share, rank, before + room, lowrank.break_even(int(rows), int(width)))
+            room -= _size(share, _with(share, ranks[n])) - before
+    return {name: _with(budget[name], rank) for name, rank in zip(names, ranks, strict=True)}
 
 
 def _offer(n: int, curve: Sequence[_Point], at: int, room: int, o: Options) -> tuple[float, int, int] | None:

@@ -75,7 +75,7 @@ def begin(start: Start, o: Options) -> Rounder:
     leaf = torch.ones_like(start.weight, requires_grad=True)
     row = torch.ones(start.units.rows, 1, device=leaf.device, requires_grad=True)
     step = torch.ones_like(start.scale, requires_grad=True)
-    origin = start.origin(o.margin) if start.given else None
+    origin = start.origin(o.margin) if start.continued else None
     return Rounder(start, origin, Parameter(leaf, low=_LEAST), Parameter(row, low=_LEAST), Parameter(step, low=_LEAST))
 
 

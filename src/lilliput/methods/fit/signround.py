@@ -75,8 +75,8 @@ class Rounder:
         high = (form.highest - zero) * self.upper.value
         wide = scale * ((high - low) / (form.highest - form.lowest))
         at = form.lowest - low * (scale / wide)
-        shown = at.detach().round().clamp_(form.lowest, form.highest)
-        return rounding.stored_scale(wide, form), rounding.through(at, shown)
+        rounded_zero = at.detach().round().clamp_(form.lowest, form.highest)
+        return rounding.stored_scale(wide, form), rounding.through(at, rounded_zero)
 
     def position(self, scale: Tensor) -> Tensor:
         if self.origin is not None:
@@ -96,11 +96,11 @@ class Rounder:
 def begin(start: Start, o: Options) -> Rounder:
     """Rows of a linear at their start."""
     count = max(o.iters, 1)
-    wide = o.start == "minmax" and not start.given
+    wide = o.start == "minmax" and not start.continued
     rate = o.lr if o.lr is not None else (1.0 if wide else 0.6) / count
     slow = o.minmax_lr if o.minmax_lr is not None else rate if wide else 0.08 / count
     offset = Parameter(torch.zeros_like(start.weight, requires_grad=True), rate, -0.5, 0.5)
-    origin = start.origin(o.margin) if start.given else None
+    origin = start.origin(o.margin) if start.continued else None
     upper = lower = None
     if o.clip:
         top = 1.0 if wide else 2.0

@@ -116,7 +116,7 @@ def _embedding(model: RotatedModel, samples: Samples, part: backward.Gradients) 
 
 def _read(model: RotatedModel, targets: Mapping[str, Target], rotation: Tensor) -> backward.Read:
     """Tensors as the loss sees them: rotated, and rounded to the grid of a later step."""
-    turned = model.rotated(rotation)
+    rotated = model.rotated(rotation)
     flipped = {
         f"{prefix}.{x.name}"
         for prefix, block in zip(model.anatomy().block_names, model.anatomy().blocks, strict=True)
@@ -125,7 +125,7 @@ def _read(model: RotatedModel, targets: Mapping[str, Target], rotation: Tensor) 
     }
 
     def read(name: str) -> Tensor:
-        value = turned.read(name)
+        value = rotated.read(name)
         linear = name.removesuffix(".weight")
         target = targets.get(linear) if name.endswith(".weight") else None
         if target is None:

@@ -138,9 +138,9 @@ def _through(
     readers: Mapping[str, SiteStats], block: BlockView, io: BlockIO, target: Target, grid_of: Format, o: Options
 ) -> _Judge:
     """All readers together by what reaches the block's output, each as the later step would make it."""
-    if io.moved is None:
+    if io.movement is None:
         raise RuntimeError("a block's output was asked for without calibration samples")
-    moved = io.moved
+    movement = io.movement
     later = gptq.Options(damping=o.damping, search=o.search, steps=o.steps)
 
     def compressed(name: str, stats: SiteStats, scale: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _through(
         grid = _fit(scaled, stats.need("gram").diagonal() / scale.square(), grid_of, o)
         return grid_of.decode(grid_of.encode(scaled, grid), grid) / scale
 
-    return lambda scale: moved({name: compressed(name, stats, scale) for name, stats in readers.items()})
+    return lambda scale: movement({name: compressed(name, stats, scale) for name, stats in readers.items()})
 
 
 def _price(gram: Tensor, o: Options) -> Tensor:

@@ -70,52 +70,52 @@ def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target]
     Raises LilliputError where no truncation of single layers leaves a loss that is finite.
     """
     ranks = {name: _ranks(share.shape, o) for name, share in budget.items()}
-    left = sum(len(some) for some in ranks.values())
-    tried: list[tuple[float, str, int]] = []
+    remaining = sum(len(some) for some in ranks.values())
+    trials: list[tuple[float, str, int]] = []
     for name, some in ranks.items():
         for rank in some:
-            left -= 1
-            lost = loss({name: _with(budget[name], rank)}, left)
-            if math.isfinite(lost):
-                tried.append((lost, name, rank))
+            remaining -= 1
+            value = loss({name: _with(budget[name], rank)}, remaining)
+            if math.isfinite(value):
+                trials.append((value, name, rank))
     most = sum(_size(share, share.target) for share in budget.values())
-    tried.sort(key=lambda x: x[0])
-    low, high = 0, len(tried)  # how many of the gentlest truncations the threshold lets through
+    trials.sort(key=lambda x: x[0])
+    low, high = 0, len(trials)  # how many of the gentlest truncations the threshold lets through
     while low < high:
         middle = (low + high) // 2
-        if _bytes(budget, _least(tried[:middle])) <= most:
+        if _bytes(budget, _least(trials[:middle])) <= most:
             high = middle
         else:
             low = middle + 1
-    while 0 < low < len(tried) and tried[low][0] == tried[low - 1][0]:
+    while 0 < low < len(trials) and trials[low][0] == trials[low - 1][0]:
         low += 1  # a threshold lets all of equal loss through
-    chosen = _least(tried[:low])
-    if _bytes(budget, chosen) > most:
+    decision = _least(trials[:low])
+    if _bytes(budget, decision) > most:
         raise LilliputError(
             "too few layers have a finite loss after truncation to reach the ratio: check the calibration "
             "text, or the dtype"
         )
-    targets = {name: _with(share, chosen.get(name)) for name, share in budget.items()}
-    return targets, _said(chosen, len(budget), tried[low - 1][0] if low else None)
+    targets = {name: _with(share, decision.get(name)) for name, share in budget.items()}
+    return targets, _said(decision, len(budget), trials[low - 1][0] if low else None)
 
 
 def _ranks(shape: tuple[int, int], o: Options) -> list[int]:
     """The ranks to try, rising, below the one at which factors are no smaller."""
     rows, width = shape
-    found = {max(1, math.floor(ratio * rows * width / (rows + width) + 1e-9)) for ratio in o.ratios}
-    return sorted(rank for rank in found if rank < lowrank.break_even(rows, width))
+    candidates = {max(1, math.floor(ratio * rows * width / (rows + width) + 1e-9)) for ratio in o.ratios}
+    return sorted(rank for rank in candidates if rank < lowrank.break_even(rows, width))
 
 
-def _least(tried: Sequence[tuple[float, str, int]]) -> dict[str, int]:
+def _least(trials: Sequence[tuple[float, str, int]]) -> dict[str, int]:
     """The least rank of each layer among those let through."""
-    found: dict[str, int] = {}
-    for _, name, rank in tried:
-        found[name] = min(rank, found.get(name, rank))
-    return found
+    ranks: dict[str, int] = {}
+    for _, name, rank in trials:
+        ranks[name] = min(rank, ranks.get(name, rank))
+    return ranks
 
 
-def _bytes(budget: Budget, chosen: Mapping[str, int]) -> int:
-    return sum(_size(share, _with(share, chosen.get(name))) for name, share in budget.items())
+def _bytes(budget: Budget, ranks: Mapping[str, int]) -> int:
+    return sum(_size(share, _with(share, ranks.get(name))) for name, share in budget.items())
 
 
 def _with(share: Share, rank: int | None) -> Target:
@@ -128,11 +128,11 @@ def _size(share: Share, target: Target) -> int:
     return share.size(target)
 
 
-def _said(chosen: Mapping[str, int], count: int, threshold: float | None) -> str:
+def _said(ranks: Mapping[str, int], count: int, threshold: float | None) -> str:
     if threshold is None:
         return f"asvd-search: all {count} linears fit unchanged."
     return (
-        f"asvd-search: {len(chosen)} of {count} linears truncated, each to the smallest rank that alone keeps "
+        f"asvd-search: {len(ranks)} of {count} linears truncated, each to the smallest rank that alone keeps "
         f"the perplexity on the samples at {math.exp(threshold):.4g} or below."
     )
 

@@ -70,27 +70,27 @@ def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target]
     blocks = sorted({share.block for share in budget.values()})
     first = blocks[len(blocks) - math.ceil(o.late * len(blocks) - 1e-9)]
     ranks = {name: _ranks(share.shape, o) for name, share in budget.items() if share.block >= first}
-    left = sum(len(some) for some in ranks.values())
+    remaining = sum(len(some) for some in ranks.values())
     more = max(0, len(ranks) - 1)  # what combining them may ask for after that
-    least = before = loss({}, left + more)
+    least = before = loss({}, remaining + more)
     if not math.isfinite(before):
         raise LilliputError("the loss of the unchanged model is not finite: check the calibration text, or the dtype")
     better: list[tuple[float, str, Target]] = []
     for name, some in ranks.items():
-        tried = []
+        trials = []
         for rank in some:
-            left -= 1
+            remaining -= 1
             target = budget[name].target.model_copy(update={"rank": rank, "ratio": None})
-            lost = loss({name: target}, left + more)
-            if lost < before:
-                tried.append((lost, rank, target))
-        if tried:
-            lost, _, target = min(tried, key=lambda x: x[:2])
-            better.append((lost, name, target))
+            value = loss({name: target}, remaining + more)
+            if value < before:
+                trials.append((value, rank, target))
+        if trials:
+            value, _, target = min(trials, key=lambda x: x[:2])
+            better.append((value, name, target))
     chosen: dict[str, Target] = {}
-    for number, (lost, name, target) in enumerate(sorted(better, key=lambda x: x[0])):
+    for number, (value, name, target) in enumerate(sorted(better, key=lambda x: x[0])):
         together = {**chosen, name: target}
-        now = lost if not chosen else loss(together, len(better) - number - 1)
+        now = value if not chosen else loss(together, len(better) - number - 1)
         if now < least:
             chosen, least = together, now
     whole = {name: share.target.model_copy(update={"rank": None, "ratio": 1.0}) for name, share in budget.items()}
@@ -99,16 +99,16 @@ def search(loss: Loss, budget: Budget, o: Options) -> tuple[Mapping[str, Target]
 
 def _ranks(shape: tuple[int, int], o: Options) -> list[int]:
     """The ranks to try, rising, below the largest."""
-    found = {laser.rank_of(Target(), laser.Options(kept=share), *shape) for share in o.kept}
-    return sorted(rank for rank in found if rank is not None and rank < min(shape))
+    candidates = {laser.rank_of(Target(), laser.Options(kept=share), *shape) for share in o.kept}
+    return sorted(rank for rank in candidates if rank is not None and rank < min(shape))
 
 
-def _said(chosen: Mapping[str, Target], looked: int, before: float, after: float) -> str:
+def _said(chosen: Mapping[str, Target], count: int, before: float, after: float) -> str:
     if not chosen:
-        return f"laser-search: none of {looked} linears lowers the loss ({before:.4f}); all are left unchanged."
+        return f"laser-search: none of {count} linears lowers the loss ({before:.4f}); all are left unchanged."
     names = [f"{name} to rank {target.rank}" for name, target in chosen.items()]
     return (
-        f"laser-search: {len(chosen)} of {looked} linears lowered, loss on the samples {before:.4f} to {after:.4f}: "
+        f"laser-search: {len(chosen)} of {count} linears lowered, loss on the samples {before:.4f} to {after:.4f}: "
         f"{few(names, _SHOWN)}."
     )
 

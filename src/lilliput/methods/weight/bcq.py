@@ -82,8 +82,8 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     def rounding(a: int, b: int) -> obs.Nearest:
         return values.Levels.of(grid.rows(a, b).levels().sort(-1).values, visits)
 
-    found = values.sweep(weight, factor, order, rounding)
-    return layer.with_part(QuantizedPart(form, form.encode(found, grid), grid))
+    rounded = values.sweep(weight, factor, order, rounding)
+    return layer.with_part(QuantizedPart(form, form.encode(rounded, grid), grid))
 
 
 METHOD = Compress(

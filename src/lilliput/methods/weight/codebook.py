@@ -70,7 +70,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     form = from_target(target)
     weight = layer.rest()
     holes = None if layer.support is None else ~layer.support
-    kept = weight if holes is None else weight.masked_fill(holes, 0.0)
+    supported = weight if holes is None else weight.masked_fill(holes, 0.0)
     order, factor = None, None
     if o.sweep or o.weigh == "pivot":
         gram = stats.need("gram")
@@ -86,9 +86,9 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         importance = torch.empty_like(square).index_copy_(0, order, square)
     if importance is not None and holes is not None:
         importance = importance.expand(weight.shape).masked_fill(holes, 0.0)
-    table = form.fit(kept, importance=importance, zero=holes)
+    table = form.fit(supported, importance=importance, zero=holes)
     if not o.sweep or factor is None:
-        return layer.with_part(QuantizedPart(form, form.encode(kept, table), table))
+        return layer.with_part(QuantizedPart(form, form.encode(supported, table), table))
     rows, width = weight.shape
     group = groups.index(width, form.group_size, weight.device)
     refits = o.refits if form.group_size != 0 else 0
@@ -100,8 +100,8 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         support = None if layer.support is None else layer.support[a:b]
         problem = levels.Problem(weight[a:b], stats.need("gram"), factor, order, o.shrinkage, support, o.block)
         start = table.rows(a, b).levels.float().expand(b - a, -1, -1)
-        values, found = levels.sweep(problem, start, group, form.dtype, refits)
-        part = Table(found.to(form.dtype)) if form.group_size else table
+        values, refitted = levels.sweep(problem, start, group, form.dtype, refits)
+        part = Table(refitted.to(form.dtype)) if form.group_size else table
         if form.group_size:
             fitted[a:b] = part.levels
         codes[a:b] = form.encode(values, part)

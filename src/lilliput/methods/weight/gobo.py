@@ -92,22 +92,22 @@ def _centroids(values: Tensor, count: int) -> Tensor:
     best, least = levels, float("inf")
     for _ in range(_STEPS):
         inner = torch.searchsorted(values, (levels[1:] + levels[:-1]) / 2, right=True)
-        cut = torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=n)
-        at = torch.minimum(torch.maximum(torch.searchsorted(values, levels), cut[:-1]), cut[1:])
-        below = levels * (at - cut[:-1]) - (sums[at] - sums[cut[:-1]])
-        above = (sums[cut[1:]] - sums[at]) - levels * (cut[1:] - at)
+        bounds = torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=n)
+        at = torch.minimum(torch.maximum(torch.searchsorted(values, levels), bounds[:-1]), bounds[1:])
+        below = levels * (at - bounds[:-1]) - (sums[at] - sums[bounds[:-1]])
+        above = (sums[bounds[1:]] - sums[at]) - levels * (bounds[1:] - at)
         cost = float((below + above).sum())
         if cost >= least:
             break
         best, least = levels, cost
-        levels = _means(sums, cut, levels)
+        levels = _means(sums, bounds, levels)
     return best.float()
 
 
-def _means(sums: Tensor, cut: Tensor, empty: Tensor) -> Tensor:
+def _means(sums: Tensor, bounds: Tensor, empty: Tensor) -> Tensor:
     """The mean of the values between neighbouring cuts, [count]; `empty` where there are none."""
-    size = cut.diff()
-    return torch.where(size > 0, sums[cut].diff() / size.clamp(min=1), empty)
+    size = bounds.diff()
+    return torch.where(size > 0, sums[bounds].diff() / size.clamp(min=1), empty)
 
 
 METHOD = Compress(

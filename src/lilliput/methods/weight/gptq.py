@@ -91,12 +91,12 @@ def rounded(layer: Layer, stats: SiteStats, form: Sweepable, o: Options, grid: A
     """`compress` on a format; `grid`: scales of the caller's, in the format's own form, in place of fitted ones."""
     weight = layer.rest()
     gram = stats.need("gram")
-    kept = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
+    supported = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
     importance = _importance(gram, factor, order, o)
     if grid is None:
-        grid = ranged.fit(form, kept, importance, _search(o))
+        grid = ranged.fit(form, supported, importance, _search(o))
     work = swept.start(form, grid)
     rows, width = weight.shape
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
@@ -135,23 +135,23 @@ def _sweep(
     rows, width = weight.shape
     form, grid = work.form, work.grid
     groups = index(width, form.group_size).tolist()
-    turned = weight.T.contiguous() if order is None else weight.T[order]
-    held = None if support is None else support.T.contiguous()
-    mask = held if held is None or order is None else held[order]
+    columns = weight.T.contiguous() if order is None else weight.T[order]
+    kept_mask = None if support is None else support.T.contiguous()
+    mask = kept_mask if kept_mask is None or order is None else kept_mask[order]
     visits = groups if order is None else [groups[j] for j in order.tolist()]
     rounding = work.rounding(rows, visits)
-    deviation, codes = torch.empty_like(turned), torch.empty_like(turned)
+    deviation, codes = torch.empty_like(columns), torch.empty_like(columns)
     dynamic = order is None and not o.static_groups and form.group_size != 0
     for a, b in _blocks(groups if dynamic else None, width, o.block):
         if dynamic and isinstance(form, IntegerFormat) and (a == 0 or groups[a] != groups[a - 1]):
             stop = next((j for j in range(a, width) if groups[j] != groups[a]), width)
-            values = obs.reach(turned, deviation, factor, a, stop)
+            values = obs.reach(columns, deviation, factor, a, stop)
             values = values if mask is None else values * mask[a:stop]
             _refit(values, None if importance is None else importance[a:stop], form, grid, groups[a], o)
             rounding = work.rounding(rows, visits)
-        aim = obs.reach(turned, deviation, factor, a, b)
+        aim = obs.reach(columns, deviation, factor, a, b)
         some = None if mask is None else mask[a:b]
-        obs.settle(aim, deviation[a:b], turned[a:b], factor.coupling[a:b, a:b], a, rounding, codes[a:b], some)
+        obs.settle(aim, deviation[a:b], columns[a:b], factor.coupling[a:b, a:b], a, rounding, codes[a:b], some)
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
         deviation = torch.empty_like(deviation).index_copy_(0, order, deviation)
@@ -162,7 +162,7 @@ def _sweep(
         ridge = factor.damping * float(gram.diagonal().mean()) / (1.0 + o.shrinkage)
         dtype = work.moves if o.rescale else None
         for _ in range(o.refine):
-            lattice.polish(codes, deviation, gram, ridge, rounding, dtype, held)
+            lattice.polish(codes, deviation, gram, ridge, rounding, dtype, kept_mask)
         if dtype is not None:
             grid.scale.copy_(torch.stack(list(rounding.scale), 1))
     return work.codes(codes, groups)

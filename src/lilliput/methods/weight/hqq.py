@@ -55,8 +55,8 @@ def _affine(weight: Tensor, target: Target, o: Options) -> QuantizedPart:
     form = affine.from_target(target)
     grid = form.fit(weight, search=o.start == "mse")
     scale, zero = _fitted(weight, grid.scale.float(), grid.zero.float(), form.codes, o, True)
-    found = affine.AffineGrid(scale.to(form.scale_dtype), zero.to(form.scale_dtype))
-    return QuantizedPart(form, form.encode(weight, found), found)
+    fitted = affine.AffineGrid(scale.to(form.scale_dtype), zero.to(form.scale_dtype))
+    return QuantizedPart(form, form.encode(weight, fitted), fitted)
 
 
 def _integer(weight: Tensor, target: Target, o: Options) -> QuantizedPart:
@@ -65,18 +65,18 @@ def _integer(weight: Tensor, target: Target, o: Options) -> QuantizedPart:
     scale = grid.scale.float()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
     scale, zero = _fitted(weight, scale, zero, form, o, False)
-    found = integer.IntegerGrid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))
-    return QuantizedPart(form, form.encode(weight, found), found)
+    fitted = integer.IntegerGrid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))
+    return QuantizedPart(form, form.encode(weight, fitted), fitted)
 
 
 def _fitted(
     weight: Tensor, scale: Tensor, zero: Tensor, form: IntegerFormat, o: Options, real: bool
 ) -> tuple[Tensor, Tensor]:
     """`splitting` of all rows, few at a time."""
-    found = scale.clone(), zero.clone()
-    for rows, units in Units(form, *weight.shape).apart(_CHUNK):
-        found[0][rows], found[1][rows] = splitting(weight[rows], scale[rows], zero[rows], units, o, real)
-    return found
+    fitted = scale.clone(), zero.clone()
+    for rows, units in Units(form, *weight.shape).pieces_with_units(_CHUNK):
+        fitted[0][rows], fitted[1][rows] = splitting(weight[rows], scale[rows], zero[rows], units, o, real)
+    return fitted
 
 
 def splitting(
@@ -87,16 +87,16 @@ def splitting(
     weight [rows, in] and the grid that it starts from; `real`: zero points are no integers.
     """
     exact, code = _codes(weight, scale, zero, units)
-    best, kept, beta = _error(exact, code, scale, units, o.norm), (scale, zero), o.beta
+    best, best_grid, beta = _error(exact, code, scale, units, o.norm), (scale, zero), o.beta
     for _ in range(o.iters):
         scale, zero = _update(exact, code, scale, zero, units, o, beta, real)
         exact, code = _codes(weight, scale, zero, units)
-        seen = _error(exact, code, scale, units, o.norm)
-        better = seen < best
-        best = torch.where(better, seen, best)
-        kept = torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1])
+        error = _error(exact, code, scale, units, o.norm)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_grid = torch.where(better, scale, best_grid[0]), torch.where(better, zero, best_grid[1])
         beta *= o.kappa
-    return kept
+    return best_grid
 
 
 def _error(exact: Tensor, code: Tensor, scale: Tensor, units: Units, norm: float) -> Tensor:
@@ -111,21 +111,21 @@ def _update(
     miss = exact - code
     size = miss.abs()
     large = miss.sign() * (size - size.clamp(min=1e-8).pow_(o.norm - 1).div_(beta)).clamp_(min=0.0)
-    wanted = exact - large
-    moved = zero
+    aim = exact - large
+    new_zero = zero
     if not units.form.symmetric:
-        moved = zero + _sum(units, code - wanted) / _sum(units, torch.ones_like(exact))
+        new_zero = zero + _sum(units, code - aim) / _sum(units, torch.ones_like(exact))
         if real:
-            moved = moved.to(units.form.scale_dtype).float()
+            new_zero = new_zero.to(units.form.scale_dtype).float()
         else:
-            moved = moved.round().clamp_(units.form.lowest, units.form.highest)
+            new_zero = new_zero.round().clamp_(units.form.lowest, units.form.highest)
     if not o.scale:
-        return scale, moved
+        return scale, new_zero
     # Codes keep their meaning: q is what it was, c = q - Z moves with Z.
-    code = code + units.spread(zero - moved)
-    top, bottom = _sum(units, code * wanted), _sum(units, code.square())
+    code = code + units.spread(zero - new_zero)
+    top, bottom = _sum(units, code * aim), _sum(units, code.square())
     factor = torch.where((top > 0) & (bottom > 0), top / bottom, 1.0)
-    return search.stored(scale * factor, units.form.scale_dtype), moved
+    return search.stored(scale * factor, units.form.scale_dtype), new_zero
 
 
 def _codes(weight: Tensor, scale: Tensor, zero: Tensor, units: Units) -> tuple[Tensor, Tensor]:

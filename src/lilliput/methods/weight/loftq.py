@@ -107,9 +107,9 @@ def _untrained(name: str, weight: Tensor, rank: int, o: Options) -> LowRankPart:
     """B = 0 and a random A: linears of equal shape draw different ones, and the same in every run."""
     rows, width = weight.shape
     generator = torch.Generator().manual_seed(o.seed + zlib.crc32(name.encode()))
-    drawn = torch.randn(rank, width, generator=generator) / width**0.5
+    right = torch.randn(rank, width, generator=generator) / width**0.5
     spec = factor_spec(o.factors)
-    return LowRankPart(as_part(weight.new_zeros(rows, rank), spec), as_part(drawn.to(weight.device), spec))
+    return LowRankPart(as_part(weight.new_zeros(rows, rank), spec), as_part(right.to(weight.device), spec))
 
 
 METHOD = Compress(

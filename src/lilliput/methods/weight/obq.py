@@ -59,11 +59,11 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     """
     form = from_target(target)
     weight = layer.rest()
-    kept = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
+    supported = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     gram = stats.need("gram")
     inverse = _inverse(gram.double(), o.damping)
     diagonal = gram.diagonal()
-    grid = form.fit(kept, search=o.search, importance=diagonal + o.damping * diagonal.mean())
+    grid = form.fit(supported, search=o.search, importance=diagonal + o.damping * diagonal.mean())
     rows, width = weight.shape
     scale, zero = (x.double().expand(rows, width) for x in form.expand(grid, width))
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
@@ -95,9 +95,9 @@ def _rows(
     """Codes int8 of some rows; `work` [rows, in] is overwritten."""
     rows, width = work.shape
     each = torch.arange(rows, device=work.device)
-    left = inverse.expand(rows, width, width).clone()
+    inverses = inverse.expand(rows, width, width).clone()
     codes = zero.clone()
-    done = torch.zeros(rows, width, dtype=torch.bool, device=work.device)
+    settled = torch.zeros(rows, width, dtype=torch.bool, device=work.device)
     for turn in range(width):
         code = (torch.round(work / scale) + zero).clamp(form.lowest, form.highest)
         code = code if mask is None else torch.where(mask, code, zero)
@@ -105,17 +105,17 @@ def _rows(
         if o.order == "fixed":
             q = torch.full_like(each, turn)
         else:
-            loss = miss.square() / left.diagonal(dim1=1, dim2=2).clamp(min=1e-300)
+            loss = miss.square() / inverses.diagonal(dim1=1, dim2=2).clamp(min=1e-300)
             if o.outside_first:
                 outside = miss.abs() > 0.5 * scale.abs() * (1 + 1e-9)
                 outside = outside if mask is None else outside & mask
                 loss = torch.where(outside, -loss, loss)
-            q = loss.masked_fill(done, float("inf")).argmin(1)
+            q = loss.masked_fill(settled, float("inf")).argmin(1)
         codes[each, q] = code[each, q]
-        done[each, q] = True
-        column, pivot = left[each, :, q], left[each, q, q]
+        settled[each, q] = True
+        column, pivot = inverses[each, :, q], inverses[each, q, q]
         work = work - (miss[each, q] / pivot)[:, None] * column
-        left.baddbmm_(column[:, :, None], column[:, None, :] / -pivot[:, None, None])
+        inverses.baddbmm_(column[:, :, None], column[:, None, :] / -pivot[:, None, None])
     return codes.to(torch.int8)
 
 

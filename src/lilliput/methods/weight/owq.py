@@ -45,7 +45,7 @@ class Options(Strict):
     importance: bool = Field(True, description="in the search, weigh input j by its mean square; the paper does not")
 
 
-def kept(o: Options, rows: int, width: int) -> int:
+def column_count(o: Options, rows: int, width: int) -> int:
     """The number of kept columns. Raises PlanError for more than there are."""
     if o.columns is None:
         return min(width, int(o.extra * rows * width / ColumnsSpec(1).size_bits(rows, width)))
@@ -56,7 +56,7 @@ def kept(o: Options, rows: int, width: int) -> int:
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
     """Codes and the kept columns. Raises PlanError for more columns than there are."""
-    return Scheme((QuantizedSpec(from_target(target)), ColumnsSpec(kept(o, rows, width))))
+    return Scheme((QuantizedSpec(from_target(target)), ColumnsSpec(column_count(o, rows, width))))
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
@@ -67,22 +67,22 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     form = from_target(target)
     weight, gram = layer.rest(), stats.need("gram")
     rows, width = weight.shape
-    held = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
+    supported = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     diagonal = gram.diagonal()
     importance = diagonal + o.damping * diagonal.mean()
     weigh = importance if o.search == "mse" and o.importance else None
-    plain = form.fit(held, search=o.search, importance=weigh)
-    miss = (form.decode(form.encode(held, plain), plain) - held).square().sum(0)
-    top = (miss * diagonal).argsort(descending=True, stable=True)[: kept(o, rows, width)]
+    plain = form.fit(supported, search=o.search, importance=weigh)
+    miss = (form.decode(form.encode(supported, plain), plain) - supported).square().sum(0)
+    top = (miss * diagonal).argsort(descending=True, stable=True)[: column_count(o, rows, width)]
     chosen = torch.zeros(width, dtype=torch.bool, device=weight.device)
     chosen[top] = True
 
     start = -diagonal if o.act_order else torch.arange(width, device=weight.device).float()
     order = torch.where(chosen, torch.inf, start).argsort(stable=True)
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
-    left = torch.where(chosen, 0.0, held)
+    rest = torch.where(chosen, 0.0, supported)
     counted = torch.ones_like(diagonal) if weigh is None and o.search == "mse" else weigh
-    grid = form.fit(left, search=o.search, importance=None if counted is None else torch.where(chosen, 0.0, counted))
+    grid = form.fit(rest, search=o.search, importance=None if counted is None else torch.where(chosen, 0.0, counted))
     visits = form.group_of(width)[order.cpu()].tolist()
 
     def rounding(a: int, b: int) -> obs.Nearest:
@@ -90,10 +90,10 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         inner = obs.Rounding.of(part.scale, part.zero, form.bits, b - a, visits)
         return values.Kept.of(inner, chosen[order].unsqueeze(1).expand(width, b - a))
 
-    found = values.sweep(weight, factor, order, rounding, support=layer.support)
-    dense = QuantizedPart(form, form.encode(torch.where(chosen, 0.0, found), grid), grid)
+    rounded = values.sweep(weight, factor, order, rounding, support=layer.support)
+    dense = QuantizedPart(form, form.encode(torch.where(chosen, 0.0, rounded), grid), grid)
     columns = chosen.nonzero().squeeze(1)
-    exact = (found - dense.decode())[:, columns]
+    exact = (rounded - dense.decode())[:, columns]
     if not bool(torch.isfinite(exact.half()).all()):
         raise LilliputError(f"{layer.name} contains weights beyond float16, in which 'owq' keeps columns: leave it out")
     return layer.with_part(dense, ColumnsPart(exact, columns, width))

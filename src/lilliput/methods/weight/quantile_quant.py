@@ -54,8 +54,8 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
             for a in range(0, rows, step):
                 part = slice(a, a + step)
                 gaps = None if holes is None else holes[part, columns].reshape(-1, size)
-                found = _levels(weight[part, columns].reshape(-1, size), form.levels, gaps)
-                levels[part, some] = found.view(-1, some.stop - some.start, form.levels)
+                middles = _levels(weight[part, columns].reshape(-1, size), form.levels, gaps)
+                levels[part, some] = middles.view(-1, some.stop - some.start, form.levels)
     table = form.table(levels)
     return layer.with_part(QuantizedPart(form, form.encode(weight, table), table))
 

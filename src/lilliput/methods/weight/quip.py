@@ -96,10 +96,11 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     finite.
     """
     form = from_target(target)
-    made = scheme(target, o, *layer.weight.shape)
-    if layer.support is not None and (made.inputs or made.outputs or not form.holds_zero):
+    planned = scheme(target, o, *layer.weight.shape)
+    if layer.support is not None and (planned.inputs or planned.outputs or not form.holds_zero):
         raise PlanError(
-            f"{layer.name}: a mask does not survive {made.describe()}: prune without quip, or use quip without pruning"
+            f"{layer.name}: a mask does not survive {planned.describe()}: prune without "
+            "quip, or use quip without pruning"
         )
     if o.shrinkage:
         gram = stats.need("gram").clone()
@@ -107,15 +108,15 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         stats = replace(stats, gram=gram)
     into, out_of = _turns(o)
     inputs: tuple[Transform, ...] = (_balance(layer, stats.need("gram")), *into) if o.diagonal else into
-    turned = layer.between(inputs, out_of) if inputs or out_of else layer
+    rotated = layer.between(inputs, out_of) if inputs or out_of else layer
     stats = stats.through(inputs)  # in place of what it is made from: Gram matrices are large
     if isinstance(form, Sweepable):
         options = gptq.Options(act_order=False, damping=o.damping, shrinkage=0.0, refine=o.refine)
-        grid = form.even(turned.rest(), _REACH) if o.search == "rms" and isinstance(form, Spaced) else None
-        return gptq.rounded(turned, stats, form, options, grid)
+        grid = form.even(rotated.rest(), _REACH) if o.search == "rms" and isinstance(form, Spaced) else None
+        return gptq.rounded(rotated, stats, form, options, grid)
     if not isinstance(form, Walked):
         raise PlanError(f"'quip' has no sweep for {form.describe()}")
-    return turned.with_part(_walk(turned.rest(), stats.need("gram"), form, o))
+    return rotated.with_part(_walk(rotated.rest(), stats.need("gram"), form, o))
 
 
 def _balance(layer: Layer, gram: Tensor) -> Scale:
@@ -126,9 +127,9 @@ def _balance(layer: Layer, gram: Tensor) -> Scale:
         raise LilliputError(
             f"the {what} of {layer.name} contains NaN or infinity: check the model and calibration data"
         )
-    known = (energy > 0) & (size > 0)
-    exponent = torch.where(known, (energy.clamp(min=1e-300).log() - size.clamp(min=1e-300).log()) / 4, 0.0)
-    exponent = torch.where(known, exponent - exponent.sum() / known.sum().clamp(min=1), 0.0)
+    usable = (energy > 0) & (size > 0)
+    exponent = torch.where(usable, (energy.clamp(min=1e-300).log() - size.clamp(min=1e-300).log()) / 4, 0.0)
+    exponent = torch.where(usable, exponent - exponent.sum() / usable.sum().clamp(min=1), 0.0)
     return Scale(exponent.neg().exp().clamp(1 / _FURTHEST, _FURTHEST).half())
 
 
@@ -165,11 +166,11 @@ def _rescale(
         slope, bend = slope.sum(1, keepdim=True), bend.sum(1, keepdim=True)
     ratio = torch.where(bend > 0, 1 + slope / bend.clamp(min=1e-300), 1.0).float()
     old = grid.scale.float()
-    wanted = _stored(old * ratio.T, form)
-    step = (wanted.float() / old - 1).T
+    proposal = _stored(old * ratio.T, form)
+    step = (proposal.float() / old - 1).T
     falls = (step * (step * bend - 2 * slope) < 0) & torch.isfinite(step) & (step > -1)
     deviation -= values * torch.where(falls, step, 0.0).float()
-    return replace(grid, scale=torch.where(falls.T, wanted, grid.scale))
+    return replace(grid, scale=torch.where(falls.T, proposal, grid.scale))
 
 
 def _stored(scale: Tensor, form: Walked) -> Tensor:

@@ -75,7 +75,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     """
     form = from_target(target)
     weight, gram = layer.rest(), stats.need("gram")
-    held = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
+    supported = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
     pivot = factor.pivot if order is None else torch.empty_like(factor.pivot).index_copy_(0, order, factor.pivot)
@@ -87,25 +87,25 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         visits = (index if order is None else index[order.cpu()]).tolist()
 
         def rounding(a: int, b: int) -> obs.Nearest:
-            kept = mask[a:b].T if order is None else mask[a:b].T[order]
-            return values.Kept.of(work.rows(a, b).rounding(b - a, visits), kept)
+            exact = mask[a:b].T if order is None else mask[a:b].T[order]
+            return values.Kept.of(work.rows(a, b).rounding(b - a, visits), exact)
 
         return values.sweep(weight, factor, order, rounding, support=layer.support, targets=targets)
 
-    mask = torch.zeros_like(held, dtype=torch.bool)
+    mask = torch.zeros_like(supported, dtype=torch.bool)
     if SparseSpec(o.share).count(*weight.shape):
         plain = form if isinstance(form, IntegerFormat) else form.codes
-        gain = _gain(plain, held, importance, pivot.square(), o)
+        gain = _gain(plain, supported, importance, pivot.square(), o)
         mask = sparse.highest(gain, o.share)
-        aim = torch.empty_like(held)
-        found = sweep(plain, _coarse(plain, held, importance, mask, o), mask, aim)
-        score = torch.where(mask, gain, aim.sub_(found).mul_(pivot).square_())
+        aim = torch.empty_like(supported)
+        rounded = sweep(plain, _coarse(plain, supported, importance, mask, o), mask, aim)
+        score = torch.where(mask, gain, aim.sub_(rounded).mul_(pivot).square_())
         mask = sparse.highest(score if layer.support is None else score * layer.support, o.share)
-    grid = _fit(form, held, importance, mask, o)
-    found = sweep(form, grid, mask)
-    codes = form.encode(torch.where(mask, 0.0, found), grid)
+    grid = _fit(form, supported, importance, mask, o)
+    rounded = sweep(form, grid, mask)
+    codes = form.encode(torch.where(mask, 0.0, rounded), grid)
     dense = QuantizedPart(form, codes, grid)
-    outliers = sparse.pick(found - dense.decode(), mask, o.share)
+    outliers = sparse.pick(rounded - dense.decode(), mask, o.share)
     if not bool(torch.isfinite(outliers.values.half()).all()):
         raise LilliputError(
             f"{layer.name} contains weights beyond float16, in which 'spqr' keeps outliers: leave it out"
@@ -115,14 +115,14 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
 
 def _fit(form: IntegerFormat | NestedFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> Any:
     """The grid of all weights but those of `mask`."""
-    held, weigh = _rest(form, weight, importance, mask, o)
-    return ranged.fit(form, held, weigh, ranged.RangeRule(o.search))
+    filled, weigh = _rest(form, weight, importance, mask, o)
+    return ranged.fit(form, filled, weigh, ranged.RangeRule(o.search))
 
 
 def _coarse(form: IntegerFormat, weight: Tensor, importance: Tensor, mask: Tensor, o: Options) -> IntegerGrid:
     """The same, from a search that is good enough to tell outliers."""
-    held, weigh = _rest(form, weight, importance, mask, o)
-    return form.fit(held, search=o.search, importance=weigh, steps=_SCREEN, polish=False)
+    filled, weigh = _rest(form, weight, importance, mask, o)
+    return form.fit(filled, search=o.search, importance=weigh, steps=_SCREEN, polish=False)
 
 
 def _rest(

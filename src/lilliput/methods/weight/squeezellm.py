@@ -91,8 +91,8 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     del score
     table = form.fit(weight, importance=_left(importance, chosen, holes, form), zero=holes)
     part = QuantizedPart(form, form.encode(weight, table), table)
-    apart = pick(weight - part.decode(), chosen, sparse.share, sparse.dtype)
-    return layer.with_part(part, apart)
+    sparse_part = pick(weight - part.decode(), chosen, sparse.share, sparse.dtype)
+    return layer.with_part(part, sparse_part)
 
 
 def _left(importance: Tensor, chosen: Tensor, holes: Tensor | None, form: CodebookFormat) -> Tensor:

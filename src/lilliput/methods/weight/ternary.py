@@ -49,14 +49,14 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     finite."""
     form = from_target(target)
     weight = layer.rest()
-    held = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
+    supported = weight if layer.support is None else torch.where(layer.support, weight, 0.0)
     gram = stats.need("gram") if needs(o) else None
     importance = None
     if gram is not None and o.importance:
         importance = gram.diagonal() + o.damping * gram.diagonal().mean()
-    grid = form.fit(held, importance=importance)
+    grid = form.fit(supported, importance=importance)
     if gram is None or not o.sweep:
-        return layer.with_part(QuantizedPart(form, form.encode(held, grid), grid))
+        return layer.with_part(QuantizedPart(form, form.encode(supported, grid), grid))
     order = gram.diagonal().argsort(descending=True, stable=True) if o.act_order else None
     factor = obs.factorize(gram, o.damping, order, o.shrinkage)
     index = groups.index(weight.shape[1], form.group_size)
@@ -65,8 +65,8 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     def rounding(a: int, b: int) -> obs.Nearest:
         return values.Levels.of(form.levels(grid.rows(a, b)), visits)
 
-    found = values.sweep(weight, factor, order, rounding, support=layer.support)
-    return layer.with_part(QuantizedPart(form, form.encode(found, grid), grid))
+    rounded = values.sweep(weight, factor, order, rounding, support=layer.support)
+    return layer.with_part(QuantizedPart(form, form.encode(rounded, grid), grid))
 
 
 METHOD = Compress(

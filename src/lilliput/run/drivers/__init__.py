@@ -19,7 +19,7 @@ DriverT = TypeVar("DriverT", bound=Driver)
 @functools.cache
 def discover() -> Mapping[type[Spec[Any]], Driver]:
     """All drivers by the verb's spec. Raises RuntimeError for a file that declares none, or one for another stage."""
-    found: dict[type[Spec[Any]], Driver] = {}
+    drivers: dict[type[Spec[Any]], Driver] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         driver = vars(module).get("DRIVER")
@@ -29,10 +29,10 @@ def discover() -> Mapping[type[Spec[Any]], Driver]:
             raise RuntimeError(
                 f"{module.__file__} drives '{driver.verb.verb}', whose stage is {driver.verb.stage.value}"
             )
-        if driver.verb in found:
+        if driver.verb in drivers:
             raise RuntimeError(f"two drivers run '{driver.verb.verb}'")
-        found[driver.verb] = driver
-    return found
+        drivers[driver.verb] = driver
+    return drivers
 
 
 def find(task: Task) -> Driver:

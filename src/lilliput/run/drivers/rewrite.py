@@ -20,12 +20,12 @@ def run(task: Task, view: BlockView, io: BlockIO) -> Sequence[ScaleFold]:
     if ranks.size() == 1:
         return rewrite(view, io, task.target, task.options)
     links = view.anatomy.links
-    found: list[tuple[int, list[float]]] = []
+    scales: list[tuple[int, list[float]]] = []
     if ranks.lead():
         number = {id(link): n for n, link in enumerate(links)}
         folds = rewrite(view, io, task.target, task.options)
-        found = [(number[id(fold.link)], fold.scale.tolist()) for fold in folds]
-    return [ScaleFold(links[n], torch.tensor(scale)) for n, scale in ranks.agreed(found)]
+        scales = [(number[id(fold.link)], fold.scale.tolist()) for fold in folds]
+    return [ScaleFold(links[n], torch.tensor(scale)) for n, scale in ranks.agreed(scales)]
 
 
 DRIVER = BlockDriver(verb=Rewrite, run=run)

@@ -17,16 +17,16 @@ from lilliput.verbs.spec import Task
 
 def run(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
     """The plan with the targets that were found, and what was found among its notes."""
-    found = trials.search(plan, task, passes.budget(plan, task), model, ids, work, progress)
-    return passes.found(plan, task, model, *found)
+    result = trials.search(plan, task, passes.budget(plan, task), model, ids, work, progress)
+    return passes.with_targets(plan, task, model, *result)
 
 
 def again(plan: Plan, task: Task, model: Model, work: Work) -> Plan:
     """The same, from its record."""
-    found = trials.result(plan, task, work)
-    if found is None:
+    result = trials.result(plan, task, work)
+    if result is None:
         raise RuntimeError(f"{task.label} has found nothing, and yet there are finished blocks")
-    return passes.found(plan, task, model, *found)
+    return passes.with_targets(plan, task, model, *result)
 
 
 DRIVER = TargetsDriver(verb=Search, run=run, again=again, cost=trials.cost)

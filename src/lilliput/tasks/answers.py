@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
-class Kept:
+class AnswerStore:
     """Answers by request, in memory and, with a path, as lines of a file that every `put` extends.
 
-    One file belongs to one model in one dtype: `kept_for` names it. A line cut short by a kill is left out.
+    One file belongs to one model in one dtype: `store_for` names it. A line cut short by a kill is left out.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -47,21 +47,21 @@ def _key(request: tuple[Any, ...]) -> str:
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:32]
 
 
-def kept_for(folder: Path | None, model: Path, *settings: str) -> Kept:
-    """Kept answers of a model folder with these settings, in `folder` (made if need be); in memory for None.
+def store_for(folder: Path | None, model: Path, *settings: str) -> AnswerStore:
+    """Stored answers of a model folder with these settings, in `folder` (made if need be); in memory for None.
 
     A model is told from another by path and by names, sizes and times of its files: to hash gigabytes takes longer than
     the first items.
     """
     if folder is None:
-        return Kept()
+        return AnswerStore()
     files = [(x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in sorted(model.glob("*")) if x.is_file()]
-    return kept_in(folder, f"answers-{_key((str(model.absolute()), files, *settings))}")
+    return store_in(folder, f"answers-{_key((str(model.absolute()), files, *settings))}")
 
 
-def kept_in(folder: Path | None, name: str) -> Kept:
-    """Kept answers under a name in `folder` (made if need be); in memory for None."""
+def store_in(folder: Path | None, name: str) -> AnswerStore:
+    """Stored answers under a name in `folder` (made if need be); in memory for None."""
     if folder is None:
-        return Kept()
+        return AnswerStore()
     folder.mkdir(parents=True, exist_ok=True)
-    return Kept(folder / f"{name}.jsonl")
+    return AnswerStore(folder / f"{name}.jsonl")

@@ -57,7 +57,7 @@ def compress(model: str, calibration: str, out: str, words: list[str]) -> dict[s
         "forward_bf16": forward,
         "forwards": seconds / forward,
         "peak_rss_bytes": peak,
-        "predicted_peak_rss_bytes": result.plan.layout.bytes,
+        "predicted_peak_rss_bytes": result.plan.batching.bytes,
         "bytes": result.to_json()["measured"]["bytes"],
         "predicted_bytes": result.plan.bytes,
         "folder_bytes": result.folder_bytes,

@@ -49,7 +49,7 @@ def compress(model: str, out: str, words: list[str], options: argparse.Namespace
         "folder_bytes": result.folder_bytes,
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
-        "predicted_peak_rss_bytes": result.plan.layout.bytes,
+        "predicted_peak_rss_bytes": result.plan.batching.bytes,
     }
 
 

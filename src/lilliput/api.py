@@ -76,7 +76,7 @@ def frontier(
     settings: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Frontier:
-    """How small the model can get: the best choice of grids at many sizes, with the KL divergence foreseen of each.
+    """How small the model can get: the best choice of grids at many sizes, with the predicted KL divergence of each.
 
     One measuring pass over the calibration text; no model is written. `work`: where a killed call can go on from.
     Raises LilliputError.
@@ -127,7 +127,7 @@ def compress(
     job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit)
     text_to_score = Text((eval_data or HELD_OUT,), eval_windows)
     if to is not None and fit is not None:
-        raise PlanError(f"no menu holds the grids of {to} yet: name a --recipe, such as q4_k, instead of a budget")
+        raise PlanError(f"no menu has the formats of {to} yet: give a --recipe, such as q4_k, instead of a budget")
     if to is not None:
         return converted(job, Path(out), to, text_to_score, progress)
     return session.compressed(job, Path(out), text_to_score, progress)
@@ -149,7 +149,9 @@ def _fit(recipe: str | Path | Recipe | None, size: int | None, bits: float | Non
         return Fit(size, bits, tuple(menu)) if size is not None or bits is not None or menu else None
     if bits is not None or menu:
         option = "--bits" if bits is not None else "--menu"
-        raise PlanError(f"{option} asks for a composition that is found by measuring, and --recipe names one: give one")
+        raise PlanError(
+            f"{option} asks for a composition found by measuring, and --recipe names one: give only one of them"
+        )
     return None
 
 

@@ -266,7 +266,7 @@ def test_an_unfinished_run_of_other_processes(tiny: Tiny, together: Together, tm
     refused(together(**job, ranks=3), "unfinished run of another plan", "processes")
     states = tmp_path / ".out.partial" / "work" / "rank-1" / "hidden-0001.bin"
     states.write_bytes(bytes(states.stat().st_size))
-    refused(together(**job), "rank-1/hidden-0001.bin is not what the unfinished run wrote", "start anew")
+    refused(together(**job), "rank-1/hidden-0001.bin is not what the unfinished run wrote", "start again")
 
 
 def test_what_several_processes_cannot_do(tiny: Tiny, together: Together, tmp_path: Path) -> None:

@@ -49,10 +49,10 @@ def test_layers_that_factors_would_enlarge_stay_and_the_plan_says_so(model: Mode
     assert made.to_json()["formats"] == {"rank 30 (float16)": 20, "dense": 8}
     assert any("20 linears are products of two factors and run as two thin products." in x for x in made.notes)
     assert not any("is decoded for its forward pass" in x for x in made.notes)
-    (note,) = (x for x in made.notes if "stay as they are" in x)
-    assert note.startswith("8 linears stay as they are: two factors")
+    (note,) = (x for x in made.notes if "are left unchanged" in x)
+    assert note.startswith("8 linears are left unchanged: two factors")
     assert "model.layers.0.self_attn.k_proj" in note
-    assert not any("stay as they are" in x for x in plan(model, {"method": "svd-truncate"}).notes)
+    assert not any("are left unchanged" in x for x in plan(model, {"method": "svd-truncate"}).notes)
 
 
 @pytest.mark.parametrize("method", ["svd-truncate", "eora", "loftq", "lplr"])

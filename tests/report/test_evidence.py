@@ -168,7 +168,7 @@ def test_sizes_and_bit_widths_need_no_original(pair: tuple[Path, Path], tiny, tm
         (["--against", "BASE", "--tasks", "mine=/nowhere.jsonl"], "nowhere.jsonl"),
         (["--against", "BASE", "--tasks", "instructions=/nowhere.jsonl"], "nowhere.jsonl"),
         (["--against", "BASE", "--tasks", "instructions"], "give instructions=FILE.jsonl"),
-        (["--tasks", "instructions:mine=FILE"], "name the original with --against"),
+        (["--tasks", "instructions:mine=FILE"], "give the original with --against"),
         (["--judge", "http://localhost/v1"], "both --judge and --judge-model"),
         (["--judge", "http://localhost/v1", "--judge-model", "m"], "--tasks instructions=FILE"),
     ],

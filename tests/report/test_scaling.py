@@ -52,7 +52,7 @@ def test_rows_have_bits_loss_accuracy_and_the_front(models: list[dict[str, Any]]
     assert [row["name"] for row in rows if row["best_loss"]] == ["small-w4", "small-w2", "large", "large-w4"]
     assert [row["best_loss"] for row in rows] == [row["best_accuracy"] for row in rows]
     assert headline(rows) == (
-        "4 of 6 models are beaten by none of as few bits: 2 of 4 bits, 1 of 2 bits, 1 of 16 bits."
+        "4 of 6 models are not beaten by any with as few bits: 2 of 4 bits, 1 of 2 bits, 1 of 16 bits."
     )
 
 

@@ -66,7 +66,7 @@ def test_damaged_hidden_states(
     assert refused["code"] == 2
     last = refused["stderr"].strip().splitlines()[-1]
     assert said in last
-    assert "start anew" in last
+    assert "start again" in last
     assert not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / ".out.partial")
     assert driver(args={**whole.args, "out": tmp_path / "out"})["skipped"] == 0
@@ -87,7 +87,7 @@ DONE, OPEN = (f"model.layers.{n}.mlp.up_proj.weight_packed" for n in (1, 2))
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: path.unlink(), "model.safetensors.part was written by the unfinished run and is gone"),
+        (lambda path: path.unlink(), "model.safetensors.part was written by the unfinished run and is missing"),
         (lambda path: os.truncate(path, path.stat().st_size - 8), "model.safetensors.part is not what the unfinished"),
         (lambda path: path.write_bytes(path.read_bytes() + b"x"), "model.safetensors.part is not what the unfinished"),
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), "model.safetensors.part is not what the unfinish"),
@@ -106,7 +106,7 @@ def test_damaged_output(
     assert refused["code"] == 2
     last = refused["stderr"].strip().splitlines()[-1]
     assert said in last
-    assert "start anew" in last
+    assert "start again" in last
     assert not (tmp_path / "out").exists()
 
 
@@ -276,7 +276,7 @@ def test_a_disk_that_fills_up_meanwhile(
     said = [x for x in full["stderr"].splitlines() if "blocks " not in x]
     assert len(said) == 1, full["stderr"]
     assert "the disk is full" in said[0]
-    assert "it goes on where it stopped" in said[0]
+    assert "which continues where it stopped" in said[0]
     assert not (place / "out").exists()
     (place / "ballast").unlink(missing_ok=True)
     again = driver(line=command)

@@ -179,7 +179,7 @@ def test_interrupted(driver: Driver, unbroken: Whole, tmp_path: Path, at: str, c
     assert not (tmp_path / "out").exists()
     assert stopped["code"] == 130, stopped["stderr"]
     last = stopped["stderr"].strip().splitlines()[-1]
-    assert last == "interrupted. Run the same command again: it goes on after the last finished block."
+    assert last == "interrupted. Run the same command again: it continues after the last finished block."
     assert "Traceback" not in stopped["stderr"]
     again = driver(line=command)
     assert again["code"] == 0, again["stderr"]

@@ -127,10 +127,10 @@ def test_files_that_are_not_what_was_written_are_noticed(
     good = path.read_bytes()
     for bad in (good[:-1], good + b"x", good[:9] + b"x" + good[10:], b"", good[:-1] + bytes([good[-1] ^ 1])):
         path.write_bytes(bad)
-        with pytest.raises(LilliputError, match=r"is not what the unfinished run wrote.*start anew"):
+        with pytest.raises(LilliputError, match=r"is not what the unfinished run wrote.*start again"):
             Output(tmp_path / "model", files).take_up(hashes)
     path.unlink()
-    with pytest.raises(LilliputError, match=rf"{ONE}.* and is gone"):
+    with pytest.raises(LilliputError, match=rf"{ONE}.* and is missing"):
         Output(tmp_path / "model", files).take_up(hashes)
 
 

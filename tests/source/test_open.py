@@ -280,7 +280,7 @@ def test_code_of_the_model_does_not_run(folder: Path) -> None:
     raw |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "configuration_own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
-    with pytest.raises(SourceError, match="Python code of its own, and none is run"):
+    with pytest.raises(SourceError, match="Python code of its own, which is never run"):
         open_source(str(folder))
     assert not (folder / "ran").exists()
 

@@ -193,7 +193,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_no_weights_and_too_many(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="holds no weights"):
+    with pytest.raises(SourceError, match="contains no weights"):
         Shards(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "one.safetensors")
     assert set(Shards(tmp_path).entries) == {"x"}

@@ -45,10 +45,10 @@ def test_creating_empties(tmp_path: Path) -> None:
 
 def test_files_that_are_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    with pytest.raises(LilliputError, match=r"is gone.*start anew"):
+    with pytest.raises(LilliputError, match=r"is missing.*start again"):
         Activations(path, (1, 1, 2), torch.float32, create=False)
     path.write_bytes(bytes(7))
-    with pytest.raises(LilliputError, match=r"is shorter than its 8 bytes.*start anew"):
+    with pytest.raises(LilliputError, match=r"is shorter than its 8 bytes.*start again"):
         Activations(path, (1, 1, 2), torch.float32, create=False)
     with pytest.raises(FileNotFoundError):
         Activations(tmp_path / "no" / "a.bin", (1, 1, 2), torch.float32, create=True)

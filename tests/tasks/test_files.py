@@ -110,13 +110,13 @@ def test_specifications(tmp_path):
     (tmp_path / "mine.yaml").write_text("task: mine")
     found = parse(f"mine={tmp_path / 'mine.yaml'}")
     assert (found.file, found.definition) == (None, tmp_path / "mine.yaml")
-    with pytest.raises(DataError, match=r"no file 'absent\.yaml' that describes the task 'mine'"):
+    with pytest.raises(DataError, match=r"no file 'absent\.yaml' to describe the task 'mine'"):
         parse("mine=absent.yaml")
     odd = tmp_path / "c++.jsonl"
     odd.touch()
     assert parse(f"my={odd}").file == odd
     for bad in ("", "=a.jsonl", "piqa="):
-        with pytest.raises(DataError, match="is no task"):
+        with pytest.raises(DataError, match="is not a task"):
             parse(bad)
 
 
@@ -144,7 +144,7 @@ def test_other_bad_rows(jsonl):
         ("boolq", {**BOOLQ, "answer": "yes"}, "'answer' must be true or false"),
         ("lambada", {"context": "a", "target": ""}, "'target' leaves no target"),
         ("gsm8k", {"question": "a", "answer": "#### "}, "'answer' gives no answer"),
-        ("my", {"prompt": "a", "answer": "b", "pattern": "("}, "'pattern' is no regular expression"),
+        ("my", {"prompt": "a", "answer": "b", "pattern": "("}, "'pattern' is not a regular expression"),
         ("my", {"prompt": "a"}, "there is no field 'answer'.*choice .context, choices, label"),
     ]:
         with pytest.raises(DataError, match=f"row 1 .*{said}"):

@@ -27,7 +27,7 @@ def test_logged_samples_become_scores_by_item():
     assert found == {"acc": [1.0, 0.0]}
     rows = [(i, f, {"exact_match": float(f == "b")}) for f in ("a", "b") for i in range(2)]
     assert harness.by_item(samples(*rows), "t") == {"exact_match,a": [0.0, 0.0], "exact_match,b": [1.0, 1.0]}
-    with pytest.raises(DataError, match="scores no single items"):
+    with pytest.raises(DataError, match="does not score single items"):
         harness.by_item(samples((0, "none", {"word_perplexity": (-3.0, 4)})), "wikitext")
 
 

@@ -135,7 +135,7 @@ def test_a_busy_server_is_asked_again_and_a_wrong_one_is_named(server: Server) -
     with pytest.raises(DataError, match="status 302"):
         judges.check(Judge(server.url, "m", wait=0.0))
     assert len(server.seen) == 5
-    with pytest.raises(DataError, match="no address"):
+    with pytest.raises(DataError, match="not a judge"):
         judges.check(Judge("localhost:8000", "m"))
     with pytest.raises(DataError, match="refused"):
         judges.check(Judge("http://127.0.0.1:1/v1", "m", wait=0.0))

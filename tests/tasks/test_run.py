@@ -125,8 +125,8 @@ def test_calibration_text_among_the_items_is_said(tiny, jsonl):
 def test_mistakes_are_found_before_a_model_is_loaded(tiny, specs, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "loaded", None)
     for wrong, said in [
-        ([*specs, specs[0]], "named twice"),
-        ([], "no task is named"),
+        ([*specs, specs[0]], "given twice"),
+        ([], "no task is given"),
         ([*specs, f"arc_easy={tmp_path / 'none.jsonl'}"], "there is no file"),
     ]:
         with pytest.raises(DataError, match=said):

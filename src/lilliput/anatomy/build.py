@@ -91,7 +91,7 @@ def _unroll_experts(model: nn.Module) -> list[str]:
         unrolled = unroll(module) if verdicts.get(kind, True) else None
         verdicts[kind] = unrolled is not None
         if unrolled is None:
-            notes.append(f"{name}: 3-D tensors of {type(module).__name__} have an unknown form and stay as they are")
+            notes.append(f"{name}: 3-D tensors of {type(module).__name__} have an unknown form and are left unchanged")
         else:
             model.set_submodule(name, unrolled)
     return notes

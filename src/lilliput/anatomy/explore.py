@@ -84,7 +84,7 @@ def explore_block(skeleton: Skeleton, index: int, seed: int) -> Block:
 
 
 def _look(probe: Probe) -> Block:
-    notes = [f"{n}: holds weights but is neither a linear nor a norm; left as it is" for n in probe.strange]
+    notes = [f"{n}: holds weights but is neither a linear nor a norm; left unchanged" for n in probe.strange]
     notes += [f"{n}: does not run in a forward pass" for n in probe.linears if n not in probe.base.inputs]
     notes += [
         f"{n}: runs more than once" for n in sorted({n for n in probe.base.order if probe.base.order.count(n) > 1})

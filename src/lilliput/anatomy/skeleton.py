@@ -126,8 +126,8 @@ class Skeleton:
         for i, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
             if not _same((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs))):
                 raise SourceError(
-                    f"block {i} of {type(self.model).__name__} is given something that depends on the tokens besides "
-                    "its hidden states: it cannot be run block by block"
+                    f"block {i} of {type(self.model).__name__} receives something that depends on the tokens "
+                    "besides its hidden states: it cannot be run block by block"
                 )
         return first
 
@@ -284,7 +284,7 @@ class Skeleton:
                 if self._tuples:
                     raise SourceError(
                         f"{type(self.model).__name__} cannot be run block by block: {error}. "
-                        "Its blocks need something that the model's forward does not hand over as it is."
+                        "Its blocks need something that the model's forward pass does not provide directly."
                     ) from error
                 continue
             if all(s[:-1] == shapes[0][:-1] for s in shapes):

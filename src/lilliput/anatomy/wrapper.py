@@ -28,7 +28,7 @@ def opener(config: PretrainedConfig) -> Any:
         if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or {}):
             return auto
     raise SourceError(
-        f"transformers opens models of the type '{config.model_type}' by none of "
+        f"transformers opens models of the type '{config.model_type}' with none of "
         f"{', '.join(auto.__name__ for auto in autos)}: give the folder of its language model alone"
     )
 

@@ -99,8 +99,8 @@ def _talking() -> Iterator[None]:
         kind = LilliputError if lead() else ToldError
         raise kind(
             "the processes of this run have lost each other; most likely one ended, and its own message says why "
-            f"({str(error).splitlines()[0]}). Start all of them again with the same command: it goes on after the last "
-            "finished block"
+            f"({str(error).splitlines()[0]}). Start all of them again with the same command: it continues after the "
+            "last finished block"
         ) from error
 
 

@@ -92,13 +92,15 @@ def candidates(plan: Plan, task: Task) -> Candidates:
             except PlanError as error:
                 why = str(error)
         if not entries_of:
-            raise PlanError(f"{task.label}: {x.name} can have no entry of the menu {', '.join(menu_entries)}: {why}")
+            raise PlanError(
+                f"{task.label}: {x.name} can have none of the menu's entries {', '.join(menu_entries)}: {why}"
+            )
         options[x.name] = entries_of
         together.setdefault(spec.together(x.name, x.linear, task.options), []).append(x.name)
     result = Candidates(options, {key: tuple(names) for key, names in together.items()})
     for item in result.items():
         if not item.options:
-            raise PlanError(f"{task.label}: {item.name} share one grid, and no entry of the menu fits all of them")
+            raise PlanError(f"{task.label}: {item.name} share one entry, and none of the menu's fits all of them")
     return result
 
 
@@ -125,7 +127,7 @@ def room(plan: Plan, task: Task, options: Candidates) -> int:
     if goal.size is not None:
         return goal.size - (plan.folder_bytes - payload(plan, options))
     if goal.bits is None:
-        raise PlanError(f"{task.label}: it keeps to a size or to an average of bits: give one of them")
+        raise PlanError(f"{task.label}: it needs a size or an average of bits: give one of them")
     return int(goal.bits * _weights(plan, options) / 8)
 
 
@@ -178,8 +180,8 @@ def _too_small(plan: Plan, task: Task, options: Candidates, items: Sequence[Item
     smallest = least.bytes + rest
     return (
         f"--size {units.readable(goal.size)} is too small: the smallest that this menu makes is {smallest} bytes "
-        f"({units.readable(smallest, up=True)}). {units.readable(least.bytes)} are what it compresses, at the menu's "
-        f"smallest grids; {units.readable(rest)} stay as they are ({named})"
+        f"({units.readable(smallest, up=True)}): {units.readable(least.bytes)} for what it compresses, at the "
+        f"menu's smallest entries, and {units.readable(rest)} that stay unchanged ({named})"
     )
 
 
@@ -208,14 +210,14 @@ def decided(plan: Plan, model: Model, task: Task, scores: Scores, sized: Sized) 
             break
         limit = goal.size - (result.folder_bytes - chosen.bytes)
     if best is None:
-        raise PlanError(f"{task.label}: nothing that was tried keeps to its size; ask for a little more")
+        raise PlanError(f"{task.label}: no choice that was tried fits the size; ask for a little more")
     return best
 
 
 @dataclass(frozen=True)
 class Point:
     """One choice of the curve: bytes of the whole folder, stored bits of a weight over what is chosen among, the KL
-    divergence foreseen in nats, and how many linears got which entry."""
+    divergence predicted, in nats, and how many linears got which entry."""
 
     folder_bytes: int
     bits: float
@@ -251,7 +253,7 @@ def _counted(task: Task, options: Candidates, items: Sequence[Item], chosen: Cho
 def sentence(task: Task, options: Candidates, items: Sequence[Item], chosen: Choice) -> str:
     """Who got what, in a sentence."""
     named = ", ".join(f"{n} x {x}" for x, n in _counted(task, options, items, chosen).items())
-    return f"{task.method.name} chose {named}; KL divergence foreseen: {chosen.loss:.4f} nats."
+    return f"{task.method.name} chose {named}; predicted KL divergence: {chosen.loss:.4f} nats."
 
 
 def numbered(entries: int, options: Mapping[int, object], losses: Sequence[float]) -> tuple[float, ...]:

@@ -305,7 +305,7 @@ def make(
     )
     together = next(iter(resolved.at(Stage.CLOSE)), None)
     if together is not None and processes > 1:
-        raise PlanError(f"{together.label} trains a block on all samples in one process: start one")
+        raise PlanError(f"{together.label} trains a block on all samples in one process: start only one")
     if resolved.reads_tokens and processes > samples:
         raise PlanError(
             f"{processes} processes cannot share {samples} calibration samples: start at most {samples}, or ask for "

@@ -67,7 +67,7 @@ def refuse(exporter: Exporter, model: Model, outcomes: Mapping[str, Outcome]) ->
     if not missing:
         return None
     return (
-        f"transformers finds no '{missing[0]}' for {name} in it and would go on with random numbers."
+        f"transformers finds no '{missing[0]}' for {name} in it and would continue with random numbers."
         f"{nearest or ' Nearest: leave such linears out of every step.'}"
     )
 

@@ -43,7 +43,7 @@ def _steps(resolved: Resolved) -> tuple[str, ...]:
     notes += [task.spec.note for task in resolved.tasks if task.spec.note is not None]
     if unchanged:
         notes.append(
-            f"{len(unchanged)} linears stay as they are: two factors of the rank asked for would be no smaller "
+            f"{len(unchanged)} linears are left unchanged: two factors of that rank would be no smaller "
             f"({units.few(unchanged)})."
         )
     formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
@@ -55,4 +55,4 @@ def shared(processes: int) -> str:
     """What several processes are told; "" for one."""
     if processes == 1:
         return ""
-    return f"{processes} processes share the calibration samples; --memory and the planned peak are those of each"
+    return f"{processes} processes share the calibration samples; --memory and the planned peak apply to each"

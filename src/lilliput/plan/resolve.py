@@ -212,13 +212,13 @@ def _plan_table(table: Linear, tasks: Sequence[Task]) -> LinearPlan:
         label = f"{task.label} on {table.name}"
         if not task.spec.tabular() or task.fisher or len(tasks) > 1:
             raise PlanError(
-                f"{label}: an embedding or head takes one step, which quantizes it row by row and weighs by no squared "
-                "gradients: give it to rtn or gptq alone, or leave it out"
+                f"{label}: an embedding or head takes a single step, which quantizes it row by row without "
+                "squared gradients: give it only to rtn or gptq, or leave it out"
             )
     if not divides(plan.scheme, table.out_features, table.in_features):
         raise PlanError(
-            f"{plan.tasks[0].label} on {table.name}: the rows of {plan.scheme.describe()} cannot be read one by one, "
-            "as an embedding's have to be: choose a group_size, 'channel' or another format"
+            f"{plan.tasks[0].label} on {table.name}: the rows of {plan.scheme.describe()} cannot be read one "
+            "by one, which an embedding requires: choose a group_size, 'channel' or another format"
         )
     return plan
 
@@ -254,7 +254,7 @@ def resolve(
         if not covered:
             raise PlanError(
                 f"{task.label} applies to no layer: 'where' includes {list(step.where.include)} "
-                f"and excludes {list(step.where.exclude)}; layers are called like {everything[0][1]}"
+                f"and excludes {list(step.where.exclude)}; layers have names like {everything[0][1]}"
             )
         group = _group(target, sorted({x.in_features for x in covered}), task.label)
         scales = str(scale_dtype).removeprefix("torch.") if target.scale_dtype == "auto" else target.scale_dtype

@@ -17,9 +17,9 @@ def compose(fit: Fit) -> Recipe:
     linears. Raises PlanError for a goal that cannot be, and for a menu that is none."""
     if (fit.size is None) == (fit.bits is None):
         advice = "give --size or --bits" if fit.size is None else "--size and --bits contradict each other: give one"
-        raise PlanError(f"{advice} for the best composition that keeps to it, or a --recipe")
+        raise PlanError(f"{advice} for the best composition within it, or a --recipe")
     if fit.bits is not None and not 0 < fit.bits <= 16:
-        raise PlanError(f"--bits {fit.bits} is no average of bits a weight: give a number such as 3.5")
+        raise PlanError(f"--bits {fit.bits} is not a valid average of bits a weight: give a number such as 3.5")
     menu_entries = fit.menu or (menu.DEFAULT,)
     entries = menu.entries(menu_entries)
     engine = menu_entries == (ENGINE,)

@@ -85,9 +85,9 @@ def parse(text: str, source: str = "recipe", name: str = "custom") -> Recipe:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f", line {mark.line + 1}"
-        raise PlanError(f"{source}{line}: this is not YAML: {error.problem}") from None
+        raise PlanError(f"{source}{line}: not valid YAML: {error.problem}") from None
     except (YAMLError, ValueError) as error:  # the latter for a date that there is not
-        raise PlanError(f"{source}: this is not YAML: {error}") from None
+        raise PlanError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise PlanError(f"{source}: a recipe is a mapping with the key 'steps', not {type(data).__name__}")
     try:

@@ -36,7 +36,7 @@ def comparison_rows(evidences: Sequence[Data]) -> list[dict[str, Any]]:
         raise DataError(f"{len(evidences)} model cannot be compared: give two or more that were evaluated.")
     bases = dict.fromkeys(str(x["against"]) for x in evidences if x.get("against"))
     if len(bases) > 1:
-        raise DataError(f"these models were measured against different originals ({', '.join(bases)}): give one base.")
+        raise DataError(f"these models were measured against different originals ({', '.join(bases)}): use one base.")
     texts = [common(evidences, x) for x in evidences]
     loss = "kl" if all(x.get("kl") for x in texts) else "perplexity_ratio"
     rows = [_row(x, data, loss) for x, data in zip(evidences, texts, strict=True)]
@@ -68,7 +68,7 @@ def render_comparison(evidences: Sequence[Data]) -> str:
             "Filled and joined: no other model is better in both. Lines are 95 % intervals; speeds where they overlap "
             "are equal."
         )
-        sections.append(Section("pareto", "What a loss buys", plots, lead))
+        sections.append(Section("pareto", "What the loss buys", plots, lead))
     reasons = [f"{row['name']}: {row['headline']}" for row in rows]
     sections.append(Section("verdicts", "Verdicts", [Prose(tuple(reasons))]))
     return page(
@@ -86,11 +86,11 @@ def headline(rows: Sequence[Data]) -> str:
     fine = [row for row in rows if row["level"] == "ok" and row["bytes"] is not None and row["model"] != row["base"]]
     if fine:
         least = min(fine, key=lambda row: float(row["bytes"]))
-        return f"{least['name']} is the smallest without a loss worth naming: {cells.size(least['bytes']).text}."
+        return f"{least['name']} is the smallest without a loss worth mentioning: {cells.size(least['bytes']).text}."
     best = [str(row["name"]) for row in rows if row["best_size"]]
     if not best:
         return "Size and loss were not measured for all, so none can be preferred."
-    return f"None is without a loss. By size and loss, none of the others beats {_and(best)}."
+    return f"All have a loss. By size and loss, none of the others beats {_and(best)}."
 
 
 def comparison_table(rows: Sequence[Data]) -> Table:

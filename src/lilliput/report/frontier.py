@@ -40,7 +40,7 @@ def headline(data: Data) -> str:
     least, most = data["frontier"][0], data["frontier"][-1]
     return (
         f"From {units.size(least['folder_bytes'])} with a KL divergence of {least['kl']:.3g} nats to "
-        f"{units.size(most['folder_bytes'])} with {most['kl']:.3g}, as foreseen."
+        f"{units.size(most['folder_bytes'])} with {most['kl']:.3g}, as predicted."
     )
 
 
@@ -48,7 +48,7 @@ def show(data: Data) -> RenderableType:
     """The curve for the terminal."""
     rows = [{**x, "chosen": _chosen(x)} for x in data["frontier"]]
     hidden = {k: v for k, v in data.items() if k != "frontier"}
-    return Group(terminal.document(hidden, "frontier"), terminal.rows(rows, "best choices; KL as foreseen, nats"))
+    return Group(terminal.document(hidden, "frontier"), terminal.rows(rows, "best choices; predicted KL, nats"))
 
 
 def _chosen(point: Data) -> str:
@@ -66,7 +66,7 @@ def _picture(data: Data) -> Picture:
 
 
 def _table(data: Data) -> Table:
-    columns = ("size", "bits per weight", "KL, nats, foreseen", "linears by grid")
+    columns = ("size", "bits per weight", "predicted KL, nats", "linears by entry")
     return table(
         columns,
         [

@@ -151,7 +151,7 @@ def writable(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise LilliputError(f"the folder {path.absolute().parent} does not exist: create it, or choose another --html")
     if path.is_dir():
-        raise LilliputError(f"{path} is a folder: --html names the file to write")
+        raise LilliputError(f"{path} is a folder: --html must name a file to write")
 
 
 def write(path: Path, text: str) -> None:

@@ -103,7 +103,7 @@ def headline(rows: Sequence[Data]) -> str:
     front = [row for row in rows if row["best_loss"]]
     counts = Counter(int(row["bits"]) for row in front)
     parts = [f"{n} of {bits} bits" for bits, n in sorted(counts.items(), key=lambda x: (-x[1], x[0]))]
-    return f"{len(front)} of {len(rows)} models are beaten by none of as few bits: {', '.join(parts)}."
+    return f"{len(front)} of {len(rows)} models are not beaten by any with as few bits: {', '.join(parts)}."
 
 
 def scaling_table(rows: Sequence[Data]) -> Table:

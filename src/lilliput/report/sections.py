@@ -218,7 +218,7 @@ def roofline(evidence: Data) -> Section | None:
         note = "" if len(operators) <= OPERATORS else f"{len(operators) - OPERATORS:,} more rows are in the JSON."
         names = ("device", "phase", "operator", "FLOPs", "bytes", "time", "bound by")
         blocks.append(Fold("Operators", table(names, operators[:OPERATORS], note=note)))
-    return Section("roofline", "Roofline", blocks, "What the shapes and the format allow on each device; not measured.")
+    return Section("roofline", "Roofline", blocks, "What shapes and format allow on each device; not measured.")
 
 
 def _in_short(some: Sequence[Data], rows: Sequence[Data]) -> tuple[str, ...]:
@@ -259,7 +259,7 @@ def loss(evidence: Data) -> Section | None:
             f"{x['tensor']}: {x['reason']}" + (f" (factor {x['factor']:.4g})" if x.get("factor") is not None else "")
             for x in suspects
         ]
-        blocks.append(Prose(tuple(lines), "bad", "Damaged, by all appearance"))
+        blocks.append(Prose(tuple(lines), "bad", "Apparently damaged"))
     linears, per_block = part.get("linears") or (), part.get("blocks") or ()
     if linears:
         blocks.append(_heat(linears))
@@ -268,8 +268,8 @@ def loss(evidence: Data) -> Section | None:
     if part.get("note"):
         blocks.append(Prose((str(part["note"]),)))
     total = part.get("total_kl")
-    lead = f"Divided is a KL divergence of {total:.3g} nats per token." if total is not None else ""
-    return Section("loss", "Where the loss is", blocks, lead)
+    lead = f"The shares divide a KL divergence of {total:.3g} nats per token." if total is not None else ""
+    return Section("loss", "Where the loss comes from", blocks, lead)
 
 
 def _measure(rows: Sequence[Data]) -> tuple[str, str]:

@@ -115,4 +115,4 @@ def _worst_linears(loss: Data) -> Table | None:
         (words(x["name"]), cells.share(x["share"]), words("exact" if x.get("exact") else "estimated"))
         for x in shared[:_LINEARS]
     ]
-    return table(("linear", "share of the loss", "how"), rows, "Where the loss is.")
+    return table(("linear", "share of the loss", "how"), rows, "Where the loss comes from.")

@@ -46,9 +46,7 @@ def verdict(evidence: Data) -> dict[str, Any]:
         reasons = [sentence for _, sentence in bad]
         return _answer("bad", f"Do not ship this: {bad[0][0]}.", reasons + _facts(evidence, data))
     if not data:
-        return _answer(
-            "unsure", "Not compared with an original, so nothing can be said about a loss.", _alone(evidence)
-        )
+        return _answer("unsure", "Not compared with an original, so nothing is known about a loss.", _alone(evidence))
     facts = _facts(evidence, data)
     ratios = [row["perplexity_ratio"] for row in data]
     ratio = next((x for x in ratios if x["low"] > 1 and x["high"] >= OK_RATIO), None)
@@ -57,15 +55,15 @@ def verdict(evidence: Data) -> dict[str, Any]:
     tasks = [row for row in evidence.get("tasks") or () if row.get("level") == "loss"]
     if tasks:
         names = ", ".join(str(row["name"]) for row in tasks)
-        return _answer("loss", f"A loss on {names}, though perplexity shows none{_gain(evidence)}.", facts)
+        return _answer("loss", f"A loss on {names}, although perplexity shows none{_gain(evidence)}.", facts)
     changed = [row for row in data if (row.get("kl") or {"low": 0.0})["low"] > SAME_KL]
     if changed:
-        headline = "Perplexity stays, but the predictions are others: a KL divergence of "
+        headline = "Perplexity is unchanged, but predictions differ: a KL divergence of "
         return _answer("loss", f"{headline}{changed[0]['kl']['value']:.2g} nats.", facts)
     if all(x["high"] < OK_RATIO for x in ratios):
         worst = max(ratios, key=lambda x: float(x["high"]))
         most = "no higher" if worst["high"] <= 1 else f"higher by at most {percent(worst['high'] - 1)}"
-        return _answer("ok", f"No loss worth naming: perplexity is {most}{_gain(evidence)}.", facts)
+        return _answer("ok", f"No loss worth mentioning: perplexity is {most}{_gain(evidence)}.", facts)
     open_rows = [row for row in data if row["perplexity_ratio"]["high"] >= OK_RATIO]
     more = max((further_windows(row["perplexity_ratio"], int(row["windows"])) for row in open_rows), default=0)
     settle = f"about {more:,} more windows would settle it" if more < _MOST else "more text will hardly settle it"

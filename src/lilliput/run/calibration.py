@@ -49,7 +49,7 @@ def _fits(plan: Plan) -> None:
     whole = sum(x.nbytes for x in plan.tensors if x.kind != "quantized") + plan.parameters * plan.dtype.itemsize
     if whole > plan.budget:
         raise PlanError(
-            f"--data self loads the whole model to write its text: that needs {units.readable(whole)}, more than "
+            f"--data self loads the whole model to write its text, which needs {units.readable(whole)}, more than "
             f"--memory {units.readable(plan.budget)}; use --data docs or a file"
         )
 
@@ -71,6 +71,4 @@ def measurable(model: Model, text: Text) -> None:
 def known_positions(model: Model, tokens: int) -> None:
     """Raises PlanError for windows of more tokens than the model knows positions."""
     if model.positions is not None and tokens > model.positions:
-        raise PlanError(
-            f"--tokens {tokens} is more than the {model.positions} positions that the model knows: ask for fewer"
-        )
+        raise PlanError(f"--tokens {tokens} is more than the model's {model.positions} positions: ask for fewer")

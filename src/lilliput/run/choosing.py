@@ -148,7 +148,7 @@ def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progr
 
     def score(block: int, view: BlockView, io: BlockIO) -> Scores:
         if io.squares is None:
-            raise RuntimeError("squared gradients were planned, and nobody brings them")
+            raise RuntimeError("squared gradients were planned, and they were not collected")
         scores: dict[str, tuple[float, ...]] = {}
         for name, weight in view.weights.items():
             options = pool.options[of_block[block, name].name]

@@ -76,8 +76,8 @@ def continuation(model: Model, prompt: str, new_tokens: int) -> str:
         room = model.positions - len(ids)
         remedy = f"ask for at most {room} new ones, or shorten the prompt" if room > 0 else "shorten the prompt"
         raise DataError(
-            f"a prompt of {len(ids)} tokens and {new_tokens} new ones are more than the {model.positions} positions "
-            f"that the model knows: {remedy}"
+            f"a prompt of {len(ids)} tokens and {new_tokens} new ones are more than the model's "
+            f"{model.positions} positions: {remedy}"
         )
     whole: Any = model.skeleton.model
     config: Any = settings(model.source.folder, whole.generation_config)

@@ -99,7 +99,7 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
         for block in range(first, len(prefixes)):
             if ranks.lead() and block in records and names_by_block[block] and not path_of(work, block).is_file():
                 raise LilliputError(
-                    f"{path_of(work, block)} was written by the unfinished run and is gone; {START_ANEW}"
+                    f"{path_of(work, block)} was written by the unfinished run and is missing; {START_ANEW}"
                 )
     transposed = {f"{x.name}.weight" for x in plan.resolved.linears if x.linear.transposed}
     for block, squares, states in backward.fisher(model.skeleton, model.read, samples, names_by_block, done=records):

@@ -172,7 +172,7 @@ class Work:
             if self.staging.is_dir() and any(self.staging.iterdir()):
                 raise LilliputError(
                     f"{self.partial} holds an unfinished run whose journal is not in {self.folder}: repeat that "
-                    "command with its --work to finish it, or delete the folder to start anew"
+                    "command with its --work to finish it, or delete the folder to start again"
                 )
             self.staging.mkdir(exist_ok=True)
             write_atomically(self._journal, json.dumps(self._header) + "\n")
@@ -200,7 +200,7 @@ class Work:
         if value != self._header["plan"]:
             raise LilliputError(
                 f"{self.partial} holds an unfinished run of another plan (model, recipe, data, threads, memory budget, "
-                "processes or versions differ): repeat that command to finish it, or delete the folder to start anew"
+                "processes or versions differ): repeat that command to finish it, or delete the folder to start again"
                 + ("" if self._elsewhere is None else f", and {self.folder} with it")
             )
 

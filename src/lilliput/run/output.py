@@ -62,7 +62,7 @@ class Output:
         for name, contents in self._files.items():
             path = self._path(name)
             if not path.is_file():
-                raise LilliputError(f"{path} was written by the unfinished run and is gone; {START_ANEW}")
+                raise LilliputError(f"{path} was written by the unfinished run and is missing; {START_ANEW}")
             header = safetensors_header(contents, METADATA)[0]
             with path.open("rb") as file:
                 same = file.read(len(header)) == header and path.stat().st_size == safetensors_bytes(contents, METADATA)

@@ -73,7 +73,7 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
             if provenance.sha256(matrix) != records[0]["sha256"]:
                 raise LilliputError(
                     f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
-                    "start anew"
+                    "start again"
                 )
     matrix = ranks.same(matrix.contiguous())
     rotated = turning.rotated(matrix)

@@ -84,7 +84,7 @@ def compressed(job: Job, out: Path, text: Text, progress: Progress | None = None
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise LilliputError(
                     f"the disk is full ({error.filename or out.parent}); nothing is lost: free some space and "
-                    "repeat the command, it goes on where it stopped"
+                    "repeat the command, which continues where it stopped"
                 ) from None
             raise
 
@@ -135,7 +135,7 @@ def _refuse(out: Path, elsewhere: Path | None, text: Text) -> None:
         raise LilliputError(f"the folder {out.absolute().parent} does not exist: create it, or choose another --out")
     refuse_work(elsewhere)
     if text.windows == 1:
-        raise DataError("one window gives no interval: measure on 2 or more, or on 0 for no measurement")
+        raise DataError("one window gives no interval: use 2 or more, or 0 for no measurement")
 
 
 def refuse_work(place: Path | None) -> None:
@@ -145,7 +145,7 @@ def refuse_work(place: Path | None) -> None:
     existing = next(x for x in (place, *place.parents) if os.path.lexists(x))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = "cannot be written to" if existing.is_dir() else "is no folder"
-        raise PlanError(f"--work {place}: {existing} {why}; name a place where the unfinished run can lie")
+        raise PlanError(f"--work {place}: {existing} {why}; name a folder for the unfinished run")
 
 
 def spill(plan: Plan, model: Model, eval_windows: int) -> int:
@@ -240,8 +240,8 @@ def _within(folder: Path, fit: Fit | None) -> None:
     whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if fit is not None and fit.size is not None and whole > fit.size:
         raise LilliputError(
-            f"the folder has {whole} bytes, {whole - fit.size} more than --size {fit.size}: what lies beside the "
-            f"weights took more than was foreseen; ask for --size {2 * fit.size - whole}"
+            f"the folder has {whole} bytes, {whole - fit.size} more than --size {fit.size}: the files beside "
+            f"the weights are larger than planned; ask for --size {2 * fit.size - whole}"
         )
 
 

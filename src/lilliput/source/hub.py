@@ -38,8 +38,8 @@ def snapshot(model: str, trust_remote_code: bool) -> Path:
         ) from error
     except OSError as error:
         raise SourceError(
-            f"'{model}' could not be downloaded: {error}. Check the disk's free space and the network, and run it "
-            "again: what is there already is kept."
+            f"'{model}' could not be downloaded: {error}. Check the disk's free space and the network, and run "
+            "it again: what was downloaded is kept."
         ) from error
     _complete(model, folder)
     return folder

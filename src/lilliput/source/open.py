@@ -99,7 +99,7 @@ def _folder(model: str, folder: Path, trust_remote_code: bool, prefix: tuple[str
         packed = quantized.find(reader, how, dtype, model)
         _strip(config)
         method = str(how.get("quant_method", "compressed-tensors"))
-        notes += (f"its weights are quantized already ({method}); they are read as {_short(dtype)}",)
+        notes += (f"its weights are already quantized ({method}); they are read as {_short(dtype)}",)
         if any(isinstance(x, Turned) for x in packed.values()):
             notes += ("rotations that an engine applies while it runs (transform_config) are undone in its weights",)
     return Source(
@@ -116,14 +116,16 @@ def _choice(folder: Path, shards: Shards) -> tuple[str, ...]:
     """Which weights were taken, where the folder also has others."""
     chosen = shards.chosen.name
     others = [x for x in (WHOLE, INDEX) if x != chosen and (folder / x).is_file()]
-    return (f"its weights are those of {chosen}, as transformers takes them, and not of {others[0]}",) if others else ()
+    return (
+        (f"its weights are those of {chosen}, which transformers uses, and not those of {others[0]}",) if others else ()
+    )
 
 
 def _renamed(reader: Unwrapped) -> tuple[str, ...]:
     if not reader.renamed:
         return ()
     name, stored = next(iter(reader.renamed.items()))
-    return (f"tensors are called as a wrapper around the model calls them ({stored}): read as {name}",)
+    return (f"tensors have the names of a wrapper around the model ({stored}): read as {name}",)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -143,8 +145,8 @@ def _config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         text = str(error).strip()
         if "trust_remote_code" in text or "custom code" in text:
             raise SourceError(
-                f"{folder} brings Python code of its own, and none is run: give a model of an architecture that "
-                "transformers has itself, or update transformers where it has this one by now."
+                f"{folder} comes with Python code of its own, which is never run: give a model of an "
+                "architecture that transformers itself has, or update transformers if it has this one by now."
             ) from error
         first = text.splitlines()[0] if text else type(error).__name__
         raise SourceError(f"transformers cannot read {folder / 'config.json'}: {first}") from error

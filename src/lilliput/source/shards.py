@@ -88,7 +88,7 @@ def choose(folder: Path, named: str | None = None) -> Path:
     if not files:
         if names := pickles(folder):
             raise refuse_pickles(names, folder)
-        raise SourceError(f"{folder} holds no weights: no *.safetensors and no *.gguf file lies in it.")
+        raise SourceError(f"{folder} contains no weights: there is no *.safetensors and no *.gguf file in it.")
     if files[0].name.startswith("model-0") and "-of-" in files[0].name:
         raise SourceError(f"{folder} has shards but no {INDEX}, which names them all. Copy or download it again.")
     if len(files) > 1:

@@ -122,7 +122,7 @@ class Source:
     def read(self, stored_name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor by its stored name, or its rows [start, stop); contiguous, on the CPU, in `stored[name].dtype`."""
         if stored_name not in self.stored:
-            raise SourceError(f"{self.model} stores no tensor named {stored_name}.")
+            raise SourceError(f"{self.model} has no tensor named {stored_name}.")
         packed = self._packed.get(stored_name)
         if packed is None:
             return self._reader.read(stored_name, rows)

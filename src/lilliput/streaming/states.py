@@ -13,7 +13,7 @@ from torch import Tensor
 from lilliput.errors import LilliputError
 
 # What to do when the files of an unfinished run are not what it wrote.
-START_ANEW = "delete the folder of the unfinished run, .NAME.partial beside the output NAME, and start anew"
+START_ANEW = "delete the folder of the unfinished run, .NAME.partial beside the output NAME, and start again"
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -37,7 +37,9 @@ class Activations:
         except FileNotFoundError:
             if create:
                 raise
-            raise LilliputError(f"{path} is gone: the unfinished run cannot go on without it; {START_ANEW}") from None
+            raise LilliputError(
+                f"{path} is missing: the unfinished run cannot continue without it; {START_ANEW}"
+            ) from None
         size = shape[0] * self._row
         if create:
             # Reserving the space now turns a full disk into an error before the work, not in the middle of it.

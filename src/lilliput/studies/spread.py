@@ -94,7 +94,7 @@ def spread(
     if len(set(seeds)) < max(LEAST, len(seeds)):
         raise PlanError(f"--seeds {','.join(map(str, seeds))}: a spread takes {LEAST} seeds or more, all different")
     if text.windows < 2:
-        raise DataError("one window gives no interval: measure on 2 or more")
+        raise DataError("one window gives no interval: use 2 or more")
     sampling = {"data": calibration.data, "samples": calibration.samples, "tokens": calibration.tokens}
     shared: dict[str, Any] = {"recipe": recipe, "settings": settings, **sampling, **vars(limits), **vars(compute)}
     plan = api.plan(model, seed=seeds[0], **shared)

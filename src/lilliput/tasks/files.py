@@ -59,13 +59,14 @@ def parse(text: str) -> Spec:
     entry = name.partition(":")[0]
     if not entry or (equals and not path):
         raise DataError(
-            f"'{text}' is no task: give NAME=FILE.jsonl, NAME=FILE.jsonl+EXAMPLES.jsonl, NAME=FILE.yaml, or NAME alone."
+            f"'{text}' is not a task: give NAME=FILE.jsonl, NAME=FILE.jsonl+EXAMPLES.jsonl, NAME=FILE.yaml, or "
+            "NAME alone."
         )
     if not equals:
         return Spec(name, entry, None)
     if Path(path).suffix in (".yaml", ".yml"):
         if not Path(path).is_file():
-            raise DataError(f"there is no file '{path}' that describes the task '{name}'.")
+            raise DataError(f"there is no file '{path}' to describe the task '{name}'.")
         return Spec(name, entry, None, definition=Path(path))
     file, plus, examples = path.rpartition("+")
     if not plus or not file or Path(path).exists():
@@ -129,7 +130,7 @@ def load_task(spec: Spec, *, limit: int | None = None, shots: int | None = None)
     if spec.file is None:
         raise DataError(f"the task '{spec.name}' names no file: give {spec.name}=FILE.jsonl.")
     if (limit is not None and limit < 1) or (shots is not None and shots < 0):
-        raise DataError(f"limit {limit} and {shots} shots: at least one item and no fewer than 0 examples.")
+        raise DataError(f"limit {limit} and {shots} shots: give at least one item and no negative number of examples.")
     shape, _, _ = _items(spec.file, spec.entry, 1)
     count = shape.shots if shots is None else shots
     ahead = 0 if spec.examples is not None else count

@@ -37,7 +37,7 @@ def item(shape: Shape, row: Row, where: str) -> Generate:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise DataError(f"{where}: 'pattern' is no regular expression: {error}.") from None
+        raise DataError(f"{where}: 'pattern' is not a regular expression: {error}.") from None
     return Generate(shape.text(shape.prompt, row), answer, shape.text(shape.shown, row), pattern)
 
 

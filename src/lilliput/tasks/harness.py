@@ -81,7 +81,9 @@ def adapter(loaded: Loaded, step: Callable[[int, int], None] = lambda done, tota
             for x in requests:
                 settings = dict(x.args[1])
                 if settings.get("do_sample"):
-                    raise DataError("this task samples its answers; here decoding is greedy only: choose another task.")
+                    raise DataError(
+                        "this task samples its answers, but decoding here is always greedy: choose another task."
+                    )
                 stop = settings.get("until") or []
                 tokens = int(settings.get("max_gen_toks", _TOKENS))
                 stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -129,7 +131,7 @@ def by_item(samples: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[f
     whole = {str(x["doc_id"]) for x in samples}
     by_metric = {metric: of for metric, of in by_metric.items() if len(of) == len(whole)}
     if not by_metric:
-        raise DataError(f"the task '{name}' scores no single items: measure perplexity with --data instead.")
+        raise DataError(f"the task '{name}' does not score single items: measure perplexity with --data instead.")
     return {metric: [of[i] for i in sorted(of)] for metric, of in by_metric.items()}
 
 

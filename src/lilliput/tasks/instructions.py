@@ -119,15 +119,15 @@ def separate(
     specs = [parse(x) for x in tasks if x not in scored]
     for spec in specs:
         if spec.file is None or spec.examples is not None:
-            raise DataError(f"instructions have a file of rows and no worked examples: give {spec.name}=FILE.jsonl.")
+            raise DataError(f"instructions have a file of rows but no worked examples: give {spec.name}=FILE.jsonl.")
         if against is None:
             raise DataError(
-                f"'{spec.name}' has no right answers, only those of two models: name the original with --against."
+                f"'{spec.name}' has no right answers, only those of two models: give the original with --against."
             )
         _asked(spec.file, None)
     if judge is not None:
         if not specs:
-            raise DataError("a judge compares answers to instructions: name them, --tasks instructions=FILE.jsonl.")
+            raise DataError("a judge compares answers to instructions: give them with --tasks instructions=FILE.jsonl.")
         judges.check(judge)
     return scored, specs
 

@@ -75,7 +75,7 @@ class _Straight(urllib.request.HTTPRedirectHandler):
 def check(judge: Judge) -> None:
     """One short question, so that a wrong address, name or key is known before any work. Raises DataError."""
     if not judge.url.startswith(("http://", "https://")):
-        raise DataError(f"'{judge.url}' is no address of a judge: give one such as http://localhost:8000/v1.")
+        raise DataError(f"'{judge.url}' is not a judge's address: give one such as http://localhost:8000/v1.")
     _answer(judge, [{"role": "user", "content": "Answer with one word: ready?"}])
 
 
@@ -101,8 +101,8 @@ def _answer(judge: Judge, messages: Sequence[Mapping[str, str]]) -> str:
             break
         time.sleep(judge.wait * 4 ** (TRIES - 1 - left))
     raise DataError(
-        f"the judge '{judge.model}' at {judge.url} does not answer ({why}): check --judge, --judge-model and, where it "
-        f"wants a key, the variable {JUDGE_KEY}; with --work the answers that it gave are kept."
+        f"the judge '{judge.model}' at {judge.url} does not answer ({why}): check --judge, --judge-model and, "
+        f"if it needs a key, the variable {JUDGE_KEY}; with --work its answers so far are kept."
     )
 
 

@@ -90,7 +90,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, 
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         after = ids_of(tokenizer, continuation, special=False)
         if start is None:
-            raise DataError("an item has no context, and the tokenizer no token that begins or ends a text.")
+            raise DataError("an item has no context, and the tokenizer has no token that begins or ends a text.")
         before = [start]
         if after[:1] == [start]:
             after = after[1:]
@@ -98,8 +98,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, 
         raise DataError(f"the continuation {continuation!r} has no token of its own after {context[-40:]!r}.")
     if len(after) > length:
         raise DataError(
-            f"a continuation of {len(after)} tokens is longer than the {length} positions that the model knows: "
-            "shorten it."
+            f"a continuation of {len(after)} tokens is longer than the model's {length} positions: shorten it."
         )
     whole = (before + after)[-(length + 1) :]
     return Encoded(tuple(whole[:-1]), tuple(after))

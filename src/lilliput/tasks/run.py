@@ -152,7 +152,7 @@ def check_tasks(
     names = [x.name for x in parsed]
     twice = next((x for x in names if names.count(x) > 1), None)
     if twice is not None or not parsed:
-        raise DataError(f"the task '{twice}' is named twice." if twice else "no task is named: give NAME=FILE.jsonl.")
+        raise DataError(f"the task '{twice}' is given twice." if twice else "no task is given: use NAME=FILE.jsonl.")
     tasks = {x.name: load_task(x, limit=limit, shots=shots) for x in parsed if x.file is not None}
     for x in parsed:
         if x.file is None:

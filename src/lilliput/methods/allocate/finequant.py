@@ -28,7 +28,7 @@ SIZES = (16, 32, 64, 128, 256, 512, 1024)
 class Options(Strict):
     """See the module's docstring."""
 
-    fall: float = Field(0.1, gt=0.0, lt=1.0, description="share by which ranges have to fall for smaller groups")
+    fall: float = Field(0.1, gt=0.0, lt=1.0, description="share by which ranges must fall to justify smaller groups")
 
 
 def refuse(target: Target, o: Options) -> str | None:

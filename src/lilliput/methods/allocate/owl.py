@@ -30,7 +30,7 @@ class Options(Strict):
 
     multiple: float = Field(5.0, gt=0.0, description="an outlier is this many times the mean score")
     spread: float = Field(0.08, ge=0.0, le=0.5, description="largest distance from the mean sparsity")
-    per: Literal["block", "linear"] = Field("block", description="what shares one sparsity")
+    per: Literal["block", "linear"] = Field("block", description="what has one common sparsity")
 
 
 def refuse(target: Target, o: Options) -> str | None:

@@ -12,7 +12,8 @@ E(g d)^2 ~ E|g|^2 E|d|^2 / rows to second order. Relative divides it by e(0) ins
                what ASVD's binary search over sorted sensitivities (STRS) finds, with its perplexity as the measure
 
 until the bytes are spent that the recipe's ratio, alike for all layers, would take; what is left goes to single ranks.
-A layer at the last step stays as it is. The total is never above, and misses by less than one rank of any open layer.
+A layer at the last step is left unchanged. The total is never above those bytes, and misses them by less than one rank
+of any open layer.
 
 ASVD releases perplexity of the whole model as default, at one evaluation for each layer and ratio; here one forward and
 one backward pass serve for all. Relative errors need no backward pass, and do not see what later layers make of an
@@ -48,16 +49,16 @@ class Options(Strict):
     """See the module's docstring."""
 
     weighting: Literal["none", "absmean", "gram"] = Field(
-        "gram", description="whose truncation is measured; the same as in the step that truncates"
+        "gram", description="how the measured truncation weights errors; as in the step that truncates"
     )
     alpha: float = Field(0.5, ge=0.0, le=2.0, description="absmean: exponent of mean |x|")
     measure: Literal["loss", "relative", "energy"] = Field(
-        "loss", description="errors by what they cost in loss, as a share of the layer's own outputs, or as they are"
+        "loss", description="errors by their effect on the loss, relative to the layer's own outputs, or absolute"
     )
-    rule: Literal["sum", "threshold"] = Field("sum", description="make the sum of all errors least, or the largest one")
-    steps: int = Field(20, ge=2, le=200, description="ratios that are looked at, from 1 / steps to 1")
+    rule: Literal["sum", "threshold"] = Field("sum", description="minimise the sum of all errors, or the largest one")
+    steps: int = Field(20, ge=2, le=200, description="ratios considered, from 1 / steps to 1")
     fisher_samples: int | None = Field(
-        None, ge=1, description="loss: calibration samples that squared gradients are taken over; none: all"
+        None, ge=1, description="loss: calibration samples for the squared gradients; none: all"
     )
 
 
@@ -94,7 +95,7 @@ def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
 def _cost(io: BlockIO, name: str, gram: Tensor | None) -> float:
     """E|g|^2 of the linear's outputs but for a factor that all linears share; 0 where no token reached it."""
     if io.squares is None:
-        raise RuntimeError("squared gradients were planned, and nobody brings them")
+        raise RuntimeError("squared gradients were planned, and they were not collected")
     energy = 0.0 if gram is None else float(gram.diagonal().sum(dtype=torch.float64))
     return float(io.squares(name).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0
 
@@ -194,7 +195,7 @@ def _with(share: Share, rank: int | None) -> Target:
 
 def _size(share: Share, target: Target) -> int:
     if share.size is None:
-        raise RuntimeError("ranks change sizes, and nobody said which they are")
+        raise RuntimeError("ranks change sizes, but the sizes are missing")
     return share.size(target)
 
 

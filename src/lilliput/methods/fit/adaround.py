@@ -36,9 +36,9 @@ _WARM = 0.2
 class Options(FitOptions):
     """`lr` defaults to 4 / iters: V starts within 2.5 of 0, where h is a half."""
 
-    weight: float = Field(1.0, ge=0.0, description="of the term that drives h to 0 or 1")
-    beta_start: float = Field(20.0, ge=1.0, description="its exponent at first")
-    beta_end: float = Field(2.0, ge=1.0, description="its exponent at the end")
+    weight: float = Field(1.0, ge=0.0, description="weight of the term that drives h to 0 or 1")
+    beta_start: float = Field(20.0, ge=1.0, description="its first exponent")
+    beta_end: float = Field(2.0, ge=1.0, description="its last exponent")
 
 
 @dataclass(frozen=True)

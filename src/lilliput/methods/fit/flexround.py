@@ -32,9 +32,9 @@ _LEAST = 0.05
 
 
 class Options(FitOptions):
-    """`lr` defaults to 0.4 / iters: factors travel up to a fifth."""
+    """`lr` defaults to 0.4 / iters: factors change by up to a fifth."""
 
-    margin: float = Field(0.5, ge=0.0, le=1.0, description="where a given code starts, as for signround")
+    margin: float = Field(0.5, ge=0.0, le=1.0, description="where a code of an earlier step starts, as for signround")
 
 
 @dataclass(frozen=True)

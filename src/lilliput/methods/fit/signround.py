@@ -46,7 +46,10 @@ class Options(FitOptions):
     rule: Literal["sign", "adam"] = Field("sign", description="signed steps as in the paper, or Adam")
     clip: bool = Field(True, description="train the clip factors too")
     margin: float = Field(
-        0.5, ge=0.0, le=1.0, description="where a given code starts: 0 at the edge next to the weight, 1 in its middle"
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="where a code of an earlier step starts: 0 at the edge next to the weight, 1 in its middle",
     )
 
 

@@ -40,7 +40,7 @@ class Options(Strict):
 
     steps: int = Field(4, ge=0, description="descent steps")
     rate: float = Field(1.5, gt=0.0, description="length of the first step")
-    sequences: int = Field(8, ge=1, description="calibration samples that the loss is taken over")
+    sequences: int = Field(8, ge=1, description="calibration samples for the loss")
     kind: Literal["hadamard", "orthogonal"] = Field("hadamard", description="family of the random start")
     seed: int = Field(0, ge=0, description="seed of the start")
 

@@ -69,7 +69,7 @@ class Options(Strict):
     steps: int = Field(8, ge=1, le=200, description="shrink factors of that range search")
     gain: float = Field(0.0, ge=0.0, lt=1.0, description="relative fall of the judged error that a scale must bring")
     rows: int = Field(256, ge=0, description="judge by this many rows of each linear, evenly spaced (0: all)")
-    damping: float = Field(0.01, ge=0.0, le=10.0, description="judge sweep: damping of the sweep to come")
+    damping: float = Field(0.01, ge=0.0, le=10.0, description="judge sweep: damping of the later sweep")
 
 
 def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequence[ScaleFold]:

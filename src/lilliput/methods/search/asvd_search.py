@@ -1,17 +1,17 @@
 """ASVD's own search for ranks (STRS): every layer at every ratio by itself, and one threshold of perplexity for all.
 
 For each linear that the next step (`svd-truncate`) covers, and each ratio in `ratios`, the perplexity of the whole
-model on calibration text when this one alone is truncated. For a threshold p every layer gets the least ratio whose
-perplexity is at most p, and stays as it is where none is; of all thresholds the least is taken at which all layers
-together take no more bytes than the recipe's ratio would, alike for all; bytes fall as p rises, so bisection finds it.
+model on calibration text when this one alone is truncated. For a threshold p every layer gets the smallest ratio whose
+perplexity is at most p, and is left unchanged if there is none. The threshold is the smallest at which all layers
+together take no more bytes than with the recipe's ratio for all; bytes fall as p rises, so bisection finds it.
 
 Layers are truncated as the next step does it, with statistics of the uncompressed model's inputs over all calibration
 samples; perplexity is taken over a part of the samples (`share`). A ratio j gives the rank j out in / (out + in), whole
 and at least 1; one whose factors would be no smaller than the layer is not looked at.
 
-`ranks` decides the same from one forward and one backward pass. Here no error is a model of the loss: it is the loss,
-but of each layer by itself, so that what two truncations do to each other is not seen, and what the threshold leaves of
-the bytes is not spent.
+`ranks` decides the same from one forward and one backward pass. Here errors are not modelled: the loss itself is
+measured, but for each layer alone, so that interactions of truncations are not seen, and bytes that the threshold
+leaves are not spent.
 
 Paper: Yuan et al. 2023, arXiv 2312.05821, whose released code does it so; 32 samples of WikiText-2, ratios 0.1 to 0.9.
 Cost: for each candidate a decomposition, and a forward pass from its block on over the samples that are looked at: 9
@@ -37,9 +37,9 @@ class Options(Strict):
     """See the module's docstring."""
 
     ratios: tuple[float, ...] = Field(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1, description="ratios that are tried of each layer"
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1, description="ratios to try for each layer"
     )
-    share: float = Field(0.25, gt=0.0, le=1.0, description="share of the calibration samples that is looked at")
+    share: float = Field(0.25, gt=0.0, le=1.0, description="share of the calibration samples that is used")
 
 
 def refuse(target: Target, o: Options) -> str | None:
@@ -124,7 +124,7 @@ def _with(share: Share, rank: int | None) -> Target:
 
 def _size(share: Share, target: Target) -> int:
     if share.size is None:
-        raise RuntimeError("ranks change sizes, and nobody said which they are")
+        raise RuntimeError("ranks change sizes, but the sizes are missing")
     return share.size(target)
 
 

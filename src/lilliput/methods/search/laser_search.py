@@ -1,13 +1,13 @@
 """LASER's search: the matrices, and their ranks, whose higher terms the model does better without.
 
 For each linear that the next step (`laser`) covers in the last blocks, and each share of its ranks in `kept`, the loss
-of the whole model on calibration text when this one alone is lowered. Those that lower the loss are then put together,
-the best first, each at its best rank: one stays if the loss falls once more. All other linears stay as they are; if
-nothing lowers the loss, all of them do.
+of the whole model on calibration text when this one alone is lowered. Those that lower the loss are then combined, the
+best first, each at its best rank: one is kept if the loss falls further. All other linears are left unchanged; if
+nothing lowers the loss, all of them are.
 
-What is found is found for the text, so it should be text of the task: `--data` takes a file of one's own, and a part of
-it (`share`) is looked at. The authors try about ten ranks of every matrix in all blocks, and find gains in the late
-ones, mostly at the lowest ranks of the matrices that enter an MLP: `--set laser-search.late=1 --set
+The result is specific to the text, so it should be text of the task: `--data` takes a file of your own, of which a part
+(`share`) is used. The authors try about ten ranks of every matrix in all blocks, and find gains in the late ones,
+mostly at the lowest ranks of the matrices that enter an MLP: `--set laser-search.late=1 --set
 laser-search.kept=[0.9,0.5,0.25,0.1,0.05,0.01]`, and `where` of the next step, widen the search. That step's own `kept`
 is then ignored.
 
@@ -37,9 +37,9 @@ _SHOWN = 5
 class Options(Strict):
     """See the module's docstring."""
 
-    kept: tuple[float, ...] = Field((0.01, 0.1, 0.5), min_length=1, description="shares of the ranks that are tried")
-    late: float = Field(0.5, gt=0.0, le=1.0, description="share of the blocks, from the last, that are searched")
-    share: float = Field(0.2, gt=0.0, le=1.0, description="share of the calibration samples that are looked at")
+    kept: tuple[float, ...] = Field((0.01, 0.1, 0.5), min_length=1, description="shares of the ranks to try")
+    late: float = Field(0.5, gt=0.0, le=1.0, description="share of the blocks to search, from the last")
+    share: float = Field(0.2, gt=0.0, le=1.0, description="share of the calibration samples that is used")
 
 
 def refuse(target: Target, o: Options) -> str | None:

@@ -44,7 +44,7 @@ class Options(Strict):
         "best", description="first alphas: the paper's, those of an integer grid, or the better for each group"
     )
     rounds: int = Field(15, ge=0, le=200, description="rounds of alternation at most")
-    importance: bool = Field(True, description="weigh input j by its sum of squares")
+    importance: bool = Field(True, description="weight input j by its sum of squares")
     sweep: bool = Field(True, description="choose the codes by the GPTQ sweep; alphas stay")
     act_order: bool = Field(True, description="sweep the inputs by decreasing mean square")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
@@ -59,7 +59,7 @@ def needs(o: Options) -> tuple[str, ...]:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes for what the layer's parts leave over.
+    """Codes for the remainder after the layer's parts.
 
     Raises PlanError without bits in the target or for a pruned layer, LilliputError for values that are not finite.
     """

@@ -51,7 +51,7 @@ class Options(Strict):
     )
     block: int = Field(obs.BLOCK, ge=1, description="columns between two large products; changes speed only")
     fisher_samples: int | None = Field(
-        None, ge=1, description="calibration samples that the Fisher statistic is taken over; none: all"
+        None, ge=1, description="calibration samples for the Fisher statistic; none: all"
     )
 
 
@@ -62,7 +62,7 @@ def needs(o: Options) -> tuple[str, ...]:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes for what the layer's parts leave over; outside the support they decode to 0.
+    """Codes for the remainder after the layer's parts; outside the support they decode to 0.
 
     Raises PlanError without bits in the target, LilliputError for a weight, Gram matrix or Fisher information that is
     not finite.

@@ -53,7 +53,7 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes and sparse values for what the layer's parts leave over; outside the support they add up to 0.
+    """Codes and sparse values for the remainder after the layer's parts; outside the support they add up to 0.
 
     Raises PlanError without bits in the target or with another group size, LilliputError for a weight that is not
     finite.

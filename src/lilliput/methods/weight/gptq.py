@@ -48,20 +48,22 @@ class Options(Strict):
     """See the module's docstring; the defaults lower the loss at little cost."""
 
     act_order: bool = Field(True, description="quantize inputs by decreasing mean square; scales are fitted before")
-    static_groups: bool = Field(True, description="without act_order only: false fits each group on the updated weight")
+    static_groups: bool = Field(True, description="only without act_order: false fits each group on the updated weight")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
     shrinkage: float = Field(
         0.2, ge=0.0, le=10.0, description="added to each Gram diagonal entry, as a share of itself; 0 is the paper's"
     )
     block: int = Field(obs.BLOCK, ge=1, description="columns between two large products; changes speed only")
-    search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
+    search: Literal["minmax", "mse"] = Field(
+        "mse", description="range of a group: min-max, or the range of least error"
+    )
     importance: Literal["none", "gram", "pivot"] = Field(
         "gram", description="weight of input j in the search: 1, H_jj, or 1 / U_jj^2"
     )
     steps: int = Field(30, ge=1, le=200, description="shrink factors that the search tries")
     norm: float = Field(2.0, ge=1.0, le=4.0, description="exponent of the error in the search")
     signed_scale: bool = Field(
-        False, description="let symmetric scales be negative, so that either side gets the extra code"
+        False, description="allow negative symmetric scales, so that the extra code can be on either side"
     )
     refine: int = Field(0, ge=0, le=50, description="passes of coordinate descent over scales and codes")
     rescale: bool = Field(True, description="refining passes also move the scales (not a scale per tensor)")
@@ -80,7 +82,7 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes for what the layer's parts leave over; outside the support they decode to 0.
+    """Codes for the remainder after the layer's parts; outside the support they decode to 0.
 
     Raises PlanError without bits in the target, LilliputError for a weight or Gram matrix that is not finite.
     """

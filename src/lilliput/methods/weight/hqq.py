@@ -37,14 +37,14 @@ class Options(Strict):
 
     norm: float = Field(0.7, gt=0.0, le=1.0, description="p, the exponent of the error")
     iters: int = Field(20, ge=0, le=1000, description="rounds of shrinkage and update")
-    beta: float = Field(10.0, gt=0.0, description="weight of the splitting at first")
-    kappa: float = Field(1.05, ge=1.0, le=10.0, description="its growth at each round")
-    scale: bool = Field(False, description="move scales too, not zero points alone: gives up more outliers")
-    start: Literal["minmax", "mse"] = Field("mse", description="the first grid: covering, or of least squared error")
+    beta: float = Field(10.0, gt=0.0, description="initial weight of the splitting")
+    kappa: float = Field(1.05, ge=1.0, le=10.0, description="its growth in each round")
+    scale: bool = Field(False, description="move scales too, not only zero points: gives up more outliers")
+    start: Literal["minmax", "mse"] = Field("mse", description="the first grid: min-max, or of least squared error")
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes for what the layer's parts leave over, on its support. Raises PlanError without bits in the target."""
+    """Codes for the remainder after the layer's parts, on its support. Raises PlanError without bits in the target."""
     weight = layer.rest()
     if layer.support is not None:
         weight = torch.where(layer.support, weight, 0.0)

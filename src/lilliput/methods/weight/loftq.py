@@ -11,7 +11,7 @@ factors as they are stored.
 
 Paper: Li et al. 2023, arXiv 2310.08659; QLoRA: Dettmers et al. 2023, arXiv 2305.14314.
 Cost: T times a quantization and an eigendecomposition of the smaller side. Stored: codes and r (out + in) numbers.
-Limits: what nf4 or integers lose is spread over many directions, of which r are repaired.
+Limits: the error of nf4 or integers is spread over many directions, of which r are repaired.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ NEEDS = ("gram",)
 class Options(Strict):
     """See the module's docstring."""
 
-    turns: int = Field(5, ge=0, le=100, description="times that codes and product are fitted; 0 leaves the product 0")
+    turns: int = Field(5, ge=0, le=100, description="how often codes and product are fitted; 0 leaves the product 0")
     weighting: Literal["none", "gram"] = Field(
-        "gram", description="the error that is made least: weights', as in the paper, or outputs'"
+        "gram", description="the error to minimise: of the weights, as in the paper, or of the outputs"
     )
     solver: Literal["nearest", "gptq"] = Field("nearest", description="how the codes are found")
     factors: Factors = Field("float16", description="how the factors are stored")

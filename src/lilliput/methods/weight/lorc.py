@@ -5,8 +5,8 @@ WhatT + (x B_rT) A_lT. The left factor is rounded as it will be stored, and the 
 answer to it, so that the factors' own rounding is made up for.
 
 Paper: Yao et al. 2023, ZeroQuant-V2, arXiv 2303.08302.
-Cost: the eigenvectors of a matrix of the smaller side, in float64. Limits: the rest of a good quantizer is close to
-noise, of which low rank catches little; place it after a quantizer of 2 or 3 bits. It knows nothing of the inputs.
+Cost: the eigenvectors of a matrix of the smaller side, in float64. Limits: the error of a good quantizer is close to
+noise, of which a low rank captures little; place it after a quantizer of 2 or 3 bits. It knows nothing of the inputs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """The low-rank part of what the layer's parts leave over.
+    """The low-rank part of the remainder after the layer's parts.
 
     Raises PlanError as `scheme` does, LilliputError for a pruned layer, for a weight that is not finite and for factors
     that their type cannot hold.

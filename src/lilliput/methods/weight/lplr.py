@@ -10,7 +10,8 @@ left out.
 
 Paper: Saha et al. 2023, arXiv 2310.11028 (Matrix compression via randomized low rank and low precision factorization).
 Cost: out * in * m for sketch and fit, m^2 * out for the least squares; `singular` adds an eigendecomposition. No data.
-Limits: spectra of language models are slow, so that few directions lose much; compare with a plain grid of equal bits.
+Limits: spectra of language models decay slowly, so that few directions lose much; compare with plain integers of equal
+bits.
 """
 
 from __future__ import annotations

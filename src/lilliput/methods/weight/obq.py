@@ -34,10 +34,14 @@ _ROOM = 1 << 25  # numbers of the inverses that are alive at a time
 class Options(Strict):
     """See the module's docstring."""
 
-    order: Literal["greedy", "fixed"] = Field("greedy", description="the weight of least loss next, or from left on")
-    outside_first: bool = Field(True, description="greedy only: weights outside their grid before all others")
+    order: Literal["greedy", "fixed"] = Field(
+        "greedy", description="the weight of least loss next, or from left to right"
+    )
+    outside_first: bool = Field(True, description="greedy only: weights outside their range before all others")
     damping: float = Field(0.01, gt=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
-    search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
+    search: Literal["minmax", "mse"] = Field(
+        "mse", description="range of a group: min-max, or the range of least error"
+    )
     most: float = Field(1e12, gt=0.0, description="multiply-adds (out * in^3) above which a linear is refused")
 
 
@@ -53,7 +57,7 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes for what the layer's parts leave over; outside the support they decode to 0.
+    """Codes for the remainder after the layer's parts; outside the support they decode to 0.
 
     Raises PlanError without bits in the target, LilliputError for a weight or Gram matrix that is not finite.
     """

@@ -34,15 +34,19 @@ from lilliput.verbs.compress import Compress
 class Options(Strict):
     """See the module's docstring."""
 
-    extra: float = Field(0.1, ge=0.0, le=16.0, description="bits a weight spent on kept columns, rounded down to whole")
+    extra: float = Field(
+        0.1, ge=0.0, le=16.0, description="bits a weight to spend on kept columns, rounded down to whole columns"
+    )
     columns: int | None = Field(None, ge=0, description="number of kept columns, in place of `extra`")
     act_order: bool = Field(True, description="quantize inputs by decreasing mean square; kept ones come last anyway")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
     shrinkage: float = Field(
         0.2, ge=0.0, le=10.0, description="added to each Gram diagonal entry, as a share of itself; 0 is the paper's"
     )
-    search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
-    importance: bool = Field(True, description="in the search, weigh input j by its mean square; the paper does not")
+    search: Literal["minmax", "mse"] = Field(
+        "mse", description="range of a group: min-max, or the range of least error"
+    )
+    importance: bool = Field(True, description="in the search, weight input j by its mean square; the paper does not")
 
 
 def column_count(o: Options, rows: int, width: int) -> int:
@@ -60,7 +64,7 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes and kept columns for what the layer's parts leave over, both 0 outside the support.
+    """Codes and kept columns for the remainder after the layer's parts, both 0 outside the support.
 
     Raises PlanError without bits in the target, LilliputError for a weight or Gram matrix that is not finite.
     """

@@ -7,8 +7,8 @@ nearest. All levels but the outermost are used about equally often, so the codes
 Paper: Dettmers et al. 2022 (8-bit optimizers via block-wise quantization), arXiv 2110.02861. The paper divides by
 2^b + 1, which leaves one part of the largest weights without a level; here all parts have one. Its 8-bit block-wise
 code, a fixed dynamic tree scaled by the absolute maximum of a block, is `rtn` with format dynamic8.
-Cost: a sort of each unit. Limits: data free; equal use is not least error: levels crowd where weights are many, and
-large weights are far from theirs.
+Cost: a sort of each unit. Limits: data free; equal use is not least error: levels crowd where there are many weights,
+and large weights are far from theirs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options(Strict):
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes for what the layer's parts leave over; outside the support they decode to 0.
+    """Codes for the remainder after the layer's parts; outside the support they decode to 0.
 
     Raises PlanError without bits in the target, LilliputError for a weight that is not finite.
     """

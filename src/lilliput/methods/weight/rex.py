@@ -35,9 +35,11 @@ class Options(Strict):
     """See the module's docstring."""
 
     terms: int = Field(2, ge=1, le=8, description="quantized terms; 1 is round to nearest")
-    share: float = Field(1.0, ge=0.0, le=1.0, description="share of the outputs that have the terms after the first")
-    search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
-    importance: bool = Field(True, description="weigh input j by its mean square")
+    share: float = Field(1.0, ge=0.0, le=1.0, description="share of the outputs with terms after the first")
+    search: Literal["minmax", "mse"] = Field(
+        "mse", description="range of a group: min-max, or the range of least error"
+    )
+    importance: bool = Field(True, description="weight input j by its mean square")
 
 
 def needs(o: Options) -> tuple[str, ...]:
@@ -58,7 +60,7 @@ def _count(rows: int, o: Options) -> int:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Terms for what the layer's parts leave over, all 0 outside the support. Raises PlanError without bits."""
+    """Terms for the remainder after the layer's parts, all 0 outside the support. Raises PlanError without bits."""
     form = from_target(target)
     importance = stats.second_moment() if o.importance and stats.count else None
     out = layer

@@ -6,15 +6,15 @@ q = clip(round(w / S) + Z), what is computed with is S (q - Z). Clip search shri
 range of least sum h_j |w_j - S (q_j - Z)|^p, with h = 1, or h_j = mean x_j^2 over the calibration tokens.
 
 Other formats have other levels than S (q - Z): `formats.levels` and `formats.scales` say which, and what their scales
-are; the search means the same there. Two ranges cut the weights of a unit before min-max covers what is left:
+are; the search means the same there. Two searches cut the weights of a unit before min-max covers the rest:
 "percentile" at a percentile of |w|, "kl" at the share of the row's ranges that changes the histogram of |w|, in 2048
 bins, least by its KL divergence from what the levels can tell apart.
 
-Whether parameters are trained after the rounding is put in is all that parts post-training quantization from
-quantization-aware training (`ptq-vs-qat`). All methods here are of the first kind: they read a finished model and at
-most some calibration text. `signround`, `adaround` and `flexround` use gradients, of one block's outputs and of
-rounding alone; `spinquant` learns a rotation. Nobody trains the weights on a loss of the whole model; a written folder
-is where such a training would start.
+The only difference between post-training quantization and quantization-aware training (`ptq-vs-qat`) is whether
+parameters are trained with the rounding in place. All methods here are of the first kind: they read a finished model
+and at most some calibration text. `signround`, `adaround` and `flexround` use gradients, of one block's outputs and of
+rounding alone; `spinquant` learns a rotation. Nothing here trains the weights on a loss of the whole model; a written
+folder is where such a training would start.
 
 What is quantized (`wo-vs-wa`): weights alone, W4A16, save memory and the time to read it, and multiply in 16 bits;
 weights and inputs, W8A8, also multiply in 8 bits where the hardware can; keys and values in the cache, KV8, are a third
@@ -64,14 +64,14 @@ class Options(Strict):
     """`search`: range by min-max or by least weighted error; `importance`: weigh errors by the inputs' mean square."""
 
     search: Literal["minmax", "mse", "percentile", "kl"] = Field(
-        "mse", description="range of a group: cover it, search the least error, or cut it by how its weights are spread"
+        "mse", description="range of a group: min-max, of least error, or cut by how its weights are distributed"
     )
-    importance: bool = Field(True, description="in the search, weigh input j by its mean square")
+    importance: bool = Field(True, description="in the search, weight input j by its mean square")
     steps: int = Field(30, ge=1, le=200, description="shrink factors that the search (mse, kl) tries")
-    percentile: float = Field(99.9, gt=0.0, le=100.0, description="search percentile: the one of |w| that is covered")
+    percentile: float = Field(99.9, gt=0.0, le=100.0, description="search percentile: the percentile of |w| to cover")
     norm: float = Field(2.0, ge=1.0, le=4.0, description="exponent of the error in the search")
     signed_scale: bool = Field(
-        False, description="let symmetric scales be negative, so that either side gets the extra code"
+        False, description="allow negative symmetric scales, so that the extra code can be on either side"
     )
 
 
@@ -90,7 +90,7 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes for what the layer's parts leave over, on its support. Raises PlanError without bits in the target."""
+    """Codes for the remainder after the layer's parts, on its support. Raises PlanError without bits in the target."""
     weight = layer.rest()
     if layer.support is not None:
         weight = torch.where(layer.support, weight, 0.0)

@@ -15,7 +15,8 @@ for the paper's threshold, which is then whatever the last kept weight scores. W
 The paper's groups of 16 hold scales and zero points of 3 bits themselves: scale_dtype int3/16. The choice of outliers,
 steps 1 and 2, goes by plain scales and coarsely searched ranges; only the final grid and sweep have the target's.
 
-Beyond the paper: ranges are searched, and correlations shrunk, as in `gptq`. No outliers: `gptq` with these groups.
+Beyond the paper: ranges are searched and correlations shrunk, as in `gptq`. Without outliers it is `gptq` with these
+groups.
 
 Paper: Dettmers et al. 2023, arXiv 2306.03078.
 Cost: twice the sweep of gptq and about five times its search of ranges. Memory: ten matrices [out, in]. Limits: each
@@ -51,13 +52,15 @@ _SCREEN = 9  # shares of the range that are looked among to choose outliers; fin
 class Options(Strict):
     """See the module's docstring."""
 
-    share: float = Field(0.01, ge=0.0, le=1.0, description="share of all weights that is kept exactly; fixes the size")
+    share: float = Field(0.01, ge=0.0, le=1.0, description="share of all weights kept exactly; fixes the size")
     act_order: bool = Field(True, description="quantize inputs by decreasing mean square")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
     shrinkage: float = Field(
         0.2, ge=0.0, le=10.0, description="added to each Gram diagonal entry, as a share of itself; 0 is the paper's"
     )
-    search: Literal["minmax", "mse"] = Field("mse", description="range of a group: cover it, or search the least error")
+    search: Literal["minmax", "mse"] = Field(
+        "mse", description="range of a group: min-max, or the range of least error"
+    )
 
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
@@ -69,7 +72,7 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes and outliers for what the layer's parts leave over, both 0 outside the support.
+    """Codes and outliers for the remainder after the layer's parts, both 0 outside the support.
 
     Raises PlanError without bits in the target, LilliputError for a weight or Gram matrix that is not finite.
     """

@@ -43,7 +43,7 @@ class Options(Strict):
         "fisher", description="sensitivity: squared gradients, or the inputs' mean square, or none"
     )
     fisher_samples: int | None = Field(
-        None, ge=1, description="calibration samples that the Fisher statistic is taken over; none: all"
+        None, ge=1, description="calibration samples for the Fisher statistic; none: all"
     )
 
 
@@ -65,7 +65,7 @@ def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes and sparse values for what the layer's parts leave over; outside the support they add up to 0.
+    """Codes and sparse values for the remainder after the layer's parts; outside the support they add up to 0.
 
     Raises PlanError without bits in the target, LilliputError for a weight, statistic or Fisher information that is not
     finite.

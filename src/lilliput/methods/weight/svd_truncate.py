@@ -20,7 +20,7 @@ A is rounded to its stored type first; B is then the least-squares fit for that 
 Paper: SVD: Eckart and Young 1936; ASVD: Yuan et al. 2023, arXiv 2312.05821; SVD-LLM: Wang et al. 2024, arXiv
 2403.07378; LoRD: Kaushal et al. 2023, arXiv 2309.14021; FWSVD: Hsu et al. 2022, arXiv 2207.00112.
 Cost: an eigendecomposition of the smaller side in float64, two with `gram` and fewer inputs than outputs; out * in^2
-for the covariance. Limits: weights of language models have slow spectra; below a ratio of about 0.8 all variants hurt.
+for the covariance. Limits: the spectra of language models decay slowly; below a ratio of about 0.8 all variants hurt.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def _recipe(ratio: float = 0.8, **options: Any) -> list[dict[str, Any]]:
 class Options(Strict):
     """See the module's docstring."""
 
-    weighting: Literal["none", "absmean", "gram", "fisher"] = Field("none", description="the error that is made least")
+    weighting: Literal["none", "absmean", "gram", "fisher"] = Field("none", description="the error to minimise")
     alpha: float = Field(0.5, ge=0.0, le=2.0, description="absmean: exponent of mean |x|; 0 weighs all inputs alike")
     axis: Literal["outputs", "inputs", "both"] = Field(
         "both", description="fisher: whether the sums over rows, over columns or both weigh the error"
     )
     split: Literal["even", "right"] = Field(
-        "even", description="who carries the singular values: both factors their roots, or the right one all"
+        "even", description="where the singular values go: their roots into both factors, or all into the right one"
     )
     factors: Factors = Field("float16", description="how the factors are stored")
 

@@ -26,7 +26,7 @@ NEEDS = ("square",)
 class Options(Strict):
     """See the module's docstring."""
 
-    importance: bool = Field(True, description="weigh input j by its mean square")
+    importance: bool = Field(True, description="weight input j by its mean square")
     rounds: int = Field(30, ge=1, le=1000, description="rounds of alternating least squares")
 
 
@@ -36,7 +36,7 @@ def needs(o: Options) -> tuple[str, ...]:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Signs and vectors for what the layer's parts leave over.
+    """Signs and vectors for the remainder after the layer's parts.
 
     Raises PlanError for a pruned layer, LilliputError for values that are not finite.
     """

@@ -7,7 +7,7 @@ nearest.
 
 Paper: Li et al. 2016, arXiv 1605.04711.
 Cost: one sort of each group, and the sweep of gptq. Limits: 1.6 bits a weight and 16 a group; without training only the
-largest models stand it.
+largest models survive it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEEDS = ("gram",)
 class Options(Strict):
     """See the module's docstring."""
 
-    importance: bool = Field(True, description="weigh input j by its sum of squares")
+    importance: bool = Field(True, description="weight input j by its sum of squares")
     sweep: bool = Field(True, description="choose the codes by the GPTQ sweep; scales stay")
     act_order: bool = Field(True, description="sweep the inputs by decreasing mean square")
     damping: float = Field(0.01, ge=0.0, le=10.0, description="added to the Gram diagonal, as a share of its mean")
@@ -45,8 +45,8 @@ def needs(o: Options) -> tuple[str, ...]:
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
-    """Codes for what the layer's parts leave over, 0 outside the support. Raises LilliputError for values that are not
-    finite."""
+    """Codes for the remainder after the layer's parts, 0 outside the support. Raises LilliputError for values that are
+    not finite."""
     form = from_target(target)
     weight = layer.rest()
     supported = weight if layer.support is None else torch.where(layer.support, weight, 0.0)

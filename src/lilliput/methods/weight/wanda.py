@@ -1,7 +1,7 @@
-"""Wanda: weights leave whose product with the size of their input is smallest.
+"""Wanda: removes the weights whose product with the size of their input is smallest.
 
-Score |W_ij| * |X_j|_2 over all calibration tokens; the lowest leave within each output row (or within the layer), or
-all but N of every M consecutive inputs. No weight is updated.
+Score |W_ij| * |X_j|_2 over all calibration tokens; the lowest are removed within each output row (or within the layer),
+or all but N of every M consecutive inputs. No weight is updated.
 
 Paper: Sun et al. 2024, arXiv 2306.11695.
 Cost: one selection per row and the squared norm of each input. Limits: an input that calibration never saw counts as

@@ -9,8 +9,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from lilliput.machine.version import __version__
 from lilliput.runtime import register
-from lilliput.version import __version__
 
 if TYPE_CHECKING:
     from lilliput.api import compress, convert, evaluate, generate, inspect, load, plan, verify

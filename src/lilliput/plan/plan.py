@@ -18,6 +18,7 @@ from lilliput.anatomy.tables import EMBED, tables
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
+from lilliput.machine.version import __version__
 from lilliput.model.stored import Model
 from lilliput.plan import cost as estimates
 from lilliput.plan import footprint, rehearsal
@@ -27,7 +28,6 @@ from lilliput.plan.tensors import METADATA, TensorPlan, lay_out
 from lilliput.recipe.schema import Recipe
 from lilliput.streaming.peak import Run
 from lilliput.verbs.spec import Stage
-from lilliput.version import __version__
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_experts_are_read_as_far_as_tokens_choose_them(folder, device, opened):
 def test_rows_are_complete_and_plain(folder, packed, opened):
     base, model = opened(folder("llama")), opened(packed("compressed-tensors"))
     rows = rooflines(model, base, [named("h100"), named("phone")], batches=(1, 16), contexts=(32, 4096))
-    assert len(rows) == 2 * 2 * 1 * 2  # the model knows 64 positions
+    assert len(rows) == 2 * 2 * 1 * 2  # the model has 64 positions
     for row in rows:
         plain = json.loads(json.dumps(row.to_json(), allow_nan=False))
         assert {"device", "batch", "context", "phase", "base_seconds", "seconds", "speedup", "bound"} <= plain.keys()
@@ -116,7 +116,7 @@ def test_a_model_against_itself_is_as_fast_as_itself(folder, opened):
 
 def test_bad_settings_are_refused(folder, opened):
     base = opened(folder("llama"))
-    with pytest.raises(PlanError, match="knows 64 positions"):
+    with pytest.raises(PlanError, match="has 64 positions"):
         rooflines(base, None, [named("h100")], contexts=(4096,))
     with pytest.raises(PlanError, match="1 or more"):
         rooflines(base, None, [named("h100")], batches=(0,), contexts=(8,))

@@ -80,7 +80,7 @@ def test_drift_that_meets_both_leaves_the_ratio():
     base, own = [2.0, 4.0, 8.0, 16.0], [1.0, 2.0, 4.0, 8.0]
     found = speedup(base, own)
     assert (found.value, found.low, found.high) == (pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0))
-    with pytest.raises(DataError, match="no time"):
+    with pytest.raises(DataError, match="no measurable time"):
         speedup([0.0, 1.0], [1.0, 1.0])
 
 

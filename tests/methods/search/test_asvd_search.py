@@ -115,7 +115,7 @@ def test_the_ranks_are_those_of_a_slow_search(
     assert len(set(ranks.values())) > 2, "ranks that are all alike show nothing"
     assert ranks == chosen
     assert len(losses) == len(made.resolved.linears) * len(RATIOS), "every layer at every ratio, once"
-    said = f"at most {torch.tensor(threshold).exp():.4g} on the samples"
+    said = f"on the samples at {torch.tensor(threshold).exp():.4g} or below"
     assert said in found["said"]
 
 
@@ -230,7 +230,7 @@ def test_one_threshold_for_all() -> None:
     targets, said = search(loss, budget, OPTIONS)
     assert {n: t.rank for n, t in targets.items()} == {"a": 5, "b": 2, "c": 8}
     assert said.startswith("asvd-search: 3 of 3 linears truncated")
-    assert "at most 20.09 " in said
+    assert "at 20.09 or below" in said
 
 
 def test_a_threshold_lets_all_of_equal_loss_through() -> None:

@@ -380,7 +380,7 @@ def test_a_source_is_checked_by_its_name_alone(tmp_path):
         ("doc", "not a source"),
         (tmp_path / "no.txt", "no file"),
         (tmp_path / "a.csv", "rename"),
-        ("self", "itself"),
+        ("self", "its own calibration"),
     )
     for name, said in wrong:
         with pytest.raises(DataError, match=said):

@@ -117,7 +117,7 @@ def test_bad_formats_and_values_are_refused() -> None:
             BinaryFormat(bits, size, dtype)
     with pytest.raises(PlanError, match="bits"):
         from_target(Target(format="binary", group_size=16))
-    with pytest.raises(PlanError, match="per row"):
+    with pytest.raises(PlanError, match="for groups or rows"):
         from_target(Target(format="binary", bits=2, group_size="tensor"))
     assert from_target(Target(format="binary", bits=2, group_size="channel")) == BinaryFormat(2, -1)
     with pytest.raises(LilliputError, match="NaN"):

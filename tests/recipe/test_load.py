@@ -104,7 +104,7 @@ def test_methods_and_catalogue_ids_are_recipes() -> None:
             'line 4: not valid YAML: found duplicate key "method"',
         ),
         ("name: !!python/name:os.system x\nsteps: []\n", "line 1: not valid YAML: could not determine a constructor"),
-        ("name: 2001-99-99\nsteps: []\n", "this is not YAML: month must be in 1..12"),
+        ("name: 2001-99-99\nsteps: []\n", "not valid YAML: month must be in 1..12"),
         ("stpes: []\n", "the key 'steps' is missing"),
         ("name: x\nsteps:\n  - method: gptk\n", "line 3: unknown method 'gptk'. Did you mean 'gptq'?"),
         ("steps:\n  - method: gptq\n    options: {act_ordr: true}\n", "Did you mean 'act_order'?"),

@@ -45,7 +45,7 @@ def test_the_best_are_those_that_none_beats_in_both(models: list[dict[str, Any]]
     assert [row["name"] for row in rows if row["best_speed"]] == ["w8", "w4"]
     assert [row["level"] for row in rows] == ["ok", "loss", "loss", "loss", "bad"]
     assert headline(rows).startswith("w8 is the smallest without a loss worth mentioning: 4.3 MB")
-    assert headline(rows[1:]) == "None is without a loss. By size and loss, none of the others beats w4 and w3."
+    assert headline(rows[1:]) == "All have a loss. By size and loss, none of the others beats w4 and w3."
 
 
 def test_equals_are_both_best(sample: dict[str, Any]) -> None:

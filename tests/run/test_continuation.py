@@ -100,7 +100,7 @@ def test_a_native_folder_continues(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_positions_are_counted_before_anything_is_loaded(tiny: Tiny) -> None:
-    with pytest.raises(DataError, match=r"256 positions .*ask for at most"):
+    with pytest.raises(DataError, match=r"256 positions: ask for at most"):
         api.generate(tiny("gpt2"), PROMPT, max_new_tokens=256)
     with pytest.raises(DataError, match="shorten the prompt"):
         api.generate(tiny("gpt2"), "word " * 300, max_new_tokens=1)
@@ -112,7 +112,7 @@ def test_a_prompt_with_a_token_beyond_the_embedding(copy: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(copy)
-    with pytest.raises(DataError, match=r"the prompt holds the token '<\|new\|>'"):
+    with pytest.raises(DataError, match=r"the prompt contains the token '<\|new\|>'"):
         api.generate(copy, "a <|new|> b")
 
 

@@ -88,7 +88,7 @@ def test_states_that_changed_are_refused(noisy: Callable[[int], Path], tmp_path:
     with pytest.raises(LilliputError, match="is not what the unfinished run wrote"):
         run(noisy(0), tmp_path, first=1, recorded=sums)
     path.unlink()
-    with pytest.raises(LilliputError, match="is gone"):
+    with pytest.raises(LilliputError, match="is missing"):
         run(noisy(0), tmp_path, first=1, recorded=sums)
 
 

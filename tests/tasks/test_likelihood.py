@@ -93,7 +93,7 @@ def test_what_is_too_long_loses_its_left(llama):
     long = encode(tokenizer, "statement " * 300, "binds names", 16)
     assert len(long.inputs) == 16
     assert tokenizer.decode(long.targets) == " binds names"
-    with pytest.raises(DataError, match="longer than the 4 positions"):
+    with pytest.raises(DataError, match="longer than the model's 4 positions"):
         encode(tokenizer, "a", " statement of many words that does not fit", 4)
     with pytest.raises(DataError, match="no token of its own"):
         encode(tokenizer, "a", "", 16)

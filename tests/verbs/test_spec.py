@@ -9,15 +9,17 @@ import pytest
 from pydantic import Field
 
 from lilliput import methods
+from lilliput.anatomy.model import Block, Groups, Linear
 from lilliput.errors import PlanError
 from lilliput.methods.fit import signround
 from lilliput.methods.learn import spinquant
 from lilliput.methods.search import laser_search
 from lilliput.methods.weight import gptq, quip, spqr
+from lilliput.streaming.peak import Run
 from lilliput.target import Strict, Target
 from lilliput.verbs.compress import Compress
 from lilliput.verbs.rewrite import Rewrite
-from lilliput.verbs.spec import Extent, Method, Stage, Task
+from lilliput.verbs.spec import Method, Stage, Task
 
 
 class Options(Strict):
@@ -92,14 +94,16 @@ def test_a_target_is_completed_by_what_the_method_writes_and_by_its_own_values()
 
 
 def test_the_plan_asks_functions_of_the_options_and_reads_none_by_name() -> None:
-    assert spqr.METHOD.cost(Extent(100), spqr.Options()).ram == 16 << 20
+    linears = tuple(Linear(name, "up", "up", 5, 2) for name in "abcdef")
+    run = Run((Block(linears, (), (), Groups(())),), 2, 8, samples=4, tokens=5, itemsize=4, stored=2)
+    spqr_ram, gptq_ram = (x.METHOD.cost(run, linears[:1], x.Options()).ram for x in (spqr, gptq))
+    assert spqr_ram == gptq_ram + (16 << 20)
     assert quip.METHOD.rounds(quip.Options(refine=3)) == 4
     assert gptq.METHOD.rounds(gptq.Options(refine=3)) == 1
-    fit = signround.METHOD.cost(Extent(weights=10, samples=4, tokens=5), signround.Options(iters=7, batch=8))
-    assert (fit.ram, fit.operations) == (4 * 10 * 10, (7 * 4 * 3 + 3 * 4) * 5 * 10)
-    extent = Extent(weights=10, linears=6, samples=4, tokens=5)
-    trying = laser_search.METHOD.cost(extent, laser_search.Options(kept=(0.1, 0.5), late=1.0, share=0.5))
-    assert trying.operations == 3 * 10 * (1 + 6 * 2 / 2) * 2 * 5
+    fit = signround.METHOD.cost(run, linears[:1], signround.Options(iters=7, batch=8))
+    assert fit.operations == (7 * 4 * 3 + 3 * 4) * 5 * 10
+    trying = laser_search.METHOD.cost(run, linears, laser_search.Options(kept=(0.1, 0.5), late=1.0, share=0.5))
+    assert trying.operations == 3 * 60 * (1 + 6 * 2 / 2) * 2 * 5
     sequences = spinquant.METHOD.sequences
     assert sequences is not None
     assert [sequences(spinquant.Options(sequences=8), n) for n in (3, 20)] == [3, 8]

@@ -1,4 +1,4 @@
-"""replace: one line that says how my-method predicts losses. Now: by the error of the weights, ignoring the inputs.
+"""replace: one line that says how my-method predicts losses. Now: by the error of the weights alone.
 
 replace: the equations. Rounding W [out, in] to nearest leaves D; its loss is sum_i F_i |D_i|^2 / in, F_i the squared
 gradients of output row i.

@@ -18,7 +18,7 @@ from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.model import inspect as anatomy
 from lilliput.model.stored import open_model
-from lilliput.options import HELD_OUT, Calibration, Compute, Fit, Limits, Text
+from lilliput.options import HELD_OUT, Calibration, Compute, Decoding, Fit, Limits, Text
 from lilliput.plan.plan import Plan, compute_dtype
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
@@ -44,19 +44,25 @@ def plan(
     memory: int | None = None,
     size: int | None = None,
     bits: float | None = None,
+    decode_time: Decoding | None = None,
     menu: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
     work: str | Path | None = None,
     seed: int | None = None,
     settings: Sequence[str] = (),
+    to: str | None = None,
 ) -> Plan:
     """What `compress` with the same arguments would do. Reads no weights and writes nothing.
 
     `memory` and `size` are budgets in bytes. The calibration text is read, and the place for `work` looked at. Raises
     LilliputError for whatever stands in the way.
     """
-    text, limits, fit = Calibration(data, samples, tokens, seed), Limits(memory, size), _fit(recipe, size, bits, menu)
+    text, limits, fit = (
+        Calibration(data, samples, tokens, seed),
+        Limits(memory, size),
+        _fit(recipe, size, bits, decode_time, menu, to),
+    )
     chosen = DEFAULT_RECIPE if recipe is None else recipe
     return session.planned(session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit))
 
@@ -65,6 +71,7 @@ def frontier(
     model: str | Path,
     *,
     menu: Sequence[str] = (),
+    to: str | None = None,
     data: str = Calibration.data,
     samples: int = Calibration.samples,
     tokens: int = Calibration.tokens,
@@ -81,7 +88,7 @@ def frontier(
     One measuring pass over the calibration text; no model is written. `work`: where a killed call can go on from.
     Raises LilliputError.
     """
-    text, fit = Calibration(data, samples, tokens, seed), Fit(size=1, menu=tuple(menu))
+    text, fit = Calibration(data, samples, tokens, seed), Fit(size=1, menu=tuple(menu), to=to)
     job = session.Job(model, DEFAULT_RECIPE, settings, text, Limits(memory), _compute(dtype, device, work), fit)
     return curve.frontier(job, progress)
 
@@ -97,6 +104,7 @@ def compress(
     memory: int | None = None,
     size: int | None = None,
     bits: float | None = None,
+    decode_time: Decoding | None = None,
     menu: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
@@ -112,22 +120,24 @@ def compress(
 
     model: Hugging Face id, folder with safetensors, or GGUF file. recipe: a named recipe, a method's name, a YAML file
     or a Recipe (None: `w4-engines`, or with `size` or `bits` the best composition that keeps to it, of the grids of
-    `menu`); `settings` such as "gptq.bits=3" change it. bits: average of stored bits over the linears. data:
-    calibration text, `samples` windows of `tokens` tokens. memory: the most bytes of RAM to take above the imported
-    package. size: the most bytes that `out` may have.
-    eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for
-    none. to: the container to write `out` as in place of a folder ("gguf"), see `convert`. A killed call continues when
-    it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
+    `menu`); `settings` such as "gptq.bits=3" change it. bits: average of stored bits over the linears. decode_time: the
+    longest time that a decoding step is predicted to take on a named device. data: calibration text, `samples` windows
+    of `tokens` tokens. memory: the most bytes of RAM to take above the imported package. size: the most bytes that
+    `out` may have. eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024
+    tokens, 0 for none. to: the container to write `out` as in place of a folder ("gguf"), see `convert`. A killed call
+    continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
 
     Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
     and what the others return lacks the evaluation.
     """
-    text, limits, fit = Calibration(data, samples, tokens, seed), Limits(memory, size), _fit(recipe, size, bits, menu)
+    text, limits, fit = (
+        Calibration(data, samples, tokens, seed),
+        Limits(memory, size),
+        _fit(recipe, size, bits, decode_time, menu, to),
+    )
     chosen = DEFAULT_RECIPE if recipe is None else recipe
     job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit)
     text_to_score = Text((eval_data or HELD_OUT,), eval_windows)
-    if to is not None and fit is not None:
-        raise PlanError(f"no menu has the formats of {to} yet: give a --recipe, such as q4_k, instead of a budget")
     if to is not None:
         return converted(job, Path(out), to, text_to_score, progress)
     return session.compressed(job, Path(out), text_to_score, progress)
@@ -143,15 +153,23 @@ def convert(folder: str | Path, out: str | Path, *, to: str = "gguf", like: str 
     return converters.get(to).convert(Path(folder), Path(out), None if like is None else Path(like))
 
 
-def _fit(recipe: str | Path | Recipe | None, size: int | None, bits: float | None, menu: Sequence[str]) -> Fit | None:
+def _fit(
+    recipe: str | Path | Recipe | None,
+    size: int | None,
+    bits: float | None,
+    decoding: Decoding | None,
+    menu: Sequence[str],
+    to: str | None,
+) -> Fit | None:
     """The search for a composition, where one is asked for. Raises PlanError where a recipe is given as well."""
     if recipe is None:
-        return Fit(size, bits, tuple(menu)) if size is not None or bits is not None or menu else None
-    if bits is not None or menu:
-        option = "--bits" if bits is not None else "--menu"
-        raise PlanError(
-            f"{option} asks for a composition found by measuring, and --recipe names one: give only one of them"
-        )
+        asked = size is not None or bits is not None or decoding is not None or menu
+        return Fit(size, bits, decoding, tuple(menu), to) if asked else None
+    for option, value in (("--bits", bits), ("--decode-time", decoding), ("--menu", menu or None)):
+        if value is not None:
+            raise PlanError(
+                f"{option} asks for a composition found by measuring, and --recipe names one: give only one of them"
+            )
     return None
 
 

@@ -29,13 +29,24 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """The most seconds that a decoding step of one sequence may be predicted to take on a device of `efficiency`."""
+
+    seconds: float
+    device: str
+
+
+@dataclass(frozen=True)
 class Fit:
-    """What a composition is searched for: the most bytes of the written folder, or the average of stored bits over the
-    linears of the blocks; `menu`: a name of `budget.menu`, or grids, none for the usual one."""
+    """What a composition is searched for: the most bytes of the written folder or file, the average of stored bits over
+    the linears of the blocks, or the time of a decoding step; `menu`: a name of `budget.menu`, or grids, none for the
+    usual one; `to`: the container that takes the place of the folder."""
 
     size: int | None = None
     bits: float | None = None
+    decoding: Decoding | None = None
     menu: tuple[str, ...] = ()
+    to: str | None = None
 
 
 @dataclass(frozen=True)

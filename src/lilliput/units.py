@@ -38,6 +38,14 @@ def parse_size(text: str | None, what: str = "size") -> int | None:
     return size
 
 
+def parse_time(text: str, what: str = "time") -> float:
+    """Seconds from "12ms", "1.5 s" or "800us". Raises PlanError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(us|ms|s)\s*", text)
+    if match is None or float(match[1]) <= 0:
+        raise PlanError(f"{what} '{text}' is no time: write a number with a unit, such as 12ms, 800us or 1.5s")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
+
+
 def size(count: float) -> str:
     """Bytes in units of 1000, two to four digits: "104.7 MB"."""
     return filesize.decimal(round(count))

@@ -85,6 +85,7 @@ def test_compress_passes_every_argument(monkeypatch: pytest.MonkeyPatch) -> None
         "memory": 4_000_000_000,
         "size": 400_000_000,
         "bits": None,
+        "decode_time": None,
         "menu": (),
         "dtype": "float32",
         "device": "cpu",
@@ -108,12 +109,14 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory": None,
         "size": None,
         "bits": None,
+        "decode_time": None,
         "menu": (),
         "dtype": "auto",
         "device": "auto",
         "work": None,
         "seed": None,
         "settings": (),
+        "to": None,
     }
 
 

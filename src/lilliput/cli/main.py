@@ -87,6 +87,7 @@ def compress(
 def plan(
     model: ModelArg,
     job: Job,
+    to: ToOpt = None,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Measure how small it can get: predicted loss against bytes.")
     ] = False,
@@ -100,10 +101,10 @@ def plan(
         from lilliput import api
 
         if frontier:
-            return _frontier(model, job, html)
+            return _frontier(model, job, to, html)
         if html is not None:
             raise PlanError("a plan has no page: add --frontier, or leave out --html")
-        return api.plan(model, **job.arguments()).to_json()
+        return api.plan(model, **job.arguments(), to=to).to_json()
 
     def view(data: Any) -> Any:
         if not frontier:
@@ -115,20 +116,22 @@ def plan(
     answer(run, view, as_json)
 
 
-def _frontier(model: str, job: Job, html: Path | None) -> Any:
+def _frontier(model: str, job: Job, to: str | None, html: Path | None) -> Any:
     from lilliput import api
     from lilliput.progress import Progress
     from lilliput.report import frontier as curve
     from lilliput.report import page
 
     options = job.arguments()
-    for name in ("recipe", "size", "bits"):
+    for name in ("recipe", "size", "bits", "decode_time"):
         if options.pop(name) is not None:
-            raise PlanError(f"--frontier covers all sizes, and --{name} names one: leave one of them out")
+            raise PlanError(
+                f"--frontier covers all sizes, and --{name.replace('_', '-')} names one: leave one of them out"
+            )
     if html is not None:
         page.writable(html)
     with Progress() as progress:
-        data = api.frontier(model, **options, progress=progress).to_json()
+        data = api.frontier(model, **options, to=to, progress=progress).to_json()
     if html is not None:
         page.write(html, curve.render(data))
     return data

@@ -11,8 +11,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from lilliput.options import HELD_OUT, Calibration, Compute, Limits, Text
-from lilliput.units import parse_size
+from lilliput.errors import PlanError
+from lilliput.options import HELD_OUT, Calibration, Compute, Decoding, Limits, Text
+from lilliput.units import parse_size, parse_time
 
 ModelArg = Annotated[str, typer.Argument(help="A folder with safetensors, a GGUF file, or a Hugging Face id.")]
 MemoryOpt = Annotated[str | None, typer.Option(help="RAM limit that is never exceeded, such as 4GB.")]
@@ -45,8 +46,13 @@ class Job:
     bits: Annotated[
         float | None, typer.Option(help="Find the best with this average of stored bits per weight of the linears.")
     ] = None
+    decode_time: Annotated[
+        str | None,
+        typer.Option(metavar="TIME@DEVICE", help="Find the best whose decoding step is so short, such as 2ms@h100."),
+    ] = None
     menu: Annotated[
-        str | None, typer.Option(help="Formats to choose from: native, compressed-tensors, or int3/64/asym,int4/64,...")
+        str | None,
+        typer.Option(help="Formats to choose from: native, integers, compressed-tensors, gguf, or int3/64/asym,..."),
     ] = None
     dtype: Annotated[str, typer.Option(help="Dtype of calibration passes: auto, bfloat16 or float32.")] = Compute.dtype
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = Compute.device
@@ -64,7 +70,16 @@ class Job:
         """Keyword arguments of `lilliput.compress` and `lilliput.plan`. Raises PlanError for what is no size."""
         sizes = {"memory": parse_size(self.memory, "--memory"), "size": parse_size(self.size, "--size")}
         menu = () if self.menu is None else tuple(x.strip() for x in self.menu.split(","))
-        return {**vars(self), **sizes, "menu": menu, "settings": tuple(self.settings or ())}
+        decoding = None if self.decode_time is None else _decoding(self.decode_time)
+        return {**vars(self), **sizes, "menu": menu, "decode_time": decoding, "settings": tuple(self.settings or ())}
+
+
+def _decoding(text: str) -> Decoding:
+    """From "2ms@DEVICE". Raises PlanError."""
+    time, at, device = text.partition("@")
+    if not at or not device.strip():
+        raise PlanError(f"--decode-time '{text}' names no device: write it after an @, such as 2ms@h100")
+    return Decoding(parse_time(time, "--decode-time"), device.strip())
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,27 @@ from dataclasses import dataclass, replace
 from lilliput import units
 from lilliput.budget import choice, menu
 from lilliput.budget.choice import Choice, Item, Option
+from lilliput.budget.curve import Curve
 from lilliput.errors import PlanError
+from lilliput.formats import known
 from lilliput.model.weights import Model
 from lilliput.parts.linear import divides
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.resolve import OUTSIDE, LinearPlan, retargeted
 from lilliput.plan.sizes import sizes
 from lilliput.target import Target
-from lilliput.verbs.choose import Choose
+from lilliput.verbs.choose import Choose, Goal
 from lilliput.verbs.scores import Scores
 from lilliput.verbs.spec import Task
 
+_MIDDLE = 3.25  # stored bits of a weight near which trials are result
+_DEAREST = 3  # linears that are named
+_WORDS = 400  # bytes by which what is said of a choice may be longer than of another one
+_HALVINGS = 20
 _ROUNDS = 8  # of choosing anew where headers and the like depend on the choice
 
 Sized = Callable[[Plan], Plan]
-"""The plan with the most bytes that lie beside its weights."""
+"""The plan with the most bytes that lie beside its weights, and with the time that a decoding step takes."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Candidates:
     options: Mapping[str, Mapping[int, tuple[Target, int]]]
     together: Mapping[str, tuple[str, ...]]  # what shares one entry, by the name of the item
 
-    def items(self, scores: Scores | None = None) -> list[Item]:
-        """What is chosen among; without scores all losses are 0."""
+    def items(self, losses: Scores | None = None) -> list[Item]:
+        """What is chosen among; without losses all are 0."""
         items = []
         for key, names in self.together.items():
             shared = set.intersection(*(set(self.options[name]) for name in names))
@@ -46,7 +52,7 @@ class Candidates:
                         Option(
                             j,
                             sum(self.options[name][j][1] for name in names),
-                            0.0 if scores is None else math.fsum(scores[name][j] for name in names),
+                            0.0 if losses is None else math.fsum(losses[name][j] for name in names),
                         )
                         for j in sorted(shared)
                     ),
@@ -58,6 +64,23 @@ class Candidates:
         """By linear, what was chosen."""
         keys = {x.name: x.options[j].key for x, j in zip(items, chosen.picks, strict=True)}
         return {name: self.options[name][keys[key]][0] for key, names in self.together.items() for name in names}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """By linear, the loss in nats of each entry of the menu where nothing else changes; `curve`: what losses come to
+    together."""
+
+    losses: Scores
+    curve: Curve
+
+
+def middle(pool: Candidates, linear: LinearPlan) -> int:
+    """The entry, by number in the menu, with which a linear is tried: of those that leave it as it lies, where there
+    are any, the one nearest to 3 bits."""
+    options = pool.options[linear.name]
+    plain = [j for j in options if not menu.turned(options[j][0])] or list(options)
+    return min(plain, key=lambda j: (abs(8 * options[j][1] / linear.linear.parameters - _MIDDLE), j))
 
 
 def steps(plan: Plan) -> tuple[Task, ...]:
@@ -83,7 +106,9 @@ def candidates(plan: Plan, task: Task) -> Candidates:
         size = sizes(plan, x, governed[x.name])
         entries_of: dict[int, tuple[Target, int]] = {}
         for j, entry in enumerate(menu_entries):
-            target = menu.on(governed[x.name].target, entry)
+            target = known.fitting(menu.on(governed[x.name].target, entry), x.linear.in_features)
+            if any(target == other for other, _ in entries_of.values()):
+                continue  # narrow rows have one type in place of several
             try:
                 if not _whole(x, target, spec.fused(task.options)) or not _fits(x, governed[x.name], target):
                     why = f"groups of {entry} do not divide its {x.linear.in_features} inputs"
@@ -127,7 +152,7 @@ def room(plan: Plan, task: Task, options: Candidates) -> int:
     if goal.size is not None:
         return goal.size - (plan.folder_bytes - payload(plan, options))
     if goal.bits is None:
-        raise PlanError(f"{task.label}: it needs a size or an average of bits: give one of them")
+        raise PlanError(f"{task.label}: it keeps to a size, an average of bits or a time: give one of them")
     return int(goal.bits * _weights(plan, options) / 8)
 
 
@@ -136,24 +161,41 @@ def _weights(plan: Plan, options: Candidates) -> int:
     return sum(x.linear.parameters for x in linears if x.name in options.options)
 
 
-def feasible(plan: Plan, model: Model) -> Plan:
-    """The plan itself. Raises PlanError where a step that chooses cannot keep to its goal, with the smallest that is
-    possible and what holds it up."""
-    for task in steps(plan):
-        options = candidates(plan, task)
-        items = options.items()
-        least = choice.smallest(items)
-        goal, limit = task.of(Choose).goal(task.options), room(plan, task, options)
-        if goal.size is not None and goal.bits is not None:
-            raise PlanError(f"{task.label}: a size and an average of bits contradict each other: give one of them")
-        if goal.size is not None and goal.size > (whole := original(model)):
-            raise PlanError(
-                f"--size {units.readable(goal.size)} is more than the model itself takes ({units.readable(whole)}): "
-                "there is nothing to compress"
-            )
-        if least.bytes > limit:
-            raise PlanError(_too_small(plan, task, options, items, least, limit))
-    return plan
+def feasible(plan: Plan, model: Model, task: Task, sized: Sized) -> None:
+    """Raises PlanError where a step that chooses cannot keep to its goal, with the smallest that is possible and what
+    holds it up."""
+    goal = task.of(Choose).goal(task.options)
+    if sum(x is not None for x in (goal.size, goal.bits, goal.seconds)) > 1:
+        raise PlanError(f"{task.label}: a size, an average of bits and a time contradict each other: give one of them")
+    pool = candidates(plan, task)
+    items = pool.items()
+    if goal.seconds is not None:
+        _fast_enough(plan, model, task, pool, items, sized)
+        return
+    if goal.size is not None and goal.size > (whole := original(model)):
+        raise PlanError(
+            f"--size {units.readable(goal.size)} is more than the model itself takes ({units.readable(whole)}): "
+            "there is nothing to compress"
+        )
+    least = choice.smallest(items)
+    if goal.size is None:
+        if least.bytes > room(plan, task, pool):
+            raise PlanError(_too_few_bits(plan, task, pool, least))
+        return
+    chooser = _Chooser(plan, model, task, Predictions({}, Curve()), sized, pool, items)
+    smallest = chooser.laid(least)
+    if smallest.folder_bytes + _WORDS > goal.size:
+        raise PlanError(_too_small(smallest, task, pool, least))
+
+
+def _fast_enough(plan: Plan, model: Model, task: Task, pool: Candidates, items: Sequence[Item], sized: Sized) -> None:
+    goal, least = task.of(Choose).goal(task.options), choice.smallest(items)
+    result = sized(divided(plan, model, plan.resolved.with_targets(task, pool.targets(items, least))))
+    if goal.seconds is not None and result.decoding is not None and result.decoding > goal.seconds:
+        raise PlanError(
+            f"--decode-time {1e3 * goal.seconds:g}ms is too short: with the menu's smallest grids everywhere a step is "
+            f"predicted to take {1e3 * result.decoding:.4g}ms. Embedding, head, attention and cache stay as they are"
+        )
 
 
 def original(model: Model) -> int:
@@ -162,56 +204,103 @@ def original(model: Model) -> int:
     return sum(x.nbytes for x in model.source.stored.values()) + others
 
 
-def _too_small(plan: Plan, task: Task, options: Candidates, items: Sequence[Item], least: Choice, limit: int) -> str:
-    goal = task.of(Choose).goal(task.options)
-    if goal.size is None:
-        smallest_bits = 8 * least.bytes / _weights(plan, options)
-        return (
-            f"--bits {goal.bits} is less than the smallest entries of the menu take: {smallest_bits:.3f} "
-            "bits a weight with scales. Nearest: that, or a --menu with larger groups"
-        )
-    rest = plan.folder_bytes - payload(plan, options)
-    kinds: Counter[str] = Counter()
-    for x in plan.tensors:
-        if x.source not in options.options:
-            kinds[x.kind] += x.nbytes
-    kinds["files beside the weights"] = plan.folder_bytes - plan.bytes
-    named = ", ".join(f"{kind} {units.readable(size)}" for kind, size in kinds.most_common(2) if size)
-    smallest = least.bytes + rest
+def _too_few_bits(plan: Plan, task: Task, pool: Candidates, least: Choice) -> str:
+    smallest_bits = 8 * least.bytes / _weights(plan, pool)
     return (
-        f"--size {units.readable(goal.size)} is too small: the smallest that this menu makes is {smallest} bytes "
-        f"({units.readable(smallest, up=True)}): {units.readable(least.bytes)} for what it compresses, at the "
-        f"menu's smallest entries, and {units.readable(rest)} that stay unchanged ({named})"
+        f"--bits {task.of(Choose).goal(task.options).bits} is less than the smallest entries of the menu take: "
+        f"{smallest_bits:.3f} bits a weight with scales. Nearest: that, or a --menu with larger groups"
     )
 
 
-def decided(plan: Plan, model: Model, task: Task, scores: Scores, sized: Sized) -> Plan:
-    """The plan with the choice of least summed loss that keeps to the step's goal. Raises PlanError where none does.
+def _too_small(smallest: Plan, task: Task, pool: Candidates, least: Choice) -> str:
+    """`smallest` is the plan with the fewest bytes everywhere."""
+    whole = smallest.folder_bytes + _WORDS
+    rest = whole - least.bytes
+    kinds: Counter[str] = Counter()
+    for x in smallest.tensors:
+        if x.source not in pool.options:
+            kinds[x.kind] += x.nbytes
+    kinds["files beside the weights"] = whole - smallest.bytes
+    named = ", ".join(f"{kind} {units.readable(size)}" for kind, size in kinds.most_common(2) if size > 0)
+    size = task.of(Choose).goal(task.options).size or 0
+    return (
+        f"--size {units.readable(size)} is too small: the smallest that this menu makes is {whole} bytes "
+        f"({units.readable(whole, up=True)}). {units.readable(least.bytes)} are what it compresses, at the menu's "
+        f"smallest grids; {units.readable(rest)} stay as they are ({named})"
+    )
 
-    What lies beside the weights depends on the choice, so the room is measured anew after each.
-    """
-    options = candidates(plan, task)
-    items = options.items(scores)
-    goal, limit = task.of(Choose).goal(task.options), room(plan, task, options)
-    best: Plan | None = None
-    attempts: set[int] = set()
-    while limit not in attempts and len(attempts) < _ROUNDS:
-        attempts.add(limit)
-        chosen = choice.choose(items, limit)
-        if chosen is None:
-            break
-        result = divided(plan, model, plan.resolved.with_targets(task, options.targets(items, chosen)))
-        note = sentence(task, options, items, chosen)
-        result = sized(replace(result, predicted_kl=chosen.loss, notes=(*result.notes, note)))
-        fits = goal.size is None or result.folder_bytes <= goal.size
-        if fits and (best is None or chosen.loss < (best.predicted_kl or 0.0)):
-            best = result
-        if goal.size is None:
-            break
-        limit = goal.size - (result.folder_bytes - chosen.bytes)
+
+def decided(plan: Plan, model: Model, task: Task, predictions: Predictions, sized: Sized) -> Plan:
+    """The plan with the choice of least summed loss that keeps to the step's goal. Raises PlanError where none does."""
+    pool = candidates(plan, task)
+    chooser = _Chooser(plan, model, task, predictions, sized, pool, pool.items(predictions.losses))
+    goal = task.of(Choose).goal(task.options)
+    best = chooser.timed(goal.seconds) if goal.seconds is not None else chooser.fitting(goal)
     if best is None:
-        raise PlanError(f"{task.label}: no choice that was tried fits the size; ask for a little more")
+        raise PlanError(f"{task.label}: nothing that was tried keeps to its goal; ask for a little more")
     return best
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    plan: Plan
+    model: Model
+    task: Task
+    predictions: Predictions
+    sized: Sized
+    pool: Candidates
+    items: Sequence[Item]
+
+    def fitting(self, goal: Goal) -> Plan | None:
+        """The best within a size or an average of bits. What lies beside the weights depends on the choice, so the room
+        is measured anew after each."""
+        left, lost = room(self.plan, self.task, self.pool), math.inf
+        best: Plan | None = None
+        limits: set[int] = set()
+        while left not in limits and len(limits) < _ROUNDS:
+            limits.add(left)
+            chosen = choice.choose(self.items, left)
+            if chosen is None:
+                break
+            result = self.laid(chosen)
+            if (goal.size is None or result.folder_bytes <= goal.size) and chosen.loss < lost:
+                best, lost = result, chosen.loss
+            if goal.size is None:
+                break
+            left = goal.size - (result.folder_bytes - chosen.bytes)
+        if best is None and goal.size is not None:
+            result = self.laid(choice.smallest(self.items))
+            best = result if result.folder_bytes <= goal.size else None
+        return best
+
+    def timed(self, seconds: float) -> Plan | None:
+        """The best whose decoding step is fast enough: time rises with bytes, so bytes are halved in."""
+        low, high = choice.smallest(self.items).bytes, choice.largest(self.items).bytes
+        best: Plan | None = None
+        at = high
+        for _ in range(_HALVINGS):
+            chosen = choice.choose(self.items, at)
+            if chosen is None:
+                break
+            result = self.laid(chosen)
+            if result.decoding is None:
+                raise RuntimeError("a time was asked for, and nobody predicts it")
+            if result.decoding <= seconds:
+                best, low = result, at
+            else:
+                high = at
+            if best is not None and low == high:
+                break
+            at = (low + high) // 2
+        return best
+
+    def laid(self, chosen: Choice) -> Plan:
+        """The plan with a choice."""
+        targets = self.pool.targets(self.items, chosen)
+        result = divided(self.plan, self.model, self.plan.resolved.with_targets(self.task, targets))
+        kl = self.predictions.curve.at(chosen.loss)
+        note = sentence(self.plan, self.task, self.pool, self.items, chosen, kl)
+        return self.sized(replace(result, predicted_kl=kl, notes=(*result.notes, note)))
 
 
 @dataclass(frozen=True)
@@ -225,35 +314,57 @@ class Point:
     chosen: Mapping[str, int]
 
 
-def frontier(plan: Plan, model: Model, task: Task, scores: Scores, count: int, sized: Sized) -> list[Point]:
+def frontier(plan: Plan, model: Model, task: Task, predictions: Predictions, count: int, sized: Sized) -> list[Point]:
     """The best choices from the fewest bytes to the least loss, `count` sizes evenly apart."""
-    options = candidates(plan, task)
-    items = options.items(scores)
+    pool = candidates(plan, task)
+    items = pool.items(predictions.losses)
     low, high = choice.smallest(items).bytes, choice.largest(items).bytes
     points: dict[tuple[int, ...], Point] = {}
     for n in range(count):
         chosen = choice.choose(items, low + (high - low) * n // max(count - 1, 1))
         if chosen is None:
             raise RuntimeError("the smallest choice does not fit its own bytes")
-        laid = sized(divided(plan, model, plan.resolved.with_targets(task, options.targets(items, chosen))))
-        bits = 8 * chosen.bytes / _weights(plan, options)
-        points[chosen.picks] = Point(laid.folder_bytes, bits, chosen.loss, _counted(task, options, items, chosen))
+        laid = sized(divided(plan, model, plan.resolved.with_targets(task, pool.targets(items, chosen))))
+        bits = 8 * chosen.bytes / _weights(plan, pool)
+        points[chosen.picks] = Point(
+            laid.folder_bytes, bits, predictions.curve.at(chosen.loss), _counted(task, pool, items, chosen)
+        )
     return list(points.values())
 
 
-def _counted(task: Task, options: Candidates, items: Sequence[Item], chosen: Choice) -> dict[str, int]:
-    """How many linears got each entry, in the order of the menu."""
-    names = entries(task)
-    counts: Counter[str] = Counter()
+def _counted(task: Task, pool: Candidates, items: Sequence[Item], chosen: Choice) -> dict[str, int]:
+    """How many linears got each entry, in the order of the menu; a type that narrow rows have in place of an entry is
+    called by its own name."""
+    menu_entries = entries(task)
+    counts: Counter[tuple[int, str]] = Counter()
     for item, j in zip(items, chosen.picks, strict=True):
-        counts[names[item.options[j].key]] += len(options.together[item.name])
-    return {x: counts[x] for x in names if counts[x]}
+        key = item.options[j].key
+        for name in pool.together[item.name]:
+            wanted, form = menu_entries[key], pool.options[name][key][0].format
+            counts[key, wanted if menu.fields(wanted)["format"] == form else form] += 1
+    counted: dict[str, int] = {}
+    for (_, name), count in sorted(counts.items()):
+        counted[name] = counted.get(name, 0) + count
+    return counted
 
 
-def sentence(task: Task, options: Candidates, items: Sequence[Item], chosen: Choice) -> str:
-    """Who got what, in a sentence."""
-    named = ", ".join(f"{n} x {x}" for x, n in _counted(task, options, items, chosen).items())
-    return f"{task.method.name} chose {named}; predicted KL divergence: {chosen.loss:.4f} nats."
+def sentence(plan: Plan, task: Task, pool: Candidates, items: Sequence[Item], chosen: Choice, kl: float) -> str:
+    """Who got what, and what decided: bits by role, and whose error costs most."""
+    named = ", ".join(f"{n} x {x}" for x, n in _counted(task, pool, items, chosen).items())
+    picked = {x.name: x.options[j] for x, j in zip(items, chosen.picks, strict=True)}
+    bits: dict[str, list[int]] = {}
+    for item, names in pool.together.items():
+        for x in (y for y in plan.resolved.planned if y.name in names):
+            total = bits.setdefault(x.linear.role, [0, 0])
+            total[0] += 8 * pool.options[x.name][picked[item].key][1]
+            total[1] += x.linear.parameters
+    roles = ", ".join(f"{role} {size / count:.2f}" for role, (size, count) in bits.items())
+    dear = sorted(picked, key=lambda name: -picked[name].loss)[:_DEAREST]
+    most = ", ".join(f"{name} {picked[name].loss:.4f}" for name in dear)
+    return (
+        f"{task.method.name} chose {named}; predicted KL divergence: {kl:.4f} nats. Bits of a weight by role: {roles}. "
+        f"What still costs most by itself, in nats: {most}."
+    )
 
 
 def numbered(entries: int, options: Mapping[int, object], losses: Sequence[float]) -> tuple[float, ...]:

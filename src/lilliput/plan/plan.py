@@ -56,6 +56,8 @@ class Plan:
     processes: int = 1  # that share the samples
     other_bytes: int | None = None  # bytes beside the weights at most, where a step keeps to a size
     predicted_kl: float | None = None  # KL divergence in nats that a step predicts of its decision
+    container: str | None = None  # that takes the place of the folder
+    decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
 
     @cached_property
     def bytes(self) -> int:
@@ -82,7 +84,7 @@ class Plan:
 
     @cached_property
     def folder_bytes(self) -> int:
-        """Bytes of the whole folder: within a percent, and at most so many where a step keeps to a size."""
+        """Bytes of the whole folder or file: within a percent, and at most so many where a step keeps to a size."""
         if self.other_bytes is not None:
             return self.bytes + self.other_bytes
         rows = 520 * len(self.resolved.linears) + 120 * len(self.tensors) + 12_000
@@ -137,6 +139,7 @@ class Plan:
             "memory": self.budget,
             "versions": [__version__, torch.__version__, transformers.__version__],
             **({"processes": self.processes} if self.processes > 1 else {}),
+            **({"container": self.container} if self.container else {}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -152,6 +155,8 @@ class Plan:
             "format": self.exporter,
             "bytes": self.bytes,
             "folder_bytes": self.folder_bytes,
+            "predicted_kl": self.predicted_kl,
+            "decode_seconds": self.decoding,
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "parameters": self.parameters,

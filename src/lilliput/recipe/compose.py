@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lilliput.anatomy.tables import EMBED, HEAD
 from lilliput.budget import menu
 from lilliput.errors import PlanError
@@ -10,31 +12,62 @@ from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.target import Target
 
 ENGINE = "compressed-tensors"
+_USUAL = {None: menu.DEFAULT, "gguf": "gguf"}  # menus by container
 
 
-def compose(fit: Fit) -> Recipe:
-    """The recipe. Embedding and head take part natively and where a size is to be kept: an average of bits is one of
-    linears. Raises PlanError for a goal that cannot be, and for a menu that is none."""
-    if (fit.size is None) == (fit.bits is None):
-        advice = "give --size or --bits" if fit.size is None else "--size and --bits contradict each other: give one"
-        raise PlanError(f"{advice} for the best composition within it, or a --recipe")
+def compose(fit: Fit, folds: bool = True) -> Recipe:
+    """The recipe. Embedding and head take part natively and in a container, where a size is to be kept: an average of
+    bits is one of linears. `folds`: the model has links along which AWQ can move scales.
+
+    Raises PlanError for a goal that cannot be, and for a menu that is none.
+    """
+    goals = [x for x in (fit.size, fit.bits, fit.decoding) if x is not None]
+    if len(goals) != 1:
+        advice = "give --size, --bits or --decode-time"
+        advice += " and only one of them: they contradict each other" if goals else ""
+        raise PlanError(f"{advice} for the best composition that keeps to it, or a --recipe")
     if fit.bits is not None and not 0 < fit.bits <= 16:
-        raise PlanError(f"--bits {fit.bits} is not a valid average of bits a weight: give a number such as 3.5")
-    menu_entries = fit.menu or (menu.DEFAULT,)
-    entries = menu.entries(menu_entries)
-    engine = menu_entries == (ENGINE,)
+        raise PlanError(f"--bits {fit.bits} is no average of bits a weight: give a number such as 3.5")
+    if fit.size is not None and fit.size <= 0:
+        raise PlanError(f"--size {fit.size} is no size of a model: give one such as 400MB")
+    names = fit.menu or (_usual(fit),)
+    entries = menu.entries(names)
+    menu.check(entries, fit.to)
+    engine = names == (ENGINE,)
     tables = (EMBED, HEAD) if fit.size is not None and not engine else ()
     where = Where(include=("*", *tables), exclude=("router",) if tables else Where().exclude)
-    options = {"menu": list(menu_entries), "size": fit.size, "average": fit.bits, "fused": engine}
+    plain = [x for x in entries if not menu.turned(menu.on(Target(), x))]
+    options: dict[str, Any] = {"menu": list(names), "size": fit.size, "average": fit.bits, "fused": engine}
+    options |= {} if fit.decoding is None else {"seconds": fit.decoding.seconds, "device": fit.decoding.device}
     # The least that any linear can have: what is shown before anything is measured.
-    least = min(map(menu.fields, entries), key=lambda x: (x.get("bits") or 8, x.get("group_size", 0)))
-    target = Target.model_validate({**least, "group_size": "channel"})
-    goal = f"{fit.bits:g}-bits" if fit.bits is not None else f"{fit.size}-bytes"
+    least = min(map(menu.fields, plain or entries), key=lambda x: (x.get("bits") or 8, x.get("group_size", 0)))
+    # AWQ looks at what the sweep to come pays, which depends little on the grid: its own is one of 3 bits.
+    awq = Step(
+        method="awq",
+        target=Target(bits=3, symmetric=all(menu.fields(x)["symmetric"] for x in entries)),
+        options={"judge": "sweep", "rows": 256, "grid": 2},
+    )
+    narrowest = {"group_size": "channel", "scale_dtype": "auto"} if "bits" in least else {}
+    target = Target.model_validate({**least, **narrowest})
     return Recipe(
-        name=f"fit-{goal}",
-        export=ENGINE if engine else "lilliput" if menu_entries == (menu.DEFAULT,) else "auto",
+        name=f"fit-{_goal(fit)}",
+        export=ENGINE if engine else "lilliput" if fit.to or names == (menu.DEFAULT,) else "auto",
         steps=(
+            *((awq,) if folds and len(plain) == len(entries) else ()),
             Step(method="menu", options={k: v for k, v in options.items() if v is not None}, where=where),
-            Step(method="gptq", target=target, where=where),
+            Step(method="mixed" if len(plain) < len(entries) else "gptq", target=target, where=where),
         ),
     )
+
+
+def _usual(fit: Fit) -> str:
+    if fit.to not in _USUAL:
+        raise PlanError(f"no menu is known for {fit.to}: name grids that it holds with --menu")
+    # Only what engines have kernels for decodes faster.
+    return ENGINE if fit.decoding is not None and fit.to is None else _USUAL[fit.to]
+
+
+def _goal(fit: Fit) -> str:
+    if fit.decoding is not None:
+        return f"{1e3 * fit.decoding.seconds:g}-ms"
+    return f"{fit.bits:g}-bits" if fit.bits is not None else f"{fit.size}-bytes"

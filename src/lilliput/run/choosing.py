@@ -1,69 +1,38 @@
-"""What each grid of a menu would cost each linear: scores from one pass, corrected by a few linears that are really
-quantized, and the choice.
-
-The leader quantizes the linears of the trials when the pass goes through their block, where their statistics are at
-hand, and keeps their weights in files; afterwards the model runs with each of them alone. Any change at all moves a
-model that computes in 16 bits, so each linear is tried with the grid that loses most and with the one that loses least,
-and the difference of the two counts.
-"""
+"""What each grid of a menu would cost each linear, from what was measured, and the choice."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lilliput.machine import memory, ranks
+from lilliput.budget import curve
 from lilliput.machine.cost import Cost
-from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
-from lilliput.parts.layer import Layer
 from lilliput.plan import choices
-from lilliput.plan.choices import Candidates
+from lilliput.plan.choices import Predictions
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
-from lilliput.run import delivery, passes, tablescores
-from lilliput.run.journal import Work, save_atomically
-from lilliput.streaming import backward
-from lilliput.streaming.backward import Samples
-from lilliput.streaming.divergence import divergence
-from lilliput.streaming.states import Activations
-from lilliput.target import Target
+from lilliput.run import passes, sizing, tablescores, trying
+from lilliput.run.journal import Work
+from lilliput.run.trying import Group, Trying
 from lilliput.verbs.choose import Choose
-from lilliput.verbs.compress import Compress
 from lilliput.verbs.scores import Scores
 from lilliput.verbs.spec import Task
-from lilliput.verbs.view import BlockIO, BlockView
 
-_ENDS = ("most", "least")  # of what a linear of a trial may lose
-LIMIT = 8.0  # the most by which a prediction is corrected
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One linear that is quantized alone, with the smallest and the largest entry that it can have: their numbers in
-    the menu, and their targets."""
-
-    number: int
-    block: int
-    name: str
-    entries: tuple[int, int]
-    targets: tuple[Target, Target]
+_LEAST = 0.05  # of a measured divergence, whatever other roundings of the model's own type take of it
 
 
 def cost(plan: Plan, task: Task, model: Model) -> Cost:
-    """States that enter every block, over the samples of trials, and the weights that are tried."""
+    """States of all variants on both sides of a block, over the samples of trials, those of all samples, and a block's
+    changed weights."""
     skeleton = model.skeleton
-    trials = task.of(Choose).trials(task.options)
-    states = (len(skeleton.block_names) + 2) * skeleton.hidden_size * skeleton.dtype.itemsize
-    widest = max((x.linear.parameters for x in plan.resolved.linears), default=0)
-    return Cost(disk=min(trials.samples, plan.samples) * plan.tokens * states + 8 * trials.count * widest)
+    tried = trying.trying(plan, task)
+    samples = min(max(task.of(Choose).looked_at(plan.samples, task.options), plan.processes), plan.samples)
+    row = plan.tokens * skeleton.hidden_size * skeleton.dtype.itemsize
+    variants = tried.before(len(skeleton.block_names))
+    most = max(sum(x.linear.parameters for x in plan.resolved.of_block(n)) for n in range(len(skeleton.block_names)))
+    return Cost(disk=row * (2 * variants * samples + 2 * plan.samples) + skeleton.dtype.itemsize * most)
 
 
 def run(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:
@@ -77,144 +46,63 @@ def run(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, pr
 def again(plan: Plan, task: Task, model: Model, work: Work) -> Plan:
     """The same, from the journal."""
 
-    def sized(plan_now: Plan) -> Plan:
-        return replace(plan_now, other_bytes=delivery.other_bytes(plan_now, model))
-
+    sized = sizing.sizer(plan, task, model)
     return choices.decided(plan, model, task, predictions(plan, task, work), sized)
 
 
-def predictions(plan: Plan, task: Task, work: Work) -> Scores:
-    """By linear, the loss in nats of each entry of the menu, corrected by the trials."""
-    scores = passes.recorded(task, work)
-    by_number = {int(r["number"]): float(r["loss"]) for r in work.find("trial") if r["step"] == task.step}
-    planned = trials(plan, task, choices.candidates(plan, task))
-    role = {x.name: x.linear.role for x in plan.resolved.linears}
-    ratios: dict[int, tuple[str, float]] = {}
-    for x in planned:
-        predicted = scores[x.name][x.entries[0]] - scores[x.name][x.entries[1]]
-        if predicted > 0:
-            ratios[x.number] = role[x.name], by_number[x.number] / predicted
-    factors = corrections(ratios)
-    whole = factors.get("", 1.0)
-    return {
-        name: tuple(value * factors.get(role[name], whole) for value in values) if name in role else tuple(values)
-        for name, values in scores.items()
-    }
-
-
-def corrections(ratios: Mapping[int, tuple[str, float]]) -> dict[str, float]:
-    """By role, what predictions are multiplied by, and under "" for roles that were not tried.
-
-    `ratios`: measured over predicted loss with the role of the linear. The geometric mean of a role's ratios counts as
-    much as one of all.
-    """
-    logs: dict[str, list[float]] = defaultdict(list)
-    for _, (role, ratio) in sorted(ratios.items()):
-        logs[role].append(math.log(min(max(ratio, 1 / LIMIT), LIMIT)))
-    every = [x for result in logs.values() for x in result]
-    if not every:
-        return {}
-    mean = math.fsum(every) / len(every)
-    result = {role: math.exp((math.fsum(x) + mean) / (len(x) + 1)) for role, x in logs.items()}
-    return {"": math.exp(mean), **result}
-
-
-def trials(plan: Plan, task: Task, pool: Candidates) -> tuple[Trial, ...]:
-    """Linears spread over depth and kind."""
-    blocks = [[x for x in plan.resolved.of_block(n) if x.name in pool.options] for n in range(_blocks(plan))]
-    filled = [n for n, linears in enumerate(blocks) if linears]
-    count = task.of(Choose).trials(task.options).count if filled else 0
-    planned = []
-    for k in range(count):
-        block = filled[(2 * k + 1) * len(filled) // (2 * count)]
-        linear = blocks[block][3 * k % len(blocks[block])]
-        options = pool.options[linear.name]
-        ends = min(options, key=lambda j: (options[j][1], j)), max(options, key=lambda j: (options[j][1], j))
-        planned.append(Trial(k, block, linear.name, ends, (options[ends[0]][0], options[ends[1]][0])))
-    return tuple(planned)
-
-
-def _blocks(plan: Plan) -> int:
-    return 1 + max((x.block for x in plan.resolved.linears), default=-1)
-
-
 def measure(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progress: Progress) -> None:
-    """Take the scores and the trials that the journal does not have yet."""
-    spec, governed = task.of(Choose), plan.resolved.governed(task)
+    """Take what the journal does not have yet."""
+    if any(r["step"] == task.step for r in work.find("tables")):
+        trying.tidy(work.folder, task)
+        return
     pool = choices.candidates(plan, task)
-    entries = len(spec.entries(task.options))
-    planned = trials(plan, task, pool)
-    of_block = {(x.block, x.linear.name): x for x in plan.resolved.linears if x.name in pool.options}
-
-    def score(block: int, view: BlockView, io: BlockIO) -> Scores:
-        if io.squares is None:
-            raise RuntimeError("squared gradients were planned, and they were not collected")
-        scores: dict[str, tuple[float, ...]] = {}
-        for name, weight in view.weights.items():
-            options = pool.options[of_block[block, name].name]
-            stats = io.stats[view.anatomy.linear(name).site].to(weight.device)
-            rows = io.squares(name).sum(1).to(weight.device)
-            losses = spec.score(weight, stats, rows, [target for target, _ in options.values()], task.options)
-            scores[name] = choices.numbered(entries, options, [0.5 * (plan.tokens - 1) * x for x in losses])
-            for trial in planned:
-                if trial.name == of_block[block, name].name:
-                    step, weights = governed[trial.name], BlockWeights(model, block, view.anatomy)
-                    trial_weights = {}
-                    for which, target in zip(_ENDS, trial.targets, strict=True):
-                        layer = Layer(trial.name, weight)
-                        value = step.of(Compress).run(layer, stats, target, step.options).decode()
-                        stored = weights.to_stored(view.anatomy.linear(name), value)
-                        dtype = model.written_dtype(f"{trial.name}.weight")
-                        trial_weights[which] = stored.to("cpu", dtype).contiguous()
-                    save_atomically(_path(work.folder, task, trial), trial_weights)
-        return scores
-
-    def closing(states: Activations | None) -> Scores:
-        return tablescores.scores(plan, task, model, ids, states, pool, entries, work)
-
-    tabled = any(x.name in pool.options for x in plan.resolved.tables)
-    passes.scores(plan, task, model, ids, work, progress, score, closing if tabled else None)
-    _try(plan, task, model, ids, work, progress, planned)
+    states = trying.take(plan, task, model, ids, work, progress)
+    _, many = trying.split(plan, task, ids)
+    tables = tablescores.Tables({}, {})
+    if any(x.name in pool.options for x in plan.resolved.tables):
+        tables = tablescores.scores(plan, task, model, many, states, pool)
+    plain = {kind: {name: list(x) for name, x in values.items()} for kind, values in vars(tables).items()}
+    work.note({"kind": "tables", "step": task.step, **plain})
+    states.delete()
 
 
-def _path(folder: Path, task: Task, trial: Trial) -> Path:
-    return folder / f"choose-{task.step:02d}-{trial.number:03d}.safetensors"
+def predictions(plan: Plan, task: Task, work: Work) -> Predictions:
+    """By linear, the loss in nats of each entry of the menu, and what losses come to together."""
+    tried = trying.trying(plan, task)
+    errors = passes.recorded(task, work)
+    (record,) = [r for r in work.find("trial") if r["step"] == task.step]
+    (tables,) = [r for r in work.find("tables") if r["step"] == task.step]
+    losses = [0.0, *(float(x) for x in record["losses"])]  # by variant
+    return priced(tried, errors, losses, {name: tuple(x) for name, x in tables["embed"].items()}, tables["head"])
 
 
-def _try(
-    plan: Plan,
-    task: Task,
-    model: Model,
-    ids: Tensor,
-    work: Work,
-    progress: Progress,
-    planned: tuple[Trial, ...],
-) -> None:
-    """The KL divergence with each linear of a trial alone, over the first samples; each is a record."""
-    finished = {int(r["number"]) for r in work.find("trial") if r["step"] == task.step}
-    remaining = [x for x in planned if x.number not in finished]
-    if remaining:
-        count = min(task.of(Choose).trials(task.options).samples, len(ids))
-        mine = ids[:count][ranks.share(count)]
-        with backward.reruns(model.skeleton, model.read, Samples(mine, work.folder)) as again:
-            whole = again(len(model.skeleton.block_names), model.read)
-            for trial in remaining:
-                name = f"{trial.name}.weight"
-                losses = []
-                for which in _ENDS:
-                    weight = torch.empty(model.shape(name), dtype=model.written_dtype(name))
-                    if ranks.lead():
-                        weight = load_file(_path(work.folder, task, trial))[which]
-                    weight = ranks.same(weight)
+def priced(tried: Trying, errors: Scores, losses: list[float], embed: Scores, head: Scores) -> Predictions:
+    """What `predictions` returns; `losses` are the divergences by variant, `errors` and `embed` squared errors and
+    `head` nats by linear or table and entry."""
+    blocks = 1 + max((x.block for x in tried.groups), default=0)
+    null = next((losses[tried.first + n] for n, x in enumerate(tried.groups) if x.null), 0.0)
+    prices: dict[str, list[float]] = {}
+    total = 0.0
+    for number, group in enumerate(tried.groups):
+        if group.null:
+            continue
+        # Roundings differ from the changed block on.
+        price = _alone(losses[tried.first + number], null * (1 - group.block / blocks), group)
+        total += price
+        whole = math.fsum(errors[name][tried.entry[name]] for name in group.names)
+        for name in group.names:
+            prices[name] = [0.0 if whole <= 0 else price * x / whole for x in errors[name]]
+    if tried.table is not None and tried.table.name in embed:
+        name = tried.table.name
+        price = max(losses[tried.first - 1] - null, _LEAST * losses[tried.first - 1]) / tried.alone**2
+        prices[name] = [price * x / max(embed[name][tried.entry[name]], 1e-300) for x in embed[name]]
+    for name, values in head.items():
+        before = prices.get(name, [0.0] * len(values))
+        prices[name] = [a + b for a, b in zip(before, values, strict=True)]
+    points = [(x * x * total, losses[n] - null) for n, x in enumerate(tried.whole, 1)]
+    return Predictions({name: tuple(x) for name, x in prices.items()}, curve.through(points))
 
-                    def read(tensor: str, name: str = name, weight: Tensor = weight) -> Tensor:
-                        return weight if tensor == name else model.read(tensor)
 
-                    changed = again(trial.block, read)
-                    losses.append(divergence(model.skeleton, model.read, whole, changed) * len(mine))
-                total = float(ranks.add(torch.tensor([losses[0] - losses[1]], dtype=torch.float64))) / count
-                work.note({"kind": "trial", "step": task.step, "number": trial.number, "loss": max(total, 0.0)})
-                progress.step(trial.number + 1, len(planned), "trials")
-                memory.trim()
-    for trial in planned:
-        _path(work.folder, task, trial).unlink(missing_ok=True)
+def _alone(loss: float, null: float, group: Group) -> float:
+    """What the errors of a group cost alone, as they are."""
+    return max(loss - null, _LEAST * loss) / group.factor**2

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from lilliput.errors import PlanError
+from lilliput.errors import LilliputError, PlanError
 from lilliput.export import convert
 from lilliput.machine import ranks
 from lilliput.options import Text
@@ -34,8 +34,9 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
             f"{folder} holds an earlier result for this output: `lilliput convert {folder} --to {to} --out {out}` "
             "writes it, or remove the folder"
         )
-    recipe = job.recipe if isinstance(job.recipe, Recipe) else load(job.recipe)
-    job = replace(job, recipe=recipe.model_copy(update={"export": "lilliput"}))
+    if job.fit is None:
+        recipe = job.recipe if isinstance(job.recipe, Recipe) else load(job.recipe)
+        job = replace(job, recipe=recipe.model_copy(update={"export": "lilliput"}))
     reason = converter.refuse(tuple(session.planned(job).outcomes.values()), open_source(str(job.model)).text_config)
     if reason is not None:
         raise PlanError(f"the result cannot be written as {to}: {reason}")
@@ -45,4 +46,10 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
     model = Path(job.model).expanduser()
     container = converter.convert(folder, out, model if to == "gguf" and model.suffix == ".gguf" else None)
     shutil.rmtree(folder)
+    if job.fit is not None and job.fit.size is not None and container.bytes > job.fit.size:
+        out.unlink()
+        raise LilliputError(
+            f"{out} would have {container.bytes} bytes, {container.bytes - job.fit.size} more than --size "
+            f"{job.fit.size}: ask for --size {2 * job.fit.size - container.bytes}"
+        )
     return replace(result, out=out, converted=container, folder_bytes=container.bytes)

@@ -88,6 +88,8 @@ def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int
     if plan.bits_per_weight is not None:
         figures.append(Figure("bits per weight, compressed linears", f"{plan.bits_per_weight:.2f}"))
     figures.append(Figure("bits per weight, whole model", f"{plan.model_bits_per_weight:.2f}"))
+    if plan.predicted_kl is not None:
+        figures.append(Figure("predicted KL divergence, nats", f"{plan.predicted_kl:.4f}"))
     if evaluation is None:
         return tuple(figures)
     plain = evaluation.to_json()

@@ -3,7 +3,6 @@ for each, and a record with the checksum of the gradient that has come so far.""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -120,18 +119,9 @@ def take(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Pro
             save_atomically(path_of(work, block), tensors)
         del tensors, squares
         record = {"kind": "fisher", "block": block, "gradient": ranks.gathered(states.checksum())}
-        if block == 0 and any(x.name in names for x in plan.resolved.tables):
-            record |= {"entering": _mean_square(states, count)}
         work.note(record)
         progress.step(len(prefixes) - block, len(prefixes), "squared gradients")
         memory.trim()
-
-
-def _mean_square(states: Activations, samples: int) -> float:
-    """Of the gradient of the summed loss by what enters the first block, over the samples of all ranks."""
-    mine = math.fsum(float(states.read(n, n + 1).double().square().sum()) for n in range(len(states)))
-    total = float(ranks.add(torch.tensor([mine], dtype=torch.float64)))
-    return total / (samples * states.shape[1] * states.shape[2])
 
 
 def _tidy(work: Work, samples: Samples, records: Mapping[int, object], first: int, count: int) -> None:

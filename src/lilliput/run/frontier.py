@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from lilliput.machine import ranks
 from lilliput.options import Text
 from lilliput.plan import choices
 from lilliput.plan.choices import Point
-from lilliput.plan.plan import Plan
 from lilliput.progress import Progress, Quiet
-from lilliput.run import choosing, delivery, fisher
+from lilliput.run import choosing, sizing
 from lilliput.run.journal import Work
 from lilliput.run.session import Job, read, refuse_work, resolved
 
@@ -64,13 +63,10 @@ def frontier(job: Job, progress: Progress | None = None) -> Frontier:
         place = Path(passing) if job.work is None else job.work
         place.mkdir(parents=True, exist_ok=True)
         with Work(place / "frontier", plan.hash(tokens.fingerprint)) as work, torch.no_grad():
-            fisher.take(plan, opened, tokens.ids, work, display, 0)
             choosing.measure(plan, task, opened, tokens.ids, work, display)
-            scores = choosing.predictions(plan, task, work)
+            predictions = choosing.predictions(plan, task, work)
 
-    def sized(laid: Plan) -> Plan:
-        return replace(laid, other_bytes=delivery.other_bytes(laid, opened))
-
-    points = choices.frontier(plan, opened, task, scores, POINTS, sized)
+    sized = sizing.sizer(plan, task, opened)
+    points = choices.frontier(plan, opened, task, predictions, POINTS, sized)
     entries = choices.entries(task)
     return Frontier(plan.model, plan.exporter, entries, choices.original(opened), points)

@@ -31,8 +31,7 @@ from lilliput.stats.site import SiteStats
 from lilliput.streaming.backward import Samples
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import through
-from lilliput.streaming.states import Activations
-from lilliput.streaming.walk import Flow, taken_up, walk
+from lilliput.streaming.walk import Flow, walk
 from lilliput.target import Target
 from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.learn import Learn
@@ -41,7 +40,6 @@ from lilliput.verbs.spec import Task
 from lilliput.verbs.view import BlockIO, BlockView
 
 Score = Callable[[int, BlockView, BlockIO], Scores]
-Closing = Callable[[Activations | None], Scores]
 
 
 def rotation_name(task: Task) -> str:
@@ -151,23 +149,21 @@ def scores(
     work: Work,
     progress: Progress,
     score: Score,
-    closing: Closing | None = None,
 ) -> Scores:
     """Scores of all linears that the step governs, by full name, from the first block without a record on.
 
-    ids [N, T] are all samples, of which each rank takes its share. `score` sees each block, on the leader; `closing`,
-    on all ranks, what the last one leaves.
+    ids [N, T] are all samples, of which each rank takes its share. `score` sees each block, on the leader.
     """
     ids = None if ids is None else ids[ranks.share(len(ids))]
     records = sorted((r for r in work.find("score") if r["step"] == task.step), key=lambda r: int(r["block"]))
-    count = len(model.skeleton.block_names) + (closing is not None)
+    count = len(model.skeleton.block_names)
     for path in work.folder.glob(f"{_stem(task)}-*.bin"):
         # A run killed between a record and its tidying leaves the states of a finished block.
         if path.name != f"{_stem(task)}-{len(records):04d}.bin" or len(records) == count:
             path.unlink()
     if len(records) < count:
         with torch.no_grad():
-            _score_blocks(plan, task, model, ids, work, progress, records, score, closing)
+            _score_blocks(plan, task, model, ids, work, progress, records, score)
     return recorded(task, work)
 
 
@@ -180,7 +176,6 @@ def _score_blocks(
     progress: Progress,
     records: list[dict[str, Any]],
     score: Score,
-    closing: Closing | None,
 ) -> None:
     count, start = len(model.skeleton.block_names), len(records)
     flow: Flow | None = None
@@ -190,9 +185,7 @@ def _score_blocks(
         flow = Flow(ids, plan.batching.batch, work.folder, _stem(task), plan.dtype)
     governed = plan.resolved.governed(task)
     progress.step(start, count, "scoring")
-    for passage in walk(
-        model, flow, first=start, recorded=records[-1]["hidden"] if records else None, keep=closing is not None
-    ):
+    for passage in walk(model, flow, first=start, recorded=records[-1]["hidden"] if records else None):
         index = passage.block
         anatomy = model.anatomy().blocks[index]
         prefix = model.skeleton.block_names[index]
@@ -221,15 +214,6 @@ def _score_blocks(
             }
         )
         progress.step(index + 1, count, "scoring")
-    if closing is not None:
-        states = None
-        if flow is not None:
-            (last,) = [r for r in work.find("score") if r["step"] == task.step and r["block"] == count - 1]
-            states = taken_up(model, flow, count, last["hidden"])
-        plain = {name: list(values) for name, values in closing(states).items()}
-        work.note({"kind": "score", "step": task.step, "block": count, "scores": plain, "hidden": None})
-        if states is not None:
-            states.delete()
 
 
 def _stem(task: Task) -> str:

@@ -32,7 +32,7 @@ from lilliput.progress import Progress, Quiet
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import calibration, delivery, journal, stages, stream
+from lilliput.run import calibration, delivery, journal, sizing, stages, stream
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 
@@ -91,7 +91,9 @@ def compressed(job: Job, out: Path, text: Text, progress: Progress | None = None
 
 def _open(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
     opened, plan = resolved(job, measured=measured)
-    return opened, choices.feasible(plan, opened)
+    for task in choices.steps(plan):
+        choices.feasible(plan, opened, task, sizing.sizer(plan, task, opened))
+    return opened, plan
 
 
 def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
@@ -108,7 +110,11 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
     adjusted = recipes.with_settings(recipe, job.settings) if job.settings else recipe
     where = choose_device(compute.device)
     dtype = compute_dtype(compute.dtype, where)
-    opened = rotated.prepared(open_model(job.model, dtype=dtype, device=where), rotates(adjusted))
+    base = open_model(job.model, dtype=dtype, device=where)
+    if job.fit is not None and not any(block.links for block in base.anatomy().blocks):
+        recipe = compose(job.fit, folds=False)
+        adjusted = recipes.with_settings(recipe, job.settings) if job.settings else recipe
+    opened = rotated.prepared(base, rotates(adjusted))
     calibration.known_positions(opened, text.tokens)
     plan = make(
         opened,
@@ -123,8 +129,9 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         measured=measured,
         processes=ranks.size(),
     )
-    if choices.steps(plan):
-        plan = replace(plan, other_bytes=delivery.other_bytes(plan, opened))
+    plan = replace(plan, container=None if job.fit is None else job.fit.to)
+    for task in choices.steps(plan):
+        plan = sizing.sizer(plan, task, opened)(plan)
     return opened, plan
 
 
@@ -238,7 +245,7 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
 def _within(folder: Path, fit: Fit | None) -> None:
     """Raises LilliputError for a folder of more bytes than were asked for."""
     whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if fit is not None and fit.size is not None and whole > fit.size:
+    if fit is not None and fit.size is not None and fit.to is None and whole > fit.size:
         raise LilliputError(
             f"the folder has {whole} bytes, {whole - fit.size} more than --size {fit.size}: the files beside "
             f"the weights are larger than planned; ask for --size {2 * fit.size - whole}"

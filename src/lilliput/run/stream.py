@@ -22,7 +22,7 @@ from lilliput.plan import tensors as inventory
 from lilliput.plan.plan import Plan
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
-from lilliput.run import drivers, fisher, fitting, stages, tables
+from lilliput.run import drivers, fisher, fitting, rewriting, stages, tables
 from lilliput.run.driver import BlockDriver, LinearDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, within
@@ -34,7 +34,6 @@ from lilliput.streaming.forward import Batches, through
 from lilliput.streaming.states import Activations
 from lilliput.streaming.walk import Flow, taken_up, walk
 from lilliput.verbs.spec import Stage
-from lilliput.verbs.view import BlockIO, BlockView
 
 
 def compress_site(
@@ -123,26 +122,12 @@ def _collect(
 def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | None) -> None:
     """Apply the rewrite steps: the function stays the same, the weights become easier to compress."""
     for task in job.plan.resolved.at(Stage.BLOCK):
-        covered = {x.name for x in job.anatomy.linears}
-        sites = [job.anatomy.site(name) for name in dict.fromkeys(link.site for link in job.anatomy.links)]
-        sites = [site for site in job.anatomy.sites if site in sites]
-        if not sites:
+        view = rewriting.seen(job.model, job.index, job.weights, task, batches, inputs)
+        if view is None:
             continue
-        stats: dict[str, SiteStats] = {}
-        movement = None
-        if task.needs and batches is not None and inputs is not None:
-            needs = {site.name: task.needs for site in sites}
-            stats = _collect(job, batches, inputs, sites, needs)
-            movement = fitting.movement(job.model, job.index, job.anatomy, batches, inputs)
-        names = sorted({name for link in job.anatomy.links for name in link.readers if name in covered})
-        names = names if ranks.lead() else []
-        view = BlockView(
-            job.anatomy, {n: job.weights.linear(job.anatomy.linear(n)).to(job.weights.device) for n in names}
-        )
-        job.weights.fold(drivers.of(task, BlockDriver).run(task, view, BlockIO(stats, movement=movement)))
-        touched = {name: job.weights.tensor(name) for name in job.weights.names() if job.weights.folded(name)}
+        job.weights.fold(drivers.of(task, BlockDriver).run(task, *view))
         if batches is not None:
-            job.model.skeleton.load({job.weights.canonical(name): value for name, value in touched.items()})
+            rewriting.load_folded(job.model.skeleton, job.weights)
 
 
 def compress_block(

@@ -3,17 +3,19 @@ token occurs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lilliput.anatomy.tables import EMBED, multiplies
 from lilliput.machine import ranks
 from lilliput.model.weights import TABLE_ROWS, Model
+from lilliput.plan import choices
 from lilliput.plan.choices import Candidates, numbered
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.run.heads import head_inputs, lookups, token_counts
-from lilliput.run.journal import Work
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.divergence import spread as uncertainty
 from lilliput.streaming.states import Activations
@@ -24,49 +26,46 @@ from lilliput.verbs.spec import Task
 _ROWS = 1024  # of a table, drawn by what they matter
 
 
-def scores(
-    plan: Plan,
-    task: Task,
-    model: Model,
-    ids: Tensor,
-    states: Activations | None,
-    pool: Candidates,
-    entries: int,
-    work: Work,
-) -> Scores:
-    """By table, the loss in nats of each entry of the menu. ids [N, T] are all samples, `states` what the last block
-    leaves of this rank's."""
-    if states is None:
-        raise RuntimeError("scores of tables were planned, but nothing ran through the blocks")
+@dataclass(frozen=True)
+class Tables:
+    """By table and entry of the menu: nats that it costs as a head, and the squared error of the rows of an embedding,
+    averaged over tokens."""
+
+    head: Scores
+    embed: Scores
+
+
+def scores(plan: Plan, task: Task, model: Model, ids: Tensor, states: Activations, pool: Candidates) -> Tables:
+    """What each entry of the menu costs the tables. ids [N, T] are all samples, `states` [n, T, H] what the last block
+    leaves of this rank's samples of the statistics."""
+    count = sum(ranks.gathered(len(states)))
     inputs = head_inputs(model, states, frozenset({"gram"}))
     unsure = uncertainty(model.skeleton, model.read, states)
     if ranks.size() > 1:
-        unsure = ranks.add(unsure * len(states)) / len(ids)
+        unsure = ranks.add(unsure * len(states)) / count
     often = token_counts(ids[ranks.share(len(ids))], model.vocabulary) + 1.0  # any token may come
     often /= often.sum()
-    entering = next((float(r["entering"]) for r in work.find("fisher") if "entering" in r), 0.0)
-    result = {}
+    head: dict[str, tuple[float, ...]] = {}
+    embed: dict[str, tuple[float, ...]] = {}
+    entries = len(choices.entries(task))
     for table in plan.resolved.tables:
         if table.name not in pool.options or not ranks.lead():
             continue
         options = pool.options[table.name]
-        losses = torch.zeros(len(options), dtype=torch.float64)
         if multiplies(table.linear):
-            energy = float(inputs.need("gram").diagonal().sum(dtype=torch.float64)) / max(inputs.count, 1)
-            losses += 0.5 * energy * _predicted(task, model, table, inputs, unsure.cpu(), pool)
+            losses = [0.5 * x / max(inputs.count, 1) for x in _errors(task, model, table, inputs, unsure.cpu(), pool)]
+            head[table.name] = numbered(entries, options, losses)
         if table.linear.role == EMBED:
-            width = table.linear.in_features
-            plain = lookups(width, frozenset({"gram"}), "cpu")
-            each = 0.5 * entering * width * plan.tokens / (plan.tokens - 1)
-            losses += each * _predicted(task, model, table, plain, often.cpu(), pool)
-        result[table.name] = numbered(entries, options, losses.tolist())
-    return result
+            plain = lookups(table.linear.in_features, frozenset({"gram"}), "cpu")
+            errors = _errors(task, model, table, plain, often.cpu(), pool)
+            embed[table.name] = numbered(entries, options, errors)
+    return Tables(head, embed)
 
 
-def _predicted(
+def _errors(
     task: Task, model: Model, table: LinearPlan, stats: SiteStats, weights: Tensor, pool: Candidates
-) -> Tensor:
-    """`score` of the table with these weights of its rows [rows], from rows drawn by them; float64 [options]."""
+) -> tuple[float, ...]:
+    """`score` of the table with these weights of its rows [rows], from rows drawn by them."""
     count = table.linear.out_features
     weights = torch.nn.functional.pad(weights.double(), (0, max(0, count - len(weights))))[:count]
     total = float(weights.sum())
@@ -81,6 +80,4 @@ def _predicted(
             slab = model.read_rows(f"{table.name}.weight", start, min(start + TABLE_ROWS, count))
             rows[inside] = slab[sample[inside] - start].float()
     targets = [target for target, _ in pool.options[table.name].values()]
-    spec = task.of(Choose)
-    losses = spec.score(rows, stats.to("cpu"), often.float() * (total / _ROWS), targets, task.options)
-    return torch.tensor(losses, dtype=torch.float64)
+    return task.of(Choose).score(rows, stats.to("cpu"), targets, often.float() * (total / _ROWS), task.options)

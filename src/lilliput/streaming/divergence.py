@@ -1,4 +1,4 @@
-"""How far a model whose last block leaves other states is from the model as it is."""
+"""How far models whose last block leaves other states are from the model as it is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lilliput.anatomy.skeleton import Skeleton
 from lilliput.machine import memory
 from lilliput.streaming.backward import LOGITS, Read
 from lilliput.streaming.states import Activations
+from lilliput.streaming.variants import Variants
 
 
 def head_names(skeleton: Skeleton) -> tuple[str, ...]:
@@ -17,25 +18,32 @@ def head_names(skeleton: Skeleton) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*skeleton.final, *(n for n in skeleton.shapes if n.rpartition(".")[0] == stem))))
 
 
-def divergence(skeleton: Skeleton, read: Read, states: Activations, changed: Activations) -> float:
-    """Mean KL divergence in nats of the next token's distribution, over all positions: of `changed` [N, T, H] from
-    `states`, both as the last block leaves them."""
+def divergences(skeleton: Skeleton, read: Read, variants: Variants) -> list[float]:
+    """For each variant but the first, the mean KL divergence in nats of the next token's distribution from that of the
+    first, over all positions; states [rows, T, H] are as the last block leaves them."""
     names = head_names(skeleton)
     for name in names:
         skeleton.load({name: read(name)})
     step = max(1, LOGITS // skeleton.shapes[skeleton.head][0])
-    total, tokens = 0.0, 0
+    totals = [0.0] * (variants.count - 1)
+    tokens = 0
+
+    def finished(variant: int, sample: int) -> Tensor:
+        return skeleton.finish(variants.read(variant, sample).to(skeleton.device))[0]
+
     with torch.no_grad():
-        for n in range(len(states)):
-            before, after = (skeleton.finish(x.read(n, n + 1).to(skeleton.device))[0] for x in (states, changed))
+        for n in range(variants.samples):
+            before = finished(0, n)
             for a in range(0, len(before), step):
                 p = skeleton.logits(before[a : a + step]).float().log_softmax(-1)
-                q = skeleton.logits(after[a : a + step]).float().log_softmax(-1)
-                total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+                weights = p.exp()
+                for v in range(1, variants.count):
+                    q = skeleton.logits(finished(v, n)[a : a + step]).float().log_softmax(-1)
+                    totals[v - 1] += float((weights * (p - q)).sum(dtype=torch.float64))
             tokens += len(before)
     skeleton.unload(names)
     memory.trim()
-    return total / max(tokens, 1)
+    return [x / max(tokens, 1) for x in totals]
 
 
 def spread(skeleton: Skeleton, read: Read, states: Activations) -> Tensor:

@@ -22,42 +22,52 @@ from lilliput.verbs.spec import Around, OptionsT, Spec, Stage, Task, Writes
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be kept: the most bytes of the written folder, or the average of stored bits over the linears that
-    take part."""
+    """What is to be kept: the most bytes of the written folder or file, the average of stored bits over the linears
+    that take part, or the seconds of a decoding step, as they are predicted
+    for a device of `efficiency`."""
 
     size: int | None = None
     bits: float | None = None
+    seconds: float | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
 class Trials:
-    """How many single linears are replaced to correct what was predicted, over how many samples."""
+    """Over how many samples changes are tried (None: a 32nd of all), with which factor on the error of linears that are
+    changed alone, and with which ones on those of all linears at once."""
 
-    count: int
-    samples: int
+    samples: int | None
+    alone: float
+    whole: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choose(Spec[OptionsT]):
-    """`score(weight, stats, cost, targets, options)`: for each target, the loss that it costs alone.
+    """`score(weight, stats, targets, rows, options)`: for each target, the squared error that it leaves in the outputs
+    of a linear, summed over tokens and outputs.
 
-    weight float32 [out, in]; `cost` float32 [out]: squared gradients of each output row, summed; the losses are in
-    units in which cost times the mean squared error of a row's output over that of its inputs is 1. `entries(options)`:
-    the menu (`budget.menu`); `goal(options)`, `trials(options)`; `fused(options)`: what an engine runs as one linear
-    gets one grid; `governs`: methods whose loss `score` predicts.
+    weight float32 [out, in]; `rows` float32 [out] weighs outputs, or None: all alike. `entries(options)`: the menu
+    (`budget.menu`); `goal(options)`, `trials(options)`; `fused(options)`: what an engine runs as one linear gets one
+    grid; `governs`: methods whose error `score` predicts.
     """
 
     verb: ClassVar[str] = "choose"
     family: ClassVar[str] = "choose"
     stage: ClassVar[Stage] = Stage.TARGETS
 
-    score: Callable[[Tensor, SiteStats, Tensor, Sequence[Target], OptionsT], tuple[float, ...]]
+    score: Callable[[Tensor, SiteStats, Sequence[Target], Tensor | None, OptionsT], tuple[float, ...]]
     entries: Callable[[OptionsT], tuple[str, ...]]
     goal: Callable[[OptionsT], Goal]
     trials: Callable[[OptionsT], Trials]
     fused: Callable[[OptionsT], bool]
     governs: tuple[str, ...]
     writes: Writes = "targets"
+
+    def looked_at(self, samples: int, options: OptionsT) -> int:
+        """On how many of so many calibration samples changes are tried."""
+        asked = self.trials(options).samples
+        return min(max(1, samples // 32) if asked is None else asked, samples)
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
         order.before_spending(task, recipe)
@@ -95,10 +105,11 @@ class Choose(Spec[OptionsT]):
 
     def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
         trials = self.trials(options)
-        runs = (1 + trials.count) * min(trials.samples, run.samples)
+        # Each linear is changed alone, and half of the blocks come after it.
+        runs = (len(linears) / 2 + len(trials.whole)) * self.looked_at(run.samples, options)
         return Cost(
             ram=peak.of_decomposing(linears).ram,
-            operations=run.weights * (3.0 * runs * run.tokens + 40 * len(self.entries(options))),
+            operations=run.weights * (2.0 * runs * run.tokens + 40 * len(self.entries(options))),
         )
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:

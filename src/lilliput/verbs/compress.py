@@ -29,11 +29,11 @@ class Compress(Spec[OptionsT]):
 
     `writes`: "quantized" (codes on the target's grid), "parts" (others, or several) or "support"; `scheme(target,
     options, rows, width)`: what it adds where that is not one part on the target's grid, exact, before a weight is
-    read; `rowwise`: each output row is treated by itself, so linears of one site may be stacked; `masked`: it keeps the
-    zeros of a pruned linear; `replaces(options)`: it leaves a plain weight of its own, which no other step may touch;
-    `double`: it decomposes weights in float64; `scratch`: bytes that it works in beyond a few copies of the weights and
-    the Gram matrix, whatever their shapes;
-    `sweeps(options)`: how often it rounds every weight (None: once).
+    read; `rowwise`: each output row is treated by itself, so linears of one site may be stacked, but for the targets
+    that `mixes` names; `masked`: it keeps the zeros of a pruned linear; `replaces(options)`: it leaves a plain weight
+    of its own, which no other step may touch; `double`: it decomposes weights in float64; `scratch`: bytes that it
+    works in beyond a few copies of the weights and the Gram matrix, whatever their shapes; `sweeps(options)`: how
+    often it rounds every weight (None: once).
     """
 
     verb: ClassVar[str] = "compress"
@@ -44,11 +44,16 @@ class Compress(Spec[OptionsT]):
     run: Callable[[Layer, SiteStats, Target, OptionsT], Layer]
     scheme: Callable[[Target, OptionsT, int, int], Scheme] | None = None
     rowwise: bool = False
+    mixes: Callable[[Target], bool] | None = None
     masked: bool = True
     replaces: Callable[[OptionsT], bool] | None = None
     double: bool = False
     scratch: int = 0
     sweeps: Callable[[OptionsT], int] | None = None
+
+    def stacks(self, target: Target) -> bool:
+        """Whether linears of one site may be shown to a step with this target as one."""
+        return self.rowwise and not (self.mixes is not None and self.mixes(target))
 
     def tabular(self) -> bool:
         return self.rowwise and self.writes == "quantized"

@@ -1,32 +1,33 @@
 """Menu: each linear gets the grid of a menu at which a byte serves it as well as it would serve any other.
 
-For each linear and each grid, the loss of quantizing this linear alone is foreseen from one forward and one backward
-pass. With the error D = What - W, g the gradient of the loss by an output y = W x, and tokens taken as independent, the
-loss of the whole model (its KL divergence from the original) rises by
+For each linear and each grid, the error of its outputs is predicted without quantizing it. With the error D = What - W
+and the Gram matrix G of the inputs, GPTQ's sweep leaves tr(D G DT) = sum_ij e_ij^2 / U_jj^2 with rounding errors e (see
+`gptq`), so one rounding to nearest on searched ranges, of `rows` rows, and one factor of G tell what the sweep would
+leave. Codes between rotations leave it in turn what walks leave of a Gaussian: a share of the mean square weight,
+times the sum of 1 / U_jj^2 of the turned G.
 
-    KL ~ (T - 1) / 2  sum_i F_i  D_i G D_iT / tr G,     F_i = sum_j E (dL_n / dW_ij)^2
+What errors cost is measured. All linears are really quantized once, with a grid of the menu near 3 bits, from the
+statistics of the calibration text but for its first `trial_samples` samples. On these, models run side by side through
+the same walk over the blocks: for the linears of each role in each block one in which they alone have `alone` times
+their errors, and some in which all have 1/2, 1, 2 times theirs. The KL divergence of the former from the original, over
+the squared factor, is the price of a linear's error, and gives the loss of each of its grids; that of the latter says
+what losses come to together, from almost nothing to far beyond where they add up. The choice of least summed loss
+within the bytes is found by `budget.choice`.
 
-to second order: G the Gram matrix of the inputs, L_n the mean cross-entropy of a sample of T tokens. GPTQ's sweep
-leaves D_i G D_iT = sum_j e_ij^2 / U_jj^2 with rounding errors e (see `gptq`), so one rounding to nearest on searched
-ranges, of `rows` rows, and one factor of the Gram matrix give what the sweep would leave, without the sweep.
+An embedding is tried like a linear, its rows rounded; a head loses KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens,
+a tied table both.
 
-A few linears are then really quantized, each alone, with the smallest and the largest grid of the menu, and the
-difference in KL divergence is measured through the rest of the model: what was foreseen is multiplied by the ratio, by
-role of the linear. The choice of least summed loss within the bytes is
-found by `budget.choice`.
-
-An embedding loses what its rows lose as often as they are looked up, times the squared gradient that enters the first
-block; a head KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens. A tied table loses both.
-
-Paper: HAWQ-V2, Dong et al. 2019, arXiv 1911.03852 (second-order sensitivities, one decision for all layers); the
-prediction of GPTQ's loss and its correction by trials are ours.
-Cost: a backward and a forward pass over the calibration text, and for each trial two forward passes of the blocks
-behind it over `trial_samples` samples. Limits: losses of linears are added as if they were independent, and inputs are
-those of the uncompressed model: at 2 bits everywhere the sum says too little.
+Paper: the sum of losses that single layers cost is HAWQ-V2's, Dong et al. 2019, arXiv 1911.03852, with measured
+divergences in place of Hessian traces as in HIGGS, Malinovskii et al. 2024, arXiv 2411.17525; the predicted sweep and
+the curve of all together are ours.
+Cost: a forward pass over the calibration text and one sweep of every linear; `trial_samples` samples through half of
+the blocks for every linear. Limits: inputs are those of the uncompressed model; the few samples of the trials say how
+linears compare within a tenth or two.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -37,82 +38,121 @@ from lilliput.algebra import obs
 from lilliput.budget import menu as menus
 from lilliput.formats import ranged
 from lilliput.formats.known import from_target
+from lilliput.formats.walked import Walked
+from lilliput.parts.transform import Rotation
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
 from lilliput.verbs.choose import Choose, Goal, Trials
 
-_DAMPING, _SHRINKAGE = 0.01, 0.2  # those of the sweep that is foreseen, by default
+_DAMPING, _SHRINKAGE = 0.01, 0.2  # those of the sweep that is predicted, by default
 _STEPS = 15
+_ALONE = 3.0  # linears that change alone move a model that computes in 16 bits by more than its rounding does
+_WHOLE = (0.5, 1.0, 2.0)
 
 
 class Options(Strict):
     """See the module's docstring."""
 
     menu: tuple[str, ...] = Field(
-        (menus.DEFAULT,), description="native, compressed-tensors, or grids such as int3/64/asym"
+        (menus.DEFAULT,), description="native, integers, compressed-tensors, gguf, or grids such as int3/64/asym"
     )
     size: int | None = Field(None, ge=1, description="the most bytes of the written folder")
     average: float | None = Field(None, gt=0, description="stored bits of a weight on average, scales included")
+    seconds: float | None = Field(None, gt=0, description="the longest predicted time of a decoding step")
+    device: str | None = Field(None, description="the named device for which that time is predicted")
     fused: bool = Field(False, description="one grid for what engines run as one: q/k/v, gate/up, experts")
-    rows: int = Field(256, ge=1, description="rows of a linear that are rounded to foresee its loss")
-    trials: int = Field(8, ge=0, description="single linears that are really quantized, to correct what is foreseen")
-    trial_samples: int = Field(4, ge=1, description="calibration samples that a trial is measured on")
-    fisher_samples: int | None = Field(
-        32, ge=1, description="calibration samples that squared gradients are taken over; none: all"
+    rows: int = Field(256, ge=1, description="rows of a linear that are rounded to predict its error")
+    trial_samples: int | None = Field(
+        None, ge=1, description="calibration samples on which changes are tried; none: a 32nd of all"
     )
 
 
-def score(weight: Tensor, stats: SiteStats, cost: Tensor, targets: Sequence[Target], o: Options) -> tuple[float, ...]:
-    """sum_i F_i D_i G D_iT / tr G for each target, F_i being `cost` [out]; 0 where no token reached the linear."""
+def score(
+    weight: Tensor, stats: SiteStats, targets: Sequence[Target], weights: Tensor | None, o: Options
+) -> tuple[float, ...]:
+    """The expected tr(D G DT) for each target, rows weighed by `weights` [out]; 0 where no token reached the linear."""
     gram = stats.need("gram") if stats.count else None
-    energy = 0.0 if gram is None else float(gram.diagonal().sum(dtype=torch.float64))
-    if gram is None or energy <= 0:
+    if gram is None or float(gram.diagonal().sum(dtype=torch.float64)) <= 0:
         return (0.0,) * len(targets)
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    factor = obs.factorize(gram, _DAMPING, order, _SHRINKAGE)
-    price = torch.empty_like(factor.pivot).index_copy_(0, order, factor.pivot.square())
-    rows, weighed = drawn(cost.double(), o.rows)
-    errors = rounded(weight[rows].contiguous(), gram.diagonal() * (1 + _DAMPING), targets, price)
-    return tuple(float(weighed @ x) / energy for x in errors)
+    rows, stand_for = drawn(weight, weights, o.rows)
+    some = weight[rows].contiguous()
+    prices: dict[bool, Tensor] = {}
+    errors = []
+    for target in targets:
+        turned = menus.turned(target)
+        if turned not in prices:
+            prices[turned] = _price(stats, turned)
+        if turned:
+            every = torch.ones(len(weight)) if weights is None else weights
+            size = weight.square().mean(1, dtype=torch.float64) @ every.to(weight.device).double()
+            errors.append(_walked(target) * float(size) * float(prices[True].sum(dtype=torch.float64)))
+            continue
+        error = rounded(some, gram.diagonal() * (1 + _DAMPING), target)
+        errors.append(float(stand_for @ (error @ prices[False]).double()))
+    return tuple(errors)
 
 
-def drawn(cost: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Numbers of at most `count` rows, drawn evenly along the summed cost [out], and what each of them stands for."""
-    if len(cost) <= count:
-        return torch.arange(len(cost), device=cost.device), cost
-    sums = cost.cumsum(0)
-    at = (torch.arange(count, dtype=sums.dtype, device=cost.device) + 0.5) / count * sums[-1]
+def drawn(weight: Tensor, weights: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """Numbers of at most `count` rows, evenly along their summed energy, and how many rows like it each stands for."""
+    energy = weight.square().sum(1, dtype=torch.float64)
+    cost = torch.ones_like(energy) if weights is None else weights.to(weight.device).double()
+    if len(weight) <= count:
+        return torch.arange(len(weight), device=weight.device), cost
+    sums = (energy * cost).clamp_(min=1e-300).cumsum(0)
+    at = (torch.arange(count, dtype=sums.dtype, device=sums.device) + 0.5) / count * sums[-1]
     places = torch.searchsorted(sums, at).clamp_(max=len(cost) - 1)
     rows, often = places.unique(return_counts=True)  # type: ignore[no-untyped-call]
-    return rows, often * (sums[-1] / count)
+    return rows, often * (sums[-1] / count) / energy[rows].clamp(min=1e-300)
 
 
-def rounded(weight: Tensor, importance: Tensor, targets: Sequence[Target], price: Tensor) -> list[Tensor]:
-    """For each target, sum_j e_ij^2 price_j of a rounding to nearest on searched ranges, float64 [out]."""
-    found = []
-    for target in targets:
-        form = from_target(target)
-        grid = ranged.fit(form, weight, importance, ranged.RangeRule("mse", _STEPS))
-        error = form.decode(form.encode(weight, grid), grid) - weight
-        found.append((error.square() @ price).double())
-    return found
+def rounded(weight: Tensor, importance: Tensor, target: Target) -> Tensor:
+    """Squared errors of a rounding to nearest on searched ranges, [out, in]."""
+    form = from_target(target)
+    grid = ranged.fit(form, weight, importance, ranged.RangeRule("mse", _STEPS))
+    return form.decode(form.encode(weight, grid), grid).sub_(weight).square_()
+
+
+def _price(stats: SiteStats, turned: bool) -> Tensor:
+    """What a sweep pays for a squared rounding error of each column, [in]; in the order of sweeps between rotations."""
+    seen = stats.through((Rotation("hadamard", 0),)) if turned else stats
+    gram = seen.need("gram")
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    pivot = obs.factorize(gram, _DAMPING, None if turned else order, _SHRINKAGE).pivot.square()
+    return pivot if turned else torch.empty_like(pivot).index_copy_(0, order, pivot)
+
+
+def _walked(target: Target) -> float:
+    """The mean square error of codes for a Gaussian of mean square 1."""
+    return _share(target.format, target.bits or 0)
+
+
+@functools.lru_cache(maxsize=32)
+def _share(name: str, bits: int) -> float:
+    form = from_target(Target(format=name, bits=bits, group_size="tensor", scale_dtype="float16").model_copy(
+        update={"group_size": 0}
+    ))  # fmt: skip
+    if not isinstance(form, Walked):
+        raise RuntimeError(f"{form.describe()} is no code between rotations")
+    sample = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+    grid = form.fit(sample, importance=torch.ones(32))
+    error = form.decode(form.encode(sample, grid), grid) - sample
+    return float(error.square().sum() / sample.square().sum())
 
 
 METHOD = Choose(
-    paper="Dong et al. 2019, arXiv 1911.03852",
+    paper="Dong et al. 2019, arXiv 1911.03852; Malinovskii et al. 2024, arXiv 2411.17525",
     options=Options,
-    needs=("gram", "fisher"),
-    fisher_samples=lambda o: o.fisher_samples,
+    needs=("gram",),
     note="Measuring decides who gets which grid: the sizes shown are the least there can be.",
     covers={},
     recipe=[
-        {"method": "menu", "options": {"menu": ["native"], "average": 4.0}},
+        {"method": "menu", "options": {"menu": ["integers"], "average": 4.0}},
         {"method": "gptq", "target": {"bits": 2, "group_size": 64, "symmetric": False}},
     ],
     score=score,
     entries=lambda o: menus.entries(o.menu),
-    goal=lambda o: Goal(o.size, o.average),
-    trials=lambda o: Trials(o.trials, o.trial_samples),
+    goal=lambda o: Goal(o.size, o.average, o.seconds, o.device),
+    trials=lambda o: Trials(o.trial_samples, _ALONE, _WHOLE),
     fused=lambda o: o.fused,
-    governs=("gptq",),
+    governs=("gptq", "mixed"),
 )

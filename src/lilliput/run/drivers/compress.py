@@ -16,7 +16,7 @@ def run(task: Task, layer: Layer, stats: SiteStats) -> Layer:
 
 def stacks(task: Task) -> bool:
     """Whether each row is treated by itself."""
-    return task.of(Compress).rowwise
+    return task.of(Compress).stacks(task.target)
 
 
 DRIVER = LinearDriver(verb=Compress, run=run, stacks=stacks)

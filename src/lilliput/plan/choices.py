@@ -25,6 +25,7 @@ from lilliput.verbs.spec import Task
 
 _MIDDLE = 3.25  # stored bits of a weight near which trials are result
 _DEAREST = 3  # linears that are named
+_DIGITS = 64  # bytes by which a recipe that names another size may be longer
 _WORDS = 400  # bytes by which what is said of a choice may be longer than of another one
 _HALVINGS = 20
 _ROUNDS = 8  # of choosing anew where headers and the like depend on the choice
@@ -214,7 +215,7 @@ def _too_few_bits(plan: Plan, task: Task, pool: Candidates, least: Choice) -> st
 
 def _too_small(smallest: Plan, task: Task, pool: Candidates, least: Choice) -> str:
     """`smallest` is the plan with the fewest bytes everywhere."""
-    whole = smallest.folder_bytes + _WORDS
+    whole = smallest.folder_bytes + _WORDS + _DIGITS
     rest = whole - least.bytes
     kinds: Counter[str] = Counter()
     for x in smallest.tensors:

@@ -29,7 +29,7 @@ _NOMINAL = {"tq1_0": None, "tq2_0": 2}  # bits that a name does not say
 
 
 @dataclass(frozen=True)
-class Grid:
+class GgmlGrid:
     """Scales of the blocks: d, m float16 [out, blocks]; scales, minima int16 [out, groups]; None where a type has
     none."""
 
@@ -38,10 +38,10 @@ class Grid:
     scales: Tensor | None = None
     minima: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> Grid:
+    def rows(self, start: int, stop: int) -> GgmlGrid:
         """The grid of output rows [start, stop)."""
         m, scales, minima = (None if x is None else x[start:stop] for x in (self.m, self.scales, self.minima))
-        return Grid(self.d[start:stop], m, scales, minima)
+        return GgmlGrid(self.d[start:stop], m, scales, minima)
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,29 @@ class GgmlFormat(Format):
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return self.kind.group
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return self.kind.lowest
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return self.kind.highest
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether there are no offsets."""
+        return not self.kind.offset
+
+    def groups(self, width: int) -> int:
+        """Groups in a row of `width` inputs."""
+        return width // self.kind.group
+
+    def group_of(self, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """The group of each input, int64 [width]."""
+        return torch.arange(width, device=device) // self.kind.group
 
     def describe(self) -> str:
         """For tables: "q4_k"."""
@@ -90,7 +113,7 @@ class GgmlFormat(Format):
         """See `Format`."""
         return Cost(ram=_BYTES * min(rows * width, max(_CHUNK, width)))
 
-    def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: str = "mse", steps: int = 24) -> Grid:
+    def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: str = "mse", steps: int = 24) -> GgmlGrid:
         """The scales for `weight` [out, in]: "minmax" covers each group's range, "mse" looks for the least sum of
         importance * error^2, trying `steps` ranges. `importance` [in] or [out, in] is not negative.
 
@@ -115,21 +138,21 @@ class GgmlFormat(Format):
             d[part], m[part] = found.d.view(count, -1).half(), found.m.view(count, -1).half()
             c[part], e[part] = (x.view(count, -1).to(torch.int16) for x in (found.c, found.e))
         if kind.offset == "code":
-            return Grid(d, -m, c, e)
-        return Grid(d, m if kind.offset else None, None if kind.scales is None else c)
+            return GgmlGrid(d, -m, c, e)
+        return GgmlGrid(d, m if kind.offset else None, None if kind.scales is None else c)
 
     def searched(
         self, weight: Tensor, how: RangeRule, *, importance: Tensor | None = None, support: Tensor | None = None
-    ) -> Grid:
+    ) -> GgmlGrid:
         """See `Format`; errors are squared, whatever the norm."""
         return self.fit(weight, importance=importance, search=how.search, steps=how.steps)
 
-    def sweep_grid(self, grid: Grid) -> tuple[integer.IntegerGrid, torch.dtype | None]:
+    def sweep_grid(self, grid: GgmlGrid) -> tuple[integer.IntegerGrid, torch.dtype | None]:
         """See `swept.Sweepable`."""
         scale, offset = self.values(grid)
         return integer.IntegerGrid(scale, None if offset is None else -offset / scale), None
 
-    def swept_grid(self, swept: integer.IntegerGrid, grid: Grid) -> Grid:
+    def swept_grid(self, swept: integer.IntegerGrid, grid: GgmlGrid) -> GgmlGrid:
         """See `swept.Sweepable`."""
         return grid
 
@@ -156,7 +179,36 @@ class GgmlFormat(Format):
             codes[a : a + _COLUMNS] = table.index(centred[a : a + _COLUMNS]).to(torch.int8)
         return codes.T
 
-    def values(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    def levels(self, device: torch.device | str) -> Tensor | None:
+        """See `rounding.Trainable`."""
+        table = self.table(torch.empty(0, device=device))
+        return None if table is None else table.levels
+
+    def opened(self, grid: GgmlGrid) -> tuple[Tensor, Tensor]:
+        """See `rounding.Trainable`."""
+        scale, offset = self.values(grid)
+        return scale, torch.zeros_like(scale) if offset is None else -offset / scale
+
+    def nearest(self, scale: Tensor, zero: Tensor, grid: GgmlGrid) -> tuple[Tensor, Tensor]:
+        """See `rounding.Trainable`: what super-blocks share stays, and the integers move."""
+        return self.opened(self.closed(scale, zero, grid))
+
+    def closed(self, scale: Tensor, zero: Tensor, grid: GgmlGrid) -> GgmlGrid:
+        """See `rounding.Trainable`."""
+        kind = self.kind
+        if kind.scales is None:
+            return GgmlGrid(ggml_search.half(scale).half(), (-zero * scale).half() if kind.offset else None)
+        low, high = kind.scales
+        step = grid.d.float().repeat_interleave(kind.groups, 1)
+        codes = (scale / step).round_().clamp_(low, high)
+        codes = torch.where(codes == 0, 1.0, codes)
+        if grid.m is None:
+            return GgmlGrid(grid.d, None, codes.to(torch.int16))
+        by = grid.m.float().repeat_interleave(kind.groups, 1)
+        minima = torch.where(by > 0, zero * scale / by, 0.0).round_().clamp_(0, high)
+        return GgmlGrid(grid.d, grid.m, codes.to(torch.int16), minima.to(torch.int16))
+
+    def values(self, grid: GgmlGrid) -> tuple[Tensor, Tensor | None]:
         """Scale and offset of each group, float32 [out, groups]: value = code * scale + offset."""
         per = self.kind.groups
         scale, offset = grid.d.float(), None
@@ -168,7 +220,7 @@ class GgmlFormat(Format):
                 offset = -(offset.repeat_interleave(per, 1) * grid.minima)
         return scale, offset
 
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+    def encode(self, weight: Tensor, grid: GgmlGrid) -> Tensor:
         """The nearest codes, int8 [out, in]."""
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         table = self.table(weight)
@@ -179,7 +231,7 @@ class GgmlFormat(Format):
             codes[part] = found.to(torch.int8).view(len(scale), -1)
         return codes
 
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+    def decode(self, codes: Tensor, grid: GgmlGrid) -> Tensor:
         """The values of codes [out, in], float32, each rounded once."""
         out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         table = self.table(codes)
@@ -193,7 +245,7 @@ class GgmlFormat(Format):
         """See docs/native-format.md, kind "ggml"."""
         return {"": (torch.uint8, (rows * self.row_bytes(width),))}
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, grid: GgmlGrid) -> dict[str, Tensor]:
         """The blocks of a GGUF file, row after row."""
         parts = [
             ggml_bytes.pack(self.kind, Blocks(codes[part], **vars(grid.rows(part.start, part.stop))))
@@ -201,10 +253,10 @@ class GgmlFormat(Format):
         ]
         return {"": torch.cat(parts).view(-1) if parts else torch.empty(0, dtype=torch.uint8)}
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, Grid]:
+    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, GgmlGrid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
         held = ggml_bytes.unpack(self.kind, get("").view(rows, -1)[start:stop])
-        return held.codes, Grid(held.d, held.m, held.scales, held.minima)
+        return held.codes, GgmlGrid(held.d, held.m, held.scales, held.minima)
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -215,7 +267,7 @@ class GgmlFormat(Format):
         levels = tuple(float(x) for x in self.kind.table)
         return tables.of("custom", 4, levels, str(like.device)) if levels else None
 
-    def _rows(self, grid: Grid, codes: Tensor) -> list[tuple[slice, Tensor, Tensor | None]]:
+    def _rows(self, grid: GgmlGrid, codes: Tensor) -> list[tuple[slice, Tensor, Tensor | None]]:
         """Few rows at a time with scale and offset [rows, groups, 1]."""
         scale, offset = self.values(grid)
         return [

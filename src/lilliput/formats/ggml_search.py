@@ -195,7 +195,7 @@ class Search:
         """Scales and offsets of groups on the steps that a block shares."""
         one = torch.ones_like(s)
         if self._kind.scales is None:
-            d = _half(s)
+            d = half(s)
             if self._kind.offset:
                 o = torch.where(sums.c > 0, (sums.e - d * sums.b) / sums.c, o)
             return Found(d, one, o.half().float(), one)
@@ -248,7 +248,7 @@ class Search:
         return Found(d.half().float(), c, m.half().float(), e)
 
 
-def _half(s: Tensor) -> Tensor:
+def half(s: Tensor) -> Tensor:
     """Scales as float16 holds them, none of them 0."""
     s = torch.where(s.abs() < _TINY, torch.where(s < 0, -_TINY, _TINY), s)
     return s.half().float()
@@ -262,13 +262,13 @@ def _multiples(s: Tensor, weigh: Tensor, low: int, high: int) -> tuple[Tensor, T
     best_d = best_c = least = None
     for i in range(_STEPS):
         for end in ends:
-            d = _half(peak / (end * (1 - i / (2 * _STEPS))))
+            d = half(peak / (end * (1 - i / (2 * _STEPS))))
             for _ in range(2):
                 c = (s / d).round_().clamp_(low, high)
                 if low:
                     c = torch.where(c == 0, 1.0, c)
                 cc = (weigh * c * c).sum(-1, keepdim=True)
-                better_d = _half((weigh * s * c).sum(-1, keepdim=True) / cc)
+                better_d = half((weigh * s * c).sum(-1, keepdim=True) / cc)
                 error = (weigh * (s - d * c).square()).sum(-1, keepdim=True)
                 if best_d is None or best_c is None or least is None:
                     best_d, best_c, least = d, c, error

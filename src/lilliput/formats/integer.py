@@ -87,6 +87,22 @@ class IntegerFormat(Format):
         """The group of each input, int64 [width]."""
         return groups.index(width, self.group_size, device)
 
+    def levels(self, device: torch.device | str) -> None:
+        """See `rounding.Trainable`."""
+
+    def opened(self, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+        """See `rounding.Trainable`."""
+        scale = grid.scale.float()
+        return scale, torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
+
+    def nearest(self, scale: Tensor, zero: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+        """See `rounding.Trainable`."""
+        return ranges.stored(scale, self.scale_dtype), zero.round().clamp_(self.lowest, self.highest)
+
+    def closed(self, scale: Tensor, zero: Tensor, grid: IntegerGrid) -> IntegerGrid:
+        """See `rounding.Trainable`."""
+        return IntegerGrid(scale.to(self.scale_dtype), None if self.symmetric else zero.to(torch.int8))
+
     def size_bits(self, rows: int, width: int) -> int:
         """Exact size: codes, scales, and zero points at `bits` bits each."""
         units = math.prod(groups.units(rows, width, self.group_size))

@@ -1,8 +1,9 @@
-"""Rounding that gradients pass straight through, on integer grids whose scale and zero point are learned too.
+"""Rounding that gradients pass straight through, on grids whose scale and zero point are learned too.
 
-A weight is written in code units: position u, centred code c = clip(round(u), lowest - Z, highest - Z), value S c, with
-one scale S and zero point Z for each unit of weights (a row's group, a row, or the matrix). Straight-through gradients
-(Bengio et al. 2013, arXiv 1308.3432): round counts as the identity, so that with g = dL/dvalue
+A weight is written in code units: position u, centred code c = clip(round(u + Z), lowest, highest) - Z, value S c, with
+one scale S and zero point Z, whole or not, for each unit of weights (a row's group, a row, or the matrix). Where codes
+are indices of uneven levels, Z is 0 and the value S level(c). Straight-through gradients (Bengio et al. 2013, arXiv
+1308.3432): round counts as the identity, and levels as evenly spaced, so that with g = dL/dvalue
 
     dL/du = g S inside the window of codes, 0 outside;  dL/dS = sum g c;  dL/dZ = -sum g S outside the window.
 """
@@ -11,22 +12,61 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lilliput.algebra import ranges as search
-from lilliput.formats.integer import IntegerFormat, IntegerGrid
+from lilliput.formats.format import Format
 
 _CHUNK = 1 << 20  # weights at a time: the temporaries stay small
 
 
+class Trainable(Format, Protocol):
+    """A format whose scales and zero points can be trained, float32 [rows, groups]."""
+
+    @property
+    def lowest(self) -> int: ...
+
+    @property
+    def highest(self) -> int: ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether zero points are 0."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """As `IntegerFormat.group_size`."""
+        ...
+
+    def groups(self, width: int) -> int: ...
+
+    def group_of(self, width: int, device: torch.device | str = "cpu") -> Tensor: ...
+
+    def levels(self, device: torch.device | str) -> Tensor | None:
+        """What the codes from `lowest` on stand for, float32; None where they are whole numbers."""
+        ...
+
+    def opened(self, grid: Any) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of what `fit` returned."""
+        ...
+
+    def nearest(self, scale: Tensor, zero: Tensor, grid: Any) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as a file will hold them, near to these; `grid`: the one that they started from."""
+        ...
+
+    def closed(self, scale: Tensor, zero: Tensor, grid: Any) -> Any:
+        """The grid of scale and zero point that `nearest` gave; `grid` as there."""
+        ...
+
+
 @dataclass(frozen=True)
 class Units:
-    """How the weights [rows, width] of a matrix share the numbers [units] of an integer format's grid."""
+    """How the weights [rows, width] of a matrix share the numbers [units] of a format's grid."""
 
-    form: IntegerFormat
+    form: Trainable
     rows: int
     width: int
 
@@ -80,28 +120,30 @@ class _Rounded(torch.autograd.Function):
         value = torch.empty_like(position)
         codes = torch.empty_like(position, dtype=torch.int16)
         inside = torch.empty_like(position, dtype=torch.bool)
+        whole, part = parted(zero)
         for rows in units.pieces():
-            low = units.spread(units.form.lowest - units.of(zero, rows))
+            low = units.spread(units.form.lowest - units.of(whole, rows))
             high = low + (units.form.highest - units.form.lowest)
-            free = position[rows].round()
+            free = _shifted(position[rows], part, rows, units, 1.0).round()
             code = torch.minimum(torch.maximum(free, low), high)
             torch.eq(code, free, out=inside[rows])
             codes[rows] = code.to(torch.int16)
-            torch.mul(code, units.spread(units.of(scale, rows)), out=value[rows])
-        ctx.save_for_backward(codes, inside, scale)
+            meant = _meant(codes[rows], part, rows, units)
+            torch.mul(meant, units.spread(units.of(scale, rows)), out=value[rows])
+        ctx.save_for_backward(codes, inside, scale, part)
         ctx.units = units
         return value
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (slope,) = slopes
-        codes, inside, scale = ctx.saved_tensors
+        codes, inside, scale, part = ctx.saved_tensors
         units: Units = ctx.units
         by_position = torch.empty_like(slope)
         by_scale, by_zero = torch.zeros_like(scale), torch.zeros_like(scale)
         for rows in units.pieces():
             g = slope[rows]
-            steps = units.gather(g * codes[rows])
+            steps = units.gather(g * _meant(codes[rows], part, rows, units))
             g = g * units.spread(units.of(scale, rows))
             passed = torch.mul(g, inside[rows], out=by_position[rows])
             zero_slope = units.gather(passed - g)
@@ -113,8 +155,26 @@ class _Rounded(torch.autograd.Function):
         return by_position, by_scale, by_zero, None
 
 
+def parted(zero: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Zero points as whole numbers and what is left, at most a half; None where nothing is."""
+    whole = zero.round()
+    return whole, None if torch.equal(whole, zero) else zero - whole
+
+
+def _shifted(position: Tensor, part: Tensor | None, rows: slice, units: Units, sign: float) -> Tensor:
+    return position if part is None else position + sign * units.spread(units.of(part, rows))
+
+
+def _meant(codes: Tensor, part: Tensor | None, rows: slice, units: Units) -> Tensor:
+    """Value by scale, float32 or whole, of codes int16 from which whole zero points are taken."""
+    levels = units.form.levels(codes.device)
+    if levels is not None:
+        return levels[codes.long() - units.form.lowest]
+    return codes if part is None else _shifted(codes.float(), part, rows, units, -1.0)
+
+
 def rounded(position: Tensor, scale: Tensor, zero: Tensor, units: Units) -> Tensor:
-    """S clip(round(u), ...) [rows, width] for positions u, scale and zero [units], float32; gradients to all three."""
+    """S c [rows, width] for positions u, scale and zero [units], float32; gradients to all three."""
     out: Tensor = _Rounded.apply(position, scale, zero, units)  # type: ignore[no-untyped-call]
     return out
 
@@ -137,16 +197,19 @@ def through(source: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def stored_scale(scale: Tensor, form: IntegerFormat) -> Tensor:
-    """A scale as the file will hold it, float32; gradients pass."""
-    return through(scale, search.stored(scale.detach(), form.scale_dtype))
+def stored(scale: Tensor, zero: Tensor, units: Units, grid: Any) -> tuple[Tensor, Tensor]:
+    """Scale and zero point as the file will hold them, float32; gradients pass. `grid`: where they started."""
+    near = units.form.nearest(scale.detach(), zero.detach(), grid)
+    return through(scale, near[0]), through(zero, near[1])
 
 
-def encode(position: Tensor, scale: Tensor, zero: Tensor, units: Units) -> tuple[Tensor, IntegerGrid]:
-    """Codes int8 [rows, width] and grid of what `rounded` gives for scales that are as stored."""
+def encode(position: Tensor, scale: Tensor, zero: Tensor, units: Units, grid: Any) -> tuple[Tensor, Any]:
+    """Codes int8 [rows, width] and grid of what `rounded` gives for scales that are as stored; `grid`: where they
+    started."""
     codes = torch.empty(position.shape, dtype=torch.int8, device=position.device)
     form = units.form
+    whole, part = parted(zero)
     for rows in units.pieces():
-        offset = units.spread(units.of(zero, rows))
-        codes[rows] = position[rows].round().add_(offset).clamp_(form.lowest, form.highest).to(torch.int8)
-    return codes, IntegerGrid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))
+        free = _shifted(position[rows], part, rows, units, 1.0).round()
+        codes[rows] = free.add_(units.spread(units.of(whole, rows))).clamp_(form.lowest, form.highest).to(torch.int8)
+    return codes, form.closed(scale, zero, grid)

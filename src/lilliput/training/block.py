@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.formats.integer import IntegerFormat, IntegerGrid, from_target
-from lilliput.formats.rounding import Units
+from lilliput.formats import ggml, integer
+from lilliput.formats.ggml import GgmlFormat
+from lilliput.formats.ggml_bytes import KINDS
+from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.rounding import Trainable, Units
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.stats.site import SiteStats
@@ -56,8 +59,8 @@ class Start:
     """Some rows of a linear before the descent: what to approximate, and codes on a grid that do so already.
 
     weight float32 [rows, in]: what the other parts leave over, 0 outside the support; base: those other parts' sum
-    (None: no others); scale, zero float32 [units]; codes int16, centred (code - zero); continued: whether they are an
-    earlier step's.
+    (None: no others); scale, zero float32 [units]; grid: what they come from; codes int8; continued: whether
+    they are an earlier step's.
     """
 
     units: Units
@@ -66,14 +69,21 @@ class Start:
     support: Tensor | None
     scale: Tensor
     zero: Tensor
+    grid: Any
     codes: Tensor
     continued: bool
 
     def origin(self, margin: float) -> Tensor:
         """Positions float32 [rows, in] that round to the codes: w / S where it does, else the nearest that does, moved
-        towards the code by the share `margin`."""
-        off = self.codes - self.weight / self.units.spread(self.scale)
-        return self.codes - off.clamp_(-_EDGE, _EDGE).mul_(1.0 - margin)
+        towards the code by the share `margin`. Between uneven levels as if they were evenly spaced."""
+        centred = self.codes - self.units.spread(self.zero)
+        meant, levels = centred, self.units.form.levels(self.codes.device)
+        gap = 1.0
+        if levels is not None:
+            meant = levels[self.codes.long() - self.units.form.lowest]
+            gap = float(levels[-1] - levels[0]) / (len(levels) - 1)
+        off = (meant - self.weight / self.units.spread(self.scale)).div_(gap)
+        return centred - off.clamp_(-_EDGE, _EDGE).mul_(1.0 - margin)
 
     def masked(self, value: Tensor) -> Tensor:
         """`value` with 0 outside the support, plus the other parts."""
@@ -90,6 +100,7 @@ class Start:
                 None if self.support is None else self.support[rows],
                 self.scale[rows],
                 self.zero[rows],
+                self.grid.rows(rows.start, rows.stop),
                 self.codes[rows],
                 self.continued,
             )
@@ -109,7 +120,7 @@ class Fitted(Protocol):
         """The weight [rows, in] for the present leaves, differentiable."""
         ...
 
-    def finish(self) -> tuple[Tensor, IntegerGrid]:
+    def finish(self) -> tuple[Tensor, Any]:
         """Codes int8 [rows, in], zero points added, and grid for the present leaves, as they would be stored."""
         ...
 
@@ -122,7 +133,7 @@ class _Linear:
     """A linear under descent: the layer before it, without codes of an earlier step, and its rows."""
 
     layer: Layer
-    form: IntegerFormat
+    form: Trainable
     fitted: Sequence[Fitted]
 
     def weights(self) -> Iterator[Tensor]:
@@ -132,21 +143,18 @@ class _Linear:
     def finished(self) -> Layer:
         """The layer for the present leaves, as it would be stored."""
         codes, grids = zip(*(x.finish() for x in self.fitted), strict=True)
-        joined_codes, support = torch.cat(codes), self.layer.support
-        grid = IntegerGrid(torch.cat([g.scale for g in grids]), _joined([g.zero for g in grids]))
-        if support is not None:
-            rest = (
-                torch.zeros_like(joined_codes[:1, :1])
-                if grid.zero is None
-                else Units(self.form, *joined_codes.shape).spread(grid.zero)
-            )
-            joined_codes = torch.where(support, joined_codes, rest)
-        return replace(self.layer, parts=(*self.layer.parts, QuantizedPart(self.form, joined_codes, grid)))
+        whole, support = torch.cat(codes), self.layer.support
+        grid = _joined(grids)
+        if support is not None and self.form.holds_zero:
+            rest = Units(self.form, *whole.shape).spread(self.form.opened(grid)[1])
+            whole = torch.where(support, whole, rest.to(whole.dtype))
+        return replace(self.layer, parts=(*self.layer.parts, QuantizedPart(self.form, whole, grid)))
 
 
-def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [x for x in tensors if x is not None]
-    return torch.cat(present) if present else None
+def _joined(grids: Sequence[Any]) -> Any:
+    """The grid of all rows, of those of a few."""
+    fields = [[getattr(grid, name) for grid in grids] for name in vars(grids[0])]
+    return type(grids[0])(*(None if x[0] is None else torch.cat(x) for x in fields))
 
 
 def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions) -> tuple[Layer, Start]:
@@ -159,20 +167,18 @@ def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions)
     if has_codes:
         part = layer.parts[-1]
         form = part.format if isinstance(part, QuantizedPart) else None
-        if not isinstance(part, QuantizedPart) or not isinstance(form, IntegerFormat):
-            raise PlanError(f"{layer.name}: only integer codes can be fitted further: leave the step out")
+        if not isinstance(part, QuantizedPart) or not isinstance(form, IntegerFormat | GgmlFormat):
+            raise PlanError(f"{layer.name}: only codes of integers or ggml's types can be fitted: leave the step out")
         grid, codes = part.grid, part.codes
     else:
-        form = from_target(target)
+        form = (ggml if target.format in KINDS else integer).from_target(target)
         has_stats = stats is not None and stats.count and o.start == "mse"
         importance = stats.second_moment().to(weight) if stats is not None and has_stats else None
         grid = form.fit(weight, search=o.start, importance=importance)
         codes = form.encode(weight, grid)
     units = Units(form, *weight.shape)
-    scale = grid.scale.float()
-    zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
-    centred = (codes - units.spread(zero)).to(torch.int16)
-    return before, Start(units, weight, base, layer.support, scale, zero, centred, has_codes)
+    scale, zero = form.opened(grid)
+    return before, Start(units, weight, base, layer.support, scale, zero, grid, codes, has_codes)
 
 
 def descend(

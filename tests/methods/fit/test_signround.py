@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.model import Block, Groups, Linear, Site
+from lilliput.formats import ggml
 from lilliput.methods.fit import adaround, flexround, signround
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
@@ -23,14 +24,19 @@ def case(tmp_path: Path) -> tuple[FitBlock, FitIO, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     w = torch.randn(ROWS, WIDTH, generator=g)
     x = torch.randn(4, 5, WIDTH, generator=g)
+    return *_block(w, x, tmp_path), w.double(), x.double()
+
+
+def _block(w: Tensor, x: Tensor, folder: Path) -> tuple[FitBlock, FitIO]:
+    """A block of one linear, and its inputs and outputs."""
     stores = []
     for name, value in (("x", x), ("y", x @ w.T)):
-        stores.append(Activations(tmp_path / name, tuple(value.shape), torch.float32, create=True))
+        stores.append(Activations(folder / name, tuple(value.shape), torch.float32, create=True))
         stores[-1].write(0, value)
-    linear = Linear("a", "other", "a", ROWS, WIDTH)
-    anatomy = Block((linear,), (Site("a", WIDTH, ("a",), 0),), (), Groups())
+    linear = Linear("a", "other", "a", *w.shape)
+    anatomy = Block((linear,), (Site("a", w.shape[1], ("a",), 0),), (), Groups())
     block = FitBlock(anatomy, {"a": Layer("a", w)}, lambda weights, h: h @ weights["a"].T)
-    return block, FitIO({}, stores[0], stores[1], 2), w.double(), x.double()
+    return block, FitIO({}, stores[0], stores[1], 2)
 
 
 def _fit(module: object, case: tuple[FitBlock, FitIO, Tensor, Tensor], **options: object) -> QuantizedPart:
@@ -128,3 +134,20 @@ def test_flexround_divides_before_it_rounds(case: tuple[FitBlock, FitIO, Tensor,
     loss = [float(((x @ (q - w).T) ** 2).mean()) for q in (expected, _fit(flexround, case, iters=0).decode().double())]
     assert loss[0] < loss[1]
     torch.testing.assert_close(part.decode().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q4_k", "q3_k", "q6_k", "iq4_xs", "tq2_0"])
+def test_blocks_of_ggml(name: str, tmp_path: Path) -> None:
+    """Further down than their own start, with offsets, integers under a step and uneven levels alike."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(8, 256, generator=g)
+    x = torch.randn(4, 16, 32, generator=g) @ torch.randn(32, 256, generator=g)
+    block, io = _block(w, x, tmp_path)
+    o = signround.Options(iters=20, batch=4)
+    done = signround.fit(block, io, {"a": Target(format=name)}, o)
+    (part,) = done.layers["a"].parts
+    assert isinstance(part, QuantizedPart)
+    assert part.format == ggml.made(name)
+    assert done.end < 0.9 * done.start
+    again = part.format.unpack(lambda suffix: part.format.pack(part.codes, part.grid)[suffix], 8, 256, 0, 8)
+    assert torch.equal(part.format.decode(*again), part.decode())

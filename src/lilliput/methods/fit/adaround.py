@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from lilliput.formats import rounding
-from lilliput.formats.integer import IntegerGrid
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Fitted, Start
@@ -67,10 +67,10 @@ class Rounder:
         code = torch.minimum(torch.maximum(self.floor + self.share(), low), high)
         return self.start.masked(code * self.start.units.spread(self.start.scale))
 
-    def finish(self) -> tuple[Tensor, IntegerGrid]:
+    def finish(self) -> tuple[Tensor, Any]:
         with torch.no_grad():
             position = self.floor + (self.choice.value >= 0)
-            return rounding.encode(position, self.start.scale, self.start.zero, self.start.units)
+            return rounding.encode(position, self.start.scale, self.start.zero, self.start.units, self.start.grid)
 
 
 def begin(start: Start) -> Rounder:

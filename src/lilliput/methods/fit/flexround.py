@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from lilliput.formats import rounding
-from lilliput.formats.integer import IntegerGrid
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
@@ -52,7 +52,8 @@ class Rounder:
         return [self.each, self.row, self.step]
 
     def _scale(self) -> Tensor:
-        return rounding.stored_scale(self.start.scale * self.step.value, self.start.units.form)
+        start = self.start
+        return rounding.stored(start.scale * self.step.value, start.zero, start.units, start.grid)[0]
 
     def _position(self, scale: Tensor) -> Tensor:
         whole = self.origin
@@ -64,10 +65,10 @@ class Rounder:
         scale = self._scale()
         return self.start.masked(rounding.rounded(self._position(scale), scale, self.start.zero, self.start.units))
 
-    def finish(self) -> tuple[Tensor, IntegerGrid]:
+    def finish(self) -> tuple[Tensor, Any]:
         with torch.no_grad():
             scale = self._scale()
-            return rounding.encode(self._position(scale), scale, self.start.zero, self.start.units)
+            return rounding.encode(self._position(scale), scale, self.start.zero, self.start.units, self.start.grid)
 
 
 def begin(start: Start, o: Options) -> Rounder:

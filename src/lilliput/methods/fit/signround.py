@@ -12,22 +12,23 @@ rounds u + V, where u does not move with S: the code itself (margin=1), or as fa
 code (margin=0). S then only scales the codes. Most of the gain comes from the scales.
 
 Paper: Cheng et al. 2024, arXiv 2309.05516.
-Cost: iters times a forward and backward pass of `batch` samples through the block. Limits: integer formats; it fits
-the calibration text, so few samples and many steps read too much into it.
+Cost: iters times a forward and backward pass of `batch` samples through the block. Limits: integers and ggml's types,
+whose super-blocks keep their steps while the integers on them move; it fits the calibration text, so few samples and
+many steps read too much into it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from lilliput.formats import rounding
-from lilliput.formats.integer import IntegerGrid
+from lilliput.formats.ggml_bytes import KINDS
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
@@ -73,13 +74,12 @@ class Rounder:
         if self.upper is None:
             return scale, zero
         if self.lower is None:
-            return rounding.stored_scale(scale * self.upper.value, form), zero
+            return rounding.stored(scale * self.upper.value, zero, self.start.units, self.start.grid)
         low = (form.lowest - zero) * self.lower.value
         high = (form.highest - zero) * self.upper.value
         wide = scale * ((high - low) / (form.highest - form.lowest))
         at = form.lowest - low * (scale / wide)
-        rounded_zero = at.detach().round().clamp_(form.lowest, form.highest)
-        return rounding.stored_scale(wide, form), rounding.through(at, rounded_zero)
+        return rounding.stored(wide, at, self.start.units, self.start.grid)
 
     def position(self, scale: Tensor) -> Tensor:
         if self.origin is not None:
@@ -90,10 +90,10 @@ class Rounder:
         scale, zero = self.grid()
         return self.start.masked(rounding.rounded(self.position(scale), scale, zero, self.start.units))
 
-    def finish(self) -> tuple[Tensor, IntegerGrid]:
+    def finish(self) -> tuple[Tensor, Any]:
         with torch.no_grad():
             scale, zero = self.grid()
-            return rounding.encode(self.position(scale), scale, zero, self.start.units)
+            return rounding.encode(self.position(scale), scale, zero, self.start.units, self.start.grid)
 
 
 def begin(start: Start, o: Options) -> Rounder:
@@ -103,7 +103,8 @@ def begin(start: Start, o: Options) -> Rounder:
     rate = o.lr if o.lr is not None else (1.0 if wide else 0.6) / count
     slow = o.minmax_lr if o.minmax_lr is not None else rate if wide else 0.08 / count
     offset = Parameter(torch.zeros_like(start.weight, requires_grad=True), rate, -0.5, 0.5)
-    origin = start.origin(o.margin) if start.continued else None
+    uneven = start.units.form.levels(start.weight.device) is not None
+    origin = start.origin(o.margin) if start.continued or uneven else None
     upper = lower = None
     if o.clip:
         top = 1.0 if wide else 2.0
@@ -123,7 +124,7 @@ METHOD = Fit(
     paper="Cheng et al. 2024, arXiv 2309.05516",
     options=Options,
     needs=("square",),
-    formats=("int",),
+    formats=("int", *KINDS),
     baseline="rtn",
     covers={
         "signround": [{"method": "signround", "target": {"bits": 4}, "options": {"start": "minmax", "weigh": "alike"}}],

@@ -108,24 +108,24 @@ def _update(
     exact: Tensor, code: Tensor, scale: Tensor, zero: Tensor, units: Units, o: Options, beta: float, real: bool
 ) -> tuple[Tensor, Tensor]:
     """One round: the next scale and zero."""
+    form = units.form
+    assert isinstance(form, IntegerFormat)  # as `_fitted` has it
     miss = exact - code
     size = miss.abs()
     large = miss.sign() * (size - size.clamp(min=1e-8).pow_(o.norm - 1).div_(beta)).clamp_(min=0.0)
     aim = exact - large
     new_zero = zero
-    if not units.form.symmetric:
+    if not form.symmetric:
         new_zero = zero + _sum(units, code - aim) / _sum(units, torch.ones_like(exact))
-        if real:
-            new_zero = new_zero.to(units.form.scale_dtype).float()
-        else:
-            new_zero = new_zero.round().clamp_(units.form.lowest, units.form.highest)
+        whole = new_zero.round().clamp_(form.lowest, form.highest)
+        new_zero = new_zero.to(form.scale_dtype).float() if real else whole
     if not o.scale:
         return scale, new_zero
     # Codes keep their meaning: q is what it was, c = q - Z moves with Z.
     code = code + units.spread(zero - new_zero)
     top, bottom = _sum(units, code * aim), _sum(units, code.square())
     factor = torch.where((top > 0) & (bottom > 0), top / bottom, 1.0)
-    return search.stored(scale * factor, units.form.scale_dtype), new_zero
+    return search.stored(scale * factor, form.scale_dtype), new_zero
 
 
 def _codes(weight: Tensor, scale: Tensor, zero: Tensor, units: Units) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lilliput import api
 from lilliput.errors import LilliputError, PlanError, SourceError
 from lilliput.formats import known
-from lilliput.formats.ggml import GgmlFormat, Grid
+from lilliput.formats.ggml import GgmlFormat, GgmlGrid
 from lilliput.formats.ggml_bytes import KINDS
 from lilliput.methods.weight import gptq, rtn
 from lilliput.parts.layer import Layer
@@ -37,7 +37,7 @@ def _values(name: str, packed: Tensor, rows: int) -> Tensor:
     return torch.from_numpy(dequantize(packed.view(rows, -1).numpy(), GGMLQuantizationType[name.upper()]))
 
 
-def _error(name: str, w: Tensor, grid: Grid, h: Tensor | None = None) -> float:
+def _error(name: str, w: Tensor, grid: GgmlGrid, h: Tensor | None = None) -> float:
     form = GgmlFormat(name)
     miss = (form.decode(form.encode(w, grid), grid) - w).double().square()
     return float((miss if h is None else miss * h).sum())
@@ -68,9 +68,9 @@ def test_any_bytes_are_read_as_gguf_reads_them(name: str) -> None:
         None if x is None else torch.randint(min(low, 0), high + 1, x.shape, generator=g, dtype=torch.int16)
         for x in (grid.scales, grid.minima)
     ]
-    made = Grid(d, m, *drawn)
-    packed = form.pack(codes, made)[""]
-    assert torch.equal(_values(name, packed, 6), form.decode(codes, made))
+    other = GgmlGrid(d, m, *drawn)
+    packed = form.pack(codes, other)[""]
+    assert torch.equal(_values(name, packed, 6), form.decode(codes, other))
     some, own = form.unpack({"": packed}.__getitem__, 6, 512, 2, 5)
     assert torch.equal(some, codes[2:5])
     assert torch.equal(form.pack(some, own)[""], packed.view(6, -1)[2:5].reshape(-1))

@@ -59,7 +59,7 @@ def test_a_scale_is_shown_as_it_is_stored() -> None:
 def test_grids_of_ggml(name: str) -> None:
     """What is trained is what is stored: values to a float32's rounding, grids exactly, scales moved by a step."""
     g = torch.Generator().manual_seed(0)
-    form = ggml.made(name)
+    form = ggml.format_of(name)
     w = torch.randn(4, 512, generator=g)
     grid = form.fit(w)
     units = Units(form, *w.shape)

@@ -139,12 +139,12 @@ def _frontier(model: str, job: Job, to: str | None, html: Path | None) -> Any:
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder or GGUF file written by compress.")],
     memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Check a written folder: hashes, shapes, finite values, and that its engine opens it and computes what it
-    holds."""
+    """Check a written folder or GGUF file: hashes, shapes, finite values, and that its engine opens it and computes
+    what it holds."""
 
     def run() -> Any:
         from lilliput import api

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError, SourceError
+from lilliput.export.convert import gguf_check
 from lilliput.export.engine import look
 from lilliput.export.provenance import NAME, Provenance, TensorRow, read
+from lilliput.source.gguf import Gguf
 from lilliput.source.reader import Reader
 from lilliput.source.shards import Shards, pickles
 
@@ -59,12 +61,15 @@ class Verification:
 
 
 def verify(folder: Path, *, memory: int | None = None) -> Verification:
-    """Check a folder tensor by tensor, about 16 MB at a time, and what its engine makes of it, within `memory` bytes.
+    """Check a folder, or a GGUF file, tensor by tensor, about 16 MB at a time, and what its engine makes of it, within
+    `memory` bytes (llama.cpp is a process of its own).
 
-    Problems are reported, not raised. Raises SourceError only where there is no folder.
+    Problems are reported, not raised. Raises SourceError only where there is no folder and no file.
     """
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _file(folder)
     if not folder.is_dir():
-        raise SourceError(f"{folder} is not a folder: give one written by `lilliput compress --out`")
+        raise SourceError(f"{folder} is not a folder: give one written by `lilliput compress --out`, or a GGUF file")
     rows = [_no_pickles(folder)]
     notes: list[str] = []
     config, check = _config(folder)
@@ -94,6 +99,22 @@ def verify(folder: Path, *, memory: int | None = None) -> Verification:
         rows.append(row)
         notes += more
     return Verification(str(folder), tuple(rows), tuple(notes))
+
+
+def _file(path: Path) -> Verification:
+    """Check a GGUF file, and that llama.cpp computes what Lilliput's own reader decodes."""
+    try:
+        reader = Gguf(path)
+    except LilliputError as error:
+        return Verification(str(path), (Check("GGUF file", "header and sizes", (str(error),)),), ("nothing was read",))
+    rows = [Check("GGUF file", f"{len(reader.entries)} tensors"), *_contents({}, reader)]
+    if any(row.problems for row in rows):
+        return Verification(str(path), tuple(rows), ("the engine was not started on a file that is not whole",))
+    try:
+        seen = gguf_check.look(path, path)
+    except LilliputError as error:
+        return Verification(str(path), (*rows, Check("engine", "asked by lilliput", (str(error),))))
+    return Verification(str(path), (*rows, Check("engine", seen.detail, _some(list(seen.problems)))), seen.notes)
 
 
 def _no_pickles(folder: Path) -> Check:

@@ -113,7 +113,9 @@ class GgmlFormat(Format):
         """See `Format`."""
         return Cost(ram=_BYTES * min(rows * width, max(_CHUNK, width)))
 
-    def fit(self, weight: Tensor, *, importance: Tensor | None = None, search: str = "mse", steps: int = 24) -> GgmlGrid:
+    def fit(
+        self, weight: Tensor, *, importance: Tensor | None = None, search: str = "mse", steps: int = 24
+    ) -> GgmlGrid:
         """The scales for `weight` [out, in]: "minmax" covers each group's range, "mse" looks for the least sum of
         importance * error^2, trying `steps` ranges. `importance` [in] or [out, in] is not negative.
 
@@ -131,12 +133,12 @@ class GgmlFormat(Format):
         for a in range(0, rows, step):
             part = slice(a, a + step)
             h = None if weigh is None else (weigh if len(weigh) == 1 else weigh[part]).reshape(shape)
-            looked = ggml_search.Search(kind, weight[part].reshape(shape), h, steps)
-            found = looked.cover() if search == "minmax" else looked.best()
+            attempt = ggml_search.Search(kind, weight[part].reshape(shape), h, steps)
+            best = attempt.cover() if search == "minmax" else attempt.best()
             count = len(d[part])
-            ranges.check(weight[part], found.d.half() + found.m.half(), "float16")
-            d[part], m[part] = found.d.view(count, -1).half(), found.m.view(count, -1).half()
-            c[part], e[part] = (x.view(count, -1).to(torch.int16) for x in (found.c, found.e))
+            ranges.check(weight[part], best.d.half() + best.m.half(), "float16")
+            d[part], m[part] = best.d.view(count, -1).half(), best.m.view(count, -1).half()
+            c[part], e[part] = (x.view(count, -1).to(torch.int16) for x in (best.c, best.e))
         if kind.offset == "code":
             return GgmlGrid(d, -m, c, e)
         return GgmlGrid(d, m if kind.offset else None, None if kind.scales is None else c)
@@ -227,8 +229,8 @@ class GgmlFormat(Format):
         for part, scale, offset in self._rows(grid, codes):
             x = weight[part].float().reshape(len(scale), -1, self.group_size)
             x = (x if offset is None else x - offset).mul(torch.where(scale == 0, 0.0, 1 / scale))
-            found = table.index(x) if table is not None else x.round_().clamp_(self.kind.lowest, self.kind.highest)
-            codes[part] = found.to(torch.int8).view(len(scale), -1)
+            nearest = table.index(x) if table is not None else x.round_().clamp_(self.kind.lowest, self.kind.highest)
+            codes[part] = nearest.to(torch.int8).view(len(scale), -1)
         return codes
 
     def decode(self, codes: Tensor, grid: GgmlGrid) -> Tensor:
@@ -253,10 +255,12 @@ class GgmlFormat(Format):
         ]
         return {"": torch.cat(parts).view(-1) if parts else torch.empty(0, dtype=torch.uint8)}
 
-    def unpack(self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int) -> tuple[Tensor, GgmlGrid]:
+    def unpack(
+        self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
+    ) -> tuple[Tensor, GgmlGrid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
-        held = ggml_bytes.unpack(self.kind, get("").view(rows, -1)[start:stop])
-        return held.codes, GgmlGrid(held.d, held.m, held.scales, held.minima)
+        content = ggml_bytes.unpack(self.kind, get("").view(rows, -1)[start:stop])
+        return content.codes, GgmlGrid(content.d, content.m, content.scales, content.minima)
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -283,7 +287,7 @@ class ZeroedFormat(GgmlFormat):
     holds_zero: ClassVar[bool] = True
 
 
-def made(name: str) -> GgmlFormat:
+def format_of(name: str) -> GgmlFormat:
     """The format of a type."""
     return GgmlFormat(name) if KINDS[name].offset or KINDS[name].table else ZeroedFormat(name)
 
@@ -319,7 +323,7 @@ def fitting(target: Target, width: int) -> Target:
 
 def from_target(target: Target) -> GgmlFormat:
     """The type that a target names."""
-    return made(target.format)
+    return format_of(target.format)
 
 
 def from_plain(plain: Mapping[str, Any]) -> GgmlFormat:
@@ -328,7 +332,7 @@ def from_plain(plain: Mapping[str, Any]) -> GgmlFormat:
         raise SourceError(
             f"blocks of type {plain['type']!r} are newer than this lilliput: install the one that wrote it"
         )
-    return made(plain["type"])
+    return format_of(plain["type"])
 
 
 FAMILY = Family(

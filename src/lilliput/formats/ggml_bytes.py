@@ -108,26 +108,28 @@ class Blocks:
     minima: Tensor | None = None
 
 
-def pack(kind: Kind, held: Blocks) -> Tensor:
+def pack(kind: Kind, content: Blocks) -> Tensor:
     """The bytes of blocks, uint8 [rows, bytes of a row]."""
-    rows = len(held.d)
-    count = held.d.numel()
-    codes = (held.codes.reshape(count, kind.block).to(torch.int16) - kind.lowest).to(torch.uint8)
-    scales = None if held.scales is None else held.scales.reshape(count, -1)
-    minima = None if held.minima is None else held.minima.reshape(count, -1)
-    parts = [_field(kind, x, held, codes, scales, minima) for x in kind.fields]
+    rows = len(content.d)
+    count = content.d.numel()
+    codes = (content.codes.reshape(count, kind.block).to(torch.int16) - kind.lowest).to(torch.uint8)
+    scales = None if content.scales is None else content.scales.reshape(count, -1)
+    minima = None if content.minima is None else content.minima.reshape(count, -1)
+    parts = [_field(kind, x, content, codes, scales, minima) for x in kind.fields]
     return torch.cat(parts, 1).view(rows, -1)
 
 
-def _field(kind: Kind, field: str, held: Blocks, codes: Tensor, scales: Tensor | None, minima: Tensor | None) -> Tensor:
+def _field(
+    kind: Kind, field: str, content: Blocks, codes: Tensor, scales: Tensor | None, minima: Tensor | None
+) -> Tensor:
     if field in kind.planes:
         return _plane(codes, *kind.planes[field])
     if field == "int8":
-        return held.codes.reshape(len(codes), -1).contiguous().view(torch.uint8)
+        return content.codes.reshape(len(codes), -1).contiguous().view(torch.uint8)
     if field == "trits":
         return _trits(codes)
     if field in ("d", "m"):
-        value = held.d if field == "d" else held.m
+        value = content.d if field == "d" else content.m
         assert value is not None  # by the kind's fields
         return value.contiguous().view(torch.uint8).view(-1, 2)
     assert scales is not None

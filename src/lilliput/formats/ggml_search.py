@@ -6,9 +6,9 @@ A = sum h q^2, B = sum h q, C = sum h, D = sum h w q, E = sum h w say everything
 1. a group by itself: ranges are tried, each followed by the least-squares s and o of its codes, and the best goes on
    with rounds of codes and least squares;
 2. a super-block: steps d that the groups' scales are multiples of are tried on that quadratic, which costs a pass over
-   groups and none over weights; the offsets, which can make up for rounded scales, are chosen behind the scales;
+   groups and none over weights; the offsets, which can make up for rounded scales, are chosen after the scales;
 3. both together: new codes, then for each group the neighbouring scale with its best offset, then the least-squares
-   steps of the block. What is seen is kept where the true error is smallest.
+   steps of the block. The state stays where the true error is smallest.
 
 llama.cpp does 1, from one end of the range, and rounds to the largest scale's step.
 """
@@ -31,7 +31,7 @@ _ROUNDS = 4  # of codes and scales together
 
 
 @dataclass(frozen=True)
-class Found:
+class Scales:
     """Scales of blocks w [rows, blocks, groups, size], float32: d, m [rows, blocks, 1] as float16 holds them, and
     integer codes [rows, blocks, groups] (1 where a type has none); s = d * c, o = m * e."""
 
@@ -88,20 +88,20 @@ class Search:
         self._levels = kind.table or range(kind.lowest, kind.highest + 1)
         self._low, self._high = float(self._levels[0]), float(self._levels[-1])
 
-    def cover(self) -> Found:
+    def cover(self) -> Scales:
         """Every weight of a group within its range, as far as its scale is exact."""
         return self._shared(*self._covering())
 
-    def best(self) -> Found:
+    def best(self) -> Scales:
         """The scales of least error that the search sees."""
-        found = self._shared(*self._alone())
-        best, least = found, self._error(found)
+        scales = self._shared(*self._alone())
+        best, least = scales, self._error(scales)
         for _ in range(_ROUNDS):
-            found = self._together(found)
-            error = self._error(found)
+            scales = self._together(scales)
+            error = self._error(scales)
             better = error < least
-            best = Found(
-                *(torch.where(better, x, y) for x, y in zip(vars(found).values(), vars(best).values(), strict=True))
+            best = Scales(
+                *(torch.where(better, x, y) for x, y in zip(vars(scales).values(), vars(best).values(), strict=True))
             )
             least = torch.where(better, error, least)
         return best
@@ -119,9 +119,9 @@ class Search:
         hq = q if self._h is None else q * self._h
         return _Sums((hq * q).sum(-1), hq.sum(-1), self._c, d, self._e)
 
-    def _error(self, found: Found) -> Tensor:
+    def _error(self, scales: Scales) -> Tensor:
         """Of blocks [rows, blocks, 1]."""
-        s, o = found.scale, found.offset
+        s, o = scales.scale, scales.offset
         miss = self._codes(s, o if self._kind.offset else None).mul_(s.unsqueeze(-1))
         if self._kind.offset:
             miss += o.unsqueeze(-1)
@@ -191,51 +191,51 @@ class Search:
                 tried.append((s * f, low.clamp(max=0.0) if self._kind.offset == "code" else low))
         return tried
 
-    def _shared(self, s: Tensor, o: Tensor, sums: _Sums) -> Found:
+    def _shared(self, s: Tensor, o: Tensor, sums: _Sums) -> Scales:
         """Scales and offsets of groups on the steps that a block shares."""
         one = torch.ones_like(s)
         if self._kind.scales is None:
             d = half(s)
             if self._kind.offset:
                 o = torch.where(sums.c > 0, (sums.e - d * sums.b) / sums.c, o)
-            return Found(d, one, o.half().float(), one)
+            return Scales(d, one, o.half().float(), one)
         weigh = sums.a
         if self._kind.offset:
             weigh = torch.where(sums.c > 0, sums.a - sums.b.square() / sums.c, sums.a).clamp(min=0.0)
         d, c = _multiples(s, weigh + 1e-12 * sums.a.amax(-1, keepdim=True), *self._kind.scales)
         if not self._kind.offset:
-            return Found(d, c, torch.zeros_like(d), one)
+            return Scales(d, c, torch.zeros_like(d), one)
         o = torch.where(sums.c > 0, (sums.e - d * c * sums.b) / sums.c, o).clamp(max=0.0)
         m, e = _multiples(-o, sums.c, 0, self._kind.scales[1])
-        return Found(d, c, -m, e)
+        return Scales(d, c, -m, e)
 
-    def _together(self, found: Found) -> Found:
+    def _together(self, scales: Scales) -> Scales:
         """New codes, then scales for them: neighbours in each group, steps of each block."""
         kind = self._kind
-        sums = self._sums(self._codes(found.scale, found.offset if kind.offset else None))
+        sums = self._sums(self._codes(scales.scale, scales.offset if kind.offset else None))
         if kind.scales is None:
             return self._shared(*self._regressed(sums), sums)
         low, high = kind.scales
-        top = -found.m.new_tensor(0.0) if not kind.offset else found.m
-        best_c, best_e, least = found.c, found.e, sums.error(found.scale, found.offset)
+        top = -scales.m.new_tensor(0.0) if not kind.offset else scales.m
+        best_c, best_e, least = scales.c, scales.e, sums.error(scales.scale, scales.offset)
         for by in (-1, 0, 1):
-            c = (found.c + by).clamp(low, high)
-            c = torch.where(c == 0, found.c, c)
-            s, e = found.d * c, found.e
+            c = (scales.c + by).clamp(low, high)
+            c = torch.where(c == 0, scales.c, c)
+            s, e = scales.d * c, scales.e
             if kind.offset:
                 ideal = torch.where(sums.c > 0, (sums.e - s * sums.b) / sums.c, 0.0)
                 e = torch.where(top < 0, ideal / top, 0.0).round().clamp(0, high)
-            error = sums.error(s, found.m * e)
+            error = sums.error(s, scales.m * e)
             better = error < least
             best_c, best_e = torch.where(better, c, best_c), torch.where(better, e, best_e)
             least = torch.where(better, error, least)
-        return self._stepped(sums, Found(found.d, best_c, found.m, best_e))
+        return self._stepped(sums, Scales(scales.d, best_c, scales.m, best_e))
 
-    def _stepped(self, sums: _Sums, found: Found) -> Found:
+    def _stepped(self, sums: _Sums, scales: Scales) -> Scales:
         """Least-squares steps of each block."""
-        c, e = found.c, found.e
+        c, e = scales.c, scales.e
         cc, cd = (sums.a * c * c).sum(-1, keepdim=True), (sums.d * c).sum(-1, keepdim=True)
-        d, m = torch.where(cc > 0, cd / cc, found.d), found.m
+        d, m = torch.where(cc > 0, cd / cc, scales.d), scales.m
         if self._kind.offset:
             ce, ee = (sums.b * c * e).sum(-1, keepdim=True), (sums.c * e * e).sum(-1, keepdim=True)
             ed = (sums.e * e).sum(-1, keepdim=True)
@@ -243,9 +243,9 @@ class Search:
             sound = bend > 1e-6 * cc * ee
             both = (cd * ee - ed * ce) / bend, (ed * cc - cd * ce) / bend
             sound &= (both[0] > 0) & (both[1] < 0)
-            d, m = torch.where(sound, both[0], found.d), torch.where(sound, both[1], m)
-        d = torch.where(d.abs() < _TINY, found.d, d)
-        return Found(d.half().float(), c, m.half().float(), e)
+            d, m = torch.where(sound, both[0], scales.d), torch.where(sound, both[1], m)
+        d = torch.where(d.abs() < _TINY, scales.d, d)
+        return Scales(d.half().float(), c, m.half().float(), e)
 
 
 def half(s: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from lilliput import export
 from lilliput.errors import LilliputError, PlanError
 from lilliput.export import convert
+from lilliput.export.convert import Converted
 from lilliput.machine import ranks
 from lilliput.options import Text
 from lilliput.progress import Progress
@@ -52,4 +54,22 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
             f"{out} would have {container.bytes} bytes, {container.bytes - job.fit.size} more than --size "
             f"{job.fit.size}: ask for --size {2 * job.fit.size - container.bytes}"
         )
-    return replace(result, out=out, converted=container, folder_bytes=container.bytes)
+    return _answer(result, out, container)
+
+
+def _answer(result: Compression, out: Path, container: Converted) -> Compression:
+    """The answer for the container: its notes take the place of the one on how the folder is read."""
+    outcomes = tuple(result.plan.outcomes.values())
+    folder_note = export.get(result.plan.exporter).dense_note(outcomes)
+    evidence = result.evidence
+    if evidence is not None and "notes" in evidence:
+        evidence = {**evidence, "notes": [*(x for x in evidence["notes"] if x != folder_note), *container.notes]}
+    return replace(
+        result,
+        out=out,
+        plan=replace(result.plan, notes=tuple(x for x in result.plan.notes if x != folder_note)),
+        warnings=(*result.warnings, *container.notes),
+        converted=container,
+        folder_bytes=container.bytes,
+        evidence=evidence,
+    )

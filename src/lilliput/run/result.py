@@ -43,8 +43,10 @@ class Compression:
         if self.plan.predicted_kl is not None:
             predicted, keys = {**predicted, "kl": self.plan.predicted_kl}, (*keys, "kl")
         measured: dict[str, Any] = {} if self.evaluation is None else dict(self.evaluation.to_json())
+        detail = self.engine.detail if self.engine is not None else ""
+        detail = self.converted.engine if self.converted is not None else detail
         measured |= {
-            **({} if self.engine is None else {"engine": self.engine.detail}),
+            **({"engine": detail} if detail else {}),
             "bytes": sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
             if self.converted is None
             else self.converted.bytes,
@@ -55,7 +57,7 @@ class Compression:
         return {
             "out": str(self.out),
             "recipe": predicted["recipe"],
-            "format": self.plan.exporter,
+            "format": self.plan.exporter if self.converted is None else self.converted.to,
             "predicted": {key: predicted[key] for key in keys},
             "measured": measured,
             "blocks_skipped": self.skipped,

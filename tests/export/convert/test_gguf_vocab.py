@@ -83,3 +83,14 @@ def test_a_rule_without_a_name_is_refused(tmp_path: Path) -> None:
     byte.pre_tokenizer = pre_tokenizers.ByteLevel()
     with pytest.raises(PlanError, match="has 3 tokens and the model 2"):
         _added(_folder(tmp_path / "c", byte, 2))
+
+
+def test_a_name_that_means_something_to_llama_cpp() -> None:
+    """Phi-3's spaces after markers go by the model's name, which no other tokenizer can have."""
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=_pieces(), bos_token="<s>", eos_token="</s>")
+    assert gguf_vocab.general_name("some-model", tokenizer) == "some-model"
+    assert gguf_vocab.general_name("org/Phi-3-mini", tokenizer) == "org/Phi- 3-mini"
+    assert gguf_vocab.general_name("phi3", tokenizer) == "phi 3"
+    tokenizer.add_tokens([tf.AddedToken("<|user|>", rstrip=True), "<|endoftext|>", "<unk>"])
+    assert gguf_vocab.general_name("org/Phi-3-mini", tokenizer) == "org/Phi-3-mini"
+    assert gguf_vocab.general_name("some-model", tokenizer) == "some-model (phi-3)"

@@ -147,7 +147,7 @@ def test_blocks_of_ggml(name: str, tmp_path: Path) -> None:
     done = signround.fit(block, io, {"a": Target(format=name)}, o)
     (part,) = done.layers["a"].parts
     assert isinstance(part, QuantizedPart)
-    assert part.format == ggml.made(name)
+    assert part.format == ggml.format_of(name)
     assert done.end < 0.9 * done.start
     again = part.format.unpack(lambda suffix: part.format.pack(part.codes, part.grid)[suffix], 8, 256, 0, 8)
     assert torch.equal(part.format.decode(*again), part.decode())

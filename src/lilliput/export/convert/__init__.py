@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: bytes of the file or folder, bytes of tensors by their type, what a user should know."""
+    """What was written: bytes of the file or folder, bytes of tensors by their type, what the engine makes of it, what
+    a user should know."""
 
     out: Path
     to: str
     bytes: int
     types: Mapping[str, int]
+    engine: str = ""
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -30,6 +32,7 @@ class Converted:
             "to": self.to,
             "bytes": self.bytes,
             "types": dict(self.types),
+            "engine": self.engine,
             "notes": list(self.notes),
         }
 

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.export.convert import Converted, gguf_blocks, gguf_model, gguf_vocab
+from lilliput.export.convert import Converted, gguf_blocks, gguf_check, gguf_model, gguf_vocab
 from lilliput.export.outcome import Outcome
 from lilliput.parts.linear import LinearSpec
 from lilliput.parts.part import below
@@ -93,7 +93,7 @@ class GgufConverter:
             types[x.kind.name] += x.nbytes
         writer = GGUFWriter(None, gguf_model.KNOWN[config.model_type].name)
         if like is None:
-            writer.add_name(source.name)
+            writer.add_name(gguf_vocab.general_name(source.name, source.tokenizer()))
             gguf_model.add_hyperparameters(writer, config)
             gguf_vocab.add(writer, source)
         else:
@@ -105,10 +105,13 @@ class GgufConverter:
         part = out.with_name(out.name + ".part")
         try:
             _write(writer, part, tensors)
+            seen = gguf_check.look(part, folder)
+            gguf_check.refuse(seen, out)
             part.rename(out)
         finally:
             part.unlink(missing_ok=True)
-        return Converted(out, self.name, out.stat().st_size, dict(types), ())
+        notes = (*gguf_model.notes(config), *seen.notes)
+        return Converted(out, self.name, out.stat().st_size, dict(types), seen.detail, notes)
 
 
 def _write(writer: GGUFWriter, path: Path, tensors: Sequence[_Tensor]) -> None:
@@ -148,25 +151,25 @@ def _tensors(source: Source) -> Iterator[_Tensor]:
 
 
 def _plain(source: Source, stored: str, name: str) -> _Tensor:
-    held, config = source.stored[stored], source.text_config
+    entry, config = source.stored[stored], source.text_config
     if source.quantization is not None and len(source.parts(stored)) > 1:
         raise PlanError(
             f"tensor {stored} is packed for another engine ({source.quantization}): compress again with a recipe of "
             "ggml's types, such as q4_k"
         )
-    if len(held.shape) == 1:
-        order = gguf_model.row_order(config, name, held.shape[0])
+    if len(entry.shape) == 1:
+        order = gguf_model.row_order(config, name, entry.shape[0])
         shift = 1.0 if gguf_model.KNOWN[config.model_type].shifted and "norm" in name else 0.0
 
         def vector(a: int, b: int) -> Tensor:
             value = source.read(stored).float() + shift
             return (value if order is None else value[order])[a:b]
 
-        return _Tensor(name, held.shape, GGMLQuantizationType.F32, vector)
-    if held.dtype not in _PLAIN:
-        raise PlanError(f"tensor {stored} has type {held.dtype}, which GGUF does not hold: make it float32 first")
+        return _Tensor(name, entry.shape, GGMLQuantizationType.F32, vector)
+    if entry.dtype not in _PLAIN:
+        raise PlanError(f"tensor {stored} has type {entry.dtype}, which GGUF does not hold: make it float32 first")
     turned = config.model_type == "gpt2" and name.startswith("blk.")  # Conv1D
-    shape = held.shape[::-1] if turned else held.shape
+    shape = entry.shape[::-1] if turned else entry.shape
     rows = gguf_model.row_order(config, name, shape[0])
 
     def matrix(a: int, b: int) -> Tensor:
@@ -176,7 +179,7 @@ def _plain(source: Source, stored: str, name: str) -> _Tensor:
         value = value.T if turned else value
         return (value if rows is None else value[rows])[a:b]
 
-    return _Tensor(name, shape, _PLAIN[held.dtype], matrix, turned or rows is not None)
+    return _Tensor(name, shape, _PLAIN[entry.dtype], matrix, turned or rows is not None)
 
 
 def _packed(source: Source, stored: str, name: str, spec: LinearSpec) -> _Tensor:

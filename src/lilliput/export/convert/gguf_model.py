@@ -24,18 +24,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Architecture:
-    """pairs: query and key rows are permuted; shifted: norms are stored as 1 + w; heads: a head's width is always
-    said."""
+    """activation: of the feed-forward, which llama.cpp takes for granted; pairs: query and key rows are permuted;
+    shifted: norms are stored as 1 + w; heads: a head's width is always said; windows: the period in which all but the
+    last layer look back over a sliding window only, unless the file says otherwise (0: llama.cpp has no windows)."""
 
     kind: MODEL_ARCH
+    activation: tuple[str, ...] = ("silu", "swish")
     pairs: bool = False
     shifted: bool = False
     heads: bool = False
+    windows: int = 0
 
     @property
     def name(self) -> str:
         return str(MODEL_ARCH_NAMES[self.kind])
 
+
+_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function
+
+_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")  # names of the option, the first that is set
 
 # by transformers' model_type of the language model
 KNOWN: Mapping[str, Architecture] = {
@@ -43,10 +50,10 @@ KNOWN: Mapping[str, Architecture] = {
     "mistral": Architecture(MODEL_ARCH.LLAMA, pairs=True),
     "qwen2": Architecture(MODEL_ARCH.QWEN2),
     "qwen3": Architecture(MODEL_ARCH.QWEN3, heads=True),
-    "gemma2": Architecture(MODEL_ARCH.GEMMA2, shifted=True, heads=True),
-    "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, shifted=True, heads=True),
+    "gemma2": Architecture(MODEL_ARCH.GEMMA2, _TANH, shifted=True, heads=True, windows=2),
+    "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, _TANH, shifted=True, heads=True, windows=6),
     "phi3": Architecture(MODEL_ARCH.PHI3),
-    "gpt2": Architecture(MODEL_ARCH.GPT2),
+    "gpt2": Architecture(MODEL_ARCH.GPT2, _TANH),
 }
 
 
@@ -54,6 +61,12 @@ def refuse(config: PretrainedConfig) -> str | None:
     """Why no GGUF file is written of a model, and what would help; None where one is."""
     if config.model_type not in KNOWN:
         return f"models of type '{config.model_type}' are not written as GGUF; these are: {', '.join(KNOWN)}"
+    known = KNOWN[config.model_type]
+    function = next(x for x in (getattr(config, name, None) for name in _ACTIVATIONS) if x)
+    if function not in known.activation:
+        return f"its activation is {function}, and llama.cpp takes {known.activation[0]} for a {known.name} model"
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True):
+        return "its attention is scaled by layer, and llama.cpp takes the width of a head"
     kind = _rope(config)[1].get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
         return (
@@ -65,6 +78,17 @@ def refuse(config: PretrainedConfig) -> str | None:
     if scalar is not None and scalar not in (wide, head_width(config)):
         return f"its attention is scaled by {scalar}, and llama.cpp takes the width of a head for its kind of model"
     return None
+
+
+def notes(config: PretrainedConfig) -> tuple[str, ...]:
+    """What llama.cpp does otherwise with texts longer than those that are compared."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if not window or KNOWN[config.model_type].windows or kinds == {"full_attention"}:
+        return ()
+    return (
+        f"llama.cpp attends to all tokens and the model to the last {window}: they are alike up to {window} tokens",
+    )
 
 
 def _rope(config: PretrainedConfig) -> tuple[float | None, Mapping[str, Any]]:
@@ -105,8 +129,9 @@ def add_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:
     if said.get("rope_type") == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(said["factor"]))
-    if known.kind in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3, MODEL_ARCH.PHI3) and config.sliding_window:
+    if (known.windows or known.kind is MODEL_ARCH.PHI3) and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
+    _add_windows(writer, config)
     if known.kind is MODEL_ARCH.PHI3:
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
     for add, value in (
@@ -115,6 +140,20 @@ def add_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:
     ):
         if value:
             add(float(value))
+
+
+def _add_windows(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    """Which layers look back over a sliding window, where that is not the usual, and their rotary base."""
+    known = KNOWN[config.model_type]
+    kinds = getattr(config, "layer_types", None)
+    if not known.windows or not kinds:
+        return
+    local = [x == "sliding_attention" for x in kinds]
+    if local != [i % known.windows < known.windows - 1 for i in range(len(local))]:
+        writer.add_array(f"{known.name}.attention.sliding_window_pattern", local)
+    own = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
+    if own:
+        writer.add_float32(f"{known.name}.rope.freq_base_swa", float(own["rope_theta"]))
 
 
 def frequency_factors(config: PretrainedConfig) -> Tensor | None:

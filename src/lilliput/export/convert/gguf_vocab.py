@@ -1,12 +1,13 @@
 """The tokenizer in a GGUF file's metadata: tokens, their types, merges or scores, special ids, the chat template.
 
 llama.cpp has two kinds: "gpt2", byte-level BPE by merges behind a splitting rule that it knows by name, and "llama",
-SentencePiece's merging by scores. The rule's name is found from what tokenizer.json says of the splitting itself.
+SentencePiece's merging by scores. The rule's name follows from what tokenizer.json says of the splitting itself.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _WRITTEN = ("general.file_type", "general.quantization_version", "general.architecture")
+_PHI = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))  # which llama.cpp looks for in models of that name
 _SPECIAL = ("bos", "eos", "unk", "pad", "sep", "mask")
 
 
@@ -53,6 +55,16 @@ def add(writer: GGUFWriter, source: Source) -> None:
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     _add_special(writer, tokenizer)
+
+
+def general_name(name: str, tokenizer: Any) -> str:
+    """The model's name in the file, which llama.cpp reads meaning into: where phi-3 is a part of it, spaces after a
+    marker are dropped, as tokenizers of Phi-3 do, and four tokens of theirs must be there."""
+    strips = any(x.rstrip for x in tokenizer.added_tokens_decoder.values())
+    known = tokenizer.get_vocab().keys() >= _PHI
+    if re.search("phi-?3", name, re.IGNORECASE):
+        return name if strips and known else re.sub("(?i)(phi-?)3", r"\1 3", name)
+    return f"{name} (phi-3)" if strips and known else name
 
 
 _REMEDY = "leave the model as a folder, or give a GGUF file of it with --like"
@@ -134,15 +146,17 @@ def carry_over(writer: GGUFWriter, like: Path, config: PretrainedConfig) -> None
     if not like.is_file():
         raise SourceError(f"there is no file {like}: check the path")
     fields = Metadata(like).fields
-    held = {key: _value(x) for key, x in fields.items()}
-    name = held.get("general.architecture")
+    values = {key: _value(x) for key, x in fields.items()}
+    name = values.get("general.architecture")
     if name != writer.arch:
         raise PlanError(f"{like} is of a {name} model and the folder of a {writer.arch} one: give a file of the same")
     wanted = {"block_count": config.num_hidden_layers, "embedding_length": config.hidden_size}
     for key, value in wanted.items():
-        if held.get(f"{name}.{key}") != value:
-            raise PlanError(f"{like} has {key} {held.get(f'{name}.{key}')} and the folder {value}: give the same model")
-    tokens = held.get("tokenizer.ggml.tokens")
+        if values.get(f"{name}.{key}") != value:
+            raise PlanError(
+                f"{like} has {key} {values.get(f'{name}.{key}')} and the folder {value}: give the same model"
+            )
+    tokens = values.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) > config.vocab_size:
         raise PlanError(f"{like} has {len(tokens)} tokens and the folder {config.vocab_size}: give the same model")
     for key, x in fields.items():
@@ -150,15 +164,15 @@ def carry_over(writer: GGUFWriter, like: Path, config: PretrainedConfig) -> None
             continue
         kind = GGUFValueType(x.types[0])
         inner = GGUFValueType(x.types[1]) if kind is GGUFValueType.ARRAY else None
-        if inner is not None and not held[key]:
+        if inner is not None and not values[key]:
             continue  # the writer has no empty arrays
-        writer.add_key_value(key, held[key], kind, sub_type=inner)
+        writer.add_key_value(key, values[key], kind, sub_type=inner)
 
 
 def _value(x: Field) -> Any:
     """The plain value of a field."""
     if isinstance(x.parts, Strings):
-        found: list[Any] = [str(part, "utf-8", errors="replace") for part in x.parts]
+        items: list[Any] = [str(part, "utf-8", errors="replace") for part in x.parts]
     else:
-        found = x.parts.reshape(-1).tolist()
-    return found if x.types[0] == GGUFValueType.ARRAY else found[0]
+        items = x.parts.reshape(-1).tolist()
+    return items if x.types[0] == GGUFValueType.ARRAY else items[0]

@@ -10,7 +10,7 @@ from typing import Any
 from lilliput.data.load import load_tokens
 from lilliput.errors import PlanError
 from lilliput.export import convert as converters
-from lilliput.export.convert import Converted
+from lilliput.export.convert import Converted, Wanted
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.machine import memory as ram
@@ -124,7 +124,7 @@ def compress(
     longest time that a decoding step is predicted to take on a named device. data: calibration text, `samples` windows
     of `tokens` tokens. memory: the most bytes of RAM to take above the imported package. size: the most bytes that
     `out` may have. eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024
-    tokens, 0 for none. to: the container to write `out` as in place of a folder ("gguf"), see `convert`. A killed call
+    tokens, 0 for none. to: the container to write `out` as in place of a folder, see `convert`. A killed call
     continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
 
     Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
@@ -143,14 +143,24 @@ def compress(
     return session.compressed(job, Path(out), text_to_score, progress)
 
 
-def convert(folder: str | Path, out: str | Path, *, to: str = "gguf", like: str | Path | None = None) -> Converted:
+def convert(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    to: str = "gguf",
+    like: str | Path | None = None,
+    checkpoint_format: str | None = None,
+) -> Converted:
     """Write a finished folder as another engine's container: codes are copied unchanged, nothing is quantized twice.
 
-    folder: one that `compress` wrote on grids that the container has (docs/gguf.md), or a plain model. like: a GGUF
-    file of the same model, whose metadata and tokenizer are carried over. Raises LilliputError for what the container
-    cannot hold, with the tensor and the nearest that it can; nothing half-written ever shows at `out`.
+    folder: one that `compress` wrote on grids that the container has (docs/convert.md); for "gguf" also a plain model.
+    to: "gguf", "gptq", "awq", "mlx", "compressed-tensors" or "adapter". like: a GGUF file of the same model, whose
+    metadata and tokenizer are carried over. checkpoint_format: "gptq" or "gptq_v2", how GPTQ's layout holds zero
+    points. Raises LilliputError for what the container cannot hold, with the tensor and the nearest that it can;
+    nothing half-written ever shows at `out`.
     """
-    return converters.get(to).convert(Path(folder), Path(out), None if like is None else Path(like))
+    wanted = Wanted(None if like is None else Path(like), checkpoint_format)
+    return converters.get(to).convert(Path(folder), Path(out), wanted)
 
 
 def _fit(

@@ -11,7 +11,8 @@ from lilliput.cli.command import answer
 from lilliput.cli.options import JsonOpt
 from lilliput.report import table
 
-ToOpt = Annotated[str | None, typer.Option("--to", help="Write this container instead of a folder: gguf.")]
+CONTAINERS = "adapter, awq, compressed-tensors, gguf, gptq or mlx"
+ToOpt = Annotated[str | None, typer.Option("--to", help=f"Write this container: {CONTAINERS}.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -21,10 +22,13 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by compress, or a plain model.")],
-    to: Annotated[str, typer.Option(help="The container: gguf.")],
-    out: Annotated[Path, typer.Option(help="File to write; it must not exist yet.")],
+    to: Annotated[str, typer.Option(help=f"The container: {CONTAINERS}.")],
+    out: Annotated[Path, typer.Option(help="File or folder to write; it must not exist yet.")],
     like: Annotated[
         Path | None, typer.Option(help="GGUF file of the same model, whose metadata and tokenizer are copied.")
+    ] = None,
+    checkpoint_format: Annotated[
+        str | None, typer.Option(help="Of gptq: gptq or gptq_v2, how zero points are held.")
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -33,6 +37,6 @@ def convert(
     def run() -> Any:
         from lilliput import api
 
-        return api.convert(folder, out, to=to, like=like).to_json()
+        return api.convert(folder, out, to=to, like=like, checkpoint_format=checkpoint_format).to_json()
 
     answer(run, table.convert, as_json)

@@ -26,7 +26,8 @@ class Card:
     """What the card tells.
 
     `licence`: license, license_name and license_link of the source's card, if any; `datasets`: those of the hub that
-    the model was calibrated on; `opener`: the class of transformers that opens the folder.
+    the model was calibrated on; `opener`: the class of transformers that opens the folder; `use`: lines of code that
+    open it, in place of those.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Card:
     notes: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     opener: str = "AutoModelForCausalLM"
+    use: tuple[str, ...] = ()
 
 
 def read_licence(folder: Path) -> dict[str, str]:
@@ -72,7 +74,7 @@ def render(card: Card) -> str:
     lines += [f"Compressed from `{card.base_model}` with Lilliput.", ""]
     if not card.licence:
         lines += ["The source gives no licence; the licence of the base model applies.", ""]
-    lines += ["## Use", "", "```python", *_usage(card.layout, card.opener), "```", ""]
+    lines += ["## Use", "", "```python", *(card.use or _usage(card.layout, card.opener)), "```", ""]
     if card.figures:
         lines += ["## Measured", "", "| | compressed | original |", "| --- | --- | --- |"]
         lines += [f"| {f.name} | {f.compressed} | {f.original or '-'} |" for f in card.figures]

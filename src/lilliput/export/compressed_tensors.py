@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -276,21 +276,25 @@ def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
 
 
 def exact_targets(outcomes: Sequence[Outcome]) -> list[str]:
-    """Anchored patterns that match these linears by module name and by file name, block numbers folded together.
+    """Anchored patterns, as the library marks them, of these linears' module names and file names."""
+    return [f"re:{x}" for x in patterns({name for x in outcomes for name in (x.name, x.stored)})]
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """Anchored patterns that match these names, block numbers folded together.
 
     Experts follow one scheme, so their own numbers may be any.
     """
     folded: dict[str, set[str]] = {}
-    for x in outcomes:
-        for name in {x.name, x.stored}:
-            shape, number = _split_block(name)
-            folded.setdefault(shape, set()).add(number)
+    for name in names:
+        shape, number = _split_block(name)
+        folded.setdefault(shape, set()).add(number)
     targets = []
     for shape, numbers in sorted(folded.items()):
         choice = "|".join(sorted(numbers, key=lambda n: (len(n), n)))
         head, _, tail = re.escape(shape).partition("\0")
         body = head + (f"(?:{choice})" if choice else "") + tail
-        targets.append("re:^" + re.sub(r"(\\\.experts\\\.)\d+(\\\.)", r"\1\\d+\2", body) + "$")
+        targets.append("^" + re.sub(r"(\\\.experts\\\.)\d+(\\\.)", r"\1\\d+\2", body) + "$")
     return sorted(set(targets))
 
 

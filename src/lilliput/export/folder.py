@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 INDEX = "model.safetensors.index.json"
+SHARD = 5 * 10**9  # bytes of a file at most, header included, as engines and the hub have them
 # Of the source's files alone. Code is not carried over: a model is written only where transformers has its class.
 _OF_FILES = ("_name_or_path", "quantization_config", "compression_config", "transformers_weights", "auto_map")
 _CLASSES = (

@@ -233,11 +233,15 @@ class IntegerFormat(Format):
         self, get: Callable[[str], Tensor], rows: int, width: int, start: int, stop: int
     ) -> tuple[Tensor, IntegerGrid]:
         """Codes and grid of rows [start, stop) of a [rows, width] matrix; `get` returns a stored tensor by suffix."""
+        return unpack_codes(get, self.bits, rows, width, start, stop), self.unpack_grid(get).rows(start, stop)
+
+    def unpack_grid(self, get: Callable[[str], Tensor]) -> IntegerGrid:
+        """The grid of all rows, without the codes."""
         scale = get("_scale")
         zero = None
         if not self.symmetric:
             zero = unpack_bits(get("_zero").view(1, -1), self.bits, scale.numel()).view(scale.shape)
-        return unpack_codes(get, self.bits, rows, width, start, stop), IntegerGrid(scale, zero).rows(start, stop)
+        return IntegerGrid(scale, zero)
 
     def plain(self) -> dict[str, Any]:
         """The entry of config.json."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lilliput import export
-from lilliput.export.folder import model_config, safetensors_bytes
+from lilliput.export.folder import SHARD, model_config, safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.machine import memory
 from lilliput.model import weights
@@ -18,7 +18,6 @@ from lilliput.model.stored import Model
 
 METADATA = {"format": "pt"}
 LARGE = frozenset({"embedding", "head", "untied head", "carried"})  # kinds of tensors that may be large
-SHARD = 5 * 10**9  # bytes of a file at most, header included, as engines and the hub have them
 PIECE = 16 * memory.MB  # of a tensor with more than two axes
 
 

@@ -39,14 +39,15 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
     if job.fit is None:
         recipe = job.recipe if isinstance(job.recipe, Recipe) else load(job.recipe)
         job = replace(job, recipe=recipe.model_copy(update={"export": "lilliput"}))
-    reason = converter.refuse(tuple(session.planned(job).outcomes.values()), open_source(str(job.model)).text_config)
+    reason = converter.refuse(tuple(session.planned(job).outcomes.values()), open_source(str(job.model)).config)
     if reason is not None:
         raise PlanError(f"the result cannot be written as {to}: {reason}")
     result = session.compressed(job, folder, text, progress)
     if not ranks.lead():
         return replace(result, out=out)
     model = Path(job.model).expanduser()
-    container = converter.convert(folder, out, model if to == "gguf" and model.suffix == ".gguf" else None)
+    like = model if to == "gguf" and model.suffix == ".gguf" else None
+    container = converter.convert(folder, out, convert.Wanted(like))
     shutil.rmtree(folder)
     if job.fit is not None and job.fit.size is not None and container.bytes > job.fit.size:
         out.unlink()

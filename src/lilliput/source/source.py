@@ -25,7 +25,7 @@ from lilliput.source.gguf_metadata import lean
 from lilliput.source.native import Native
 from lilliput.source.packed import Packed
 from lilliput.source.quantized import LEFT_OVER
-from lilliput.source.reader import Reader
+from lilliput.source.reader import Entry, Reader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -137,6 +137,14 @@ class Source:
         """What a tensor of the native layout is packed as; None for other tensors."""
         packed = self._packed.get(stored_name)
         return packed.spec if isinstance(packed, Native) else None
+
+    def packing(self, stored_name: str) -> Packed | None:
+        """How a tensor is packed; None for one that is stored as its values."""
+        return self._packed.get(stored_name)
+
+    def entry(self, name: str) -> Entry:
+        """Shape and dtype of a tensor of the files, by its name of `parts`."""
+        return self._reader.entries[name]
 
     def part(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor of the files as it lies there, by its name of `parts`, or its rows [start, stop)."""

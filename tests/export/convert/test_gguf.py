@@ -164,7 +164,7 @@ def test_bad_outputs_and_containers(folder: Path, tiny: Tiny, tmp_path: Path) ->
     with pytest.raises(PlanError, match="does not exist"):
         api.convert(folder, tmp_path / "none" / "m.gguf")
     with pytest.raises(PlanError, match="Did you mean 'gguf'"):
-        convert.get("ggml")
+        convert.get("ggufs")
     with pytest.raises(PlanError, match="models of type 'mixtral' are not written as GGUF"):
         api.convert(tiny("mixtral"), tmp_path / "m.gguf")
     with pytest.raises(SourceError, match="no file"):

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.export.convert import Converted, gguf_blocks, gguf_check, gguf_model, gguf_vocab
+from lilliput.export.convert import Converted, Wanted, gguf_blocks, gguf_check, gguf_model, gguf_vocab
 from lilliput.export.outcome import Outcome
 from lilliput.parts.linear import LinearSpec
 from lilliput.parts.part import below
@@ -67,7 +67,7 @@ class GgufConverter:
     name = "gguf"
 
     def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
-        reason = gguf_model.refuse(config)
+        reason = gguf_model.refuse(config.get_text_config(decoder=True))
         if reason is not None:
             return reason
         for x in outcomes:
@@ -77,7 +77,8 @@ class GgufConverter:
                 )
         return None
 
-    def convert(self, folder: Path, out: Path, like: Path | None = None) -> Converted:
+    def convert(self, folder: Path, out: Path, wanted: Wanted) -> Converted:
+        wanted.only(self.name, "like")
         if out.exists():
             raise PlanError(f"{out} exists already: remove it or give another --out")
         if not out.absolute().parent.is_dir():
@@ -92,12 +93,12 @@ class GgufConverter:
         for x in tensors:
             types[x.kind.name] += x.nbytes
         writer = GGUFWriter(None, gguf_model.KNOWN[config.model_type].name)
-        if like is None:
+        if wanted.like is None:
             writer.add_name(gguf_vocab.general_name(source.name, source.tokenizer()))
             gguf_model.add_hyperparameters(writer, config)
             gguf_vocab.add(writer, source)
         else:
-            gguf_vocab.carry_over(writer, like, config)
+            gguf_vocab.carry_over(writer, wanted.like, config)
         writer.add_file_type(_file_type(types))
         writer.add_quantization_version(2)
         for x in tensors:
@@ -212,3 +213,6 @@ def _file_type(types: Mapping[str, int]) -> LlamaFileType:
              "MXFP4": "MOSTLY_MXFP4_MOE"}  # fmt: skip
     most = max(types, key=lambda x: types[x])
     return LlamaFileType[named.get(most, f"MOSTLY_{most}")]
+
+
+CONVERTER = GgufConverter()

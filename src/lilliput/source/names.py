@@ -16,7 +16,6 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -109,7 +108,7 @@ def _renamed(stored: Mapping[str, tuple[int, ...]], module: nn.Module) -> tuple[
             places.update(_fused(target, name, stored[name]))
             continue
         converter = next(x for x in converters if pattern in x.source_patterns)
-        parts = _converted(apply_renamings(name, renamings), name, target, pattern, converter, stored[name])
+        parts = _converted(rename_source_key(name, renamings, [])[0], name, target, pattern, converter, stored[name])
         if not parts:
             strange[name] = " + ".join(type(x).__name__ for x in converter.operations)
         places.update(parts)

@@ -1,0 +1,1 @@
+"""Programs of others that run a finished folder: what vLLM loads of ours, and which server fits."""

@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine a case, all of them in this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling a kernel takes longer than the case that needs it
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch

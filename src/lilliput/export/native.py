@@ -1,7 +1,7 @@
 """The native layout, `quant_method: "lilliput"`: holds what no engine's own layout can. See docs/native-format.md.
 
 transformers loads it after `import lilliput`; linears stay packed and are decoded one layer at a time. Without the
-import the load stops at a foreign shape instead of running on random weights.
+import the load stops at a foreign shape instead of running on random weights. vLLM decodes it at load (`engines/`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ class Native:
         notes = []
         specs = [spec for x in outcomes if (spec := spec_of(x)) is not None]
         if specs:
-            notes.append("Only transformers reads this folder, after `import lilliput`. Weights stay packed in memory.")
+            notes.append(
+                "transformers reads this folder after `import lilliput`: weights stay packed in memory. vLLM, with "
+                "Lilliput beside it and --load-format lilliput, decodes them at load."
+            )
         factored = sum(spec.scheme.product is not None for spec in specs)
         if factored:
             notes.append(f"{factored} linears are products of two factors and run as two thin products.")

@@ -33,7 +33,7 @@ def test_tensors_are_those_of_the_decoded_model(tiny: Callable[[str], Path], tmp
         state[stored.name] = made.pop(stored.name)
     assert set(made) <= {"lm_head.weight"}  # beside the tied one
     opened = AutoModelForCausalLM.from_pretrained(out).eval()
-    read = AutoModelForCausalLM.from_pretrained(None, config=plain.config, state_dict=state).eval()
+    read = type(plain).from_pretrained(None, config=plain.config, state_dict=state).eval()
     ids = torch.arange(24).unsqueeze(0)
     with torch.no_grad():
         assert torch.allclose(opened(ids).logits, read(ids).logits, atol=1e-5)

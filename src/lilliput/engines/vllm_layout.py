@@ -74,7 +74,7 @@ class LilliputLoader(BaseModelLoader):  # type: ignore[misc]
     def download_model(self, model_config: ModelConfig) -> None:
         opened(model_config)
 
-    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Fill a model that vLLM has built. Raises SourceError where a parameter of it finds no tensor."""
         filled = model.load_weights(weights(opened(model_config), model_config.dtype))
         if filled is None:

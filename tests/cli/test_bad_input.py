@@ -269,7 +269,7 @@ def test_size(refused: Callable[..., str], lilliput: Callable[..., tuple[int, st
         (["--decode-time", "2ms"], ["names no device", "2ms@h100"]),
         (["--decode-time", "2 hours@h100"], ["2 hours", "12ms"]),
         (["--decode-time", "2ms@h1000"], ["h1000", "Did you mean 'h100'"]),
-        (["--decode-time", "1us@h100"], ["too short", "is predicted to take"]),
+        (["--decode-time", "0.001us@h100"], ["too short", "is predicted to take"]),
         (["--decode-time", "2ms@h100", "--bits", "3"], ["contradict"]),
         (["--decode-time", "2ms@h100", "--recipe", "gptq"], ["--decode-time", "--recipe"]),
         (["--bits", "4", "--menu", "natif"], ["natif", "Did you mean 'native'"]),

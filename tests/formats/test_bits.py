@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from lilliput.formats.bits import pack_bits, pack_unsigned, row_bytes, unpack_bits, unpack_unsigned
+from lilliput.formats.bits import (
+    pack_bits,
+    pack_unsigned,
+    pack_words,
+    row_bytes,
+    unpack_bits,
+    unpack_unsigned,
+    unpack_words,
+)
 
 
 def slow(row: list[int], bits: int) -> bytes:
@@ -43,3 +52,23 @@ def test_numbers_of_more_than_a_byte_are_the_documented_bytes(bits: int, width: 
             more = sum((code >> 8) << (j * (bits - 8)) for j, code in enumerate(row))
             number += more.to_bytes(row_bytes(width, bits - 8), "little")
         assert bytes(held) == number
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("width", [1, 10, 11, 32, 65])
+def test_words_are_the_bytes_and_zeros_after_them(bits: int, width: int) -> None:
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (3, width), generator=g).to(torch.int8)
+    words = pack_words(codes, bits)
+    assert words.shape == (3, -(-width * bits // 32))
+    assert words.dtype == torch.int32
+    for row, held in zip(codes.tolist(), words.tolist(), strict=True):
+        number = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(held))
+        assert number == int.from_bytes(slow(row, bits), "little")
+    assert torch.equal(unpack_words(words, bits, width), codes)
+    turned = words.T.contiguous().T  # as zero points lie
+    assert torch.equal(unpack_words(turned, bits, width), codes)
+    one = codes[:1].T.contiguous().T  # a single group: contiguous, and yet with strides of its own
+    assert torch.equal(unpack_words(pack_words(one, bits).T.contiguous().T, bits, width), one)
+    if bits in (2, 4, 8):  # what no release of the library does otherwise
+        assert torch.equal(words, pack_to_int32(codes, bits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,9 +12,7 @@ import torch
 
 
 @pytest.fixture
-def check(script: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
-        monkeypatch.setenv(name, "1")  # the script sets defaults for its process, not for the tests'
+def check(script: Callable[..., ModuleType]) -> ModuleType:
     return script("check_engines")
 
 
@@ -30,22 +29,39 @@ def test_every_native_folder_is_served_equally(check: ModuleType) -> None:
     assert {row["finding"] for row in native} == {"equal"}
 
 
-def test_a_finding_is_about_the_tokens_that_were_chosen(check: ModuleType, tmp_path, monkeypatch) -> None:
+def test_a_finding_is_about_the_tokens_that_were_chosen(check, monkeypatch, tmp_path) -> None:
     torch.manual_seed(0)
     exact = torch.randn(check.PROMPT + check.NEW - 1, 32).log_softmax(-1)
-    chosen = exact.argmax(-1).tolist()
-    monkeypatch.setattr(check, "written", lambda case, place: tmp_path)
+    tokens = [0, *exact.argmax(-1).tolist()]
     monkeypatch.setattr(check, "scored", lambda *_: exact)
-    seen = exact.gather(1, torch.tensor(chosen).unsqueeze(1))[:, 0]
-    case = check.cases()["native: nf4"]
-    monkeypatch.setattr(check, "continued", lambda *_: ([0, *chosen], seen))
-    assert check.measure(case) == {"finding": "equal", "apart": 0.0, "rounding": 0.0, "same": check.NEW}
-    monkeypatch.setattr(check, "continued", lambda *_: ([0, *chosen[:-1], (chosen[-1] + 1) % 32], seen))
-    other = check.measure(case)
+    scores = exact.gather(1, torch.tensor(tokens[1:]).unsqueeze(1))[:, 0].tolist()
+    same = check.judged(tmp_path, {"tokens": tokens, "scores": scores}, True)
+    assert same == {"finding": "equal", "apart": 0.0, "rounding": 0.0, "same": check.NEW}
+    tokens[-1] = (tokens[-1] + 1) % 32
+    other = check.judged(tmp_path, {"tokens": tokens, "scores": scores}, True)
     assert (other["finding"], other["same"]) == ("differs", check.NEW - 1)
+    assert check.judged(tmp_path, {"why": "no"}, True) == {"finding": "fails", "why": "no"}
 
-    def broken(*_: object) -> None:
-        raise RuntimeError("outer") from ValueError("inner\nmore")
 
-    monkeypatch.setattr(check, "continued", broken)
-    assert check.measure(case) == {"finding": "fails", "why": "ValueError: inner"}
+def test_rounding_excuses_as_much_again_and_no_more(check, monkeypatch, tmp_path) -> None:
+    exact = torch.zeros(check.PROMPT + check.NEW - 1, 2).log_softmax(-1)
+    off = 0.01
+    monkeypatch.setattr(check, "scored", lambda _, __, dtype: exact if dtype == torch.float32 else exact + off)
+    answer = {"tokens": [0] * (len(exact) + 1), "scores": (exact[:, 0] - 1.9 * off).tolist()}
+    assert check.judged(tmp_path, answer, False)["finding"] == "equal"
+    assert check.judged(tmp_path, answer, True)["finding"] == "differs"
+    answer["scores"] = (exact[:, 0] - 2.1 * off).tolist()
+    assert check.judged(tmp_path, answer, False)["finding"] == "differs"
+
+
+def test_what_ends_the_engine_is_a_finding_and_the_others_go_on(check, monkeypatch, tmp_path) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text("""#!/bin/sh
+shift 2
+for folder in "$@"; do [ "$folder" = bad ] && exit 7; echo '{"tokens": [1]}'; done
+""")
+    engine.chmod(0o755)
+    folders = [Path("a"), Path("bad"), Path("c")]
+    found = check.continued(folders, str(engine))
+    assert found == {x: {"tokens": [1]} for x in folders} | {Path("bad"): {"why": "vLLM's process ended with status 7"}}
+    assert check.first_line(RuntimeError("outer\nmore")) == "RuntimeError: outer"

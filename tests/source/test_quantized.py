@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lilliput.errors import SourceError
+from lilliput.formats.bits import pack_words
 from lilliput.source import Source, open_source
 
 ROWS, WIDTH = 12, 80
@@ -49,12 +49,12 @@ def codes(bits: int, rows: int = ROWS, width: int = WIDTH) -> Tensor:
 
 def packed(base: str, code: Tensor, scale: Tensor, bits: int, zero: Tensor | None = None) -> dict[str, Tensor]:
     out = {
-        f"{base}.weight_packed": pack_to_int32(code, bits),
+        f"{base}.weight_packed": pack_words(code, bits),
         f"{base}.weight_scale": scale,
         f"{base}.weight_shape": torch.tensor(code.shape),
     }
     if zero is not None:
-        out[f"{base}.weight_zero_point"] = pack_to_int32(zero, bits, packed_dim=0)
+        out[f"{base}.weight_zero_point"] = pack_words(zero.T, bits).T.contiguous()
     return out
 
 

@@ -24,6 +24,7 @@ from lilliput.anatomy.wrapper import skeleton
 from lilliput.export.dense import dense_linears
 from lilliput.export.outcome import Outcome, largest_group
 from lilliput.export.packing import dense, quantized_part
+from lilliput.formats.bits import pack_words
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
 from lilliput.source.names import single_name
@@ -31,7 +32,7 @@ from lilliput.source.names import single_name
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CHUNK = 1 << 20  # codes packed at a time: the library widens them to 32 bits, several times over
+CHUNK = 1 << 20  # codes packed at a time: they are widened to 64 bits, several times over
 IntegerKind = tuple[int, bool, int]  # bits, symmetric, group size (-1: one per output row)
 
 
@@ -42,7 +43,7 @@ def kind_of(form: IntegerFormat) -> IntegerKind:
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Writes `pack-quantized` folders through the compressed-tensors library.
+    """Writes `pack-quantized` folders.
 
     decoded: the folder asks transformers to decode while it loads. Its models then keep plain weights, which some of
     them cannot do without; vLLM and SGLang pass over the request.
@@ -106,8 +107,6 @@ class CompressedTensors:
         return tensors
 
     def pack(self, outcome: Outcome, layer: Layer) -> dict[str, Tensor]:
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
         stored, fmt = outcome.stored, outcome.format
         if fmt is None:
             return {f"{stored}.weight": dense(outcome, layer)}
@@ -116,7 +115,7 @@ class CompressedTensors:
         step = max(1, CHUNK // width)
         packed = torch.empty(rows, math.ceil(width * fmt.bits / 32), dtype=torch.int32)
         for start in range(0, rows, step):
-            packed[start : start + step] = pack_to_int32(part.codes[start : start + step], fmt.bits)
+            packed[start : start + step] = pack_words(part.codes[start : start + step], fmt.bits)
         per_row = fmt.group_size == 0
         scale = part.grid.scale.expand(rows, -1) if per_row else part.grid.scale
         tensors = {
@@ -126,7 +125,7 @@ class CompressedTensors:
         }
         if part.grid.zero is not None:
             zero = part.grid.zero.expand(rows, -1) if per_row else part.grid.zero
-            tensors[f"{stored}.weight_zero_point"] = pack_to_int32(zero.contiguous(), fmt.bits, packed_dim=0)
+            tensors[f"{stored}.weight_zero_point"] = pack_words(zero.T.contiguous(), fmt.bits).T.contiguous()
         return tensors
 
     def pack_rows(self, outcome: Outcome, layer: Layer, start: int) -> dict[str, Tensor]:

@@ -137,20 +137,41 @@ def hollow(kind: Any, config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Modu
 
     kind: its class; state: stored name to tensor, on the meta device but for what the loader reads as a value
     (`SHAPE`). Raises whatever the engine raises. Without values a loader that decodes knows the width of a row only up
-    to its last word of codes: what is wider by less than a word is no finding.
+    to its last word of codes: what is wider by less than a word is no finding. compressed-tensors before 0.19 decodes
+    only what is loaded already, and not without values: there the model stays packed.
     """
     with trial():
-        model, info = kind.from_pretrained(
-            None,
-            config=copy.deepcopy(config),
-            state_dict=dict(state),
-            device_map={"": "meta"},
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        try:
+            model, info = _loaded(kind, config, state)
+        except RuntimeError as error:
+            packed = _undecoded(config)
+            if packed is None or "meta tensors" not in str(error):
+                raise
+            model, info = _loaded(kind, packed, state)
     odd = [name for name, actual, expected in info["mismatched_keys"] if not _in_last_word(actual, expected)]
     return model.eval(), {**info, "mismatched_keys": odd}
+
+
+def _loaded(kind: Any, config: Any, state: Mapping[str, Tensor]) -> tuple[nn.Module, Mapping[str, Any]]:
+    return kind.from_pretrained(  # type: ignore[no-any-return]
+        None,
+        config=copy.deepcopy(config),
+        state_dict=dict(state),
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+
+
+def _undecoded(config: Any) -> Any:
+    """The config without its request to decode; None where it has none."""
+    how = getattr(config, "quantization_config", None)
+    if not isinstance(how, dict) or not how.get("dequantize"):
+        return None
+    packed = copy.deepcopy(config)
+    packed.quantization_config = {key: value for key, value in how.items() if key != "dequantize"}
+    return packed
 
 
 def _in_last_word(actual: Sequence[int], expected: Sequence[int]) -> bool:

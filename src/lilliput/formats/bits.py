@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WORD = 4  # bytes
+
 
 def row_bytes(width: int, bits: int) -> int:
     """Bytes of a row of `width` codes."""
@@ -40,6 +42,25 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     words = (full.to(torch.int64) << (torch.arange(bits, device=device) * 8)).sum(-1)
     values = (words.unsqueeze(-1) >> (torch.arange(8, device=device) * bits)) & ((1 << bits) - 1)
     return (values.view(rows, -1)[:, :width] - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """`pack_bits` in 32-bit words, as compressed-tensors holds codes from 0.19 on: int32 [rows, ceil(width bits / 32)].
+
+    Its own function packed 3, 5, 6 and 7 bits otherwise before, so that a file would depend on what is installed.
+    """
+    packed = pack_bits(codes, bits)
+    return _plain(torch.nn.functional.pad(packed, (0, -packed.shape[1] % WORD))).view(torch.int32)
+
+
+def unpack_words(words: Tensor, bits: int, width: int) -> Tensor:
+    """Undo `pack_words`: int32 [rows, words] to int8 [rows, width]."""
+    return unpack_bits(_plain(words).view(torch.uint8)[:, : row_bytes(width, bits)], bits, width)
+
+
+def _plain(rows: Tensor) -> Tensor:
+    """Row after row in memory and by its strides, which `contiguous` leaves as they are along axes of one entry."""
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def pack_unsigned(codes: Tensor, bits: int) -> Tensor:

@@ -11,9 +11,9 @@ from math import prod
 from typing import Protocol
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
+from lilliput.formats.bits import unpack_words
 from lilliput.source.reader import Reader
 
 CHUNK = 1 << 20  # weights decoded at a time: temporaries are several int32 a weight
@@ -94,7 +94,7 @@ class Scaled:
         if self.zero is not None:
             zero = reader.read(self.zero)
             if self.zero_packed and self.bits is not None:
-                zero = unpack_from_int32(zero, self.bits, torch.Size((out_features, scale.shape[1])), packed_dim=0)
+                zero = unpack_words(zero.T, self.bits, out_features).T
             zero = _matrix(zero.float())
         order = None if self.order is None else reader.read(self.order).long()
         out = torch.empty(last - first, in_features, dtype=self.dtype)
@@ -103,7 +103,7 @@ class Scaled:
             stop = min(last, start + step)
             codes = reader.read(self.codes, (start, stop))
             if self.bits is not None:
-                codes = unpack_from_int32(codes, self.bits, torch.Size((stop - start, in_features)))
+                codes = unpack_words(codes, self.bits, in_features)
             out[start - first : stop - first] = self._values(codes, scale, zero, start, order)
         return out
 

@@ -272,7 +272,7 @@ def test_an_unfinished_run_of_other_processes(tiny: Tiny, together: Together, tm
 def test_what_several_processes_cannot_do(tiny: Tiny, together: Together, tmp_path: Path) -> None:
     job = {"line": line(tiny("llama"), tmp_path / "out", "gptq", samples=2), "model": tiny("llama")}
     refused(together(**job, ranks=3), "3 processes cannot share 2 calibration samples", "--samples")
-    refused(together(line=["verify", str(tmp_path)]), "verify is the work of one", "without torchrun")
+    refused(together(line=["verify", str(tmp_path)]), "verify runs in a single one", "without torchrun")
     assert os.listdir(tmp_path) == []
 
 

@@ -48,7 +48,7 @@ def test_another_plan_is_refused(driver: Driver, unbroken: Whole, tmp_path: Path
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"), "is not what the unfinished run wrote"),
         (lambda path: path.write_bytes(path.read_bytes()[:-8]), "is shorter than"),
-        (lambda path: path.unlink(), "is gone"),
+        (lambda path: path.unlink(), "is missing"),
     ],
     ids=["flipped", "short", "gone"],
 )

@@ -1,7 +1,7 @@
-"""replace: one line that says how my-method predicts losses. Now: by the error of the weights alone.
+"""replace: one line that says how my-method predicts errors. Now: by the error of the weights alone.
 
-replace: the equations. Rounding W [out, in] to nearest leaves D; its loss is sum_i F_i |D_i|^2 / in, F_i the squared
-gradients of output row i.
+replace: the equations. Rounding W [out, in] to nearest leaves D; the error is sum_i v_i |D_i|^2 for weights v of the
+output rows.
 
 Paper: replace: authors, year, arXiv number. Cost: one rounding for each grid. Limits: sees nothing of the inputs.
 """
@@ -24,29 +24,31 @@ from lilliput.verbs.choose import Choose, Goal, Trials
 class Options(Strict):
     """replace: your options, each with a default and a description."""
 
-    entries: tuple[str, ...] = Field((menu.DEFAULT,), description="the menu: a name, or grids such as int3/64/asym")
+    entries: tuple[str, ...] = Field(("integers",), description="the menu: a name, or grids such as int3/64/asym")
     size: int | None = Field(None, ge=1, description="the most bytes of the written folder")
     average: float | None = Field(None, gt=0, description="stored bits of a weight on average, scales included")
 
 
-def score(weight: Tensor, stats: SiteStats, cost: Tensor, targets: Sequence[Target], o: Options) -> tuple[float, ...]:
-    """For each target, the loss that it costs alone; 0 where no token reached the linear."""
+def score(
+    weight: Tensor, stats: SiteStats, targets: Sequence[Target], rows: Tensor | None, o: Options
+) -> tuple[float, ...]:
+    """For each target, the error that it leaves, rows weighed by `rows` [out]; 0 where no token reached the linear."""
     if not stats.count:
         return (0.0,) * len(targets)
     # replace: from here on
-    losses = []
+    errors = []
     for target in targets:
         form = from_target(target)
         grid = ranged.fit(form, weight, None, ranged.RangeRule("mse"))
-        error = (form.decode(form.encode(weight, grid), grid) - weight).double()
-        losses.append(float(cost.double() @ error.square().mean(1)))
-    return tuple(losses)
+        each = (form.decode(form.encode(weight, grid), grid) - weight).double().square().sum(1)
+        errors.append(float(each.sum() if rows is None else rows.double() @ each))
+    return tuple(errors)
 
 
 METHOD = Choose(
     paper="replace: authors, year, arXiv number",
     options=Options,
-    needs=("gram", "fisher"),
+    needs=("gram",),
     # replace: a step after it that applies the choice
     recipe=[
         {"method": "my-method", "options": {"average": 4.0}},
@@ -56,7 +58,7 @@ METHOD = Choose(
     score=score,
     entries=lambda o: menu.entries(o.entries),
     goal=lambda o: Goal(o.size, o.average),
-    trials=lambda o: Trials(4, 2),
+    trials=lambda o: Trials(None, 1.0, (0.5, 1.0)),
     fused=lambda o: False,
     governs=("gptq", "rtn"),
 )

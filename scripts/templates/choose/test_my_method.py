@@ -11,17 +11,17 @@ from lilliput.stats.site import SiteStats
 from lilliput.target import Target
 
 
-def reference(weight: torch.Tensor, cost: torch.Tensor, form: IntegerFormat) -> float:
+def reference(weight: torch.Tensor, rows: torch.Tensor, form: IntegerFormat) -> float:
     """replace: your equations, as obvious as can be."""
     grid = form.fit(weight, search="mse")
     rounded = form.decode(form.encode(weight, grid), grid)
-    rows = [sum(float(x) ** 2 for x in row) / len(row) for row in rounded - weight]
-    return sum(float(c) * x for c, x in zip(cost, rows, strict=True))
+    each = [sum(float(x) ** 2 for x in row) for row in rounded - weight]
+    return sum(float(v) * x for v, x in zip(rows, each, strict=True))
 
 
 def test_my_method_agrees_with_the_reference() -> None:
     draw = torch.Generator().manual_seed(0)
-    weight, cost = torch.randn(6, 32, generator=draw), torch.rand(6, generator=draw)
+    weight, rows = torch.randn(6, 32, generator=draw), torch.rand(6, generator=draw)
     target = Target(bits=4, group_size=16, scale_dtype="float16")
-    losses = score(weight, SiteStats(32, 1, gram=torch.eye(32)), cost, [target], Options())
-    assert losses == pytest.approx((reference(weight, cost, IntegerFormat(4, True, 16, torch.float16)),), rel=1e-5)
+    errors = score(weight, SiteStats(32, 1, gram=torch.eye(32)), [target], rows, Options())
+    assert errors == pytest.approx((reference(weight, rows, IntegerFormat(4, True, 16, torch.float16)),), rel=1e-5)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lilliput.formats import rounding
-from lilliput.formats.integer import IntegerGrid
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
@@ -42,16 +42,22 @@ class Rounder:
 
     def scale(self) -> Tensor:
         """As stored, float32 [units]; differentiable."""
-        return rounding.stored_scale(self.start.scale * self.factor.value, self.start.units.form)
+        start = self.start
+        return rounding.stored(start.scale * self.factor.value, start.zero, start.units, start.grid)[0]
+
+    def centred(self) -> Tensor:
+        """Codes less their zero points, float32 [rows, in]."""
+        return self.start.codes - self.start.units.spread(self.start.zero)
 
     def weight(self) -> Tensor:
         # replace: the weight for the present numbers
-        return self.start.masked(self.start.codes * self.start.units.spread(self.scale()))
+        return self.start.masked(self.centred() * self.start.units.spread(self.scale()))
 
-    def finish(self) -> tuple[Tensor, IntegerGrid]:
+    def finish(self) -> tuple[Tensor, Any]:
         # replace: codes and grid of that weight
         with torch.no_grad():
-            return rounding.encode(self.start.codes.float(), self.scale(), self.start.zero, self.start.units)
+            start = self.start
+            return rounding.encode(self.centred(), self.scale(), start.zero, start.units, start.grid)
 
 
 def begin(start: Start) -> Rounder:

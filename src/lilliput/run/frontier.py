@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lilliput.errors import PlanError
-from lilliput.machine import ranks
+from lilliput.machine import memory, ranks
 from lilliput.options import Text
 from lilliput.plan import choices
 from lilliput.plan.choices import Point
@@ -43,6 +43,7 @@ class Frontier:
         }
 
 
+@memory.steady()
 def frontier(job: Job, progress: Progress | None = None) -> Frontier:
     """Measure once what each grid would cost, and choose for many sizes. `job.fit` has the menu.
 

@@ -61,7 +61,7 @@ class Options(Strict):
     seconds: float | None = Field(None, gt=0, description="the longest predicted time of a decoding step")
     device: str | None = Field(None, description="the named device for which that time is predicted")
     fused: bool = Field(False, description="one grid for what engines run as one: q/k/v, gate/up, experts")
-    rows: int = Field(256, ge=1, description="rows of a linear that are rounded to predict its error")
+    rows: int = Field(128, ge=1, description="rows of a linear that are rounded to predict its error")
     trial_samples: int | None = Field(
         None, ge=1, description="calibration samples on which changes are tried; none: a 32nd of all"
     )

@@ -255,6 +255,10 @@ def _tolerances(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
     bits = {f.bits for f in formats}
     if not bits <= {4, 8}:
         notes.append("SGLang reads only 4 and 8 bits; vLLM reads 2 to 8 symmetric, and 4 and 8 asymmetric.")
+    if bits != {4} and bits:
+        notes.append("vLLM on a CPU has kernels for 4 bits alone, and refuses this file there.")
+    if any(x.table for x in quantized):
+        notes.append("vLLM has no place for a packed head, and refuses this file; it serves export 'lilliput'.")
     return notes
 
 

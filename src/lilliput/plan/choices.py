@@ -106,10 +106,12 @@ def candidates(plan: Plan, task: Task) -> Candidates:
             continue
         size = sizes(plan, x, governed[x.name])
         entries_of: dict[int, tuple[Target, int]] = {}
+        distinct: set[Target] = set()
         for j, entry in enumerate(menu_entries):
             target = known.fitting(menu.on(governed[x.name].target, entry), x.linear.in_features)
-            if any(target == other for other, _ in entries_of.values()):
+            if target in distinct:
                 continue  # narrow rows have one type in place of several
+            distinct.add(target)
             try:
                 if not _whole(x, target, spec.fused(task.options)) or not _fits(x, governed[x.name], target):
                     why = f"groups of {entry} do not divide its {x.linear.in_features} inputs"

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
 from lilliput.anatomy.wrapper import skeleton
 from lilliput.errors import PlanError
 from lilliput.export.outcome import Outcome
+from lilliput.formats.bits import unpack_words
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.dense import DenseSpec
 from lilliput.parts.pattern import PatternSpec
@@ -48,8 +48,7 @@ class Coded:
         scaled = self._scaled
         if scaled is not None:
             words = self.source.part(scaled.codes)
-            codes: Tensor = unpack_from_int32(words, self.form.bits, torch.Size((self.rows, self.width)))
-            return codes
+            return unpack_words(words, self.form.bits, self.width)
         return self.form.unpack(self._get, self.rows, self.width, 0, self.rows)[0]
 
     def grid(self, group: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -65,8 +64,7 @@ class Coded:
             if scaled.zero is not None:
                 zero = self.source.part(scaled.zero)
                 if scaled.zero_packed:
-                    shape = torch.Size((self.rows, scale.shape[1]))
-                    zero = unpack_from_int32(zero, self.form.bits, shape, packed_dim=0)
+                    zero = unpack_words(zero.T, self.form.bits, self.rows).T
                 zero = zero.reshape(-1, scale.shape[1])
         each = self.width // group // scale.shape[1] if group > 0 else 1
 

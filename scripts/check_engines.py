@@ -6,10 +6,10 @@
     python scripts/check_engines.py --write             # measure all, renew docs/engines.json and the table
 
 Each case compresses a tiny random model, lets vLLM continue a prompt greedily, in a process of its environment, and has
-transformers score the same tokens in float32. vLLM computes in float32 where it can, and in bfloat16 where its kernels
-for integers need that; then transformers scores them in bfloat16 as well, which says what rounding alone does. "equal":
-log-probabilities within EQUAL, or within TWICE that rounding; "differs": not; "fails": why. Beside it, how many of NEW
-tokens vLLM chose as transformers would.
+transformers score the same tokens in float32, for a container by the folder that it is made from. vLLM computes in
+float32 where it can, and in a type of 16 bits where its kernels for integers need one; then transformers scores them in
+that type as well, which says what rounding alone does. "equal": log-probabilities within EQUAL, or within TWICE that
+rounding; "differs": not; "fails": why. Beside it, how many of NEW tokens vLLM chose as transformers would.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,15 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A row: the model, the steps that compress it, the layout that is written. Equal by name."""
+    """A row: the model, the steps that compress it, the layout that is written, the container that this becomes (none:
+    ""), the type that vLLM computes in. Equal by name."""
 
     name: str
     model: str
     layout: str
     steps: tuple[dict[str, Any], ...] = field(repr=False, compare=False)
+    to: str = ""
+    dtype: str = "bfloat16"
 
 
 def grid(**target: Any) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def cases() -> dict[str, Case]:
     ]
     down, rest = ({"where": x} for x in ({"include": ["*.down_proj"]}, {"exclude": ["*.down_proj", "lm_head"]}))
     four = grid(bits=4, symmetric=True)
+    low = {"method": "lorc", "target": {"rank": 4}, "options": {"factors": "float16"}}
     rows += [
         Case("int4 sym, one scale a row", "llama", engine, (grid(bits=4, symmetric=True, group_size="channel"),)),
         Case("int4 and int8 by linear", "llama", engine, (four | rest, grid(bits=8, symmetric=True) | down)),
@@ -103,8 +107,17 @@ def cases() -> dict[str, Case]:
         Case("native: experts", "qwen3_moe", native, (grid(bits=4, symmetric=False),)),
         Case("native: biases", "qwen2", native, (grid(bits=4, symmetric=False),)),
         Case("native: Conv1D", "gpt2", native, (grid(bits=4),)),
+        Case("gptq: int4 sym", "llama", engine, (four,), "gptq"),
+        Case("gptq: int4 sym, biases", "qwen2", engine, (four,), "gptq"),
+        Case("gptq: int8 sym", "llama", engine, (grid(bits=8, symmetric=True),), "gptq"),
+        Case("gptq: int4 asym", "llama", engine, (grid(bits=4, symmetric=False),), "gptq"),
+        Case("awq: int4 sym", "llama", engine, (four,), "awq"),
+        Case("awq: int4 asym", "llama", engine, (grid(bits=4, symmetric=False),), "awq"),
+        Case("adapter: int4 sym and low rank", "llama", native, (four, low), "adapter"),
     ]
-    return {x.name: x for x in rows}
+    own = {native: "float32"}
+    typed = (replace(x, dtype="float16" if x.to else own.get(x.layout, x.dtype)) for x in rows)
+    return {x.name: x for x in typed}
 
 
 def original(name: str, place: Path) -> Path:
@@ -127,19 +140,29 @@ def original(name: str, place: Path) -> Path:
 
 
 def written(case: Case, place: Path) -> Path:
-    """The case's folder, compressed by what a user calls."""
+    """The case's folder, as a user calls for it; of a container, that which it is made from."""
     out = place / f"{case.name} {case.model}"
     recipe = Recipe.model_validate({"steps": case.steps, "export": case.layout})
     lilliput.compress(original(case.model, place), out, recipe=recipe, samples=4, tokens=32, eval_windows=0)
     return out
 
 
-def continued(folders: Sequence[Path], python: str) -> dict[Path, dict[str, Any]]:
+def served(case: Case, folder: Path) -> Path:
+    """What vLLM is to open of the case's folder."""
+    if not case.to:
+        return folder
+    out = folder.with_name(f"{folder.name} {case.to}")
+    lilliput.convert(folder, out, to=case.to)
+    return out
+
+
+def continued(folders: Sequence[Path], dtypes: Sequence[str], python: str) -> dict[Path, dict[str, Any]]:
     """By folder what vLLM in the environment of `python` makes of it: `tokens`, a prompt and its greedy continuation,
     and `scores`, the log-probabilities of all but the first; or `why` it fails."""
     found: dict[Path, dict[str, Any]] = {}
+    types = dict(zip(folders, dtypes, strict=True))
     while left := [x for x in folders if x not in found]:
-        line = [python, __file__, "--worker", *map(str, left)]
+        line = [python, __file__, "--worker", *(f"{types[x]}={x}" for x in left)]
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENGINE}, check=False)
         answers = [json.loads(x) for x in done.stdout.splitlines()]
         found |= dict(zip(left, answers, strict=False))
@@ -148,36 +171,42 @@ def continued(folders: Sequence[Path], python: str) -> dict[Path, dict[str, Any]
     return found
 
 
-def work(folders: Sequence[Path]) -> None:
-    """What `continued` starts: a line of JSON for each folder."""
+def work(jobs: Sequence[str]) -> None:
+    """What `continued` starts: a line of JSON for each DTYPE=FOLDER."""
     out = os.dup(1)
     os.dup2(2, 1)  # the engine prints
-    for folder in folders:
+    for job in jobs:
+        dtype, _, folder = job.partition("=")
         try:
-            answer = asked(folder)
+            answer = asked(Path(folder), dtype)
         except Exception as error:  # whatever the engine raises is the finding
             answer = {"why": first_line(error)}
         gc.collect()
         os.write(out, (json.dumps(answer) + "\n").encode())
 
 
-def asked(folder: Path) -> dict[str, Any]:
+def asked(folder: Path, dtype: str) -> dict[str, Any]:
     """vLLM's greedy continuation of a prompt."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    native = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "lilliput"
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else None
+    model = folder if adapter is None else folder / "base"
+    native = json.loads((model / "config.json").read_text())["quantization_config"]["quant_method"] == "lilliput"
     engine = LLM(
-        str(folder),
+        str(model),
         load_format="lilliput" if native else "auto",
-        dtype="float32" if native else "bfloat16",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=64,
         max_num_seqs=1,
         disable_log_stats=True,
+        enable_lora=adapter is not None,
     )
+    beside = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
     prompt = list(range(20, 20 + PROMPT))
     wanted = SamplingParams(temperature=0, max_tokens=NEW, logprobs=0, prompt_logprobs=0, ignore_eos=True)
-    done = engine.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)[0]
+    done = engine.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False, lora_request=beside)[0]
     tokens = [*prompt, *done.outputs[0].token_ids]
     seen = [*done.prompt_logprobs[1:], *done.outputs[0].logprobs]
     return {"tokens": tokens, "scores": [x[token].logprob for x, token in zip(seen, tokens[1:], strict=True)]}
@@ -191,13 +220,13 @@ def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def judged(folder: Path, answer: dict[str, Any], native: bool) -> dict[str, Any]:
+def judged(folder: Path, answer: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The finding, the largest difference of a log-probability, that of rounding alone, and equal choices."""
     if "why" in answer:
         return {"finding": "fails", "why": answer["why"]}
     tokens, theirs = answer["tokens"], torch.tensor(answer["scores"])
     exact = scored(folder, tokens, torch.float32)
-    rounded = exact if native else scored(folder, tokens, torch.bfloat16)
+    rounded = exact if dtype == "float32" else scored(folder, tokens, getattr(torch, dtype))
     chosen = torch.tensor(tokens[1:]).unsqueeze(1)
     ours = exact.gather(1, chosen)[:, 0]
     apart = float((ours - theirs).abs().max())
@@ -211,12 +240,13 @@ def measured(some: Sequence[Case], python: str) -> list[dict[str, Any]]:
     """A row for each case."""
     with tempfile.TemporaryDirectory() as place:
         folders = {case: written(case, Path(place)) for case in some}
-        answers = continued(list(folders.values()), python)
-        return [
-            {"name": x.name, "model": x.model, "layout": x.layout}
-            | judged(folder, answers[folder], x.layout == "lilliput")
-            for x, folder in folders.items()
-        ]
+        opened = [served(case, folder) for case, folder in folders.items()]
+        answers = continued(opened, [x.dtype for x in some], python)
+        rows = []
+        for (case, folder), there in zip(folders.items(), opened, strict=True):
+            row = {"name": case.name, "model": case.model, "layout": case.to or case.layout, "dtype": case.dtype}
+            rows.append(row | judged(folder, answers[there], case.dtype))
+        return rows
 
 
 def first_line(error: BaseException) -> str:
@@ -224,7 +254,8 @@ def first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {told}"[:200]
 
 
 def versions(python: str) -> dict[str, str]:
@@ -239,14 +270,16 @@ def versions(python: str) -> dict[str, str]:
 def table(record: dict[str, Any]) -> str:
     """The record as the page shows it."""
     lines = [
-        "| folder | model | vLLM | log-probabilities differ by | bfloat16 alone | same choices |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| folder | model | type | vLLM | log-probabilities differ by | rounding alone | same choices |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["cases"]:
         finding = row["finding"] if row["finding"] != "fails" else f"fails: {row['why']}"
         figures = (f"{row.get(x, '')}" for x in ("apart", "rounding"))
         same = f"{row['same']} of {NEW}" if "same" in row else ""
-        lines.append(f"| {' | '.join((row['name'], row['model'], finding.replace('|', '/'), *figures, same))} |")
+        lines.append(
+            f"| {' | '.join((row['name'], row['model'], row['dtype'], finding.replace('|', '/'), *figures, same))} |"
+        )
     used = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     return "\n".join([f"Measured with {used}, on a CPU.", "", *lines])
 
@@ -259,7 +292,7 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.worker:
-        work([Path(x) for x in told.names])
+        work(told.names)
         return 0
     python = os.environ.get("LILLIPUT_VLLM_PYTHON")
     if python is None:

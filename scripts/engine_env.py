@@ -47,13 +47,9 @@ def make(engine: Engine, folder: Path) -> None:
     """The environment at `folder`, which may exist: packages that are there already are kept."""
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "install", *engine.install], check=True, env={**os.environ, **engine.settings})
-    if engine.remove:
-        subprocess.run([*pip, "uninstall", "--yes", *engine.remove], check=True)
-    if not engine.shared:
-        return
     # One resolution for both: it fails where Lilliput's ranges and the engine's pins leave no version.
-    subprocess.run([*pip, "install", *engine.install, "--editable", str(ROOT)], check=True)
+    beside = ("--editable", str(ROOT)) if engine.shared else ()
+    subprocess.run([*pip, "install", *engine.install, *beside], check=True, env={**os.environ, **engine.settings})
     if engine.remove:
         subprocess.run([*pip, "uninstall", "--yes", *engine.remove], check=True)
 

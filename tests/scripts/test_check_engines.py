@@ -35,12 +35,12 @@ def test_a_finding_is_about_the_tokens_that_were_chosen(check, monkeypatch, tmp_
     tokens = [0, *exact.argmax(-1).tolist()]
     monkeypatch.setattr(check, "scored", lambda *_: exact)
     scores = exact.gather(1, torch.tensor(tokens[1:]).unsqueeze(1))[:, 0].tolist()
-    same = check.judged(tmp_path, {"tokens": tokens, "scores": scores}, True)
+    same = check.judged(tmp_path, {"tokens": tokens, "scores": scores}, "float32")
     assert same == {"finding": "equal", "apart": 0.0, "rounding": 0.0, "same": check.NEW}
     tokens[-1] = (tokens[-1] + 1) % 32
-    other = check.judged(tmp_path, {"tokens": tokens, "scores": scores}, True)
+    other = check.judged(tmp_path, {"tokens": tokens, "scores": scores}, "float32")
     assert (other["finding"], other["same"]) == ("differs", check.NEW - 1)
-    assert check.judged(tmp_path, {"why": "no"}, True) == {"finding": "fails", "why": "no"}
+    assert check.judged(tmp_path, {"why": "no"}, "float32") == {"finding": "fails", "why": "no"}
 
 
 def test_rounding_excuses_as_much_again_and_no_more(check, monkeypatch, tmp_path) -> None:
@@ -48,20 +48,20 @@ def test_rounding_excuses_as_much_again_and_no_more(check, monkeypatch, tmp_path
     off = 0.01
     monkeypatch.setattr(check, "scored", lambda _, __, dtype: exact if dtype == torch.float32 else exact + off)
     answer = {"tokens": [0] * (len(exact) + 1), "scores": (exact[:, 0] - 1.9 * off).tolist()}
-    assert check.judged(tmp_path, answer, False)["finding"] == "equal"
-    assert check.judged(tmp_path, answer, True)["finding"] == "differs"
+    assert check.judged(tmp_path, answer, "bfloat16")["finding"] == "equal"
+    assert check.judged(tmp_path, answer, "float32")["finding"] == "differs"
     answer["scores"] = (exact[:, 0] - 2.1 * off).tolist()
-    assert check.judged(tmp_path, answer, False)["finding"] == "differs"
+    assert check.judged(tmp_path, answer, "bfloat16")["finding"] == "differs"
 
 
 def test_what_ends_the_engine_is_a_finding_and_the_others_go_on(check, monkeypatch, tmp_path) -> None:
     engine = tmp_path / "engine"
     engine.write_text("""#!/bin/sh
 shift 2
-for folder in "$@"; do [ "$folder" = bad ] && exit 7; echo '{"tokens": [1]}'; done
+for folder in "$@"; do [ "$folder" = float16=bad ] && exit 7; echo '{"tokens": [1]}'; done
 """)
     engine.chmod(0o755)
     folders = [Path("a"), Path("bad"), Path("c")]
-    found = check.continued(folders, str(engine))
+    found = check.continued(folders, ["float16"] * 3, str(engine))
     assert found == {x: {"tokens": [1]} for x in folders} | {Path("bad"): {"why": "vLLM's process ended with status 7"}}
     assert check.first_line(RuntimeError("outer\nmore")) == "RuntimeError: outer"

@@ -37,6 +37,19 @@ def test_points_that_do_not_rise_are_left_out() -> None:
     assert through([(4.0, 3.0), (1.0, 0.0), (2.0, 3.5), (8.0, 5.0)]).points == ((2.0, 3.5), (8.0, 5.0))
 
 
+def test_points_that_nearly_coincide_make_no_slope() -> None:
+    low, high = 1.0007061064243344e-06, 1.0007061064243346e-06
+    curve = through([(high, 2.0), (low, 1.0)])
+    assert curve.points == ((low, 1.0),)
+    assert math.isfinite(curve.at(1e4))
+
+
+def test_beyond_the_last_point_a_steep_pair_is_not_believed() -> None:
+    curve = through([(1.0, 1e-6), (1.1, 1e3)])
+    assert curve.at(1.1) == pytest.approx(1e3)
+    assert curve.at(2.2) == pytest.approx(1e3 * 2.0**4)
+
+
 @given(
     st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), max_size=6),
     st.floats(0, 1e4),

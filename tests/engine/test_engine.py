@@ -19,9 +19,11 @@ from lilliput.model.stored import open_model
 
 CASES = [
     ("compressed-tensors", ("plain", "llama", 4, True)),
-    ("compressed-tensors", ("plain", "llama", 3, False, 32, "float32", "float32")),
+    pytest.param("compressed-tensors", ("plain", "llama", 3, False, 32, "float32", "float32"), marks=pytest.mark.later),
     ("compressed-tensors", ("biases, tied head", "qwen2", 4, True)),
-    ("compressed-tensors", ("experts", "qwen3_moe", 4, True, 32, "float32", "float32")),
+    pytest.param(
+        "compressed-tensors", ("experts", "qwen3_moe", 4, True, 32, "float32", "float32"), marks=pytest.mark.later
+    ),
     ("lilliput", ("ragged", "llama", 4, False, 48)),
     ("lilliput", ("conv1d", "gpt2", 4, True)),
     ("lilliput", ("experts", "qwen3_moe", 4, False)),
@@ -58,6 +60,7 @@ def test_what_the_engine_computes_alike_has_no_problems(
     assert little.error == seen.error
 
 
+@pytest.mark.later
 def test_decoding_in_half_precision_is_a_note(capabilities: ModuleType, tmp_path: Path) -> None:
     seen = look(written(capabilities, tmp_path, "compressed-tensors", "plain", "llama", 4, False))
     assert seen.problems == ()
@@ -66,6 +69,7 @@ def test_decoding_in_half_precision_is_a_note(capabilities: ModuleType, tmp_path
     assert "half precision" in seen.notes[0]
 
 
+@pytest.mark.later
 def test_one_scheme_taken_for_two_is_found(capabilities: ModuleType, tmp_path: Path) -> None:
     """transformers decodes zero points by one setting for all linears: without an error, and wrong."""
     place = written(capabilities, tmp_path, "compressed-tensors", "mixed bits", "llama", 4, False)
@@ -106,6 +110,7 @@ def _config_and_state(folder: Path) -> tuple[Any, Any]:
     return AutoConfig.from_pretrained(folder), engine._state(Shards(folder))
 
 
+@pytest.mark.later
 def test_a_model_that_the_engine_cannot_build_is_found(folder: Path) -> None:
     plain = json.loads((folder / "config.json").read_text())
     group = plain["quantization_config"]["config_groups"]["group_0"]

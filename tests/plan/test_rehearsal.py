@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from compressed_tensors.compressors.pack_quantized import helpers
 
 from lilliput import api
 from lilliput.anatomy.wrapper import opener
@@ -80,6 +81,7 @@ def test_a_plain_model_gets_the_engines_own_layout(folder: Make) -> None:
     assert "dequantize" not in made.quantization_config
 
 
+@pytest.mark.later
 def test_where_the_model_reads_weights_of_packed_linears_they_are_decoded_while_loading(
     folder: Make, tmp_path: Path
 ) -> None:
@@ -120,6 +122,7 @@ def test_experts_that_a_loader_looks_for_one_by_one_take_the_native_layout(folde
         with_export(folder("llama4"), "compressed-tensors", tmp_path)
 
 
+@pytest.mark.later
 def test_a_router_is_packed_in_the_native_layout_alone(folder: Make, tmp_path: Path) -> None:
     assert plan(folder("qwen3_moe")).exporter == "compressed-tensors"
     made = plan(folder("qwen3_moe"), "rtn", "rtn.exclude=[]")
@@ -155,9 +158,19 @@ def test_a_rehearsal_says_nothing_to_the_user(folder: Make, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.later
 def test_rows_that_end_within_a_word_are_no_finding(folder: Make, capfd: pytest.CaptureFixture[str]) -> None:
     """Without values a loader that decodes takes 40 codes of 3 bits, in 4 words, for 42; and says so at length."""
     capfd.readouterr()
     made = plan(folder("narrow"), "rtn", "rtn.bits=3", "rtn.group_size=channel")
     assert made.exporter == "compressed-tensors"
     assert "WARNING" not in capfd.readouterr().err
+
+
+def test_a_library_that_packs_otherwise_is_known_before_any_work(folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(codes: torch.Tensor, bits: int) -> torch.Tensor:
+        return codes.new_zeros(len(codes), -(-codes.shape[1] // (32 // bits)), dtype=torch.int32)
+
+    monkeypatch.setattr(helpers, "pack_to_int32", older)
+    assert plan(folder("llama"), "rtn", "rtn.bits=4").exporter == "compressed-tensors"
+    assert plan(folder("llama"), "rtn", "rtn.bits=3").exporter == "lilliput"

@@ -22,8 +22,9 @@ from lilliput.anatomy.wrapper import module_name, skeleton, text_prefix
 from lilliput.errors import SourceError
 from lilliput.export import Exporter
 from lilliput.export.compressed_tensors import CompressedTensors
-from lilliput.export.engine import first_line, hollow, trial
+from lilliput.export.engine import WORD, first_line, hollow, trial
 from lilliput.export.outcome import Outcome
+from lilliput.formats.bits import pack_words
 from lilliput.model.stored import Model
 from lilliput.plan.tensors import lay_out, written_config
 
@@ -45,6 +46,8 @@ def refuse(exporter: Exporter, model: Model, outcomes: Mapping[str, Outcome]) ->
     entry = exporter.config(tuple(outcomes.values()), model.source.config)
     if entry is None:
         return None
+    if exporter.name == "compressed-tensors" and (reason := _other_words(outcomes)) is not None:
+        return reason
     engine = skeleton(model.source.config)
     name = type(engine).__name__
     native = exporter.name == "lilliput"
@@ -70,6 +73,20 @@ def refuse(exporter: Exporter, model: Model, outcomes: Mapping[str, Outcome]) ->
         f"transformers finds no '{missing[0]}' for {name} in it and would continue with random numbers."
         f"{nearest or ' Nearest: leave such linears out of every step.'}"
     )
+
+
+def _other_words(outcomes: Mapping[str, Outcome]) -> str | None:
+    """Why the installed compressed-tensors would unpack other codes than were packed, or none at all."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    codes = torch.zeros(1, WORD, dtype=torch.int8)
+    for x in outcomes.values():
+        if x.format is not None and pack_to_int32(codes, x.format.bits).shape != pack_words(codes, x.format.bits).shape:
+            return (
+                f"'{x.name}' has {x.format.bits} bits, which compressed-tensors unpacks from other words before 0.19: "
+                "install a later one. Nearest: 4 or 8 bits; export 'lilliput' holds it."
+            )
+    return None
 
 
 def _swapped(engine: Any, entry: Mapping[str, Any]) -> str | None:

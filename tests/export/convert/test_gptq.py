@@ -138,6 +138,7 @@ def test_codes_of_5_bits_take_8(made: Made, tmp_path: Path) -> None:
     assert done.notes[1:] == ("14 linears have 5 bits and take 8: the layout has no 5",)
 
 
+@pytest.mark.later
 def test_a_folder_of_compressed_tensors(made: Made, ordered: Path, tmp_path: Path) -> None:
     """Also one whose codes cross words, and one whose inputs share scales in another order than they lie."""
     folder = made("qwen2", "bits: 3, group_size: 32, symmetric: false", layout="compressed-tensors")

@@ -331,7 +331,7 @@ def _blocks(model: nn.Module, config: Any, reader: Shards, ours: Model, ids: Ten
 
 
 def _difference(actual: Tensor, expected: Tensor, base: Tensor, routed: bool) -> float:
-    """The ratio of |seen - wanted| to |wanted - base|, the largest of all tokens; infinite where one is not finite.
+    """|actual - expected| over |expected - base|, the largest of all tokens; infinite where one is not finite.
 
     routed: experts are chosen on the way, so that the `ROUTED` quantile counts instead.
     """

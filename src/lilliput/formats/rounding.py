@@ -192,7 +192,7 @@ class _Through(torch.autograd.Function):
 
 
 def through(source: Tensor, value: Tensor) -> Tensor:
-    """`shown` in place of `given`, whose gradient it hands on."""
+    """`value` in place of `source`, to which gradients go as if it were that."""
     out: Tensor = _Through.apply(source, value)  # type: ignore[no-untyped-call]
     return out
 

@@ -23,7 +23,7 @@ from lilliput.verbs.choose import Choose, Goal
 from lilliput.verbs.scores import Scores
 from lilliput.verbs.spec import Task
 
-_MIDDLE = 3.25  # stored bits of a weight near which trials are result
+_MIDDLE = 3.25  # stored bits of a weight near which linears are tried
 _DEAREST = 3  # linears that are named
 _DIGITS = 64  # bytes by which a recipe that names another size may be longer
 _WORDS = 400  # bytes by which what is said of a choice may be longer than of another one
@@ -193,12 +193,17 @@ def feasible(plan: Plan, model: Model, task: Task, sized: Sized) -> None:
 
 def _fast_enough(plan: Plan, model: Model, task: Task, pool: Candidates, items: Sequence[Item], sized: Sized) -> None:
     goal, least = task.of(Choose).goal(task.options), choice.smallest(items)
-    result = sized(divided(plan, model, plan.resolved.with_targets(task, pool.targets(items, least))))
+    result = sized(_with(plan, model, task, pool, items, least))
     if goal.seconds is not None and result.decoding is not None and result.decoding > goal.seconds:
         raise PlanError(
             f"--decode-time {1e3 * goal.seconds:g}ms is too short: with the menu's smallest grids everywhere a step is "
             f"predicted to take {1e3 * result.decoding:.4g}ms. Embedding, head, attention and cache stay as they are"
         )
+
+
+def _with(plan: Plan, model: Model, task: Task, pool: Candidates, items: Sequence[Item], chosen: Choice) -> Plan:
+    """The plan with a choice."""
+    return divided(plan, model, plan.resolved.with_targets(task, pool.targets(items, chosen)))
 
 
 def original(model: Model) -> int:
@@ -298,9 +303,8 @@ class _Chooser:
         return best
 
     def laid(self, chosen: Choice) -> Plan:
-        """The plan with a choice."""
-        targets = self.pool.targets(self.items, chosen)
-        result = divided(self.plan, self.model, self.plan.resolved.with_targets(self.task, targets))
+        """The plan with a choice, what is said of it, and its size."""
+        result = _with(self.plan, self.model, self.task, self.pool, self.items, chosen)
         kl = self.predictions.curve.at(chosen.loss)
         note = sentence(self.plan, self.task, self.pool, self.items, chosen, kl)
         return self.sized(replace(result, predicted_kl=kl, notes=(*result.notes, note)))
@@ -327,7 +331,7 @@ def frontier(plan: Plan, model: Model, task: Task, predictions: Predictions, cou
         chosen = choice.choose(items, low + (high - low) * n // max(count - 1, 1))
         if chosen is None:
             raise RuntimeError("the smallest choice does not fit its own bytes")
-        laid = sized(divided(plan, model, plan.resolved.with_targets(task, pool.targets(items, chosen))))
+        laid = sized(_with(plan, model, task, pool, items, chosen))
         bits = 8 * chosen.bytes / _weights(plan, pool)
         points[chosen.picks] = Point(
             laid.folder_bytes, bits, predictions.curve.at(chosen.loss), _counted(task, pool, items, chosen)

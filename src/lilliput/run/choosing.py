@@ -15,7 +15,7 @@ from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
 from lilliput.run import passes, sizing, tablescores, trying
 from lilliput.run.journal import Work
-from lilliput.run.trying import Group, Trying
+from lilliput.run.trying import Trying
 from lilliput.verbs.choose import Choose
 from lilliput.verbs.scores import Scores
 from lilliput.verbs.spec import Task
@@ -87,14 +87,14 @@ def priced(tried: Trying, errors: Scores, losses: list[float], embed: Scores, he
         if group.null:
             continue
         # Roundings differ from the changed block on.
-        price = _alone(losses[tried.first + number], null * (1 - group.block / blocks), group)
+        price = _alone(losses[tried.first + number], null * (1 - group.block / blocks), group.factor)
         total += price
         whole = math.fsum(errors[name][tried.entry[name]] for name in group.names)
         for name in group.names:
             prices[name] = [0.0 if whole <= 0 else price * x / whole for x in errors[name]]
     if tried.table is not None and tried.table.name in embed:
         name = tried.table.name
-        price = max(losses[tried.first - 1] - null, _LEAST * losses[tried.first - 1]) / tried.alone**2
+        price = _alone(losses[tried.first - 1], null, tried.alone)
         prices[name] = [price * x / max(embed[name][tried.entry[name]], 1e-300) for x in embed[name]]
     for name, values in head.items():
         before = prices.get(name, [0.0] * len(values))
@@ -103,6 +103,6 @@ def priced(tried: Trying, errors: Scores, losses: list[float], embed: Scores, he
     return Predictions({name: tuple(x) for name, x in prices.items()}, curve.through(points))
 
 
-def _alone(loss: float, null: float, group: Group) -> float:
-    """What the errors of a group cost alone, as they are."""
-    return max(loss - null, _LEAST * loss) / group.factor**2
+def _alone(loss: float, null: float, factor: float) -> float:
+    """What errors cost alone as they are, from their loss when they were `factor` times as large."""
+    return max(loss - null, _LEAST * loss) / factor**2

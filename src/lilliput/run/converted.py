@@ -10,6 +10,7 @@ from lilliput import export
 from lilliput.errors import LilliputError, PlanError
 from lilliput.export import convert
 from lilliput.export.convert import Converted
+from lilliput.export.convert.folder import vacant
 from lilliput.machine import ranks
 from lilliput.options import Text
 from lilliput.progress import Progress
@@ -29,8 +30,7 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
     """
     converter = convert.get(to)
     folder = out.absolute().with_name(f".{out.name}.folder")
-    if out.exists():
-        raise PlanError(f"{out} exists already: remove it or give another --out")
+    vacant(out)
     if folder.exists():
         raise PlanError(
             f"{folder} holds an earlier result for this output: `lilliput convert {folder} --to {to} --out {out}` "
@@ -50,7 +50,7 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
     container = converter.convert(folder, out, convert.Wanted(like))
     shutil.rmtree(folder)
     if job.fit is not None and job.fit.size is not None and container.bytes > job.fit.size:
-        out.unlink()
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
         raise LilliputError(
             f"{out} would have {container.bytes} bytes, {container.bytes - job.fit.size} more than --size "
             f"{job.fit.size}: ask for --size {2 * job.fit.size - container.bytes}"

@@ -95,8 +95,8 @@ def of_gradients(run: Run, *, outside: bool = True) -> Cost:
     for block in run.kinds:
         weights = sum(x.parameters for x in block.linears)
         largest = max(x.parameters for x in block.linears)
-        states = sum(x.out_features + x.in_features for x in block.linears if x.expert is None or x.expert < 2)
-        states = 3 * run.tokens * (states + 8 * run.hidden) * 4
+        widths = sum(x.out_features + x.in_features for x in block.linears if x.expert is None or x.expert < 2)
+        states = 3 * run.tokens * (widths + 8 * run.hidden) * 4
         widest = max(widest, weights * (run.itemsize + 4) + 12 * largest + states)
     logits = min(max(LOGITS, run.vocabulary), run.tokens * run.vocabulary)
     head = run.vocabulary * run.hidden * (2 * run.itemsize + (10 if outside else 4))

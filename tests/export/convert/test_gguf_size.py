@@ -11,6 +11,7 @@ import pytest
 from lilliput import api
 from lilliput.errors import PlanError
 from lilliput.progress import Quiet
+from lilliput.source.gguf_metadata import Metadata
 
 Tiny = Callable[[str], Path]
 ROOM: dict[str, Any] = {"samples": 2, "tokens": 16, "device": "cpu", "dtype": "float32"}
@@ -33,6 +34,7 @@ def test_a_file_has_the_size_that_was_planned_and_keeps_to_what_was_asked(
     assert out.stat().st_size > 0.98 * size
     assert len({kind for kind in done.converted.types if kind != "F32"}) > 1
     assert not list(tmp_path.glob(".*"))
+    assert bytes(Metadata(out).fields["general.name"].parts[0]).decode() == model.name
 
 
 def test_a_menu_that_the_container_does_not_hold_is_refused(tiny: Tiny) -> None:

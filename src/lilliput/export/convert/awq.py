@@ -21,7 +21,6 @@ from lilliput.export.convert.coded import Coded, halves, in_place, linears
 from lilliput.export.convert.folder import Contents, Item
 from lilliput.export.convert.room import Room
 from lilliput.export.dense import dense_linears
-from lilliput.export.folder import model_config
 from lilliput.export.outcome import Outcome
 from lilliput.formats.integer import pack_codes
 
@@ -50,19 +49,11 @@ class AwqConverter:
         halves(coded, (torch.float16,), self.name)
         items = [Item(_layout(x), lambda x=x: _tensors(x)) for x in coded]  # type: ignore[misc]
         done = [x.outcome for x in coded]
-        config = model_config(
-            source.config,
-            quantization=_config(done, source.config),
-            dtype=torch.float16,
-            tied=bool(source.text_config.tie_word_embeddings),
-            raw=source.raw,
-        )
+        config = folder.config_of(source, _config(done, source.config), torch.float16)
         narrow = sum(x.form.bits < BITS for x in coded)
         notes = (f"{narrow} linears have fewer than 4 bits and take 4: the layout has no others",) if narrow else ()
         contents = Contents([*items, *folder.carried(source, done)], config, self.name, _USE, notes)
-        with folder.staged(out) as place:
-            types = folder.write(place, source, done, contents)
-        return folder.converted(out, self.name, types, notes)
+        return folder.delivered(out, self.name, source, done, contents)
 
 
 _USE = ("from vllm import LLM", "", 'model = LLM("DIR")')

@@ -22,7 +22,7 @@ from lilliput.export.convert import Converted, Wanted, folder
 from lilliput.export.convert.coded import Coded, linears, plain
 from lilliput.export.convert.folder import Contents, Item
 from lilliput.export.engine import look
-from lilliput.export.folder import config_text, model_config
+from lilliput.export.folder import config_text
 from lilliput.export.outcome import Outcome
 from lilliput.formats.integer import IntegerGrid
 from lilliput.parts.layer import Layer
@@ -92,13 +92,8 @@ def write(place: Path, source: Source, found: Sequence[Outcome]) -> tuple[Counte
 
 def _config(source: Source, found: Sequence[Outcome], layout: CompressedTensors) -> dict[str, Any]:
     dtypes = Counter(x.dtype for x in source.stored.values())
-    return model_config(
-        source.config,
-        quantization=layout.config(found, source.config),
-        dtype=getattr(source.config, "dtype", None) or dtypes.most_common(1)[0][0],
-        tied=bool(source.text_config.tie_word_embeddings),
-        raw=source.raw,
-    )
+    dtype = getattr(source.config, "dtype", None) or dtypes.most_common(1)[0][0]
+    return folder.config_of(source, layout.config(found, source.config), dtype)
 
 
 def _tensors(x: Coded) -> Iterator[tuple[str, Tensor]]:

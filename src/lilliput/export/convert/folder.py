@@ -20,7 +20,14 @@ from lilliput.errors import PlanError
 from lilliput.export.card import Card, read_licence
 from lilliput.export.convert import Converted, Converter
 from lilliput.export.convert.coded import outcomes
-from lilliput.export.folder import SHARD, safetensors_bytes, safetensors_header, write_index, write_side_files
+from lilliput.export.folder import (
+    SHARD,
+    model_config,
+    safetensors_bytes,
+    safetensors_header,
+    write_index,
+    write_side_files,
+)
 from lilliput.export.outcome import Outcome
 from lilliput.export.provenance import LinearRow, Provenance, TensorRow, versions
 from lilliput.export.provenance import read as read_provenance
@@ -28,7 +35,7 @@ from lilliput.source.open import open_source
 from lilliput.source.reader import row_chunks
 from lilliput.source.source import Source
 
-_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of old checkpoints
+IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of old checkpoints
 _LEFT = ".part"
 
 
@@ -54,16 +61,21 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
 
+def vacant(out: Path) -> None:
+    """Raises PlanError where nothing new can be written to `out`."""
+    if out.exists() or out.is_symlink():
+        raise PlanError(f"{out} exists already: remove it or give another --out")
+    if not out.absolute().parent.is_dir():
+        raise PlanError(f"the folder {out.absolute().parent} does not exist: make it first")
+
+
 def admitted(folder: Path, out: Path, converter: Converter) -> tuple[Source, tuple[Outcome, ...]]:
     """The folder to be converted, and its linears that are no plain tensors.
 
     Raises PlanError for what the container has no room for, and where nothing can be written to `out`, SourceError
     where there is no model.
     """
-    if out.exists() or out.is_symlink():
-        raise PlanError(f"{out} exists already: remove it or give another --out")
-    if not out.absolute().parent.is_dir():
-        raise PlanError(f"the folder {out.absolute().parent} does not exist: make it first")
+    vacant(out)
     source = open_source(str(folder))
     found = outcomes(source)
     reason = converter.refuse(found, source.config)
@@ -85,6 +97,24 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def config_of(source: Source, quantization: Mapping[str, Any] | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The folder's config.json with another entry for the quantization, and the dtype of its plain tensors."""
+    return model_config(
+        source.config,
+        quantization=quantization,
+        dtype=dtype,
+        tied=bool(source.text_config.tie_word_embeddings),
+        raw=source.raw,
+    )
+
+
+def delivered(out: Path, to: str, source: Source, coded: Sequence[Outcome], contents: Contents) -> Converted:
+    """Write a folder of these contents to `out`, and the answer for it."""
+    with staged(out) as place:
+        types = write(place, source, coded, contents)
+    return converted(out, to, types, contents.notes)
+
+
 def converted(out: Path, to: str, types: Mapping[str, int], notes: tuple[str, ...]) -> Converted:
     """The answer, once the folder has its name."""
     size = sum(x.stat().st_size for x in out.rglob("*") if x.is_file())
@@ -95,7 +125,7 @@ def carried(source: Source, coded: Iterable[Outcome]) -> Iterator[Item]:
     """Every tensor of a folder that is not among these linears, as its values."""
     left_out = {f"{x.stored}.weight" for x in coded}
     for name, stored in source.stored.items():
-        if name not in left_out and not name.endswith(_IGNORED):
+        if name not in left_out and not name.endswith(IGNORED):
             yield Item({name: (stored.dtype, stored.shape)}, _reading(source, name))
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from lilliput.errors import PlanError
 from lilliput.export.convert import Converted, Wanted, gguf_blocks, gguf_check, gguf_model, gguf_vocab
+from lilliput.export.convert.folder import IGNORED, vacant
 from lilliput.export.outcome import Outcome
+from lilliput.export.provenance import read as read_provenance
 from lilliput.parts.linear import LinearSpec
 from lilliput.parts.part import below
 from lilliput.source.open import open_source
@@ -33,7 +35,6 @@ _PLAIN = {
     torch.float16: GGMLQuantizationType.F16,
     torch.bfloat16: GGMLQuantizationType.BF16,
 }
-_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers of old checkpoints
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,7 @@ class GgufConverter:
 
     def convert(self, folder: Path, out: Path, wanted: Wanted) -> Converted:
         wanted.only(self.name, "like")
-        if out.exists():
-            raise PlanError(f"{out} exists already: remove it or give another --out")
-        if not out.absolute().parent.is_dir():
-            raise PlanError(f"the folder {out.absolute().parent} does not exist: make it first")
+        vacant(out)
         source = open_source(str(folder))
         config = source.text_config
         reason = gguf_model.refuse(config)
@@ -92,15 +90,9 @@ class GgufConverter:
         types = Counter[str]()
         for x in tensors:
             types[x.kind.name] += x.nbytes
-        writer = GGUFWriter(None, gguf_model.KNOWN[config.model_type].name)
-        if wanted.like is None:
-            writer.add_name(gguf_vocab.general_name(source.name, source.tokenizer()))
-            gguf_model.add_hyperparameters(writer, config)
-            gguf_vocab.add(writer, source)
-        else:
-            gguf_vocab.carry_over(writer, wanted.like, config)
-        writer.add_file_type(_file_type(types))
-        writer.add_quantization_version(2)
+        provenance = read_provenance(source.folder)
+        name = source.name if provenance is None else provenance.model
+        writer = gguf_vocab.described(source, name, wanted.like, _file_type(types))
         for x in tensors:
             writer.add_tensor_info(x.name, x.shape, np.dtype(np.float32), x.nbytes, raw_dtype=x.kind)
         part = out.with_name(out.name + ".part")
@@ -142,7 +134,7 @@ def _tensors(source: Source) -> Iterator[_Tensor]:
     if factors is not None:
         yield _Tensor("rope_freqs.weight", (len(factors),), GGMLQuantizationType.F32, lambda a, b: factors[a:b])
     for stored in source.stored:
-        if stored.endswith(_IGNORED) or (tied and stored == "lm_head.weight"):
+        if stored.endswith(IGNORED) or (tied and stored == "lm_head.weight"):
             continue
         name = names.get_name(stored, try_suffixes=(".weight", ".bias"))
         if name is None:

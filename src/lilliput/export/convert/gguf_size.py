@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, get_tensor_name_map
 
 from lilliput.errors import PlanError
 from lilliput.export.convert import gguf_blocks, gguf_model, gguf_vocab
@@ -36,17 +36,8 @@ def data_bytes(config: PretrainedConfig, plain: Mapping[str, Shape], outcomes: S
 def header_bytes(source: Source, like: Path | None, plain: Mapping[str, Shape], outcomes: Sequence[Outcome]) -> int:
     """Bytes before the first tensor: metadata, tokenizer and the list of tensors. What types linears have does not
     matter. Arguments as in `data_bytes`, and in `GgufConverter.convert`."""
-    config = source.text_config
-    writer = GGUFWriter(None, gguf_model.KNOWN[config.model_type].name)
-    if like is None:
-        writer.add_name(source.name)
-        gguf_model.add_hyperparameters(writer, config)
-        gguf_vocab.add(writer, source)
-    else:
-        gguf_vocab.carry_over(writer, like, config)
-    writer.add_file_type(LlamaFileType.ALL_F32)
-    writer.add_quantization_version(2)
-    for name, shape, size in _tensors(config, plain, outcomes):
+    writer = gguf_vocab.described(source, source.name, like, LlamaFileType.ALL_F32)
+    for name, shape, size in _tensors(source.text_config, plain, outcomes):
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=GGMLQuantizationType.F32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"

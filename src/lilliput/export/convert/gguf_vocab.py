@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf import GGUFValueType, GGUFWriter, TokenType
+from gguf import GGUFValueType, GGUFWriter, LlamaFileType, TokenType
 
 from lilliput.errors import PlanError, SourceError
+from lilliput.export.convert import gguf_model
 from lilliput.source.gguf_metadata import Field, Metadata, Strings
 from lilliput.source.source import Source
 
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
 _WRITTEN = ("general.file_type", "general.quantization_version", "general.architecture")
 _PHI = frozenset(("</s>", "<unk>", "<s>", "<|endoftext|>"))  # which llama.cpp looks for in models of that name
 _SPECIAL = ("bos", "eos", "unk", "pad", "sep", "mask")
+
+
+def described(source: Source, name: str, like: Path | None, file_type: LlamaFileType) -> GGUFWriter:
+    """A writer that has all metadata of the model `name`: those of `source`, or of the file `like` as they are."""
+    config = source.text_config
+    writer = GGUFWriter(None, gguf_model.KNOWN[config.model_type].name)
+    if like is None:
+        writer.add_name(general_name(name, source.tokenizer()))
+        gguf_model.add_hyperparameters(writer, config)
+        add(writer, source)
+    else:
+        carry_over(writer, like, config)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(2)
+    return writer
 
 
 def add(writer: GGUFWriter, source: Source) -> None:

@@ -25,7 +25,6 @@ from lilliput.export.convert.coded import Coded, halves, linears
 from lilliput.export.convert.folder import Contents, Item
 from lilliput.export.convert.room import Room
 from lilliput.export.dense import dense_linears
-from lilliput.export.folder import model_config
 from lilliput.export.outcome import Outcome
 from lilliput.formats.integer import pack_codes
 
@@ -57,17 +56,9 @@ class GptqConverter:
         notes = _notes(coded, form, wanted.checkpoint_format)
         items = [Item(_layout(x, kind), lambda x=x: _tensors(x, kind, form)) for x in coded]  # type: ignore[misc]
         done = [x.outcome for x in coded]
-        config = model_config(
-            source.config,
-            quantization=_config(coded, source.config, form),
-            dtype=kind,
-            tied=bool(source.text_config.tie_word_embeddings),
-            raw=source.raw,
-        )
+        config = folder.config_of(source, _config(coded, source.config, form), kind)
         contents = Contents([*items, *folder.carried(source, done)], config, self.name, _USE, notes)
-        with folder.staged(out) as place:
-            types = folder.write(place, source, done, contents)
-        return folder.converted(out, self.name, types, notes)
+        return folder.delivered(out, self.name, source, done, contents)
 
 
 _USE = ("from vllm import LLM", "", 'model = LLM("DIR")')

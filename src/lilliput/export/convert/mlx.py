@@ -23,7 +23,6 @@ from lilliput.export.convert import Converted, Wanted, folder
 from lilliput.export.convert.coded import Coded, in_place, linears
 from lilliput.export.convert.folder import Contents, Item
 from lilliput.export.convert.room import Room
-from lilliput.export.folder import model_config
 from lilliput.export.outcome import Outcome
 from lilliput.formats.integer import pack_codes
 
@@ -64,19 +63,11 @@ class MlxConverter:
         done = [x.outcome for x in coded]
         plain = list(folder.carried(source, done))
         entry = _quantization(coded)
-        config = model_config(
-            source.config,
-            quantization=entry,
-            dtype=max(set(kinds), key=kinds.count),
-            tied=bool(source.text_config.tie_word_embeddings),
-            raw=source.raw,
-        )
+        config = folder.config_of(source, entry, max(set(kinds), key=kinds.count))
         notes = _notes(coded, kinds, plain)
         config |= {"quantization": entry} | rope_entries(source.config)
         contents = Contents([*items, *plain], config, self.name, _USE, notes, _METADATA)
-        with folder.staged(out) as place:
-            types = folder.write(place, source, done, contents)
-        return folder.converted(out, self.name, types, notes)
+        return folder.delivered(out, self.name, source, done, contents)
 
 
 def _rope(config: PretrainedConfig) -> Mapping[str, Any]:

@@ -2,82 +2,97 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lilliput import methods
-from lilliput.anatomy.model import Groups
-from lilliput.errors import PlanError
+from lilliput.anatomy.model import Channels, Groups
+from lilliput.errors import LilliputError, PlanError
+from lilliput.model.edited import Edit as Decision
 from lilliput.stats import fold
-from lilliput.stats.site import SiteStats
 from lilliput.target import Target
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditPlan
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Units, first_of
 from lilliput.verbs.spec import Task
 
 EDIT = sorted(n for n, m in methods.discover().items() if isinstance(m.spec, Edit))
-WIDTH, BLOCKS = 12, 3
+BLOCKS = 12
+UNITS = tuple(Units((64,), 4, 3 * 48, 3000, 40_000) for _ in range(BLOCKS))
 
 
-def _stats() -> dict[str, SiteStats]:
-    """Correlated inputs of each block and of the final norm, of uneven channels."""
-    draw = torch.Generator().manual_seed(0)
-
-    def seen() -> Tensor:
-        mixed = torch.randn(80, WIDTH, generator=draw) @ torch.randn(WIDTH, WIDTH, generator=draw)
-        return mixed * torch.exp(torch.randn(WIDTH, generator=draw))
-
-    return {f"place {n}": fold.finish(fold.update(fold.init(WIDTH, fold.NAMES), seen())) for n in range(BLOCKS + 1)}
-
-
-def _edit(name: str, stats: dict[str, SiteStats]) -> EditPlan:
+def spec(name: str) -> tuple[Edit[Any], Any]:
     method = methods.get(name)
     assert isinstance(method.spec, Edit)
-    return method.spec.run([Groups() for _ in range(BLOCKS)], stats, method.parse({}))
+    return method.spec, method.parse({})
+
+
+def scores() -> list[EditScores]:
+    draw = torch.Generator().manual_seed(0)
+    return [
+        {
+            "block": (float(torch.rand(1, generator=draw)),),
+            "heads": tuple(torch.rand(4, generator=draw).tolist()),
+            "channels.0": tuple(torch.rand(64, generator=draw).tolist()),
+        }
+        for _ in range(BLOCKS)
+    ]
+
+
+def sizes_of(edit: Decision) -> Sizes:
+    channels = {len(x) for x in edit.channels.values()}
+    heads = {len(x) for x in edit.heads.values()}
+    assert len(channels) <= 1
+    assert len(heads) <= 1
+    return Sizes(len(edit.blocks), next(iter(channels), None), next(iter(heads), None))
 
 
 @pytest.mark.parametrize("name", EDIT)
-def test_inputs_are_left_alone_and_results_repeat(name: str) -> None:
-    stats, kept = _stats(), _stats()
-    first, again = _edit(name, stats), _edit(name, stats)
-    for place, x in kept.items():
-        assert all(torch.equal(stats[place].need(n), x.need(n)) for n in fold.NAMES)
-    assert first.removed == again.removed
-    assert len(first.bases) == len(again.bases)
-    assert all(torch.equal(a, b) for a, b in zip(first.bases, again.bases, strict=True))
+def test_what_stays_has_the_sizes_that_were_planned_and_repeats(name: str) -> None:
+    method, options = spec(name)
+    sizes = method.sizes(UNITS, options)
+    assert sizes != Sizes(BLOCKS, 64, 4)
+    first, again = (method.run(scores(), UNITS, sizes, options) for _ in range(2))
+    assert first == again
+    assert sizes_of(first) == sizes_of(first_of(UNITS, sizes)) == sizes
+    for kept in (first.blocks, *first.channels.values(), *first.heads.values()):
+        assert list(kept) == sorted(set(kept))
 
 
 @pytest.mark.parametrize("name", EDIT)
-def test_bases_are_orthonormal_one_for_each_place(name: str) -> None:
-    found = _edit(name, _stats())
-    assert len(found.bases) in (0, BLOCKS + 1)
-    for basis in found.bases:
-        assert basis.dtype == torch.float64
-        assert basis.shape[0] == WIDTH
-        eye = torch.eye(basis.shape[1], dtype=torch.float64)
-        torch.testing.assert_close(basis.T @ basis, eye, rtol=0, atol=1e-9)
-    assert all(0 <= block < BLOCKS for block in found.removed)
+def test_scores_that_are_no_numbers_are_refused(name: str) -> None:
+    method, options = spec(name)
+    broken = [{key: tuple(float("nan") for _ in values) for key, values in x.items()} for x in scores()]
+    if method.score is None:
+        pytest.skip("it reads no scores")
+    with pytest.raises(LilliputError, match="NaN"):
+        method.run(broken, UNITS, method.sizes(UNITS, options), options)
 
 
 @pytest.mark.parametrize("name", EDIT)
-def test_what_is_not_sliced_passes_between_blocks_unchanged(name: str) -> None:
-    """Through all transitions and back: the identity, at the limit of full width."""
-    found = _edit(name, _stats())
-    if not found.bases or any(basis.shape[1] < WIDTH for basis in found.bases):
-        pytest.skip("it slices the residual stream")
-    through = found.bases[0]
-    for block in range(BLOCKS):
-        through = through @ found.transition(block)
-    torch.testing.assert_close(through @ found.bases[-1].T, torch.eye(WIDTH, dtype=torch.float64), rtol=0, atol=1e-9)
+def test_scores_leave_their_inputs_alone_and_name_what_there_is(name: str, toy: Any) -> None:
+    method, options = spec(name)
+    if method.score is None:
+        pytest.skip("it reads no scores")
+    tensors = {n: x.clone() for n, x in toy.tensors.items()}
+    inner = Channels((("up", torch.arange(96)),), ("down",), 96)
+    block = replace(toy.block, groups=Groups((), (inner,)))
+    stats = {n: fold.finish(fold.update(fold.init(x.shape[1], fold.NAMES), x)) for n, x in toy.inputs.items()}
+    slopes = {x.name: torch.randn(x.out_features, x.in_features) for x in block.linears}
+    io = EditIO(stats, slopes, {n: x.square() for n, x in slopes.items()}, 0.5)
+    found = method.score(EditView(block, lambda n: toy.tensors[n]), io, options)
+    for key, values in found.items():
+        assert key in ("block", "heads") or key.startswith("channels.")
+        assert all(isinstance(x, float) for x in values)
+    assert all(torch.equal(tensors[n], x) for n, x in toy.tensors.items())
 
 
 @pytest.mark.parametrize("name", EDIT)
-def test_recipes_are_refused_and_the_index_says_why(name: str) -> None:
+def test_it_comes_before_whatever_decides_weights(name: str) -> None:
     method: Any = methods.get(name)
-    task = Task(0, method, Target(), method.parse({}))
-    with pytest.raises(PlanError, match=rf"step 1 \({name}\) changes the structure"):
-        method.spec.ordered(task, [task])
-    assert isinstance(method.recipe, str)
+    task = Task(1, method, Target(), method.parse({}))
+    gptq = methods.get("gptq")
+    with pytest.raises(PlanError, match="move it to the front"):
+        method.spec.ordered(task, [Task(0, gptq, Target(), gptq.parse({})), task])

@@ -12,11 +12,11 @@ import transformers as tf
 from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.model.rotated import RotatedModel, prepared, turn
+from lilliput.model.rotated import RotatedModel, turn
 from lilliput.model.stored import Model, open_model
 from lilliput.plan.plan import Plan, make
-from lilliput.plan.resolve import rotates
 from lilliput.recipe.schema import Recipe, Step
+from lilliput.run.editing import prepared
 from lilliput.target import Target
 
 SHAPE: dict[str, Any] = {
@@ -122,8 +122,8 @@ def test_what_does_not_commute_is_refused(make: Callable[[], Any], tmp_path: Pat
     model, _ = saved(tmp_path, make())
     recipe = Recipe(steps=(Step(method="hadamard"),))
     with pytest.raises(PlanError, match="cannot be rotated"):
-        prepared(model, rotates(recipe))
-    assert prepared(model, False) is model
+        prepared(model, recipe)
+    assert prepared(model, Recipe(steps=(Step(method="rtn"),))) is model
 
 
 def test_the_files_dtype_stays_outside_the_blocks_and_rows_go_in_chunks(
@@ -151,7 +151,7 @@ def test_the_plan_counts_the_head_that_is_no_longer_tied(tmp_path: Path) -> None
 
     def plan(*steps: Step) -> Plan:
         recipe = Recipe(steps=steps)
-        ready = prepared(model, rotates(recipe))
+        ready = prepared(model, recipe)
         return make(ready, recipe, samples=2, tokens=8, budget=None, size=None, seed=None, dtype=torch.float32)
 
     pruning = Step(method="magnitude", target=Target(sparsity=0.5))

@@ -13,11 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from lilliput import methods
-from lilliput.errors import PlanError
 from lilliput.run import drivers
 from lilliput.run.driver import LinearDriver, ModelDriver
 from lilliput.target import Target
-from lilliput.verbs.edit import Edit
 from lilliput.verbs.spec import Task
 
 SRC = Path(__file__).resolve().parents[2] / "src"
@@ -33,7 +31,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lilliput.errors import PlanError
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
 
 
@@ -102,7 +99,6 @@ FILES = {"verbs/clip.py": VERB, "run/drivers/clip.py": DRIVER, "methods/clip/at_
 RUN = """
 import sys
 from lilliput import api, methods
-from lilliput.errors import PlanError
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step
 from lilliput.verbs.clip import Clip
@@ -125,14 +121,8 @@ def _task(name: str) -> Task:
     return Task(0, method, Target(), method.parse({}))
 
 
-def test_every_verb_with_methods_has_a_driver_but_the_one_that_recipes_refuse() -> None:
-    verbs = {spec for spec in methods.verbs().values() if spec is not None}
-    assert verbs - set(drivers.discover()) == {Edit}
-    assert set(drivers.discover()) <= verbs
-    with pytest.raises(PlanError, match="leave the step out"):
-        _task("slicegpt").spec.ordered(_task("slicegpt"), [])
-    with pytest.raises(RuntimeError, match=r"step 1 \(slicegpt\): no file of lilliput/run/drivers runs 'edit'"):
-        drivers.find(_task("slicegpt"))
+def test_every_verb_with_methods_has_a_driver() -> None:
+    assert {spec for spec in methods.verbs().values() if spec is not None} == set(drivers.discover())
 
 
 def test_a_driver_of_another_stage_is_no_answer() -> None:

@@ -19,13 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from lilliput import api
 from lilliput.errors import LilliputError, PlanError
-from lilliput.model.rotated import prepared
 from lilliput.model.stored import Model, open_model
 from lilliput.plan.plan import Plan, make
-from lilliput.plan.resolve import rotates
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step
 from lilliput.run import fisher, stream
+from lilliput.run.editing import prepared
 from lilliput.run.journal import Work
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
@@ -74,7 +73,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def planned(source: Model, steps: tuple[Step, ...], **more: Any) -> tuple[Plan, Model]:
     recipe = Recipe(steps=steps)
-    model = prepared(source, rotates(recipe))
+    model = prepared(source, recipe)
     given: dict[str, Any] = {"samples": 3, "tokens": 10, "budget": None, "size": None, "seed": None, **more}
     return make(model, recipe, dtype=torch.float32, **given), model
 

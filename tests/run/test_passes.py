@@ -16,14 +16,13 @@ from torch import Tensor
 from lilliput.errors import LilliputError
 from lilliput.methods.allocate import owl, ranks
 from lilliput.methods.learn import spinquant
-from lilliput.model.rotated import prepared
 from lilliput.model.stored import Model, open_model
 from lilliput.plan.plan import Plan, make
-from lilliput.plan.resolve import rotates
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.run import search as trials
 from lilliput.run import stages, stream
+from lilliput.run.editing import prepared
 from lilliput.run.journal import Work
 from lilliput.streaming.backward import Samples, backward
 from lilliput.streaming.walk import last_hidden
@@ -82,7 +81,7 @@ def source(noisy: Callable[[int], Path]) -> Model:
 
 def planned(source: Model, steps: tuple[Step, ...]) -> tuple[Plan, Model]:
     recipe = Recipe(steps=steps)
-    model = prepared(source, rotates(recipe))
+    model = prepared(source, recipe)
     made = make(model, recipe, samples=3, tokens=10, budget=None, size=None, seed=None, dtype=torch.float32)
     return made, model
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lilliput.anatomy.model import Groups
-from lilliput.methods.edit.my_method import Options, edit
-from lilliput.stats import fold
+from lilliput.anatomy.model import Block, Channels, Groups, Linear
+from lilliput.methods.edit.my_method import Options, run, score, sizes
+from lilliput.verbs.edits import EditIO, EditView, Units
 
-WIDTH = 6
-
-
-def reference(inputs: torch.Tensor) -> list[int]:
-    """replace: your equations, as obvious as can be. Now: which channel comes first, second, ..."""
-    energy = [sum(float(x) ** 2 for x in inputs[:, j]) for j in range(WIDTH)]
-    return sorted(range(WIDTH), key=lambda j: (-energy[j], j))
+WIDTH = 24
 
 
-def test_my_method_agrees_with_the_reference() -> None:
-    draw = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(20, WIDTH, generator=draw).double() for _ in range(3)]
-    stats = {str(n): fold.finish(fold.update(fold.init(WIDTH, ("gram",)), x.float())) for n, x in enumerate(inputs)}
-    plan = edit([Groups(), Groups()], stats, Options())
-    assert len(plan.bases) == 3
-    for x, basis in zip(inputs, plan.bases, strict=True):
-        torch.testing.assert_close(x @ basis, x[:, reference(x)], rtol=0, atol=0)
+def test_channels_of_the_smallest_sums_leave() -> None:
+    weight = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(0))
+    weight[:, 3] = 0.0
+    down = Linear("down", "down", "down", 6, WIDTH)
+    up = Linear("up", "up", "up", WIDTH, 6)
+    inner = Channels((("up", torch.arange(WIDTH)),), ("down",), WIDTH)
+    block = Block((up, down), (), (), Groups((), (inner,)))
+    found = score(EditView(block, lambda _: weight), EditIO({}, {}, {}), Options())
+    for j, value in enumerate(found["channels.0"]):
+        # replace: your equations, as slow and obvious as they come
+        assert value == pytest.approx(sum(abs(float(w)) for w in weight[:, j]))
+    units = [Units((WIDTH,), 0, 12, 0, 12 * WIDTH)]
+    planned = sizes(units, Options(ratio=0.3))
+    assert planned.channels == 16
+    kept = run([found], units, planned, Options()).channels[0, 0]
+    assert len(kept) == 16
+    assert 3 not in kept

@@ -20,6 +20,7 @@ class BlockWeights:
         self.prefix = model.skeleton.block_names[index]
         self.anatomy = anatomy
         self._model = model
+        self._values: dict[str, Tensor] = {}  # what a repair has put in place of tensors
         self._rows: dict[str, Tensor] = {}  # tensor name -> factor of its output rows
         self._columns: dict[str, Tensor] = {}  # tensor name -> factor of its input columns
         self._offset: dict[str, float] = {}  # gains stored as gain - offset
@@ -39,13 +40,20 @@ class BlockWeights:
     def canonical(self, name: str) -> str:
         return f"{self.prefix}.{name}"
 
+    def put(self, linear: Linear, weight: Tensor) -> None:
+        """Give a linear another weight, float32 [out, in]. Raises LilliputError where it is not finite."""
+        if not bool(torch.isfinite(weight).all()):
+            raise LilliputError(f"a repair of {self.prefix}.{linear.name} is not finite: check the calibration data")
+        self._values[f"{linear.name}.weight"] = self.to_stored(linear, weight).to("cpu", torch.float32)
+
     def folded(self, name: str) -> bool:
-        return name in self._rows or name in self._columns
+        """Whether a tensor is another than the model's."""
+        return name in self._rows or name in self._columns or name in self._values
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in its stored orientation: in its stored dtype, or float32 where a fold touched it."""
-        value = self._model.read(self.canonical(name))
-        if not self.folded(name):
+        value = self._values[name] if name in self._values else self._model.read(self.canonical(name))
+        if name not in self._rows and name not in self._columns:
             return value
         value = value.float() + self._offset.get(name, 0.0)
         rows, columns = self._rows.get(name), self._columns.get(name)

@@ -60,6 +60,10 @@ class RotatedModel(Model):
         """The base in other bases."""
         return RotatedModel(self.base, bases, exact=exact, stream=self._stream)
 
+    def over(self, base: Model) -> RotatedModel:
+        """Another base of the same make and sizes, in the same bases."""
+        return RotatedModel(base, self.bases, exact=self.exact, stream=self._stream)
+
     def rotated(self, matrix: Tensor) -> RotatedModel:
         """The model with its whole residual stream rotated further, by an orthogonal matrix [hidden, hidden]."""
         hidden = self.skeleton.hidden_size
@@ -147,14 +151,6 @@ class RotatedModel(Model):
 def ready(model: Model) -> RotatedModel:
     """The model as one that can be rotated. Raises PlanError where it cannot be."""
     return model if isinstance(model, RotatedModel) else RotatedModel(model)
-
-
-def prepared(model: Model, rotates: bool) -> Model:
-    """The model as a recipe's steps need it: ready to be rotated where one of them learns a rotation.
-
-    Raises PlanError where that cannot be.
-    """
-    return ready(model) if rotates else model
 
 
 def turn(value: Tensor, matrix: Tensor, kind: str, transposed: bool) -> Tensor:

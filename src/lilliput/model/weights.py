@@ -75,6 +75,16 @@ class Model(Protocol):
     # What follows from the above.
 
     @property
+    def config(self) -> Any:
+        """The whole config, that of transformers."""
+        return self.source.config
+
+    @property
+    def raw(self) -> Mapping[str, Any]:
+        """The entries of config.json, as they stand there."""
+        return self.source.raw
+
+    @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
         return self.skeleton.tied

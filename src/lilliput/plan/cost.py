@@ -50,7 +50,7 @@ def seconds(resolved: Resolved, run: Run, dtype: torch.dtype, measured: bool) ->
     rate, slow = _rates(dtype)
     count, weights = run.samples * run.tokens, run.weights
     seconds = 3.0  # opening
-    if resolved.needs:
+    if resolved.needs or resolved.flows:
         own = sum(task.spec.observes(tuple(resolved.governed(task).values())) for task in resolved.tasks)
         passes = 1 + bool(resolved.at(Stage.BLOCK)) + own
         seconds += passes * 3.0 * 2 * weights * count / rate

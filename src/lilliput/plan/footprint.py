@@ -39,7 +39,7 @@ def estimate(resolved: Resolved, run: Run, phases: Sequence[Phase], *, lockstep:
     `phases`: what the run does beside its steps; `packed`: bytes of the largest block's output.
     """
     most: dict[str, int] = {}
-    calibrating = bool(resolved.needs)
+    calibrating = resolved.flows
     for phase in (*phases, *(x for task in resolved.tasks for x in task.phases(run))):
         most[phase.name] = max(most.get(phase.name, 0), phase.cost.ram)
     if calibrating:
@@ -61,7 +61,7 @@ def _block(resolved: Resolved, run: Run, number: int, lockstep: bool) -> int:
         solving = max(solving, task.cost(run, block.linears).ram)
     rewrites = resolved.at(Stage.BLOCK)
     rewriting = max((task.cost(run, block.linears).ram for task in rewrites), default=0)
-    if not resolved.needs:
+    if not resolved.flows:
         return max(rewriting, solving)
     # No forward pass runs while something is solved, and the other way round.
     solving = max(solving, peak.of_forward(run, block, gram=gram).ram)

@@ -260,7 +260,7 @@ def _unloadable(
                 targets[x.name] = choice[number[key] % len(choice)]
         if targets:
             mixed = _outcomes(model, resolved.with_targets(task, targets))
-            reason = exporter.refuse(tuple(mixed.values()), model.source.config)
+            reason = exporter.refuse(tuple(mixed.values()), model.config)
             if reason is not None:
                 return f"as {task.label} may decide, {reason}"
     return rehearsal.refuse(exporter, model, outcomes)
@@ -274,11 +274,11 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     outcomes = _outcomes(model, resolved)
     ordered = tuple(outcomes.values())
     exporter = export.get(plan.exporter)
-    reason = exporter.refuse(ordered, model.source.config)
+    reason = exporter.refuse(ordered, model.config)
     if reason is not None:
         raise PlanError(f"the layout '{plan.exporter}' cannot hold what an allocation decided: {reason}")
     tensors, shards = lay_out(model, exporter, outcomes)
-    config = exporter.config(ordered, model.source.config)
+    config = exporter.config(ordered, model.config)
     if config is not None and (plan.quantization_config or {}).get("dequantize"):
         config["dequantize"] = True  # what the engine's loader needs does not depend on the decision
     return replace(
@@ -318,9 +318,7 @@ def make(
         )
     outcomes = _outcomes(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
-    exporter = export.choose(
-        ordered, model.source.config, recipe.export, lambda x: _unloadable(x, model, resolved, outcomes)
-    )
+    exporter = export.choose(ordered, model.config, recipe.export, lambda x: _unloadable(x, model, resolved, outcomes))
     tensors, shards = lay_out(model, exporter, outcomes)
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
@@ -351,7 +349,7 @@ def make(
         fingerprint=model.source.fingerprint(),
         resolved=resolved,
         exporter=exporter.name,
-        quantization_config=exporter.config(ordered, model.source.config),
+        quantization_config=exporter.config(ordered, model.config),
         outcomes=outcomes,
         tensors=tensors,
         shards=shards,

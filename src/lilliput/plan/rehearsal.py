@@ -43,18 +43,18 @@ def refuse(exporter: Exporter, model: Model, outcomes: Mapping[str, Outcome]) ->
 
     It cannot tell where the loader does not take the model's dense tensors this way either.
     """
-    entry = exporter.config(tuple(outcomes.values()), model.source.config)
+    entry = exporter.config(tuple(outcomes.values()), model.config)
     if entry is None:
         return None
     if exporter.name == "compressed-tensors" and (reason := _other_words(outcomes)) is not None:
         return reason
-    engine = skeleton(model.source.config)
+    engine = skeleton(model.config)
     name = type(engine).__name__
     native = exporter.name == "lilliput"
     if native and (reason := _swapped(engine, entry)) is not None:
         return reason
     sample = _kinds(model, outcomes)
-    packed = entry if native else CompressedTensors().config(tuple(outcomes.values()), model.source.config)
+    packed = entry if native else CompressedTensors().config(tuple(outcomes.values()), model.config)
     result = _load(engine, model, exporter, outcomes, packed, sample)
     if result.error is not None and entry != packed:  # decoded while loading, which nothing but an error calls for
         result = _load(engine, model, exporter, outcomes, entry, sample)
@@ -130,7 +130,7 @@ def _load(
         if f"{outcome.stored}.weight_shape" in tensors:  # the one tensor whose values the loader reads
             shape = torch.tensor([outcome.out_features, outcome.in_features])
             tensors[f"{outcome.stored}.weight_shape"] = shape
-    source = model.source.config
+    source = model.config
     try:
         with trial(), tempfile.TemporaryDirectory() as folder:
             # Read from a file as the engine will: JSON has no infinities, and transformers its own way of writing them.

@@ -71,6 +71,12 @@ class Resolved:
         return frozenset().union(*(task.needs for task in self.tasks))
 
     @property
+    def flows(self) -> bool:
+        """Whether the block loop takes calibration samples through the blocks."""
+        later = [x for x in self.tasks if x.spec.stage is not Stage.MODEL]
+        return any(x.needs or (x.spec.stage is Stage.BLOCK and x.spec.tokens(x.options)) for x in later)
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether any step looks at calibration samples."""
         return any(task.needs or task.fisher or task.spec.tokens(task.options) for task in self.tasks)
@@ -140,11 +146,6 @@ def retargeted(plan: LinearPlan, task: Task, target: Target) -> LinearPlan:
     """The linear when its step `task` has another target. Raises PlanError where the step cannot have it."""
     tasks = [replace(task, target=target) if x.step == task.step else x for x in plan.tasks]
     return _plan_linear(plan.name, plan.linear, plan.block, tasks, {})
-
-
-def rotates(recipe: Recipe) -> bool:
-    """Whether a step of the recipe rotates the model while it is read."""
-    return any(methods.get(step.method).spec.turns for step in recipe.steps)
 
 
 def matches(where: Where, name: str, linear: Linear) -> bool:

@@ -127,10 +127,10 @@ def written_config(model: Model, quantization: Mapping[str, Any] | None) -> dict
     names = list(model.skeleton.shapes)
     stored = {model.written_dtype(name) for name in names}
     return model_config(
-        model.source.config,
+        model.config,
         quantization=quantization,
         dtype=max(stored, key=lambda t: sum(model.written_dtype(n) == t for n in names)),
         tied=model.tied,
         architecture=type(model.skeleton.model).__name__,
-        raw=model.source.raw,
+        raw=model.raw,
     )

@@ -131,7 +131,7 @@ def _contents(
         licence=read_licence(model.source.folder),
         notes=(*plan.notes, *notes),
         datasets=() if dataset is None else (dataset,),
-        opener=opener(model.source.config).__name__,
+        opener=opener(model.config).__name__,
     )
     return written_config(model, plan.quantization_config), _provenance(d, measured, notes), card
 

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from lilliput.folds.kinds import ScaleFold
 from lilliput.machine.cost import Cost
+from lilliput.model.block import BlockWeights
 from lilliput.model.stored import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
 from lilliput.run.journal import Work
 from lilliput.stats.site import SiteStats
+from lilliput.streaming.forward import Batches
+from lilliput.streaming.states import Activations
 from lilliput.target import Target
 from lilliput.verbs.spec import Spec, Stage, Task
 from lilliput.verbs.view import BlockFit, BlockIO, BlockView, FitBlock, FitIO
@@ -74,6 +77,16 @@ class BlockDriver(Driver):
     stage: ClassVar[Stage] = Stage.BLOCK
 
     run: Callable[[Task, BlockView, BlockIO], Sequence[ScaleFold]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairDriver(Driver):
+    """`run`: new weights [out, in] by linear for a loaded block of an edited model, before anything else happens to
+    it."""
+
+    stage: ClassVar[Stage] = Stage.BLOCK
+
+    run: Callable[[Task, Model, BlockWeights, int, Batches, Activations, Any], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)

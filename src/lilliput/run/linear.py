@@ -19,6 +19,7 @@ from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
+from lilliput.run.repairing import Teacher
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 
@@ -40,6 +41,7 @@ class BlockJob:
     weights: BlockWeights
     exporter: export.Exporter
     fisher: Path | None = None  # squared gradients, where a step reads them
+    teacher: Teacher | None = None  # the unedited model, where a step repairs the edited one
 
     @property
     def plans(self) -> dict[str, LinearPlan]:

@@ -22,17 +22,15 @@ from lilliput.machine.device import choose as choose_device
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.metrics.slices import window
-from lilliput.model import rotated
 from lilliput.model.stored import Model, open_model
 from lilliput.options import Calibration, Compute, Fit, Gates, Limits, Text
 from lilliput.plan import choices
 from lilliput.plan.plan import Plan, compute_dtype, make
-from lilliput.plan.resolve import rotates
 from lilliput.progress import Progress, Quiet
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import calibration, delivery, journal, sizing, stages, stream
+from lilliput.run import calibration, delivery, editing, journal, sizing, stages, stream
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 
@@ -114,7 +112,7 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
     if job.fit is not None and not any(block.links for block in base.anatomy().blocks):
         recipe = compose(job.fit, folds=False)
         adjusted = recipes.with_settings(recipe, job.settings) if job.settings else recipe
-    opened = rotated.prepared(base, rotates(adjusted))
+    opened = editing.prepared(base, adjusted)
     calibration.known_positions(opened, text.tokens)
     plan = make(
         opened,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,18 +23,19 @@ from lilliput.plan import tensors as inventory
 from lilliput.plan.plan import Plan
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
-from lilliput.run import drivers, fisher, fitting, rewriting, stages, tables
-from lilliput.run.driver import BlockDriver, LinearDriver
+from lilliput.run import drivers, fisher, fitting, repairing, rewriting, stages, tables
+from lilliput.run.driver import BlockDriver, LinearDriver, RepairDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, within
 from lilliput.run.output import Output
+from lilliput.run.repairing import Teacher
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import lockstep, order
 from lilliput.streaming.collect import Collector, collect, tap
 from lilliput.streaming.forward import Batches, through
 from lilliput.streaming.states import Activations
-from lilliput.streaming.walk import Flow, taken_up, walk
-from lilliput.verbs.spec import Stage
+from lilliput.streaming.walk import Flow, Passage, taken_up, walk
+from lilliput.verbs.spec import Stage, Task
 
 
 def compress_site(
@@ -122,12 +124,24 @@ def _collect(
 def rewrite_block(job: BlockJob, batches: Batches | None, inputs: Activations | None) -> None:
     """Apply the rewrite steps: the function stays the same, the weights become easier to compress."""
     for task in job.plan.resolved.at(Stage.BLOCK):
+        if isinstance(drivers.find(task), RepairDriver):
+            _repair(job, task, batches, inputs)
+            continue
         view = rewriting.seen(job.model, job.index, job.weights, task, batches, inputs)
         if view is None:
             continue
         job.weights.fold(drivers.of(task, BlockDriver).run(task, *view))
         if batches is not None:
             rewriting.load_folded(job.model.skeleton, job.weights)
+
+
+def _repair(job: BlockJob, task: Task, batches: Batches | None, inputs: Activations | None) -> None:
+    if batches is None or inputs is None or job.teacher is None:
+        raise RuntimeError(f"{task.label} was planned without calibration")
+    run = drivers.of(task, RepairDriver).run
+    for name, weight in run(task, job.model, job.weights, job.index, batches, inputs, job.teacher).items():
+        job.weights.put(job.anatomy.linear(name), weight)
+    rewriting.load_folded(job.model.skeleton, job.weights)
 
 
 def compress_block(
@@ -320,22 +334,36 @@ def _blocks(
     finished: Mapping[int, Any],
     output: Output,
 ) -> None:
-    anatomy = model.anatomy()
     start = len(finished)
     flow: Flow | None = None
-    if plan.resolved.needs:
+    if plan.resolved.flows:
         if ids is None:
             raise RuntimeError("calibration was planned but there are no tokens")
         flow = _flow(plan, ids, work)
         work.keep([flow.path(start).name, *stages.files(plan), *fisher.file_names(work)])
-    exporter = export.get(plan.exporter)
     recorded = finished[start - 1]["hidden"] if start else None
     tables = bool(plan.resolved.tables)  # which are made from what the last block has left
-    for passage in walk(model, flow, first=start, recorded=recorded, keep=tables):
+    repairs = any(isinstance(drivers.find(task), RepairDriver) for task in plan.resolved.tasks)
+    passages = walk(model, flow, first=start, recorded=recorded, keep=tables)
+    with repairing.teacher(model, flow) if repairs and flow is not None else nullcontext() as teacher:
+        _walk(plan, model, passages, teacher, work, progress, output)
+
+
+def _walk(
+    plan: Plan,
+    model: Model,
+    passages: Iterator[Passage],
+    teacher: Teacher | None,
+    work: Work,
+    progress: Progress,
+    output: Output,
+) -> None:
+    anatomy, exporter = model.anatomy(), export.get(plan.exporter)
+    for passage in passages:
         index = passage.block
         weights = BlockWeights(model, index, anatomy.blocks[index])
         squares = fisher.path_of(work, index) if plan.resolved.fisher(plan.samples) else None
-        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares)
+        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares, teacher)
         tensors, rows = compress_block(job, passage.batches, passage.inputs, passage.outputs)
         model.unload_block(index)  # not beside the tensors while they are written
         hashes: dict[str, str] = {}

@@ -25,33 +25,21 @@ from lilliput.formats.rounding import Trainable, Units
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.stats.site import SiteStats
-from lilliput.target import Strict, Target
+from lilliput.target import Target
 from lilliput.training import minimise as train
+from lilliput.training.descent import DescentOptions, batches, losses
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
 _EDGE = 0.5 - 2.0**-10  # how far from its code a position may lie
 _CHUNK = 1 << 17  # weights worked on at a time
 
 
-class FitOptions(Strict):
+class FitOptions(DescentOptions):
     """What every method of the family has."""
 
-    iters: int = Field(200, ge=0, description="steps of descent; 0 leaves the start unchanged")
-    lr: float | None = Field(None, gt=0.0, description="length of the first step; none: the method's own choice")
-    batch: int = Field(8, ge=1, description="samples in a step")
-    seed: int = Field(0, ge=0, description="seed of the order of the samples")
     start: Literal["mse", "minmax"] = Field(
         "mse", description="grid of a layer that no earlier step quantized: least weighted error, or covering the range"
     )
-    weigh: Literal["tokens", "alike"] = Field(
-        "tokens",
-        description="tokens: a token's error is relative to its mean square output, as a norm after it sees it",
-    )
-
-
-def looks(o: FitOptions, samples: int) -> int:
-    """Samples that all steps of descent look at, of so many."""
-    return o.iters * min(o.batch, samples)
 
 
 @dataclass(frozen=True)
@@ -199,7 +187,7 @@ def descend(
     for name, layer in block.layers.items():
         before, start = _start(layer, io.stats.get(block.anatomy.linear(name).site), targets[name], o)
         linears[name] = _Linear(before, start.units.form, [begin(piece) for piece in start.pieces()])
-    order = _samples(len(io.inputs), o)
+    order = batches(len(io.inputs), o)
 
     # A mini-batch is judged by what its own samples lose at the start, so that an easy one is not mistaken for
     # progress.
@@ -208,10 +196,10 @@ def descend(
     def whole() -> float:
         with torch.no_grad():
             finished = {name: x.finished().decode() for name, x in linears.items()}
-            losses = _losses(block, io, finished, range(len(io.inputs)), o)
+            each = losses(block, io, finished, range(len(io.inputs)), o)
         if not scale:
-            scale.extend(losses)
-        return sum(losses) / len(losses)
+            scale.extend(each)
+        return sum(each) / len(each)
 
     def slope(step: int) -> float:
         chosen = order[step]
@@ -221,7 +209,7 @@ def descend(
         for leaf in leaves.values():
             leaf.requires_grad_()
         with torch.enable_grad():
-            total = sum(_losses(block, io, leaves, chosen, o, backward=norm))
+            total = sum(losses(block, io, leaves, chosen, o, backward=norm))
         for name, linear in linears.items():
             gradient = leaves.pop(name).grad
             at = 0
@@ -239,42 +227,3 @@ def descend(
     parameters = [p for linear in linears.values() for x in linear.fitted for p in x.parameters]
     descent = train.minimise(parameters, slope, whole, schedule)
     return BlockFit({name: x.finished() for name, x in linears.items()}, descent.start, descent.end)
-
-
-def _samples(count: int, o: FitOptions) -> list[list[int]]:
-    """The samples of each step: every sample once before any comes again."""
-    generator = torch.Generator().manual_seed(o.seed)
-    batch = min(o.batch, count)
-    line: list[int] = []
-    out: list[list[int]] = []
-    for _ in range(o.iters):
-        while len(line) < batch:
-            line += [n for n in torch.randperm(count, generator=generator).tolist() if n not in line[-batch:]]
-        out.append(sorted(line[:batch]))
-        line = line[batch:]
-    return out
-
-
-def _losses(
-    block: FitBlock,
-    io: FitIO,
-    weights: Mapping[str, Tensor],
-    chosen: Sequence[int],
-    o: FitOptions,
-    backward: float | None = None,
-) -> list[float]:
-    """The mean squared error of each chosen sample; with `backward`, gradients of their sum over that number."""
-    out: list[float] = []
-    for a in range(0, len(chosen), io.piece):
-        some = chosen[a : a + io.piece]
-        device = next(iter(weights.values())).device
-        hidden = torch.cat([io.inputs.read(n, n + 1) for n in some]).to(device)
-        targets = torch.cat([io.targets.read(n, n + 1) for n in some]).to(device)
-        error = (block.run(weights, hidden) - targets).square().mean(2)
-        if o.weigh == "tokens":
-            error = error / targets.square().mean(2).clamp_(min=1e-12)
-        each = error.mean(1)
-        if backward is not None:
-            (each.sum() / backward).backward()  # type: ignore[no-untyped-call]
-        out += each.detach().tolist()
-    return out

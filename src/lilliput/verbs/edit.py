@@ -1,34 +1,83 @@
-"""The verb `edit`: what leaves the model, and the bases in which its blocks see the residual stream."""
+"""The verb `edit`: what leaves the model. Scored in a pass over the blocks, decided once, sliced while it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lilliput.anatomy.model import Groups
 from lilliput.errors import PlanError
-from lilliput.stats.site import SiteStats
-from lilliput.verbs.edits import EditPlan
+from lilliput.machine.cost import Cost, Phase
+from lilliput.model.edited import Edit as Decision
+from lilliput.streaming import peak
+from lilliput.streaming.peak import Run
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(Spec[OptionsT]):
-    """`run(groups, stats, options)`: what leaves of each block's groups, by statistics of what enters each place.
+    """`sizes(units, options)`: how much stays, from shapes alone; `run(scores, units, sizes, options)`: what stays.
 
-    No recipe runs it yet: its steps are refused.
+    `score(view, io, options)`: scores of one block (None: shapes decide). `loss`: in place of scores, what stays by the
+    losses of the model without some of its blocks (None from it: by scores after all). `gradients(options)`: whether a
+    score reads gradients and their squares; `similar(options)`: whether it reads how alike a block's inputs and outputs
+    are. `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
     """
 
     verb: ClassVar[str] = "edit"
     family: ClassVar[str] = "edit"
     stage: ClassVar[Stage] = Stage.MODEL
 
-    run: Callable[[Sequence[Groups], Mapping[str, SiteStats], OptionsT], EditPlan]
+    sizes: Callable[[Sequence[Units], OptionsT], Sizes]
+    run: Callable[[Sequence[EditScores], Sequence[Units], Sizes, OptionsT], Decision]
+    score: Callable[[EditView, EditIO, OptionsT], EditScores] | None = None
+    loss: Callable[[SkipLoss, Sequence[Units], Sizes, OptionsT], Decision | None] | None = None
+    gradients: Callable[[OptionsT], bool] | None = None
+    similar: Callable[[OptionsT], bool] | None = None
+    looked_at: Callable[[int, OptionsT], int] | None = None
     writes: Writes = "fold"
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
-        raise PlanError(
-            f"{task.label} changes the structure of the model: the transforms that it puts between blocks have no "
-            "place in any layout that is written here; leave the step out"
-        )
+        if any(x.spec.settles for x in recipe[: task.step]):
+            raise PlanError(
+                f"{task.label} takes parts of the model away, and an earlier step has already decided the values of "
+                "its weights: move it to the front"
+            )
+        before = [x for x in recipe[: task.step] if x.spec.stage is not Stage.MODEL or x.spec.turns]
+        if before:
+            raise PlanError(f"{task.label} edits the whole model: move it in front of {before[0].label}")
+
+    def slopes(self, options: OptionsT) -> bool:
+        """Whether its scores read gradients."""
+        return self.gradients is not None and self.gradients(options)
+
+    def looks_alike(self, options: OptionsT) -> bool:
+        """Whether its scores read how alike a block's inputs and outputs are."""
+        return self.similar is not None and self.similar(options)
+
+    def tokens(self, options: OptionsT) -> bool:
+        return self.loss is not None or self.looks_alike(options) or self.slopes(options)
+
+    def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
+        """The model is scored before anything has left it."""
+        phases = [Phase("scoring what may leave", Cost(ram=max(peak_of(run))))]
+        if self.slopes(options):
+            phases.append(Phase("the backward pass of an edit", peak.of_gradients(run) + Cost(ram=_squares(run))))
+        if self.loss is not None:
+            phases.append(Phase("losses without single blocks", peak.of_loss(run, 0)))
+        return tuple(phases)
+
+
+def peak_of(run: Run) -> list[int]:
+    """By kind of block, its weights in float32 and as it runs, beside a forward pass and its statistics."""
+    return [
+        peak.of_resident(run, block, grams=False, lockstep=False).ram
+        + peak.of_forward(run, block, gram=False).ram
+        + 8 * sum(x.parameters for x in block.linears)
+        for block in run.kinds
+    ]
+
+
+def _squares(run: Run) -> int:
+    return max(8 * sum(x.parameters for x in block.linears) for block in run.kinds)

@@ -1,27 +1,194 @@
-"""What an edit of the model's structure returns: groups that leave, and the bases in which blocks see the residual."""
+"""What an edit of the model's structure sees and returns: what there is in each block, how much of it stays, scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from lilliput.anatomy.model import Group
+from lilliput.anatomy.model import Anatomy, Block
+from lilliput.errors import LilliputError, PlanError
+from lilliput.model.edited import Edit, heads_of
+from lilliput.stats.site import SiteStats
 
 
 @dataclass(frozen=True)
-class EditPlan:
-    """removed: groups that leave, by block. bases: one matrix with orthonormal columns [hidden, kept], float64, for
-    every block and one for the final norm and head; empty where the residual stream keeps its basis.
+class Units:
+    """What can leave a block. channels: the width of each of its MLPs; heads: heads with their query group;
+    channel_cost, head_cost: weights of one of each; weights: of all its linears."""
 
-    In block i readers W <- W Q_i and writers W <- Q_iT W; the embedding E <- E Q_0, the head W <- W Q_last; between
-    blocks the residual stream is multiplied by `transition(i)`.
+    channels: tuple[int, ...]
+    heads: int
+    channel_cost: int
+    head_cost: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What stays: so many blocks, and in each of them hidden channels of every MLP and heads (None: all)."""
+
+    blocks: int
+    channels: int | None = None
+    heads: int | None = None
+
+
+@dataclass(frozen=True)
+class EditView:
+    """A block of the model to be edited. `weight(linear)`: float32 [out, in], read anew each time."""
+
+    anatomy: Block
+    weight: Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class EditIO:
+    """What a score may look at beside the weights; empty or None where its spec does not ask for it.
+
+    stats: by site. gradients, squares: by linear, float32 [out, in], of the mean cross-entropy over all samples: its
+    gradient, and the mean over samples of the squared gradient of each one's loss. similarity: the mean over tokens of
+    the cosine between what enters the block and what leaves it.
     """
 
-    removed: Mapping[int, tuple[Group, ...]] = field(default_factory=dict)
-    bases: tuple[Tensor, ...] = ()
+    stats: Mapping[str, SiteStats]
+    gradients: Mapping[str, Tensor]
+    squares: Mapping[str, Tensor]
+    similarity: float | None = None
 
-    def transition(self, block: int) -> Tensor:
-        """The skip connection's transform after `block`: Q_iT Q_(i+1), float64 [kept_i, kept_(i+1)]."""
-        return self.bases[block].T @ self.bases[block + 1]
+
+EditScores = Mapping[str, tuple[float, ...]]
+"""Of one block: under "block" one number, under "heads" one for each head, under "channels.N" one for each hidden
+channel of its MLP number N. They go through the journal."""
+
+SkipLoss = Callable[[Collection[int]], float]
+"""Mean cross-entropy in nats of the model without some of its blocks, by number."""
+
+
+def units_of(anatomy: Anatomy) -> tuple[Units, ...]:
+    """What there is to leave out, by block."""
+    kinds: dict[int, Units] = {}
+    for block in anatomy.blocks:
+        if id(block) not in kinds:
+            kinds[id(block)] = _units(block)
+    return tuple(kinds[id(block)] for block in anatomy.blocks)
+
+
+def _units(block: Block) -> Units:
+    heads, mlps = heads_of(block), block.groups.channels
+    head_cost = sum(span_weights(block, x.members) for x in heads[:1])
+    channel_cost = sum(span_weights(block, x.group(0).members) for x in mlps[:1])
+    weights = sum(x.parameters for x in block.linears)
+    return Units(tuple(x.width for x in mlps), len(heads), channel_cost, head_cost, weights)
+
+
+def span_weights(block: Block, members: Sequence[tuple[str, str, tuple[int, int]]]) -> int:
+    """Weights of some rows and columns of a block's linears."""
+    total = 0
+    for name, axis, (a, b) in members:
+        linear = block.linear(name)
+        total += (b - a) * (linear.in_features if axis == "rows" else linear.out_features)
+    return total
+
+
+def stay(units: Sequence[Units], leaving: int, protected: Collection[int]) -> int:
+    """How many blocks stay. Raises PlanError where that would be none, or a protected block does not exist or would
+    have to leave."""
+    count = len(units)
+    wrong = [n for n in protected if not 0 <= n < count]
+    if wrong:
+        raise PlanError(f"block {wrong[0]} cannot be protected: the model has blocks 0 to {count - 1}")
+    most = min(count - 1, count - len(set(protected)))
+    if leaving > most:
+        raise PlanError(f"{leaving} of {count} blocks cannot leave: at most {most} can, with {len(set(protected))} "
+                        "protected and one that has to stay")  # fmt: skip
+    return count - leaving
+
+
+def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence[str]) -> Sizes:
+    """Alike for all blocks: what stays where `ratio` of their weights leaves.
+
+    Heads leave first, as many as the ratio holds of them, rounded down; hidden channels make up the rest, so that a
+    multiple of `multiple` stays. Raises PlanError where that cannot be.
+    """
+    if len({(x.channels, x.heads) for x in units}) > 1:
+        raise PlanError("blocks have different numbers of heads or hidden channels: nothing can be the same in all")
+    first, total = units[0], sum(x.weights for x in units)
+    wanted = ratio * total / len(units)
+    heads = first.heads
+    if "head" in kinds and first.heads:
+        heads -= min(int(ratio * first.heads + 1e-9), first.heads - 1)
+        wanted -= (first.heads - heads) * first.head_cost
+    elif "head" in kinds and "channel" not in kinds:
+        raise PlanError("the heads of this model could not be told apart: leave `head` out of kinds")
+    if "channel" not in kinds:
+        return Sizes(len(units), None, heads)
+    if not first.channels or len(set(first.channels)) > 1:
+        raise PlanError("the hidden channels of this model could not be told apart: leave `channel` out of kinds")
+    width, mlps = first.channels[0], len(first.channels)
+    kept = width - max(0.0, wanted) / (first.channel_cost * mlps)
+    kept = int(kept / multiple + 0.5) * multiple if width % multiple == 0 or kept < width else width
+    kept = min(kept, width)
+    if kept < 1:
+        raise PlanError(
+            f"ratio {ratio} of the weights is more than the hidden channels hold: give less, or kinds [head, channel]"
+        )
+    return Sizes(len(units), kept, heads if "head" in kinds else None)
+
+
+def first_of(units: Sequence[Units], sizes: Sizes) -> Edit:
+    """An edit of these sizes before anything is scored: the first of everything stays."""
+    blocks = tuple(range(sizes.blocks))
+    channels: dict[tuple[int, int], tuple[int, ...]] = {}
+    heads: dict[int, tuple[int, ...]] = {}
+    for n in blocks:
+        if sizes.channels is not None:
+            channels |= {(n, m): tuple(range(sizes.channels)) for m in range(len(units[n].channels))}
+        if sizes.heads is not None:
+            heads[n] = tuple(range(sizes.heads))
+    return Edit(blocks, channels, heads)
+
+
+def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:
+    """The places of the `count` highest scores, ascending; among equals the earlier. Raises LilliputError for NaN."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    if bool(torch.isnan(values).any()):
+        raise LilliputError("scores of an edit contain NaN: check the weights and the calibration data")
+    order = torch.sort(values, descending=True, stable=True).indices[:count]
+    return tuple(sorted(order.tolist()))
+
+
+def best_units(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes) -> Edit:
+    """In every block the heads and hidden channels of the highest scores stay."""
+    channels: dict[tuple[int, int], tuple[int, ...]] = {}
+    heads: dict[int, tuple[int, ...]] = {}
+    for n, block in enumerate(scores):
+        if sizes.channels is not None:
+            for m in range(len(units[n].channels)):
+                channels[n, m] = highest(block[f"channels.{m}"], sizes.channels)
+        if sizes.heads is not None:
+            heads[n] = highest(block["heads"], sizes.heads)
+    return Edit(tuple(range(len(scores))), channels, heads)
+
+
+def by_member(view: EditView, weight_score: Callable[[str, str, slice | Tensor], Tensor]) -> EditScores:
+    """Scores of all heads and channels of a block, summed over their members.
+
+    `weight_score(linear, axis, index)`: a vector with one number for each row or column of the linear.
+    """
+    block = view.anatomy
+    scores: dict[str, tuple[float, ...]] = {}
+    heads = []
+    for group in heads_of(block):
+        heads.append(sum(float(weight_score(n, axis, slice(a, b)).sum()) for n, axis, (a, b) in group.members))
+    if heads:
+        scores["heads"] = tuple(heads)
+    for m, mlp in enumerate(block.groups.channels):
+        total = torch.zeros(mlp.width, dtype=torch.float64)
+        for name, index in mlp.rows:
+            total += weight_score(name, "rows", index).double().cpu()
+        for name in mlp.readers:
+            total += weight_score(name, "columns", slice(0, mlp.width)).double().cpu()
+        scores[f"channels.{m}"] = tuple(total.tolist())
+    return scores

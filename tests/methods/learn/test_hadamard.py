@@ -9,10 +9,10 @@ import torch
 
 from lilliput.errors import PlanError
 from lilliput.methods.learn import hadamard
-from lilliput.model.rotated import RotatedModel, prepared
+from lilliput.model.rotated import RotatedModel
 from lilliput.plan.plan import make
-from lilliput.plan.resolve import rotates
 from lilliput.recipe.schema import Recipe, Step
+from lilliput.run.editing import prepared
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
@@ -46,6 +46,6 @@ def test_rotations_come_first(toy: Any) -> None:
     recipe = Recipe(steps=(Step(method="smoothquant"), Step(method="hadamard"), Step(method="rtn")))
     with pytest.raises(PlanError, match="move it in front of step 1"):
         make(
-            prepared(toy.model, rotates(recipe)), recipe, samples=1, tokens=8, budget=None, size=None, seed=None,
+            prepared(toy.model, recipe), recipe, samples=1, tokens=8, budget=None, size=None, seed=None,
             dtype=torch.float32,
         )  # fmt: skip

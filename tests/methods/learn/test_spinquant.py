@@ -15,10 +15,10 @@ from lilliput.algebra.rotations import cayley, orthogonal
 from lilliput.errors import PlanError
 from lilliput.formats.integer import from_target
 from lilliput.methods.learn import spinquant
-from lilliput.model.rotated import RotatedModel, prepared
+from lilliput.model.rotated import RotatedModel
 from lilliput.plan.plan import make
-from lilliput.plan.resolve import rotates
 from lilliput.recipe.schema import Recipe, Step
+from lilliput.run.editing import prepared
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
 from lilliput.target import Target
@@ -133,6 +133,6 @@ def test_without_a_grid_there_is_nothing_to_learn(toy: Any) -> None:
     recipe = Recipe(steps=(Step(method="spinquant"), Step(method="magnitude")))
     with pytest.raises(PlanError, match="no later step quantizes"):
         make(
-            prepared(toy.model, rotates(recipe)), recipe, samples=1, tokens=8, budget=None, size=None, seed=None,
+            prepared(toy.model, recipe), recipe, samples=1, tokens=8, budget=None, size=None, seed=None,
             dtype=torch.float32,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from lilliput.formats import rounding
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Fitted, Start
+from lilliput.training.descent import looks
 from lilliput.training.minimise import Parameter, Schedule
 from lilliput.verbs.fit import Fit
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
@@ -107,5 +108,5 @@ METHOD = Fit(
     },
     run=fit,
     copies=12,  # those of signround, and the sigmoid's own
-    looks=blockfit.looks,
+    looks=looks,
 )

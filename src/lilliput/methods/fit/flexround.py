@@ -24,6 +24,7 @@ from lilliput.formats import rounding
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
+from lilliput.training.descent import looks
 from lilliput.training.minimise import Parameter, Schedule
 from lilliput.verbs.fit import Fit
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
@@ -97,5 +98,5 @@ METHOD = Fit(
     },
     run=fit,
     copies=11,  # those of signround, and the position
-    looks=blockfit.looks,
+    looks=looks,
 )

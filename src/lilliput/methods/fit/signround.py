@@ -32,6 +32,7 @@ from lilliput.formats.ggml_bytes import KINDS
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
+from lilliput.training.descent import looks
 from lilliput.training.minimise import Parameter, Schedule
 from lilliput.verbs.fit import Fit
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
@@ -131,5 +132,5 @@ METHOD = Fit(
     },
     run=fit,
     copies=10,  # the weight, its start, V and its gradient, What and its gradient, two states to return to, Adam's two
-    looks=blockfit.looks,
+    looks=looks,
 )

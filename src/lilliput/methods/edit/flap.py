@@ -1,0 +1,97 @@
+"""FLAP: hidden channels and heads leave whose outputs fluctuate least, weighed by the weights that read them.
+
+At the inputs of the down and o projections, with the variance v_j of channel j over the calibration tokens, a channel's
+score is S_j = v_j |W_:,j|^2 (WIFV): what stays of its contribution once its mean is taken up by a bias. Heads: the mean
+of their channels' scores, after the square of each. The authors compare z-scores over the whole model, so that blocks
+get different widths; here every block keeps as many, because engines read one config for all of them (`ratio` is taken
+from each kind as `kinds` says: heads rounded down, channels for the rest). Within a block the order is the paper's.
+
+A channel's mean contribution, W_:,P x_P, is lost to a model without biases: `refit` after this step makes up for more
+than that, by least squares on the channels that stay.
+
+Paper: An et al. 2024, arXiv 2312.11983; by default channels alone leave: few key-value heads are too coarse.
+Cost: one forward pass. Limits: variances describe the calibration text; dense activations are seen, not pruned ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput.model.edited import Edit as Decision
+from lilliput.model.edited import heads_of
+from lilliput.stats.site import SiteStats
+from lilliput.target import Strict
+from lilliput.verbs.edit import Edit
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Units, best_units, thinner
+
+Kind = Literal["channel", "head"]
+
+
+class Options(Strict):
+    """See the module's docstring."""
+
+    ratio: float = Field(0.2, ge=0.0, lt=1.0, description="share of the blocks' weights that leaves")
+    kinds: tuple[Kind, ...] = Field(("channel",), description="what may leave: channel, head or both")
+    multiple: int = Field(8, ge=1, description="hidden channels that stay are a multiple of this")
+    metric: Literal["wifv", "wifn"] = Field("wifv", description="wifv: variance; wifn: mean square, no bias assumed")
+
+
+def sizes(units: Sequence[Units], o: Options) -> Sizes:
+    """Raises PlanError for a ratio that the kinds do not hold."""
+    return thinner(units, o.ratio, o.multiple, o.kinds)
+
+
+def score(view: EditView, io: EditIO, o: Options) -> EditScores:
+    """The fluctuation of every channel and head."""
+    block = view.anatomy
+    scores: dict[str, tuple[float, ...]] = {}
+    for m, mlp in enumerate(block.groups.channels):
+        total = torch.zeros(mlp.width, dtype=torch.float64)
+        for name in mlp.readers:
+            total += _fluctuation(view, io, name, o)
+        scores[f"channels.{m}"] = tuple(total.tolist())
+    heads = []
+    seen: dict[str, Tensor] = {}
+    for group in heads_of(block):
+        values = []
+        for name, axis, (a, b) in group.members:
+            if axis == "columns":
+                if name not in seen:
+                    seen[name] = _fluctuation(view, io, name, o).square()
+                values.append(seen[name][a:b])
+        heads.append(float(torch.cat(values).mean()))
+    if heads:
+        scores["heads"] = tuple(heads)
+    return scores
+
+
+def _fluctuation(view: EditView, io: EditIO, name: str, o: Options) -> Tensor:
+    """S_j of the inputs of a linear, float64 [in]."""
+    stats: SiteStats = io.stats[view.anatomy.linear(name).site]
+    spread = stats.second_moment().double()
+    if o.metric == "wifv":
+        spread = (spread - stats.need("mean").double().square()).clamp_(min=0.0)
+    return (spread * view.weight(name).double().square().sum(0)).cpu()
+
+
+def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
+    """The units that fluctuate most."""
+    return best_units(scores, units, sizes)
+
+
+METHOD = Edit(
+    paper="An et al. 2024, arXiv 2312.11983",
+    options=Options,
+    needs=("square", "mean"),
+    covers={
+        "flap": [{"method": "flap"}, {"method": "refit"}],
+    },
+    sizes=sizes,
+    run=run,
+    score=score,
+)

@@ -1,0 +1,73 @@
+"""Group magnitude: hidden channels and heads of the smallest weights leave, data free.
+
+A unit's score is the norm of all weights that leave with it: of channel j of a gated MLP, row j of gate and up and
+column j of down; of a head, its rows in k and v, its queries' rows in q and their columns in o. The result has the same
+sizes in every block, so that a stock config holds it.
+
+Paper: Li et al. 2017, arXiv 1608.08710 (norms of filters); groups: Fang et al. 2023, arXiv 2301.12900.
+Cost: one reading of the weights. Limits: says nothing of how large a unit's inputs are; weak beside `flap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lilliput.model.edited import Edit as Decision
+from lilliput.target import Strict
+from lilliput.verbs.edit import Edit
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Units, best_units, by_member, thinner
+
+Kind = Literal["channel", "head"]
+
+
+class Options(Strict):
+    """See the module's docstring."""
+
+    ratio: float = Field(0.2, ge=0.0, lt=1.0, description="share of the blocks' weights that leaves")
+    kinds: tuple[Kind, ...] = Field(("channel",), description="what may leave: channel, head or both")
+    multiple: int = Field(8, ge=1, description="hidden channels that stay are a multiple of this")
+    norm: Literal[1, 2] = Field(2, description="exponent of the norm")
+
+
+def sizes(units: Sequence[Units], o: Options) -> Sizes:
+    """Raises PlanError for a ratio that the kinds do not hold."""
+    return thinner(units, o.ratio, o.multiple, o.kinds)
+
+
+def score(view: EditView, io: EditIO, o: Options) -> EditScores:
+    """The sum over a unit's weights of |w|^norm, which orders as the norm does."""
+    weights: dict[str, Tensor] = {}
+
+    def of(name: str, axis: str, index: slice | Tensor) -> Tensor:
+        if name not in weights:
+            weights.clear()
+            weights[name] = view.weight(name).double().abs().pow(o.norm)
+        value = weights[name]
+        return value[index].sum(1) if axis == "rows" else value[:, index].sum(0)
+
+    with torch.no_grad():
+        return by_member(view, of)
+
+
+def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
+    """The units of the largest norms."""
+    return best_units(scores, units, sizes)
+
+
+METHOD = Edit(
+    paper="Li et al. 2017, arXiv 1608.08710; Fang et al. 2023, arXiv 2301.12900",
+    options=Options,
+    needs=(),
+    covers={
+        "group-magnitude": [{"method": "group-magnitude"}],
+        "dependency-groups": None,
+    },
+    sizes=sizes,
+    run=run,
+    score=score,
+)

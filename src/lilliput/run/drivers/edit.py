@@ -1,0 +1,25 @@
+"""How `edit` is carried out: scores of all blocks or losses without some of them, and one decision, in the journal."""
+
+from __future__ import annotations
+
+from lilliput.machine.cost import Cost
+from lilliput.model.stored import Model
+from lilliput.plan.plan import Plan
+from lilliput.run import editing
+from lilliput.run.driver import ModelDriver
+from lilliput.verbs.edit import Edit
+from lilliput.verbs.spec import Task
+
+
+def cost(plan: Plan, task: Task, model: Model) -> Cost:
+    """Hidden states on both sides of a block, or those that enter every block."""
+    spec, base = task.of(Edit), editing.unedited(model).skeleton
+    if not (task.needs or spec.tokens(task.options)):
+        return Cost()
+    every = spec.slopes(task.options) or spec.loss is not None
+    states = len(base.block_names) + 3 if every else 2
+    samples = plan.samples if spec.looked_at is None else spec.looked_at(plan.samples, task.options)
+    return Cost(disk=samples * plan.tokens * base.hidden_size * states * max(base.dtype.itemsize, 4 * every))
+
+
+DRIVER = ModelDriver(verb=Edit, run=editing.edited, cost=cost)

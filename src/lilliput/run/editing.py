@@ -1,0 +1,286 @@
+"""How the verb `edit` is carried out: the model as planned, with the sizes that will stay; scores; what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput import methods
+from lilliput.anatomy.model import Block
+from lilliput.machine import memory, ranks
+from lilliput.model import rotated
+from lilliput.model.block import BlockWeights
+from lilliput.model.edited import Edit, EditedModel
+from lilliput.model.rotated import RotatedModel
+from lilliput.model.stored import Model
+from lilliput.plan.plan import Plan
+from lilliput.progress import Progress
+from lilliput.recipe.schema import Recipe
+from lilliput.run.journal import Work
+from lilliput.stats.site import SiteStats
+from lilliput.streaming import backward
+from lilliput.streaming.backward import Samples
+from lilliput.streaming.collect import collect
+from lilliput.streaming.forward import through
+from lilliput.streaming.walk import Flow, Passage, walk
+from lilliput.verbs import edits
+from lilliput.verbs.edit import Edit as EditSpec
+from lilliput.verbs.edits import EditIO, EditScores, EditView
+from lilliput.verbs.spec import Task
+
+
+def prepared(model: Model, recipe: Recipe) -> Model:
+    """The model as the steps of a recipe will find it: of the sizes that its edits leave, with the first of everything
+    in place of what they will choose, and ready to be rotated where a step learns a rotation.
+
+    Raises PlanError where an edit has no place in a config of the model's architecture.
+    """
+    for step in recipe.steps:
+        method = methods.get(step.method)
+        if isinstance(method.spec, EditSpec):
+            units = edits.units_of(model.anatomy())
+            sizes = method.spec.sizes(units, method.parse(step.options))
+            model = EditedModel(model, edits.first_of(units, sizes))
+        elif method.spec.turns:
+            model = rotated.ready(model)
+    return model
+
+
+def unedited(model: Model) -> Model:
+    """The model before all edits."""
+    inner = _base(model)
+    return model if inner is None else unedited(inner)
+
+
+def _base(model: Model) -> Model | None:
+    return model.base if isinstance(model, EditedModel | RotatedModel) else None
+
+
+def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
+    """The model with what the step leaves, decided now unless an earlier run did. ids [N, T] are all samples."""
+    level = _level(model, [x.step for x in plan.resolved.of(EditSpec)].index(task.step))
+    records = [r for r in work.find("edit") if r["step"] == task.step]
+    if not records:
+        edit = _decided(plan, task, level, ids, work, progress) if ranks.lead() else level.edit
+        work.note({"kind": "edit", "step": task.step, "edit": edit.plain()})
+        records = [r for r in work.find("edit") if r["step"] == task.step]
+    return _replaced(model, level, level.with_edit(Edit.from_plain(records[0]["edit"])))
+
+
+def _level(model: Model, number: int) -> EditedModel:
+    """The edited model of the edit with this number, counted from the first."""
+    levels: list[EditedModel] = []
+    inner: Model | None = model
+    while inner is not None:
+        if isinstance(inner, EditedModel):
+            levels.append(inner)
+        inner = _base(inner)
+    return levels[::-1][number]
+
+
+def _replaced(model: Model, old: EditedModel, new: EditedModel) -> Model:
+    """The model with another view in place of one that it rests on."""
+    if model is old:
+        return new
+    if not isinstance(model, EditedModel | RotatedModel):
+        raise RuntimeError("the model rests on no such edit")
+    return model.over(_replaced(model.base, old, new))
+
+
+def _decided(plan: Plan, task: Task, level: EditedModel, ids: Tensor | None, work: Work, progress: Progress) -> Edit:
+    spec, base = task.of(EditSpec), level.base
+    units = edits.units_of(base.anatomy())
+    sizes = spec.sizes(units, task.options)
+    if spec.loss is not None:
+        with _Skipping(plan, task, base, ids, work, progress) as skipping:
+            chosen = spec.loss(skipping.loss, units, sizes, task.options)
+            if chosen is not None:
+                return chosen
+    scores = _scored(plan, task, base, ids, work, progress) if spec.score is not None else []
+    return spec.run(scores, units, sizes, task.options)
+
+
+def _looked_at(plan: Plan, task: Task, ids: Tensor | None) -> Tensor:
+    if ids is None:
+        raise RuntimeError("an edit was planned from calibration, but there are no tokens")
+    looked_at = task.of(EditSpec).looked_at
+    return ids if looked_at is None else ids[: looked_at(len(ids), task.options)]
+
+
+def _scored(
+    plan: Plan, task: Task, base: Model, ids: Tensor | None, work: Work, progress: Progress
+) -> Sequence[EditScores]:
+    """Scores of all blocks, each a record of the journal."""
+    known = {int(r["block"]): r for r in work.find("edit-score") if r["step"] == task.step}
+    count = len(base.skeleton.block_names)
+    if len(known) < count:
+        if task.of(EditSpec).slopes(task.options):
+            _from_gradients(plan, task, base, ids, work, progress, known)
+        else:
+            _from_blocks(plan, task, base, ids, work, progress, known)
+    records = {int(r["block"]): r["scores"] for r in work.find("edit-score") if r["step"] == task.step}
+    return [{key: tuple(values) for key, values in records[n].items()} for n in range(count)]
+
+
+def _note(task: Task, block: int, scores: EditScores, work: Work, hidden: Any = None) -> None:
+    plain = {key: list(values) for key, values in scores.items()}
+    work.note({"kind": "edit-score", "step": task.step, "block": block, "scores": plain, "hidden": hidden})
+
+
+def _view(base: Model, block: int) -> EditView:
+    anatomy = base.anatomy().blocks[block]
+    weights = BlockWeights(base, block, anatomy)
+    return EditView(anatomy, lambda name: weights.linear(anatomy.linear(name)).to(weights.device))
+
+
+def _from_blocks(
+    plan: Plan,
+    task: Task,
+    base: Model,
+    ids: Tensor | None,
+    work: Work,
+    progress: Progress,
+    known: Mapping[int, Any],
+) -> None:
+    spec = task.of(EditSpec)
+    count, start = len(base.skeleton.block_names), len(known)
+    stem = f"edit-{task.step:02d}"
+    for path in work.folder.glob(f"{stem}-*.bin"):
+        if path.name != f"{stem}-{start:04d}.bin":
+            path.unlink()  # of a run killed between a record and its tidying
+    flow: Flow | None = None
+    if task.needs or spec.looks_alike(task.options):
+        flow = Flow(_looked_at(plan, task, ids), plan.batching.batch, work.folder, stem, plan.dtype)
+    progress.step(start, count, "scoring what may leave")
+    recorded = known[start - 1]["hidden"] if start else None
+    with torch.no_grad():
+        for passage in walk(base, flow, first=start, recorded=recorded):
+            stats = _statistics(base, passage, task.needs)
+            alike = _similarity(passage) if spec.looks_alike(task.options) else None
+            base.unload_block(passage.block)
+            view = _view(base, passage.block)
+            scores = spec.score(view, EditIO(stats, {}, {}, alike), task.options) if spec.score is not None else {}
+            del view
+            _note(task, passage.block, scores, work, passage.checksum())
+            progress.step(passage.block + 1, count, "scoring what may leave")
+
+
+def _statistics(base: Model, passage: Passage, needs: frozenset[str]) -> Mapping[str, SiteStats]:
+    if passage.batches is None or passage.inputs is None:
+        return {}
+    block: Block = base.anatomy().blocks[passage.block]
+    runs = through(base.skeleton, passage.block, passage.batches, passage.inputs, passage.outputs)
+    return collect(base.skeleton, passage.block, block.sites, {x.name: needs for x in block.sites}, runs)
+
+
+def _similarity(passage: Passage) -> float:
+    """The mean over tokens of the cosine between what enters a block and what leaves it."""
+    if passage.inputs is None or passage.outputs is None:
+        raise RuntimeError("similarity was planned without hidden states")
+    total, tokens = 0.0, 0
+    for n in range(len(passage.inputs)):
+        before, after = passage.inputs.read(n, n + 1).float(), passage.outputs.read(n, n + 1).float()
+        cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
+        total, tokens = total + float(cosine.sum(dtype=torch.float64)), tokens + cosine.numel()
+    return total / max(tokens, 1)
+
+
+def _from_gradients(
+    plan: Plan,
+    task: Task,
+    base: Model,
+    ids: Tensor | None,
+    work: Work,
+    progress: Progress,
+    known: Mapping[int, Any],
+) -> None:
+    """Scores from the last block to the first; a pass that was interrupted begins anew and skips finished blocks."""
+    spec, skeleton = task.of(EditSpec), base.skeleton
+    samples = Samples(_looked_at(plan, task, ids), work.folder, progress)
+    for path in work.folder.glob("backward-*.bin"):
+        path.unlink()  # of a killed run
+    number = len(samples.ids)
+    count = len(skeleton.block_names)
+    progress.step(len(known), count, "gradients for what may leave")
+    with torch.enable_grad():
+        for place in backward.backward(skeleton, base.read, samples, squares=True):
+            if place.block is None or place.block in known:
+                continue
+            prefix, anatomy = skeleton.block_names[place.block], base.anatomy().blocks[place.block]
+            with torch.no_grad():
+                turned = partial(_turned, prefix=prefix)
+                slopes = {x.name: turned(place.tensors, x) for x in anatomy.linears}
+                # Squares are of each sample's share of the loss.
+                squares = {x.name: turned(place.squares, x) * number for x in anatomy.linears}
+                view = _view(base, place.block)
+                io = EditIO({}, slopes, squares)
+                scores = spec.score(view, io, task.options) if spec.score is not None else {}
+                del slopes, squares, view, io
+            _note(task, place.block, scores, work)
+            progress.step(count - place.block, count, "gradients for what may leave")
+    memory.trim()
+
+
+def _turned(tensors: Mapping[str, Tensor], linear: Any, *, prefix: str) -> Tensor:
+    value = tensors[f"{prefix}.{linear.name}.weight"]
+    return value.T if linear.transposed else value
+
+
+class _Skipping:
+    """Losses of the base without some of its blocks; each is a record of the journal, in the order of asking."""
+
+    def __init__(self, plan: Plan, task: Task, base: Model, ids: Tensor | None, work: Work, progress: Progress) -> None:
+        self._task, self._base, self._work, self._progress = task, base, work, progress
+        self._samples = Samples(_looked_at(plan, task, ids), work.folder)
+        self._known = [float(r["loss"]) for r in work.find("edit-loss") if r["step"] == task.step]
+        self._asked = 0
+        self._stack = ExitStack()
+        self._again: Any = None
+
+    def __enter__(self) -> _Skipping:
+        for path in self._work.folder.glob("backward-*.bin"):
+            path.unlink()  # of a killed run
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def loss(self, skipped: Collection[int]) -> float:
+        """See `SkipLoss`. What a block adds to the residual stream is taken from it, which is what deleting it does."""
+        self._asked += 1
+        if self._asked > len(self._known):
+            value = self._measured(frozenset(skipped))
+            self._work.note({"kind": "edit-loss", "step": self._task.step, "loss": value})
+            self._known.append(value)
+        self._progress.step(self._asked, self._asked, "losses without blocks")
+        return self._known[self._asked - 1]
+
+    def _measured(self, skipped: frozenset[int]) -> float:
+        if self._again is None:
+            losses = backward.losses(self._base.skeleton, self._base.read, self._samples)
+            self._again = self._stack.enter_context(losses)
+        silent = self._silenced(skipped)
+
+        def read(name: str) -> Tensor:
+            value = self._base.read(name)
+            return torch.zeros_like(value) if name in silent else value
+
+        with torch.no_grad():
+            value = float(self._again(min(skipped, default=len(self._base.skeleton.block_names)), read))
+        memory.trim()
+        return value
+
+    def _silenced(self, skipped: frozenset[int]) -> frozenset[str]:
+        """The tensors by which a block writes to the residual stream."""
+        names: set[str] = set()
+        for n in skipped:
+            prefix = self._base.skeleton.block_names[n]
+            for linear in self._base.anatomy().blocks[n].linears:
+                if linear.role in ("o", "down"):
+                    names |= {f"{prefix}.{linear.name}.weight", f"{prefix}.{linear.name}.bias"}
+        return frozenset(names)

@@ -1,0 +1,131 @@
+"""Edited models from scores to folder: planned sizes, stock engines, resumption, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lilliput import api
+from lilliput.errors import PlanError
+from lilliput.model.stored import open_model
+from lilliput.progress import Quiet
+from lilliput.run.journal import Work
+
+Tiny = Callable[[str], Path]
+ROOM: dict[str, Any] = {"samples": 4, "tokens": 32, "device": "cpu", "dtype": "float32"}
+RUN: dict[str, Any] = {**ROOM, "eval_windows": 0, "progress": Quiet()}
+WIDTH = "steps:\n  - {method: flap, options: {ratio: 0.25}}\n"
+HEADS = "steps:\n  - {method: flap, options: {ratio: 0.5, kinds: [channel, head]}}\n  - {method: refit}\n"
+REPAIRED = WIDTH + "  - {method: refit}\n  - {method: distil, options: {iters: 4}}\n"
+COMPOSED = """steps:
+  - {method: shortened-llama, options: {blocks: 1, samples: 2}}
+  - {method: llm-pruner, options: {ratio: 0.1, samples: 2}}
+  - {method: refit}
+  - {method: gptq, target: {bits: 4, group_size: 16}}
+"""
+
+
+def weights(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("recipe", [WIDTH, HEADS, REPAIRED, COMPOSED])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_folders_have_the_planned_size_and_open_as_stock_models(
+    tiny: Tiny, tmp_path: Path, kind: str, recipe: str
+) -> None:
+    done = api.compress(tiny(kind), tmp_path / "out", recipe=recipe, **RUN)
+    assert done.plan.bytes == sum(x.stat().st_size for x in (tmp_path / "out").glob("*.safetensors"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    original = json.loads((tiny(kind) / "config.json").read_text())
+    assert config["intermediate_size"] < original["intermediate_size"]
+    assert config["architectures"] == original["architectures"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(ids).logits).all())
+        told = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert told.shape == (1, 24)
+    assert done.engine is not None
+    assert not done.engine.problems
+    assert api.verify(tmp_path / "out").problems == ()
+
+
+def test_repairs_bring_the_stream_nearer_to_the_unedited_one(tiny: Tiny, tmp_path: Path) -> None:
+    kl = {}
+    for name, recipe in {"none": WIDTH, "refit": WIDTH + "  - {method: refit}\n", "both": REPAIRED}.items():
+        done = api.compress(
+            tiny("wide"), tmp_path / name, recipe=recipe, **{**RUN, "eval_windows": 2, "samples": 24, "tokens": 64}
+        )
+        assert done.evaluation is not None
+        kl[name] = done.evaluation.to_json()["kl"]["value"]
+    assert kl["refit"] < 0.9 * kl["none"]
+    assert kl["both"] < kl["refit"]
+
+
+@pytest.mark.parametrize("stop", ["edit", "block", "edit-score"])
+def test_a_run_that_is_stopped_between_scoring_and_slicing_ends_with_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    api.compress(tiny("llama"), tmp_path / "whole", recipe=REPAIRED, **RUN)
+    note = Work.note
+    seen = []
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == stop:
+            seen.append(record)
+            if len(seen) == 2 or stop == "edit":
+                raise KeyboardInterrupt
+        return note(self, record)
+
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=REPAIRED, **RUN)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    api.compress(tiny("llama"), tmp_path / "out", recipe=REPAIRED, **RUN)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_model_whose_blocks_all_stay_is_what_it_was(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = "steps:\n  - {method: flap, options: {ratio: 0.0}}\n  - {method: drop-layers, options: {blocks: 0}}\n"
+    api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    before, after = open_model(tiny("llama")), open_model(tmp_path / "out")
+    for name in before.skeleton.shapes:
+        assert torch.equal(before.read(name), after.read(name))
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ("[{method: gptq}, {method: flap}]", "move it to the front"),
+        ("[{method: awq}, {method: flap}, {method: gptq}]", "move it in front of"),
+        ("[{method: refit}]", "none stands before it"),
+        ("[{method: flap}, {method: refit}, {method: hadamard}, {method: gptq}]", "leave one of the two out"),
+        ("[{method: flap, options: {ratio: 1.0}}]", "less than 1"),
+        ("[{method: flap, options: {ratio: 0.9}}]", "more than the hidden channels hold"),
+        ("[{method: drop-layers, options: {blocks: 4}}]", "at most 3 can"),
+        ("[{method: drop-layers, options: {protect: [7]}}]", "blocks 0 to 3"),
+        ("[{method: shortened-llama, options: {by: taylor}}]", "at most 0 can"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(tiny: Tiny, steps: str, said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        api.plan(tiny("llama"), recipe=f"steps: {steps}\n", **ROOM)
+
+
+def test_heads_that_the_config_cannot_leave_out_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(PlanError, match="no config of GPT2LMHeadModel"):
+        api.plan(tiny("gpt2"), recipe="steps:\n  - {method: flap, options: {ratio: 0.5, kinds: [head]}}\n", **ROOM)
+
+
+def test_numbers_of_heads_that_an_engine_refuses_are_named(tiny: Tiny) -> None:
+    with pytest.raises(PlanError, match=r"no config of LlamaForCausalLM.*not a multiple of the number of attention"):
+        api.plan(tiny("wide"), recipe="steps:\n  - {method: flap, options: {ratio: 0.25, kinds: [head]}}\n", **ROOM)

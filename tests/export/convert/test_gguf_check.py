@@ -129,3 +129,22 @@ def test_a_tokenizer_that_composes_letters(tiny: Tiny) -> None:
 
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
     assert gguf_check._composes(tokenizer)
+
+
+def test_words_that_the_engine_knows_by_name_are_told_apart_from_other_readings() -> None:
+    words = ["H", "i", "<", "/", "s", ">", "</s>", "Hi"]
+
+    class Spelled:
+        def __init__(self) -> None:
+            self.added_tokens_decoder: dict[int, Any] = {}
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [words.index(x) for x in text]}
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return words[token]
+
+    ours = Spelled()("Hi</s>")["input_ids"]
+    assert gguf_check._marker(Spelled(), "Hi</s>", [0, 1, 6], ours) == "</s>"
+    assert gguf_check._marker(Spelled(), "Hi</s>", [0, 6], ours) is None
+    assert gguf_check._marker(Spelled(), "Hi</s>", [7, 2, 3, 4, 5], ours) is None

@@ -7,6 +7,7 @@ the note says so.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import unicodedata
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ TOKENS = 64
 # `distance` at most, by the coarsest type in a file. A wrong tensor differs by about 1.
 CLOSE = {"F32": 5e-3, "F16": 1e-2, "BF16": 5e-2}
 ROUNDED = 0.15
+_NAMED = re.compile(r"</?\w+>|<\|[^|]*\|>")  # how markers are spelled
 _SHOWN = 3
 _MARKERS = 8
 
@@ -60,7 +62,7 @@ def look(file: Path, like: Path) -> Look:
     if answer.problem is not None or answer.logits is None:
         return Look(ENGINE, (str(answer.problem),))
     name = f"{ENGINE} (llama-cpp-python {answer.version})"
-    problems = _tokens(tokenizer, texts, answer)
+    problems, marked = _tokens(tokenizer, texts, answer)
     wanted = logits(ours, torch.tensor([row]))
     error = distance(answer.logits[0], wanted)
     bound = tolerance(file)
@@ -68,7 +70,11 @@ def look(file: Path, like: Path) -> Look:
         problems += (
             f"{ENGINE} computes other logits than the weights do: they differ by {error:.2g}, {bound:g} at most",
         )
-    notes = [] if problems else [f"{len(texts)} strings are the same tokens in {name}"]
+    notes = [] if problems else [f"{len(texts) - len(marked)} strings are the same tokens in {name}"]
+    if marked:
+        words = ", ".join(repr(x) for x in sorted(set(marked)))
+        notes.append(f"{ENGINE} takes {words} for a marker wherever a text has it, as it does with every file of this "
+                     "vocabulary")  # fmt: skip
     if composed:
         notes.append(f"{ENGINE} reads letters and accents that are written apart (not in NFC) as other tokens")
     return Look(name, problems, tuple(notes), logits=error)
@@ -151,17 +157,41 @@ def _row(tokenizer: Any, model: Model) -> list[int]:
     return ids[: min(TOKENS, model.positions or TOKENS)]
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str], answer: llamacpp.Answer) -> tuple[str, ...]:
-    """What is wrong with the engine's tokens, in words."""
+def _tokens(tokenizer: Any, texts: Sequence[str], answer: llamacpp.Answer) -> tuple[tuple[str, ...], list[str]]:
+    """What is wrong with the engine's tokens, in words; and words that it alone takes for markers, once for each text
+    that is read otherwise because of them."""
     different: list[str] = []
+    marked: list[str] = []
     for text, alone, prompt in zip(texts, answer.tokens, answer.prompts, strict=True):
         for special, theirs in ((False, alone), (True, prompt)):
             ours = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-            if list(theirs) != ours:
+            if list(theirs) == ours:
+                continue
+            word = _marker(tokenizer, text, list(theirs), ours)
+            if word is None:
                 different.append(f"{text!r} as {list(theirs)[:8]} for {ours[:8]}")
-                break
+            else:
+                marked.append(word)
+            break
     if not different:
-        return ()
-    return (
-        f"{ENGINE} reads {len(different)} of {len(texts)} strings as other tokens, {'; '.join(different[:_SHOWN])}",
-    )
+        return (), marked
+    said = "; ".join(different[:_SHOWN])
+    return (f"{ENGINE} reads {len(different)} of {len(texts)} strings as other tokens, {said}",), marked
+
+
+def _marker(tokenizer: Any, text: str, theirs: list[int], ours: list[int]) -> str | None:
+    """The word of the vocabulary, no marker of the tokenizer's, which is all that the engine reads otherwise: it knows
+    some by their names, such as </s>, whatever the file says of them."""
+    for token in theirs:
+        word = tokenizer.convert_ids_to_tokens(token)
+        if token in ours or token in tokenizer.added_tokens_decoder or not isinstance(word, str):
+            continue
+        if _NAMED.fullmatch(word) is None or word not in text:
+            continue
+        pieces = [
+            tokenizer(x, add_special_tokens=False, verbose=False)["input_ids"] if x else [] for x in text.split(word)
+        ]
+        joined = [i for n, piece in enumerate(pieces) for i in ([token] if n else []) + piece]
+        if theirs[-len(joined) :] == joined:
+            return word
+    return None

@@ -67,3 +67,16 @@ def test_rows_of_every_kind_of_part() -> None:
     w = _weight()
     for part in (DensePart(w), _quantized(w), plain_factors(_weight(6, 2), _weight(2, 20))):
         assert torch.equal(part.rows(2, 5).decode(), part.decode()[2:5])
+
+
+def test_updated_values_are_what_a_pruned_layer_holds_until_it_has_parts() -> None:
+    w, new = _weight(6), _weight(6, seed=3)
+    mask = _weight(6, seed=4) > 0
+    layer = Layer("a", w).with_support(mask, new)
+    assert torch.equal(layer.decode(), new * mask)
+    assert torch.equal(layer.rest(), w), "a step that quantizes solves for the weight as it was"
+    whole = stack([layer, Layer("b", w)])
+    assert torch.equal(whole.decode(), torch.cat([new * mask, w]))
+    assert torch.equal(split(whole, [("a", 6), ("b", 6)])[0].decode(), layer.decode())
+    assert torch.equal(layer.with_part(_quantized(w)).decode(), _quantized(w).decode())
+    assert torch.equal(layer.refined(~mask).decode(), w * ~mask)

@@ -32,6 +32,32 @@ def largest(score: Tensor, keep: int) -> Tensor:
     return mask
 
 
+def most(score: Tensor, keep: int) -> Tensor:
+    """Boolean mask of the `keep` largest scores of each column [n, columns]; among equals the earlier ones stay.
+
+    For short columns: each score is compared with every other. Scores are finite.
+    """
+    count = score.shape[0]
+    earlier = torch.ones(count, count, dtype=torch.bool, device=score.device).tril(-1)[:, :, None]
+    ahead = (score > score[:, None]) | (earlier & (score == score[:, None]))
+    return ahead.sum(1) < keep
+
+
+def pattern_of(pattern: str, width: int) -> tuple[int, int]:
+    """N and M of the pattern N:M. Raises PlanError where M does not divide the width."""
+    n, m = (int(x) for x in pattern.split(":"))
+    if width % m:
+        raise PlanError(f"the pattern {pattern} does not divide a width of {width}: leave this layer out")
+    return n, m
+
+
+def share_of(sparsity: float | None) -> float:
+    """The sparsity. Raises PlanError where there is none."""
+    if sparsity is None:
+        raise PlanError("a pruning step needs target.sparsity (0 to 1) or target.pattern (such as 2:4)")
+    return sparsity
+
+
 def choose(score: Tensor, sparsity: float | None, pattern: str | None, scope: str) -> Tensor:
     """The mask [out, in] that keeps N of every M inputs by the pattern N:M, or else a share `sparsity` of zeros within
     each row or the whole layer.
@@ -41,12 +67,9 @@ def choose(score: Tensor, sparsity: float | None, pattern: str | None, scope: st
     """
     rows, width = score.shape
     if pattern is not None:
-        n, m = (int(x) for x in pattern.split(":"))
-        if width % m:
-            raise PlanError(f"the pattern {pattern} does not divide a width of {width}: leave this layer out")
+        n, m = pattern_of(pattern, width)
         return largest(score.reshape(-1, m), n).view(rows, width)
-    if sparsity is None:
-        raise PlanError("a pruning step needs target.sparsity (0 to 1) or target.pattern (such as 2:4)")
+    sparsity = share_of(sparsity)
     if scope == "row":
         return largest(score, width - round(sparsity * width))
     flat = score.reshape(1, -1)

@@ -19,6 +19,8 @@ class Layer:
 
     `weight` is the weight to approximate, float32 [out, in]; `parts` the terms so far; `support` a boolean
     [out, in] mask outside of which no step may write (None: everywhere). A step fits `rest()` and adds a part.
+    `updated`, float32 [out, in], holds what a pruning step has made of the weights that it kept: the layer's values
+    while it has no parts. `rest()` stays that of `weight`, so that a step that quantizes solves anew on the support.
     `inputs` and `outputs` are run-time transforms: the parts add up to T_out W T_in^-1. `fisher` [out, in] is the mean
     square of the loss's gradient for each weight, where a method needs it.
     """
@@ -30,6 +32,7 @@ class Layer:
     inputs: tuple[Transform, ...] = ()
     outputs: tuple[Transform, ...] = ()
     fisher: Tensor | None = None
+    updated: Tensor | None = None
 
     def need_fisher(self) -> Tensor:
         """The Fisher information, float32 [out, in].
@@ -57,13 +60,19 @@ class Layer:
             for part in self.parts[1:]:
                 total = total + part.decode()
             return turn_back(total, self.inputs, self.outputs)
-        return self.weight if self.support is None else torch.where(self.support, self.weight, 0.0)
+        values = self.weight if self.updated is None else self.updated
+        return values if self.support is None else torch.where(self.support, values, 0.0)
 
     def with_part(self, *parts: Part) -> Layer:
         return replace(self, parts=(*self.parts, *parts))
 
-    def with_support(self, mask: Tensor) -> Layer:
-        return replace(self, support=mask if self.support is None else self.support & mask)
+    def with_support(self, mask: Tensor, updated: Tensor | None = None) -> Layer:
+        """The layer with zeros outside `mask`; `updated`: new values of the weights inside (None: their own)."""
+        return replace(self, support=mask if self.support is None else self.support & mask, updated=updated)
+
+    def refined(self, mask: Tensor, updated: Tensor | None = None) -> Layer:
+        """The layer with `mask` in place of its support; `updated` as in `with_support`."""
+        return replace(self, support=mask, updated=updated)
 
     def between(self, inputs: Sequence[Transform] = (), outputs: Sequence[Transform] = ()) -> Layer:
         """The layer with further transforms around its parts.
@@ -85,6 +94,7 @@ class Layer:
             parts=tuple(p.rows(start, stop) for p in self.parts),
             support=None if self.support is None else self.support[start:stop],
             fisher=None if self.fisher is None else self.fisher[start:stop],
+            updated=None if self.updated is None else self.updated[start:stop],
         )
 
 
@@ -101,7 +111,11 @@ def stack(layers: Sequence[Layer]) -> Layer:
         support = torch.cat(ones)
     fishers = [layer.fisher for layer in layers if layer.fisher is not None]
     fisher = torch.cat(fishers) if len(fishers) == len(layers) else None
-    return Layer(name, torch.cat([layer.weight for layer in layers]), support=support, fisher=fisher)
+    updated = None
+    if any(layer.updated is not None for layer in layers):
+        updated = torch.cat([x.weight if x.updated is None else x.updated for x in layers])
+    weight = torch.cat([layer.weight for layer in layers])
+    return Layer(name, weight, support=support, fisher=fisher, updated=updated)
 
 
 def split(layer: Layer, sizes: Sequence[tuple[str, int]]) -> list[Layer]:

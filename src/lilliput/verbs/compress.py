@@ -30,7 +30,8 @@ class Compress(Spec[OptionsT]):
     `writes`: "quantized" (codes on the target's grid), "parts" (others, or several) or "support"; `scheme(target,
     options, rows, width)`: what it adds where that is not one part on the target's grid, exact, before a weight is
     read; `rowwise`: each output row is treated by itself, so linears of one site may be stacked, but for the targets
-    that `mixes` names; `masked`: it keeps the zeros of a pruned linear; `replaces(options)`: it leaves a plain weight
+    and options that `mixes` names; `refines`: it writes a support, and needs one that an earlier step has chosen, whose
+    target it has; `masked`: it keeps the zeros of a pruned linear; `replaces(options)`: it leaves a plain weight
     of its own, which no other step may touch; `double`: it decomposes weights in float64; `scratch`: bytes that it
     works in beyond a few copies of the weights and the Gram matrix, whatever their shapes; `sweeps(options)`: how
     often it rounds every weight (None: once).
@@ -44,16 +45,17 @@ class Compress(Spec[OptionsT]):
     run: Callable[[Layer, SiteStats, Target, OptionsT], Layer]
     scheme: Callable[[Target, OptionsT, int, int], Scheme] | None = None
     rowwise: bool = False
-    mixes: Callable[[Target], bool] | None = None
+    mixes: Callable[[Target, OptionsT], bool] | None = None
+    refines: bool = False
     masked: bool = True
     replaces: Callable[[OptionsT], bool] | None = None
     double: bool = False
     scratch: int = 0
     sweeps: Callable[[OptionsT], int] | None = None
 
-    def stacks(self, target: Target) -> bool:
-        """Whether linears of one site may be shown to a step with this target as one."""
-        return self.rowwise and not (self.mixes is not None and self.mixes(target))
+    def stacks(self, target: Target, options: OptionsT) -> bool:
+        """Whether linears of one site may be shown to a step with this target and these options as one."""
+        return self.rowwise and not (self.mixes is not None and self.mixes(target, options))
 
     def tabular(self) -> bool:
         return self.rowwise and self.writes == "quantized"
@@ -73,9 +75,25 @@ class Compress(Spec[OptionsT]):
                 f"{task.label} on {name} leaves a plain weight of its own: exclude this layer from {other.label}"
             )
 
+    def inherited(self, task: Task, before: Sequence[Task], asked: Target | None, name: str) -> Target:
+        pruning = [x for x in before if x.spec.writes == "support"]
+        if not self.refines or not pruning:
+            return task.target
+        target = pruning[-1].target
+        stated = set() if asked is None else asked.model_fields_set
+        if task.target.model_dump(include=stated) != target.model_dump(include=stated):
+            raise PlanError(
+                f"{task.label} on {name} refines the zeros of {pruning[-1].label}, which has another target: leave the "
+                "target of this step out"
+            )
+        return target
+
     def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
         label = f"{task.label} on {name}"
         if self.writes == "support":
+            drafts.check_statistics(label, draft, task.needs, task.fisher)
+            if self.refines:
+                return drafts.refined(label, draft)
             return drafts.pruned(label, draft, task.target, linear.in_features)
         if self.writes == "quantized":
             drafts.once(label, draft)

@@ -59,6 +59,22 @@ def pruned(label: str, draft: Draft, target: Target, width: int) -> Draft:
     return replace(draft, sparsity=sparsity, pattern=target.pattern)
 
 
+def refined(label: str, draft: Draft) -> Draft:
+    """The linear when a step changes the zeros or the values that an earlier step has chosen. Raises PlanError where
+    none has, or codes are fitted to them already."""
+    if draft.scheme.parts:
+        raise PlanError(
+            f"{label}: it changes zeros and values that an earlier step has already fitted codes to: put it before "
+            "that step"
+        )
+    if draft.sparsity is None:
+        raise PlanError(
+            f"{label}: it refines what a pruning step has chosen, and no step before it prunes this layer: put one "
+            "first, such as wanda or sparsegpt"
+        )
+    return draft
+
+
 def once(label: str, draft: Draft) -> None:
     """Raises PlanError where the linear has codes already."""
     if draft.quantized:

@@ -41,5 +41,5 @@ def test_a_code_along_columns_is_quip_s(entry: str) -> None:
 def test_linears_of_a_site_are_stacked_unless_their_outputs_are_turned() -> None:
     spec = methods.get("mixed").spec
     assert isinstance(spec, Compress)
-    assert spec.stacks(menu.on(Target(), "int4/32"))
-    assert not spec.stacks(menu.on(Target(), "trellis3"))
+    assert spec.stacks(menu.on(Target(), "int4/32"), mixed.Options())
+    assert not spec.stacks(menu.on(Target(), "trellis3"), mixed.Options())

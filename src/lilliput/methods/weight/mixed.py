@@ -67,6 +67,6 @@ METHOD = Compress(
     run=compress,
     scheme=scheme,
     rowwise=True,
-    mixes=menu.turned,
+    mixes=lambda target, o: menu.turned(target),
     sweeps=lambda o: 1 + o.refine,
 )

@@ -45,4 +45,5 @@ METHOD = Compress(
     },
     run=compress,
     rowwise=True,
+    mixes=lambda target, o: target.pattern is None and o.scope != "row",
 )

@@ -16,7 +16,7 @@ def run(task: Task, layer: Layer, stats: SiteStats) -> Layer:
 
 def stacks(task: Task) -> bool:
     """Whether each row is treated by itself."""
-    return task.of(Compress).stacks(task.target)
+    return task.of(Compress).stacks(task.target, task.options)
 
 
 DRIVER = LinearDriver(verb=Compress, run=run, stacks=stacks)

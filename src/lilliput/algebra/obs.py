@@ -75,6 +75,32 @@ def factorize(gram: Tensor, damping: float = 0.01, order: Tensor | None = None, 
     raise LilliputError("the Gram matrix of a layer's inputs is not positive definite at any damping: check the data")
 
 
+def inverse_diagonal(factor: Factor) -> Tensor:
+    """diag(H^-1), float32 [n], in the order of the sweep: the squared columns of U = R^-1 summed. n^3 / 3."""
+    eye = torch.eye(len(factor.pivot), dtype=torch.float32, device=factor.pivot.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor.coupling, eye, upper=True, unitriangular=True)
+    return inverse.div_(factor.pivot[:, None]).square_().sum(0)
+
+
+def diagonal(factor: Factor) -> Tensor:
+    """diag(H), float32 [n], in the order of the sweep, with all that was added to it."""
+    root = factor.coupling.triu(1).mul_(factor.pivot)
+    return root.square_().sum(1).add_(factor.pivot.square())
+
+
+def regularized(gram: Tensor, damping: float, shrinkage: float) -> Tensor:
+    """H as `factorize` takes it, float32 [n, n]; a channel that was never active has 1 on its diagonal where damping
+    leaves it at 0. Raises LilliputError where the Gram matrix holds NaN or infinity."""
+    matrix = gram.float().clone()
+    entries = matrix.diagonal()
+    mean = float(entries.double().mean()) if len(entries) else 0.0
+    if not 0.0 <= mean < float("inf"):
+        raise LilliputError("the Gram matrix of a layer's inputs contains NaN or infinity: check the calibration data")
+    entries.mul_(1.0 + shrinkage).add_(damping * mean)
+    entries.add_((entries == 0).float())
+    return matrix
+
+
 def _cholesky(gram: Tensor, order: Tensor, ridge: float, shrinkage: float, dtype: torch.dtype) -> Tensor | None:
     matrix = gram[order][:, order].to(dtype) if dtype is not torch.float32 else gram[order].float()[:, order]
     diagonal = matrix.diagonal()

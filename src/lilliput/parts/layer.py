@@ -46,6 +46,14 @@ class Layer:
             raise LilliputError(f"the Fisher information of {self.name} contains NaN or infinity: check the data")
         return self.fisher
 
+    def need_support(self) -> Tensor:
+        """The mask that an earlier step has chosen, bool [out, in]. Raises LilliputError where there is none."""
+        if self.support is None:
+            raise LilliputError(
+                f"{self.name} is not pruned: put a step that prunes before the one that refines its zeros"
+            )
+        return self.support
+
     def rest(self) -> Tensor:
         """What the parts leave over, float32 [out, in], between the transforms."""
         rest = turn(self.weight, self.inputs, self.outputs)

@@ -20,6 +20,7 @@ from lilliput.run import stream
 from lilliput.run.journal import Work
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
+from lilliput.verbs import sparsity
 from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.scores import Share
 from lilliput.verbs.view import BlockIO, BlockView
@@ -60,7 +61,7 @@ def test_shares_of_outliers_are_those_of_the_definition(per: str) -> None:
 def test_the_mean_is_exact_and_outliers_protect(shares: list[float], mean: float, spread: float, data: Any) -> None:
     weights = data.draw(st.lists(st.integers(1, 10**6), min_size=len(shares), max_size=len(shares)))
     d, w = torch.tensor(shares, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
-    p = owl.divide(d, w, mean, spread)
+    p = sparsity.divide(d, w, mean, spread)
     assert float((p * w).sum() / w.sum()) == pytest.approx(mean, abs=1e-12)
     assert float((p - mean).abs().max()) <= spread + 1e-12
     order = d.argsort()
@@ -70,7 +71,9 @@ def test_the_mean_is_exact_and_outliers_protect(shares: list[float], mean: float
 
 
 def test_the_slope_is_the_authors_where_nothing_is_clipped() -> None:
-    p = owl.divide(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), torch.ones(3, dtype=torch.float64), 0.7, 0.08)
+    p = sparsity.divide(
+        torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), torch.ones(3, dtype=torch.float64), 0.7, 0.08
+    )
     torch.testing.assert_close(p, torch.tensor([0.78, 0.70, 0.62], dtype=torch.float64))
 
 

@@ -80,7 +80,7 @@ def test_zeros_move_and_the_mean_error_never_grows(pattern: str | None) -> None:
         mean = stats.need("mean").double()
         before, after = (((w - x.decode()).double() @ mean).abs() for x in (pruned, out))
         assert bool((after <= before + 1e-5).all())
-        assert float(after.sum()) < 0.7 * float(before.sum())
+        assert float(after.sum()) < 0.9 * float(before.sum())
 
 
 def test_no_cycles_leave_the_mask() -> None:

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.target import Strict, Target
+from lilliput.verbs import sparsity
 from lilliput.verbs.allocate import Allocate
 from lilliput.verbs.scores import Budget, Scores
 from lilliput.verbs.view import BlockIO, BlockView
@@ -35,11 +36,7 @@ class Options(Strict):
 
 def refuse(target: Target, o: Options) -> str | None:
     """Why a step with this target cannot have its sparsity divided."""
-    if target.pattern is not None:
-        return f"the pattern {target.pattern} fixes the sparsity of every layer: use a sparsity without a pattern"
-    if target.sparsity is None:
-        return "the step that follows has no sparsity to divide: put the step that prunes after it"
-    return None
+    return sparsity.refuse(target)
 
 
 def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
@@ -59,34 +56,15 @@ def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]
     unit = {name: str(share.block) if o.per == "block" else name for name, share in budget.items()}
     units = list(dict.fromkeys(unit.values()))
     place = {u: i for i, u in enumerate(units)}
-    above, entries, weights, budgeted = (torch.zeros(len(units), dtype=torch.float64) for _ in range(4))
+    above, entries, weights = (torch.zeros(len(units), dtype=torch.float64) for _ in range(3))
     for name, share in budget.items():
         i = place[unit[name]]
         above[i] += scores[name][0]
         entries[i] += scores[name][1]
         weights[i] += share.weights
-        budgeted[i] += share.weights * float(share.target.sparsity or 0.0)
-    mean = float(budgeted.sum() / weights.sum())
-    sparsities = divide(above / entries, weights, mean, min(o.spread, mean, 1.0 - mean))
-    return {
-        name: share.target.model_copy(update={"sparsity": float(sparsities[place[unit[name]]])})
-        for name, share in budget.items()
-    }
-
-
-def divide(shares: Tensor, weights: Tensor, mean: float, spread: float) -> Tensor:
-    """Sparsities [n], float64: falling with `shares`, within `spread` of `mean`, whose weighted mean is `mean`."""
-    width = float(shares.max() - shares.min())
-    if width == 0.0 or spread == 0.0:
-        return torch.full_like(shares, mean)
-    weights = weights / weights.sum()
-    line = mean - 2.0 * spread * (shares - (weights * shares).sum()) / width
-    low, high = -2.0 * spread, 2.0 * spread
-    for _ in range(100):  # the mean rises with the shift, so halving finds it to the last bit
-        shift = (low + high) / 2
-        clipped = (line + shift).clamp(mean - spread, mean + spread)
-        low, high = (shift, high) if float((weights * clipped).sum()) < mean else (low, shift)
-    return (line + (low + high) / 2).clamp(mean - spread, mean + spread)
+    mean = sparsity.mean(budget)
+    sparsities = sparsity.divide(above / entries, weights, mean, min(o.spread, mean, 1.0 - mean))
+    return sparsity.targets(budget, {name: float(sparsities[place[unit[name]]]) for name in budget})
 
 
 def _size(block: BlockView, io: BlockIO, name: str) -> Tensor:

@@ -9,10 +9,12 @@ import torch
 
 from lilliput.methods import discover
 from lilliput.parts.layer import Layer
+from lilliput.stats import bins
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
 
 ROWS, WIDTH = 7, 24
+HISTOGRAM = torch.ones(WIDTH, bins.COUNT)
 CASES = [
     (method, scope)
     for _, method in sorted(discover().items())
@@ -23,7 +25,7 @@ CASES = [
 
 def support(name: str, scope: str, weight: torch.Tensor, **target: object) -> torch.Tensor:
     method = discover()[name]
-    stats = SiteStats(WIDTH, 5, gram=2.0 * torch.eye(WIDTH), square=torch.full((WIDTH,), 2.0))
+    stats = SiteStats(WIDTH, 5, gram=2.0 * torch.eye(WIDTH), square=torch.full((WIDTH,), 2.0), histogram=HISTOGRAM)
     layer = Layer("x", weight, fisher=torch.full_like(weight, 0.5))
     layer = method.spec.run(layer, stats, Target.model_validate(target), method.parse({"scope": scope}))
     assert isinstance(layer, Layer)

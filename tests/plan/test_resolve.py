@@ -96,3 +96,20 @@ def test_what_a_turned_layer_does_not_have_cannot_be_read(model: Model, weightin
 def test_no_method_takes_a_codebook_larger_than_its_data(model: Model, method: str) -> None:
     with pytest.raises(PlanError, match="256 levels for every 16 weights"):
         plan(model, {"method": method, "target": {"format": "codebook", "bits": 8, "group_size": 16}})
+
+
+def test_a_step_that_refines_zeros_has_the_target_of_the_step_that_made_them(model: Model) -> None:
+    pruning = {"method": "sparsegpt", "target": {"pattern": "2:4"}}
+    for method in ("dsnot", "admm-update"):
+        found = plan(model, pruning, {"method": method}, {"method": "gptq", "target": {"bits": 4}}).resolved.linears[0]
+        assert [task.target.pattern for task in found.tasks[:2]] == ["2:4", "2:4"]
+        assert (found.sparsity, found.pattern) == (0.5, "2:4")
+    resolved = plan(model, {"method": "owl"}, {"method": "sparsegpt"}, {"method": "admm-update"}).resolved
+    (allocating,) = (task for task in resolved.tasks if task.method.name == "owl")
+    name = resolved.linears[0].name
+    governed = resolved.governed(allocating)
+    assert governed[name].method.name == "sparsegpt"
+    divided = governed[name].target.model_copy(update={"sparsity": 0.6})
+    changed = resolved.with_targets(allocating, {name: divided}).linears[0]
+    assert [task.target.sparsity for task in changed.tasks] == [0.6, 0.6]
+    assert changed.sparsity == 0.6

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lilliput.errors import SourceError, ToldError
 from lilliput.machine import ranks
+from lilliput.stats import bins
 from lilliput.stats.site import SiteStats
 
-NAMES = ("gram", "square", "mean", "absmax", "absmean")
+NAMES = ("gram", "square", "mean", "absmax", "absmean", "histogram")
 _PANEL = 512
 
 
@@ -49,6 +51,7 @@ def init(width: int, names: Iterable[str], device: torch.device | str = "cpu") -
         mean=zeros("mean", width),
         absmax=zeros("absmax", width),
         absmean=zeros("absmean", width),
+        histogram=zeros("histogram", width, bins.COUNT),
     )
 
 
@@ -77,7 +80,9 @@ def update(state: SiteStats, x: Tensor) -> SiteStats:
         torch.maximum(state.absmax, x.abs().amax(0), out=state.absmax)
     if state.absmean is not None:
         state.absmean.mul_(state.count / count).add_(x.abs().sum(0), alpha=1 / count)
-    return SiteStats(state.width, count, state.gram, state.square, state.mean, state.absmax, state.absmean)
+    if state.histogram is not None:
+        state.histogram.add_(bins.counts(x))
+    return replace(state, count=count)
 
 
 def finish(state: SiteStats) -> SiteStats:
@@ -98,7 +103,8 @@ def complete(state: SiteStats, site: str, dtype: torch.dtype) -> SiteStats:
     computes in.
     """
     total = all_reduce(finish(state))
-    totals = (total.gram, total.square, total.mean, total.absmax, total.absmean)
+    counts = None if total.histogram is None else total.histogram[:, 0]  # NaN is in all bins
+    totals = (total.gram, total.square, total.mean, total.absmax, total.absmean, counts)
     # The diagonal is what overflows first.
     extremes = [x.diagonal() if x.dim() == 2 else x for x in totals if x is not None]
     if all(bool(torch.isfinite(x).all()) for x in extremes):
@@ -142,6 +148,7 @@ def merge(a: SiteStats, b: SiteStats) -> SiteStats:
         mean=mean("mean"),
         absmax=None if pair is None else torch.maximum(*pair),
         absmean=mean("absmean"),
+        histogram=total("histogram"),
     )
 
 
@@ -150,7 +157,7 @@ def all_reduce(state: SiteStats) -> SiteStats:
     if ranks.size() == 1:
         return state
     count = sum(ranks.gathered(state.count))
-    for total in (state.gram, state.square):
+    for total in (state.gram, state.square, state.histogram):
         if total is not None:
             ranks.add(total)
     for mean in (state.mean, state.absmean):
@@ -158,4 +165,4 @@ def all_reduce(state: SiteStats) -> SiteStats:
             ranks.add(mean.mul_(state.count / max(count, 1)))
     if state.absmax is not None:
         ranks.largest(state.absmax)
-    return SiteStats(state.width, count, state.gram, state.square, state.mean, state.absmax, state.absmean)
+    return replace(state, count=count)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput.parts.transform import Scale, Transform
+from lilliput.stats import bins
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class SiteStats:
     """Statistics of the inputs of one site, over `count` tokens. Fields that nobody asked for are None.
 
     All are float32 on the compute device. `gram` is the plain sum of x xT, [width, width];
-    `square` the sum of x^2, `mean` the mean, `absmax` the largest |x|, `absmean` the mean |x|: all [width].
+    `square` the sum of x^2, `mean` the mean, `absmax` the largest |x|, `absmean` the mean |x|: all [width]; `histogram`
+    how many |x| are in each bin, [width, bins.COUNT].
     """
 
     width: int
@@ -26,6 +28,7 @@ class SiteStats:
     mean: Tensor | None = None
     absmax: Tensor | None = None
     absmean: Tensor | None = None
+    histogram: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
         """The statistic `name`. Raises RuntimeError where the method that reads it did not declare it in needs."""
@@ -53,13 +56,14 @@ class SiteStats:
             mean=by(self.mean, factor),
             absmax=by(self.absmax, size),
             absmean=by(self.absmean, size),
+            histogram=None if self.histogram is None else bins.scaled(self.histogram, size),
         )
 
     def through(self, transforms: Sequence[Transform]) -> SiteStats:
         """The statistics of T x: what the parts of a layer with these input transforms read.
 
-        Absolute values do not survive a rotation: they become None, and `square` follows from the Gram matrix if it was
-        collected.
+        Absolute values and histograms do not survive a rotation: they become None, and `square` follows from the Gram
+        matrix if it was collected.
         """
         stats = self
         for t in transforms:
@@ -87,4 +91,5 @@ class SiteStats:
             mean=move(self.mean),
             absmax=move(self.absmax),
             absmean=move(self.absmean),
+            histogram=move(self.histogram),
         )

@@ -88,8 +88,8 @@ def check_statistics(label: str, draft: Draft, needs: Collection[str], fisher: b
     missing: str | None = None
     if fisher and (scheme.inputs or scheme.outputs):
         missing = "squared gradients"
-    elif rotated and {"absmean", "absmax"} & set(needs):
-        missing = "mean or largest absolute inputs"
+    elif rotated and {"absmean", "absmax", "histogram"} & set(needs):
+        missing = "mean, largest or counted absolute inputs"
     if missing is not None:
         raise PlanError(
             f"{label}: it reads {missing}, which are not known for a layer that an earlier step has rotated "

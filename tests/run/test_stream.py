@@ -81,6 +81,8 @@ CASES = [
     ("rtn", "gpt2", ()),
     ("gptq", "gpt2", ("gptq.group_size=32",)),
     ("wanda-2of4", "llama", ()),
+    ("sparsegpt-2of4", "llama", ()),
+    ("prune50", "qwen2", ()),
     ("awq-gptq", "qwen2", ("awq.grid=3",)),
     ("gptq", "neox", ("gptq.search=minmax",)),
     ("smoothquant-w8", "llama", ()),

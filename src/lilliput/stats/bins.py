@@ -19,8 +19,19 @@ def counts(x: Tensor) -> Tensor:
     width = x.shape[1]
     first = COUNT * torch.arange(width, device=x.device)
     seen = torch.zeros(COUNT * width, dtype=torch.int64, device=x.device)
-    for part in x.split(max(1, _ROOM // width)):
-        place = part.abs().log2_().sub_(_LOWEST).mul_(_FINE).nan_to_num_(0.0).clamp_(0, COUNT - 1).long().add_(first)
+    step = max(1, _ROOM // width)
+    for a in range(0, len(x), step):
+        place = (
+            x[a : a + step]
+            .abs()
+            .log2_()
+            .sub_(_LOWEST)
+            .mul_(_FINE)
+            .nan_to_num_(0.0)
+            .clamp_(0, COUNT - 1)
+            .long()
+            .add_(first)
+        )
         seen += torch.bincount(place.flatten(), minlength=COUNT * width)
     return seen.view(width, COUNT).float() + (x.sum(0) * 0.0)[:, None]
 
@@ -37,4 +48,5 @@ def scaled(histogram: Tensor, factor: Tensor) -> Tensor:
 def entropy(histogram: Tensor) -> Tensor:
     """In nats, float32 [width]: -sum of p ln p over the bins; 0 for a channel that was never seen."""
     share = histogram.double() / histogram.double().sum(1, keepdim=True).clamp(min=1.0)
-    return torch.special.entr(share).sum(1).float()
+    terms: Tensor = torch.special.entr(share)
+    return terms.sum(1).float()

@@ -44,3 +44,9 @@ def test_refusals() -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(LilliputError, match="NaN"):
             masks.largest(torch.tensor([[1.0, value, 2.0]]), 1)
+
+
+def test_short_columns_keep_their_most_and_the_earlier_of_equals() -> None:
+    score = torch.randint(0, 4, (6, 300), generator=torch.Generator().manual_seed(4)).float()
+    for keep in range(7):
+        assert torch.equal(masks.most(score, keep), masks.largest(score.T.contiguous(), keep).T)

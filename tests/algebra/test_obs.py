@@ -73,3 +73,19 @@ def test_pruning_without_a_grid_repairs_what_stays() -> None:
     torch.testing.assert_close(deviation.T.double(), errors @ u, rtol=0, atol=1e-5)
     assert float((w - deviation)[~mask].abs().max()) < 1e-6
     assert lattice.loss(gram, deviation) < lattice.loss(gram, w * ~mask)
+
+
+def test_diagonals_are_those_of_the_damped_matrix_and_of_its_inverse() -> None:
+    """To 1e-4 of themselves."""
+    g = torch.Generator().manual_seed(8)
+    x = torch.randn(200, 40, generator=g) @ torch.randn(40, 40, generator=g)
+    x[:, 7] = 0.0
+    gram = x.T @ x
+    h = obs.regularized(gram, 0.01, 0.2)
+    expected = gram.double() + torch.diag(0.2 * gram.double().diagonal() + 0.01 * gram.double().diagonal().mean())
+    torch.testing.assert_close(h.double(), expected, rtol=1e-5, atol=0)
+    factor = obs.factorize(gram, 0.01, None, 0.2)
+    torch.testing.assert_close(obs.diagonal(factor).double(), expected.diagonal(), rtol=1e-4, atol=0)
+    inverse = torch.linalg.inv(expected).diagonal()
+    torch.testing.assert_close(obs.inverse_diagonal(factor).double(), inverse, rtol=1e-4, atol=0)
+    assert float(obs.regularized(gram, 0.0, 0.0)[7, 7]) == 1.0

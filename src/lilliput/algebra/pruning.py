@@ -58,7 +58,9 @@ def sweep(
             if given is not None:
                 kept[c:d] &= given[c:d]
             obs.settle(part, deviation[c:d], columns[c:d], coupling, c, None, None, kept[c:d])
-    return kept.T.contiguous(), torch.where(kept, columns - deviation, 0.0).T.contiguous()
+    values = deviation.neg_().add_(columns).mul_(kept)
+    del columns, deviation
+    return kept.T.contiguous(), values.T.contiguous()
 
 
 def _free(aim: Tensor, columns: Tensor, coupling: Tensor) -> Tensor:

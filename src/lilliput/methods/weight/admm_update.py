@@ -43,7 +43,7 @@ class Options(Strict):
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """The layer with updated values. Raises LilliputError for a layer that is not pruned, and for a Gram matrix that is
     not finite."""
-    mask, weight, before = layer.need_support(), layer.rest(), layer.decode()
+    mask, weight, values = layer.need_support(), layer.rest(), layer.decode()
     matrix = obs.regularized(stats.need("gram"), o.damping, o.shrinkage)
     norm = matrix.diagonal().sqrt()
     matrix.div_(norm).div_(norm[:, None])
@@ -51,12 +51,11 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     penalized.diagonal().add_(o.rho)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalized))
     del penalized
-    values = torch.empty_like(weight)
     for a in range(0, len(weight), masked.ROWS):
         rows = slice(a, a + masked.ROWS)
-        found = _directions(weight[rows] * norm, before[rows] * norm, mask[rows], matrix, inverse, o)
+        found = _directions(weight[rows] * norm, values[rows] * norm, mask[rows], matrix, inverse, o)
         values[rows] = found / norm
-    return layer.refined(mask, torch.where(mask, values, 0.0))
+    return layer.refined(mask, values)
 
 
 def _directions(weight: Tensor, start: Tensor, mask: Tensor, matrix: Tensor, inverse: Tensor, o: Options) -> Tensor:

@@ -20,7 +20,7 @@ from lilliput.streaming.states import Activations
 from lilliput.target import Target
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
-FIT = sorted(n for n, m in methods.discover().items() if m.spec.verb == "fit")
+FIT = sorted(n for n, m in methods.discover().items() if m.spec.verb == "fit" and m.spec.writes == "quantized")
 TARGET = Target(bits=3, group_size=16, symmetric=False)
 SAMPLES, LENGTH = 6, 40
 

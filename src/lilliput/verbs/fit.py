@@ -25,8 +25,9 @@ class Fit(Spec[OptionsT]):
     """`run(block, io, targets, options)`: the layers of a block fitted together, and its loss before and after.
 
     It is the last step on a linear. After a step that quantizes it continues from that step's codes, and so has its
-    target. `copies`: float32 copies of a block's weights that it holds at once; `looks(options, samples)`: samples that
-    all its steps of descent look at, of so many.
+    target; one whose `writes` is "support" trains the weights that a pruning step has kept, and quantizes nothing.
+    `copies`: float32 copies of a block's weights that it holds at once; `looks(options, samples)`: samples that all its
+    steps of descent look at, of so many.
     """
 
     verb: ClassVar[str] = "fit"
@@ -41,24 +42,28 @@ class Fit(Spec[OptionsT]):
     masked: bool = True
 
     def scheme_of(self, target: Target, options: OptionsT, rows: int, width: int) -> Scheme:
+        if self.writes != "quantized":
+            return Scheme()
         return Scheme((QuantizedSpec(from_target(target)),))
 
     def inherited(self, task: Task, before: Sequence[Task], asked: Target | None, name: str) -> Target:
-        quantizing = [x for x in before if x.spec.writes == "quantized"]
-        if not quantizing:
+        earlier = [x for x in before if x.spec.writes == self.writes]
+        if not earlier:
             return task.target
-        target = quantizing[-1].target
+        target = earlier[-1].target
         stated = set() if asked is None else asked.model_fields_set
         if task.target.model_dump(include=stated) != target.model_dump(include=stated):
             raise PlanError(
-                f"{task.label} on {name} fits the codes of an earlier step, which has "
-                "another target: leave the target of this step out"
+                f"{task.label} on {name} fits the {'codes' if self.writes == 'quantized' else 'weights'} of an earlier "
+                "step, which has another target: leave the target of this step out"
             )
         return target
 
     def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
         label = f"{task.label} on {name}"
-        if draft.quantized:
+        if self.writes == "support":
+            result = drafts.refined(label, draft)
+        elif draft.quantized:
             own = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
             if draft.scheme.parts[-1] != own.parts[-1]:
                 raise PlanError(

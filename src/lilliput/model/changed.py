@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ class ChangedTable(Model):
         self.base, self._name, self._become = base, name, become
         self.source, self.skeleton, self.refs = base.source, base.skeleton, base.refs
         self.carried, self.copies, self.fused, self.notes = base.carried, base.copies, base.fused, base.notes
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def raw(self) -> Mapping[str, Any]:
+        return self.base.raw
 
     def anatomy(self) -> Anatomy:
         return self.base.anatomy()

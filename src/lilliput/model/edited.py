@@ -7,7 +7,8 @@ config, skeleton and anatomy of its own, so that plans, passes, exports and metr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -20,6 +21,8 @@ from lilliput.anatomy.model import Anatomy, Block, Group
 from lilliput.anatomy.setting import named, setting
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import PlanError, SourceError
+from lilliput.model.residual import Change
+from lilliput.model.rotated import RotatedModel
 from lilliput.model.weights import Model, stretches
 
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "inner_dim", "moe_intermediate_size")
@@ -31,12 +34,14 @@ class Edit:
     """What stays of a model, in the numbers of the model that is edited.
 
     blocks: blocks, in order. channels: by block and by number among its MLPs (experts have one each), hidden channels.
-    heads: by block, heads with their query groups. What is not named stays whole.
+    heads: by block, heads with their query groups. hidden: of a model that is turned, the first so many channels of the
+    residual stream (None: all). What is not named stays whole.
     """
 
     blocks: tuple[int, ...]
     channels: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    hidden: int | None = None
 
     def plain(self) -> dict[str, Any]:
         """For a record of the journal."""
@@ -44,13 +49,15 @@ class Edit:
             "blocks": list(self.blocks),
             "channels": [[*place, list(kept)] for place, kept in self.channels.items()],
             "heads": [[block, list(kept)] for block, kept in self.heads.items()],
+            "hidden": self.hidden,
         }
 
     @staticmethod
     def from_plain(plain: Mapping[str, Any]) -> Edit:
         """Undo `plain`."""
         channels = {(int(b), int(n)): tuple(kept) for b, n, kept in plain["channels"]}
-        return Edit(tuple(plain["blocks"]), channels, {int(b): tuple(kept) for b, kept in plain["heads"]})
+        heads = {int(b): tuple(kept) for b, kept in plain["heads"]}
+        return Edit(tuple(plain["blocks"]), channels, heads, plain["hidden"])
 
 
 def heads_of(block: Block) -> list[Group]:
@@ -111,7 +118,7 @@ class EditedModel(Model):
         return self._keep.get(self._base_name[canonical], {}).get(axis)
 
     def read(self, canonical: str) -> Tensor:
-        value = self.base.read(self._base_name[canonical])
+        value = self._scaled(canonical, self.base.read(self._base_name[canonical]))
         for axis, index in self._keep.get(self._base_name[canonical], {}).items():
             value = value.index_select(axis, index)
         return value.contiguous()
@@ -147,6 +154,15 @@ class EditedModel(Model):
     def parts(self, canonical: str) -> tuple[str, ...]:
         return self.base.parts(self._base_name[canonical])
 
+    def _scaled(self, canonical: str, value: Tensor) -> Tensor:
+        """A norm's gain where channels have left: root mean squares are over fewer of them, with nearly all energy."""
+        change = _change(self.base, self._base_name[canonical]) if self.edit.hidden is not None else None
+        if self.edit.hidden is None or change is None or change.kind != "gain":
+            return value
+        factor = math.sqrt(self.base.skeleton.hidden_size / self.edit.hidden)
+        scaled: Tensor = (value + change.offset) * factor - change.offset
+        return scaled
+
     def _sliced_shape(self, old: str) -> tuple[int, ...]:
         keep = self._keep.get(old, {})
         return tuple(len(keep[i]) if i in keep else n for i, n in enumerate(self.base.skeleton.shapes[old]))
@@ -175,7 +191,22 @@ def _kept(base: Model, edit: Edit) -> dict[str, dict[int, Tensor]]:
                 spans.setdefault((name, axis), []).append(torch.arange(a, b))
         for (name, side), pieces in spans.items():
             _add(keep, anatomy, number, block, name, side, torch.cat(pieces).sort().values)
+    if edit.hidden is not None:
+        first = torch.arange(edit.hidden)
+        for name in base.skeleton.shapes:
+            change = _change(base, name)
+            if change is not None:
+                turned = (change.kind == "reader" and not change.transposed) or change.kind == "outside"
+                turned = turned or (change.kind == "writer" and change.transposed)
+                keep.setdefault(name, {})[int(turned)] = first
     return keep
+
+
+def _change(base: Model, name: str) -> Change | None:
+    """How a tensor takes part in the residual stream of a turned model, or of one that rests on such a one."""
+    if isinstance(base, EditedModel):
+        return _change(base.base, base.base_name(name))
+    return base.change(name) if isinstance(base, RotatedModel) else None
 
 
 def _add(
@@ -242,6 +273,9 @@ def _configs(base: Model, edit: Edit) -> Iterator[Any]:
                 setattr(config, name, value * heads // before)
         if named(config, "head_dim") or width * before != base.skeleton.hidden_size:
             config.head_dim = width
+    if edit.hidden is not None:
+        config.head_dim = _head_width(base, 0)
+        config.hidden_size = edit.hidden
     inner = _counts(len(x) for x in edit.channels.values())
     if inner is None:
         yield config
@@ -291,10 +325,3 @@ def _whole_config(whole: Any, text: Any, before: Any) -> Any:
         if vars(before).get(name) != value or name not in vars(inner):
             setattr(inner, name, copy.deepcopy(value))
     return whole
-
-
-def kept_everywhere(count: int, blocks: Sequence[int]) -> Edit:
-    """The edit that leaves the given blocks of `count` as they are. Raises PlanError where none or others are named."""
-    if not blocks or any(not 0 <= n < count for n in blocks):
-        raise PlanError(f"blocks {list(blocks)} are none of 0 to {count - 1}: at least one of them stays")
-    return Edit(tuple(sorted(set(blocks))))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ class RotatedModel(Model):
             raise LilliputError(
                 f"{len(self.skeleton.block_names)} blocks and a head take one basis each, not {len(bases)}"
             )
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def raw(self) -> Mapping[str, Any]:
+        return self.base.raw
 
     @property
     def outside(self) -> Outside:

@@ -224,6 +224,19 @@ def _plan_table(table: Linear, tasks: Sequence[Task]) -> LinearPlan:
     return plan
 
 
+def ordered(recipe: Recipe) -> list[Task]:
+    """The steps of a recipe, with targets as it names them. Raises PlanError for options that are none, and for steps
+    that cannot stand in this order."""
+    used = [methods.get(step.method) for step in recipe.steps]
+    tasks = [
+        Task(number, method, step.target, method.parse(step.options))
+        for number, (step, method) in enumerate(zip(recipe.steps, used, strict=True))
+    ]
+    for task in tasks:
+        task.spec.ordered(task, tasks)
+    return tasks
+
+
 def resolve(
     recipe: Recipe, anatomy: Anatomy, scale_dtype: torch.dtype, *, width: int = 0, tables: Sequence[Linear] = ()
 ) -> Resolved:
@@ -231,13 +244,7 @@ def resolve(
 
     `width` is that of the residual stream, for methods that rotate it; `tables` are the embedding and the head.
     """
-    used = [methods.get(step.method) for step in recipe.steps]
-    targets = [
-        Task(number, method, step.target, method.parse(step.options))
-        for number, (step, method) in enumerate(zip(recipe.steps, used, strict=True))
-    ]
-    for task in targets:
-        task.spec.ordered(task, targets)
+    targets = ordered(recipe)
     everything = [
         (number, f"{prefix}.{linear.name}", linear)
         for number, (prefix, block) in enumerate(zip(anatomy.block_names, anatomy.blocks, strict=True))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput import methods
 from lilliput.anatomy.model import Block
+from lilliput.anatomy.setting import setting
 from lilliput.machine import memory, ranks
 from lilliput.model import rotated
 from lilliput.model.block import BlockWeights
@@ -19,6 +19,7 @@ from lilliput.model.edited import Edit, EditedModel
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan
+from lilliput.plan.resolve import ordered
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
 from lilliput.run.journal import Work
@@ -30,7 +31,7 @@ from lilliput.streaming.forward import through
 from lilliput.streaming.walk import Flow, Passage, walk
 from lilliput.verbs import edits
 from lilliput.verbs.edit import Edit as EditSpec
-from lilliput.verbs.edits import EditIO, EditScores, EditView
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Units
 from lilliput.verbs.spec import Task
 
 
@@ -38,17 +39,21 @@ def prepared(model: Model, recipe: Recipe) -> Model:
     """The model as the steps of a recipe will find it: of the sizes that its edits leave, with the first of everything
     in place of what they will choose, and ready to be rotated where a step learns a rotation.
 
-    Raises PlanError where an edit has no place in a config of the model's architecture.
+    Raises PlanError where an edit has no place in a config of the model's architecture, or among the other steps.
     """
-    for step in recipe.steps:
-        method = methods.get(step.method)
-        if isinstance(method.spec, EditSpec):
-            units = edits.units_of(model.anatomy())
-            sizes = method.spec.sizes(units, method.parse(step.options))
+    for task in ordered(recipe):
+        if isinstance(task.spec, EditSpec):
+            units = _units(model)
+            sizes = task.spec.sizes(units, task.options)
             model = EditedModel(model, edits.first_of(units, sizes))
-        elif method.spec.turns:
+        elif task.spec.turns:
             model = rotated.ready(model)
     return model
+
+
+def _units(model: Model) -> tuple[Units, ...]:
+    queries = setting(model.skeleton.config, "num_attention_heads", 0)
+    return edits.units_of(model.anatomy(), model.skeleton.hidden_size, int(queries or 1))
 
 
 def unedited(model: Model) -> Model:
@@ -69,7 +74,7 @@ def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work,
         edit = _decided(plan, task, level, ids, work, progress) if ranks.lead() else level.edit
         work.note({"kind": "edit", "step": task.step, "edit": edit.plain()})
         records = [r for r in work.find("edit") if r["step"] == task.step]
-    return _replaced(model, level, level.with_edit(Edit.from_plain(records[0]["edit"])))
+    return replaced(model, level, level.with_edit(Edit.from_plain(records[0]["edit"])))
 
 
 def _level(model: Model, number: int) -> EditedModel:
@@ -83,18 +88,34 @@ def _level(model: Model, number: int) -> EditedModel:
     return levels[::-1][number]
 
 
-def _replaced(model: Model, old: EditedModel, new: EditedModel) -> Model:
+def turned(model: Model) -> RotatedModel:
+    """The view of a model that is turned, whatever rests on it. Raises PlanError where nothing of it can be."""
+    inner: Model | None = model
+    while inner is not None:
+        if isinstance(inner, RotatedModel):
+            return inner
+        inner = _base(inner)
+    return rotated.ready(model)
+
+
+def rests(model: Model, view: Model) -> bool:
+    """Whether a model is a view or rests on it."""
+    inner = _base(model)
+    return model is view or (inner is not None and rests(inner, view))
+
+
+def replaced(model: Model, old: Model, new: Model) -> Model:
     """The model with another view in place of one that it rests on."""
     if model is old:
         return new
     if not isinstance(model, EditedModel | RotatedModel):
         raise RuntimeError("the model rests on no such edit")
-    return model.over(_replaced(model.base, old, new))
+    return model.over(replaced(model.base, old, new))
 
 
 def _decided(plan: Plan, task: Task, level: EditedModel, ids: Tensor | None, work: Work, progress: Progress) -> Edit:
     spec, base = task.of(EditSpec), level.base
-    units = edits.units_of(base.anatomy())
+    units = _units(base)
     sizes = spec.sizes(units, task.options)
     if spec.loss is not None:
         with _Skipping(plan, task, base, ids, work, progress) as skipping:

@@ -20,12 +20,11 @@ from lilliput.export import provenance
 from lilliput.folds.kinds import ResidualRotation
 from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
-from lilliput.model.rotated import ready
 from lilliput.model.weights import Model
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.sizes import sizes
 from lilliput.progress import Progress
-from lilliput.run import fisher
+from lilliput.run import editing, fisher
 from lilliput.run.journal import Work, save_atomically
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.backward import Samples
@@ -52,10 +51,10 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
 
     ids [N, T] are all samples: a rotation is learned by the leading rank alone, for its loss is one of all of them.
     """
-    turning = ready(model)
+    turning = editing.turned(model)
     path = work.folder / rotation_name(task)
     records = [r for r in work.find("rotation") if r["step"] == task.step]
-    width = model.skeleton.hidden_size
+    width = turning.skeleton.hidden_size
     matrix = torch.empty(width, width, dtype=torch.float64)
     if not records:
         if ranks.lead():
@@ -76,7 +75,7 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
     matrix = ranks.same(matrix.contiguous())
     rotated = turning.rotated(matrix)
     memory.trim()
-    return rotated
+    return editing.replaced(model, turning, rotated) if editing.rests(model, turning) else rotated
 
 
 def _product(folds: Any, width: int) -> Tensor:

@@ -23,6 +23,7 @@ class Edit(Spec[OptionsT]):
     losses of the model without some of its blocks (None from it: by scores after all). `gradients(options)`: whether a
     score reads gradients and their squares; `similar(options)`: whether it reads how alike a block's inputs and outputs
     are. `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
+    `turned`: it keeps the first channels of a residual stream that a step before it has turned.
     """
 
     verb: ClassVar[str] = "edit"
@@ -35,6 +36,7 @@ class Edit(Spec[OptionsT]):
     loss: Callable[[SkipLoss, Sequence[Units], Sizes, OptionsT], Decision | None] | None = None
     gradients: Callable[[OptionsT], bool] | None = None
     similar: Callable[[OptionsT], bool] | None = None
+    turned: bool = False
     looked_at: Callable[[int, OptionsT], int] | None = None
     writes: Writes = "fold"
 
@@ -44,9 +46,15 @@ class Edit(Spec[OptionsT]):
                 f"{task.label} takes parts of the model away, and an earlier step has already decided the values of "
                 "its weights: move it to the front"
             )
-        before = [x for x in recipe[: task.step] if x.spec.stage is not Stage.MODEL or x.spec.turns]
-        if before:
-            raise PlanError(f"{task.label} edits the whole model: move it in front of {before[0].label}")
+        before = recipe[: task.step]
+        if self.turned and not any(x.spec.turns for x in before):
+            raise PlanError(
+                f"{task.label} keeps the first channels of a turned residual stream: put `principal` before it, which "
+                "turns it so that they hold most"
+            )
+        wrong = [x for x in before if x.spec.stage is not Stage.MODEL or (x.spec.turns and not self.turned)]
+        if wrong:
+            raise PlanError(f"{task.label} edits the whole model: move it in front of {wrong[0].label}")
 
     def slopes(self, options: OptionsT) -> bool:
         """Whether its scores read gradients."""

@@ -17,22 +17,27 @@ from lilliput.stats.site import SiteStats
 @dataclass(frozen=True)
 class Units:
     """What can leave a block. channels: the width of each of its MLPs; heads: heads with their query group;
-    channel_cost, head_cost: weights of one of each; weights: of all its linears."""
+    channel_cost, head_cost: weights of one of each; weights: of all its linears; hidden, queries: width of the residual
+    stream, and query heads, which have to divide it."""
 
     channels: tuple[int, ...]
     heads: int
     channel_cost: int
     head_cost: int
     weights: int
+    hidden: int = 0
+    queries: int = 1
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What stays: so many blocks, and in each of them hidden channels of every MLP and heads (None: all)."""
+    """What stays: so many blocks, in each of them hidden channels of every MLP and heads, and channels of the residual
+    stream (None: all)."""
 
     blocks: int
     channels: int | None = None
     heads: int | None = None
+    hidden: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,21 +71,21 @@ SkipLoss = Callable[[Collection[int]], float]
 """Mean cross-entropy in nats of the model without some of its blocks, by number."""
 
 
-def units_of(anatomy: Anatomy) -> tuple[Units, ...]:
-    """What there is to leave out, by block."""
+def units_of(anatomy: Anatomy, hidden: int, queries: int) -> tuple[Units, ...]:
+    """What there is to leave out, by block; hidden, queries: see `Units`."""
     kinds: dict[int, Units] = {}
     for block in anatomy.blocks:
         if id(block) not in kinds:
-            kinds[id(block)] = _units(block)
+            kinds[id(block)] = _units(block, hidden, queries)
     return tuple(kinds[id(block)] for block in anatomy.blocks)
 
 
-def _units(block: Block) -> Units:
+def _units(block: Block, hidden: int, queries: int) -> Units:
     heads, mlps = heads_of(block), block.groups.channels
     head_cost = sum(span_weights(block, x.members) for x in heads[:1])
     channel_cost = sum(span_weights(block, x.group(0).members) for x in mlps[:1])
     weights = sum(x.parameters for x in block.linears)
-    return Units(tuple(x.width for x in mlps), len(heads), channel_cost, head_cost, weights)
+    return Units(tuple(x.width for x in mlps), len(heads), channel_cost, head_cost, weights, hidden, queries)
 
 
 def span_weights(block: Block, members: Sequence[tuple[str, str, tuple[int, int]]]) -> int:
@@ -147,7 +152,7 @@ def first_of(units: Sequence[Units], sizes: Sizes) -> Edit:
             channels |= {(n, m): tuple(range(sizes.channels)) for m in range(len(units[n].channels))}
         if sizes.heads is not None:
             heads[n] = tuple(range(sizes.heads))
-    return Edit(blocks, channels, heads)
+    return Edit(blocks, channels, heads, sizes.hidden)
 
 
 def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:

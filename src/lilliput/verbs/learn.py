@@ -53,7 +53,7 @@ class Learn(Spec[OptionsT]):
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
         before = recipe[: task.step]
-        if any(x.spec.verb != self.verb for x in before):
+        if any(x.spec.stage is not Stage.MODEL for x in before):
             raise PlanError(
                 f"{task.label} turns the whole model before any block is looked at: move it in front of "
                 f"{before[-1].label}"

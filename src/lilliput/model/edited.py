@@ -325,3 +325,14 @@ def _whole_config(whole: Any, text: Any, before: Any) -> Any:
         if vars(before).get(name) != value or name not in vars(inner):
             setattr(inner, name, copy.deepcopy(value))
     return whole
+
+
+def base_of(model: Model) -> Model | None:
+    """What an edited or turned model rests on; None of one that rests on none."""
+    return model.base if isinstance(model, EditedModel | RotatedModel) else None
+
+
+def unedited(model: Model) -> Model:
+    """The model before all edits and rotations."""
+    inner = base_of(model)
+    return model if inner is None else unedited(inner)

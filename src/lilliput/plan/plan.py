@@ -19,6 +19,7 @@ from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.machine.version import __version__
+from lilliput.model.edited import unedited
 from lilliput.model.stored import Model
 from lilliput.plan import cost as estimates
 from lilliput.plan import footprint, rehearsal
@@ -335,6 +336,10 @@ def make(
         itemsize=dtype.itemsize,
         stored=max(x.dtype.itemsize for x in tensors),
     )
+    whole = unedited(model)
+    if whole is not model:
+        blocks, hidden = whole.anatomy().blocks, whole.skeleton.hidden_size
+        run = replace(run, before=replace(run, blocks=blocks, hidden=hidden))
     batching = footprint.choose(
         resolved,
         run,

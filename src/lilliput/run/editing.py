@@ -15,7 +15,7 @@ from lilliput.anatomy.setting import setting
 from lilliput.machine import memory, ranks
 from lilliput.model import rotated
 from lilliput.model.block import BlockWeights
-from lilliput.model.edited import Edit, EditedModel
+from lilliput.model.edited import Edit, EditedModel, base_of
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan
@@ -56,16 +56,6 @@ def _units(model: Model) -> tuple[Units, ...]:
     return edits.units_of(model.anatomy(), model.skeleton.hidden_size, int(queries or 1))
 
 
-def unedited(model: Model) -> Model:
-    """The model before all edits."""
-    inner = _base(model)
-    return model if inner is None else unedited(inner)
-
-
-def _base(model: Model) -> Model | None:
-    return model.base if isinstance(model, EditedModel | RotatedModel) else None
-
-
 def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
     """The model with what the step leaves, decided now unless an earlier run did. ids [N, T] are all samples."""
     level = _level(model, [x.step for x in plan.resolved.of(EditSpec)].index(task.step))
@@ -84,7 +74,7 @@ def _level(model: Model, number: int) -> EditedModel:
     while inner is not None:
         if isinstance(inner, EditedModel):
             levels.append(inner)
-        inner = _base(inner)
+        inner = base_of(inner)
     return levels[::-1][number]
 
 
@@ -94,13 +84,13 @@ def turned(model: Model) -> RotatedModel:
     while inner is not None:
         if isinstance(inner, RotatedModel):
             return inner
-        inner = _base(inner)
+        inner = base_of(inner)
     return rotated.ready(model)
 
 
 def rests(model: Model, view: Model) -> bool:
     """Whether a model is a view or rests on it."""
-    inner = _base(model)
+    inner = base_of(model)
     return model is view or (inner is not None and rests(inner, view))
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lilliput.anatomy.model import Linear
 from lilliput.model.block import BlockWeights
-from lilliput.model.edited import EditedModel
+from lilliput.model.edited import EditedModel, unedited
 from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
-from lilliput.run.editing import unedited
 from lilliput.run.running import runner
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import Batches, embed, through

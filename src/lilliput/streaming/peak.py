@@ -18,7 +18,8 @@ class Run:
 
     blocks: of the whole model; hidden: width of the residual stream; vocabulary: rows of the embedding; samples,
     tokens: calibration samples, and tokens in each; itemsize: bytes of a number in the dtype of the passes; stored: in
-    the checkpoint; batch: samples in one forward pass.
+    the checkpoint; batch: samples in one forward pass; before: the same of the model before anything left it, where
+    steps edit it.
     """
 
     blocks: Sequence[Block]
@@ -29,6 +30,7 @@ class Run:
     itemsize: int
     stored: int
     batch: int = 1
+    before: Run | None = None
 
     @property
     def kinds(self) -> tuple[Block, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lilliput.errors import PlanError
@@ -69,6 +69,7 @@ class Edit(Spec[OptionsT]):
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         """The model is scored before anything has left it."""
+        run = replace(run.before, batch=run.batch) if run.before is not None else run
         phases = [Phase("scoring what may leave", Cost(ram=max(peak_of(run))))]
         if self.slopes(options):
             phases.append(Phase("the backward pass of an edit", peak.of_gradients(run) + Cost(ram=_squares(run))))

@@ -85,12 +85,13 @@ class Repair(Spec[OptionsT]):
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         """An edited block with its copies beside the unedited one and its Gram matrices."""
-        ram = 0
+        ram, before = 0, run if run.before is None else run.before
+        unedited = max(peak.of_resident(before, x, grams=False, lockstep=False).ram for x in before.kinds)
+        grams = 40 * max(site.width for block in before.kinds for site in block.sites) ** 2
         for block in run.kinds:
             weights = sum(x.parameters for x in block.linears)
             wide = sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
             token = 4 * 8 * run.hidden + run.itemsize * wide
-            grams = 16 * max(site.width for site in block.sites) ** 2
-            unedited = peak.of_resident(run, block, grams=False, lockstep=False).ram
-            ram = max(ram, weights * 4 * self.copies + 2 * unedited + grams + run.batch * run.tokens * token)
+            own = weights * (4 * self.copies + run.itemsize)
+            ram = max(ram, own + unedited + grams + run.batch * run.tokens * token)
         return (Phase("repairing a block", Cost(ram=ram)),)

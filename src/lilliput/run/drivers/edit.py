@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lilliput.machine.cost import Cost
+from lilliput.model.edited import unedited
 from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan
 from lilliput.run import editing
@@ -13,7 +14,7 @@ from lilliput.verbs.spec import Task
 
 def cost(plan: Plan, task: Task, model: Model) -> Cost:
     """Hidden states on both sides of a block, or those that enter every block."""
-    spec, base = task.of(Edit), editing.unedited(model).skeleton
+    spec, base = task.of(Edit), unedited(model).skeleton
     if not (task.needs or spec.tokens(task.options)):
         return Cost()
     every = spec.slopes(task.options) or spec.loss is not None

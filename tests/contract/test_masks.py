@@ -12,13 +12,14 @@ from lilliput.parts.layer import Layer
 from lilliput.stats import bins
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
+from lilliput.verbs.compress import Compress
 
 ROWS, WIDTH = 7, 24
 HISTOGRAM = torch.ones(WIDTH, bins.COUNT)
 CASES = [
     (method, scope)
     for _, method in sorted(discover().items())
-    if method.spec.writes == "support" and not getattr(method.spec, "refines", False)
+    if isinstance(method.spec, Compress) and method.spec.writes == "support" and not method.spec.refines
     for scope in get_args(method.options.model_fields["scope"].annotation)
 ]
 
@@ -31,6 +32,10 @@ def support(name: str, scope: str, weight: torch.Tensor, **target: object) -> to
     assert isinstance(layer, Layer)
     assert layer.support is not None
     assert torch.equal(layer.decode(), weight * layer.support), "unrelated inputs: no weight moves"
+    spec, (rows, width) = method.spec, weight.shape
+    assert spec.kept is not None, "a method that prunes says how many weights it keeps"  # type: ignore[attr-defined]
+    asked, options = Target.model_validate(target), method.parse({"scope": scope})
+    assert int(layer.support.sum()) == spec.kept(asked, options, rows, width)  # type: ignore[attr-defined]
     return layer.support
 
 

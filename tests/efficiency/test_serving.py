@@ -4,9 +4,13 @@ import shutil
 import pytest
 import torch
 
-from lilliput.efficiency.serving import dense, servings, sparse, w8a8, weight_only
+from lilliput.efficiency.serving import dense, native, servings, sparse, w8a8, weight_only
 from lilliput.errors import PlanError
 from lilliput.model.stored import open_model
+from lilliput.parts.bitmask import BitmaskSpec
+from lilliput.parts.linear import LinearSpec
+from lilliput.parts.lowrank import LowRankSpec
+from lilliput.parts.scheme import Scheme
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -53,3 +57,16 @@ def test_what_if_formats_by_hand():
             wrong()
     with pytest.raises(PlanError, match=r"torch\.int8 is not"):
         dense(torch.int8)
+
+
+def test_kept_weights_serve_few_tokens_without_decoding():
+    bits, kept = 9.0, BitmaskSpec(32 * 48 // 2, torch.bfloat16)
+    spec = LinearSpec("x", "x", 32, 48, Scheme((kept,)))
+    found = native(spec, bits, torch.bfloat16, thin=False, few=False, apart=True)
+    few, many = found.at(1), found.at(1000)
+    assert (few.keep, few.decoded, few.bits, few.arithmetic) == (0.5, 0.0, 9.0, "fp32")
+    assert (many.keep, many.decoded, many.bits, many.arithmetic) == (1.0, 4.0, 9.0, "bf16")
+    assert native(spec, bits, torch.bfloat16, thin=False, few=False, apart=False).at(1).decoded == 4.0
+    filled = LinearSpec("x", "x", 32, 48, Scheme((kept, LowRankSpec(6))))
+    both = native(filled, bits, torch.bfloat16, thin=False, few=False, apart=True)
+    assert both.at(1).keep == 0.5 + 6 * (32 + 48) / (32 * 48)

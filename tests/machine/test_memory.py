@@ -31,7 +31,7 @@ def resolved(model: Model, *steps: dict[str, Any]) -> tuple[Resolved, Run]:
     """The steps on the model, and a run on 64 samples of 256 tokens in float32."""
     recipe = Recipe.model_validate({"steps": list(steps) or [{"method": "gptq"}]})
     width = model.skeleton.hidden_size
-    done = resolve(recipe, model.anatomy(), torch.float16, width=width)
+    done = resolve(recipe, model.anatomy(), torch.float16, dtype_of=model.written_dtype, width=width)
     return done, Run(model.anatomy().blocks, width, 512, samples=64, tokens=256, itemsize=4, stored=4)
 
 

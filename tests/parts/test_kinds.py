@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError, PlanError, SourceError
 from lilliput.formats.integer import IntegerFormat
-from lilliput.parts import known, pattern, sparse
+from lilliput.parts import bitmask, known, pattern, sparse
 from lilliput.parts.columns import ColumnsPart, ColumnsSpec
 from lilliput.parts.dense import DensePart, DenseSpec
 from lilliput.parts.layer import Layer
@@ -65,6 +65,10 @@ PARTS: dict[str, Callable[[], Part]] = {
     "1:1": lambda: pattern.gather(_weight(), _weight().abs(), 1, 1),
     "1:20 of integers": lambda: _patterned(1, 20),
     "2:4 of integers": lambda: _patterned(2, 4),
+    "bit mask": lambda: bitmask.gather(_weight(), _weight() > 0.3),
+    "bit mask, none": lambda: bitmask.gather(_weight(), _weight() > 9, torch.bfloat16),
+    "bit mask, all": lambda: bitmask.gather(_weight(), _weight() < 9, torch.float32),
+    "bit mask in rows": lambda: RowsPart(bitmask.gather(_weight(2), _weight(2) > 0), torch.tensor([1, 4]), ROWS),
     "rows": lambda: RowsPart(_quantized(_weight(3)), torch.tensor([0, 2, 6]), ROWS),
     "rows, none": lambda: RowsPart(DensePart(_weight(0)), torch.zeros(0, dtype=torch.int64), ROWS),
     "sparse rows": lambda: RowsPart(sparse.gather(_weight(2), _weight(2), 0.2), torch.tensor([1, 4]), ROWS),

@@ -55,7 +55,7 @@ def test_layers_that_factors_would_enlarge_stay_and_the_plan_says_so(model: Mode
     assert not any("are left unchanged" in x for x in plan(model, {"method": "svd-truncate"}).notes)
 
 
-@pytest.mark.parametrize("method", ["svd-truncate", "eora", "loftq", "lplr"])
+@pytest.mark.parametrize("method", ["svd-truncate", "loftq", "lplr"])
 def test_nothing_fills_the_zeros_of_an_earlier_step(model: Model, method: str) -> None:
     with pytest.raises(PlanError, match=rf"step 2 \({method}\) on .* it would fill the zeros"):
         plan(model, {"method": "wanda"}, {"method": method, "target": {"rank": 4}})

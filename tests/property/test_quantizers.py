@@ -16,6 +16,7 @@ from lilliput.parts.scheme import of
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
+from lilliput.verbs.compress import Compress
 from lilliput.verbs.spec import Task
 
 QUANTIZE = sorted(
@@ -24,7 +25,11 @@ QUANTIZE = sorted(
     if (m.spec.verb, m.spec.writes) == ("compress", "quantized") and "int" in (m.spec.formats or ())
 )
 LOW_RANK = ["eora", "laser", "loftq", "lplr", "svd-truncate"]
-PRUNE = sorted(n for n, m in methods.discover().items() if m.spec.writes == "support")
+PRUNE = sorted(
+    n
+    for n, m in methods.discover().items()
+    if isinstance(m.spec, Compress) and m.spec.writes == "support" and not m.spec.refines
+)
 
 
 def _stats(width: int, tokens: int, rank: int, dead: int, seed: int) -> SiteStats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lilliput.algebra import products
 from lilliput.formats.binary import BinaryFormat
 from lilliput.formats.integer import IntegerFormat
+from lilliput.parts import bitmask
 from lilliput.parts.dense import DensePart
 from lilliput.parts.layer import Layer
 from lilliput.parts.linear import LinearSpec, read_linear
@@ -20,7 +23,7 @@ from lilliput.parts.scheme import of
 from lilliput.parts.transform import Rotation
 from lilliput.runtime import linear as runtime
 from lilliput.runtime import lut
-from lilliput.runtime.linear import FactoredLinear, TabledLinear, compress_
+from lilliput.runtime.linear import FactoredLinear, MaskedLinear, TabledLinear, compress_
 
 ROWS, WIDTH = 24, 32
 
@@ -155,3 +158,53 @@ def test_binary_codes_run_by_tables_while_tokens_are_few(
         assert (got.dtype, got.shape) == (dtype, (1, tokens, ROWS))
         assert float((got.double() - wanted).abs().max()) < rounding * (1 + float(wanted.abs().max()))
     assert asked == [1, lut.most(form)]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("product", [False, True])
+def test_kept_weights_run_by_themselves_while_tokens_are_few(
+    kind: Any, dtype: torch.dtype, product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = torch.rand(ROWS, WIDTH, generator=torch.Generator().manual_seed(2)) < 0.4
+    layer = Layer("x", weight()).with_part(bitmask.gather(weight(), mask, dtype))
+    if product:
+        layer = layer.with_part(approximate(layer.rest(), 3, factor_spec("int8")))
+    module = Conv1D(ROWS, WIDTH) if kind is Conv1D else nn.Linear(WIDTH, ROWS)
+    module.bias.data = torch.linspace(-1, 1, ROWS)
+    bias = module.bias.detach().to(dtype).double()
+    module = filled(module.to(dtype), layer, transposed=kind is Conv1D)
+    assert isinstance(module, MaskedLinear)
+    held = sum(x.nbytes for name, x in module.named_buffers() if name.startswith("packed_"))
+    assert held == sum(x.nbytes for x in of(layer).pack(layer).values()), "no more memory than the file has"
+    asked: list[int] = []
+    real = products.Product.__call__
+
+    def counted(self: products.Product, x: Tensor) -> Tensor:
+        asked.append(len(x))
+        return real(self, x)
+
+    monkeypatch.setattr(products.Product, "__call__", counted)
+    most = products.most()
+    rounding = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for tokens in (1, most, most + 1, 40):
+        x = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        wanted = x.double() @ layer.decode().double().T + bias
+        with torch.no_grad():
+            got = module(x)
+        assert (got.dtype, got.shape) == (dtype, (1, tokens, ROWS))
+        assert float((got.double() - wanted).abs().max()) < rounding * (1 + float(wanted.abs().max()))
+    assert asked == [1, most]
+    learning = torch.ones(1, WIDTH, dtype=dtype, requires_grad=True)
+    module(learning).sum().backward()
+    assert learning.grad is not None
+    module(torch.ones(1, WIDTH, dtype=dtype))  # its bias may learn
+    assert asked == [1, most]
+    again = copy.deepcopy(module)
+    with torch.no_grad():
+        assert torch.equal(again(learning), module(learning))
+    assert asked == [1, most, 1, 1]
+    monkeypatch.setattr(products, "available", lambda: False)
+    with torch.no_grad():
+        torch.testing.assert_close(module(learning), again(learning))
+    assert asked == [1, most, 1, 1]

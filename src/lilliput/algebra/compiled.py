@@ -36,7 +36,7 @@ def best_path(x: Tensor, numbers: Tensor, steps: tuple[int, int]) -> Tensor:
     """`trellis.in_torch` for finite sequences float32 [n, length] on the CPU; numbers float32 [2^window]."""
     path = np.zeros(x.shape, dtype=np.int64)
     if x.numel():
-        _threads()
+        match_threads()
         _paths(_window(numbers), steps)(x.contiguous().numpy(), numbers.numpy(), path)
     return torch.from_numpy(path)
 
@@ -46,14 +46,14 @@ def settle_paths(numbers: Tensor, steps: tuple[int, int], walk: int, scale: Tens
 
     What is aimed at must be finite.
     """
-    _threads()
+    match_threads()
     _settle_paths(_window(numbers), steps)(numbers.numpy(), walk, scale.contiguous().numpy(), *_shared(*block))
 
 
 def nearest_e8(x: Tensor, patterns: Tensor) -> Tensor:
     """`e8.in_torch` for finite vectors float32 [n, 8] on the CPU; patterns float32 [256, 8]."""
     entry = np.zeros(len(x), dtype=np.int64)
-    _threads()
+    match_threads()
     _points()(x.T.contiguous().numpy(), *_known(patterns), entry)
     return torch.from_numpy(entry)
 
@@ -61,7 +61,7 @@ def nearest_e8(x: Tensor, patterns: Tensor) -> Tensor:
 def settle_e8(patterns: Tensor, table: Tensor, scale: Tensor, *block: Tensor) -> None:
     """`ldlq.Settle` by points of E8P; table float32 [65536, 8], scale float32 [out], all on the CPU. A code is the
     point's entry number times 8 and the row's place within it. What is aimed at must be finite."""
-    _threads()
+    match_threads()
     _settle_points()(*_known(patterns), table.numpy(), scale.contiguous().numpy(), *_shared(*block))
 
 
@@ -88,17 +88,20 @@ def _jit(function: Callable[..., None]) -> Any:
     return _numba().njit(boundscheck=False, error_model="numpy", fastmath=_EXACT)(function)
 
 
-def _parallel(function: Callable[..., None]) -> Callable[..., None]:
+def parallel(function: Callable[..., None]) -> Callable[..., None]:
     compiled: Callable[..., None] = _numba().njit(parallel=True, boundscheck=False, error_model="numpy")(function)
     return compiled
 
 
-def _threads() -> None:
-    """As many as torch has; its own sleep meanwhile."""
-    numba = _numba()
-    count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+def match_threads() -> None:
+    """As many as torch has; its own sleep meanwhile. The first call starts numba's threads, which would give torch,
+    where both share OpenMP, another number of them."""
+    numba, wanted = _numba(), torch.get_num_threads()
+    count = min(wanted, numba.config.NUMBA_NUM_THREADS)
     if numba.get_num_threads() != count:
         numba.set_num_threads(count)
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
 
 
 @functools.cache
@@ -215,7 +218,7 @@ def _paths(window: int, steps: tuple[int, int]) -> Callable[..., None]:
             work, least = np.empty((2, states), np.float32), np.empty((length, part), np.float32)
             viterbi(x[n], numbers, work, least, path[n])
 
-    return _parallel(paths)
+    return parallel(paths)
 
 
 @functools.lru_cache(maxsize=8)
@@ -243,7 +246,7 @@ def _settle_paths(window: int, steps: tuple[int, int]) -> Callable[..., None]:
                     codes[j, a + n] = np.int32(path[n])
                     deviation[j, a + n] = weight[j, a + n] - numbers[path[n]] * scale[a + n]
 
-    return _parallel(settle)
+    return parallel(settle)
 
 
 @functools.cache
@@ -334,7 +337,7 @@ def _points() -> Callable[..., None]:
             point(vectors, patterns, square, total, size, odd, chosen, score, best, norm, found)
             entry[a : a + here] = found[:here]
 
-    return _parallel(points)
+    return parallel(points)
 
 
 @functools.cache
@@ -374,4 +377,4 @@ def _settle_points() -> Callable[..., None]:
                     codes[j, a + n] = np.int32(entry * 8 + n % 8)
                     deviation[j, a + n] = weight[j, a + n] - table[entry, n % 8] * scale[a + n]
 
-    return _parallel(settle)
+    return parallel(settle)

@@ -58,6 +58,18 @@ def share_of(sparsity: float | None) -> float:
     return sparsity
 
 
+def kept(sparsity: float | None, pattern: str | None, scope: str, rows: int, width: int) -> int:
+    """How many weights of a [rows, width] matrix `choose` keeps: n of every m by a pattern n:m, else all but
+    round(sparsity * n) of every scope of n, a row or the whole layer. Raises PlanError when both are None."""
+    if pattern is not None:
+        n, m = pattern_of(pattern, width)
+        return rows * (width // m) * n
+    sparsity = share_of(sparsity)
+    if scope == "row":
+        return rows * (width - round(sparsity * width))
+    return rows * width - round(sparsity * rows * width)
+
+
 def choose(score: Tensor, sparsity: float | None, pattern: str | None, scope: str) -> Tensor:
     """The mask [out, in] that keeps N of every M inputs by the pattern N:M, or else a share `sparsity` of zeros within
     each row or the whole layer.

@@ -20,6 +20,11 @@ Scope = Literal["block", "row"]
 _SHORT = 16  # inputs of a pattern's group that are compared with each other all at once
 
 
+def kept(target: Target, scope: Scope, rows: int, width: int) -> int:
+    """How many weights of a [rows, width] matrix `sweep` keeps."""
+    return masks.kept(target.sparsity, target.pattern, "row" if scope == "row" else "layer", rows, width)
+
+
 def sweep(
     weight: Tensor, factor: obs.Factor, score: Score, target: Target, scope: Scope, block: int, support: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -35,7 +40,7 @@ def sweep(
     rows, width = weight.shape
     columns = weight.T.contiguous()
     deviation = torch.empty_like(columns)
-    kept = torch.empty_like(columns, dtype=torch.bool)
+    stays = torch.empty_like(columns, dtype=torch.bool)
     given = None if support is None else support.T
     pattern = None if target.pattern is None else masks.pattern_of(target.pattern, width)
     share = 0.0 if pattern else masks.share_of(target.sparsity)
@@ -52,15 +57,15 @@ def sweep(
             coupling = factor.coupling[c:d, c:d]
             worth = score(_free(part, columns[c:d], coupling), c, d)
             if pattern is not None:
-                kept[c:d] = _of_group(worth, pattern[0])
+                stays[c:d] = _of_group(worth, pattern[0])
             else:
-                kept[c:d] = _of_block(worth, c, rows, share, scope)
+                stays[c:d] = _of_block(worth, c, rows, share, scope)
             if given is not None:
-                kept[c:d] &= given[c:d]
-            obs.settle(part, deviation[c:d], columns[c:d], coupling, c, None, None, kept[c:d])
-    values = deviation.neg_().add_(columns).mul_(kept)
+                stays[c:d] &= given[c:d]
+            obs.settle(part, deviation[c:d], columns[c:d], coupling, c, None, None, stays[c:d])
+    values = deviation.neg_().add_(columns).mul_(stays)
     del columns, deviation
-    return kept.T.contiguous(), values.T.contiguous()
+    return stays.T.contiguous(), values.T.contiguous()
 
 
 def _free(aim: Tensor, columns: Tensor, coupling: Tensor) -> Tensor:

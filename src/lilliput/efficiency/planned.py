@@ -30,7 +30,8 @@ def decode_seconds(model: Model, device: Device, linears: Iterable[tuple[Outcome
         spec = LinearSpec(
             outcome.name, outcome.stored, outcome.out_features, outcome.in_features, outcome.scheme
         )  # fmt: skip
-        served[f"{outcome.name}.weight"] = plain if fused else native(spec, bits, work.dtype, thin=False, few=False)
+        decoded = native(spec, bits, work.dtype, thin=False, few=False, apart=False)
+        served[f"{outcome.name}.weight"] = plain if fused else decoded
     known = {x.tensor for x in work.shapes.matrices}
     work = replace(work, served={**work.served, **{k: v for k, v in served.items() if k in known}})
     context = min(CONTEXT, work.shapes.positions or CONTEXT)

@@ -15,11 +15,15 @@ from typing import Any, Literal
 
 import torch
 
+from lilliput.algebra import products as by_mask
 from lilliput.errors import PlanError
 from lilliput.model.stored import Model
+from lilliput.parts.bitmask import BitmaskSpec
 from lilliput.parts.linear import LinearSpec, parse_config
+from lilliput.parts.lowrank import LowRankSpec
+from lilliput.parts.part import PartSpec
 from lilliput.runtime import lut
-from lilliput.runtime.linear import factored, tabled
+from lilliput.runtime.linear import factored, kept_apart, tabled
 from lilliput.source.compressed import scheme_for
 
 Runtime = Literal["transformers", "kernels"]
@@ -36,7 +40,8 @@ class Serving:
     because the engine decodes it first; packed: bits for each weight in the file, where the engine decodes it once at
     load; forming: float32 operations for each weight that decoding takes in each pass (products of factors,
     rotations); between: elements for each token that one of two thin products leaves to the other; tabled: tokens up
-    to which tables of partial sums serve without decoding, and their operations as a share of the dense product's.
+    to which tables of partial sums, or kept weights under a bit mask, serve without decoding, and their operations as a
+    share of the dense product's.
     All are taken over the whole matrix's weights, however few are stored."""
 
     label: str
@@ -88,11 +93,12 @@ def sparse(n: int, m: int, dtype: torch.dtype) -> Serving:
     return replace(plain, label=f"{n}:{m} sparse weights", bits=stored, keep=n / m)
 
 
-def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool, few: bool) -> Serving:
+def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool, few: bool, apart: bool) -> Serving:
     """A linear of Lilliput's own layout, `bits` stored for each weight, as `lilliput.runtime.linear` runs it.
 
-    thin: its factors are decoded and two thin products run. Otherwise the dense weight is decoded: a single part
-    without transforms is written once, a sum is taken part by part in float32, turned back, and rounded.
+    thin: its factors are decoded and two thin products run; few: tables serve few tokens; apart: kept weights do.
+    Otherwise the dense weight is decoded: a single part without transforms is written once, a sum is taken part by part
+    in float32, turned back, and rounded.
     """
     rows, width = spec.out_features, spec.in_features
     plain, product = replace(dense(dtype), label=f"{int(bits)}-bit weights", bits=bits), spec.scheme.product
@@ -103,6 +109,9 @@ def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool, few
     scheme = spec.scheme
     form = lut.form_of(scheme, width) if few else None
     tables = None if form is None else (lut.most(form), lut.operations(form, rows, width) / (2 * rows * width))
+    if apart:
+        share = sum(_kept(part, rows, width) for part in scheme.parts)
+        tables = by_mask.most(), share
     turns = len(scheme.inputs) + len(scheme.outputs)
     through = 2.0 * dtype.itemsize
     if turns or len(scheme.parts) > 1:
@@ -110,6 +119,13 @@ def native(spec: LinearSpec, bits: float, dtype: torch.dtype, *, thin: bool, few
         # Zeros are written; a part or turn reads the sum and writes it, a product is written and read besides.
         through += 4.0 * (1 + 2 * (len(scheme.parts) + turns + products) + 1)
     return replace(plain, decoded=through, forming=scheme.operations(rows, width) / (rows * width), tabled=tables)
+
+
+def _kept(part: PartSpec, rows: int, width: int) -> float:
+    """Multiplications with a part as a share of the dense product's: kept weights under a bit mask, two factors."""
+    if isinstance(part, BitmaskSpec):
+        return part.count / (rows * width)
+    return part.rank * (rows + width) / (rows * width) if isinstance(part, LowRankSpec) else 1.0
 
 
 def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: Runtime) -> dict[str, Serving]:
@@ -136,8 +152,14 @@ def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: 
         spec = own.get(name.removesuffix(".weight"))
         if spec is not None:
             kind = type(model.skeleton.model.get_submodule(tensor.removesuffix(".weight")))
+            here = runtime == "transformers"
             out[tensor] = native(
-                spec, bits, dtype, thin=factored(kind, spec), few=runtime == "transformers" and tabled(kind, spec)
+                spec,
+                bits,
+                dtype,
+                thin=factored(kind, spec),
+                few=here and tabled(kind, spec),
+                apart=here and by_mask.available() and kept_apart(kind, spec),
             )
         elif stored.nbytes >= elements * stored.dtype.itemsize:
             out[tensor] = plain

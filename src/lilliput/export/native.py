@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lilliput.export.outcome import Outcome
 from lilliput.export.packing import dense
-from lilliput.parts.dense import DensePart, DenseSpec
+from lilliput.parts import kept
+from lilliput.parts.dense import DenseSpec
 from lilliput.parts.layer import Layer
 from lilliput.parts.linear import LinearSpec, plain_config
-from lilliput.parts.part import Part
-from lilliput.parts.pattern import LARGEST, PatternSpec, gather
+from lilliput.parts.part import PartSpec
 from lilliput.parts.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 def spec_of(outcome: Outcome) -> LinearSpec | None:
     """The native description; None where the linear is a plain tensor.
 
-    A linear that is pruned by a pattern and nothing else stores the kept weights and their places. Dense experts are
-    native too: the engine's 3-D expert tensors are assembled from all experts of a layer or from none.
+    A linear that is pruned and nothing else stores the kept weights and their places. Dense experts are native too: the
+    engine's 3-D expert tensors are assembled from all experts of a layer or from none.
     """
     scheme = outcome.scheme
     if not scheme.parts:
-        pattern = _pattern(outcome)
-        if pattern is None and not outcome.expert:
+        values = _values(outcome)
+        if isinstance(values, DenseSpec) and not outcome.expert:
             return None
-        scheme = Scheme((DenseSpec(outcome.dtype) if pattern is None else pattern,))
+        scheme = Scheme((values,))
     return LinearSpec(
         outcome.name,
         outcome.stored,
@@ -50,27 +50,14 @@ def spec_of(outcome: Outcome) -> LinearSpec | None:
     )
 
 
-def _pattern(outcome: Outcome) -> PatternSpec | None:
-    """How the weights that a pattern keeps are stored; None without a pattern, and where that would save nothing."""
-    n, m = (int(x) for x in (outcome.pattern or "1:1").split(":"))
-    if m > LARGEST:
-        return None
-    spec = PatternSpec(n, m, DenseSpec(outcome.dtype))
-    shape = outcome.out_features, outcome.in_features
-    return spec if spec.size_bits(*shape) < DenseSpec(outcome.dtype).size_bits(*shape) else None
+def _values(outcome: Outcome) -> PartSpec:
+    """How the weights of a linear without parts are stored: dense, unless leaving its zeros out takes fewer bytes."""
+    return kept.spec_of(outcome.out_features, outcome.in_features, outcome.dtype, outcome.pattern, outcome.kept)
 
 
-def _values(outcome: Outcome, layer: Layer) -> Part:
-    """The weights of a linear without parts, as `spec_of` describes them. ValueError: its zeros lie elsewhere."""
-    pattern, weight = _pattern(outcome), layer.decode()
-    if pattern is None:
-        return DensePart(weight, outcome.dtype)
-    if layer.support is None:
-        raise ValueError(f"{layer.name} was planned with {pattern.n} of {pattern.m} weights and is not pruned")
-    part = gather(weight, layer.support.float(), pattern.n, pattern.m, outcome.dtype)
-    if bool((part.decode() != weight.to(outcome.dtype)).any()):
-        raise ValueError(f"{layer.name} was planned with {pattern.n} of {pattern.m} weights and holds more")
-    return part
+def _compact(outcome: Outcome) -> bool:
+    """Whether it is pruned and stored without its zeros."""
+    return not outcome.scheme.parts and not isinstance(_values(outcome), DenseSpec)
 
 
 class Native:
@@ -95,7 +82,7 @@ class Native:
         if spec is None:
             return {f"{outcome.stored}.weight": dense(outcome, layer)}
         if not outcome.scheme.parts:
-            layer = replace(layer, parts=(_values(outcome, layer),))
+            layer = replace(layer, parts=(kept.part_of(layer, _values(outcome)),))
         return {spec.payload + suffix: x for suffix, x in spec.scheme.pack(layer).items()}
 
     def pack_rows(self, outcome: Outcome, layer: Layer, start: int) -> dict[str, Tensor]:
@@ -116,15 +103,21 @@ class Native:
         factored = sum(spec.scheme.product is not None for spec in specs)
         if factored:
             notes.append(f"{factored} linears are products of two factors and run as two thin products.")
-        if factored < len(specs):
-            which = "Every other" if factored else "Each"
+        masked = sum(not x.expert and kept.apart(spec.scheme) for x in outcomes if (spec := spec_of(x)) is not None)
+        if masked:
+            notes.append(
+                f"{masked} linears multiply a few tokens, as in decoding, with their kept weights alone (on a CPU, "
+                "with numba), and are decoded for more."
+            )
+        if factored + masked < len(specs):
+            which = "Every other" if factored or masked else "Each"
             notes.append(
                 f"{which} linear is decoded for its forward pass and multiplied dense, which saves memory but no time."
             )
-        patterns = sum(isinstance(spec.scheme.parts[0], PatternSpec) for spec in specs)
-        if patterns:
-            notes.append(f"{patterns} linears store only the weights that their pattern keeps, and their places.")
-        zeros = sum((x.sparsity or 0) > 0 for x in outcomes) - patterns
+        compact = sum(_compact(x) for x in outcomes)
+        if compact:
+            notes.append(f"{compact} pruned linears store only the weights that are kept, and their places.")
+        zeros = sum((x.sparsity or 0) > 0 and not _compact(x) for x in outcomes)
         if zeros:
             notes.append(
                 f"The zeros of {zeros} pruned linears are stored as values: engines run them dense, "

@@ -18,9 +18,10 @@ class Outcome:
 
     `name` is the canonical name and `stored` the name in the files, both without ".weight"; `scheme` its parts and
     transforms, none where the linear stays dense; `dtype` that of the dense tensor it was or stays. `sparsity` and
-    `pattern` tell of zeros in it. `transposed`: the file holds [in, out] (Conv1D). `expert`: one of many experts;
-    `router`: it decides what each token takes of them. `table`: an embedding or a head; `embedding`: it is read row by
-    row; `also`: other modules that use the same tensor (a tied head).
+    `pattern` tell of zeros in it, `kept` how many weights are none (None: not known before they are chosen).
+    `transposed`: the file holds [in, out] (Conv1D). `expert`: one of many experts; `router`: it decides what each token
+    takes of them. `table`: an embedding or a head; `embedding`: it is read row by row; `also`: other modules that use
+    the same tensor (a tied head).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Outcome:
     dtype: torch.dtype
     sparsity: float | None = None
     pattern: str | None = None
+    kept: int | None = None
     transposed: bool = False
     expert: bool = False
     router: bool = False

@@ -113,9 +113,9 @@ class Plan:
     def parameters(self) -> int:
         """Parameters of the original model (quantization's own tensors do not count)."""
         linears = {x.name: x.linear.parameters for x in self.resolved.planned}
-        quantized = {x.source for x in self.tensors if x.kind == "quantized"}
-        dense = sum(x.nbytes // x.dtype.itemsize for x in self.tensors if x.kind not in {"quantized", "untied head"})
-        return dense + sum(linears[name] for name in quantized)
+        others = [x for x in self.tensors if x.source not in linears and x.kind != "untied head"]
+        held = {x.source for x in self.tensors} & linears.keys()
+        return sum(x.nbytes // x.dtype.itemsize for x in others) + sum(linears[name] for name in held)
 
     @property
     def room(self) -> int:
@@ -232,9 +232,10 @@ def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
             out_features=x.linear.out_features,
             in_features=x.linear.in_features,
             scheme=x.scheme,
-            dtype=model.written_dtype(f"{x.name}.weight"),
+            dtype=x.dtype,
             sparsity=x.sparsity,
             pattern=x.pattern,
+            kept=x.kept,
             transposed=x.linear.transposed,
             expert=x.linear.expert is not None,
             router=x.linear.role == "router",
@@ -307,7 +308,12 @@ def make(
     """
     anatomy = model.anatomy()
     resolved = resolve(
-        recipe, anatomy, scale_dtype(model), width=model.skeleton.hidden_size, tables=tables(model.skeleton)
+        recipe,
+        anatomy,
+        scale_dtype(model),
+        dtype_of=model.written_dtype,
+        width=model.skeleton.hidden_size,
+        tables=tables(model.skeleton),
     )
     together = next(iter(resolved.at(Stage.CLOSE)), None)
     if together is not None and processes > 1:

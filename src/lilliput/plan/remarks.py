@@ -46,6 +46,14 @@ def _steps(resolved: Resolved) -> tuple[str, ...]:
             f"{len(unchanged)} linears are left unchanged: two factors of that rank would be no smaller "
             f"({units.few(unchanged)})."
         )
+    filled = [
+        x.name for x in resolved.linears if x.sparsity is None and any(t.spec.writes == "support" for t in x.tasks)
+    ]
+    if filled:
+        notes.append(
+            f"{len(filled)} linears are pruned and then compensated by a product that reaches every weight: what they "
+            f"compute with keeps no zeros ({units.few(filled)})."
+        )
     formats = [part.format for x in resolved.linears for part in x.scheme.parts if isinstance(part, QuantizedSpec)]
     remarks = dict.fromkeys(form.remark() for form in dict.fromkeys(formats))
     return (*notes, *(x for x in remarks if x is not None))

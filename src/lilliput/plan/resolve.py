@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,8 @@ class LinearPlan:
     scheme: Scheme
     sparsity: float | None
     pattern: str | None
+    kept: int | None
+    dtype: torch.dtype  # of the plain tensor that it was
 
     @property
     def alone(self) -> tuple[Task, ...]:
@@ -145,7 +147,7 @@ class Resolved:
 def retargeted(plan: LinearPlan, task: Task, target: Target) -> LinearPlan:
     """The linear when its step `task` has another target. Raises PlanError where the step cannot have it."""
     tasks = [replace(task, target=target) if x.step == task.step else x for x in plan.tasks]
-    return _plan_linear(plan.name, plan.linear, plan.block, tasks, {})
+    return _plan_linear(plan.name, plan.linear, plan.block, plan.dtype, tasks, {})
 
 
 def matches(where: Where, name: str, linear: Linear) -> bool:
@@ -178,7 +180,12 @@ def _group(target: Target, widths: Sequence[int], at: str) -> int:
 
 
 def _plan_linear(
-    name: str, linear: Linear, block: int, tasks: Sequence[Task], targets: Mapping[int, Target]
+    name: str,
+    linear: Linear,
+    block: int,
+    dtype: torch.dtype,
+    tasks: Sequence[Task],
+    targets: Mapping[int, Target],
 ) -> LinearPlan:
     """What the steps make of a linear; `asked` are targets as the recipe names them, by step."""
     mine: list[Task] = []
@@ -187,10 +194,11 @@ def _plan_linear(
         mine.append(replace(task, target=known.fitting(target, linear.in_features)))
     for task in mine:
         task.spec.accompanied(task, mine, name)
-    draft = Draft()
-    for number, task in enumerate(mine):
+    draft = Draft(dtype)
+    for number in range(len(mine)):
+        task = mine[number] = replace(mine[number], first=mine[number].spec.opens(draft, linear))
         draft = task.spec.drafted(task, mine[number + 1 :], name, linear, draft)
-    return LinearPlan(block, linear, name, tuple(mine), draft.scheme, draft.sparsity, draft.pattern)
+    return LinearPlan(block, linear, name, tuple(mine), draft.scheme, draft.sparsity, draft.pattern, draft.kept, dtype)
 
 
 def _completed(task: Task, later: Sequence[Task]) -> Target:
@@ -205,10 +213,10 @@ def _completed(task: Task, later: Sequence[Task]) -> Target:
     return task.spec.completed(target)
 
 
-def _plan_table(table: Linear, tasks: Sequence[Task]) -> LinearPlan:
+def _plan_table(table: Linear, dtype: torch.dtype, tasks: Sequence[Task]) -> LinearPlan:
     """What happens to the embedding or the head, which is compressed a few rows at a time: it may be the largest tensor
     of all. Raises PlanError for steps that look at more than single rows of it."""
-    plan = _plan_linear(table.name, table, OUTSIDE, tasks, {})
+    plan = _plan_linear(table.name, table, OUTSIDE, dtype, tasks, {})
     for task in plan.tasks:
         label = f"{task.label} on {table.name}"
         if not task.spec.tabular() or task.fisher or len(tasks) > 1:
@@ -238,11 +246,18 @@ def ordered(recipe: Recipe) -> list[Task]:
 
 
 def resolve(
-    recipe: Recipe, anatomy: Anatomy, scale_dtype: torch.dtype, *, width: int = 0, tables: Sequence[Linear] = ()
+    recipe: Recipe,
+    anatomy: Anatomy,
+    scale_dtype: torch.dtype,
+    *,
+    dtype_of: Callable[[str], torch.dtype],
+    width: int = 0,
+    tables: Sequence[Linear] = (),
 ) -> Resolved:
     """Decide everything about a recipe on a model. Raises PlanError for every mistake that a user can make in it.
 
-    `width` is that of the residual stream, for methods that rotate it; `tables` are the embedding and the head.
+    `dtype_of` gives the dtype in which a tensor is written, by its name; `width` is that of the residual
+    stream, for methods that rotate it; `tables` are the embedding and the head.
     """
     targets = ordered(recipe)
     everything = [
@@ -274,11 +289,13 @@ def resolve(
 
     named = {task.step: task.target for task in targets}
     plans = [
-        _plan_linear(name, linear, block, on(name, linear, Stage.LINEAR, Stage.CLOSE), named)
+        _plan_linear(
+            name, linear, block, dtype_of(f"{name}.weight"), on(name, linear, Stage.LINEAR, Stage.CLOSE), named
+        )
         for block, name, linear in everything
     ]
     outside = [(table, on(table.name, table, Stage.LINEAR)) for table in tables]
-    flat = tuple(_plan_table(table, mine) for table, mine in outside if mine)
+    flat = tuple(_plan_table(table, dtype_of(f"{table.name}.weight"), mine) for table, mine in outside if mine)
     resolved = Resolved(
         recipe=recipe,
         linears=tuple(plans),

@@ -1,30 +1,36 @@
 """CompressedLinear: a linear, or an embedding, that keeps its packed tensors and is decoded while it runs.
 
 The module keeps its class: it becomes a subclass whose `weight` is a property, so its own forward pass computes what it
-always did, and an nn.Linear, a Conv1D or a model's variant of either needs no copy of its arithmetic. Two kinds of
-linears run without being decoded: products of factors, and binary codes while there are few tokens. Code that reads
-`module.weight` gets the decoded tensor.
+always did, and an nn.Linear, a Conv1D or a model's variant of either needs no copy of its arithmetic. Three kinds of
+linears run without being decoded: products of factors, and, while there are few tokens, binary codes and kept weights
+under a bit mask. Code that reads `module.weight` gets the decoded tensor.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lilliput.algebra import products
 from lilliput.formats import binary
 from lilliput.formats.format import CHUNK
 from lilliput.formats.integer import pack_codes
+from lilliput.parts.kept import apart
 from lilliput.parts.linear import LinearSpec, decode, decode_rows, divides
+from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import below
+from lilliput.parts.scheme import prefix
 from lilliput.runtime import lut
 
 PREFIX = "packed_"  # the buffers hold bytes, so that casting the model does not touch scales
 APART = 16  # rows between two that are looked up, from where on they are decoded apart
 OUTPUTS = 1 << 13  # of a head, computed at a time
+STARTS = "row_starts"  # of a mask: where each row's values begin
 MARKER = "packed_dtype"  # an empty tensor that follows `model.to(...)`: the dtype to decode to, and the device
 
 
@@ -200,6 +206,74 @@ class TabledLinear(CompressedLinear):
         return binary.BinaryGrid(get("_alpha"), get("_offset"))
 
 
+class MaskedLinear(CompressedLinear):
+    """A pruned linear that holds its kept weights and their bit mask, as the file does, and where each row begins.
+
+    A few tokens on a CPU, as in decoding, are multiplied with the kept weights as they are, in float32, and products
+    that compensate for the pruning are added as two thin ones; for more tokens, with gradients and elsewhere, the
+    weight is decoded. It takes numba (the extra `fast`); without it every pass decodes.
+    """
+
+    _product: tuple[Tensor, products.Product] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        # numba takes memory that a check of the folder, which runs many tokens, has not planned: the first pass of few
+        # tokens loads it.
+        if self._product is None or not self._ready() or len(self.spec.scheme.parts) > 1:
+            return CompressedLinear.weight.fget(self)  # type: ignore[attr-defined, no-any-return]
+        marker: Tensor = getattr(self, MARKER)
+        get = below(self.stored, self.spec.payload)
+        dense = products.spread(get(""), get("_mask"), getattr(self, STARTS), self.spec.in_features).to(marker.dtype)
+        return dense.T.contiguous() if self.spec.transposed else dense
+
+    def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        super().fill(tensors, device)
+        begin = products.starts(self.stored(f"{self.spec.payload}_mask"))
+        self.register_buffer(STARTS, begin, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.numel() // self.spec.in_features
+        bias: Tensor | None = getattr(self, "bias", None)
+        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if not tokens or x.device.type != "cpu" or learns or not self._ready() or tokens > products.most():
+            output: Tensor = super().forward(x)
+            return output
+        spec, flat = self.spec, x.detach().reshape(tokens, -1).float()
+        out = self._kept()(flat)
+        for number, part in enumerate(spec.scheme.parts[1:], 1):
+            if not isinstance(part, LowRankSpec):
+                raise TypeError(f"{spec.name} is {spec.scheme.describe()}, of which only products are added to a mask")
+            get = below(self.stored, spec.payload + prefix(number))
+            left, right = part.factors(get, spec.out_features, spec.in_features, flat)
+            out += nn.functional.linear(nn.functional.linear(flat, right), left)
+        out = out if bias is None else out + bias.detach().float()
+        return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _ready(self) -> bool:
+        """Whether it is filled, on the CPU, and numba is there."""
+        held = self._buffers.get(STARTS)
+        return held is not None and held.device.type == "cpu" and products.available()
+
+    def _kept(self) -> products.Product:
+        """The product with the kept weights, made anew where the module's tensors have moved."""
+        values: Tensor = getattr(self, f"{PREFIX}0")
+        if self._product is None or self._product[0] is not values:
+            get = below(self.stored, self.spec.payload)
+            self.__dict__["_product"] = values, products.Product(get(""), get("_mask"), getattr(self, STARTS))
+        assert self._product is not None
+        return self._product[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_product"}
+
+
+def kept_apart(kind: type, spec: LinearSpec) -> bool:
+    """Whether a linear of this class multiplies few tokens by kept weights alone: a bit mask, and on top of it products
+    of factors or nothing."""
+    return kind in (nn.Linear, Conv1D) and apart(spec.scheme)
+
+
 def tabled(kind: type, spec: LinearSpec) -> bool:
     """Whether a linear of this class multiplies few tokens through tables."""
     return kind in (nn.Linear, Conv1D) and lut.form_of(spec.scheme, spec.in_features) is not None
@@ -219,6 +293,8 @@ def _mixin(kind: type, spec: LinearSpec) -> type:
         return ChunkedLinear
     if tabled(kind, spec):
         return TabledLinear
+    if kept_apart(kind, spec):
+        return MaskedLinear
     return FactoredLinear if factored(kind, spec) else CompressedLinear
 
 

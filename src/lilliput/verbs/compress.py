@@ -10,7 +10,9 @@ from lilliput.anatomy.model import Linear
 from lilliput.errors import PlanError
 from lilliput.formats.known import from_target
 from lilliput.machine.cost import Cost
+from lilliput.parts.kept import spec_of
 from lilliput.parts.layer import Layer
+from lilliput.parts.part import PartSpec
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
@@ -31,7 +33,10 @@ class Compress(Spec[OptionsT]):
     options, rows, width)`: what it adds where that is not one part on the target's grid, exact, before a weight is
     read; `rowwise`: each output row is treated by itself, so linears of one site may be stacked, but for the targets
     and options that `mixes` names; `refines`: it writes a support, and needs one that an earlier step has chosen, whose
-    target it has; `masked`: it keeps the zeros of a pruned linear; `replaces(options)`: it leaves a plain weight
+    target it has; `masked`: it keeps the zeros of a pruned linear; `compensates`: it fills them with a further part,
+    beside the kept weights or codes, and is shown the layer without a support; `kept(target, options, rows, width)`:
+    how many weights a step that prunes keeps, exact (None: not known before it has chosen, and its zeros are stored);
+    `replaces(options)`: it leaves a plain weight
     of its own, which no other step may touch; `double`: it decomposes weights in float64; `scratch`: bytes that it
     works in beyond a few copies of the weights and the Gram matrix, whatever their shapes; `sweeps(options)`: how
     often it rounds every weight (None: once).
@@ -48,6 +53,8 @@ class Compress(Spec[OptionsT]):
     mixes: Callable[[Target, OptionsT], bool] | None = None
     refines: bool = False
     masked: bool = True
+    compensates: bool = False
+    kept: Callable[[Target, OptionsT, int, int], int] | None = None
     replaces: Callable[[OptionsT], bool] | None = None
     double: bool = False
     scratch: int = 0
@@ -94,13 +101,22 @@ class Compress(Spec[OptionsT]):
             drafts.check_statistics(label, draft, task.needs, task.fisher)
             if self.refines:
                 return drafts.refined(label, draft)
-            return drafts.pruned(label, draft, task.target, linear.in_features)
+            shape, options = (linear.out_features, linear.in_features), self.options_of(task)
+            count = None if self.kept is None else self.kept(task.target, options, *shape)
+            return drafts.pruned(label, draft, task.target, linear.in_features, count)
         if self.writes == "quantized":
             drafts.once(label, draft)
         drafts.check_statistics(label, draft, task.needs, task.fisher)
+        if self.compensates:
+            draft = drafts.opened(draft, task.first)
         drafts.unmasked(label, draft, self.masked)
         added = task.method.scheme(task.target, task.options, linear.out_features, linear.in_features)
         return drafts.extended(label, draft, added, self.writes == "quantized")
+
+    def opens(self, draft: Draft, linear: Linear) -> PartSpec | None:
+        if not self.compensates or draft.sparsity is None or draft.scheme.parts:
+            return None
+        return spec_of(linear.out_features, linear.in_features, draft.dtype, draft.pattern, draft.kept)
 
     def rounds(self, options: OptionsT) -> int:
         return 1 if self.sweeps is None else self.sweeps(options)

@@ -6,7 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from lilliput.errors import PlanError
+from lilliput.parts.part import PartSpec
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.parts.transform import ScaleSpec
@@ -15,12 +18,16 @@ from lilliput.target import Target
 
 @dataclass(frozen=True)
 class Draft:
-    """`quantized`: whether a step has put codes on a grid; `sparsity`: share of zeros (None: none are made)."""
+    """`dtype`: of the plain tensor that the linear was; `quantized`: whether a step has put codes on a grid;
+    `sparsity`: share of zeros (None: none are made, or a later part fills them); `kept`: how many weights are left
+    (None: not known)."""
 
+    dtype: torch.dtype
     scheme: Scheme = field(default_factory=Scheme)
     quantized: bool = False
     sparsity: float | None = None
     pattern: str | None = None
+    kept: int | None = None
 
 
 @runtime_checkable
@@ -40,9 +47,9 @@ def checked(scheme: Scheme, rows: int, width: int) -> Scheme:
     return scheme
 
 
-def pruned(label: str, draft: Draft, target: Target, width: int) -> Draft:
-    """The linear when a step chooses its zeros. Raises PlanError after parts or other zeros, and for a pattern that
-    does not divide the width."""
+def pruned(label: str, draft: Draft, target: Target, width: int, kept: int | None) -> Draft:
+    """The linear when a step chooses its zeros and keeps `kept` weights (None: not known). Raises PlanError after parts
+    or other zeros, and for a pattern that does not divide the width."""
     if draft.scheme.parts:
         raise PlanError(f"{label}: pruning after quantization would tear holes into fitted codes: prune first")
     if draft.sparsity is not None:
@@ -56,7 +63,13 @@ def pruned(label: str, draft: Draft, target: Target, width: int) -> Draft:
                 "exclude this layer or use unstructured sparsity"
             )
         sparsity = 1 - int(n) / int(m)
-    return replace(draft, sparsity=sparsity, pattern=target.pattern)
+    return replace(draft, sparsity=sparsity, pattern=target.pattern, kept=kept)
+
+
+def opened(draft: Draft, first: PartSpec | None) -> Draft:
+    """The linear when a step fills its zeros: what it keeps is the part `first`, where it has no parts yet."""
+    scheme = draft.scheme if first is None else replace(draft.scheme, parts=(first,))
+    return replace(draft, scheme=scheme, sparsity=None, pattern=None, kept=None)
 
 
 def refined(label: str, draft: Draft) -> Draft:

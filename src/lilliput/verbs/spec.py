@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from lilliput.anatomy.model import Anatomy, Linear
 from lilliput.errors import PlanError, nearest
 from lilliput.machine.cost import Cost, Phase
+from lilliput.parts.part import PartSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
@@ -111,6 +112,11 @@ class Spec(Generic[OptionsT]):
         """What the step makes of a linear; `later` are the steps after it on the linear. Raises PlanError where it
         cannot."""
         return draft
+
+    def opens(self, draft: Draft, linear: Linear) -> PartSpec | None:
+        """What the kept weights of a pruned linear become before the step fills the zeros; None: it fills none, or the
+        weights are parts already."""
+        return None
 
     def scheme_of(self, target: Target, options: OptionsT, rows: int, width: int) -> Scheme:
         """What the step adds to a [rows, width] linear. Raises PlanError where it cannot have this target on it."""
@@ -212,12 +218,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Task:
-    """One step, with everything decided; `step` is its place in the recipe."""
+    """One step, with everything decided; `step` is its place in the recipe, `first` what it makes of the kept weights
+    of a pruned linear before it adds to them."""
 
     step: int
     method: Method
     target: Target
     options: BaseModel
+    first: PartSpec | None = None
 
     @property
     def spec(self) -> Spec[Any]:

@@ -14,6 +14,7 @@ from lilliput.errors import PlanError
 from lilliput.export.outcome import Outcome
 from lilliput.formats.bits import unpack_words
 from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.bitmask import BitmaskSpec
 from lilliput.parts.dense import DenseSpec
 from lilliput.parts.pattern import PatternSpec
 from lilliput.parts.quantized import QuantizedSpec
@@ -122,7 +123,7 @@ def plain(scheme: Scheme) -> bool:
     """Whether a linear is plain values, which a folder may hold by their places."""
     if scheme.inputs or scheme.outputs or len(scheme.parts) > 1:
         return False
-    return all(isinstance(x.values if isinstance(x, PatternSpec) else x, DenseSpec) for x in scheme.parts)
+    return all(isinstance(x.values if isinstance(x, PatternSpec) else x, DenseSpec | BitmaskSpec) for x in scheme.parts)
 
 
 def first_form(scheme: Scheme) -> IntegerFormat | None:

@@ -8,7 +8,8 @@ before the right one is fitted.
 
 Paper: Liu et al. 2024, arXiv 2410.21271.
 Cost: out * in^2 for the covariance, an eigendecomposition of the smaller side in float64. Stored: r (out + in) numbers.
-Limits: G describes the calibration text; the product is dense, so the zeros of a pruned layer would be filled: refused.
+Limits: G describes the calibration text; the product is dense. After pruning the kept weights (or their codes) become
+the first part and E is what pruning lost, so that the sum is nearer to W and has no zeros left.
 """
 
 from __future__ import annotations
@@ -65,5 +66,6 @@ METHOD = Compress(
     run=compress,
     scheme=scheme,
     masked=False,
+    compensates=True,
     double=True,
 )

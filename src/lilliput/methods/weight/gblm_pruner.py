@@ -68,5 +68,6 @@ METHOD = Compress(
     },
     run=compress,
     rowwise=True,
+    kept=lambda target, o, rows, width: masks.kept(target.sparsity, target.pattern, o.scope, rows, width),
     mixes=lambda target, o: target.pattern is None and o.scope != "row",
 )

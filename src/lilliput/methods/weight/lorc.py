@@ -6,7 +6,8 @@ answer to it, so that the factors' own rounding is made up for.
 
 Paper: Yao et al. 2023, ZeroQuant-V2, arXiv 2303.08302.
 Cost: the eigenvectors of a matrix of the smaller side, in float64. Limits: the error of a good quantizer is close to
-noise, of which a low rank captures little; place it after a quantizer of 2 or 3 bits. It knows nothing of the inputs.
+noise, of which a low rank captures little; place it after a quantizer of 2 or 3 bits, or after pruning: the kept
+weights (or their codes) become the first part, and the sum has no zeros left. It knows nothing of the inputs.
 """
 
 from __future__ import annotations
@@ -62,5 +63,6 @@ METHOD = Compress(
     run=compress,
     scheme=scheme,
     masked=False,
+    compensates=True,
     double=True,
 )

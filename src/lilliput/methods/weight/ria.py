@@ -51,4 +51,5 @@ METHOD = Compress(
     baseline="magnitude",
     covers={"ria": [{"method": "ria", "target": {"sparsity": 0.5}}]},
     run=compress,
+    kept=lambda target, o, rows, width: masks.kept(target.sparsity, target.pattern, o.scope, rows, width),
 )

@@ -62,5 +62,6 @@ METHOD = Compress(
     covers={"sparsegpt": [{"method": "sparsegpt", "target": {"sparsity": 0.5}}]},
     run=compress,
     rowwise=True,
+    kept=lambda target, o, rows, width: pruning.kept(target, o.scope, rows, width),
     mixes=lambda target, o: target.pattern is None and o.scope != "row",
 )

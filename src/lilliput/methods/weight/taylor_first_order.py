@@ -48,5 +48,6 @@ METHOD = Compress(
     covers={"taylor-first-order": [{"method": "taylor-first-order", "target": {"sparsity": 0.5}}]},
     run=compress,
     rowwise=True,
+    kept=lambda target, o, rows, width: masks.kept(target.sparsity, target.pattern, o.scope, rows, width),
     mixes=lambda target, o: target.pattern is None and o.scope != "row",
 )

@@ -34,6 +34,16 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     return layer.with_support(masks.choose(layer.rest().abs() * size, target.sparsity, target.pattern, o.scope))
 
 
+def kept(target: Target, o: Options, rows: int, width: int) -> int:
+    """How many weights stay. Raises PlanError when the target asks for no sparsity."""
+    return masks.kept(target.sparsity, target.pattern, o.scope, rows, width)
+
+
+def mixes(target: Target, o: Options) -> bool:
+    """Whether the weights of several rows compete."""
+    return target.pattern is None and o.scope == "layer"
+
+
 METHOD = Compress(
     paper="Sun et al. 2024, arXiv 2306.11695",
     options=Options,
@@ -44,6 +54,7 @@ METHOD = Compress(
         "wanda": [{"method": "wanda", "target": {"sparsity": 0.5}}],
     },
     run=compress,
+    kept=kept,
     rowwise=True,
-    mixes=lambda target, o: target.pattern is None and o.scope != "row",
+    mixes=mixes,
 )

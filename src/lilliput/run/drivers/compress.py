@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lilliput.parts import kept
 from lilliput.parts.layer import Layer
 from lilliput.run.driver import LinearDriver
 from lilliput.stats.site import SiteStats
@@ -11,7 +12,9 @@ from lilliput.verbs.spec import Task
 
 def run(task: Task, layer: Layer, stats: SiteStats) -> Layer:
     """The layer with a part or a support more."""
-    return task.of(Compress).run(layer, stats, task.target, task.options)
+    spec = task.of(Compress)
+    layer = kept.opened(layer, task.first) if spec.compensates else layer
+    return spec.run(layer, stats, task.target, task.options)
 
 
 def stacks(task: Task) -> bool:

@@ -1,0 +1,79 @@
+"""What is left of a pruned linear as a part: the smallest of the kinds that hold it exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import torch
+
+from lilliput.parts import bitmask, pattern
+from lilliput.parts.bitmask import BitmaskSpec
+from lilliput.parts.dense import DensePart, DenseSpec
+from lilliput.parts.layer import Layer
+from lilliput.parts.lowrank import LowRankSpec
+from lilliput.parts.part import Part, PartSpec
+from lilliput.parts.pattern import LARGEST, PatternSpec
+from lilliput.parts.scheme import Scheme
+
+
+def spec_of(rows: int, width: int, dtype: torch.dtype, n_of_m: str | None, count: int | None) -> PartSpec:
+    """How a [rows, width] linear is stored of which `count` weights are kept, by the pattern `n_of_m` where it has one:
+    by places, by a bit mask, or dense where neither takes fewer bytes. `count` None: their number is not known."""
+    kinds: list[PartSpec] = [DenseSpec(dtype)]
+    if n_of_m is not None:
+        n, m = (int(x) for x in n_of_m.split(":"))
+        kinds += [PatternSpec(n, m, DenseSpec(dtype))] if m <= LARGEST else []
+    if count is not None:
+        kinds.append(BitmaskSpec(count, dtype))
+    return min(kinds, key=lambda kind: _bytes(kind, rows, width))
+
+
+def apart(scheme: Scheme) -> bool:
+    """Whether kept weights under a bit mask can be multiplied by themselves: what is added to them, if anything, are
+    products of factors."""
+    if not scheme.parts or scheme.inputs or scheme.outputs:
+        return False
+    return isinstance(scheme.parts[0], BitmaskSpec) and all(isinstance(x, LowRankSpec) for x in scheme.parts[1:])
+
+
+def part_of(layer: Layer, spec: PartSpec) -> Part:
+    """The kept weights of a pruned layer without parts as `spec`, of `spec_of`, says. ValueError: it keeps others."""
+    weight, planned = layer.decode(), f"{layer.name} was planned with {spec.describe()}"
+    if isinstance(spec, DenseSpec):
+        return DensePart(weight, spec.dtype)
+    if layer.support is None:
+        raise ValueError(f"{planned} and is not pruned")
+    part: Part
+    if isinstance(spec, BitmaskSpec):
+        kept, dtype = int(layer.support.sum()), spec.dtype
+        if kept != spec.count:
+            raise ValueError(f"{planned} and keeps {kept}")
+        part = bitmask.gather(weight, layer.support, dtype)
+    elif isinstance(spec, PatternSpec) and isinstance(spec.values, DenseSpec):
+        dtype = spec.values.dtype
+        part = pattern.gather(weight, layer.support.float(), spec.n, spec.m, dtype)
+    else:
+        raise TypeError(f"kept weights are stored dense, by places or by a bit mask, not as {spec.describe()}")
+    if bool((part.decode() != weight.to(dtype)).any()):
+        raise ValueError(f"{planned} and holds more")
+    return part
+
+
+def opened(layer: Layer, first: PartSpec | None) -> Layer:
+    """A pruned layer for a step that fills its zeros: its kept weights become the part `first` where it has no parts
+    yet, and it is no longer bound to its support. A layer that is not pruned stays as it is.
+
+    Raises ValueError where the layer keeps other weights than planned, or is pruned and was not planned so.
+    """
+    if layer.support is None:
+        return layer
+    if layer.parts:  # codes, which hold the zeros
+        return replace(layer, support=None)
+    if first is None:
+        raise ValueError(f"{layer.name} is pruned, and was planned without zeros")
+    return replace(layer.with_part(part_of(layer, first)), support=None)
+
+
+def _bytes(spec: PartSpec, rows: int, width: int) -> int:
+    return sum(dtype.itemsize * prod(shape) for dtype, shape in spec.stored(rows, width).values())

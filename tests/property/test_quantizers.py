@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,8 +137,9 @@ def test_pruning_counts(name: str, rows: int, width: int, sparsity: float, token
     w = torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).round()
     method = methods.get(name)
     stats = _stats(width, tokens, 2, 0, seed=rows)
-    for scope in ("row", "layer"):
-        out = method.spec.run(Layer("x", w), stats, Target(sparsity=sparsity), method.parse({"scope": scope}))
+    for scope in get_args(method.options.model_fields["scope"].annotation):
+        layer = Layer("x", w, fisher=w.square())
+        out = method.spec.run(layer, stats, Target(sparsity=sparsity), method.parse({"scope": scope}))
         n = width if scope == "row" else rows * width
         assert int(out.support.sum()) == (n - round(sparsity * n)) * (rows if scope == "row" else 1)
 
@@ -177,11 +180,11 @@ def test_weights_and_statistics_that_are_no_numbers_are_refused(name: str, value
     broken = w.clone()
     broken[1, 3] = value
     with pytest.raises(LilliputError, match="NaN or infini"):
-        method.spec.run(Layer("x", broken), stats, target, method.parse({}))
+        method.spec.run(Layer("x", broken, fisher=torch.ones(4, 16)), stats, target, method.parse({}))
     if not Task(0, method, target, method.parse({})).needs:
         return
     ill = stats.scaled(torch.ones(16))
     for field in ("gram", "square"):
         ill.need(field).view(-1)[0] = value
     with pytest.raises(LilliputError, match="NaN or infini"):
-        method.spec.run(Layer("x", w), ill, target, method.parse({}))
+        method.spec.run(Layer("x", w, fisher=torch.ones(4, 16)), ill, target, method.parse({}))

@@ -181,3 +181,11 @@ def test_without_a_rotation_to_be_found_no_shares_are_given(llama, text, change)
 def test_models_of_other_tensors_are_refused(llama, tiny, text) -> None:
     with pytest.raises(DataError, match="different tensors"):
         attribute(tiny("gpt2"), llama(), data=text)
+
+
+def test_a_model_with_fewer_channels_is_refused(llama, text, tmp_path) -> None:
+    base, out = llama(), tmp_path / "thin"
+    room = {"data": str(text), "samples": 2, "tokens": 64, "eval_windows": 0, "dtype": "float32"}
+    lilliput.compress(base, out, recipe="group-magnitude", **room)
+    with pytest.raises(DataError, match="other sizes"):
+        attribute(out, base, data=text)

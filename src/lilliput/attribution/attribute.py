@@ -79,17 +79,18 @@ def suspects(
 
 def _pair(model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype) -> tuple[Model, Model]:
     ours, base = open_model(model, dtype=dtype), open_model(against, dtype=dtype)
-    if _names(ours) != _names(base):
+    if _shapes(ours) != _shapes(base):
         raise DataError(
-            f"'{ours.source.model}' and '{base.source.model}' are made of different tensors: they cannot be compared "
-            "one by one."
+            f"'{ours.source.model}' and '{base.source.model}' are made of different tensors, or of other "
+            "sizes: they cannot be compared one by one."
         )
     return ours, base
 
 
-def _names(model: Model) -> set[str]:
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Tensors but for a head of its own: a rotation unties one that was tied."""
-    return set(model.skeleton.shapes) - (set() if model.tied else {model.skeleton.head})
+    head = None if model.tied else model.skeleton.head
+    return {name: shape for name, shape in model.skeleton.shapes.items() if name != head}
 
 
 def _losses(ours: Model, base: Model) -> list[WeightLoss]:

@@ -59,10 +59,13 @@ def test_rotations_are_orthogonal_and_follow_their_seed(name: str, source: Model
     model = RotatedModel(source)
     ids, names = IDS.clone(), [n for n in model.skeleton.names_of(0) if n.endswith("weight")]
     held = {n: model.read(n).clone() for n in names}
-    one, again, other = (_product(_learn(name, model, tmp_path, seed=seed)) for seed in (1, 1, 2))
+    seeded = "seed" in methods.get(name).options.model_fields
+    one, again, other = (
+        _product(_learn(name, model, tmp_path, **({"seed": seed} if seeded else {}))) for seed in (1, 1, 2)
+    )
     torch.testing.assert_close(one.T @ one, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-10)
     assert torch.equal(one, again)
-    assert not torch.equal(one, other)
+    assert torch.equal(one, other) is not seeded
     assert torch.equal(IDS, ids)
     assert all(torch.equal(model.read(n), t) for n, t in held.items())
     assert [x.name for x in tmp_path.iterdir()] == [], "what spilled to disk is gone"

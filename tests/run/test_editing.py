@@ -124,6 +124,8 @@ def test_a_model_whose_blocks_all_stay_is_what_it_was(tiny: Tiny, tmp_path: Path
         ("[{method: drop-layers, options: {blocks: 4}}]", "at most 3 can"),
         ("[{method: drop-layers, options: {protect: [7]}}]", "blocks 0 to 3"),
         ("[{method: shortened-llama, options: {by: taylor}}]", "at most 0 can"),
+        ("[{method: flap, target: {ratio: 0.2}}]", "neither a target nor"),
+        ("[{method: flap, where: {include: [mlp.down_proj]}}]", "neither a target nor"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(tiny: Tiny, steps: str, said: str) -> None:
@@ -139,3 +141,9 @@ def test_heads_that_the_config_cannot_leave_out_are_refused(tiny: Tiny) -> None:
 def test_numbers_of_heads_that_an_engine_refuses_are_named(tiny: Tiny) -> None:
     with pytest.raises(PlanError, match=r"no config of LlamaForCausalLM.*not a multiple of the number of attention"):
         api.plan(tiny("wide"), recipe="steps:\n  - {method: flap, options: {ratio: 0.25, kinds: [head]}}\n", **ROOM)
+
+
+def test_settings_reach_the_options_of_an_edit(tiny: Tiny) -> None:
+    plan = api.plan(tiny("llama"), recipe="flap", settings=["flap.ratio=0.4"], **ROOM)
+    assert plan.resolved.recipe.steps[0].options == {"ratio": 0.4}
+    assert next(x.shape for x in plan.tensors if x.name.endswith("down_proj.weight")) == (64, 48)

@@ -240,7 +240,11 @@ def ordered(recipe: Recipe) -> list[Task]:
         Task(number, method, step.target, method.parse(step.options))
         for number, (step, method) in enumerate(zip(recipe.steps, used, strict=True))
     ]
-    for task in tasks:
+    for task, step in zip(tasks, recipe.steps, strict=True):
+        if not task.spec.targeted and (step.target.model_fields_set or step.where != Where()):
+            raise PlanError(
+                f"{task.label} is about the whole model, with options and neither a target nor `where`: leave them out"
+            )
         task.spec.ordered(task, tasks)
     return tasks
 

@@ -150,9 +150,12 @@ def _find(steps: Sequence[Step], name: str, setting: str) -> int:
 
 
 def _set(step: Step, key: str, value: Any, setting: str) -> Step:
-    options = get(step.method).options.model_fields
+    method = get(step.method)
+    options = method.options.model_fields
     data = step.model_dump(exclude_unset=True)
-    if key in Where.model_fields:
+    if key in options and not method.spec.targeted:
+        data["options"] = {**data.get("options", {}), key: value}
+    elif key in Where.model_fields:
         entries = value if isinstance(value, list) else [x.strip() for x in str(value).split(",") if x.strip()]
         data["where"] = {**data.get("where", {}), key: entries}
     elif key in Target.model_fields:

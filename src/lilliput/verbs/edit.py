@@ -28,6 +28,7 @@ class Edit(Spec[OptionsT]):
 
     verb: ClassVar[str] = "edit"
     family: ClassVar[str] = "edit"
+    targeted: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.MODEL
 
     sizes: Callable[[Sequence[Units], OptionsT], Sizes]

@@ -54,6 +54,7 @@ class Repair(Spec[OptionsT]):
 
     verb: ClassVar[str] = "repair"
     family: ClassVar[str] = "repair"
+    targeted: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.BLOCK
 
     run: Callable[[FitBlock, RepairIO, OptionsT], Mapping[str, Tensor]]

@@ -47,7 +47,7 @@ def learn(
     from lilliput.streaming.states import Activations
 
     if samples is None:
-        raise RuntimeError("principal directions were planned without calibration")
+        raise RuntimeError("principal directions were planned without samples")
     ids, width = samples.ids[: o.samples], model.skeleton.hidden_size
     readers = [{name for _, names in block.residual_readers for name in names} for block in model.anatomy().blocks]
     total = torch.zeros(width, width, dtype=torch.float64)

@@ -83,7 +83,8 @@ def table(rows: dict[str, Any], texts: list[str]) -> str:
         if "refused" in row:
             lines.append([name, f"refused: {row['refused']}", *[""] * (len(heads) - 2)])
             continue
-        cells = [name, f"{row['bits_per_weight']:.3f}"]
+        bits = row["bits_per_weight"]  # None: no linear is compressed
+        cells = [name, "" if bits is None else f"{bits:.3f}"]
         for text in texts:
             cells += [interval(row["texts"][text][key], 3) for key in ("perplexity_ratio", "kl")]
         sizes = (row["folder_bytes"] / 1e6, row["seconds"], row["peak_rss_bytes"] / 1e6)

@@ -62,7 +62,6 @@ def test_every_kind_loads_as_it_was_written(tiny: Callable[[str], Path], tmp_pat
     [
         "{method: bcq, target: {format: binary, bits: 2, group_size: 32}}",
         "{method: svid, target: {format: sign}}",
-        "{method: lorc, target: {rank: 4}}",
     ],
 )
 def test_what_reaches_every_weight_is_refused_after_pruning(

@@ -31,6 +31,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lilliput.errors import PlanError
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
 
 
@@ -99,6 +100,7 @@ FILES = {"verbs/clip.py": VERB, "run/drivers/clip.py": DRIVER, "methods/clip/at_
 RUN = """
 import sys
 from lilliput import api, methods
+from lilliput.errors import PlanError
 from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step
 from lilliput.verbs.clip import Clip

@@ -33,13 +33,13 @@ def test_rows_are_measured_once_and_a_refusal_is_one(
 ) -> None:
     out = tmp_path / "rows.json"
     command = [str(tiny("llama")), "--data", "text=docs:library@2", "--samples", "2", "--tokens", "32", "--out"]
-    runs = ["--recipes", "rtn", "odd=slicegpt"]
+    runs = ["--recipes", "rtn", "odd=flap flap.ratio=0.9"]
     recipes.main([*command, str(out), *runs])
     rows = json.loads(out.read_text())
     assert list(rows) == ["rtn", "odd"]
     assert rows["rtn"]["texts"]["text"]["perplexity_ratio"]["value"] > 1.0
     assert 4.0 < rows["rtn"]["bits_per_weight"] < 5.0
-    assert "slicegpt" in rows["odd"]["refused"]
+    assert "hidden channels hold" in rows["odd"]["refused"]
     printed = capsys.readouterr().out
     assert "| rtn | 4." in printed
     assert "| odd | refused" in printed

@@ -115,6 +115,7 @@ def test_a_folder_without_methods_has_no_verb_yet() -> None:
     assert {spec.verb: spec.stage for spec in found.values() if spec is not None} == {
         "compress": Stage.LINEAR,
         "rewrite": Stage.BLOCK,
+        "repair": Stage.BLOCK,
         "fit": Stage.CLOSE,
         "edit": Stage.MODEL,
         "allocate": Stage.TARGETS,

@@ -1,4 +1,4 @@
-"""replace: one line that says what my-method does. Now: hidden channels leave that are read by the smallest weights.
+"""replace: one line that says what my-method does. Now: hidden channels of the smallest readers leave.
 
 replace: the equations. The score of channel j is the sum over the linears that read it of |W_:,j|_1.
 

@@ -20,6 +20,7 @@ from lilliput.formats import rounding
 from lilliput.target import Target
 from lilliput.training import block as blockfit
 from lilliput.training.block import FitOptions, Start
+from lilliput.training.descent import looks
 from lilliput.training.minimise import Parameter, Schedule
 from lilliput.verbs.fit import Fit
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
@@ -80,5 +81,5 @@ METHOD = Fit(
     covers={},  # replace: each catalogue id that this file implements, with the steps that run it, or None for an idea
     run=fit,
     copies=8,  # replace: float32 copies of a block's weights that you hold at once
-    looks=blockfit.looks,
+    looks=looks,
 )

@@ -1,4 +1,4 @@
-"""replace: one line that says what my-method does. Now: one factor for all that reads what has left, by least squares.
+"""replace: one line that says what my-method does. Now: one factor, by least squares.
 
 replace: the equations. With inputs K that stay, W' = a W_K, a = tr(W G_:K W_KT) / tr(W_K G_KK W_KT), G the Gram matrix.
 

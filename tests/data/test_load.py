@@ -9,7 +9,6 @@ from itertools import islice
 import pytest
 import torch
 from tokenizers import processors
-from tokenizers.processors import TemplateProcessing
 
 from lilliput.data import docs, load_tokens
 from lilliput.data.hub import dataset
@@ -347,7 +346,7 @@ def test_a_template_may_fail_in_any_way(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_a_file_without_text_says_so(tokenizer, tmp_path, suffix):
-    starts = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    starts = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     tokenizer.backend_tokenizer.post_processor = starts
     tokenizer.bos_token = "<|endoftext|>"
     assert encode(tokenizer, "a")[0] == 0

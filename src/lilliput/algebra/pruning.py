@@ -20,11 +20,6 @@ Scope = Literal["block", "row"]
 _SHORT = 16  # inputs of a pattern's group that are compared with each other all at once
 
 
-def kept(target: Target, scope: Scope, rows: int, width: int) -> int:
-    """How many weights of a [rows, width] matrix `sweep` keeps."""
-    return masks.kept(target.sparsity, target.pattern, "row" if scope == "row" else "layer", rows, width)
-
-
 def sweep(
     weight: Tensor, factor: obs.Factor, score: Score, target: Target, scope: Scope, block: int, support: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -327,12 +327,15 @@ def _whole_config(whole: Any, text: Any, before: Any) -> Any:
     return whole
 
 
-def base_of(model: Model) -> Model | None:
-    """What an edited or turned model rests on; None of one that rests on none."""
-    return model.base if isinstance(model, EditedModel | RotatedModel) else None
+def views(model: Model) -> Iterator[Model]:
+    """A model and, one after the other, what it rests on: edited and turned models, and at last the stored one."""
+    while isinstance(model, EditedModel | RotatedModel):
+        yield model
+        model = model.base
+    yield model
 
 
 def unedited(model: Model) -> Model:
     """The model before all edits and rotations."""
-    inner = base_of(model)
-    return model if inner is None else unedited(inner)
+    *_, stored = views(model)
+    return stored

@@ -50,7 +50,10 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
     container = converter.convert(folder, out, convert.Wanted(like))
     shutil.rmtree(folder)
     if job.fit is not None and job.fit.size is not None and container.bytes > job.fit.size:
-        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        if out.is_dir():
+            shutil.rmtree(out)
+        else:
+            out.unlink()
         raise LilliputError(
             f"{out} would have {container.bytes} bytes, {container.bytes - job.fit.size} more than --size "
             f"{job.fit.size}: ask for --size {2 * job.fit.size - container.bytes}"

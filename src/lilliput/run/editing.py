@@ -15,14 +15,14 @@ from lilliput.anatomy.setting import setting
 from lilliput.machine import memory, ranks
 from lilliput.model import rotated
 from lilliput.model.block import BlockWeights
-from lilliput.model.edited import Edit, EditedModel, base_of
+from lilliput.model.edited import Edit, EditedModel, views
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import ordered
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
-from lilliput.run.journal import Work
+from lilliput.run.journal import Losses, Work
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
@@ -69,29 +69,12 @@ def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work,
 
 def _level(model: Model, number: int) -> EditedModel:
     """The edited model of the edit with this number, counted from the first."""
-    levels: list[EditedModel] = []
-    inner: Model | None = model
-    while inner is not None:
-        if isinstance(inner, EditedModel):
-            levels.append(inner)
-        inner = base_of(inner)
-    return levels[::-1][number]
+    return [x for x in views(model) if isinstance(x, EditedModel)][::-1][number]
 
 
 def turned(model: Model) -> RotatedModel:
     """The view of a model that is turned, whatever rests on it. Raises PlanError where nothing of it can be."""
-    inner: Model | None = model
-    while inner is not None:
-        if isinstance(inner, RotatedModel):
-            return inner
-        inner = base_of(inner)
-    return rotated.ready(model)
-
-
-def rests(model: Model, view: Model) -> bool:
-    """Whether a model is a view or rests on it."""
-    inner = base_of(model)
-    return model is view or (inner is not None and rests(inner, view))
+    return next((x for x in views(model) if isinstance(x, RotatedModel)), None) or rotated.ready(model)
 
 
 def replaced(model: Model, old: Model, new: Model) -> Model:
@@ -213,8 +196,7 @@ def _from_gradients(
     """Scores from the last block to the first; a pass that was interrupted begins anew and skips finished blocks."""
     spec, skeleton = task.of(EditSpec), base.skeleton
     samples = Samples(_looked_at(plan, task, ids), work.folder, progress)
-    for path in work.folder.glob("backward-*.bin"):
-        path.unlink()  # of a killed run
+    backward.tidy(work.folder)
     number = len(samples.ids)
     count = len(skeleton.block_names)
     progress.step(len(known), count, "gradients for what may leave")
@@ -243,19 +225,17 @@ def _turned(tensors: Mapping[str, Tensor], linear: Any, *, prefix: str) -> Tenso
 
 
 class _Skipping:
-    """Losses of the base without some of its blocks; each is a record of the journal, in the order of asking."""
+    """Losses of the base without some of its blocks."""
 
     def __init__(self, plan: Plan, task: Task, base: Model, ids: Tensor | None, work: Work, progress: Progress) -> None:
-        self._task, self._base, self._work, self._progress = task, base, work, progress
+        self._base, self._progress = base, progress
         self._samples = Samples(_looked_at(plan, task, ids), work.folder)
-        self._known = [float(r["loss"]) for r in work.find("edit-loss") if r["step"] == task.step]
-        self._asked = 0
+        self._losses = Losses(work, "edit-loss", task.step)
         self._stack = ExitStack()
         self._again: Any = None
 
     def __enter__(self) -> _Skipping:
-        for path in self._work.folder.glob("backward-*.bin"):
-            path.unlink()  # of a killed run
+        backward.tidy(self._samples.folder)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -263,13 +243,9 @@ class _Skipping:
 
     def loss(self, skipped: Collection[int]) -> float:
         """See `SkipLoss`. What a block adds to the residual stream is taken from it, which is what deleting it does."""
-        self._asked += 1
-        if self._asked > len(self._known):
-            value = self._measured(frozenset(skipped))
-            self._work.note({"kind": "edit-loss", "step": self._task.step, "loss": value})
-            self._known.append(value)
-        self._progress.step(self._asked, self._asked, "losses without blocks")
-        return self._known[self._asked - 1]
+        value = self._losses.next(lambda: self._measured(frozenset(skipped)))
+        self._progress.step(self._losses.asked, self._losses.asked, "losses without blocks")
+        return value
 
     def _measured(self, skipped: frozenset[int]) -> float:
         if self._again is None:

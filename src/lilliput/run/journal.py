@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -283,6 +283,25 @@ class Work:
         if ranks.lead() and kind is not None and not self.records:
             self._clear()
         self._lock.release()
+
+
+class Losses:
+    """Losses that a step asks for in the same order whenever it runs, each a record of the journal: what an earlier
+    part of the run has measured is not measured again. `asked`: how many were asked for so far."""
+
+    def __init__(self, work: Work, kind: str, step: int) -> None:
+        self._work, self._kind, self._step = work, kind, step
+        self._known = [float(r["loss"]) for r in work.find(kind) if r["step"] == step]
+        self.asked = 0
+
+    def next(self, measure: Callable[[], float]) -> float:
+        """The next one, measured where it is not known."""
+        self.asked += 1
+        if self.asked > len(self._known):
+            value = measure()
+            self._work.note({"kind": self._kind, "step": self._step, "loss": value})
+            self._known.append(value)
+        return self._known[self.asked - 1]
 
 
 def _exists(out: Path) -> LilliputError:

@@ -20,6 +20,7 @@ from lilliput.export import provenance
 from lilliput.folds.kinds import ResidualRotation
 from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
+from lilliput.model.edited import views
 from lilliput.model.weights import Model
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.sizes import sizes
@@ -75,7 +76,7 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
     matrix = ranks.same(matrix.contiguous())
     rotated = turning.rotated(matrix)
     memory.trim()
-    return editing.replaced(model, turning, rotated) if editing.rests(model, turning) else rotated
+    return editing.replaced(model, turning, rotated) if any(x is turning for x in views(model)) else rotated
 
 
 def _product(folds: Any, width: int) -> Tensor:

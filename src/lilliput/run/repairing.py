@@ -79,8 +79,10 @@ def teacher(model: Model, flow: Flow) -> Iterator[Teacher]:
     try:
         recorded = embed(base, flow.ids, flow.batch, states)
         bounds = _bounds(len(flow.ids), flow.batch)
-        calls = {b - a: base.skeleton.calls(b - a, flow.ids.shape[1]) for a, b in bounds}
-        yield Teacher(base, Batches(tuple(bounds), {**recorded.calls, **calls}), states)
+        calls = dict(recorded.calls)
+        for count in {b - a for a, b in bounds} - calls.keys():
+            calls[count] = base.skeleton.calls(count, flow.ids.shape[1])
+        yield Teacher(base, Batches(tuple(bounds), calls), states)
     finally:
         states.delete()
 

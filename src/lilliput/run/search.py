@@ -29,7 +29,7 @@ from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
-from lilliput.run.journal import Work, save_atomically
+from lilliput.run.journal import Losses, Work, save_atomically
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
@@ -77,7 +77,8 @@ def search(
     if ids is None:
         raise RuntimeError("losses were planned, but there are no tokens")
     count = task.of(Search).looked_at(plan.samples, task.options)
-    for path in [*work.folder.glob("backward-*.bin"), *work.folder.glob("trial-*")]:
+    backward.tidy(work.folder)
+    for path in work.folder.glob("trial-*"):
         path.unlink()  # of a killed run
     try:
         with _Trials(plan, task, model, ids, count, work, progress) as trials:
@@ -119,8 +120,7 @@ class _Trials:
         self._ids = ids[:count][ranks.share(count)]
         self._needs = _needs(plan, task)
         self._stats: dict[int, Path] = {}
-        self._known = [float(r["loss"]) for r in work.find("trial") if r["step"] == task.step]
-        self._asked = 0
+        self._losses = Losses(work, "trial", task.step)
         self._governed = plan.resolved.governed(task)
         self._linears = {x.name: x for x in plan.resolved.linears}
         self._files: dict[tuple[str, Target], Path] = {}
@@ -137,13 +137,9 @@ class _Trials:
 
     def loss(self, changes: Mapping[str, Target], remaining: int) -> float:
         """See `methods.scores.Loss`."""
-        self._asked += 1
-        if self._asked > len(self._known):
-            value = self._measured(changes)
-            self._work.note({"kind": "trial", "step": self._task.step, "loss": value})
-            self._known.append(value)
-        self._progress.step(self._asked, self._asked + remaining, "losses of candidates")
-        return self._known[self._asked - 1]
+        value = self._losses.next(lambda: self._measured(changes))
+        self._progress.step(self._losses.asked, self._losses.asked + remaining, "losses of candidates")
+        return value
 
     def _measured(self, changes: Mapping[str, Target]) -> float:
         if self._again is None:

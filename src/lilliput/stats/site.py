@@ -42,6 +42,10 @@ class SiteStats:
         total = self.square if self.square is not None else self.need("gram").diagonal()
         return total / max(self.count, 1)
 
+    def norms(self, device: torch.device | str) -> Tensor:
+        """Norm of each input over the tokens, up to a factor that all share, [width]; ones where no token came."""
+        return self.second_moment().sqrt() if self.count else torch.ones(self.width, device=device)
+
     def scaled(self, factor: Tensor) -> SiteStats:
         """The statistics of x * factor (factor: [width]), as after a fold into whatever feeds the site."""
 

@@ -37,6 +37,12 @@ class Samples:
     progress: Progress | None = None
 
 
+def tidy(folder: Path) -> None:
+    """Delete the states that a killed pass has left in a folder."""
+    for path in folder.glob("backward-*.bin"):
+        path.unlink()
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What one place of the model contributes: a block by its number, or the final norm and head under block None.

@@ -20,6 +20,7 @@ from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import draft as drafts
+from lilliput.verbs import order
 from lilliput.verbs.draft import Draft
 from lilliput.verbs.spec import FISHER, OptionsT, Spec, Stage, Task
 
@@ -86,14 +87,7 @@ class Compress(Spec[OptionsT]):
         pruning = [x for x in before if x.spec.writes == "support"]
         if not self.refines or not pruning:
             return task.target
-        target = pruning[-1].target
-        stated = set() if asked is None else asked.model_fields_set
-        if task.target.model_dump(include=stated) != target.model_dump(include=stated):
-            raise PlanError(
-                f"{task.label} on {name} refines the zeros of {pruning[-1].label}, which has another target: leave the "
-                "target of this step out"
-            )
-        return target
+        return order.same_target(task, pruning[-1], asked, name, f"refines the zeros of {pruning[-1].label}")
 
     def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
         label = f"{task.label} on {name}"

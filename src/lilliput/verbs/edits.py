@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lilliput.anatomy.model import Anatomy, Block
 from lilliput.errors import LilliputError, PlanError
 from lilliput.model.edited import Edit, heads_of
 from lilliput.stats.site import SiteStats
+from lilliput.target import Strict
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,21 @@ def stay(units: Sequence[Units], leaving: int, protected: Collection[int]) -> in
     return count - leaving
 
 
+class Thinning(Strict):
+    """Options of what takes hidden channels and heads away, alike in all blocks."""
+
+    ratio: float = Field(0.2, ge=0.0, lt=1.0, description="share of the blocks' weights that leaves")
+    kinds: tuple[Literal["channel", "head"], ...] = Field(
+        ("channel",), description="what may leave: channel, head or both"
+    )
+    multiple: int = Field(8, ge=1, description="hidden channels that stay are a multiple of this")
+
+
+def thinned(units: Sequence[Units], o: Thinning) -> Sizes:
+    """What stays by these options. Raises PlanError for a ratio that the kinds do not hold."""
+    return thinner(units, o.ratio, o.multiple, o.kinds)
+
+
 def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence[str]) -> Sizes:
     """Alike for all blocks: what stays where `ratio` of their weights leaves.
 
@@ -144,15 +162,20 @@ def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence
 
 def first_of(units: Sequence[Units], sizes: Sizes) -> Edit:
     """An edit of these sizes before anything is scored: the first of everything stays."""
-    blocks = tuple(range(sizes.blocks))
+    return _chosen(units, sizes, lambda block, key, count: tuple(range(count)))
+
+
+def _chosen(units: Sequence[Units], sizes: Sizes, pick: Callable[[int, str, int], tuple[int, ...]]) -> Edit:
+    """The edit of these sizes in which `pick(block, key, count)` stays of what has that key in `EditScores`."""
     channels: dict[tuple[int, int], tuple[int, ...]] = {}
     heads: dict[int, tuple[int, ...]] = {}
-    for n in blocks:
+    for n in range(sizes.blocks):
         if sizes.channels is not None:
-            channels |= {(n, m): tuple(range(sizes.channels)) for m in range(len(units[n].channels))}
+            for m in range(len(units[n].channels)):
+                channels[n, m] = pick(n, f"channels.{m}", sizes.channels)
         if sizes.heads is not None:
-            heads[n] = tuple(range(sizes.heads))
-    return Edit(blocks, channels, heads, sizes.hidden)
+            heads[n] = pick(n, "heads", sizes.heads)
+    return Edit(tuple(range(sizes.blocks)), channels, heads, sizes.hidden)
 
 
 def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:
@@ -166,15 +189,7 @@ def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:
 
 def best_units(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes) -> Edit:
     """In every block the heads and hidden channels of the highest scores stay."""
-    channels: dict[tuple[int, int], tuple[int, ...]] = {}
-    heads: dict[int, tuple[int, ...]] = {}
-    for n, block in enumerate(scores):
-        if sizes.channels is not None:
-            for m in range(len(units[n].channels)):
-                channels[n, m] = highest(block[f"channels.{m}"], sizes.channels)
-        if sizes.heads is not None:
-            heads[n] = highest(block["heads"], sizes.heads)
-    return Edit(tuple(range(len(scores))), channels, heads)
+    return _chosen(units, sizes, lambda block, key, count: highest(scores[block][key], count))
 
 
 def by_member(view: EditView, weight_score: Callable[[str, str, slice | Tensor], Tensor]) -> EditScores:

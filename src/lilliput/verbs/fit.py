@@ -15,6 +15,7 @@ from lilliput.parts.scheme import Scheme
 from lilliput.streaming.peak import Run
 from lilliput.target import Target
 from lilliput.verbs import draft as drafts
+from lilliput.verbs import order
 from lilliput.verbs.draft import Draft
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
@@ -50,14 +51,8 @@ class Fit(Spec[OptionsT]):
         earlier = [x for x in before if x.spec.writes == self.writes]
         if not earlier:
             return task.target
-        target = earlier[-1].target
-        stated = set() if asked is None else asked.model_fields_set
-        if task.target.model_dump(include=stated) != target.model_dump(include=stated):
-            raise PlanError(
-                f"{task.label} on {name} fits the {'codes' if self.writes == 'quantized' else 'weights'} of an earlier "
-                "step, which has another target: leave the target of this step out"
-            )
-        return target
+        what = "codes" if self.writes == "quantized" else "weights"
+        return order.same_target(task, earlier[-1], asked, name, f"fits the {what} of an earlier step")
 
     def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
         label = f"{task.label} on {name}"

@@ -36,6 +36,15 @@ def before_spending(task: Task, recipe: Sequence[Task]) -> None:
         raise PlanError("the recipe only divides a budget: add a step that prunes or quantizes")
 
 
+def same_target(task: Task, earlier: Task, asked: Target | None, name: str, does: str) -> Target:
+    """The target of an earlier step on the linear `name`, which the step takes over; `does`: what it does to that
+    step's result. Raises PlanError where the recipe asks for another one."""
+    stated = set() if asked is None else asked.model_fields_set
+    if task.target.model_dump(include=stated) != earlier.target.model_dump(include=stated):
+        raise PlanError(f"{task.label} on {name} {does}, which has another target: leave the target of this step out")
+    return earlier.target
+
+
 def governing(task: Task, around: Around) -> None:
     """Raises PlanError where no later step's target is the step's to decide."""
     if not around.governed:

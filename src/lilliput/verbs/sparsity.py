@@ -13,8 +13,8 @@ from lilliput.verbs.scores import Budget
 _HALVINGS = 200  # to the last bit of float64, from any bracket
 
 
-def refuse(target: Target) -> str | None:
-    """Why a step with this target cannot have its sparsity divided."""
+def refuse(target: Target, options: object = None) -> str | None:
+    """Why a step with this target cannot have its sparsity divided, whatever the options of the step that divides."""
     if target.pattern is not None:
         return f"the pattern {target.pattern} fixes the sparsity of every layer: use a sparsity without a pattern"
     if target.sparsity is None:

@@ -43,11 +43,6 @@ class Options(Strict):
     spread: float = Field(0.2, ge=0.0, le=1.0, description="largest distance from the mean sparsity")
 
 
-def refuse(target: Target, o: Options) -> str | None:
-    """Why a step with this target cannot have its sparsity divided."""
-    return sparsity.refuse(target)
-
-
 def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
     """For each linear: the share of its outputs' energy that is lost at the rates 0, 1 / D, ..., 1."""
     scores: dict[str, tuple[float, ...]] = {}
@@ -129,5 +124,5 @@ METHOD = Allocate(
     covers={"besa": [{"method": "besa"}, {"method": "wanda", "target": {"sparsity": 0.5}}]},
     score=score,
     run=allocate,
-    refuse=refuse,
+    refuse=sparsity.refuse,
 )

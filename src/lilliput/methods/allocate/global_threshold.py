@@ -48,8 +48,7 @@ def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
     counts: dict[str, tuple[float, ...]] = {}
     for name, weight in block.weights.items():
         stats = io.stats[block.anatomy.linear(name).site]
-        size = stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=weight.device)
-        scores = weight.abs() * size
+        scores = weight.abs() * stats.norms(weight.device)
         if o.normalize:
             scores = scores / scores.mean(dtype=torch.float64).clamp(min=torch.finfo(scores.dtype).tiny).float()
         place = (scores.log2_().sub_(_LOWEST).mul_(_FINE)).clamp_(0, (_HIGHEST - _LOWEST) * _FINE - 1)

@@ -34,11 +34,6 @@ class Options(Strict):
     per: Literal["block", "linear"] = Field("block", description="what has one common sparsity")
 
 
-def refuse(target: Target, o: Options) -> str | None:
-    """Why a step with this target cannot have its sparsity divided."""
-    return sparsity.refuse(target)
-
-
 def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
     """For each linear: entries above the threshold, and all entries."""
     scores = {name: w.abs() * _size(block, io, name).to(w) for name, w in block.weights.items()}
@@ -69,8 +64,7 @@ def allocate(scores: Scores, budget: Budget, o: Options) -> Mapping[str, Target]
 
 def _size(block: BlockView, io: BlockIO, name: str) -> Tensor:
     """Norm of each input of a linear over the calibration tokens, up to a factor that all inputs share."""
-    stats = io.stats[block.anatomy.linear(name).site]
-    return stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=block.weights[name].device)
+    return io.stats[block.anatomy.linear(name).site].norms(block.weights[name].device)
 
 
 METHOD = Allocate(
@@ -82,5 +76,5 @@ METHOD = Allocate(
     },
     score=score,
     run=allocate,
-    refuse=refuse,
+    refuse=sparsity.refuse,
 )

@@ -40,11 +40,6 @@ def reads(o: Options) -> tuple[str, ...]:
     return ("square",) if o.measure == "trace" else ("gram",)
 
 
-def refuse(target: Target, o: Options) -> str | None:
-    """Why a step with this target cannot have its sparsity divided."""
-    return sparsity.refuse(target)
-
-
 def score(block: BlockView, io: BlockIO, o: Options) -> Scores:
     """For each linear its sensitivity; 0 where no token reached it."""
     scores: dict[str, tuple[float, ...]] = {}
@@ -82,5 +77,5 @@ METHOD = Allocate(
     recipe=[{"method": "samsp"}, {"method": "isc", "target": {"sparsity": 0.5}}],
     score=score,
     run=allocate,
-    refuse=refuse,
+    refuse=sparsity.refuse,
 )

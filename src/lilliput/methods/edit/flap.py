@@ -25,25 +25,14 @@ from torch import Tensor
 from lilliput.model.edited import Edit as Decision
 from lilliput.model.edited import heads_of
 from lilliput.stats.site import SiteStats
-from lilliput.target import Strict
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Units, best_units, thinner
-
-Kind = Literal["channel", "head"]
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, thinned
 
 
-class Options(Strict):
+class Options(Thinning):
     """See the module's docstring."""
 
-    ratio: float = Field(0.2, ge=0.0, lt=1.0, description="share of the blocks' weights that leaves")
-    kinds: tuple[Kind, ...] = Field(("channel",), description="what may leave: channel, head or both")
-    multiple: int = Field(8, ge=1, description="hidden channels that stay are a multiple of this")
     metric: Literal["wifv", "wifn"] = Field("wifv", description="wifv: variance; wifn: mean square, no bias assumed")
-
-
-def sizes(units: Sequence[Units], o: Options) -> Sizes:
-    """Raises PlanError for a ratio that the kinds do not hold."""
-    return thinner(units, o.ratio, o.multiple, o.kinds)
 
 
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
@@ -91,7 +80,7 @@ METHOD = Edit(
     covers={
         "flap": [{"method": "flap"}, {"method": "refit"}],
     },
-    sizes=sizes,
+    sizes=thinned,
     run=run,
     score=score,
 )

@@ -22,29 +22,18 @@ from torch import Tensor
 
 from lilliput.model.edited import Edit as Decision
 from lilliput.model.edited import heads_of
-from lilliput.target import Strict
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Units, best_units, thinner
-
-Kind = Literal["channel", "head"]
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, thinned
 
 
-class Options(Strict):
+class Options(Thinning):
     """See the module's docstring."""
 
-    ratio: float = Field(0.2, ge=0.0, lt=1.0, description="share of the blocks' weights that leaves")
-    kinds: tuple[Kind, ...] = Field(("channel",), description="what may leave: channel, head or both")
-    multiple: int = Field(8, ge=1, description="hidden channels that stay are a multiple of this")
     importance: Literal["element", "vector", "first", "second"] = Field("element", description="of a weight")
     group: Literal["sum", "max", "product", "last"] = Field(
         "sum", description="of a unit, from its coupled rows and columns; last: the columns of the consumer alone"
     )
     samples: int = Field(10, ge=1, description="calibration samples whose gradients are taken, at most")
-
-
-def sizes(units: Sequence[Units], o: Options) -> Sizes:
-    """Raises PlanError for a ratio that the kinds do not hold."""
-    return thinner(units, o.ratio, o.multiple, o.kinds)
 
 
 def gradients(o: Options) -> bool:
@@ -112,7 +101,7 @@ METHOD = Edit(
     covers={
         "llm-pruner": [{"method": "llm-pruner"}, {"method": "refit"}],
     },
-    sizes=sizes,
+    sizes=thinned,
     run=run,
     score=score,
     gradients=gradients,

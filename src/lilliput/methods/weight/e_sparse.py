@@ -24,6 +24,7 @@ from lilliput.parts.layer import Layer
 from lilliput.stats import bins
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs import scope
 from lilliput.verbs.compress import Compress
 
 
@@ -37,7 +38,7 @@ class Options(Strict):
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """The layer with a support. Raises PlanError when the target asks for no sparsity."""
     weight = layer.rest().abs()
-    size = stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=weight.device)
+    size = stats.norms(weight.device)
     if o.alpha and stats.count:
         mean = size.mean().clamp(min=torch.finfo(size.dtype).tiny)
         size = size / mean + o.alpha * bins.entropy(stats.need("histogram"))
@@ -54,6 +55,6 @@ METHOD = Compress(
     covers={"e-sparse": [{"method": "e-sparse", "target": {"sparsity": 0.5}}]},
     run=compress,
     rowwise=True,
-    kept=lambda target, o, rows, width: masks.kept(target.sparsity, target.pattern, o.scope, rows, width),
-    mixes=lambda target, o: target.pattern is None and o.scope != "row",
+    kept=scope.kept,
+    mixes=scope.mixes,
 )

@@ -23,6 +23,7 @@ from lilliput.errors import PlanError
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs import scope
 from lilliput.verbs.compress import Compress
 from lilliput.verbs.spec import FISHER
 
@@ -48,9 +49,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     if not (o.alpha or o.inputs):
         raise PlanError("'gblm-pruner' scores by neither inputs nor gradients: set 'inputs', or 'alpha' above 0")
     weight = layer.rest().abs()
-    size = torch.zeros(stats.width, device=weight.device)
-    if o.inputs:
-        size = stats.second_moment().sqrt() if stats.count else torch.ones_like(size)
+    size = stats.norms(weight.device) if o.inputs else torch.zeros(stats.width, device=weight.device)
     score = weight * (size + o.alpha * layer.need_fisher().sqrt() if o.alpha else size)
     return layer.with_support(masks.choose(score, target.sparsity, target.pattern, o.scope))
 
@@ -68,6 +67,6 @@ METHOD = Compress(
     },
     run=compress,
     rowwise=True,
-    kept=lambda target, o, rows, width: masks.kept(target.sparsity, target.pattern, o.scope, rows, width),
-    mixes=lambda target, o: target.pattern is None and o.scope != "row",
+    kept=scope.kept,
+    mixes=scope.mixes,
 )

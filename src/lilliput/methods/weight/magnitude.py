@@ -26,6 +26,7 @@ from lilliput.algebra import masks
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs import scope
 from lilliput.verbs.compress import Compress
 
 
@@ -40,11 +41,6 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     return layer.with_support(masks.choose(layer.rest().abs(), target.sparsity, target.pattern, o.scope))
 
 
-def kept(target: Target, o: Options, rows: int, width: int) -> int:
-    """How many weights stay. Raises PlanError when the target asks for no sparsity."""
-    return masks.kept(target.sparsity, target.pattern, o.scope, rows, width)
-
-
 METHOD = Compress(
     paper="Han et al. 2015, arXiv 1506.02626",
     options=Options,
@@ -56,5 +52,5 @@ METHOD = Compress(
         "mask-formalism": None,
     },
     run=compress,
-    kept=kept,
+    kept=scope.kept,
 )

@@ -25,6 +25,7 @@ from lilliput.algebra import masked, masks, obs
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs import scope
 from lilliput.verbs.compress import Compress
 
 
@@ -61,6 +62,6 @@ METHOD = Compress(
     covers={"obs": [{"method": "obs", "target": {"sparsity": 0.5}}]},
     run=compress,
     rowwise=True,
-    kept=lambda target, o, rows, width: masks.kept(target.sparsity, target.pattern, o.scope, rows, width),
-    mixes=lambda target, o: target.pattern is None and o.scope != "row",
+    kept=scope.kept,
+    mixes=scope.mixes,
 )

@@ -22,6 +22,7 @@ from lilliput.algebra import masks
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs import scope
 from lilliput.verbs.compress import Compress
 
 
@@ -51,5 +52,5 @@ METHOD = Compress(
     baseline="magnitude",
     covers={"ria": [{"method": "ria", "target": {"sparsity": 0.5}}]},
     run=compress,
-    kept=lambda target, o, rows, width: masks.kept(target.sparsity, target.pattern, o.scope, rows, width),
+    kept=scope.kept,
 )

@@ -27,6 +27,7 @@ from lilliput.algebra import obs, pruning
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs import scope
 from lilliput.verbs.compress import Compress
 
 
@@ -62,6 +63,6 @@ METHOD = Compress(
     covers={"sparsegpt": [{"method": "sparsegpt", "target": {"sparsity": 0.5}}]},
     run=compress,
     rowwise=True,
-    kept=lambda target, o, rows, width: pruning.kept(target, o.scope, rows, width),
-    mixes=lambda target, o: target.pattern is None and o.scope != "row",
+    kept=scope.kept,
+    mixes=scope.mixes,
 )

@@ -22,6 +22,7 @@ from lilliput.algebra import masks
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs import scope
 from lilliput.verbs.compress import Compress
 from lilliput.verbs.spec import FISHER
 
@@ -48,6 +49,6 @@ METHOD = Compress(
     covers={"taylor-first-order": [{"method": "taylor-first-order", "target": {"sparsity": 0.5}}]},
     run=compress,
     rowwise=True,
-    kept=lambda target, o, rows, width: masks.kept(target.sparsity, target.pattern, o.scope, rows, width),
-    mixes=lambda target, o: target.pattern is None and o.scope != "row",
+    kept=scope.kept,
+    mixes=scope.mixes,
 )

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from lilliput.algebra import masks
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
+from lilliput.verbs import scope
 from lilliput.verbs.compress import Compress
 
 
@@ -30,18 +30,8 @@ class Options(Strict):
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
     """The layer with a support. Raises PlanError when the target asks for no sparsity."""
-    size = stats.second_moment().sqrt() if stats.count else torch.ones(stats.width, device=layer.weight.device)
+    size = stats.norms(layer.weight.device)
     return layer.with_support(masks.choose(layer.rest().abs() * size, target.sparsity, target.pattern, o.scope))
-
-
-def kept(target: Target, o: Options, rows: int, width: int) -> int:
-    """How many weights stay. Raises PlanError when the target asks for no sparsity."""
-    return masks.kept(target.sparsity, target.pattern, o.scope, rows, width)
-
-
-def mixes(target: Target, o: Options) -> bool:
-    """Whether the weights of several rows compete."""
-    return target.pattern is None and o.scope == "layer"
 
 
 METHOD = Compress(
@@ -54,7 +44,7 @@ METHOD = Compress(
         "wanda": [{"method": "wanda", "target": {"sparsity": 0.5}}],
     },
     run=compress,
-    kept=kept,
+    kept=scope.kept,
     rowwise=True,
-    mixes=mixes,
+    mixes=scope.mixes,
 )

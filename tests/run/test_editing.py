@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lilliput import api
 from lilliput.errors import PlanError
 from lilliput.model.stored import open_model
+from lilliput.plan.plan import make
 from lilliput.progress import Quiet
+from lilliput.recipe.load import load
+from lilliput.run.editing import prepared
 from lilliput.run.journal import Work
 
 Tiny = Callable[[str], Path]
@@ -147,3 +150,13 @@ def test_settings_reach_the_options_of_an_edit(tiny: Tiny) -> None:
     plan = api.plan(tiny("llama"), recipe="flap", settings=["flap.ratio=0.4"], **ROOM)
     assert plan.resolved.recipe.steps[0].options == {"ratio": 0.4}
     assert next(x.shape for x in plan.tensors if x.name.endswith("down_proj.weight")) == (64, 48)
+
+
+@pytest.mark.parametrize("recipe", ["drop-layers", "flap", "w3-fit"])
+def test_what_looks_at_all_samples_in_one_process_is_refused_in_several(tiny: Tiny, recipe: str) -> None:
+    wanted = load(recipe)
+    model = prepared(open_model(tiny("llama")), wanted)
+    room: dict[str, Any] = {"samples": 4, "tokens": 32, "budget": None, "size": None, "seed": None}
+    make(model, wanted, dtype=torch.float32, **room)
+    with pytest.raises(PlanError, match="in one process: start only one"):
+        make(model, wanted, dtype=torch.float32, processes=2, **room)

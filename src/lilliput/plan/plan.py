@@ -315,9 +315,9 @@ def make(
         width=model.skeleton.hidden_size,
         tables=tables(model.skeleton),
     )
-    together = next(iter(resolved.at(Stage.CLOSE)), None)
-    if together is not None and processes > 1:
-        raise PlanError(f"{together.label} trains a block on all samples in one process: start only one")
+    single = next((task for task in resolved.tasks if task.spec.single), None)
+    if single is not None and processes > 1:
+        raise PlanError(f"{single.label} looks at all samples in one process: start only one")
     if resolved.reads_tokens and processes > samples:
         raise PlanError(
             f"{processes} processes cannot share {samples} calibration samples: start at most {samples}, or ask for "

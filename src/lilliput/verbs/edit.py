@@ -28,6 +28,7 @@ class Edit(Spec[OptionsT]):
 
     verb: ClassVar[str] = "edit"
     family: ClassVar[str] = "edit"
+    single: ClassVar[bool] = True
     targeted: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.MODEL
 

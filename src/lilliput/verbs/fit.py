@@ -33,6 +33,7 @@ class Fit(Spec[OptionsT]):
 
     verb: ClassVar[str] = "fit"
     family: ClassVar[str] = "fit"
+    single: ClassVar[bool] = True
     stage: ClassVar[Stage] = Stage.CLOSE
     settles: ClassVar[bool] = True
 

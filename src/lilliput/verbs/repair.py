@@ -54,6 +54,7 @@ class Repair(Spec[OptionsT]):
 
     verb: ClassVar[str] = "repair"
     family: ClassVar[str] = "repair"
+    single: ClassVar[bool] = True
     targeted: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.BLOCK
 

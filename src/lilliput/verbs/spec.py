@@ -59,6 +59,7 @@ class Spec(Generic[OptionsT]):
     prepares: ClassVar[bool] = False  # it makes weights easier for the step that quantizes, and takes that one's target
     settles: ClassVar[bool] = False  # it decides the values of weights
     turns: ClassVar[bool] = False  # the model has to be one that can be rotated while it is read
+    single: ClassVar[bool] = False  # its steps look at all samples in one process
     targeted: ClassVar[bool] = True  # its steps have a target, and touch the linears that `where` names
 
     paper: str

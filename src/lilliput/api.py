@@ -46,6 +46,7 @@ def plan(
     bits: float | None = None,
     decode_time: Decoding | None = None,
     menu: Sequence[str] = (),
+    fit_blocks: bool = False,
     dtype: str = "auto",
     device: str = "auto",
     work: str | Path | None = None,
@@ -61,7 +62,7 @@ def plan(
     text, limits, fit = (
         Calibration(data, samples, tokens, seed),
         Limits(memory, size),
-        _fit(recipe, size, bits, decode_time, menu, to),
+        _fit(recipe, size, bits, decode_time, menu, to, fit_blocks),
     )
     chosen = DEFAULT_RECIPE if recipe is None else recipe
     return session.planned(session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit))
@@ -106,6 +107,7 @@ def compress(
     bits: float | None = None,
     decode_time: Decoding | None = None,
     menu: Sequence[str] = (),
+    fit_blocks: bool = False,
     dtype: str = "auto",
     device: str = "auto",
     work: str | Path | None = None,
@@ -120,12 +122,13 @@ def compress(
 
     model: Hugging Face id, folder with safetensors, or GGUF file. recipe: a named recipe, a method's name, a YAML file
     or a Recipe (None: `w4-engines`, or with `size` or `bits` the best composition that keeps to it, of the grids of
-    `menu`); `settings` such as "gptq.bits=3" change it. bits: average of stored bits over the linears. decode_time: the
-    longest time that a decoding step is predicted to take on a named device. data: calibration text, `samples` windows
-    of `tokens` tokens. memory: the most bytes of RAM to take above the imported package. size: the most bytes that
-    `out` may have. eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024
-    tokens, 0 for none. to: the container to write `out` as in place of a folder, see `convert`. A killed call
-    continues when it is repeated. Raises LilliputError; nothing half-written ever shows at `out`.
+    `menu`, and `fit_blocks` to fit its codes block by block); `settings` such as "gptq.bits=3" change it. bits:
+    average of stored bits over the linears. decode_time: the longest time that a decoding step is predicted to take on
+    a named device. data: calibration text, `samples` windows of `tokens` tokens. memory: the most bytes of RAM to take
+    above the imported package. size: the most bytes that `out` may have. eval_data: text to measure on (default: the
+    second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for none. to: the container to write `out` as in
+    place of a folder, see `convert`. A killed call continues when it is repeated. Raises LilliputError; nothing
+    half-written ever shows at `out`.
 
     Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
     and what the others return lacks the evaluation.
@@ -133,7 +136,7 @@ def compress(
     text, limits, fit = (
         Calibration(data, samples, tokens, seed),
         Limits(memory, size),
-        _fit(recipe, size, bits, decode_time, menu, to),
+        _fit(recipe, size, bits, decode_time, menu, to, fit_blocks),
     )
     chosen = DEFAULT_RECIPE if recipe is None else recipe
     job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit)
@@ -170,12 +173,14 @@ def _fit(
     decoding: Decoding | None,
     menu: Sequence[str],
     to: str | None,
+    fit_blocks: bool,
 ) -> Fit | None:
     """The search for a composition, where one is asked for. Raises PlanError where a recipe is given as well."""
     if recipe is None:
-        asked = size is not None or bits is not None or decoding is not None or menu
-        return Fit(size, bits, decoding, tuple(menu), to) if asked else None
-    for option, value in (("--bits", bits), ("--decode-time", decoding), ("--menu", menu or None)):
+        asked = size is not None or bits is not None or decoding is not None or menu or fit_blocks
+        return Fit(size, bits, decoding, tuple(menu), to, fit_blocks) if asked else None
+    given = {"--bits": bits, "--decode-time": decoding, "--menu": menu or None, "--fit-blocks": fit_blocks or None}
+    for option, value in given.items():
         if value is not None:
             raise PlanError(
                 f"{option} asks for a composition found by measuring, and --recipe names one: give only one of them"

@@ -40,13 +40,15 @@ class Decoding:
 class Fit:
     """What a composition is searched for: the most bytes of the written folder or file, the average of stored bits over
     the linears of the blocks, or the time of a decoding step; `menu`: a name of `budget.menu`, or grids, none for the
-    usual one; `to`: the container that takes the place of the folder."""
+    usual one; `to`: the container that takes the place of the folder; `fit_blocks`: fit the chosen codes of each block
+    to its outputs afterwards."""
 
     size: int | None = None
     bits: float | None = None
     decoding: Decoding | None = None
     menu: tuple[str, ...] = ()
     to: str | None = None
+    fit_blocks: bool = False
 
 
 @dataclass(frozen=True)

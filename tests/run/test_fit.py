@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lilliput import api
+from lilliput.errors import PlanError
 from lilliput.report import frontier as curve
 from lilliput.report import table
 
@@ -57,3 +58,23 @@ def test_the_frontier_falls_and_is_shown(tiny: Tiny) -> None:
     page = curve.render(data)
     assert "<svg" in page
     assert "Predicted loss against bytes" in page
+
+
+@pytest.mark.slow
+def test_blocks_are_fitted_on_the_chosen_grids(tiny: Tiny, tmp_path: Path) -> None:
+    chosen, kl = [], []
+    for fitted in (False, True):
+        out = tmp_path / f"out-{fitted}"
+        done = api.compress(tiny("llama"), out, bits=3.8, menu=["integers"], fit_blocks=fitted, eval_windows=4, **SHORT)
+        assert done.evaluation is not None
+        chosen.append([x.scheme for x in done.plan.resolved.linears])
+        kl.append(done.evaluation.to_json()["kl"]["value"])
+    assert chosen[0] == chosen[1]
+    assert kl[0] != kl[1]
+
+
+def test_codes_between_rotations_are_not_fitted(tiny: Tiny) -> None:
+    with pytest.raises(PlanError, match="--fit-blocks: the codes of trellis2 cannot be fitted: take --menu integers"):
+        api.plan(tiny("llama"), bits=3.8, fit_blocks=True, **SHORT)
+    with pytest.raises(PlanError, match="--fit-blocks asks for a composition found by measuring"):
+        api.plan(tiny("llama"), recipe="w4", fit_blocks=True, **SHORT)

@@ -54,6 +54,9 @@ class Job:
         str | None,
         typer.Option(help="Formats to choose from: native, integers, compressed-tensors, gguf, or int3/64/asym,..."),
     ] = None
+    fit_blocks: Annotated[
+        bool, typer.Option("--fit-blocks", help="Then fit the codes of each block to its outputs: closer, and slower.")
+    ] = False
     dtype: Annotated[str, typer.Option(help="Dtype of calibration passes: auto, bfloat16 or float32.")] = Compute.dtype
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = Compute.device
     work: Annotated[Path | None, typer.Option(help="Folder for the unfinished run; by default beside the output.")] = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from lilliput import methods
 from lilliput.anatomy.tables import EMBED, HEAD
 from lilliput.budget import menu
 from lilliput.errors import PlanError
@@ -12,6 +14,7 @@ from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.target import Target
 
 ENGINE = "compressed-tensors"
+_FITTED = Step(method="signround", options={"iters": 30, "batch": 4})  # that of w3-fit and w4-fit
 _USUAL = {None: menu.DEFAULT, "gguf": "gguf"}  # menus by container
 
 
@@ -37,6 +40,8 @@ def compose(fit: Fit, folds: bool = True) -> Recipe:
     tables = (EMBED, HEAD) if fit.size is not None and not engine else ()
     where = Where(include=("*", *tables), exclude=("router",) if tables else Where().exclude)
     plain = [x for x in entries if not menu.turned(menu.on(Target(), x))]
+    if fit.fit_blocks:
+        _check_fitted(entries)
     options: dict[str, Any] = {"menu": list(names), "size": fit.size, "average": fit.bits, "fused": engine}
     options |= {} if fit.decoding is None else {"seconds": fit.decoding.seconds, "device": fit.decoding.device}
     # The least that any linear can have: what is shown before anything is measured.
@@ -56,6 +61,7 @@ def compose(fit: Fit, folds: bool = True) -> Recipe:
             *((awq,) if folds and len(plain) == len(entries) else ()),
             Step(method="menu", options={k: v for k, v in options.items() if v is not None}, where=where),
             Step(method="mixed" if len(plain) < len(entries) else "gptq", target=target, where=where),
+            *((_FITTED,) if fit.fit_blocks else ()),
         ),
     )
 
@@ -65,6 +71,17 @@ def _usual(fit: Fit) -> str:
         raise PlanError(f"no menu is known for {fit.to}: name grids that it holds with --menu")
     # Only what engines have kernels for decodes faster.
     return ENGINE if fit.decoding is not None and fit.to is None else _USUAL[fit.to]
+
+
+def _check_fitted(entries: Sequence[str]) -> None:
+    """Raises PlanError for an entry whose codes no step fits."""
+    fitted = methods.get(_FITTED.method).spec.formats or ()
+    for entry in entries:
+        if menu.fields(entry)["format"] not in fitted:
+            raise PlanError(
+                f"--fit-blocks: the codes of {entry} cannot be fitted: take --menu integers, compressed-tensors or "
+                "gguf, or leave it out"
+            )
 
 
 def _goal(fit: Fit) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lilliput.anatomy.model import Link
 from lilliput.errors import LilliputError
-from lilliput.folds.kinds import ScaleFold
+from lilliput.folds.kinds import PermuteFold, ScaleFold
 from lilliput.model.block import BlockWeights
 from lilliput.model.stored import Model, open_model
 
@@ -40,6 +40,41 @@ def test_folds_keep_what_the_block_computes(tiny: Tiny, name: str) -> None:
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     readers = {name for link in weights.anatomy.links for name in link.readers}
     assert factors.keys() == {x.site for x in weights.anatomy.linears if x.name in readers}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "neox", "mixtral"])
+def test_another_order_of_hidden_channels_keeps_what_the_block_computes(tiny: Tiny, name: str) -> None:
+    model, weights = block(tiny, name)
+    skeleton = model.skeleton
+    hidden, calls = _embed(model)
+    model.load_block(1)
+    draw = torch.Generator().manual_seed(0)
+    channels = weights.anatomy.groups.channels
+    assert channels
+    with torch.no_grad():
+        before = skeleton.run(1, hidden, calls)
+        for _ in range(2):
+            weights.fold([ScaleFold(link, scales(link)) for link in weights.anatomy.links])
+            weights.fold([PermuteFold(x, torch.randperm(x.width, generator=draw)) for x in channels])
+        skeleton.load({weights.canonical(n): weights.tensor(n) for n in weights.names()})
+        after = skeleton.run(1, hidden, calls)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    plain = BlockWeights(model, 1, weights.anatomy)
+    for x in channels:
+        down = weights.anatomy.linear(x.readers[0])
+        assert not torch.equal(weights.linear(down), plain.linear(down))
+    with pytest.raises(LilliputError, match="gave no order"):
+        weights.fold([PermuteFold(channels[0], torch.zeros(channels[0].width, dtype=torch.int64))])
+
+
+def test_squared_gradients_follow_the_channels(tiny: Tiny) -> None:
+    _, weights = block(tiny, "llama")
+    channels = weights.anatomy.groups.channels[0]
+    order = torch.arange(channels.width).flip(0)
+    weights.fold([PermuteFold(channels, order)])
+    down = weights.anatomy.linear(channels.readers[0])
+    squares = torch.rand(down.out_features, down.in_features)
+    assert torch.equal(weights.through_folds(down, squares), squares[:, order])
 
 
 def _embed(model: Model) -> tuple[Tensor, object]:

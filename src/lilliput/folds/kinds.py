@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lilliput.anatomy.model import Link
+from lilliput.anatomy.model import Channels, Link
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,15 @@ class ScaleFold:
 
 
 @dataclass(frozen=True)
+class PermuteFold:
+    """Hidden channel j becomes what channel `order[j]` was, int64 [width]: its rows of the producers and its columns of
+    the readers move alike."""
+
+    channels: Channels
+    order: Tensor
+
+
+@dataclass(frozen=True)
 class ResidualRotation:
     """An orthogonal change of basis [hidden, hidden], float64, of the whole residual stream.
 
@@ -30,4 +39,5 @@ class ResidualRotation:
     matrix: Tensor
 
 
-Fold = ScaleFold | ResidualRotation
+Fold = ScaleFold | PermuteFold
+"""What a rewrite of a block may return."""

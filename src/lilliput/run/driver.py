@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lilliput.folds.kinds import ScaleFold
+from lilliput.folds.kinds import Fold
 from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
 from lilliput.model.stored import Model
@@ -76,7 +76,7 @@ class BlockDriver(Driver):
 
     stage: ClassVar[Stage] = Stage.BLOCK
 
-    run: Callable[[Task, BlockView, BlockIO], Sequence[ScaleFold]]
+    run: Callable[[Task, BlockView, BlockIO], Sequence[Fold]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lilliput.anatomy.skeleton import Skeleton
-from lilliput.folds.kinds import ScaleFold
+from lilliput.folds.kinds import Fold, PermuteFold, ScaleFold
 from lilliput.machine import ranks
 from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
@@ -27,7 +27,9 @@ def seen(
     """The linears of a block that a step may fold into, and what enters them; None where nothing can be folded. The
     block is loaded where there is calibration."""
     anatomy = weights.anatomy
-    linked = {link.site for link in anatomy.links}
+    permutes = task.of(Rewrite).permutes
+    moved = {name for x in anatomy.groups.channels for name in x.readers} if permutes else set[str]()
+    linked = {anatomy.linear(name).site for name in moved} if permutes else {link.site for link in anatomy.links}
     sites = [site for site in anatomy.sites if site.name in linked]
     if not sites:
         return None
@@ -41,23 +43,29 @@ def seen(
         stats = collect(model.skeleton, index, sites, needs, passes, stop_after=early)
         moves = movement(model, index, anatomy, batches, inputs)
     covered = {x.name for x in anatomy.linears}
-    names = sorted({name for link in anatomy.links for name in link.readers if name in covered})
+    readers = moved if permutes else {name for link in anatomy.links for name in link.readers}
+    names = sorted(readers & covered)
     views = {n: weights.linear(anatomy.linear(n)).to(weights.device) for n in names} if ranks.lead() else {}
     return BlockView(anatomy, views), BlockIO(stats, movement=moves)
 
 
-def decided(task: Task, view: BlockView, io: BlockIO) -> Sequence[ScaleFold]:
+def decided(task: Task, view: BlockView, io: BlockIO) -> Sequence[Fold]:
     """What the step decides on, the same for all ranks."""
     rewrite = task.of(Rewrite).run
     if ranks.size() == 1:
         return rewrite(view, io, task.target, task.options)
-    links = view.anatomy.links
-    scales: list[tuple[int, list[float]]] = []
-    if ranks.lead():
-        number = {id(link): n for n, link in enumerate(links)}
-        folds = rewrite(view, io, task.target, task.options)
-        scales = [(number[id(fold.link)], fold.scale.tolist()) for fold in folds]
-    return [ScaleFold(links[n], torch.tensor(scale)) for n, scale in ranks.agreed(scales)]
+    links, groups = view.anatomy.links, view.anatomy.groups.channels
+    plain: list[tuple[str, int, list[float] | list[int]]] = []
+    for fold in rewrite(view, io, task.target, task.options) if ranks.lead() else ():
+        if isinstance(fold, ScaleFold):
+            plain.append(("scale", next(n for n, x in enumerate(links) if x is fold.link), fold.scale.tolist()))
+        else:
+            number = next(n for n, x in enumerate(groups) if x is fold.channels)
+            plain.append(("order", number, fold.order.tolist()))
+    return [
+        ScaleFold(links[n], torch.tensor(values)) if kind == "scale" else PermuteFold(groups[n], torch.tensor(values))
+        for kind, n, values in ranks.agreed(plain)
+    ]
 
 
 def load_folded(skeleton: Skeleton, weights: BlockWeights) -> None:

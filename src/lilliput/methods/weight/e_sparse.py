@@ -8,8 +8,8 @@ within the layer), or all but N of every M consecutive inputs. No weight is upda
 
 Paper: Li et al. 2023, arXiv 2310.15929. Its bins and its alpha are not known here: 0.1 is a choice.
 Cost: squared norms and a histogram of each input, one selection per row. Limits: the paper's shuffles of channels
-before N:M are left out, as no layout carries a permutation of a pruned linear's inputs; bins are of |x|, without its
-sign.
+before N:M are `channel-permutation` in front of this step (with assignments in place of swaps within windows), for
+inputs that have no order of their own; bins are of |x|, without its sign.
 """
 
 from __future__ import annotations

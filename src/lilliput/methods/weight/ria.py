@@ -7,8 +7,8 @@ consecutive inputs. No weight is updated.
 
 Paper: Zhang et al. 2024 (Plug-and-Play), relative importance and activations; a = 0.5.
 Cost: two sums, one selection per row. Limits: sums over outputs are those of one linear, so linears that share their
-inputs are not treated as one. The paper's permutation of inputs before N:M is left out: written folders hold weights in
-the order of their inputs, and no layout carries a permutation of a pruned linear's inputs.
+inputs are not treated as one. The paper's permutation of inputs before N:M is `channel-permutation` in front of this
+step, for the inputs that have no order of their own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ METHOD = Compress(
     reads=lambda o: ("square",) if o.exponent else (),
     writes="support",
     baseline="magnitude",
-    covers={"ria": [{"method": "ria", "target": {"sparsity": 0.5}}]},
+    covers={"ria": [{"method": "channel-permutation"}, {"method": "ria", "target": {"pattern": "2:4"}}]},
     run=compress,
     kept=scope.kept,
 )

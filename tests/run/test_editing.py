@@ -115,6 +115,43 @@ def test_a_model_whose_blocks_all_stay_is_what_it_was(tiny: Tiny, tmp_path: Path
         assert torch.equal(before.read(name), after.read(name))
 
 
+BOTH = "kinds: [channel, head], ratio: 0.5"
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("michel-heads", BOTH),
+        ("mini-gpts", BOTH),
+        ("gum", BOTH),
+        ("kprune", BOTH),
+        ("dsp", "ratio: 0.5, steps: 20"),
+        ("llm-surgeon", BOTH),
+    ],
+)
+def test_the_written_model_is_the_original_with_what_left_masked(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: str
+) -> None:
+    note, noted = Work.note, []
+    monkeypatch.setattr(Work, "note", lambda self, record: (noted.append(record), note(self, record))[1])
+    recipe = f"steps:\n  - {{method: {method}, options: {{{options}}}}}\n"
+    api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    edit = next(x["edit"] for x in noted if x["kind"] == "edit")
+    whole = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for block, heads in edit["heads"]:
+            for head in {0, 1} - set(heads):
+                whole.model.layers[block].self_attn.o_proj.weight[:, 32 * head : 32 * head + 32] = 0.0
+        for block, _, kept in edit["channels"]:
+            gone = sorted(set(range(128)) - set(kept))
+            whole.model.layers[block].mlp.down_proj.weight[:, gone] = 0.0
+        smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+        assert len(edit["heads"]) == 4
+        assert smaller.config.num_key_value_heads == 1
+        torch.testing.assert_close(smaller(ids).logits, whole(ids).logits, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
@@ -127,6 +164,9 @@ def test_a_model_whose_blocks_all_stay_is_what_it_was(tiny: Tiny, tmp_path: Path
         ("[{method: drop-layers, options: {blocks: 4}}]", "at most 3 can"),
         ("[{method: drop-layers, options: {protect: [7]}}]", "blocks 0 to 3"),
         ("[{method: shortened-llama, options: {by: taylor}}]", "at most 0 can"),
+        ("[{method: gptq}, {method: llm-surgeon}]", "move it to the front"),
+        ("[{method: kprune, options: {samples: 0}}]", "greater than or equal to 1"),
+        ("[{method: gum, options: {alike: 0}}]", "greater than 0"),
         ("[{method: flap, target: {ratio: 0.2}}]", "neither a target nor"),
         ("[{method: flap, where: {include: [mlp.down_proj]}}]", "neither a target nor"),
     ],

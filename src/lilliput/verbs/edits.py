@@ -128,6 +128,11 @@ class Thinning(Strict):
     multiple: int = Field(8, ge=1, description="hidden channels that stay are a multiple of this")
 
 
+def heads_left(heads: int, ratio: float) -> int:
+    """Heads of a block that stay where a share of them leaves, rounded down: at least one."""
+    return heads - min(int(ratio * heads + 1e-9), heads - 1)
+
+
 def thinned(units: Sequence[Units], o: Thinning) -> Sizes:
     """What stays by these options. Raises PlanError for a ratio that the kinds do not hold."""
     return thinner(units, o.ratio, o.multiple, o.kinds)
@@ -145,7 +150,7 @@ def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence
     wanted = ratio * total / len(units)
     heads = first.heads
     if "head" in kinds and first.heads:
-        heads -= min(int(ratio * first.heads + 1e-9), first.heads - 1)
+        heads = heads_left(first.heads, ratio)
         wanted -= (first.heads - heads) * first.head_cost
     elif "head" in kinds and "channel" not in kinds:
         raise PlanError("the heads of this model could not be told apart: leave `head` out of kinds")

@@ -127,6 +127,7 @@ BOTH = "kinds: [channel, head], ratio: 0.5"
         ("kprune", BOTH),
         ("dsp", "ratio: 0.5, steps: 20"),
         ("llm-surgeon", BOTH),
+        ("ziplm", BOTH),
     ],
 )
 def test_the_written_model_is_the_original_with_what_left_masked(
@@ -150,6 +151,21 @@ def test_the_written_model_is_the_original_with_what_left_masked(
         assert len(edit["heads"]) == 4
         assert smaller.config.num_key_value_heads == 1
         torch.testing.assert_close(smaller(ids).logits, whole(ids).logits, rtol=1e-5, atol=2e-5)
+
+
+def test_a_step_that_is_given_twice_scores_what_the_first_has_left(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, noted = Work.note, []
+    monkeypatch.setattr(Work, "note", lambda self, record: (noted.append(record), note(self, record))[1])
+    shot = "  - {method: llm-surgeon, options: {ratio: 0.2}}\n"
+    api.compress(tiny("llama"), tmp_path / "out", recipe=f"steps:\n{shot}{shot}  - {{method: refit}}\n", **RUN)
+    edits = [x["edit"]["channels"] for x in noted if x["kind"] == "edit"]
+    widths = [{len(kept) for _, _, kept in x} for x in edits]
+    assert widths == [{88}, {64}]
+    scores = [len(x["scores"]["channels.0"]) for x in noted if x["kind"] == "edit-score"]
+    assert scores == [128] * 4 + [88] * 4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 64
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,6 @@ class Watched:
 
         def run(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
             if out.requires_grad:
-                out.register_hook(arrived)
+                out.register_hook(arrived)  # type: ignore[no-untyped-call]
 
         return run

@@ -162,10 +162,10 @@ def test_a_step_that_is_given_twice_scores_what_the_first_has_left(
     api.compress(tiny("llama"), tmp_path / "out", recipe=f"steps:\n{shot}{shot}  - {{method: refit}}\n", **RUN)
     edits = [x["edit"]["channels"] for x in noted if x["kind"] == "edit"]
     widths = [{len(kept) for _, _, kept in x} for x in edits]
-    assert widths == [{88}, {64}]
+    assert widths == [{88}, {56}]
     scores = [len(x["scores"]["channels.0"]) for x in noted if x["kind"] == "edit-score"]
     assert scores == [128] * 4 + [88] * 4
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 64
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 56
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,26 @@ def test_a_run_that_is_stopped_between_scoring_and_slicing_ends_with_the_same_by
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_scores_from_a_backward_pass_that_is_stopped_are_those_of_a_whole_one(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "steps:\n  - {method: kprune, options: {ratio: 0.25}}\n"
+    api.compress(tiny("llama"), tmp_path / "whole", recipe=recipe, **RUN)
+    note = Work.note
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == "edit-score" and record["block"] == 1:
+            raise KeyboardInterrupt
+        return note(self, record)
+
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    monkeypatch.undo()
+    api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
 def test_a_model_whose_blocks_all_stay_is_what_it_was(tiny: Tiny, tmp_path: Path) -> None:
     recipe = "steps:\n  - {method: flap, options: {ratio: 0.0}}\n  - {method: drop-layers, options: {blocks: 0}}\n"
     api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)

@@ -25,19 +25,20 @@ from lilliput.algebra.obs import regularized
 _PANEL = 128  # columns of V between two updates of whole matrices
 
 
-def removal(products: Tensor, gram: Tensor, groups: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def removal(weight: Tensor, gram: Tensor, groups: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """(order int64 [g], errors float64 [g]): the groups as they leave, and the error of all that have left, as a share
     of that without any input (0 where that is 0).
 
-    products WT W, gram XT X: [n, n]; groups int64 [g, d]: columns of each, disjoint; damping: of the Gram matrix's mean
-    diagonal. About 5 n^2 d g operations, float64; three matrices of the size of `gram` beside the arguments. Raises
+    weight [out, n]; gram XT X [n, n]; groups int64 [g, d]: columns of each, disjoint; damping: of the Gram matrix's
+    mean diagonal. About 5 n^2 d g operations, float64; four matrices of the size of `gram` beside the arguments. Raises
     LilliputError where the Gram matrix holds NaN or infinity.
     """
     count, size = groups.shape
     groups, device = groups.to(gram.device), gram.device
+    weight = weight.double()
+    energy = weight.T @ weight
     matrix = regularized(gram, damping, 0.0).double()
-    energy = products.double().clone()
-    whole = float((energy * matrix).sum())
+    whole = float(energy.flatten() @ matrix.flatten())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     del matrix
     inverses = inverse[groups[:, :, None], groups[:, None, :]]

@@ -89,8 +89,9 @@ class Watched:
         return {name: self._collector.take(name) for name in self._needs}
 
     def outputs(self) -> dict[str, Tensor]:
-        """By linear, float32 [out, out]: the mean over tokens of g gT, with g the gradient of the sample's loss."""
-        return {name: total / max(self._rows[name], 1) for name, total in self._covariances.items()}
+        """By linear, float32 [out, out]: the mean over tokens of g gT, with g the gradient of the sample's loss. To
+        be called once."""
+        return {name: total.div_(max(self._rows[name], 1)) for name, total in self._covariances.items()}
 
     def _by_column(self, gradients: Mapping[str, Tensor], name: str) -> Tensor:
         """The sum over rows of weight times gradient, float64 [in], on the CPU."""

@@ -54,11 +54,11 @@ def score(view: EditView, io: EditIO, o: Options) -> EditScores:
             continue
         # Linears that read the same units have the same inputs: their rows are one matrix.
         name, owner = next(iter(owners.items()))
-        weight = torch.cat([view.weight(n) for n in owners]).double()
+        weight = torch.cat([view.weight(n) for n in owners])
         gram = io.stats[view.anatomy.linear(name).site].need("gram")
         columns = torch.sort(owner, stable=True).indices[int((owner < 0).sum()) :]
         groups = columns.reshape(int(owner.max()) + 1, -1)
-        order, errors = removal(weight.T @ weight, gram, groups, o.damping)
+        order, errors = removal(weight, gram, groups, o.damping)
         values = torch.empty(len(order), dtype=torch.float64)
         values[order] = errors
         scores[key] = tuple(values.tolist())

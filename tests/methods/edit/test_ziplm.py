@@ -79,3 +79,35 @@ def test_a_limit_that_no_widths_keep_is_refused() -> None:
 
 def test_errors_by_width_grow_as_units_leave() -> None:
     assert ziplm.by_width([0.4, 0.1, 0.9]) == {3: 0.0, 2: 0.1, 1: 0.4, 0: 0.9}
+
+
+def test_blocks_of_their_own_widths_lose_least_at_as_many_weights() -> None:
+    draw = torch.Generator().manual_seed(0)
+    units = [Units((8,), 3, 5, 12, 100)] * 3
+    sizes = Sizes(3, 4, 2)
+
+    def grown(count: int, scale: float) -> tuple[float, ...]:
+        left = (torch.rand(count, generator=draw) * scale).cumsum(0)
+        return tuple(left[torch.randperm(count, generator=draw)].tolist())
+
+    scores = [{"heads": grown(3, 1.0), "channels.0": grown(8, 0.1 + n)} for n in range(3)]
+
+    def error(values: Any, kept: int) -> float:
+        return ([0.0, *sorted(values)])[len(values) - kept]
+
+    every = []
+    for picked in product(product((1, 2, 3), (2, 4, 6, 8)), repeat=3):
+        if sum(12 * h + 5 * c for h, c in picked) <= 3 * (2 * 12 + 4 * 5):
+            lost = [error(s["heads"], h) + error(s["channels.0"], c) for s, (h, c) in zip(scores, picked, strict=True)]
+            every.append(sum(lost))
+    found = ziplm.divided(scores, units, sizes, 2)
+    lost = sum(error(scores[n]["heads"], len(x)) for n, x in found.heads.items())
+    lost += sum(error(scores[n]["channels.0"], len(x)) for (n, _), x in found.channels.items())
+    assert lost == pytest.approx(min(every), rel=1e-12)
+    assert len({len(x) for x in found.channels.values()}) > 1
+    assert all(len(x) % 2 == 0 for x in found.channels.values())
+    kept = sum(12 * len(x) for x in found.heads.values()) + sum(5 * len(x) for x in found.channels.values())
+    assert kept <= 3 * (2 * 12 + 4 * 5)
+    for n, stays in found.heads.items():
+        gone = set(range(3)) - set(stays)
+        assert all(scores[n]["heads"][a] < scores[n]["heads"][b] for a in gone for b in stays)

@@ -10,7 +10,7 @@ of the linear's output: the order of removal, and for every width the error that
 
 Paper: Kurtic et al. 2023, arXiv 2302.04089. Its update of the columns that stay is what `refit` after this step solves.
 The paper chooses a width for each block, from such errors and a table of measured times, by dynamic programming:
-`widths` does that.
+`widths` does that, and `divided` with weights in place of times.
 Cost: one forward pass, and about 5 in^3 for each linear that reads units. Limits: dense inputs are seen, not those
 after earlier blocks have lost something; errors are of single linears; every block keeps as many units.
 """
@@ -35,6 +35,7 @@ from lilliput.verbs.edits import (
     Thinning,
     Units,
     best_units,
+    highest,
     readers_of,
     thinned,
 )
@@ -84,6 +85,37 @@ def widths(
         raise PlanError(f"ziplm: no widths take {limit} or less, the quickest take {least}: allow more time")
     picked = (item.options[pick].key for item, pick in zip(items, found.picks, strict=True))
     return tuple(picked), found.loss
+
+
+def divided(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, multiple: int) -> Decision:
+    """Blocks of their own widths that keep no more weights than blocks of `sizes` alike, at the least sum of errors.
+
+    At least one head stays in each, and hidden channels in multiples of `multiple` (or all). Raises PlanError where
+    that is more than `sizes` leaves.
+    """
+    errors: list[Mapping[int, float]] = []
+    weights: list[Mapping[int, int]] = []
+    parts: list[tuple[int, str]] = []
+    limit = 0
+    for n, x in enumerate(units):
+        for key in scores[n]:
+            head = key == "heads"
+            count, cost = (sizes.heads, x.head_cost) if head else (sizes.channels, x.channel_cost)
+            if count is None:
+                continue
+            step = 1 if head else multiple
+            whole = len(scores[n][key])
+            errors.append({w: e for w, e in by_width(scores[n][key]).items() if w and (w % step == 0 or w == whole)})
+            weights.append({w: w * cost for w in errors[-1]})
+            parts.append((n, key))
+            limit += count * cost
+    chosen = dict(zip(parts, widths(errors, weights, limit)[0], strict=True))
+    stays = {(n, key): highest(scores[n][key], width) for (n, key), width in chosen.items()}
+    return Decision(
+        tuple(range(sizes.blocks)),
+        {(n, int(key.partition(".")[2])): kept for (n, key), kept in stays.items() if key != "heads"},
+        {n: kept for (n, key), kept in stays.items() if key == "heads"},
+    )
 
 
 def by_width(scores: Sequence[float]) -> dict[int, float]:

@@ -396,3 +396,13 @@ def test_head_sizes_that_differ_by_block_are_each_blocks_own() -> None:
     anatomy = explore(Skeleton(config))
     assert [block.linear("self_attn.q_proj").out_features for block in anatomy.blocks] == [32, 48]
     assert all(block.groups.count("head") == 2 for block in anatomy.blocks)
+
+
+@pytest.mark.parametrize("inner", [43, 45])
+def test_an_odd_number_of_hidden_channels_is_told_apart(inner: int) -> None:
+    config = tf.LlamaConfig(
+        hidden_size=64, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=4, vocab_size=100
+    )
+    block = explore(Skeleton(config)).blocks[0]
+    assert roles(block)["mlp.up_proj"] == "up"
+    assert block.groups.channels[0].width == inner

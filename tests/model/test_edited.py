@@ -146,3 +146,34 @@ def test_sizes_that_no_config_has_are_refused(tiny: Tiny) -> None:
 def test_an_edit_goes_through_the_journal(tiny: Tiny) -> None:
     edit = Edit((0, 2), {(0, 0): (1, 5), (2, 0): (0, 3)}, {0: (1,)})
     assert Edit.from_plain(edit.plain()) == edit
+
+
+def uneven(model: Model, heads: bool) -> Edit:
+    """Blocks of different widths."""
+    blocks = model.anatomy().blocks
+    channels = {(n, 0): tuple(range(n % 2, b.groups.channels[0].width, 2 + n)) for n, b in enumerate(blocks)}
+    kept = {n: tuple(range(n % 2, len(heads_of(b)))) for n, b in enumerate(blocks)}
+    return Edit(tuple(range(len(blocks))), channels, kept if heads else {}, spread=True)
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("llama", True), ("qwen2", True), ("gpt2", False), ("wide", False)])
+def test_blocks_of_different_widths_equal_the_masked_ones(tiny: Tiny, kind: str, heads: bool) -> None:
+    model, whole = opened(tiny(kind))
+    edit = uneven(model, heads)
+    silence(whole, model, edit)
+    edited = EditedModel(model, edit)
+    torch.testing.assert_close(logits(sliced(edited)), logits(whole), rtol=1e-5, atol=2e-5)
+    widths = [b.groups.channels[0].width for b in edited.anatomy().blocks]
+    assert widths == [len(x) for x in edit.channels.values()]
+    if heads:
+        assert [len(heads_of(b)) for b in edited.anatomy().blocks] == [len(x) for x in edit.heads.values()]
+
+
+def test_blocks_of_different_widths_may_leave_afterwards(tiny: Tiny) -> None:
+    model, whole = opened(tiny("llama"))
+    edit = uneven(model, heads=True)
+    silence(whole, model, edit)
+    count = len(edit.blocks)
+    edited = EditedModel(EditedModel(model, edit), Edit(tuple(range(1, count))))
+    del whole.model.layers[0]
+    torch.testing.assert_close(logits(sliced(edited)), logits(whole), rtol=1e-5, atol=2e-5)

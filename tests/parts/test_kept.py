@@ -92,3 +92,34 @@ def test_a_layer_is_opened_once_and_its_codes_stay() -> None:
     assert kept.opened(coded, None) == replace(coded, support=None)
     held = layer.with_part(DensePart(layer.decode()))
     assert kept.opened(held, None).parts == held.parts
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [8, -1, 0])
+def test_codes_are_stored_without_those_of_zeros(group: int, symmetric: bool) -> None:
+    layer = _layer(_mask(2, 4))
+    form = IntegerFormat(4, symmetric, group, HALF)
+    held = layer.decode()
+    grid = form.fit(held)
+    layer = layer.with_part(QuantizedPart(form, form.encode(held, grid), grid))
+    spec = kept.coded_spec(form, "2:4", 16)
+    assert spec is not None
+    part = kept.coded_part(layer, spec)
+    assert torch.equal(part.decode(), layer.decode())
+    assert part.spec == spec
+    packed = part.pack()
+    assert {name: (x.dtype, tuple(x.shape)) for name, x in packed.items()} == spec.stored(6, 16)
+    out = torch.zeros(6, 16)
+    spec.add_to(out, lambda suffix: packed[suffix])
+    assert torch.equal(out, layer.decode())
+    assert spec.size_bits(6, 16) < form.size_bits(6, 16)
+
+
+def test_groups_that_a_pattern_does_not_divide_keep_all_codes() -> None:
+    assert kept.coded_spec(IntegerFormat(4, True, 6, HALF), "2:4", 16) is None
+    assert kept.coded_spec(IntegerFormat(4, True, 8, HALF), None, 16) is None
+    assert kept.coded_spec(IntegerFormat(4, True, 8, HALF), "4:4", 16) is None
+    spec = kept.coded_spec(IntegerFormat(4, True, 8, HALF), "2:4", 16)
+    assert spec is not None
+    with pytest.raises(ValueError, match="not pruned"):
+        kept.coded_part(_layer(None).with_part(DensePart(torch.ones(6, 16), HALF)), spec)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lilliput import api
 from lilliput.errors import PlanError
+from lilliput.model.stored import open_model
 from lilliput.report import frontier as curve
 from lilliput.report import table
 
@@ -78,3 +80,28 @@ def test_codes_between_rotations_are_not_fitted(tiny: Tiny) -> None:
         api.plan(tiny("llama"), bits=3.8, fit_blocks=True, **SHORT)
     with pytest.raises(PlanError, match="--fit-blocks asks for a composition found by measuring"):
         api.plan(tiny("llama"), recipe="w4", fit_blocks=True, **SHORT)
+
+
+@pytest.mark.slow
+def test_a_menu_knows_pruning_too(tiny: Tiny, tmp_path: Path) -> None:
+    """Half of the weights of some linears are nearly 0, so that codes without them are the best of their size."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("wide"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                linear.weight[:, ::2] *= 1e-3
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny("wide")).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    done = api.compress(tmp_path / "model", out, bits=4.0, menu=["prune", "integers"], eval_windows=2, **SHORT)
+    assert done.plan.bits_per_weight is not None
+    assert done.plan.bits_per_weight <= 4.0
+    pruned = [x for x in done.plan.resolved.linears if x.pattern is not None]
+    assert pruned
+    assert all(x.linear.role in ("gate", "up", "down") for x in pruned)
+    assert done.plan.bytes == sum(x.stat().st_size for x in out.glob("*.safetensors"))
+    assert done.engine is not None
+    assert not done.engine.problems
+    weight = open_model(out).read(f"{pruned[0].name}.weight")
+    n, m = (int(x) for x in (pruned[0].pattern or "").split(":"))
+    assert int((weight.reshape(-1, m) != 0).sum(1).max()) <= n

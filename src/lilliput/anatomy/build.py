@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lilliput.anatomy import widths
 from lilliput.anatomy.experts import is_batched, unroll
 from lilliput.errors import SourceError
 
@@ -60,11 +61,12 @@ def build(config: Any, dtype: torch.dtype, device: str) -> Built:
         raise SourceError(
             f"{type(model).__name__} has no output projection: only causal language models can be compressed"
         )
+    widths.resize(model, config)
     notes = _unroll_experts(model)
     _keep_float32(model, dtype)
     _fill_buffers(model, device)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return Built(model, _find_blocks(model, config), head, head.weight is embedding.weight, tuple(notes))
+    return Built(model, widths.find_blocks(model), head, head.weight is embedding.weight, tuple(notes))
 
 
 def _unbuilt(config: Any, error: Exception) -> SourceError:
@@ -95,16 +97,6 @@ def _unroll_experts(model: nn.Module) -> list[str]:
         else:
             model.set_submodule(name, unrolled)
     return notes
-
-
-def _find_blocks(model: nn.Module, config: Any) -> tuple[str, ...]:
-    """Names of the decoder layers: the outermost module list with the most parameters."""
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    if not outer:
-        raise SourceError(f"{type(model).__name__} has no list of blocks: its layers cannot be streamed")
-    name, layers = max(outer, key=lambda x: sum(p.numel() for p in x[1].parameters()))
-    return tuple(f"{name}.{i}" for i in range(len(layers)))
 
 
 def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:

@@ -200,7 +200,7 @@ def _match(x: Tensor, y: Tensor, factor: Tensor, mask: Tensor) -> Tensor:
     right = torch.searchsorted(values, ratio.contiguous()).clamp(0, len(values) - 1)
     lower = (right - 1).clamp_min(0)
     nearest = torch.where((values[lower] - ratio).abs() < (values[right] - ratio).abs(), lower, right)
-    step = 1.386 / len(factor)  # the factors' distance, relative
+    step = 1.039 / len(factor)  # the factors' distance, relative
     close = (values[nearest] / ratio - 1).abs() <= min(0.1 * step, 1e-3)
     alive = x.norm(dim=0) > 0
     return torch.where(fits & close & alive, order[nearest], torch.full_like(nearest, -1))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lilliput.anatomy import widths
 from lilliput.anatomy.model import Block, Channels, Group, Groups, Link, Site
 from lilliput.anatomy.setting import named, setting
 from lilliput.anatomy.skeleton import Skeleton
@@ -27,6 +28,9 @@ def miniature(skeleton: Skeleton, dtype: torch.dtype = torch.float64) -> Skeleto
     Heads and experts keep their number, and heads their size, so that every layout is the large model's.
     """
     config = copy.deepcopy(skeleton.config)
+    if any(x.heads is not None for x in widths.sizes_of(config).values()):
+        return None  # heads keep their number in a miniature, which has one number for all blocks
+    widths.put(config, {})
     used = {size for names in skeleton.names_of(0) for size in skeleton.shapes[names]}
     heads = int(setting(config, "num_attention_heads") or 0)
     sizes: dict[str, int] = {}
@@ -59,7 +63,13 @@ def _shrunk(large: Skeleton, small: Skeleton, config: Any, sizes: Mapping[str, i
     """Whether exactly the dimensions that are multiples of a shrunk size have become so many times the new size."""
     if large.shapes.keys() != small.shapes.keys():
         return False
-    for name in {n for i in range(len(large.block_names)) for n in large.names_of(i)}:
+    own = {
+        f"{large.block_names[i]}.{name}.{kind}"
+        for i, block in widths.sizes_of(large.config).items()
+        for name in block.linears
+        for kind in ("weight", "bias")
+    }
+    for name in {n for i in range(len(large.block_names)) for n in large.names_of(i)} - own:
         for old, new in zip(large.shapes[name], small.shapes[name], strict=True):
             fits = [old * size == new * int(getattr(config, n)) for n, size in sizes.items()]
             if old != new and not any(fits):

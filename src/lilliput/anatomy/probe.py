@@ -106,9 +106,10 @@ class Probe:
         return {f"{name}.weight": torch.where(keep, fresh, weight)}
 
     def uniform(self, size: int) -> Tensor:
-        """Random positive factors in [1/2, 2], log-uniform, all different."""
-        spread = (torch.randperm(size, generator=self.rng) + 0.5) / size
-        return torch.exp2(2 * spread.to(self.skeleton.dtype) - 1)
+        """Random positive factors in [1/2, 2], all different and none near 1, so that each shows; their logarithms are
+        evenly apart on either side."""
+        spread = 2 * (torch.randperm(size, generator=self.rng) + 0.25) / size - 1
+        return torch.exp2((spread.sign() * 0.25 + 0.75 * spread).to(self.skeleton.dtype))
 
     def error(self, run: Seen, expected: Tensor | None = None) -> float:
         """Relative change of the block's output: Frobenius norms."""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from lilliput.anatomy import widths
+
 
 def setting(config: Any, name: str, block: int | None = None) -> Any:
     """The value of a field for a block, or for all; None: it has none, or blocks differ and none was asked for."""
+    if name in widths.HEADS and (several := widths.sizes_of(config)):
+        own = None if block is None else several.get(block, widths.BlockSizes()).heads
+        if own is not None:
+            return own[widths.HEADS.index(name)]
+        if block is None and any(x.heads is not None for x in several.values()):
+            return None
     if getattr(config, "is_heterogeneous", False) and name in config.per_layer_attributes:
         return None if block is None else getattr(config.per_layer_config[block], name, None)
     return getattr(config, name, None)

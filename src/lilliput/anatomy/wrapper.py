@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lilliput.anatomy.widths import resize
 from lilliput.errors import SourceError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model that `from_pretrained` builds for this config, on the meta device. SourceError where it builds none."""
     with torch.device("meta"):
         model: PreTrainedModel = opener(config).from_config(copy.deepcopy(config))  # building writes into the config
+    resize(model, config.get_text_config(decoder=True))
     return model
 
 

@@ -1,7 +1,8 @@
 """Menus: the grids among which each linear gets one, by name or entry by entry.
 
-An entry is FORMAT[BITS][/GROUP][/sym or /asym][/SCALES], such as int3/64/asym, affine4/32, trellis-half2, nf4/64 or
-int3/32/asym/int6, whose scales are integers of 6 bits.
+An entry is FORMAT[BITS][/GROUP][/sym or /asym][/SCALES][/N:M], such as int3/64/asym, affine4/32, trellis-half2, nf4/64,
+int3/32/asym/int6, whose scales are integers of 6 bits, or int4/64/asym/2:4, which keeps two of every four weights.
+Several names of menus stand for all of their entries.
 """
 
 from __future__ import annotations
@@ -31,18 +32,24 @@ MENUS: Mapping[str, tuple[str, ...]] = {
         *("int2/32/asym/int4", "int3/32/asym/int6", "int3/64/asym", "int4/32/asym/int6", "int4/64/asym", "nf4/64"),
         *("affine4/64", "int5/64/asym", "int6/64/asym", "int7/64/asym", "int8/64/asym", "int8/channel"),
     ),
+    "prune": (
+        *("int3/64/asym/2:4", "int4/64/asym/2:4", "int5/64/asym/2:4", "int6/64/asym/2:4", "int8/64/asym/2:4"),
+        *("int3/64/asym/4:8", "int4/64/asym/4:8", "int4/64/asym/6:8", "int5/64/asym/6:8", "int6/64/asym/6:8"),
+    ),
     "gguf": (
         *("tq2_0", "q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k"),
         "q8_0",
     ),
 }
 DEFAULT = "native"
+_ALSO = {"quantize": DEFAULT}  # other names of menus
 
 
 def entries(menu: Sequence[str]) -> tuple[str, ...]:
     """The entries of a menu: a name of `MENUS`, or entries as they are. Raises PlanError for one that is neither."""
-    if len(menu) == 1 and menu[0] in MENUS:
-        return MENUS[menu[0]]
+    if menu and all(name in MENUS or name in _ALSO for name in menu):
+        named = dict.fromkeys(_ALSO.get(name, name) for name in menu)
+        return tuple(dict.fromkeys(entry for name in named for entry in MENUS[name]))
     if len(menu) == 1 and "/" not in menu[0] and not _GRID.fullmatch(menu[0]) and menu[0] not in MENUS["gguf"]:
         raise _unknown(menu[0])
     for entry in menu:
@@ -75,10 +82,12 @@ def fields(entry: str) -> dict[str, Any]:
             named["symmetric"] = word == "sym"
         elif re.fullmatch(r"int[2-8]", word):
             named["scale_dtype"] = f"{word}/row"
+        elif re.fullmatch(r"[1-9]\d*:[1-9]\d*", word):
+            named["pattern"] = word
         else:
             raise PlanError(
-                f"menu entry '{entry}': '{word}' is no group, neither sym nor asym, and no kind of scales; write "
-                "int4/64/asym, or int4/32/asym/int6 for scales of 6 bits"
+                f"menu entry '{entry}': '{word}' is no group, neither sym nor asym, no kind of scales and no pattern; "
+                "write int4/64/asym, int4/32/asym/int6 for scales of 6 bits, or int4/64/asym/2:4"
             )
     return named
 
@@ -91,11 +100,17 @@ def check(menu_entries: Sequence[str], container: str | None) -> None:
         grid = fields(entry)
         group = grid.get("group_size", 0)
         whole = grid["format"] == "int" and grid["symmetric"] and (group <= 0 or group % 32 == 0)
+        whole = whole and "pattern" not in grid
         if entry not in MENUS["gguf"] and not whole:
             raise PlanError(
                 f"no engine holds the menu: a GGUF file has no type for '{entry}'; take --menu gguf, or entries such "
                 f"as {', '.join(MENUS['gguf'][2:5])}"
             )
+
+
+def pruned(target: Target) -> bool:
+    """Whether only some of every few weights stay."""
+    return target.pattern is not None
 
 
 def turned(target: Target) -> bool:

@@ -52,7 +52,7 @@ class Job:
     ] = None
     menu: Annotated[
         str | None,
-        typer.Option(help="Formats to choose from: native, integers, compressed-tensors, gguf, or int3/64/asym,..."),
+        typer.Option(help="Formats to choose from: native, integers, compressed-tensors, gguf, prune, or int4/64,..."),
     ] = None
     fit_blocks: Annotated[
         bool, typer.Option("--fit-blocks", help="Then fit the codes of each block to its outputs: closer, and slower.")

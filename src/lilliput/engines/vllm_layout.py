@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from lilliput.anatomy.widths import sizes_of
 from lilliput.engines.decoded import weights
 from lilliput.errors import SourceError
 from lilliput.parts.linear import parse_config
@@ -89,4 +90,10 @@ class LilliputLoader(BaseModelLoader):  # type: ignore[misc]
 
 def opened(model_config: ModelConfig) -> Source:
     """The folder, or the hub's, that vLLM is to serve. Raises SourceError."""
-    return open_source(str(model_config.model), trust_remote_code=bool(model_config.trust_remote_code))
+    source = open_source(str(model_config.model), trust_remote_code=bool(model_config.trust_remote_code))
+    if sizes_of(source.text_config):
+        raise SourceError(
+            f"{model_config.model} has blocks of different widths, and vLLM builds all by one config: serve it with "
+            "`lilliput serve --engine transformers`, or compress it again with uniform: true"
+        )
+    return source

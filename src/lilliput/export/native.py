@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lilliput.anatomy.widths import sizes_of
 from lilliput.export.outcome import Outcome
 from lilliput.export.packing import dense
 from lilliput.parts import kept
@@ -20,6 +21,7 @@ from lilliput.parts.dense import DenseSpec
 from lilliput.parts.layer import Layer
 from lilliput.parts.linear import LinearSpec, plain_config
 from lilliput.parts.part import PartSpec
+from lilliput.parts.pattern import PatternSpec
 from lilliput.parts.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 def spec_of(outcome: Outcome) -> LinearSpec | None:
     """The native description; None where the linear is a plain tensor.
 
-    A linear that is pruned and nothing else stores the kept weights and their places. Dense experts are native too: the
+    A linear that is pruned and nothing else stores the kept weights and their places, one that is quantized besides
+    their codes. Dense experts are native too: the
     engine's 3-D expert tensors are assembled from all experts of a layer or from none.
     """
     scheme = outcome.scheme
@@ -38,6 +41,8 @@ def spec_of(outcome: Outcome) -> LinearSpec | None:
         if isinstance(values, DenseSpec) and not outcome.expert:
             return None
         scheme = Scheme((values,))
+    elif (compact := _coded(outcome)) is not None:
+        scheme = Scheme((compact,))
     return LinearSpec(
         outcome.name,
         outcome.stored,
@@ -55,8 +60,16 @@ def _values(outcome: Outcome) -> PartSpec:
     return kept.spec_of(outcome.out_features, outcome.in_features, outcome.dtype, outcome.pattern, outcome.kept)
 
 
+def _coded(outcome: Outcome) -> PatternSpec | None:
+    """How a linear that is pruned to a pattern and quantized is stored without its zeros, where that is possible."""
+    form = outcome.format
+    return None if form is None else kept.coded_spec(form, outcome.pattern, outcome.in_features)
+
+
 def _compact(outcome: Outcome) -> bool:
     """Whether it is pruned and stored without its zeros."""
+    if _coded(outcome) is not None:
+        return True
     return not outcome.scheme.parts and not isinstance(_values(outcome), DenseSpec)
 
 
@@ -83,6 +96,8 @@ class Native:
             return {f"{outcome.stored}.weight": dense(outcome, layer)}
         if not outcome.scheme.parts:
             layer = replace(layer, parts=(kept.part_of(layer, _values(outcome)),))
+        elif (compact := _coded(outcome)) is not None:
+            layer = replace(layer, parts=(kept.coded_part(layer, compact),))
         return {spec.payload + suffix: x for suffix, x in spec.scheme.pack(layer).items()}
 
     def pack_rows(self, outcome: Outcome, layer: Layer, start: int) -> dict[str, Tensor]:
@@ -90,7 +105,7 @@ class Native:
 
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
         specs = {x.stored: spec for x in outcomes if (spec := spec_of(x)) is not None}
-        return plain_config(specs) if specs else None
+        return plain_config(specs) if specs or sizes_of(config) else None
 
     def dense_note(self, outcomes: Sequence[Outcome]) -> str | None:
         notes = []

@@ -16,17 +16,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from lilliput.anatomy import widths
 from lilliput.anatomy.explore import explore
 from lilliput.anatomy.model import Anatomy, Block, Group
 from lilliput.anatomy.setting import named, setting
 from lilliput.anatomy.skeleton import Skeleton
+from lilliput.anatomy.widths import BlockSizes
 from lilliput.errors import PlanError, SourceError
 from lilliput.model.residual import Change
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.weights import Model, stretches
 
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "inner_dim", "moe_intermediate_size")
-_HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Edit:
     """What stays of a model, in the numbers of the model that is edited.
 
     blocks: blocks, in order. channels: by block and by number among its MLPs (experts have one each), hidden channels.
-    heads: by block, heads with their query groups. hidden: of a model that is turned, the first so many channels of the
+    heads: by block, heads with their query groups. spread: the decision may divide what stays between blocks otherwise,
+    at as many weights in all. hidden: of a model that is turned, the first so many channels of the
     residual stream (None: all). What is not named stays whole.
     """
 
@@ -42,6 +44,7 @@ class Edit:
     channels: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     hidden: int | None = None
+    spread: bool = False
 
     def plain(self) -> dict[str, Any]:
         """For a record of the journal."""
@@ -50,6 +53,7 @@ class Edit:
             "channels": [[*place, list(kept)] for place, kept in self.channels.items()],
             "heads": [[block, list(kept)] for block, kept in self.heads.items()],
             "hidden": self.hidden,
+            "spread": self.spread,
         }
 
     @staticmethod
@@ -57,12 +61,17 @@ class Edit:
         """Undo `plain`."""
         channels = {(int(b), int(n)): tuple(kept) for b, n, kept in plain["channels"]}
         heads = {int(b): tuple(kept) for b, kept in plain["heads"]}
-        return Edit(tuple(plain["blocks"]), channels, heads, plain["hidden"])
+        return Edit(tuple(plain["blocks"]), channels, heads, plain["hidden"], bool(plain["spread"]))
 
 
 def heads_of(block: Block) -> list[Group]:
     """The heads of a block, each with its query group."""
     return [x for x in block.groups.listed if x.kind == "head"]
+
+
+def spreads(model: Model) -> bool:
+    """Whether an edit of the model decides on sizes of its own for each block."""
+    return any(isinstance(x, EditedModel) and x.edit.spread for x in views(model))
 
 
 @final
@@ -85,7 +94,9 @@ class EditedModel(Model):
         self._anatomy = anatomy
 
     def with_edit(self, edit: Edit) -> EditedModel:
-        """The base with another edit of the same sizes."""
+        """The base with another edit, of the same sizes unless it is spread."""
+        if self.edit.spread:
+            return EditedModel(self.base, edit)
         return EditedModel(self.base, edit, skeleton=self.skeleton, anatomy=self._anatomy)
 
     def over(self, base: Model) -> EditedModel:
@@ -238,7 +249,7 @@ def _renamed(base: Model, edit: Edit) -> dict[str, str]:
 def _fitting(base: Model, edit: Edit, expected: Mapping[str, tuple[int, ...]]) -> Skeleton:
     """The skeleton of the base's architecture whose tensors have the expected shapes."""
     skeleton, reason = base.skeleton, ""
-    for config in _configs(base, edit):
+    for config in _configs(base, edit, expected):
         try:
             type(config).from_dict(config.to_dict())  # as the folder will be opened: some sizes are refused only there
             smaller = Skeleton(config, dtype=skeleton.dtype, device=skeleton.device)
@@ -254,7 +265,7 @@ def _fitting(base: Model, edit: Edit, expected: Mapping[str, tuple[int, ...]]) -
     )
 
 
-def _configs(base: Model, edit: Edit) -> Iterator[Any]:
+def _configs(base: Model, edit: Edit, expected: Mapping[str, tuple[int, ...]]) -> Iterator[Any]:
     """Configs that may have the sizes that an edit leaves, likeliest first."""
     config = copy.deepcopy(base.skeleton.config)
     count = len(base.skeleton.block_names)
@@ -263,12 +274,19 @@ def _configs(base: Model, edit: Edit) -> Iterator[Any]:
             if isinstance(value, list | tuple) and len(value) == count:
                 setattr(config, name, type(value)(value[n] for n in edit.blocks))
         config.num_hidden_layers = len(edit.blocks)
+    if several := widths.sizes_of(config):
+        number = {block: n for n, block in enumerate(edit.blocks)}
+        widths.put(config, {number[n]: x for n, x in several.items() if n in number})
+    if edit.spread:
+        widths.put(config, _block_sizes(base, edit, expected))
+        yield config
+        return
     heads = _counts(len(x) for x in edit.heads.values())
     if heads is not None:
         block = next(iter(edit.heads))
         before = len(heads_of(base.anatomy().blocks[block]))
         width = _head_width(base, block)
-        for name in _HEADS:
+        for name in widths.HEADS:
             if named(config, name) and isinstance(value := setting(config, name, block), int):
                 setattr(config, name, value * heads // before)
         if named(config, "head_dim") or width * before != base.skeleton.hidden_size:
@@ -287,6 +305,26 @@ def _configs(base: Model, edit: Edit) -> Iterator[Any]:
         candidate = copy.deepcopy(config)
         setattr(candidate, name, inner)
         yield candidate
+
+
+def _block_sizes(base: Model, edit: Edit, expected: Mapping[str, tuple[int, ...]]) -> dict[int, BlockSizes]:
+    """The sizes of the linears of every block that an edit makes narrower; the config keeps those of the base."""
+    if len(edit.blocks) != len(base.skeleton.block_names):
+        raise RuntimeError("blocks leave in a step of their own")
+    sizes: dict[int, BlockSizes] = {}
+    for number in sorted({block for block, _ in edit.channels} | edit.heads.keys()):
+        block, prefix = base.anatomy().blocks[number], base.skeleton.block_names[number]
+        linears: dict[str, tuple[int, int]] = {}
+        for x in block.linears:
+            shape = expected[f"{prefix}.{x.name}.weight"]
+            linears[x.name] = (shape[1], shape[0]) if x.transposed else (shape[0], shape[1])
+        heads: tuple[int, int] | None = None
+        if number in edit.heads:
+            kept, before = len(edit.heads[number]), len(heads_of(block))
+            query, shared = (setting(base.skeleton.config, name, number) for name in widths.HEADS)
+            heads = int(query) * kept // before, int(shared or query) * kept // before
+        sizes[number] = BlockSizes(linears, heads)
+    return sizes
 
 
 def _counts(counts: Iterator[int] | Any) -> int | None:

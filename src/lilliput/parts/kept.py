@@ -7,13 +7,16 @@ from math import prod
 
 import torch
 
+from lilliput.formats.format import Format
+from lilliput.formats.integer import IntegerFormat
 from lilliput.parts import bitmask, pattern
 from lilliput.parts.bitmask import BitmaskSpec
 from lilliput.parts.dense import DensePart, DenseSpec
 from lilliput.parts.layer import Layer
 from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import Part, PartSpec
-from lilliput.parts.pattern import LARGEST, PatternSpec
+from lilliput.parts.pattern import LARGEST, PatternPart, PatternSpec
+from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
 
 
@@ -27,6 +30,32 @@ def spec_of(rows: int, width: int, dtype: torch.dtype, n_of_m: str | None, count
     if count is not None:
         kinds.append(BitmaskSpec(count, dtype))
     return min(kinds, key=lambda kind: _bytes(kind, rows, width))
+
+
+def coded_spec(form: Format, n_of_m: str | None, width: int) -> PatternSpec | None:
+    """How codes of a [.., width] linear that is pruned to `n_of_m` are stored without those of its zeros: None where
+    a group of the grid holds no whole number of the pattern, or the format is another one than integers."""
+    if n_of_m is None or not isinstance(form, IntegerFormat):
+        return None
+    n, m = (int(x) for x in n_of_m.split(":"))
+    group = form.group_size
+    if m > LARGEST or n == m or width % m or (group > 0 and (group % m or width % group)):
+        return None
+    compact = form if group <= 0 else replace(form, group_size=group // m * n)
+    return PatternSpec(n, m, QuantizedSpec(compact))
+
+
+def coded_part(layer: Layer, spec: PatternSpec) -> Part:
+    """The codes of a pruned layer as `spec`, of `coded_spec`, says. ValueError: it keeps others than planned."""
+    (part,) = layer.parts
+    if layer.support is None or not isinstance(part, QuantizedPart) or not isinstance(spec.values, QuantizedSpec):
+        raise ValueError(f"{layer.name} was planned with {spec.describe()}, and is not pruned and quantized")
+    places = pattern.places_of(layer.support.float(), spec.n, spec.m)
+    codes = QuantizedPart(spec.values.format, pattern.values_at(part.codes, places, spec.n, spec.m), part.grid)
+    result = PatternPart(spec.n, spec.m, codes, places)
+    if bool((result.decode() != part.decode()).any()):
+        raise ValueError(f"{layer.name} was planned with {spec.describe()} and holds more")
+    return result
 
 
 def apart(scheme: Scheme) -> bool:

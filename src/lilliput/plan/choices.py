@@ -80,7 +80,7 @@ def middle(pool: Candidates, linear: LinearPlan) -> int:
     """The entry, by number in the menu, with which a linear is tried: of those that leave it as it lies, where there
     are any, the one nearest to 3 bits."""
     options = pool.options[linear.name]
-    plain = [j for j in options if not menu.turned(options[j][0])] or list(options)
+    plain = [j for j in options if not menu.turned(options[j][0]) and not menu.pruned(options[j][0])] or list(options)
     return min(plain, key=lambda j: (abs(8 * options[j][1] / linear.linear.parameters - _MIDDLE), j))
 
 
@@ -141,6 +141,8 @@ def _whole(x: LinearPlan, target: Target, engine: bool) -> bool:
 def _fits(x: LinearPlan, task: Task, target: Target) -> bool:
     """The rows of a table have to lie apart. Raises PlanError for a grid that the linear cannot have."""
     scheme = retargeted(x, task, target).scheme
+    if x.block == OUTSIDE and menu.pruned(target):
+        return False
     return x.block != OUTSIDE or divides(scheme, x.linear.out_features, x.linear.in_features)
 
 

@@ -19,16 +19,18 @@ from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.machine.version import __version__
-from lilliput.model.edited import unedited
+from lilliput.model.edited import spreads, unedited
 from lilliput.model.stored import Model
 from lilliput.plan import cost as estimates
 from lilliput.plan import footprint, rehearsal
-from lilliput.plan.remarks import remarks, shared
+from lilliput.plan.remarks import remarks
 from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve
 from lilliput.plan.tensors import METADATA, TensorPlan, lay_out
 from lilliput.recipe.schema import Recipe
 from lilliput.streaming.peak import Run
 from lilliput.verbs.spec import Stage
+
+NATIVE = "lilliput"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Plan:
     other_bytes: int | None = None  # bytes beside the weights at most, where a step keeps to a size
     predicted_kl: float | None = None  # KL divergence in nats that a step predicts of its decision
     container: str | None = None  # that takes the place of the folder
+    spread: bool = False  # blocks become as wide as an edit decides: sizes are those of equal widths until then
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
 
     @cached_property
@@ -265,6 +268,8 @@ def _unloadable(
             reason = exporter.refuse(tuple(mixed.values()), model.config)
             if reason is not None:
                 return f"as {task.label} may decide, {reason}"
+    if spreads(model) and exporter.name != NATIVE:
+        return f"engines' own layouts have one width for all blocks. Nearest: export '{NATIVE}', or uniform: true."
     return rehearsal.refuse(exporter, model, outcomes)
 
 
@@ -288,6 +293,22 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     )
 
 
+def resized(plan: Plan, model: Model) -> Plan:
+    """The plan when an edit has decided how wide blocks become. Raises PlanError for widths that a step refuses."""
+    return divided(plan, model, _resolved(model, plan.resolved.recipe)) if plan.spread else plan
+
+
+def _resolved(model: Model, recipe: Recipe) -> Resolved:
+    return resolve(
+        recipe,
+        model.anatomy(),
+        scale_dtype(model),
+        dtype_of=model.written_dtype,
+        width=model.skeleton.hidden_size,
+        tables=tables(model.skeleton),
+    )
+
+
 def make(
     model: Model,
     recipe: Recipe,
@@ -307,14 +328,7 @@ def make(
     Raises PlanError for whatever cannot be carried out; reads no weights.
     """
     anatomy = model.anatomy()
-    resolved = resolve(
-        recipe,
-        anatomy,
-        scale_dtype(model),
-        dtype_of=model.written_dtype,
-        width=model.skeleton.hidden_size,
-        tables=tables(model.skeleton),
-    )
+    resolved = _resolved(model, recipe)
     single = next((task for task in resolved.tasks if task.spec.single), None)
     if single is not None and processes > 1:
         raise PlanError(f"{single.label} looks at all samples in one process: start only one")
@@ -345,7 +359,8 @@ def make(
     whole = unedited(model)
     if whole is not model:
         blocks, hidden = whole.anatomy().blocks, whole.skeleton.hidden_size
-        run = replace(run, before=replace(run, blocks=blocks, hidden=hidden))
+        before = replace(run, blocks=blocks, hidden=hidden)
+        run = replace(before if spreads(model) else run, before=before)  # any block may keep its width
     batching = footprint.choose(
         resolved,
         run,
@@ -373,9 +388,10 @@ def make(
         budget=budget,
         seed=seed,
         seconds=estimates.seconds(resolved, run, dtype, measured=measured),
-        notes=tuple(x for x in (note, *remarks(resolved, tensors), *anatomy.notes, shared(processes)) if x),
+        notes=remarks(model, resolved, tensors, note, processes),
         side_bytes=_side_bytes(model),
         processes=processes,
+        spread=spreads(model),
     )
     if size is not None and plan.folder_bytes > size:
         over = plan.folder_bytes - size

@@ -6,14 +6,25 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lilliput import units
+from lilliput.model.edited import spreads
+from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
 
+_SPREAD = (
+    "Each block becomes as wide as its scores say, at as many weights in all: the sizes shown are those of equal "
+    "widths. transformers opens the folder after `import lilliput`; other engines have one width for all blocks."
+)
 
-def remarks(resolved: Resolved, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
-    """Bytes that stay wide, layers that a step leaves alone, sizes that calibration decides."""
-    return tuple(x for x in (_wide(tensors), *_steps(resolved)) if x)
+
+def remarks(
+    model: Model, resolved: Resolved, tensors: Sequence[TensorPlan], layout: str | None, processes: int
+) -> tuple[str, ...]:
+    """What the layout says, bytes that stay wide, layers that a step leaves alone, sizes that calibration decides."""
+    spread = _SPREAD if spreads(model) else None
+    told = (layout, spread, _wide(tensors), *_steps(resolved), *model.anatomy().notes, _shared(processes))
+    return tuple(x for x in told if x)
 
 
 def _wide(tensors: Sequence[TensorPlan]) -> str:
@@ -59,7 +70,7 @@ def _steps(resolved: Resolved) -> tuple[str, ...]:
     return (*notes, *(x for x in remarks if x is not None))
 
 
-def shared(processes: int) -> str:
+def _shared(processes: int) -> str:
     """What several processes are told; "" for one."""
     if processes == 1:
         return ""

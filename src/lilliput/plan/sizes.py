@@ -18,7 +18,10 @@ def sizes(plan: Plan, linear: LinearPlan, task: Task) -> Callable[[Target], int]
     exporter = export.get(plan.exporter)
 
     def size(target: Target) -> int:
-        outcome = replace(plan.outcomes[linear.name], scheme=retargeted(linear, task, target).scheme)
+        x = retargeted(linear, task, target)
+        outcome = replace(
+            plan.outcomes[linear.name], scheme=x.scheme, sparsity=x.sparsity, pattern=x.pattern, kept=x.kept
+        )
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in exporter.describe(outcome).values())
 
     return size

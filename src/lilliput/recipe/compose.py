@@ -39,7 +39,7 @@ def compose(fit: Fit, folds: bool = True) -> Recipe:
     engine = names == (ENGINE,)
     tables = (EMBED, HEAD) if fit.size is not None and not engine else ()
     where = Where(include=("*", *tables), exclude=("router",) if tables else Where().exclude)
-    plain = [x for x in entries if not menu.turned(menu.on(Target(), x))]
+    plain = [x for x in entries if not menu.turned(menu.on(Target(), x)) and not menu.pruned(menu.on(Target(), x))]
     if fit.fit_blocks:
         _check_fitted(entries)
     options: dict[str, Any] = {"menu": list(names), "size": fit.size, "average": fit.bits, "fused": engine}

@@ -39,7 +39,10 @@ def converted(job: Job, out: Path, to: str, text: Text, progress: Progress | Non
     if job.fit is None:
         recipe = job.recipe if isinstance(job.recipe, Recipe) else load(job.recipe)
         job = replace(job, recipe=recipe.model_copy(update={"export": "lilliput"}))
-    reason = converter.refuse(tuple(session.planned(job).outcomes.values()), open_source(str(job.model)).config)
+    planned = session.planned(job)
+    reason = converter.refuse(tuple(planned.outcomes.values()), open_source(str(job.model)).config)
+    if planned.spread:
+        reason = "its blocks will differ in width, and the engine has one width for all: set uniform to true"
     if reason is not None:
         raise PlanError(f"the result cannot be written as {to}: {reason}")
     result = session.compressed(job, folder, text, progress)

@@ -59,17 +59,29 @@ def _units(model: Model) -> tuple[Units, ...]:
 
 def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:
     """The model with what the step leaves, decided now unless an earlier run did. ids [N, T] are all samples."""
-    level = _level(model, [x.step for x in plan.resolved.of(EditSpec)].index(task.step))
-    records = [r for r in work.find("edit") if r["step"] == task.step]
-    if not records:
+    if not any(r["step"] == task.step for r in work.find("edit")):
+        level = _level(plan, task, model)
         edit = _decided(plan, task, level, ids, work, progress) if ranks.lead() else level.edit
         work.note({"kind": "edit", "step": task.step, "edit": edit.plain()})
-        records = [r for r in work.find("edit") if r["step"] == task.step]
-    return replaced(model, level, level.with_edit(Edit.from_plain(records[0]["edit"])))
+    return _recorded(plan, task, model, work)
 
 
-def _level(model: Model, number: int) -> EditedModel:
-    """The edited model of the edit with this number, counted from the first."""
+def again(plan: Plan, model: Model, work: Work) -> Model:
+    """The model with what all edits have left, from the journal of a run whose blocks are finished."""
+    for task in plan.resolved.of(EditSpec):
+        model = _recorded(plan, task, model, work)
+    return model
+
+
+def _recorded(plan: Plan, task: Task, model: Model, work: Work) -> Model:
+    (record,) = [r for r in work.find("edit") if r["step"] == task.step]
+    level = _level(plan, task, model)
+    return replaced(model, level, level.with_edit(Edit.from_plain(record["edit"])))
+
+
+def _level(plan: Plan, task: Task, model: Model) -> EditedModel:
+    """The edited model of a step."""
+    number = [x.step for x in plan.resolved.of(EditSpec)].index(task.step)
     return [x for x in views(model) if isinstance(x, EditedModel)][::-1][number]
 
 

@@ -25,7 +25,7 @@ from lilliput.metrics.slices import window
 from lilliput.model.stored import Model, open_model
 from lilliput.options import Calibration, Compute, Fit, Gates, Limits, Text
 from lilliput.plan import choices
-from lilliput.plan.plan import Plan, compute_dtype, make
+from lilliput.plan.plan import Plan, compute_dtype, make, resized
 from lilliput.progress import Progress, Quiet
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
@@ -206,7 +206,8 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
         skipped = len(place.find("block"))
         rows = stream.run(plan, opened, None if tokens is None else tokens.ids, place, progress)
         peak = max(ranks.gathered(memory.peak_above_base()))
-        plan = stages.decided(plan, opened, place)
+        opened = editing.again(plan, opened, place)
+        plan = stages.decided(resized(plan, opened), opened, place)
         if ranks.lead():
             facts = delivery.Delivery(plan, opened, key, tokens, tuple(rows), place.hashes())
             delivery.write_loadable(place.staging, facts)

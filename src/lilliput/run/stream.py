@@ -20,7 +20,7 @@ from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import tensors as inventory
-from lilliput.plan.plan import Plan
+from lilliput.plan.plan import Plan, resized
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
 from lilliput.run import drivers, fisher, fitting, repairing, rewriting, stages, tables
@@ -252,6 +252,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
     count = len(model.skeleton.block_names)
     finished = {int(r["block"]): r for r in work.find("block")}
     model = stages.prepared(plan, model, ids, work, progress)
+    plan = resized(plan, model)
     everything, ids = ids, None if ids is None else ids[ranks.share(len(ids))]
     with torch.no_grad():
         progress.step(len(finished), count)

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lilliput.anatomy.experts import unroll
+from lilliput.anatomy.widths import resize
 from lilliput.anatomy.wrapper import module_name, text_prefix
 from lilliput.errors import SourceError
 from lilliput.parts.linear import LinearSpec, parse_config
@@ -55,6 +56,7 @@ class LilliputQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         specs = parse_config(self.quantization_config.to_dict())
+        resize(model, model.config.get_text_config(decoder=True))
         self.files = list(checkpoint_files or ())
         with torch.device("cpu"):
             self.compressed = swap(model, specs.values())

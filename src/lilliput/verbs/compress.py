@@ -40,7 +40,7 @@ class Compress(Spec[OptionsT]):
     `replaces(options)`: it leaves a plain weight
     of its own, which no other step may touch; `double`: it decomposes weights in float64; `scratch`: bytes that it
     works in beyond a few copies of the weights and the Gram matrix, whatever their shapes; `sweeps(options)`: how
-    often it rounds every weight (None: once).
+    often it rounds every weight (None: once); `prunes`: one that quantizes prunes first where its target has a pattern.
     """
 
     verb: ClassVar[str] = "compress"
@@ -60,6 +60,7 @@ class Compress(Spec[OptionsT]):
     double: bool = False
     scratch: int = 0
     sweeps: Callable[[OptionsT], int] | None = None
+    prunes: bool = False
 
     def stacks(self, target: Target, options: OptionsT) -> bool:
         """Whether linears of one site may be shown to a step with this target and these options as one."""
@@ -100,6 +101,8 @@ class Compress(Spec[OptionsT]):
             return drafts.pruned(label, draft, task.target, linear.in_features, count)
         if self.writes == "quantized":
             drafts.once(label, draft)
+            if self.prunes and task.target.pattern is not None:
+                draft = drafts.pruned(label, draft, task.target, linear.in_features, None)
         drafts.check_statistics(label, draft, task.needs, task.fisher)
         if self.compensates:
             draft = drafts.opened(draft, task.first)

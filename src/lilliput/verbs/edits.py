@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -35,12 +36,15 @@ class Units:
 @dataclass(frozen=True)
 class Sizes:
     """What stays: so many blocks, in each of them hidden channels of every MLP and heads, and channels of the residual
-    stream (None: all)."""
+    stream (None: all). spread: these are means over the blocks; as many weights stay in all, and in each block a
+    multiple of `multiple` hidden channels."""
 
     blocks: int
     channels: int | None = None
     heads: int | None = None
     hidden: int | None = None
+    spread: bool = False
+    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,16 @@ def stay(units: Sequence[Units], leaving: int, protected: Collection[int]) -> in
 
 
 class Thinning(Strict):
-    """Options of what takes hidden channels and heads away, alike in all blocks."""
+    """Options of what takes hidden channels and heads away."""
 
     ratio: float = Field(0.2, ge=0.0, lt=1.0, description="share of the blocks' weights that leaves")
     kinds: tuple[Literal["channel", "head"], ...] = Field(
         ("channel",), description="what may leave: channel, head or both"
     )
     multiple: int = Field(8, ge=1, description="hidden channels that stay are a multiple of this")
+    uniform: bool = Field(
+        True, description="as many stay in every block, as engines need it; false: where scores say, at as many weights"
+    )
 
 
 def heads_left(heads: int, ratio: float) -> int:
@@ -135,7 +142,12 @@ def heads_left(heads: int, ratio: float) -> int:
 
 def thinned(units: Sequence[Units], o: Thinning) -> Sizes:
     """What stays by these options. Raises PlanError for a ratio that the kinds do not hold."""
-    return thinner(units, o.ratio, o.multiple, o.kinds)
+    sizes = thinner(units, o.ratio, o.multiple, o.kinds)
+    if o.uniform:
+        return sizes
+    if any(len(x.channels) > 1 for x in units):
+        raise PlanError("the experts of a block are one tensor in engines and keep one width: leave uniform at true")
+    return replace(sizes, spread=True, multiple=o.multiple)
 
 
 def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence[str]) -> Sizes:
@@ -184,7 +196,7 @@ def _chosen(units: Sequence[Units], sizes: Sizes, pick: Callable[[int, str, int]
                 channels[n, m] = pick(n, f"channels.{m}", sizes.channels)
         if sizes.heads is not None:
             heads[n] = pick(n, "heads", sizes.heads)
-    return Edit(tuple(range(sizes.blocks)), channels, heads, sizes.hidden)
+    return Edit(tuple(range(sizes.blocks)), channels, heads, sizes.hidden, sizes.spread)
 
 
 def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:
@@ -197,8 +209,82 @@ def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:
 
 
 def best_units(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes) -> Edit:
-    """In every block the heads and hidden channels of the highest scores stay."""
+    """The heads and hidden channels of the highest scores stay: in every block as many, or with `sizes.spread` those
+    that are worth most for their weights in the whole model."""
+    if sizes.spread:
+        return spread_units(scores, units, sizes)
     return _chosen(units, sizes, lambda block, key, count: highest(scores[block][key], count))
+
+
+def spread_units(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, per_weight: bool = True) -> Edit:
+    """The units of the lowest scores of the whole model leave until as many weights are left as `sizes` means, and the
+    hidden channels of each block are rounded to a multiple, those of all blocks together staying as many.
+
+    `per_weight`: scores are divided by the weights of a unit first, as losses are. One head and one multiple of
+    channels stay in every block.
+    """
+    value, cost, block, head = _ranked(scores, units, sizes, per_weight)
+    leaving = float(cost.sum()) - sum(_weights_left(x, sizes) for x in units)
+    order = torch.sort(value, stable=True).indices
+    gone = torch.zeros(len(value), dtype=torch.bool)
+    gone[order[cost[order].cumsum(0) <= leaving + 0.5]] = True
+    count = len(units)
+    heads = torch.zeros(count, dtype=torch.int64).index_add_(
+        0, block[head & ~gone], torch.ones_like(block[head & ~gone])
+    )
+    if sizes.heads is not None:
+        heads.clamp_(min=1)
+    left = sum(_weights_left(x, sizes) for x in units) - sum(
+        int(h) * x.head_cost for h, x in zip(heads, units, strict=True)
+    )
+    widths = torch.zeros(count).index_add_(0, block[~head & ~gone], torch.ones(int((~head & ~gone).sum())))
+    channels = _rounded(widths, units, sizes, left) if sizes.channels is not None else []
+    result = Edit(tuple(range(sizes.blocks)), spread=True)
+    return replace(
+        result,
+        channels={(n, 0): highest(scores[n]["channels.0"], x) for n, x in enumerate(channels)},
+        heads={n: highest(scores[n]["heads"], int(x)) for n, x in enumerate(heads)} if sizes.heads is not None else {},
+    )
+
+
+def _ranked(
+    scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, per_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every unit that may leave: its score, float64, its weights, its block, and whether it is a head."""
+    value: list[float] = []
+    rest: list[tuple[float, int, bool]] = []
+    for n, x in enumerate(units):
+        kinds = [("heads", x.head_cost)] if sizes.heads is not None else []
+        kinds += [("channels.0", x.channel_cost)] if sizes.channels is not None else []
+        for key, cost in kinds:
+            value += [y / cost if per_weight else y for y in scores[n][key]]
+            rest += [(float(cost), n, key == "heads")] * len(scores[n][key])
+    if any(math.isnan(x) for x in value):
+        raise LilliputError("scores of an edit contain NaN: check the weights and the calibration data")
+    weights, block, head = zip(*rest, strict=True)
+    return torch.tensor(value, dtype=torch.float64), torch.tensor(weights), torch.tensor(block), torch.tensor(head)
+
+
+def _weights_left(units: Units, sizes: Sizes) -> int:
+    """Weights of what may leave that stay in a block where all blocks keep as many."""
+    return (sizes.channels or 0) * units.channel_cost + (sizes.heads or 0) * units.head_cost
+
+
+def _rounded(widths: Tensor, units: Sequence[Units], sizes: Sizes, weights: float) -> list[int]:
+    """Widths [blocks] as multiples, at least one and at most all, that come to `weights` as nearly as multiples can."""
+    step = sizes.multiple
+    most = [x.channels[0] // step for x in units]
+    steps = [min(max(1, int(w) // step), m) for w, m in zip(widths.tolist(), most, strict=True)]
+    wanted = round(weights / (units[0].channel_cost * step))
+    while (missing := wanted - sum(steps)) != 0:
+        sign = 1 if missing > 0 else -1
+        free = [n for n, s in enumerate(steps) if (s < most[n] if sign > 0 else s > 1)]
+        if not free:
+            break
+        free.sort(key=lambda n: (-sign * (float(widths[n]) - steps[n] * step), n))
+        for n in free[: abs(missing)]:
+            steps[n] += sign
+    return [x.channels[0] if s == m else s * step for s, m, x in zip(steps, most, units, strict=True)]
 
 
 def readers_of(block: Block) -> dict[str, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from lilliput.verbs.edits import EditIO
 
 
 @pytest.mark.parametrize("output", [0.0, 1.0, 2.5])
-def test_scores_are_shares_of_fisher_information_and_of_lost_output(scored: Any, output: float) -> None:
+def test_scores_are_fisher_information_and_lost_output_of_one_size(scored: Any, output: float) -> None:
     draw = torch.Generator().manual_seed(4)
     gates = {n: torch.randn(6, c, generator=draw).double() for n, c in (("heads", 2), ("channels.0", 40))}
     io = EditIO(scored.stats("gram"), {}, {}, gates=gates)
@@ -25,7 +25,7 @@ def test_scores_are_shares_of_fisher_information_and_of_lost_output(scored: Any,
             own = slice(width * u, width * (u + 1))
             lost.append(sum(float((scored.weights[name][:, own] @ x[own]).square().sum()) for x in scored.x[name]) / 50)
         for u, value in enumerate(got[key]):
-            assert value == pytest.approx(fisher[u] / sum(fisher) + output * lost[u] / sum(lost), rel=1e-4)
+            assert value == pytest.approx(fisher[u] + output * lost[u] * sum(fisher) / sum(lost), rel=1e-4)
 
 
 def test_what_nothing_depends_on_scores_zero(scored: Any) -> None:

@@ -84,7 +84,7 @@ def test_errors_by_width_grow_as_units_leave() -> None:
 def test_blocks_of_their_own_widths_lose_least_at_as_many_weights() -> None:
     draw = torch.Generator().manual_seed(0)
     units = [Units((8,), 3, 5, 12, 100)] * 3
-    sizes = Sizes(3, 4, 2)
+    sizes = Sizes(3, 4, 2, spread=True, multiple=2)
 
     def grown(count: int, scale: float) -> tuple[float, ...]:
         left = (torch.rand(count, generator=draw) * scale).cumsum(0)
@@ -100,7 +100,7 @@ def test_blocks_of_their_own_widths_lose_least_at_as_many_weights() -> None:
         if sum(12 * h + 5 * c for h, c in picked) <= 3 * (2 * 12 + 4 * 5):
             lost = [error(s["heads"], h) + error(s["channels.0"], c) for s, (h, c) in zip(scores, picked, strict=True)]
             every.append(sum(lost))
-    found = ziplm.divided(scores, units, sizes, 2)
+    found = ziplm.run(scores, units, sizes, ziplm.Options())
     lost = sum(error(scores[n]["heads"], len(x)) for n, x in found.heads.items())
     lost += sum(error(scores[n]["channels.0"], len(x)) for (n, _), x in found.channels.items())
     assert lost == pytest.approx(min(every), rel=1e-12)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lilliput.anatomy.widths import differ
 from lilliput.errors import PlanError
 from lilliput.export.card import Card, read_licence
 from lilliput.export.convert import Converted, Converter
@@ -78,7 +79,7 @@ def admitted(folder: Path, out: Path, converter: Converter) -> tuple[Source, tup
     vacant(out)
     source = open_source(str(folder))
     found = outcomes(source)
-    reason = converter.refuse(found, source.config)
+    reason = differ(source.text_config) or converter.refuse(found, source.config)
     if reason is not None:
         raise PlanError(f"{folder} cannot be written as {converter.name}: {reason}")
     return source, found

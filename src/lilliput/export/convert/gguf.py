@@ -16,6 +16,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
 from torch import Tensor
 
+from lilliput.anatomy.widths import differ
 from lilliput.errors import PlanError
 from lilliput.export.convert import Converted, Wanted, gguf_blocks, gguf_check, gguf_model, gguf_vocab
 from lilliput.export.convert.folder import IGNORED, vacant
@@ -83,7 +84,7 @@ class GgufConverter:
         vacant(out)
         source = open_source(str(folder))
         config = source.text_config
-        reason = gguf_model.refuse(config)
+        reason = differ(config) or gguf_model.refuse(config)
         if reason is not None:
             raise PlanError(f"{folder} cannot become a GGUF file: {reason}")
         tensors = tuple(_tensors(source))

@@ -4,7 +4,8 @@ For each linear and each grid, the error of its outputs is predicted without qua
 and the Gram matrix G of the inputs, GPTQ's sweep leaves tr(D G DT) = sum_ij e_ij^2 / U_jj^2 with rounding errors e (see
 `gptq`), so one rounding to nearest on searched ranges, of `rows` rows, and one factor of G tell what the sweep would
 leave. Codes between rotations leave it in turn what walks leave of a Gaussian: a share of the mean square weight,
-times the sum of 1 / U_jj^2 of the turned G.
+times the sum of 1 / U_jj^2 of the turned G. Where a target has a pattern, the weights of least w_ij^2 / U_jj^2 among
+every M are taken to leave that much, as in `sparsegpt`.
 
 What errors cost is measured. All linears are really quantized once, with a grid of the menu near 3 bits, from the
 statistics of the calibration text but for its first `trial_samples` samples. On these, models run side by side through
@@ -34,7 +35,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.algebra import obs
+from lilliput.algebra import masks, obs
 from lilliput.budget import menu as menus
 from lilliput.formats import ranged
 from lilliput.formats.known import from_target
@@ -54,7 +55,7 @@ class Options(Strict):
     """See the module's docstring."""
 
     menu: tuple[str, ...] = Field(
-        (menus.DEFAULT,), description="native, integers, compressed-tensors, gguf, or grids such as int3/64/asym"
+        (menus.DEFAULT,), description="native, integers, compressed-tensors, gguf, prune, or grids such as int3/64/asym"
     )
     size: int | None = Field(None, ge=1, description="the most bytes of the written folder")
     average: float | None = Field(None, gt=0, description="stored bits of a weight on average, scales included")
@@ -87,7 +88,7 @@ def score(
             size = weight.square().mean(1, dtype=torch.float64) @ every.to(weight.device).double()
             errors.append(_walked(target) * float(size) * float(prices[True].sum(dtype=torch.float64)))
             continue
-        error = rounded(some, gram.diagonal() * (1 + _DAMPING), target)
+        error = rounded(some, gram.diagonal() * (1 + _DAMPING), target, prices[False])
         errors.append(float(stand_for @ (error @ prices[False]).double()))
     return tuple(errors)
 
@@ -105,11 +106,16 @@ def drawn(weight: Tensor, weights: Tensor | None, count: int) -> tuple[Tensor, T
     return rows, often * (sums[-1] / count) / energy[rows].clamp(min=1e-300)
 
 
-def rounded(weight: Tensor, importance: Tensor, target: Target) -> Tensor:
-    """Squared errors of a rounding to nearest on searched ranges, [out, in]."""
-    form = from_target(target)
-    grid = ranged.fit(form, weight, importance, ranged.RangeRule("mse", _STEPS))
-    return form.decode(form.encode(weight, grid), grid).sub_(weight).square_()
+def rounded(weight: Tensor, importance: Tensor, target: Target, price: Tensor) -> Tensor:
+    """Squared errors of a rounding to nearest on searched ranges, [out, in], after the pruning that a target asks for:
+    of the weights whose squares times `price` [in] are least."""
+    form, support = from_target(target), None
+    if menus.pruned(target):
+        support = masks.choose(weight.square() * price, None, target.pattern, "row")
+    held = weight if support is None else weight * support
+    grid = ranged.fit(form, held, importance, ranged.RangeRule("mse", _STEPS))
+    rounded_to = form.decode(form.encode(held, grid), grid)
+    return (rounded_to if support is None else rounded_to * support).sub_(weight).square_()
 
 
 def _price(stats: SiteStats, turned: bool) -> Tensor:

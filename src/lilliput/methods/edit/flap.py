@@ -2,9 +2,10 @@
 
 At the inputs of the down and o projections, with the variance v_j of channel j over the calibration tokens, a channel's
 score is S_j = v_j |W_:,j|^2 (WIFV): what stays of its contribution once its mean is taken up by a bias. Heads: the mean
-of their channels' scores, after the square of each. The authors compare z-scores over the whole model, so that blocks
-get different widths; here every block keeps as many, because engines read one config for all of them (`ratio` is taken
-from each kind as `kinds` says: heads rounded down, channels for the rest). Within a block the order is the paper's.
+of their channels' scores, after the square of each. With `uniform: false` z-scores are compared over the whole model,
+as in the paper, and blocks get different widths; by default every block keeps as many, because engines read one config
+for all of them (`ratio` is taken from each kind as `kinds` says: heads rounded down, channels for the rest). Within a
+block the order is the same.
 
 A channel's mean contribution, W_:,P x_P, is lost to a model without biases: `refit` after this step makes up for more
 than that, by least squares on the channels that stay.
@@ -26,7 +27,7 @@ from lilliput.model.edited import Edit as Decision
 from lilliput.model.edited import heads_of
 from lilliput.stats.site import SiteStats
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, thinned
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, spread_units, thinned
 
 
 class Options(Thinning):
@@ -70,7 +71,17 @@ def _fluctuation(view: EditView, io: EditIO, name: str, o: Options) -> Tensor:
 
 def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
     """The units that fluctuate most."""
+    if sizes.spread:
+        normal = [{key: _standard(values) for key, values in x.items()} for x in scores]
+        return spread_units(normal, units, sizes, per_weight=False)
     return best_units(scores, units, sizes)
+
+
+def _standard(values: Sequence[float]) -> tuple[float, ...]:
+    """z-scores of the units of one kind of a block."""
+    each = torch.tensor(values, dtype=torch.float64)
+    spread = each.std(correction=0) if len(each) > 1 else torch.zeros((), dtype=torch.float64)
+    return tuple(((each - each.mean()) / spread.clamp(min=1e-30)).tolist())
 
 
 METHOD = Edit(

@@ -43,7 +43,7 @@ def looked_at(samples: int, o: Options) -> int:
 
 
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
-    """Importance as a share of the block's largest; of channels that are not unique, less 1."""
+    """Importance; of channels that are not unique, less the largest of the block."""
     block = view.anatomy
     movement: dict[str, Tensor] = {}
 
@@ -57,9 +57,8 @@ def score(view: EditView, io: EditIO, o: Options) -> EditScores:
     for m, mlp in enumerate(block.groups.channels):
         importance = torch.tensor(scores[f"channels.{m}"], dtype=torch.float64)
         gram = io.stats[block.linear(mlp.readers[0]).site].need("gram")[: mlp.width, : mlp.width]
-        share = importance / importance.max().clamp_(min=1e-300)
         kept = unique(gram, importance, o.alike).cpu()
-        scores[f"channels.{m}"] = tuple(torch.where(kept, share, share - 1.0).tolist())
+        scores[f"channels.{m}"] = tuple(torch.where(kept, importance, importance - importance.max()).tolist())
     return scores
 
 

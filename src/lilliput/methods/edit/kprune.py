@@ -4,7 +4,7 @@ With a gate 1 in front of the linear that reads a unit, closing it changes the l
 Fisher information F_u = mean over samples of (dL_n / dgate_u)^2, and the linear's output by W_S x_S with the columns S
 that read the unit:
 
-    score_u = F_u / sum F + output * E_u / sum E,    E_u = mean over tokens of |W_S x_S|^2 = tr(W_S C_SS W_ST),
+    score_u = F_u + output * E_u sum F / sum E,    E_u = mean over tokens of |W_S x_S|^2 = tr(W_S C_SS W_ST),
 
 with C the second moments of the linear's inputs; sums are over the units of a kind in the block.
 
@@ -12,7 +12,7 @@ Paper: Park et al. 2024, arXiv 2308.03449. Its least-squares reconstruction of w
 this step.
 Cost: one backward pass of `samples` samples, with Gram matrices of what they put in. Limits: squares of gradients of
 the text's own next tokens stand for those of tokens drawn from the model; units are judged one at a time; the paper
-decides and reconstructs block after block, with different sizes in each.
+decides and reconstructs block after block.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def score(view: EditView, io: EditIO, o: Options) -> EditScores:
         if key not in io.gates:
             continue
         lost = added(owners, lambda name, owners=owners: _energy(view, io, name, owners[name]))  # type: ignore[misc]
-        scores[key] = tuple((_shares(io.gates[key].square().mean(0)) + o.output * _shares(lost)).tolist())
+        fisher, total = io.gates[key].square().mean(0), lost.sum()
+        scale = fisher.sum() / total if float(total) != 0.0 else 0.0
+        scores[key] = tuple((fisher + o.output * scale * lost).tolist())
     return scores
 
 
@@ -81,11 +83,6 @@ def _energy(view: EditView, io: EditIO, name: str, owner: Tensor) -> Tensor:
         columns = weight[:, own].double()
         total[own.cpu()] = (columns.T @ columns * moments[own][:, own]).sum(1).cpu()
     return total
-
-
-def _shares(values: Tensor) -> Tensor:
-    total = values.sum()
-    return values / total if float(total) != 0.0 else values
 
 
 def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:

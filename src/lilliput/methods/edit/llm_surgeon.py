@@ -14,8 +14,7 @@ step several times in a recipe, each with a part of the ratio. Its update of the
 [A^-1]_jj and jointly for many, is what `refit` after this step solves.
 Cost: one backward pass of `samples` samples for each step of the kind, with a matrix [in, in] for each site and one
 [out, out] for each linear, which are factored: (in^3 + out^3) / 3. Limits: rows that stay do not make up for those that
-left; the paper's low-rank correction between shots is left out; every block loses as many units, not those below one
-threshold.
+left; the paper's low-rank correction between shots is left out; its one threshold for all layers is `uniform: false`.
 """
 
 from __future__ import annotations

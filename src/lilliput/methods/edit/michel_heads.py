@@ -8,7 +8,7 @@ query group; the gate of a hidden channel stands in front of the down projection
 Paper: Michel et al. 2019, arXiv 1905.10650. There heads leave a few at a time, importances taken anew: give this step
 several times, each with a part of the ratio. By default heads alone leave, as in the paper.
 Cost: one backward pass of `samples` samples. Limits: to first order, so a head that matters only together with others
-looks idle; every block loses as many, so the division by the norm changes no order.
+looks idle; the division by the norm matters with `uniform: false` alone, where blocks are compared.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ mean over its channels at the input of the o projection. Text of one domain keep
 
 Paper: Valicenti et al. 2023, arXiv 2312.12682. There fine-tuning follows; here `refit` or `distil` may.
 Cost: one forward pass. Limits: looks at no weights, so a quiet channel with large weights leaves before a loud one with
-none: `flap` sees both.
+none (`flap` sees both); with `uniform: false` blocks are compared by sizes that their norms have a part in.
 """
 
 from __future__ import annotations

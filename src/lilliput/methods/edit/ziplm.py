@@ -10,9 +10,9 @@ of the linear's output: the order of removal, and for every width the error that
 
 Paper: Kurtic et al. 2023, arXiv 2302.04089. Its update of the columns that stay is what `refit` after this step solves.
 The paper chooses a width for each block, from such errors and a table of measured times, by dynamic programming:
-`widths` does that, and `divided` with weights in place of times.
+`widths` does that. With `uniform: false` the step does so with weights in place of times.
 Cost: one forward pass, and about 5 in^3 for each linear that reads units. Limits: dense inputs are seen, not those
-after earlier blocks have lost something; errors are of single linears; every block keeps as many units.
+after earlier blocks have lost something; errors are of single linears; no times are measured.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def widths(
     return tuple(picked), found.loss
 
 
-def divided(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, multiple: int) -> Decision:
+def divided(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes) -> Decision:
     """Blocks of their own widths that keep no more weights than blocks of `sizes` alike, at the least sum of errors.
 
-    At least one head stays in each, and hidden channels in multiples of `multiple` (or all). Raises PlanError where
-    that is more than `sizes` leaves.
+    At least one head stays in each, and hidden channels in multiples of `sizes.multiple` (or all). Raises PlanError
+    where that is more than `sizes` leaves, LilliputError for NaN.
     """
     errors: list[Mapping[int, float]] = []
     weights: list[Mapping[int, int]] = []
@@ -103,7 +103,8 @@ def divided(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, 
             count, cost = (sizes.heads, x.head_cost) if head else (sizes.channels, x.channel_cost)
             if count is None:
                 continue
-            step = 1 if head else multiple
+            step = 1 if head else sizes.multiple
+            highest(scores[n][key], count)  # refuses NaN, among which no least sum is found
             whole = len(scores[n][key])
             errors.append({w: e for w, e in by_width(scores[n][key]).items() if w and (w % step == 0 or w == whole)})
             weights.append({w: w * cost for w in errors[-1]})
@@ -115,6 +116,7 @@ def divided(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, 
         tuple(range(sizes.blocks)),
         {(n, int(key.partition(".")[2])): kept for (n, key), kept in stays.items() if key != "heads"},
         {n: kept for (n, key), kept in stays.items() if key == "heads"},
+        spread=True,
     )
 
 
@@ -125,7 +127,9 @@ def by_width(scores: Sequence[float]) -> dict[int, float]:
 
 
 def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The units that would leave last."""
+    """The units that would leave last: in every block as many, or as many as `divided` says."""
+    if sizes.spread:
+        return divided(scores, units, sizes)
     return best_units(scores, units, sizes)
 
 

@@ -1,12 +1,14 @@
-"""Mixed: GPTQ where the grid lets it, and QuIP where the grid wants the weight turned first.
+"""Mixed: GPTQ where the grid lets it, QuIP where the grid wants the weight turned first, SparseGPT where it has zeros.
 
 Codes that run along whole columns (trellis codes) come close to what theory allows for a Gaussian, which a weight is
 between random rotations and not as it is; grids with groups of scales follow a weight as it is, and rotations would
 take from them what they follow. So the grid decides: "trellis" and "trellis-half" are put in by `quip` between
-rotations, without a diagonal scale, every other grid by `gptq`. A step that gives each linear a grid of its own
-(`menu`) can so set both side by side in one model; see `gptq` and `quip` for the equations.
+rotations, without a diagonal scale, every other grid by `gptq`, after `sparsegpt` where the target has a pattern. A
+step that gives each linear a grid of its own (`menu`) can so set all side by side in one model; see `gptq`, `quip` and
+`sparsegpt` for the equations.
 
-Paper: Frantar et al. 2023, arXiv 2210.17323; Chee et al. 2023, arXiv 2307.13304; Tseng et al. 2024, arXiv 2406.11235.
+Paper: Frantar et al. 2023, arXiv 2210.17323; Chee et al. 2023, arXiv 2307.13304; Tseng et al. 2024, arXiv 2406.11235;
+Frantar and Alistarh 2023, arXiv 2301.00774.
 Cost: that of `gptq` or of `quip` with `refine` passes. Limits: those of the two; an embedding or a head takes no turned
 grid.
 """
@@ -17,7 +19,7 @@ from pydantic import Field
 
 from lilliput.budget import menu
 from lilliput.formats import swept
-from lilliput.methods.weight import gptq, quip
+from lilliput.methods.weight import gptq, quip, sparsegpt
 from lilliput.parts.layer import Layer
 from lilliput.parts.scheme import Scheme
 from lilliput.stats.site import SiteStats
@@ -45,6 +47,8 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     """The layer with codes for what its parts leave over. Raises PlanError for a mask under rotations."""
     if menu.turned(target):
         return quip.compress(layer, stats, target, _turning(o))
+    if menu.pruned(target):
+        layer = sparsegpt.compress(layer, stats, target, sparsegpt.Options(damping=o.damping, shrinkage=o.shrinkage))
     return gptq.compress(layer, stats, target, _plain(o))
 
 
@@ -69,4 +73,5 @@ METHOD = Compress(
     rowwise=True,
     mixes=lambda target, o: menu.turned(target),
     sweeps=lambda o: 1 + o.refine,
+    prunes=True,
 )

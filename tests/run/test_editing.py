@@ -236,3 +236,16 @@ def test_what_looks_at_all_samples_in_one_process_is_refused_in_several(tiny: Ti
     make(model, wanted, dtype=torch.float32, **room)
     with pytest.raises(PlanError, match="in one process: start only one"):
         make(model, wanted, dtype=torch.float32, processes=2, **room)
+
+
+def test_blocks_of_widths_that_errors_chose_open_and_keep_no_more_weights(tiny: Tiny, tmp_path: Path) -> None:
+    sizes = {}
+    for uniform in ("true", "false"):
+        recipe = f"steps:\n  - {{method: ziplm, options: {{ratio: 0.3, uniform: {uniform}}}}}\n  - {{method: refit}}\n"
+        api.compress(tiny("llama"), tmp_path / uniform, recipe=recipe, **RUN)
+        model = open_model(tmp_path / uniform)
+        sizes[uniform] = [x.groups.channels[0].width for x in model.anatomy().blocks]
+    assert len(set(sizes["true"])) == 1
+    assert len(set(sizes["false"])) > 1
+    assert sum(sizes["false"]) <= sum(sizes["true"])
+    assert sum(sizes["true"]) - sum(sizes["false"]) < 8

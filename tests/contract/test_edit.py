@@ -81,11 +81,14 @@ def test_scores_leave_their_inputs_alone_and_name_what_there_is(name: str, toy: 
     block = replace(toy.block, groups=Groups((), (inner,)))
     stats = {n: fold.finish(fold.update(fold.init(x.shape[1], fold.NAMES), x)) for n, x in toy.inputs.items()}
     slopes = {x.name: torch.randn(x.out_features, x.in_features) for x in block.linears}
-    io = EditIO(stats, slopes, {n: x.square() for n, x in slopes.items()}, 0.5)
+    squares = {n: x.square() for n, x in slopes.items()}
+    gates = {"channels.0": torch.randn(3, 96, dtype=torch.float64)}
+    io = EditIO(stats, slopes, squares, 0.5, gates, {n: x @ x.T for n, x in slopes.items()})
     found = method.score(EditView(block, lambda n: toy.tensors[n]), io, options)
     for key, values in found.items():
         assert key in ("block", "heads") or key.startswith("channels.")
         assert all(isinstance(x, float) for x in values)
+    assert found or method.sizes(UNITS, options).channels is None
     assert all(torch.equal(tensors[n], x) for n, x in toy.tensors.items())
 
 

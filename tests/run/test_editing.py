@@ -107,12 +107,85 @@ def test_a_run_that_is_stopped_between_scoring_and_slicing_ends_with_the_same_by
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_scores_from_a_backward_pass_that_is_stopped_are_those_of_a_whole_one(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "steps:\n  - {method: kprune, options: {ratio: 0.25}}\n"
+    api.compress(tiny("llama"), tmp_path / "whole", recipe=recipe, **RUN)
+    note = Work.note
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == "edit-score" and record["block"] == 1:
+            raise KeyboardInterrupt
+        return note(self, record)
+
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    monkeypatch.undo()
+    api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
 def test_a_model_whose_blocks_all_stay_is_what_it_was(tiny: Tiny, tmp_path: Path) -> None:
     recipe = "steps:\n  - {method: flap, options: {ratio: 0.0}}\n  - {method: drop-layers, options: {blocks: 0}}\n"
     api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
     before, after = open_model(tiny("llama")), open_model(tmp_path / "out")
     for name in before.skeleton.shapes:
         assert torch.equal(before.read(name), after.read(name))
+
+
+BOTH = "kinds: [channel, head], ratio: 0.5"
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("michel-heads", BOTH),
+        ("mini-gpts", BOTH),
+        ("gum", BOTH),
+        ("kprune", BOTH),
+        ("dsp", "ratio: 0.5, steps: 20"),
+        ("llm-surgeon", BOTH),
+        ("ziplm", BOTH),
+    ],
+)
+def test_the_written_model_is_the_original_with_what_left_masked(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: str
+) -> None:
+    note, noted = Work.note, []
+    monkeypatch.setattr(Work, "note", lambda self, record: (noted.append(record), note(self, record))[1])
+    recipe = f"steps:\n  - {{method: {method}, options: {{{options}}}}}\n"
+    api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    edit = next(x["edit"] for x in noted if x["kind"] == "edit")
+    whole = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for block, heads in edit["heads"]:
+            for head in {0, 1} - set(heads):
+                whole.model.layers[block].self_attn.o_proj.weight[:, 32 * head : 32 * head + 32] = 0.0
+        for block, _, kept in edit["channels"]:
+            gone = sorted(set(range(128)) - set(kept))
+            whole.model.layers[block].mlp.down_proj.weight[:, gone] = 0.0
+        smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+        assert len(edit["heads"]) == 4
+        assert smaller.config.num_key_value_heads == 1
+        torch.testing.assert_close(smaller(ids).logits, whole(ids).logits, rtol=1e-5, atol=2e-5)
+
+
+def test_a_step_that_is_given_twice_scores_what_the_first_has_left(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, noted = Work.note, []
+    monkeypatch.setattr(Work, "note", lambda self, record: (noted.append(record), note(self, record))[1])
+    shot = "  - {method: llm-surgeon, options: {ratio: 0.2}}\n"
+    api.compress(tiny("llama"), tmp_path / "out", recipe=f"steps:\n{shot}{shot}  - {{method: refit}}\n", **RUN)
+    edits = [x["edit"]["channels"] for x in noted if x["kind"] == "edit"]
+    widths = [{len(kept) for _, _, kept in x} for x in edits]
+    assert widths == [{88}, {56}]
+    scores = [len(x["scores"]["channels.0"]) for x in noted if x["kind"] == "edit-score"]
+    assert scores == [128] * 4 + [88] * 4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 56
 
 
 @pytest.mark.parametrize(
@@ -127,6 +200,9 @@ def test_a_model_whose_blocks_all_stay_is_what_it_was(tiny: Tiny, tmp_path: Path
         ("[{method: drop-layers, options: {blocks: 4}}]", "at most 3 can"),
         ("[{method: drop-layers, options: {protect: [7]}}]", "blocks 0 to 3"),
         ("[{method: shortened-llama, options: {by: taylor}}]", "at most 0 can"),
+        ("[{method: gptq}, {method: llm-surgeon}]", "move it to the front"),
+        ("[{method: kprune, options: {samples: 0}}]", "greater than or equal to 1"),
+        ("[{method: gum, options: {alike: 0}}]", "greater than 0"),
         ("[{method: flap, target: {ratio: 0.2}}]", "neither a target nor"),
         ("[{method: flap, where: {include: [mlp.down_proj]}}]", "neither a target nor"),
     ],
@@ -160,3 +236,16 @@ def test_what_looks_at_all_samples_in_one_process_is_refused_in_several(tiny: Ti
     make(model, wanted, dtype=torch.float32, **room)
     with pytest.raises(PlanError, match="in one process: start only one"):
         make(model, wanted, dtype=torch.float32, processes=2, **room)
+
+
+def test_blocks_of_widths_that_errors_chose_open_and_keep_no_more_weights(tiny: Tiny, tmp_path: Path) -> None:
+    sizes = {}
+    for uniform in ("true", "false"):
+        recipe = f"steps:\n  - {{method: ziplm, options: {{ratio: 0.3, uniform: {uniform}}}}}\n  - {{method: refit}}\n"
+        api.compress(tiny("llama"), tmp_path / uniform, recipe=recipe, **RUN)
+        model = open_model(tmp_path / uniform)
+        sizes[uniform] = [x.groups.channels[0].width for x in model.anatomy().blocks]
+    assert len(set(sizes["true"])) == 1
+    assert len(set(sizes["false"])) > 1
+    assert sum(sizes["false"]) <= sum(sizes["true"])
+    assert sum(sizes["true"]) - sum(sizes["false"]) < 8

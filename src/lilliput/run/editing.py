@@ -29,6 +29,7 @@ from lilliput.streaming.backward import Samples
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import through
 from lilliput.streaming.walk import Flow, Passage, walk
+from lilliput.streaming.watched import Watched
 from lilliput.verbs import edits
 from lilliput.verbs.edit import Edit as EditSpec
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Units
@@ -209,21 +210,42 @@ def _from_gradients(
     spec, skeleton = task.of(EditSpec), base.skeleton
     samples = Samples(_looked_at(plan, task, ids), work.folder, progress)
     backward.tidy(work.folder)
-    number = len(samples.ids)
-    count = len(skeleton.block_names)
+    number, count = len(samples.ids), len(skeleton.block_names)
+    seen: dict[int, Watched] = {}
+
+    def watch(block: int) -> Watched | None:
+        if block in known or not spec.watches(task.options):
+            return None
+        anatomy = base.anatomy().blocks[block]
+        seen[block] = Watched(
+            skeleton,
+            block,
+            anatomy,
+            scale=number,  # the loss is the mean over samples
+            gates=edits.readers_of(anatomy) if spec.asks(spec.gates, task.options) else {},
+            needs=task.needs,
+            outputs=edits.linears_of(anatomy) if spec.asks(spec.outputs, task.options) else (),
+        )
+        return seen[block]
+
     progress.step(len(known), count, "gradients for what may leave")
     with torch.enable_grad():
-        for place in backward.backward(skeleton, base.read, samples, squares=True):
+        weights = spec.asks(spec.gradients, task.options)
+        for place in backward.backward(skeleton, base.read, samples, squares=weights, watch=watch):
             if place.block is None or place.block in known:
                 continue
             prefix, anatomy = skeleton.block_names[place.block], base.anatomy().blocks[place.block]
             with torch.no_grad():
                 turned = partial(_turned, prefix=prefix)
-                slopes = {x.name: turned(place.tensors, x) for x in anatomy.linears}
+                linears = anatomy.linears if weights else ()
+                slopes = {x.name: turned(place.tensors, x) for x in linears}
                 # Squares are of each sample's share of the loss.
-                squares = {x.name: turned(place.squares, x) * number for x in anatomy.linears}
+                squares = {x.name: turned(place.squares, x) * number for x in linears}
                 view = _view(base, place.block)
                 io = EditIO({}, slopes, squares)
+                if (watched := seen.pop(place.block, None)) is not None:
+                    io = EditIO(watched.stats(), slopes, squares, gates=watched.gates(), outputs=watched.outputs())
+                    del watched
                 scores = spec.score(view, io, task.options) if spec.score is not None else {}
                 del slopes, squares, view, io
             _note(task, place.block, scores, work)

@@ -8,7 +8,7 @@ Cost: two forward passes and one backward pass, and for each block one file of h
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from lilliput.progress import Progress
 from lilliput.streaming.forward import Batches, through
 from lilliput.streaming.states import Activations
 from lilliput.streaming.walk import resident
+from lilliput.streaming.watched import Watched
 
 LOGITS = 1 << 22  # logits at a time, at least one token's
 
@@ -153,11 +154,19 @@ def gradient_path(samples: Samples, block: int) -> Path:
     return samples.folder / f"gradient-{block:04d}.bin"
 
 
-def backward(skeleton: Skeleton, read: Read, samples: Samples, *, squares: bool = False) -> Iterator[Gradients]:
+def backward(
+    skeleton: Skeleton,
+    read: Read,
+    samples: Samples,
+    *,
+    squares: bool = False,
+    watch: Callable[[int], Watched | None] | None = None,
+) -> Iterator[Gradients]:
     """Gradients of the loss, place by place from the head down to block 0.
 
     `read` gives every tensor as it enters the computation, so the loss may be that of changed weights; it is called
-    twice for each tensor of a block. Samples go one at a time. Close the iterator to leave early.
+    twice for each tensor of a block. Samples go one at a time. `watch`: what looks at a loaded block meanwhile, if
+    anything does. Close the iterator to leave early.
     """
     with _Streams(skeleton, samples, keep=True) as streams:
         _forward(skeleton, read, samples, streams)
@@ -170,7 +179,8 @@ def backward(skeleton: Skeleton, read: Read, samples: Samples, *, squares: bool 
         loader = _Loader(skeleton, read)
         for block in resident(loader, blocks=range(count - 1, -1, -1)):
             streams.inputs[block + 1].delete()
-            tensors, second = _block(skeleton, block, streams, squares=squares)
+            watched = watch(block) if watch is not None else None
+            tensors, second = _block(skeleton, block, streams, squares=squares, watched=watched)
             loader.unload_block(block)
             memory.trim()
             yield Gradients(block, value, tensors, second, streams.gradient)
@@ -309,14 +319,14 @@ def _head(
 
 
 def _block(
-    skeleton: Skeleton, block: int, streams: _Streams, *, squares: bool
+    skeleton: Skeleton, block: int, streams: _Streams, *, squares: bool, watched: Watched | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of a loaded block's tensors, and squares; that by its inputs takes the place of that by its outputs."""
     inputs = streams.inputs[block]
     leaves = _leaves(skeleton, skeleton.names_of(block))
     sums = _Sums(leaves, squares)
     calls = skeleton.calls(1, inputs.shape[1])
-    with torch.enable_grad():
+    with torch.enable_grad(), watched or nullcontext():
         for n in range(len(inputs)):
             hidden = inputs.read(n, n + 1).to(skeleton.device).requires_grad_()
             out = skeleton.run(block, hidden, calls)
@@ -324,8 +334,11 @@ def _block(
             # An expert that no token chose has no gradient.
             gradients = torch.autograd.grad(out, (hidden, *leaves.values()), back, allow_unused=True)
             streams.gradient.write(n, gradients[0])
-            sums.add({name: g for name, g in zip(leaves, gradients[1:], strict=True) if g is not None})
+            found = {name: g for name, g in zip(leaves, gradients[1:], strict=True) if g is not None}
+            sums.add(found)
             sums.close()
+            if watched is not None:
+                watched.sample(found)
     return sums.total, sums.squares
 
 

@@ -21,8 +21,10 @@ class Edit(Spec[OptionsT]):
 
     `score(view, io, options)`: scores of one block (None: shapes decide). `loss`: in place of scores, what stays by the
     losses of the model without some of its blocks (None from it: by scores after all). `gradients(options)`: whether a
-    score reads gradients and their squares; `similar(options)`: whether it reads how alike a block's inputs and outputs
-    are. `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
+    score reads gradients and their squares; `gates(options)`: whether it reads the derivatives of single samples by
+    gates; `outputs(options)`: whether it reads covariances of output gradients; `similar(options)`: whether it reads
+    how alike a block's inputs and outputs are. `looked_at(samples, options)`: samples that losses or gradients are
+    taken over, of so many.
     `turned`: it keeps the first channels of a residual stream that a step before it has turned.
     """
 
@@ -37,6 +39,8 @@ class Edit(Spec[OptionsT]):
     score: Callable[[EditView, EditIO, OptionsT], EditScores] | None = None
     loss: Callable[[SkipLoss, Sequence[Units], Sizes, OptionsT], Decision | None] | None = None
     gradients: Callable[[OptionsT], bool] | None = None
+    gates: Callable[[OptionsT], bool] | None = None
+    outputs: Callable[[OptionsT], bool] | None = None
     similar: Callable[[OptionsT], bool] | None = None
     turned: bool = False
     looked_at: Callable[[int, OptionsT], int] | None = None
@@ -58,13 +62,21 @@ class Edit(Spec[OptionsT]):
         if wrong:
             raise PlanError(f"{task.label} edits the whole model: move it in front of {wrong[0].label}")
 
+    def asks(self, what: Callable[[OptionsT], bool] | None, options: OptionsT) -> bool:
+        """Whether its scores read what one of the functions above tells of."""
+        return what is not None and what(options)
+
     def slopes(self, options: OptionsT) -> bool:
-        """Whether its scores read gradients."""
-        return self.gradients is not None and self.gradients(options)
+        """Whether its scores come from a backward pass."""
+        return any(self.asks(x, options) for x in (self.gradients, self.gates, self.outputs))
+
+    def watches(self, options: OptionsT) -> bool:
+        """Whether that pass has to show more than gradients by weights."""
+        return bool(self.read(options)) or self.asks(self.gates, options) or self.asks(self.outputs, options)
 
     def looks_alike(self, options: OptionsT) -> bool:
         """Whether its scores read how alike a block's inputs and outputs are."""
-        return self.similar is not None and self.similar(options)
+        return self.asks(self.similar, options)
 
     def tokens(self, options: OptionsT) -> bool:
         return self.loss is not None or self.looks_alike(options) or self.slopes(options)
@@ -72,22 +84,39 @@ class Edit(Spec[OptionsT]):
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         """The model is scored before anything has left it."""
         run = replace(run.before, batch=run.batch) if run.before is not None else run
-        phases = [Phase("scoring what may leave", Cost(ram=max(peak_of(run))))]
+        gram = "gram" in self.read(options)
+        phases = [Phase("scoring what may leave", Cost(ram=max(peak_of(run, gram))))]
         if self.slopes(options):
-            phases.append(Phase("the backward pass of an edit", peak.of_gradients(run) + Cost(ram=_squares(run))))
+            beside = _squares(run) if self.asks(self.gradients, options) else 0
+            beside += _matrices(run, gram, self.asks(self.outputs, options))
+            phases.append(Phase("the backward pass of an edit", peak.of_gradients(run) + Cost(ram=beside)))
         if self.loss is not None:
             phases.append(Phase("losses without single blocks", peak.of_loss(run, 0)))
         return tuple(phases)
 
 
-def peak_of(run: Run) -> list[int]:
+_SCRATCH = 4 * 8  # bytes by which float64 copies of the largest matrix of a site go beyond it while units are scored
+
+
+def peak_of(run: Run, gram: bool = False) -> list[int]:
     """By kind of block, its weights in float32 and as it runs, beside a forward pass and its statistics."""
     return [
-        peak.of_resident(run, block, grams=False, lockstep=False).ram
-        + peak.of_forward(run, block, gram=False).ram
+        peak.of_resident(run, block, grams=gram, lockstep=False).ram
+        + peak.of_forward(run, block, gram=gram).ram
         + 8 * sum(x.parameters for x in block.linears)
+        + gram * _SCRATCH * max(site.width for site in block.sites) ** 2
         for block in run.kinds
     ]
+
+
+def _matrices(run: Run, gram: bool, outputs: bool) -> int:
+    """Gram matrices of inputs and of output gradients, and what is made of the largest."""
+    most = 0
+    for block in run.kinds:
+        sides = [site.width for site in block.sites] if gram else []
+        sides += [x.out_features for x in block.linears] if outputs else []
+        most = max(most, sum(4 * n * n for n in sides) + _SCRATCH * max(sides, default=0) ** 2)
+    return most
 
 
 def _squares(run: Run) -> int:

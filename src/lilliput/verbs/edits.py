@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -61,13 +61,17 @@ class EditIO:
 
     stats: by site. gradients, squares: by linear, float32 [out, in], of the mean cross-entropy over all samples: its
     gradient, and the mean over samples of the squared gradient of each one's loss. similarity: the mean over tokens of
-    the cosine between what enters the block and what leaves it.
+    the cosine between what enters the block and what leaves it. gates: under the keys of `EditScores`, float64
+    [samples, units], the derivative of each sample's mean cross-entropy by a number 1 that multiplies what the unit
+    hands on. outputs: by linear, float32 [out, out], the mean over tokens of g gT, g the gradient by what it gives.
     """
 
     stats: Mapping[str, SiteStats]
     gradients: Mapping[str, Tensor]
     squares: Mapping[str, Tensor]
     similarity: float | None = None
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 EditScores = Mapping[str, tuple[float, ...]]
@@ -131,6 +135,11 @@ class Thinning(Strict):
     )
 
 
+def heads_left(heads: int, ratio: float) -> int:
+    """Heads of a block that stay where a share of them leaves, rounded down: at least one."""
+    return heads - min(int(ratio * heads + 1e-9), heads - 1)
+
+
 def thinned(units: Sequence[Units], o: Thinning) -> Sizes:
     """What stays by these options. Raises PlanError for a ratio that the kinds do not hold."""
     sizes = thinner(units, o.ratio, o.multiple, o.kinds)
@@ -153,7 +162,7 @@ def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence
     wanted = ratio * total / len(units)
     heads = first.heads
     if "head" in kinds and first.heads:
-        heads -= min(int(ratio * first.heads + 1e-9), first.heads - 1)
+        heads = heads_left(first.heads, ratio)
         wanted -= (first.heads - heads) * first.head_cost
     elif "head" in kinds and "channel" not in kinds:
         raise PlanError("the heads of this model could not be told apart: leave `head` out of kinds")
@@ -276,6 +285,45 @@ def _rounded(widths: Tensor, units: Sequence[Units], sizes: Sizes, weights: floa
         for n in free[: abs(missing)]:
             steps[n] += sign
     return [x.channels[0] if s == m else s * step for s, m, x in zip(steps, most, units, strict=True)]
+
+
+def readers_of(block: Block) -> dict[str, dict[str, Tensor]]:
+    """Under the keys of `EditScores`, by linear that reads units: the unit whose output each column reads, int64 [in],
+    -1 for none."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for n, group in enumerate(heads_of(block)):
+        for name, axis, (a, b) in group.members:
+            if axis == "columns":
+                owners = found.setdefault("heads", {})
+                owners.setdefault(name, torch.full((block.linear(name).in_features,), -1))[a:b] = n
+    for m, mlp in enumerate(block.groups.channels):
+        owners = found.setdefault(f"channels.{m}", {})
+        for name in mlp.readers:
+            owners[name] = torch.full((block.linear(name).in_features,), -1)
+            owners[name][: mlp.width] = torch.arange(mlp.width)
+    return found
+
+
+def linears_of(block: Block) -> set[str]:
+    """The linears that lose rows or columns with a head or hidden channel."""
+    names = {name for group in heads_of(block) for name, _, _ in group.members}
+    for mlp in block.groups.channels:
+        names |= {name for name, _ in mlp.rows} | set(mlp.readers)
+    return names
+
+
+def by_reader(block: Block, values: Callable[[str], Tensor]) -> EditScores:
+    """Scores of all heads and channels: the sum over the columns that read them of values(linear), float [in]."""
+    return {key: tuple(added(owners, values).tolist()) for key, owners in readers_of(block).items()}
+
+
+def added(owners: Mapping[str, Tensor], values: Callable[[str], Tensor]) -> Tensor:
+    """Values of columns summed over those of each unit, float64 [units]; owners: see `readers_of`."""
+    total = torch.zeros(1 + max(int(x.max()) for x in owners.values()), dtype=torch.float64)
+    for name, owner in owners.items():
+        owned = owner >= 0
+        total.index_add_(0, owner[owned], values(name).double().cpu()[owned])
+    return total
 
 
 def by_member(view: EditView, weight_score: Callable[[str, str, slice | Tensor], Tensor]) -> EditScores:

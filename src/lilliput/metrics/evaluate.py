@@ -161,9 +161,7 @@ def _scores(
     return [scores[n] for n in range(len(models))], work[: len(models)]
 
 
-def _notes(
-    size: Size, dtype: str, windows: int, shared: Mapping[str, float], work: Executed | None
-) -> tuple[str, ...]:
+def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float], work: Executed | None) -> tuple[str, ...]:
     notes = [] if work is None else [work.note()]
     notes += [f"intervals: 95 %, Student's t over {windows} windows"]
     if dtype != "float32":

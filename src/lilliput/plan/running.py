@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lilliput.anatomy.model import Anatomy
-from lilliput.errors import PlanError
+from lilliput.errors import PlanError, SourceError
+from lilliput.model.weights import Model
 from lilliput.parts.linear import plain_config
 from lilliput.plan.resolve import Resolved
+from lilliput.runtime.behaviours.received import attention_of
+from lilliput.runtime.behaviours.state import TOKENS
 from lilliput.verbs import behave
 from lilliput.verbs.behave import Behave, Shapes
 from lilliput.verbs.spec import Stage
@@ -27,6 +30,18 @@ def layout(resolved: Resolved, wanted: str) -> str:
             f"{LAYOUT}`, or leave `export` out"
         )
     return LAYOUT
+
+
+def check(model: Model, resolved: Resolved) -> None:
+    """Raises PlanError where the model's code does not let a step do what it asks for."""
+    for task in resolved.at(Stage.RUNNING):
+        entry = task.of(Behave).entry(model.anatomy(), task.options)
+        if entry["kind"] == TOKENS:
+            for block in range(len(model.skeleton.block_names)):
+                try:
+                    attention_of(model.skeleton.block(block))
+                except SourceError as error:
+                    raise PlanError(f"{task.label}: {error}") from None
 
 
 def config(entry: dict[str, Any] | None, resolved: Resolved, anatomy: Anatomy) -> dict[str, Any] | None:

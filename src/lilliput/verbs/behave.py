@@ -99,8 +99,8 @@ def mlp_of(anatomy: Anatomy, block: int) -> Mlp:
     columns = [x for x in linears if x.role == "down"]
     if any(x.expert is not None for x in linears) or len(columns) != 1 or len(rows) not in (1, 2):
         raise PlanError(
-            f"{name} of {anatomy.architecture} has no single MLP whose linears make hidden channels one by one and read "
-            "them again: leave the step out"
+            f"{name} of {anatomy.architecture} has no single MLP whose linears make hidden channels one by one and "
+            "read them again: leave the step out"
         )
     parents = {x.name.rpartition(".")[0] for x in (*rows, *columns)}
     if len(parents) != 1 or "" in parents or any(x.transposed for x in (*rows, *columns)):

@@ -105,5 +105,5 @@ METHOD = Behave(
     entry=entry,
     fit=fit,
     tensors=tensors,
-    note="Each token uses some of an MLP's hidden channels: a token by itself skips the others, several at once do not.",
+    note="Each token uses some of an MLP's hidden channels: one by itself skips the others, several at once do not.",
 )

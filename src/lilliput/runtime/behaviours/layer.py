@@ -8,6 +8,7 @@ in their order.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -28,11 +29,14 @@ class BehavingLayer(nn.Module):
     behaviours: Behaviours
     number: int
     weights: int  # of its linears
+    names: tuple[str, ...]  # of the arguments of its forward pass
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state, number = self.behaviours, self.number
         if not state.active:
             return super().forward(*args, **kwargs)
+        kwargs |= zip(self.names[1:], args[1:], strict=False)  # some models pass the cache by its place
+        args = args[:1]
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         batch, tokens = hidden.shape[:2]
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
@@ -154,8 +158,9 @@ def _rows(x: Tensor, at: Tensor) -> Tensor:
 def behave_(layer: nn.Module, state: Behaviours, number: int) -> None:
     """Let a decoder layer, block `number`, follow the rules of `state`, in place. Raises SourceError where it cannot
     prune tokens as they ask."""
-    if state.rule is not None and number in state.rule.layers:
+    if state.rule is not None:
         attention_of(layer)
+    layer.__dict__["names"] = tuple(inspect.signature(layer.forward).parameters)
     layer.__class__ = _subclass(type(layer))
     layer.behaviours, layer.number = state, number  # type: ignore[assignment]
     layer.weights = sum(_weights(x) for x in layer.modules())  # type: ignore[assignment]

@@ -58,7 +58,8 @@ def received(
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
-    """The attention of a decoder layer whose queries and keys can be seen. Raises SourceError where there is none."""
+    """The attention of a decoder layer whose queries and keys can be seen. Raises SourceError where there is none, or
+    where it sees only a window."""
     found = [
         x
         for x in layer.modules()
@@ -70,6 +71,14 @@ def attention_of(layer: nn.Module) -> nn.Module:
         raise SourceError(
             f"token pruning needs layers with one attention that goes through transformers' attention functions, and "
             f"{type(layer).__name__} has {len(found)}: leave token-pruning out for this model"
+        )
+    window = getattr(found[0], "sliding_window", None)
+    if not hasattr(found[0], "sliding_window"):
+        window = getattr(found[0].config, "sliding_window", None)
+    if window is not None:
+        raise SourceError(
+            f"token pruning needs full attention, and {type(layer).__name__} sees a window of {window} tokens: leave "
+            "token-pruning out for this model"
         )
     return found[0]
 

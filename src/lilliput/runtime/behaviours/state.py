@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lilliput.errors import SourceError
 
-
 TOKENS, GATES = "token-pruning", "dynamic-pruning"
 
 
@@ -78,9 +77,12 @@ class Work:
 
 @dataclass
 class Behaviours:
-    """The behaviours of one model. prompt: tokens of the prompt where an evaluation reads prompt and continuation at
-    once (None: all tokens of a first pass are the prompt); mask: the name of the static mask in use; recorder: called with
-    what enters the last linear of each gated MLP, which runs whole meanwhile."""
+    """The behaviours of one model.
+
+    prompt: tokens of the prompt where an evaluation reads prompt and continuation at once (None: all tokens of a first
+    pass are the prompt, or, where `strict`, nobody has said); mask: the name of the static mask in use; recorder: called
+    with what enters the last linear of each gated MLP, which runs whole meanwhile.
+    """
 
     blocks: tuple[str, ...]
     rule: TokenRule | None = None

@@ -27,6 +27,7 @@ NAMES = {
     "search": "my-trying",
     "learn": "my-mirror",
     "choose": "my-foresight",
+    "behaviour": "my-gating",
 }
 FOUND = """
 from lilliput.methods.index import index

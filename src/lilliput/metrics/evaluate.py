@@ -136,13 +136,13 @@ def _scores(
     shape = slices.choose(everyone[:1] + everyone[1:][-1:], ids.shape[1], budget, len(ids))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work)))
-        hidden, work = [], []
+        hidden, done = [], []
         for number, model in enumerate(everyone):
             place = folder / str(number)
             place.mkdir()
             with behaviours.prompted(model.skeleton.model, prompt):
                 hidden.append(last_hidden(model, ids, place, batch=shape.batch, progress=progress))
-            work.append(executed(model, prompt))
+            done.append(executed(model, prompt))
             stack.callback(hidden[-1].delete)
             finish(model, hidden[-1])
         reference = None if against is None else StreamedHead(against, hidden[-1])
@@ -158,7 +158,7 @@ def _scores(
             )
             scores |= {n: several.stream(stream, len(ids)) for stream, n in enumerate(alike)}
     ram.trim()
-    return [scores[n] for n in range(len(models))], work[: len(models)]
+    return [scores[n] for n in range(len(models))], done[: len(models)]
 
 
 def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float], work: Executed | None) -> tuple[str, ...]:

@@ -86,10 +86,10 @@ def fit(io: MlpIO, o: Options) -> Mapping[str, Tensor]:
         x = torch.nn.functional.pad(x, (0, 1), value=1.0).double()
         square += x.T @ x
         cross += y.double().T @ x
-    count = max(float(square[-1, -1]), 1.0)
-    mean_x, mean_y = square[-1, :-1] / count, cross[:, -1] / count
-    centred = square[:-1, :-1] - count * torch.outer(mean_x, mean_x)
-    moved = cross[:, :-1] - count * torch.outer(mean_y, mean_x)
+    tokens = max(float(square[-1, -1]), 1.0)
+    mean_x, mean_y = square[-1, :-1] / tokens, cross[:, -1] / tokens
+    centred = square[:-1, :-1] - tokens * torch.outer(mean_x, mean_x)
+    moved = cross[:, :-1] - tokens * torch.outer(mean_y, mean_x)
     damping = max(o.ridge * float(centred.diagonal().mean()), 1e-12)
     centred.diagonal().add_(damping)
     factor = torch.linalg.cholesky(centred)

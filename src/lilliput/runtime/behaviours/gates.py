@@ -148,7 +148,7 @@ def gate_(
         weight=tensors(f"{name}.{WEIGHT}").float(),
         bias=tensors(f"{name}.{BIAS}").float(),
     )
-    mlp.__class__ = _subclass(type(mlp))
+    mlp.__class__ = _subclass(type(mlp))  # type: ignore[arg-type]
     mlp.__dict__["gates"] = gates
     mlp.__dict__["gates_hook"] = last.register_forward_pre_hook(_zero(gates))
 

@@ -161,7 +161,7 @@ def behave_(layer: nn.Module, state: Behaviours, number: int) -> None:
     if state.rule is not None:
         attention_of(layer)
     layer.__dict__["names"] = tuple(inspect.signature(layer.forward).parameters)
-    layer.__class__ = _subclass(type(layer))
+    layer.__class__ = _subclass(type(layer))  # type: ignore[arg-type]
     layer.behaviours, layer.number = state, number  # type: ignore[assignment]
     layer.weights = sum(_weights(x) for x in layer.modules())  # type: ignore[assignment]
 

@@ -80,8 +80,8 @@ class Behaviours:
     """The behaviours of one model.
 
     prompt: tokens of the prompt where an evaluation reads prompt and continuation at once (None: all tokens of a first
-    pass are the prompt, or, where `strict`, nobody has said); mask: the name of the static mask in use; recorder: called
-    with what enters the last linear of each gated MLP, which runs whole meanwhile.
+    pass are the prompt, or, where `strict`, nobody has said); mask: the name of the static mask in use; recorder:
+    called with what enters the last linear of each gated MLP, which runs whole meanwhile.
     """
 
     blocks: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""replace: one line that says what my-method does. Now: every token uses the groups that contribute most on average.
+"""replace: one line that says what my-method does. Now: tokens use the groups that add most on average.
 
-replace: the equations. Groups g of hidden channels have c_tg = |sum over j in g of D_j h_tj|, b_g = mean over t of c_tg.
+replace: the equations. Groups g of hidden channels have c_tg = |sum over j in g of D_j h_tj|, b_g = mean_t c_tg.
 
 Paper: replace: authors, year, arXiv number.
 Cost: replace: two passes of every block. Limits: replace: all tokens use the same groups.

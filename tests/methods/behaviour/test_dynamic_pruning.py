@@ -54,7 +54,9 @@ def test_the_predictor_is_the_ridge_regression(predicts: Any) -> None:
     draw = torch.Generator().manual_seed(1)
     down = torch.randn(9, WIDTH, generator=draw)
     x, hidden = torch.randn(60, INPUTS, generator=draw) + 0.5, torch.randn(60, WIDTH, generator=draw)
-    io = MlpIO(Mlp("mlp", ("up",), "down", INPUTS, WIDTH), down, lambda: zip(x.split(17), hidden.split(17), strict=True))
+    io = MlpIO(
+        Mlp("mlp", ("up",), "down", INPUTS, WIDTH), down, lambda: zip(x.split(17), hidden.split(17), strict=True)
+    )
     found = fit(io, Options(channels=6, predicts=predicts, ridge=0.05))
     y = slow_norms(down, hidden, 6)
     if predicts == "log":
@@ -147,7 +149,9 @@ def test_keeping_all_is_the_model_itself() -> None:
 @torch.no_grad()
 def test_generating_without_a_cache_finds_the_same() -> None:
     made, ids = with_gates(0.5), torch.arange(10)[None]
-    one, other = (made.generate(ids, max_new_tokens=6, do_sample=False, use_cache=x, pad_token_id=0) for x in (1, 0))
+    one, other = (
+        made.generate(ids, max_new_tokens=6, do_sample=False, use_cache=x, pad_token_id=0) for x in (True, False)
+    )
     assert torch.equal(one, other)
 
 
@@ -233,7 +237,7 @@ def test_masks_switch_without_a_change_of_weights(tiny: Tiny, tmp_path: Path) ->
     assert files == {path: path.read_bytes() for path in out.glob("*.safetensors")}
     groups = json.loads((out / "masks" / "words.json").read_text())["groups"]
     assert {len(x) for x in groups.values()} == {8}
-    with pytest.raises(SourceError, match="no mask 'code' .it has: all, docs, words"):
+    with pytest.raises(SourceError, match=r"no mask 'code' .it has: all, docs, words"):
         lilliput.use_mask(loaded, "code")
     with pytest.raises(LilliputError, match="no name for a mask"):
         lilliput.use_mask(loaded, "../words")

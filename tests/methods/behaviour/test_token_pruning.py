@@ -198,10 +198,11 @@ def test_a_written_folder_prunes_wherever_it_is_loaded(tiny: Callable[[str], Pat
     assert work["kv_lengths"] == [128, 128, 32, 32]
     assert work["share"] == pytest.approx((2 * 256 + 2 * (128 + 32)) / (4 * 256))
     assert api.verify(out).whole
+    read = open_model(out)
+    read.load(list(read.skeleton.shapes))
+    run: Any = read.skeleton.model
     with pytest.raises(LilliputError, match="whole texts are read"):
-        read = open_model(out)
-        read.load(list(read.skeleton.shapes))
-        read.skeleton.model(input_ids=ids)
+        run(input_ids=ids)
     with pytest.raises(PlanError, match="leaves tokens or channels out"):
         api.plan(out, recipe="rtn", samples=1, tokens=16)
     with pytest.raises(PlanError, match="leaves tokens or channels out"):

@@ -105,6 +105,10 @@ def test_a_layer_keeps_keys_of_the_tokens_that_enter_it_in_their_order() -> None
     keys = set(out.keys())
     cache = out["cache"] if "cache" in keys else out["past_key_values"]
     assert [cache.get_seq_length(n) for n in range(4)] == [14, 7, 7, 4]
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :-2], layer.values[:, :, :-2]
+    with torch.no_grad(), pytest.raises(LilliputError, match="was cut"):
+        fast(ids[:, :1], **{"cache" if "cache" in keys else "past_key_values": cache})
     kept = getattr(cache, layers.KEPT)
     for row in range(3):
         _, entered = slow(model("eager"), ids[row : row + 1], 14, [0, 2], 0.5)

@@ -43,7 +43,7 @@ class BehavingLayer(nn.Module):
         decoding = cache is not None and int(cache.get_seq_length(number)) > 0
         if state.rule is None or decoding:
             state.work.tokens(self.weights, batch * tokens, batch * tokens)
-            return super().forward(*args, **(_later(kwargs, cache, number) if decoding else kwargs))
+            return super().forward(*args, **(_later(kwargs, cache, number, tokens) if decoding else kwargs))
         if state.strict and state.prompt is None:
             raise LilliputError(
                 "the folder prunes the tokens of prompts, and here whole texts are read, of which nobody says what is "
@@ -137,13 +137,21 @@ def _gathered(hidden: Tensor, at: Tensor, args: Any, kwargs: dict[str, Any]) -> 
     return args, changed | {"hidden_states": _rows(hidden, at)}
 
 
-def _later(kwargs: dict[str, Any], cache: Any, number: int) -> dict[str, Any]:
-    """The arguments for tokens that follow a prompt: a mask has the columns of the keys that the layer has kept."""
+def _later(kwargs: dict[str, Any], cache: Any, number: int, tokens: int) -> dict[str, Any]:
+    """The arguments for `tokens` that follow a prompt: a mask has the columns of the keys that the layer has kept."""
     kept = (getattr(cache, KEPT, None) or {}).get(number)
-    mask = kwargs.get("attention_mask")
-    if kept is None or mask is None:
+    if kept is None:
         return kwargs
     places, prompt = kept
+    # The first layer has kept the whole prompt, and has seen these tokens already.
+    later = cache.get_seq_length(number) - places.shape[1]
+    if later < 0 or cache.get_seq_length(0) - prompt != later + tokens:
+        raise LilliputError(
+            "the cache of a pruned prompt was cut, and its layers have not lost the same tokens: read the prompt again"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return kwargs
     rest = torch.arange(prompt, mask.shape[-1], device=places.device).expand(len(places), -1)
     columns = torch.cat([places, rest], dim=1)
     mask = mask.expand(len(columns), -1, -1, -1)

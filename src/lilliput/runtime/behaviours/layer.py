@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lilliput.errors import LilliputError
 from lilliput.runtime.behaviours.received import attention_of, watched
@@ -175,6 +174,8 @@ def behave_(layer: nn.Module, state: Behaviours, number: int) -> None:
 
 
 def _weights(module: nn.Module) -> int:
+    from transformers.pytorch_utils import Conv1D  # not where methods are only listed
+
     if isinstance(module, nn.Linear):
         return module.out_features * module.in_features
     return int(module.nf * module.nx) if isinstance(module, Conv1D) else 0

@@ -13,7 +13,18 @@ from lilliput.machine.version import __version__
 from lilliput.runtime import register
 
 if TYPE_CHECKING:
-    from lilliput.api import compress, convert, evaluate, generate, inspect, load, plan, verify
+    from lilliput.api import (
+        compress,
+        convert,
+        evaluate,
+        generate,
+        inspect,
+        load,
+        plan,
+        record_mask,
+        use_mask,
+        verify,
+    )
     from lilliput.errors import LilliputError
     from lilliput.recipe.schema import Recipe, Step, Where
     from lilliput.run.result import Compression
@@ -34,6 +45,8 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "record_mask",
+    "use_mask",
     "verify",
 ]
 

@@ -14,20 +14,23 @@ from lilliput.export.convert import Converted, Wanted
 from lilliput.export.verify import Verification
 from lilliput.export.verify import verify as verify_folder
 from lilliput.machine import memory as ram
+from lilliput.machine.device import compute_dtype
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.model import inspect as anatomy
 from lilliput.model.stored import open_model
 from lilliput.options import HELD_OUT, Calibration, Compute, Decoding, Fit, Limits, Text
-from lilliput.plan.plan import Plan, compute_dtype
+from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
 from lilliput.run import calibration, session
 from lilliput.run import frontier as curve
+from lilliput.run import masks as recording
 from lilliput.run.continuation import continuation
 from lilliput.run.converted import converted
 from lilliput.run.frontier import Frontier
 from lilliput.run.result import Compression
+from lilliput.runtime.behaviours import masks
 from lilliput.runtime.load import load as load
 from lilliput.streaming import collect
 
@@ -247,3 +250,26 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str
 
 
 ram.set_base()
+
+
+def use_mask(model: Any, name: str | None, *, folder: str | Path | None = None) -> None:
+    """Run a loaded model, whose MLPs have gates (dynamic-pruning), with a mask that was recorded for a task; None: with
+    its predictors again. No weight changes. folder: where the mask lies, by default where the model was loaded from.
+
+    Raises LilliputError for a model without gates, and for a mask that is missing or of another model.
+    """
+    masks.use(model, name, folder)
+
+
+def record_mask(
+    folder: str | Path,
+    name: str,
+    data: str,
+    *,
+    windows: int = 8,
+    tokens: int | None = None,
+    keep: float | None = None,
+) -> Path:
+    """Record which groups of hidden channels a text uses most, as the mask `name` of a folder that dynamic-pruning has
+    written; the path of its file. keep: share of the groups (None: that of the folder). Raises LilliputError."""
+    return recording.record(Path(folder), name, data, windows=windows, tokens=tokens, keep=keep)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lilliput import api
 from lilliput.errors import DataError, SourceError
-from lilliput.plan.plan import compute_dtype
+from lilliput.machine.device import compute_dtype
 from lilliput.progress import Quiet
 
 Tiny = Callable[[str], Path]

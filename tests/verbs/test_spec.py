@@ -122,6 +122,7 @@ def test_a_folder_without_methods_has_no_verb_yet() -> None:
         "choose": Stage.TARGETS,
         "search": Stage.TARGETS,
         "learn": Stage.MODEL,
+        "behave": Stage.RUNNING,
     }
 
 

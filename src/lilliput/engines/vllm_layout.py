@@ -53,6 +53,11 @@ class LilliputConfig(QuantizationConfig):  # type: ignore[misc]
     def from_config(cls, config: Mapping[str, Any]) -> LilliputConfig:
         """Raises SourceError for a version or part that this Lilliput does not know."""
         parse_config(config)
+        if config.get("behaviours"):
+            raise SourceError(
+                "the folder's model leaves tokens or channels out while it runs, which vLLM would not do: run it with "
+                "transformers, or compress the model without token-pruning and dynamic-pruning"
+            )
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:

@@ -30,6 +30,7 @@ from lilliput.anatomy.wrapper import module_name, skeleton, text_prefix
 from lilliput.machine import memory as ram
 from lilliput.model.stored import Model
 from lilliput.progress import Progress
+from lilliput.runtime import behaviours
 from lilliput.runtime.linear import CompressedLinear
 from lilliput.source.shards import Shards
 from lilliput.streaming.forward import embed
@@ -251,10 +252,11 @@ def _compare(
         return replace(result, notes=(*result.notes, note))
     errors: list[float] = []
     try:
-        for error in _blocks(model, config, reader, ours, ids):
-            errors.append(error)
-            if progress is not None:
-                progress.step(len(errors), len(ours.skeleton.block_names), "in its engine")
+        with behaviours.paused(ours.skeleton.model):  # the engine's blocks are filled one by one, without any
+            for error in _blocks(model, config, reader, ours, ids):
+                errors.append(error)
+                if progress is not None:
+                    progress.step(len(errors), len(ours.skeleton.block_names), "in its engine")
         result = replace(result, blocks=len(errors), error=max(errors))
     except Exception as error:  # whatever the engine raises; alone it may be the way in which a block was called
         result = replace(result, notes=(*result.notes, f"blocks could not be compared: {first_line(error)}"))
@@ -296,10 +298,13 @@ def _logits(kind: Any, folder: Path, ours: Model, ids: Tensor) -> float:
     ours.load(names)
     try:
         model: Any = ours.skeleton.model
-        expected = model(input_ids=ids, use_cache=False).logits.float()
+        with behaviours.prompted(model, ids.shape[1]):
+            expected = model(input_ids=ids, use_cache=False).logits.float()
     finally:
         ours.unload(names)
-    routed = any(x.expert is not None for block in ours.anatomy().blocks for x in block.linears)
+    routed = behaviours.of(model) is not None or any(
+        x.expert is not None for block in ours.anatomy().blocks for x in block.linears
+    )
     return _difference(actual, expected, expected.mean(-1, keepdim=True), routed)
 
 

@@ -34,3 +34,16 @@ def choose(name: str) -> str:
         torch.cuda.set_device(ranks.local())
         return f"cuda:{ranks.local()}"
     return name
+
+
+def compute_dtype(name: str, device: str) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    if name != "auto":
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if name not in dtypes:
+            raise PlanError(f"--dtype {name} is not known: choose auto, float32, bfloat16 or float16")
+        return dtypes[name]
+    if device != "cpu":
+        return torch.bfloat16
+    flags = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if flags else torch.float32

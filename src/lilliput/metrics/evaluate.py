@@ -17,12 +17,14 @@ from lilliput.data.tokens import same_vocabulary, vocabulary_of
 from lilliput.errors import DataError, PlanError
 from lilliput.machine import memory as ram
 from lilliput.metrics import slices
+from lilliput.metrics.executed import Executed, executed, prunes
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.logits import Scores, StreamedHead, same_head, score
 from lilliput.metrics.size import Size, measure
 from lilliput.metrics.slices import vocabulary
 from lilliput.metrics.text import TextResult, result
 from lilliput.model.stored import Model, open_model
+from lilliput.runtime import behaviours
 from lilliput.source.source import own_name
 from lilliput.streaming.forward import finish
 from lilliput.streaming.walk import last_hidden
@@ -47,7 +49,8 @@ def compute_dtype(name: str) -> torch.dtype:
 class Evaluation:
     """What `evaluate` found: one `TextResult` for every text, the first of which is the headline.
 
-    bytes, bits_per_weight, model_bits_per_weight: see `lilliput.metrics.size.Size`; seconds: wall time of the
+    work: of a model that leaves something out while it runs; bytes, bits_per_weight, model_bits_per_weight: see
+    `lilliput.metrics.size.Size`; seconds: wall time of the
     evaluation; peak_rss_bytes: this process's peak so far above a fresh import.
     """
 
@@ -61,6 +64,7 @@ class Evaluation:
     peak_rss_bytes: int
     dtype: str
     notes: tuple[str, ...]
+    work: Executed | None = None
 
     @property
     def perplexity(self) -> Interval:
@@ -84,7 +88,9 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON: the headline's figures, each metric as {value, low, high} or null, and all `texts`."""
-        own = {k: v for k, v in vars(self).items() if k not in {"texts", "notes"}}
+        own = {k: v for k, v in vars(self).items() if k not in {"texts", "notes", "work"}}
+        if self.work is not None:
+            own["work"] = self.work.to_json()
         texts = [x.to_json() for x in self.texts]
         return own | texts[0] | {"texts": texts if len(texts) > 1 else [], "notes": list(self.notes)}
 
@@ -121,17 +127,22 @@ def _scores(
     work: Path | None,
     budget: int | None,
     progress: Progress | None,
-) -> list[Scores]:
-    """One for each model. The reference runs once, and so does its head for all models that have the same head."""
+    prompt: int,
+) -> tuple[list[Scores], list[Executed | None]]:
+    """One for each model. The reference runs once, and so does its head for all models that have the same head.
+
+    prompt: tokens of each window that models which prune prompts read as one."""
     everyone = [*models, *([] if against is None else [against])]
     shape = slices.choose(everyone[:1] + everyone[1:][-1:], ids.shape[1], budget, len(ids))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work)))
-        hidden = []
+        hidden, done = [], []
         for number, model in enumerate(everyone):
             place = folder / str(number)
             place.mkdir()
-            hidden.append(last_hidden(model, ids, place, batch=shape.batch, progress=progress))
+            with behaviours.prompted(model.skeleton.model, prompt):
+                hidden.append(last_hidden(model, ids, place, batch=shape.batch, progress=progress))
+            done.append(executed(model, prompt))
             stack.callback(hidden[-1].delete)
             finish(model, hidden[-1])
         reference = None if against is None else StreamedHead(against, hidden[-1])
@@ -147,11 +158,12 @@ def _scores(
             )
             scores |= {n: several.stream(stream, len(ids)) for stream, n in enumerate(alike)}
     ram.trim()
-    return [scores[n] for n in range(len(models))]
+    return [scores[n] for n in range(len(models))], done[: len(models)]
 
 
-def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float]) -> tuple[str, ...]:
-    notes = [f"intervals: 95 %, Student's t over {windows} windows"]
+def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float], work: Executed | None) -> tuple[str, ...]:
+    notes = [] if work is None else [work.note()]
+    notes += [f"intervals: 95 %, Student's t over {windows} windows"]
     if dtype != "float32":
         notes.append(f"blocks computed in {dtype}, the head in float32")
     if size.compressed == 0:
@@ -266,12 +278,15 @@ def evaluate_all(
         _same_tokens(opened[0], other, ours, loaded, step)
         ram.trim()
     ids = torch.cat([text.ids for text in loaded])
-    scores = _scores(opened, base, ids, Path(work) if work is not None else None, memory, progress)
+    # A prompt that is pruned has no predictions of its own: half of each window is scored, with the rest before it.
+    last = step if step < tokens or not any(map(prunes, opened)) else tokens // 2
+    place = Path(work) if work is not None else None
+    scores, done = _scores(opened, base, ids, place, memory, progress, tokens - last)
     shared = {} if calibration is None else {text.source: overlap(calibration, text) for text in loaded}
-    scored = slice(None) if step == tokens else slice(-step, None)
+    scored = slice(None) if last == tokens else slice(-last, None)
     tokenizer = opened[0].source.tokenizer() if detail else None
     evaluations = []
-    for one, its in zip(opened, scores, strict=True):
+    for one, its, left in zip(opened, scores, done, strict=True):
         texts = tuple(
             result(text, its.of(slice(n * windows, (n + 1) * windows), scored), step, tokenizer)
             for n, text in enumerate(loaded)
@@ -289,7 +304,8 @@ def evaluate_all(
                 seconds=time.monotonic() - began,
                 peak_rss_bytes=ram.peak_above_base(),
                 dtype=used,
-                notes=_notes(size, used, windows, shared),
+                notes=_notes(size, used, windows, shared, left),
+                work=left,
             )
         )
     return evaluations

@@ -15,6 +15,7 @@ from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 from lilliput.model.weights import Model, stretches
+from lilliput.runtime import behaviours
 from lilliput.source import Source, Stored, open_source
 from lilliput.source.names import Names, Ref, bind, single_name
 from lilliput.units import few
@@ -166,7 +167,15 @@ def open_model(
         skeleton = Skeleton(config, dtype=dtype, device=device)
         names = _bind(source, skeleton)
     _check(source, skeleton, names)
+    if entries := behaviours_of(source):
+        behaviours.install(skeleton.model, entries, source.read).strict = True
     return StoredModel(source, skeleton, names, notes)
+
+
+def behaviours_of(source: Source) -> list[dict[str, Any]]:
+    """What the folder's config says its model leaves out while it runs."""
+    entry = source.raw.get("quantization_config") if source.quantization == "lilliput" else None
+    return list(entry.get("behaviours") or ()) if isinstance(entry, dict) else []
 
 
 def _bind(source: Source, skeleton: Skeleton) -> Names:

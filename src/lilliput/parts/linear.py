@@ -8,7 +8,7 @@ does not know the layout finds a foreign shape and stops. docs/native-format.md 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from lilliput.parts.scheme import Scheme
 
 VERSION = 2  # 1 knew no transforms
 TABLES = 3  # the version of a folder whose embedding or head is compressed
-READS = (1, 2, 3)
+BEHAVES = 4  # the version of a folder with behaviours, which an older reader would leave out
+READS = (1, 2, 3, 4)
 ALIGNED = 8  # rows after which the bits of any codes end with a byte
 
 
@@ -130,8 +131,9 @@ def read_linear(tensors: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
     return weight.T.contiguous() if spec.transposed else weight
 
 
-def plain_config(linears: Mapping[str, LinearSpec]) -> dict[str, Any]:
-    """The `quantization_config` entry: schemes once, and which linear follows which."""
+def plain_config(linears: Mapping[str, LinearSpec], behaviours: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The `quantization_config` entry: schemes once, which linear follows which, and what the model leaves out while it
+    runs."""
     schemes: list[dict[str, Any]] = []
     entries: dict[str, Any] = {}
     for stored, spec in linears.items():
@@ -149,7 +151,8 @@ def plain_config(linears: Mapping[str, LinearSpec]) -> dict[str, Any]:
             entry["also"] = list(spec.also)
         entries[stored] = entry
     version = TABLES if any(spec.kind != "linear" or spec.also for spec in linears.values()) else VERSION
-    return {"quant_method": "lilliput", "version": version, "schemes": schemes, "linears": entries}
+    plain = {"quant_method": "lilliput", "version": version, "schemes": schemes, "linears": entries}
+    return plain | {"version": BEHAVES, "behaviours": [dict(x) for x in behaviours]} if behaviours else plain
 
 
 def parse_config(entry: Mapping[str, Any]) -> dict[str, LinearSpec]:

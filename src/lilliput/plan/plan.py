@@ -22,10 +22,10 @@ from lilliput.machine.version import __version__
 from lilliput.model.edited import spreads, unedited
 from lilliput.model.stored import Model
 from lilliput.plan import cost as estimates
-from lilliput.plan import footprint, rehearsal
+from lilliput.plan import footprint, rehearsal, running
 from lilliput.plan.remarks import remarks
 from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve
-from lilliput.plan.tensors import METADATA, TensorPlan, lay_out
+from lilliput.plan.tensors import BEHAVIOUR, METADATA, TensorPlan, lay_out
 from lilliput.recipe.schema import Recipe
 from lilliput.streaming.peak import Run
 from lilliput.verbs.spec import Stage
@@ -116,7 +116,8 @@ class Plan:
     def parameters(self) -> int:
         """Parameters of the original model (quantization's own tensors do not count)."""
         linears = {x.name: x.linear.parameters for x in self.resolved.planned}
-        others = [x for x in self.tensors if x.source not in linears and x.kind != "untied head"]
+        added = ("untied head", BEHAVIOUR)
+        others = [x for x in self.tensors if x.source not in linears and x.kind not in added]
         held = {x.source for x in self.tensors} & linears.keys()
         return sum(x.nbytes // x.dtype.itemsize for x in others) + sum(linears[name] for name in held)
 
@@ -208,19 +209,6 @@ def scale_dtype(model: Model) -> torch.dtype:
     return torch.bfloat16 if torch.bfloat16 in stored else torch.float16
 
 
-def compute_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies it natively, else float32."""
-    if name != "auto":
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if name not in dtypes:
-            raise PlanError(f"--dtype {name} is not known: choose auto, float32, bfloat16 or float16")
-        return dtypes[name]
-    if device != "cpu":
-        return torch.bfloat16
-    flags = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if flags else torch.float32
-
-
 def _side_bytes(model: Model) -> int:
     """Bytes of the files beside the weights."""
     return sum(path.stat().st_size for path in model.source.side_files().values())
@@ -284,8 +272,8 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     reason = exporter.refuse(ordered, model.config)
     if reason is not None:
         raise PlanError(f"the layout '{plan.exporter}' cannot hold what an allocation decided: {reason}")
-    tensors, shards = lay_out(model, exporter, outcomes)
-    config = exporter.config(ordered, model.config)
+    tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model.anatomy()))
+    config = running.config(exporter.config(ordered, model.config), resolved, model.anatomy())
     if config is not None and (plan.quantization_config or {}).get("dequantize"):
         config["dequantize"] = True  # what the engine's loader needs does not depend on the decision
     return replace(
@@ -339,8 +327,10 @@ def make(
         )
     outcomes = _outcomes(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
-    exporter = export.choose(ordered, model.config, recipe.export, lambda x: _unloadable(x, model, resolved, outcomes))
-    tensors, shards = lay_out(model, exporter, outcomes)
+    running.check(model, resolved)
+    wanted = running.layout(resolved, recipe.export)
+    exporter = export.choose(ordered, model.config, wanted, lambda x: _unloadable(x, model, resolved, outcomes))
+    tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, anatomy))
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
     by_block: Counter[int] = Counter()
@@ -375,7 +365,7 @@ def make(
         fingerprint=model.source.fingerprint(),
         resolved=resolved,
         exporter=exporter.name,
-        quantization_config=exporter.config(ordered, model.config),
+        quantization_config=running.config(exporter.config(ordered, model.config), resolved, anatomy),
         outcomes=outcomes,
         tensors=tensors,
         shards=shards,

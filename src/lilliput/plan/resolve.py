@@ -76,7 +76,8 @@ class Resolved:
     def flows(self) -> bool:
         """Whether the block loop takes calibration samples through the blocks."""
         later = [x for x in self.tasks if x.spec.stage is not Stage.MODEL]
-        return any(x.needs or (x.spec.stage is Stage.BLOCK and x.spec.tokens(x.options)) for x in later)
+        looking = (Stage.BLOCK, Stage.RUNNING)
+        return any(x.needs or (x.spec.stage in looking and x.spec.tokens(x.options)) for x in later)
 
     @property
     def reads_tokens(self) -> bool:

@@ -18,6 +18,7 @@ from lilliput.model.stored import Model
 
 METADATA = {"format": "pt"}
 LARGE = frozenset({"embedding", "head", "untied head", "carried"})  # kinds of tensors that may be large
+BEHAVIOUR = "behaviour"  # kind of the tensors that say how the model runs
 PIECE = 16 * memory.MB  # of a tensor with more than two axes
 
 
@@ -71,10 +72,14 @@ def kind_of(name: str, model: Model) -> str:
 
 
 def lay_out(
-    model: Model, exporter: export.Exporter, outcomes: Mapping[str, Outcome]
+    model: Model,
+    exporter: export.Exporter,
+    outcomes: Mapping[str, Outcome],
+    added: Mapping[int, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]] | None = None,
 ) -> tuple[tuple[TensorPlan, ...], tuple[str, ...]]:
     """All tensors of the output in the order of their work, those outside the blocks first, and the names of its files.
 
+    added: dtype and shape by name, by block, of tensors that no model of this class has: those of behaviours.
     A file takes the tensors that come next, up to `SHARD` bytes; one that is larger by itself has a file of its own.
     """
     skeleton = model.skeleton
@@ -103,6 +108,8 @@ def lay_out(
             name, shape = model.stored_name(canonical), model.shape(canonical)
             dtype = model.written_dtype(canonical)
             planned.append(TensorPlan(name, kind_of(canonical, model), dtype, shape, 0, block, canonical))
+    for number, own in (added or {}).items():
+        planned += [TensorPlan(n, BEHAVIOUR, dtype, shape, 0, number, n) for n, (dtype, shape) in own.items()]
     return _shared_out(planned)
 
 

@@ -52,6 +52,8 @@ def assemble(
     pruned = any(x.get("sparsity") or x.get("pattern") for x in steps)
     zeros = count_zeros(model, shapes_of(model)) if pruned else None
     evidence |= {"size": count(model, against, zeros=zeros).to_json()} | dict(parts)
+    if evaluation.work is not None:
+        evidence["work"] = evaluation.work.to_json()
     evidence["quality"] = _quality(evaluation) | dict(parts.get("quality") or {})
     evidence["gates"] = check_gates(evidence, **vars(gates))
     evidence["verdict"] = verdict(evidence)

@@ -23,6 +23,7 @@ from lilliput.stats.site import SiteStats
 from lilliput.streaming.forward import Batches
 from lilliput.streaming.states import Activations
 from lilliput.target import Target
+from lilliput.verbs.behave import MlpIO
 from lilliput.verbs.spec import Spec, Stage, Task
 from lilliput.verbs.view import BlockFit, BlockIO, BlockView, FitBlock, FitIO
 
@@ -107,3 +108,12 @@ class CloseDriver(Driver):
     stage: ClassVar[Stage] = Stage.CLOSE
 
     run: Callable[[Task, FitBlock, FitIO, Mapping[str, Target]], BlockFit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningDriver(Driver):
+    """`run`: tensors that a finished block needs for the way in which it will run, by their names below its MLP."""
+
+    stage: ClassVar[Stage] = Stage.RUNNING
+
+    run: Callable[[Task, MlpIO], Mapping[str, Tensor]]

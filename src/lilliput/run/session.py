@@ -19,13 +19,14 @@ from lilliput.export.engine import Look
 from lilliput.machine import memory, ranks
 from lilliput.machine.cost import Cost
 from lilliput.machine.device import choose as choose_device
+from lilliput.machine.device import compute_dtype
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.metrics.slices import window
 from lilliput.model.stored import Model, open_model
 from lilliput.options import Calibration, Compute, Fit, Gates, Limits, Text
 from lilliput.plan import choices
-from lilliput.plan.plan import Plan, compute_dtype, make, resized
+from lilliput.plan.plan import Plan, make, resized
 from lilliput.progress import Progress, Quiet
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
@@ -33,6 +34,7 @@ from lilliput.report.evidence import assemble
 from lilliput.run import calibration, delivery, editing, journal, sizing, stages, stream
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
+from lilliput.runtime import behaviours
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
     where = choose_device(compute.device)
     dtype = compute_dtype(compute.dtype, where)
     base = open_model(job.model, dtype=dtype, device=where)
+    if behaviours.of(base.skeleton.model) is not None:
+        raise PlanError(
+            f"{job.model} leaves tokens or channels out while it runs, so its blocks are not those that would be "
+            "compressed: compress the model that it was made of, with that step at the end of the recipe"
+        )
     if job.fit is not None and not any(block.links for block in base.anatomy().blocks):
         recipe = compose(job.fit, folds=False)
         adjusted = recipes.with_settings(recipe, job.settings) if job.settings else recipe

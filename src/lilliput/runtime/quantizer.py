@@ -18,6 +18,7 @@ from lilliput.anatomy.widths import resize
 from lilliput.anatomy.wrapper import module_name, text_prefix
 from lilliput.errors import SourceError
 from lilliput.parts.linear import LinearSpec, parse_config
+from lilliput.runtime import behaviours
 from lilliput.runtime.linear import CompressedLinear, compress_
 
 if TYPE_CHECKING:
@@ -28,15 +29,21 @@ class LilliputConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` entry of a native folder, as docs/native-format.md describes it."""
 
     def __init__(
-        self, version: int, schemes: list[Any], linears: dict[str, Any], quant_method: str = "lilliput"
+        self,
+        version: int,
+        schemes: list[Any],
+        linears: dict[str, Any],
+        quant_method: str = "lilliput",
+        behaviours: list[Any] | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.version = version
         self.schemes = schemes
         self.linears = linears
+        self.behaviours = behaviours
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("quant_method", "version", "schemes", "linears")
+        names = ("quant_method", "version", "schemes", "linears", *(("behaviours",) if self.behaviours else ()))
         return {name: getattr(self, name) for name in names}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -61,7 +68,8 @@ class LilliputQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("cpu"):
             self.compressed = swap(model, specs.values())
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | _patterns(specs.values())
+        own = {re.escape(name) for name in behaviours.stored(self.quantization_config.behaviours or ())}
+        model._keys_to_ignore_on_load_unexpected = ignored | own | _patterns(specs.values())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if not self.files:  # loaded from a state_dict: whoever gives one fills the linears
@@ -75,6 +83,14 @@ class LilliputQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             module.fill(_read(where, list(module.spec.describe())), place[1])
             filled[place] = module
+        if entries := self.quantization_config.behaviours:
+            prefix, modules = text_prefix(model, model.config), dict(model.named_modules())
+            behaviours.install(
+                model,
+                entries,
+                lambda name: _read(where, [name])[name],
+                lambda name: module_name(name, modules, prefix),
+            )
         return model
 
 

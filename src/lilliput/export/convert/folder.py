@@ -32,6 +32,7 @@ from lilliput.export.folder import (
 from lilliput.export.outcome import Outcome
 from lilliput.export.provenance import LinearRow, Provenance, TensorRow, versions
 from lilliput.export.provenance import read as read_provenance
+from lilliput.model.stored import behaviours_of
 from lilliput.source.open import open_source
 from lilliput.source.reader import row_chunks
 from lilliput.source.source import Source
@@ -79,6 +80,11 @@ def admitted(folder: Path, out: Path, converter: Converter) -> tuple[Source, tup
     vacant(out)
     source = open_source(str(folder))
     found = outcomes(source)
+    if behaviours_of(source):
+        raise PlanError(
+            f"{folder} leaves tokens or channels out while it runs, which a folder as {converter.name} cannot say: "
+            "compress the model without token-pruning and dynamic-pruning, and convert that"
+        )
     reason = differ(source.text_config) or converter.refuse(found, source.config)
     if reason is not None:
         raise PlanError(f"{folder} cannot be written as {converter.name}: {reason}")

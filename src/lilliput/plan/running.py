@@ -1,0 +1,64 @@
+"""What steps that say how the finished model runs add to a plan: the layout, the config's entry, and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lilliput.anatomy.model import Anatomy
+from lilliput.errors import PlanError, SourceError
+from lilliput.model.weights import Model
+from lilliput.parts.linear import plain_config
+from lilliput.plan.resolve import Resolved
+from lilliput.runtime.behaviours.received import attention_of
+from lilliput.runtime.behaviours.state import TOKENS
+from lilliput.verbs import behave
+from lilliput.verbs.behave import Behave, Shapes
+from lilliput.verbs.spec import Stage
+
+LAYOUT = "lilliput"
+
+
+def layout(resolved: Resolved, wanted: str) -> str:
+    """The layout to ask for: only one has behaviours. Raises PlanError where the recipe asks for another one."""
+    tasks = resolved.at(Stage.RUNNING)
+    if not tasks:
+        return wanted
+    if wanted not in ("auto", LAYOUT):
+        raise PlanError(
+            f"{tasks[0].label} needs a layout that says how a model runs, and '{wanted}' does not: set `export: "
+            f"{LAYOUT}`, or leave `export` out"
+        )
+    return LAYOUT
+
+
+def check(model: Model, resolved: Resolved) -> None:
+    """Raises PlanError where the model's code does not let a step do what it asks for."""
+    for task in resolved.at(Stage.RUNNING):
+        entry = task.of(Behave).entry(model.anatomy(), task.options)
+        if entry["kind"] == TOKENS:
+            for block in range(len(model.skeleton.block_names)):
+                try:
+                    attention_of(model.skeleton.block(block))
+                except SourceError as error:
+                    raise PlanError(f"{task.label}: {error}") from None
+
+
+def config(entry: dict[str, Any] | None, resolved: Resolved, anatomy: Anatomy) -> dict[str, Any] | None:
+    """The entry `quantization_config` with the behaviours of the recipe's steps."""
+    tasks = resolved.at(Stage.RUNNING)
+    if not tasks:
+        return entry
+    mine = plain_config({}, [task.of(Behave).entry(anatomy, task.options) for task in tasks])
+    return mine if entry is None else entry | {key: mine[key] for key in ("version", "behaviours")}
+
+
+def tensors(resolved: Resolved, anatomy: Anatomy) -> Mapping[int, Shapes]:
+    """The tensors that the steps add, by block."""
+    added: dict[int, Shapes] = {}
+    for task in resolved.at(Stage.RUNNING):
+        for block in range(len(anatomy.blocks)):
+            own = behave.tensors(task, anatomy, block)
+            if own:
+                added[block] = {**added.get(block, {}), **own}
+    return added

@@ -1,0 +1,150 @@
+"""The config of an edited model: that of the model before with other sizes, found by trying the fields that may hold
+them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from lilliput.anatomy.setting import CHOSEN, chosen_field, named, setting
+from lilliput.anatomy.skeleton import Skeleton
+from lilliput.errors import PlanError, SourceError
+from lilliput.model.edit import Edit, experts_of, heads_of
+from lilliput.model.weights import Model
+
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "inner_dim", "moe_intermediate_size")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_GROUPS = ("n_group", "num_expert_group", "num_expert_groups")  # experts are chosen within groups of them
+
+
+def fitting(base: Model, edit: Edit, expected: Mapping[str, tuple[int, ...]]) -> Skeleton:
+    """The skeleton of the base's architecture whose tensors have the expected shapes."""
+    skeleton, reason = base.skeleton, ""
+    for config in configs(base, edit):
+        try:
+            type(config).from_dict(config.to_dict())  # as the folder will be opened: some sizes are refused only there
+            smaller = Skeleton(config, dtype=skeleton.dtype, device=skeleton.device)
+        except (SourceError, StrictDataclassError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            continue
+        if dict(smaller.shapes) == expected:
+            return smaller
+    raise PlanError(
+        f"no config of {type(skeleton.model).__name__} has the sizes that the edit leaves (its blocks, hidden "
+        "channels, heads or experts are not free to choose, or would differ from block to block): choose another "
+        f"ratio, or leave that kind out{f' ({reason.strip()})' if reason else ''}"
+    )
+
+
+def configs(base: Model, edit: Edit) -> Iterator[Any]:
+    """Configs that may have the sizes that an edit leaves, likeliest first."""
+    config = copy.deepcopy(base.skeleton.config)
+    count = len(base.skeleton.block_names)
+    if len(edit.blocks) != count:
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list | tuple) and len(value) == count:
+                setattr(config, name, type(value)(value[n] for n in edit.blocks))
+        config.num_hidden_layers = len(edit.blocks)
+    heads = _counts(len(x) for x in edit.heads.values())
+    if heads is not None:
+        block = next(iter(edit.heads))
+        before = len(heads_of(base.anatomy().blocks[block]))
+        width = _head_width(base, block)
+        for name in _HEADS:
+            if named(config, name) and isinstance(value := setting(config, name, block), int):
+                setattr(config, name, value * heads // before)
+        if named(config, "head_dim") or width * before != base.skeleton.hidden_size:
+            config.head_dim = width
+    if edit.hidden is not None:
+        config.head_dim = _head_width(base, 0)
+        config.hidden_size = edit.hidden
+    for routed in _routed(base, edit, config):
+        yield from _inner(base, edit, routed)
+
+
+def _routed(base: Model, edit: Edit, config: Any) -> Iterator[Any]:
+    """Configs with as many experts as an edit leaves, of which each token uses no more than there are."""
+    count, top = _counts(len(x) for x in edit.experts.values()), edit.top_k
+    if count is None and top is None:
+        yield config
+        return
+    used = chosen_field(config)
+    if used is None:
+        raise PlanError(
+            "the config does not say how many experts each token uses, by any known name: set one of "
+            f"{', '.join(CHOSEN[:3])} in config.json"
+        )
+    most = setting(config, used) if count is None else min(setting(config, used), count)
+    setattr(config, used, most if top is None else top)
+    if count is None:
+        yield config
+        return
+    before = len(experts_of(base.anatomy().blocks[next(iter(edit.experts))]))
+    groups = next((x for x in (setting(config, name) for name in _GROUPS) if isinstance(x, int) and x > 1), None)
+    if groups is not None and count < before:
+        raise PlanError(
+            f"{type(base.skeleton.model).__name__} chooses its experts within {groups} groups of equal size, and "
+            "experts that leave would move others to another group: leave its experts as they are"
+        )
+    words = [name for name, value in config.to_dict().items() if value == before and isinstance(value, int)]
+    for name in dict.fromkeys((*(x for x in _EXPERTS if setting(config, x) == before), *words)):
+        candidate = copy.deepcopy(config)
+        setattr(candidate, name, count)
+        yield candidate
+
+
+def _inner(base: Model, edit: Edit, config: Any) -> Iterator[Any]:
+    """Configs with as many hidden channels as an edit leaves."""
+    inner = _counts(len(x) for x in edit.channels.values())
+    if inner is None:
+        yield config
+        return
+    first = next(iter(edit.channels))
+    width = base.anatomy().blocks[first[0]].groups.channels[first[1]].width
+    words = [name for name, value in config.to_dict().items() if value == width and isinstance(value, int)]
+    for name in dict.fromkeys((*(x for x in _INNER if hasattr(config, x)), *words)):
+        candidate = copy.deepcopy(config)
+        setattr(candidate, name, inner)
+        yield candidate
+
+
+def _counts(counts: Iterator[int] | Any) -> int | None:
+    """The one number that all are, or None where there are none. Raises PlanError where they differ."""
+    found = set(counts)
+    if len(found) > 1:
+        raise PlanError(f"an edit leaves {min(found)} to {max(found)} of a kind in different blocks: engines need one")
+    return next(iter(found), None)
+
+
+def _head_width(base: Model, block: int) -> int:
+    """Width of one query head, as the config says it or as the residual stream is divided."""
+    config = base.skeleton.config
+    given = setting(config, "head_dim", block)
+    return int(given) if isinstance(given, int) else base.skeleton.hidden_size // int(config.num_attention_heads)
+
+
+def differences(old: Any, new: Any) -> dict[str, Any]:
+    before, after = old.to_dict(), new.to_dict()
+    return {key: value for key, value in after.items() if before.get(key) != value}
+
+
+def changed(raw: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's entries with the differences where it names them, entries within entries alike."""
+    return {
+        key: changed(value, differences) if isinstance(value, dict) else differences.get(key, value)
+        for key, value in raw.items()
+    }
+
+
+def whole_config(whole: Any, text: Any, before: Any) -> Any:
+    """The config of a model whose language model has the config `text`, in place of `before`."""
+    whole = copy.deepcopy(whole)
+    inner = whole.get_text_config(decoder=True)
+    for name, value in vars(text).items():
+        if vars(before).get(name) != value or name not in vars(inner):
+            setattr(inner, name, copy.deepcopy(value))
+    return whole

@@ -16,8 +16,9 @@ from torch import Tensor
 from lilliput.anatomy.explore import explore
 from lilliput.anatomy.model import Anatomy, Block
 from lilliput.anatomy.skeleton import Skeleton
+from lilliput.errors import PlanError, SourceError
 from lilliput.model.edit import Edit, bank_of, experts_of, heads_of, router_of
-from lilliput.model.fitting import changed, differences, fitting, whole_config
+from lilliput.model.fitting import changed, differences, fitting, runs, whole_config
 from lilliput.model.residual import Change
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.weights import Model, stretches
@@ -63,7 +64,12 @@ class EditedModel(Model):
 
     def anatomy(self) -> Anatomy:
         if self._anatomy is None:
-            self._anatomy = explore(self.skeleton)
+            try:
+                found = explore(self.skeleton)
+            except SourceError as error:
+                raise PlanError(f"a model of the sizes that an edit leaves does not run: {error}") from error
+            routed = self.edit.experts or self.edit.top_k is not None
+            self._anatomy = runs(found, self.skeleton.config) if routed else found
         return self._anatomy
 
     def base_block(self, block: int) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from lilliput.anatomy.setting import CHOSEN, chosen_field, named, setting
+from lilliput.anatomy.model import Anatomy
+from lilliput.anatomy.setting import CHOSEN, chosen, chosen_field, named, setting
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import PlanError, SourceError
 from lilliput.model.edit import Edit, experts_of, heads_of
@@ -38,6 +39,17 @@ def fitting(base: Model, edit: Edit, expected: Mapping[str, tuple[int, ...]]) ->
         "channels, heads or experts are not free to choose, or would differ from block to block): choose another "
         f"ratio, or leave that kind out{f' ({reason.strip()})' if reason else ''}"
     )
+
+
+def runs(anatomy: Anatomy, config: Any) -> Anatomy:
+    """The anatomy of an edited model. Raises PlanError where tokens do not use as many experts as the config says."""
+    used = {block.chosen for block in anatomy.blocks if block.chosen}
+    if used - {chosen(config)}:
+        raise PlanError(
+            f"{anatomy.architecture} lets each token use {max(used)} experts where its config says {chosen(config)}: "
+            "keep the number that it was made with, or more experts"
+        )
+    return anatomy
 
 
 def configs(base: Model, edit: Edit) -> Iterator[Any]:
@@ -128,8 +140,11 @@ def _head_width(base: Model, block: int) -> int:
 
 
 def differences(old: Any, new: Any) -> dict[str, Any]:
+    """What a config says otherwise than another, under all names that transformers takes a field by."""
     before, after = old.to_dict(), new.to_dict()
-    return {key: value for key, value in after.items() if before.get(key) != value}
+    found = {key: value for key, value in after.items() if before.get(key) != value}
+    aliases: dict[str, str] = getattr(new, "attribute_map", None) or {}
+    return {alias: found[field] for alias, field in aliases.items() if field in found} | found
 
 
 def changed(raw: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:

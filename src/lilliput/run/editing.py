@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.model import Block
-from lilliput.anatomy.setting import chosen, setting
+from lilliput.anatomy.setting import setting
 from lilliput.machine import memory, ranks
 from lilliput.model import rotated
 from lilliput.model.block import BlockWeights
@@ -53,9 +53,8 @@ def prepared(model: Model, recipe: Recipe) -> Model:
 
 
 def _units(model: Model) -> tuple[Units, ...]:
-    config = model.skeleton.config
-    queries = setting(config, "num_attention_heads", 0)
-    return edits.units_of(model.anatomy(), model.skeleton.hidden_size, int(queries or 1), chosen(config) or 0)
+    queries = setting(model.skeleton.config, "num_attention_heads", 0)
+    return edits.units_of(model.anatomy(), model.skeleton.hidden_size, int(queries or 1))
 
 
 def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Model:

@@ -81,22 +81,22 @@ SkipLoss = Callable[[Collection[int]], float]
 """Mean cross-entropy in nats of the model without some of its blocks, by number."""
 
 
-def units_of(anatomy: Anatomy, hidden: int, queries: int, top_k: int = 0) -> tuple[Units, ...]:
-    """What there is to leave out, by block; hidden, queries, top_k: see `Units`."""
+def units_of(anatomy: Anatomy, hidden: int, queries: int) -> tuple[Units, ...]:
+    """What there is to leave out, by block; hidden, queries: see `Units`."""
     kinds: dict[int, Units] = {}
     for block in anatomy.blocks:
         if id(block) not in kinds:
-            kinds[id(block)] = _units(block, hidden, queries, top_k)
+            kinds[id(block)] = _units(block, hidden, queries)
     return tuple(kinds[id(block)] for block in anatomy.blocks)
 
 
-def _units(block: Block, hidden: int, queries: int, top_k: int) -> Units:
+def _units(block: Block, hidden: int, queries: int) -> Units:
     heads, mlps = heads_of(block), block.groups.channels
     head_cost = sum(span_weights(block, x.members) for x in heads[:1])
     channel_cost = sum(span_weights(block, x.group(0).members) for x in mlps[:1])
     weights = sum(x.parameters for x in block.linears)
     widths, experts = tuple(x.width for x in mlps), len(experts_of(block))
-    return Units(widths, len(heads), channel_cost, head_cost, weights, hidden, queries, experts, top_k)
+    return Units(widths, len(heads), channel_cost, head_cost, weights, hidden, queries, experts, block.chosen)
 
 
 def span_weights(block: Block, members: Sequence[tuple[str, str, tuple[int, int]]]) -> int:

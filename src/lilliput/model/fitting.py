@@ -19,6 +19,7 @@ from lilliput.model.weights import Model
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "inner_dim", "moe_intermediate_size")
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_PLACES = ("mlp_only_layers",)  # lists of blocks by number
 _GROUPS = ("n_group", "num_expert_group", "num_expert_groups")  # experts are chosen within groups of them
 
 
@@ -60,6 +61,8 @@ def configs(base: Model, edit: Edit) -> Iterator[Any]:
         for name, value in list(vars(config).items()):
             if isinstance(value, list | tuple) and len(value) == count:
                 setattr(config, name, type(value)(value[n] for n in edit.blocks))
+        for name in (x for x in _PLACES if getattr(config, x, None)):
+            setattr(config, name, [edit.blocks.index(n) for n in getattr(config, name) if n in edit.blocks])
         config.num_hidden_layers = len(edit.blocks)
     heads = _counts(len(x) for x in edit.heads.values())
     if heads is not None:
@@ -97,10 +100,14 @@ def _routed(base: Model, edit: Edit, config: Any) -> Iterator[Any]:
         return
     before = len(experts_of(base.anatomy().blocks[next(iter(edit.experts))]))
     groups = next((x for x in (setting(config, name) for name in _GROUPS) if isinstance(x, int) and x > 1), None)
-    if groups is not None and count < before:
+    if groups is not None and count != before:
         raise PlanError(
             f"{type(base.skeleton.model).__name__} chooses its experts within {groups} groups of equal size, and "
             "experts that leave would move others to another group: leave its experts as they are"
+        )
+    if not before:
+        raise PlanError(
+            "a block has no experts that its router was seen to choose among: leave its experts as they are"
         )
     words = [name for name, value in config.to_dict().items() if value == before and isinstance(value, int)]
     for name in dict.fromkeys((*(x for x in _EXPERTS if setting(config, x) == before), *words)):

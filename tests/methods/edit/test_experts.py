@@ -44,7 +44,8 @@ def seen(model: Model, ids: torch.Tensor, folder: Path, block: int) -> Routing:
 
 def by_token(folder: Path, ids: torch.Tensor, block: int) -> dict[str, Any]:
     """The same sums, token by token in float64, from what transformers' own block gets."""
-    whole = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    plain: dict[str, Any] = {"experts_implementation": "eager"}  # the others know no float64
+    whole = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **plain).eval().requires_grad_(False)
     mlp = whole.model.layers[block].mlp
     inputs: list[torch.Tensor] = []
     mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))

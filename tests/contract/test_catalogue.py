@@ -55,7 +55,8 @@ def parents(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
     def make(name: str) -> str:
         if name not in found:
-            found[name] = compress(tiny("mixtral" if name in EXPERTS else "qwen2"), name, tmp_path_factory.mktemp("parent") / "out")
+            model = tiny("mixtral" if name in EXPERTS else "qwen2")
+            found[name] = compress(model, name, tmp_path_factory.mktemp("parent") / "out")
         return found[name]
 
     return make

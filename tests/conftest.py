@@ -42,6 +42,19 @@ _TINY: dict[str, Callable[[], Any]] = {
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
+    # A block without experts between two that have them.
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(
+        **_SIZES,
+        num_hidden_layers=3,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
     "gpt2": lambda: tf.GPT2Config(vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256),
     # Attention and MLP side by side.
     "neox": lambda: tf.GPTNeoXConfig(**_SIZES, num_hidden_layers=2, intermediate_size=128, use_parallel_residual=True),

@@ -18,6 +18,7 @@ from lilliput.recipe.load import load
 pytestmark = pytest.mark.slow
 
 Tiny = Callable[[str], Path]
+EXPERTS = ("expert-pruning", "task-expert-pruning")  # what only a model with experts runs
 IDS = [key for key, method in catalogue.covering().items() if isinstance(method.spec.covers[key], list)]
 
 
@@ -54,7 +55,8 @@ def parents(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
     def make(name: str) -> str:
         if name not in found:
-            found[name] = compress(tiny("qwen2"), name, tmp_path_factory.mktemp("parent") / "out")
+            model = tiny("mixtral" if name in EXPERTS else "qwen2")
+            found[name] = compress(model, name, tmp_path_factory.mktemp("parent") / "out")
         return found[name]
 
     return make
@@ -76,7 +78,7 @@ def test_the_recipe_runs_and_differs(
     recipe = tmp_path / "r.yaml"
     recipe.write_text(capfd.readouterr().out, encoding="utf-8")
     method = catalogue.find(key)
-    written = compress(tiny("qwen2"), str(recipe), tmp_path / "out")
+    written = compress(tiny("mixtral" if key in EXPERTS else "qwen2"), str(recipe), tmp_path / "out")
     parent = method.name if key != method.name else method.spec.baseline
     if parent is not None:
         assert written != parents(parent)

@@ -20,7 +20,7 @@ from lilliput.verbs.spec import Task
 
 EDIT = sorted(n for n, m in methods.discover().items() if isinstance(m.spec, Edit))
 BLOCKS = 12
-UNITS = tuple(Units((64,), 4, 3 * 48, 3000, 40_000, 160, 4) for _ in range(BLOCKS))
+UNITS = tuple(Units((64,), 4, 3 * 48, 3000, 40_000, 160, 4, 8, 2) for _ in range(BLOCKS))
 
 
 def spec(name: str) -> tuple[Edit[Any], Any]:
@@ -36,6 +36,9 @@ def scores() -> list[EditScores]:
             "block": (float(torch.rand(1, generator=draw)),),
             "heads": tuple(torch.rand(4, generator=draw).tolist()),
             "channels.0": tuple(torch.rand(64, generator=draw).tolist()),
+            "experts": tuple(torch.rand(8, generator=draw).tolist()),
+            "experts.alike": tuple(torch.rand(64, generator=draw).tolist()),
+            "gates": (0.75, 0.25),
         }
         for _ in range(BLOCKS)
     ]
@@ -44,20 +47,21 @@ def scores() -> list[EditScores]:
 def sizes_of(edit: Decision) -> Sizes:
     channels = {len(x) for x in edit.channels.values()}
     heads = {len(x) for x in edit.heads.values()}
-    assert len(channels) <= 1
-    assert len(heads) <= 1
-    return Sizes(len(edit.blocks), next(iter(channels), None), next(iter(heads), None), edit.hidden)
+    experts = {len(x) for x in edit.experts.values()}
+    assert max(len(channels), len(heads), len(experts)) <= 1
+    found = (next(iter(x), None) for x in (channels, heads))
+    return Sizes(len(edit.blocks), *found, edit.hidden, next(iter(experts), None), edit.top_k)
 
 
 @pytest.mark.parametrize("name", EDIT)
 def test_what_stays_has_the_sizes_that_were_planned_and_repeats(name: str) -> None:
     method, options = spec(name)
     sizes = method.sizes(UNITS, options)
-    assert sizes not in (Sizes(BLOCKS), Sizes(BLOCKS, 64, 4), Sizes(BLOCKS, hidden=160))
+    assert sizes not in (Sizes(BLOCKS), Sizes(BLOCKS, 64, 4), Sizes(BLOCKS, hidden=160), Sizes(BLOCKS, experts=8))
     first, again = (method.run(scores(), UNITS, sizes, options) for _ in range(2))
     assert first == again
     assert sizes_of(first) == sizes_of(first_of(UNITS, sizes)) == sizes
-    for kept in (first.blocks, *first.channels.values(), *first.heads.values()):
+    for kept in (first.blocks, *first.channels.values(), *first.heads.values(), *first.experts.values()):
         assert list(kept) == sorted(set(kept))
 
 
@@ -86,7 +90,7 @@ def test_scores_leave_their_inputs_alone_and_name_what_there_is(name: str, toy: 
     io = EditIO(stats, slopes, squares, 0.5, gates, {n: x @ x.T for n, x in slopes.items()})
     found = method.score(EditView(block, lambda n: toy.tensors[n]), io, options)
     for key, values in found.items():
-        assert key in ("block", "heads") or key.startswith("channels.")
+        assert key in ("block", "heads", "experts", "experts.alike", "gates") or key.startswith("channels.")
         assert all(isinstance(x, float) for x in values)
     assert found or method.sizes(UNITS, options).channels is None
     assert all(torch.equal(tensors[n], x) for n, x in toy.tensors.items())

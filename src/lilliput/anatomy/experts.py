@@ -79,8 +79,9 @@ def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_batched(module: nn.Module) -> bool:
-    """Whether a module holds 3-D parameters of its own, as experts do."""
-    return any(p is not None and p.dim() == 3 and p.shape[0] > 1 for p in module._parameters.values())
+    """Whether a module holds 3-D parameters of its own, as experts do; a single one is told by its names."""
+    held = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+    return any(p.shape[0] > 1 for p in held.values()) or held.keys() == {"gate_up_proj", "down_proj"}
 
 
 def _same_function(module: nn.Module, experts: int, hidden: int, inner: int, act: nn.Module) -> bool:

@@ -113,6 +113,7 @@ def _look(probe: Probe) -> Block:
         notes=tuple(notes),
         residual_readers=stream.readers,
         residual_writers=stream.writers,
+        chosen=probe.base.chosen,
     )
 
 

@@ -142,6 +142,7 @@ class Block:
     notes: tuple[str, ...] = ()  # what could not be verified, in words
     residual_readers: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (norm, linears that read it); empty: no rotation
     residual_writers: tuple[str, ...] = ()  # linears whose output is added to the residual stream
+    chosen: int = 0  # experts that each token uses
 
     def linear(self, name: str) -> Linear:
         return next(x for x in self.linears if x.name == name)

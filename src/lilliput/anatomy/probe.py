@@ -35,7 +35,8 @@ class Found:
 class Seen:
     """One run: inputs by linear [.., in], outputs by linear, norms' inputs and outputs, the block's output.
 
-    `keys` tells which inputs are one and the same tensor; `order` lists linears as they ran.
+    `keys` tells which inputs are one and the same tensor; `order` lists linears as they ran; `chosen`: experts
+    that each token used, 0 where there are none.
     """
 
     inputs: Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class Seen:
     norms: Mapping[str, tuple[Tensor, Tensor]]
     order: tuple[str, ...]
     out: Tensor
+    chosen: int = 0
 
 
 class Probe:
@@ -150,8 +152,11 @@ class Probe:
             self.calls = self.skeleton.calls(self.batch, self.tokens)
             run = self._run(self.hidden)
             if all(f.name in run.inputs for f in self.linears.values() if f.expert is not None) or self.batch >= 1024:
-                return run
+                break
             self.batch *= 4
+        if not bool(torch.isfinite(run.out).all()):
+            raise SourceError(f"block '{self.prefix[:-1]}' gives numbers that are not finite for random weights")
+        return run
 
     def _run(self, hidden: Tensor) -> Seen:
         inputs: dict[str, Tensor] = {}
@@ -159,6 +164,7 @@ class Probe:
         outputs: dict[str, Tensor] = {}
         norms: dict[str, tuple[Tensor, Tensor]] = {}
         order: list[str] = []
+        chosen: list[int] = []
         alive: list[Tensor] = []  # a freed tensor's address would be used again
 
         def on_linear(name: str) -> Any:
@@ -182,6 +188,8 @@ class Probe:
 
         handles = [self.block.get_submodule(n).register_forward_hook(on_linear(n)) for n in self.linears]
         handles += [self.block.get_submodule(n).register_forward_hook(on_norm(n)) for n in self.norms]
+        banks = [m for m in self.block.modules() if isinstance(m, UnrolledExperts)]
+        handles += [m.register_forward_pre_hook(lambda _, args: chosen.append(args[1].shape[-1])) for m in banks]
         try:
             with torch.no_grad():
                 out = self.skeleton.run(self.index, hidden.clone(), self.calls)
@@ -190,7 +198,7 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
-        return Seen(inputs, keys, outputs, norms, tuple(order), out.clone())
+        return Seen(inputs, keys, outputs, norms, tuple(order), out.clone(), max(chosen, default=0))
 
 
 def differs(a: Tensor, b: Tensor) -> bool:

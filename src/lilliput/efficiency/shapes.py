@@ -12,12 +12,10 @@ from math import prod
 from typing import Any
 
 from lilliput.anatomy.model import Block, Linear
-from lilliput.anatomy.setting import setting
+from lilliput.anatomy.setting import CHOSEN, chosen, setting
 from lilliput.errors import SourceError
 from lilliput.model.stored import Model
 
-# How configs call the number of experts that each token goes through, and the size of a chunk of attention.
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k")
 _ATTENDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -125,8 +123,8 @@ def shapes_of(model: Model) -> Shapes:
             shape = skeleton.shapes[tensor]
             if len(shape) == 1:
                 norms.append(shape[0] if shape[0] >= skeleton.hidden_size else shape[0] * _heads(config, i))
-            elif len(shape) == 3 and shape[1] > 1 and _chosen(config) is not None:
-                active = Fraction(_chosen(config) or 1, shape[0])
+            elif len(shape) == 3 and shape[1] > 1 and chosen(config) is not None:
+                active = Fraction(chosen(config) or 1, shape[0])
                 linears.append(Matrix(tensor, "experts", i, shape[1], shape[2], active, shape[0]))
             else:
                 notes[f"{tensor.removeprefix(name + '.')}: operations of this tensor are not counted"] = None
@@ -161,11 +159,11 @@ def _linears(config: Any, name: str, number: int, block: Block) -> Iterable[Matr
     for x in block.linears:
         active = Fraction(1)
         if x.expert is not None:
-            experts_per_token = _chosen(config)
+            experts_per_token = chosen(config)
             if experts_per_token is None:
                 raise SourceError(
                     f"{name} has {banks[_bank(x)]} experts, and the config does not say how many of them each "
-                    f"token uses: set one of {', '.join(_CHOSEN[:3])} in config.json"
+                    f"token uses: set one of {', '.join(CHOSEN[:3])} in config.json"
                 )
             active = Fraction(min(experts_per_token, banks[_bank(x)]), banks[_bank(x)])
         yield Matrix(f"{name}.{x.name}.weight", x.role, number, x.out_features, x.in_features, active)
@@ -174,11 +172,6 @@ def _linears(config: Any, name: str, number: int, block: Block) -> Iterable[Matr
 def _bank(linear: Linear) -> str:
     """The same linear of all experts: its name without the expert's number."""
     return linear.name.replace(f".{linear.expert}.", ".*.", 1)
-
-
-def _chosen(config: Any) -> int | None:
-    values = (getattr(config, key, None) for key in _CHOSEN)
-    return next((x for x in values if isinstance(x, int) and x > 0), None)
 
 
 def _kind(config: Any, i: int) -> str:

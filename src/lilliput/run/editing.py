@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,9 @@ from lilliput.plan.resolve import ordered
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
 from lilliput.run.journal import Losses, Work
+from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
-from lilliput.streaming import backward
+from lilliput.streaming import backward, routing
 from lilliput.streaming.backward import Samples
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import through
@@ -161,28 +162,35 @@ def _from_blocks(
         if path.name != f"{stem}-{start:04d}.bin":
             path.unlink()  # of a run killed between a record and its tidying
     flow: Flow | None = None
-    if task.needs or spec.looks_alike(task.options):
+    routed = spec.sees_routing(task.options)
+    if task.needs or spec.looks_alike(task.options) or routed:
         flow = Flow(_looked_at(plan, task, ids), plan.batching.batch, work.folder, stem, plan.dtype)
     progress.step(start, count, "scoring what may leave")
     recorded = known[start - 1]["hidden"] if start else None
     with torch.no_grad():
         for passage in walk(base, flow, first=start, recorded=recorded):
-            stats = _statistics(base, passage, task.needs)
+            stats, used = _statistics(base, passage, task.needs, routed)
             alike = _similarity(passage) if spec.looks_alike(task.options) else None
             base.unload_block(passage.block)
             view = _view(base, passage.block)
-            scores = spec.score(view, EditIO(stats, {}, {}, alike), task.options) if spec.score is not None else {}
+            io = EditIO(stats, {}, {}, alike, routing=used)
+            scores = spec.score(view, io, task.options) if spec.score is not None else {}
             del view
             _note(task, passage.block, scores, work, passage.checksum())
             progress.step(passage.block + 1, count, "scoring what may leave")
 
 
-def _statistics(base: Model, passage: Passage, needs: frozenset[str]) -> Mapping[str, SiteStats]:
+def _statistics(
+    base: Model, passage: Passage, needs: frozenset[str], routed: bool
+) -> tuple[Mapping[str, SiteStats], Routing | None]:
+    """Of a pass through a block: statistics of its sites and, where a score reads it, how its experts were used."""
     if passage.batches is None or passage.inputs is None:
-        return {}
+        return {}, None
     block: Block = base.anatomy().blocks[passage.block]
     runs = through(base.skeleton, passage.block, passage.batches, passage.inputs, passage.outputs)
-    return collect(base.skeleton, passage.block, block.sites, {x.name: needs for x in block.sites}, runs)
+    with routing.watched(base.skeleton, passage.block, block) if routed else nullcontext() as seen:
+        stats = collect(base.skeleton, passage.block, block.sites, {x.name: needs for x in block.sites}, runs)
+    return stats, None if seen is None else seen.routing
 
 
 def _similarity(passage: Passage) -> float:

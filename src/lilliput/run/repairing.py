@@ -92,6 +92,13 @@ def base_block(model: Model, block: int) -> int:
     return base_block(model.base, model.base_block(block)) if isinstance(model, EditedModel) else block
 
 
+def base_name(model: Model, canonical: str) -> str | None:
+    """The name that a tensor has in the unedited model; None where it averages several of them."""
+    if not isinstance(model, EditedModel):
+        return canonical
+    return None if model.averaged(canonical) else base_name(model.base, model.base_name(canonical))
+
+
 def _columns(model: Model, name: str, axis: int) -> Tensor | None:
     """Of an edited tensor, the indices along an axis in the unedited one; None where all are there."""
     if not isinstance(model, EditedModel):
@@ -116,16 +123,19 @@ def repaired(
     device = weights.device
 
     def consumers() -> Mapping[str, Consumer]:
+        """An average of experts is nothing that the unedited model has: what it reads is not fitted."""
+        whole = BlockWeights(tutor.model, mine, tutor.model.anatomy().blocks[mine])
         cut: dict[str, tuple[Linear, Tensor]] = {}
         for linear in anatomy.linears:
-            kept = _columns(model, f"{weights.prefix}.{linear.name}.weight", int(not linear.transposed))
-            if kept is not None:
-                cut[linear.name] = linear, kept
+            tensor = f"{weights.prefix}.{linear.name}.weight"
+            kept, old = _columns(model, tensor, int(not linear.transposed)), base_name(model, tensor)
+            if kept is not None and old is not None:
+                name = old.removeprefix(f"{whole.prefix}.").removesuffix(".weight")
+                cut[linear.name] = whole.anatomy.linear(name), kept
         one, two = tutor.grams(mine, frozenset(x.site for x, _ in cut.values()), inputs) if cut else ({}, {})
-        whole = BlockWeights(tutor.model, mine, tutor.model.anatomy().blocks[mine])
         return {
             name: Consumer(
-                whole.linear(whole.anatomy.linear(name)).to(device),
+                whole.linear(x).to(device),
                 (one[x.site].to(device), two[x.site].to(device)),
                 kept.to(device),
             )

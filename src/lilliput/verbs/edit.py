@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lilliput.errors import PlanError
 from lilliput.machine.cost import Cost, Phase
-from lilliput.model.edited import Edit as Decision
+from lilliput.model.edit import Edit as Decision
 from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units
@@ -23,8 +23,8 @@ class Edit(Spec[OptionsT]):
     losses of the model without some of its blocks (None from it: by scores after all). `gradients(options)`: whether a
     score reads gradients and their squares; `gates(options)`: whether it reads the derivatives of single samples by
     gates; `outputs(options)`: whether it reads covariances of output gradients; `similar(options)`: whether it reads
-    how alike a block's inputs and outputs are. `looked_at(samples, options)`: samples that losses or gradients are
-    taken over, of so many.
+    how alike a block's inputs and outputs are; `routed(options)`: whether it reads how tokens use experts.
+    `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
     `turned`: it keeps the first channels of a residual stream that a step before it has turned.
     """
 
@@ -42,6 +42,7 @@ class Edit(Spec[OptionsT]):
     gates: Callable[[OptionsT], bool] | None = None
     outputs: Callable[[OptionsT], bool] | None = None
     similar: Callable[[OptionsT], bool] | None = None
+    routed: Callable[[OptionsT], bool] | None = None
     turned: bool = False
     looked_at: Callable[[int, OptionsT], int] | None = None
     writes: Writes = "fold"
@@ -78,8 +79,13 @@ class Edit(Spec[OptionsT]):
         """Whether its scores read how alike a block's inputs and outputs are."""
         return self.asks(self.similar, options)
 
+    def sees_routing(self, options: OptionsT) -> bool:
+        """Whether its scores read how tokens use experts."""
+        return self.routed is not None and self.routed(options)
+
     def tokens(self, options: OptionsT) -> bool:
-        return self.loss is not None or self.looks_alike(options) or self.slopes(options)
+        looks = self.looks_alike(options) or self.sees_routing(options)
+        return self.loss is not None or looks or self.slopes(options)
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         """The model is scored before anything has left it."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lilliput.anatomy.model import Anatomy, Block
 from lilliput.errors import LilliputError, PlanError
-from lilliput.model.edited import Edit, heads_of
+from lilliput.model.edit import Edit, experts_of, heads_of
+from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict
 
@@ -22,7 +23,7 @@ from lilliput.target import Strict
 class Units:
     """What can leave a block. channels: the width of each of its MLPs; heads: heads with their query group;
     channel_cost, head_cost: weights of one of each; weights: of all its linears; hidden, queries: width of the residual
-    stream, and query heads, which have to divide it."""
+    stream, and query heads, which have to divide it; experts, top_k: experts, and how many of them each token uses."""
 
     channels: tuple[int, ...]
     heads: int
@@ -31,13 +32,15 @@ class Units:
     weights: int
     hidden: int = 0
     queries: int = 1
+    experts: int = 0
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What stays: so many blocks, in each of them hidden channels of every MLP and heads, and channels of the residual
-    stream (None: all). spread: these are means over the blocks; as many weights stay in all, and in each block a
-    multiple of `multiple` hidden channels."""
+    """What stays: so many blocks, in each of them hidden channels of every MLP, heads and experts, channels of the
+    residual stream, and experts that each token uses (None: all, or as many as before). spread: these are means over
+    the blocks; as many weights stay in all, and in each block a multiple of `multiple` hidden channels."""
 
     blocks: int
     channels: int | None = None
@@ -45,6 +48,8 @@ class Sizes:
     hidden: int | None = None
     spread: bool = False
     multiple: int = 1
+    experts: int | None = None
+    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class EditIO:
     the cosine between what enters the block and what leaves it. gates: under the keys of `EditScores`, float64
     [samples, units], the derivative of each sample's mean cross-entropy by a number 1 that multiplies what the unit
     hands on. outputs: by linear, float32 [out, out], the mean over tokens of g gT, g the gradient by what it gives.
+    routing: how the block's router used its experts.
     """
 
     stats: Mapping[str, SiteStats]
@@ -72,11 +78,13 @@ class EditIO:
     similarity: float | None = None
     gates: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    routing: Routing | None = None
 
 
 EditScores = Mapping[str, tuple[float, ...]]
-"""Of one block: under "block" one number, under "heads" one for each head, under "channels.N" one for each hidden
-channel of its MLP number N. They go through the journal."""
+"""Of one block: under "block" one number, under "heads" one for each head, under "experts" one for each expert,
+under "experts.alike" one for each pair of them, row by row, under "gates" one for each place in a token's choice of
+experts, under "channels.N" one for each hidden channel of its MLP number N. They go through the journal."""
 
 SkipLoss = Callable[[Collection[int]], float]
 """Mean cross-entropy in nats of the model without some of its blocks, by number."""
@@ -96,7 +104,8 @@ def _units(block: Block, hidden: int, queries: int) -> Units:
     head_cost = sum(span_weights(block, x.members) for x in heads[:1])
     channel_cost = sum(span_weights(block, x.group(0).members) for x in mlps[:1])
     weights = sum(x.parameters for x in block.linears)
-    return Units(tuple(x.width for x in mlps), len(heads), channel_cost, head_cost, weights, hidden, queries)
+    widths, experts = tuple(x.width for x in mlps), len(experts_of(block))
+    return Units(widths, len(heads), channel_cost, head_cost, weights, hidden, queries, experts, block.chosen)
 
 
 def span_weights(block: Block, members: Sequence[tuple[str, str, tuple[int, int]]]) -> int:
@@ -181,6 +190,35 @@ def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence
     return Sizes(len(units), kept, heads if "head" in kinds else None)
 
 
+class Fewer(Strict):
+    """Options of what leaves fewer experts, as many in every block."""
+
+    ratio: float = Field(0.25, ge=0.0, lt=1.0, description="share of each block's experts that leaves")
+    experts: int | None = Field(None, ge=1, description="experts of each block that stay, in place of ratio")
+
+
+def fewer(units: Sequence[Units], o: Fewer) -> Sizes:
+    """What stays by these options. Raises PlanError for a model without experts, or with fewer than are to stay."""
+    count = experts_in(units)
+    kept = max(1, round((1.0 - o.ratio) * count)) if o.experts is None else o.experts
+    if kept > count:
+        raise PlanError(f"{kept} experts cannot stay in each block: there are {count}; give a smaller number")
+    return Sizes(len(units), experts=kept)
+
+
+def experts_in(units: Sequence[Units]) -> int:
+    """How many experts each block has that has any. Raises PlanError where none has, or blocks differ."""
+    found = {x.experts for x in units if x.experts}
+    if not found:
+        raise PlanError(
+            "this model has no experts that a router was seen to choose among: leave the step out, or take `flap` or "
+            "`drop-layers`, which need none"
+        )
+    if len(found) > 1:
+        raise PlanError(f"blocks have {min(found)} to {max(found)} experts: nothing can be the same in all")
+    return found.pop()
+
+
 def first_of(units: Sequence[Units], sizes: Sizes) -> Edit:
     """An edit of these sizes before anything is scored: the first of everything stays."""
     return _chosen(units, sizes, lambda block, key, count: tuple(range(count)))
@@ -190,13 +228,17 @@ def _chosen(units: Sequence[Units], sizes: Sizes, pick: Callable[[int, str, int]
     """The edit of these sizes in which `pick(block, key, count)` stays of what has that key in `EditScores`."""
     channels: dict[tuple[int, int], tuple[int, ...]] = {}
     heads: dict[int, tuple[int, ...]] = {}
+    experts: dict[int, tuple[int, ...]] = {}
     for n in range(sizes.blocks):
         if sizes.channels is not None:
             for m in range(len(units[n].channels)):
                 channels[n, m] = pick(n, f"channels.{m}", sizes.channels)
         if sizes.heads is not None:
             heads[n] = pick(n, "heads", sizes.heads)
-    return Edit(tuple(range(sizes.blocks)), channels, heads, sizes.hidden, sizes.spread)
+        if sizes.experts is not None and units[n].experts:
+            experts[n] = pick(n, "experts", sizes.experts)
+    blocks = tuple(range(sizes.blocks))
+    return Edit(blocks, channels, heads, sizes.hidden, sizes.spread, experts, top_k=sizes.top_k)
 
 
 def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:
@@ -213,6 +255,7 @@ def best_units(scores: Sequence[EditScores], units: Sequence[Units], sizes: Size
     that are worth most for their weights in the whole model."""
     if sizes.spread:
         return spread_units(scores, units, sizes)
+    """In every block the heads, experts and hidden channels of the highest scores stay."""
     return _chosen(units, sizes, lambda block, key, count: highest(scores[block][key], count))
 
 

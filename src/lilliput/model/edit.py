@@ -1,0 +1,90 @@
+"""What an edit keeps of a model, as plain data that the journal holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lilliput.anatomy.model import Block, Group
+
+Shares = tuple[tuple[int, float], ...]
+"""Experts that become one, each with its share of the average."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What stays of a model, in the numbers of the model that is edited.
+
+    blocks: blocks, in order. channels: by block and by number among its MLPs (experts have one each), hidden channels.
+    heads: by block, heads with their query groups. hidden: of a model that is turned, the first so many channels of the
+    residual stream (None: all). spread: the decision may divide channels and heads between blocks otherwise, at as many
+    weights in all. experts: by block, experts with their rows of the router. merged: by block, for each of
+    these experts the experts whose weights it averages. top_k: experts that each token uses (None: as many as before,
+    or all where fewer stay). What is not named stays whole.
+    """
+
+    blocks: tuple[int, ...]
+    channels: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    hidden: int | None = None
+    spread: bool = False
+    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    merged: Mapping[int, tuple[Shares, ...]] = field(default_factory=dict)
+    top_k: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """For a record of the journal."""
+        return {
+            "blocks": list(self.blocks),
+            "channels": [[*place, list(kept)] for place, kept in self.channels.items()],
+            "heads": [[block, list(kept)] for block, kept in self.heads.items()],
+            "hidden": self.hidden,
+            "spread": self.spread,
+            "experts": [[block, list(kept)] for block, kept in self.experts.items()],
+            "merged": [
+                [block, [[list(x) for x in group] for group in groups]] for block, groups in self.merged.items()
+            ],
+            "top_k": self.top_k,
+        }
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> Edit:
+        """Undo `plain`."""
+        return Edit(
+            tuple(plain["blocks"]),
+            {(int(b), int(n)): tuple(kept) for b, n, kept in plain["channels"]},
+            {int(b): tuple(kept) for b, kept in plain["heads"]},
+            plain["hidden"],
+            bool(plain["spread"]),
+            {int(b): tuple(kept) for b, kept in plain["experts"]},
+            {
+                int(b): tuple(tuple((int(e), float(share)) for e, share in group) for group in groups)
+                for b, groups in plain["merged"]
+            },
+            plain["top_k"],
+        )
+
+
+def heads_of(block: Block) -> list[Group]:
+    """The heads of a block, each with its query group."""
+    return [x for x in block.groups.listed if x.kind == "head"]
+
+
+def router_of(block: Block) -> str | None:
+    """The router whose rows are the experts of a block; None where there is none, or several."""
+    routers = {x.members[0][0] for x in block.groups.listed if x.kind == "expert"}
+    return next(iter(routers)) if len(routers) == 1 else None
+
+
+def experts_of(block: Block) -> list[Group]:
+    """The experts of a block, in the order of their router's rows; none where no one router chooses among them."""
+    return [x for x in block.groups.listed if x.kind == "expert"] if router_of(block) is not None else []
+
+
+def bank_of(block: Block) -> str | None:
+    """The module that holds the experts of a block: "mlp.experts"."""
+    for group in experts_of(block)[:1]:
+        for name, _, _ in group.members[1:]:
+            return name.partition(f".{block.linear(name).expert}.")[0]
+    return None

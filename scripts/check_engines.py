@@ -91,6 +91,8 @@ def cases() -> dict[str, Case]:
     down, rest = ({"where": x} for x in ({"include": ["*.down_proj"]}, {"exclude": ["*.down_proj", "lm_head"]}))
     four = grid(bits=4, symmetric=True)
     low = {"method": "lorc", "target": {"rank": 4}, "options": {"factors": "float16"}}
+    narrow = {"method": "flap", "options": {"ratio": 0.2, "multiple": 32}}
+    sliced = {"method": "slicegpt", "options": {"ratio": 0.25}}
     rows += [
         Case("int4 sym, one scale a row", "llama", engine, (grid(bits=4, symmetric=True, group_size="channel"),)),
         Case("int4 and int8 by linear", "llama", engine, (four | rest, grid(bits=8, symmetric=True) | down)),
@@ -113,6 +115,12 @@ def cases() -> dict[str, Case]:
         Case("gptq: int4 asym", "llama", engine, (grid(bits=4, symmetric=False),), "gptq"),
         Case("awq: int4 sym", "llama", engine, (four,), "awq"),
         Case("awq: int4 asym", "llama", engine, (grid(bits=4, symmetric=False),), "awq"),
+        Case("a block less", "llama", engine, ({"method": "drop-layers", "options": {"blocks": 1}},)),
+        Case("narrower MLPs", "llama", engine, (narrow,)),
+        Case("narrower MLPs, biases", "qwen2", engine, (narrow,)),
+        Case("narrower MLPs, int4 sym", "llama", engine, (narrow, four)),
+        Case("narrower residual stream", "llama", engine, ({"method": "principal"}, sliced)),
+        Case("fewer experts", "qwen3_moe", engine, ({"method": "expert-pruning", "options": {"experts": 3}},)),
         Case("adapter: int4 sym and low rank", "llama", native, (four, low), "adapter"),
     ]
     own = {native: "float32"}
@@ -192,7 +200,8 @@ def asked(folder: Path, dtype: str) -> dict[str, Any]:
 
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else None
     model = folder if adapter is None else folder / "base"
-    native = json.loads((model / "config.json").read_text())["quantization_config"]["quant_method"] == "lilliput"
+    quantized = json.loads((model / "config.json").read_text()).get("quantization_config", {})
+    native = quantized.get("quant_method") == "lilliput"
     engine = LLM(
         str(model),
         load_format="lilliput" if native else "auto",

@@ -26,12 +26,15 @@ def named_ids(config: Mapping[str, Any]) -> set[int]:
     return {x for x in found if x >= 0}
 
 
-def renumbered(config: Mapping[str, Any], number: Mapping[int, int], where: str) -> dict[str, Any]:
+def renumbered(config: Mapping[str, Any], number: Mapping[int, int], rows: int, where: str) -> dict[str, Any]:
     """The entries of a config that name tokens, with their new ids; lists of tokens that are not to be written lose
-    those that have left. Raises PlanError, led by `where`, for an id that has left or an entry of another kind."""
-    if named_ids(config) - number.keys():
-        first = min(named_ids(config) - number.keys())
-        raise PlanError(f"{where} names the token {first}, which the tokenizer or the embedding lacks: correct it")
+    those that have left. Raises PlanError, led by `where`, for an id that has left or an entry of another kind.
+    Ids beyond the `rows` of the embedding, such as defaults of a class, name nothing and stay."""
+    gone = [x for x in sorted(named_ids(config)) if x not in number and x < rows]
+    if gone:
+        raise PlanError(
+            f"{where} names the token {gone[0]}, which the tokenizer does not have: correct the one or other"
+        )
     placed = [x for x in _PLACED if config.get(x)]
     if placed:
         raise PlanError(f"{where} has {placed[0]}, whose tokens cannot be renumbered: remove it from the model's files")
@@ -39,7 +42,7 @@ def renumbered(config: Mapping[str, Any], number: Mapping[int, int], where: str)
     def new(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [new(x) for x in value]
-        return value if value is None or value < 0 else number[value]
+        return value if value is None else number.get(value, value)
 
     def left(value: Any) -> Any:
         return [[number[y] for y in x] if isinstance(x, list) else number[x] for x in value if _all(x, number)]

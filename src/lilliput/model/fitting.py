@@ -85,7 +85,8 @@ def configs(base: Model, edit: Edit, expected: Mapping[str, tuple[int, ...]]) ->
             config.head_dim = width
     if edit.vocabulary is not None:
         config.vocab_size = len(edit.vocabulary)
-        for name, value in renumbered(config.to_dict(), numbering(edit.vocabulary), "config.json").items():
+        number, rows = numbering(edit.vocabulary), base.vocabulary
+        for name, value in renumbered(config.to_dict(), number, rows, "config.json").items():
             setattr(config, name, value)
     if edit.hidden is not None:
         config.head_dim = _head_width(base, 0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from lilliput.anatomy.token_ids import named_ids
 from lilliput.errors import SourceError
 from lilliput.parts.linear import LinearSpec
 from lilliput.progress import Progress
@@ -207,6 +208,12 @@ class Source:
         """The tokenizer's tokens and merges. Raises PlanError for one that is no BPE over bytes."""
         return byte_pairs(self.side_files(), self.model)
 
+    def named_ids(self) -> set[int]:
+        """The ids of single tokens that the configs name."""
+        generation = self.side_files().get("generation_config.json")
+        entries = {} if generation is None else json.loads(generation.read_text(encoding="utf-8"))
+        return named_ids(self.text_config.to_dict()) | named_ids(entries)
+
     def trimmed(self, kept: Sequence[int]) -> Source:
         """The same checkpoint with a tokenizer of which only these token ids stay (ascending), numbered from 0 on; its
         weights are read as before. Raises PlanError for a tokenizer that is no BPE over bytes."""
@@ -242,7 +249,7 @@ class _Trimmed:
         self.folder = Path(tempfile.mkdtemp(prefix="lilliput-tokenizer-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         before = source.side_files()
-        texts = rewritten(before, kept, source.model)
+        texts = rewritten(before, kept, int(source.text_config.vocab_size), source.model)
         self.files = {name: path for name, path in before.items() if texts.get(name, "") is not None}
         for name, path in self.files.items():
             place = self.folder / name

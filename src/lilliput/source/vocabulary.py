@@ -1,4 +1,4 @@
-"""A tokenizer of byte pairs (BPE over bytes) with fewer tokens: which a token is merged from, and the files that say so.
+"""A tokenizer of byte pairs (BPE over bytes) with fewer tokens: what a token is merged from, and its files.
 
 A token is made from its bytes by merges, the earliest in the list first. Where every token that such a merge sequence
 passes is there, it is taken from a shorter list of merges as well: the first merge that applies in the long list is
@@ -145,9 +145,9 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def rewritten(side_files: Mapping[str, Path], kept: Sequence[int], model: str) -> dict[str, str | None]:
+def rewritten(side_files: Mapping[str, Path], kept: Sequence[int], rows: int, model: str) -> dict[str, str | None]:
     """By name, the text of the files that change where only the tokens `kept` stay, in new order from 0 on; None for a
-    file that is to be left out."""
+    file that is to be left out. rows: of the embedding before."""
     pairs, number = byte_pairs(side_files, model), numbering(kept)
     whole = _tokenizer(pairs, number)
     texts: dict[str, str | None] = {_FILE: _text(whole)}
@@ -167,7 +167,7 @@ def rewritten(side_files: Mapping[str, Path], kept: Sequence[int], model: str) -
             texts[name] = _text(config)
         elif name == "generation_config.json":
             config = _json(path)
-            texts[name] = _text(config | renumbered(config, number, f"{name} of {model}"))
+            texts[name] = _text(config | renumbered(config, number, rows, f"{name} of {model}"))
     return texts
 
 

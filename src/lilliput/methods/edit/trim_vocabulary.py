@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from lilliput.anatomy.token_ids import named_ids, numbering
+from lilliput.anatomy.token_ids import numbering
 from lilliput.data.load import used_tokens
 from lilliput.errors import PlanError
 from lilliput.model.edit import Edit as Decision
@@ -63,7 +63,7 @@ def vocabulary(source: Source, data: str, o: Options) -> tuple[int, ...]:
             f"its embedding {rows} rows: resize the model's embedding for its tokenizer and save it again"
         )
     used = used_tokens(text, tokenizer)
-    named = named_ids(source.text_config.to_dict()) & pairs.ids()
+    named = source.named_ids() & pairs.ids()
     needed = pairs.needed({*used, *named, *tokenizer.all_special_ids})
     most = max(len(needed), o.tokens or 0)
     kept = sorted(pairs.filled(needed, -(-most // o.multiple) * o.multiple))

@@ -121,7 +121,7 @@ def _unlike(whole: Mapping[str, Any], inner: Mapping[str, Any]) -> str | None:
     if missing:
         return f"it has no token for {len(missing)} of the bytes"
     for part in _parts(whole.get("post_processor")):
-        if part.get("type") not in (*_SPECIAL_NAMES, "ByteLevel"):
+        if part.get("type") not in (*_SPECIAL_NAMES, "ByteLevel", "Sequence"):
             return f"{part.get('type')} follows it"
     return None
 

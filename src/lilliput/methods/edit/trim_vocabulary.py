@@ -6,8 +6,8 @@ to U, the single bytes, and the added and special tokens, filled up with the tok
 and result are in V' stay in their order, and ids are numbered anew, in the tokenizer's files and in the configs. The
 text is cut into the same strings as before, its hidden states are what they were, and its logits are those of V':
 probabilities are p(v) / sum over V' of p. Other text has tokens too, at worst one for each byte, and is read back as it
-was. Before a weight is read, the first is checked on the whole text, the second on a sample of many scripts. Later steps
-read their text through the smaller tokenizer, and so does an evaluation, which measures the original among V' alone.
+was. Before a weight is read, the first is checked on the whole text, the second on a sample of many scripts. Later
+steps read their text through the smaller tokenizer; so does an evaluation, which measures the original among V' alone.
 
 Paper: Abdaoui et al. 2020, arXiv 2010.05609; Ushio et al. 2023, arXiv 2305.15020.
 Cost: the text is tokenized twice while the plan is made. Limits: text unlike the given one takes more tokens, which the

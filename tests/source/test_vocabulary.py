@@ -143,6 +143,10 @@ def test_everything_that_names_an_id_is_numbered_anew(files: dict[str, Path], tm
         (lambda x: x["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
         (lambda x: x.update(pre_tokenizer=None), "bytes are not what it cuts"),
         (lambda x: x["model"]["vocab"].pop("!"), "no token for 1 of the bytes"),
+        (
+            lambda x: (x["model"]["vocab"].pop("ñ"), x["model"].update(ignore_merges=True)),
+            "no token for 1 of the bytes",
+        ),
         (lambda x: x.update(post_processor={"type": "Odd"}), "Odd follows it"),
     ],
 )
@@ -151,6 +155,18 @@ def test_other_tokenizers_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match=f"tiny is no BPE over bytes .*{why}"):
         byte_pairs(changed(files, tmp_path, change), "tiny")
+
+
+def test_bytes_that_have_no_token_are_lost_as_before(files: dict[str, Path], tmp_path: Path) -> None:
+    def drop(whole: dict[str, Any]) -> None:
+        gone = whole["model"]["vocab"]
+        words = [x for x in gone if "ñ" in x]
+        whole["model"]["vocab"] = {x: n for x, n in gone.items() if x not in words}
+        whole["model"]["merges"] = [x for x in whole["model"]["merges"] if "ñ" not in "".join(x)]
+
+    whole, fewer, _ = smaller(changed(files, tmp_path, drop), "a list")
+    odd = "a\U00040000b"  # its first byte is 0xF1
+    assert fewer.decode(fewer.encode(odd).ids) == whole.decode(whole.encode(odd).ids) != odd
 
 
 def test_a_model_without_the_file_is_refused(files: dict[str, Path]) -> None:

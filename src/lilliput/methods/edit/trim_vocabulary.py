@@ -5,8 +5,8 @@ to U, the single bytes, and the added and special tokens, filled up with the tok
 `tokens` and a multiple of `multiple`. Rows V' of the embedding E and of the head stay, E' = E[V'], merges whose parts
 and result are in V' stay in their order, and ids are numbered anew, in the tokenizer's files and in the configs. The
 text is cut into the same strings as before, its hidden states are what they were, and its logits are those of V':
-probabilities are p(v) / sum over V' of p. Other text has tokens too, at worst one for each byte, and is read back as it
-was. Before a weight is read, the first is checked on the whole text, the second on a sample of many scripts. Later
+probabilities are p(v) / sum over V' of p. Other text has tokens too, at worst one for each byte, and is read back as
+before. Before a weight is read, the first is checked on the whole text, the second on a sample of many scripts. Later
 steps read their text through the smaller tokenizer; so does an evaluation, which measures the original among V' alone.
 
 Paper: Abdaoui et al. 2020, arXiv 2010.05609; Ushio et al. 2023, arXiv 2305.15020.

@@ -50,12 +50,14 @@ def sizes_of(edit: Decision) -> Sizes:
     experts = {len(x) for x in edit.experts.values()}
     assert max(len(channels), len(heads), len(experts)) <= 1
     found = (next(iter(x), None) for x in (channels, heads))
-    return Sizes(len(edit.blocks), *found, edit.hidden, next(iter(experts), None), edit.top_k)
+    return Sizes(len(edit.blocks), *found, edit.hidden, experts=next(iter(experts), None), top_k=edit.top_k)
 
 
 @pytest.mark.parametrize("name", EDIT)
 def test_what_stays_has_the_sizes_that_were_planned_and_repeats(name: str) -> None:
     method, options = spec(name)
+    if method.vocabulary is not None:
+        pytest.skip("its sizes come from a tokenizer")
     sizes = method.sizes(UNITS, options)
     assert sizes not in (Sizes(BLOCKS), Sizes(BLOCKS, 64, 4), Sizes(BLOCKS, hidden=160), Sizes(BLOCKS, experts=8))
     first, again = (method.run(scores(), UNITS, sizes, options) for _ in range(2))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lilliput.data import docs, hub, local
-from lilliput.data.tokens import Tokens, windows
+from lilliput.data.tokens import DRAW_CHARACTERS, Tokens, encode, limited, windows
 from lilliput.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,15 +35,26 @@ def load_tokens(
     Raises DataError: unknown source, missing or unreadable file, bad row, too little text, a token beyond the
     embedding. The source "self" needs the model: see `generate_tokens`.
     """
+    name, pieces = str(source), text_pieces(source, tokenizer)
+    return windows(pieces, tokenizer, source=name, samples=samples, tokens=tokens, seed=seed, vocabulary=vocabulary)
+
+
+def text_pieces(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+    """The text of a source, piece by piece; see `load_tokens`."""
     name = str(source)
     check(name)
     if name in docs.SOURCES:
-        pieces = docs.pieces(name)
-    elif _hub(name):
-        pieces = hub.pieces(name, tokenizer)
-    else:
-        pieces = local.pieces(Path(name), tokenizer)
-    return windows(pieces, tokenizer, source=name, samples=samples, tokens=tokens, seed=seed, vocabulary=vocabulary)
+        return docs.pieces(name)
+    return hub.pieces(name, tokenizer) if _hub(name) else local.pieces(Path(name), tokenizer)
+
+
+def used_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the text of a source, its first 16 million characters taken as a whole. Raises DataError as
+    `load_tokens` does, and for no text."""
+    ids = encode(tokenizer, "".join(limited(text_pieces(source, tokenizer), DRAW_CHARACTERS)))
+    if not ids:
+        raise DataError(f"'{source}' holds no text: give some.")
+    return ids
 
 
 def _hub(name: str) -> bool:

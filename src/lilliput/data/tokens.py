@@ -108,7 +108,8 @@ def _prefix(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, needed: i
         length = max(2 * len(text), 1024)
 
 
-def _limited(pieces: Iterable[str], characters: int) -> Iterable[str]:
+def limited(pieces: Iterable[str], characters: int) -> Iterable[str]:
+    """The first pieces, of so many characters or hardly more."""
     for piece in pieces:
         yield piece
         characters -= len(piece)
@@ -138,7 +139,7 @@ def windows(
     if seed is None:
         ids = _prefix(pieces, tokenizer, needed)
     else:
-        ids = encode(tokenizer, "".join(_limited(pieces, DRAW_CHARACTERS)))
+        ids = encode(tokenizer, "".join(limited(pieces, DRAW_CHARACTERS)))
     if len(ids) < needed:
         what = "holds no text" if not ids else f"holds {len(ids)} tokens"
         raise DataError(

@@ -23,6 +23,7 @@ from lilliput.metrics.logits import Scores, StreamedHead, same_head, score
 from lilliput.metrics.size import Size, measure
 from lilliput.metrics.slices import vocabulary
 from lilliput.metrics.text import TextResult, result
+from lilliput.metrics.vocabulary import cut, fewer
 from lilliput.model.stored import Model, open_model
 from lilliput.runtime import behaviours
 from lilliput.source.source import own_name
@@ -204,7 +205,8 @@ def evaluate(
     the head in slices; hidden states lie in a file under `work` (the system's temporary folder by default). `memory`:
     bytes above a fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64. A model
     that is open already keeps its own dtype, and its device. `calibration`: windows that the model was calibrated on;
-    text that occurs in both is noted.
+    text that occurs in both is noted. Against a
+    reference that has more tokens (`trim-vocabulary`), the reference is measured with the model's alone.
 
     Raises DataError (text too short, fewer than 2 windows or tokens, models that do not share a tokenizer),
     SourceError (a model that cannot be read, logits that are not finite), PlanError (budget too small, unknown dtype).
@@ -265,6 +267,7 @@ def evaluate_all(
         if against is None
         else open_model(against, dtype=compute, device=device, trust_remote_code=trust_remote_code)
     )
+    original, base = base, None if base is None else fewer(opened[0], base)
     tokens = slices.tokens([*opened, *([] if base is None else [base])], tokens)
     step = tokens if stride is None else stride
     if not 1 <= step <= tokens:
@@ -278,6 +281,7 @@ def evaluate_all(
         _same_tokens(opened[0], other, ours, loaded, step)
         ram.trim()
     ids = torch.cat([text.ids for text in loaded])
+    noted = () if base is None or original is None or base is original else (cut(base, original, ids),)
     # A prompt that is pruned has no predictions of its own: half of each window is scored, with the rest before it.
     last = step if step < tokens or not any(map(prunes, opened)) else tokens // 2
     place = Path(work) if work is not None else None
@@ -304,7 +308,7 @@ def evaluate_all(
                 seconds=time.monotonic() - began,
                 peak_rss_bytes=ram.peak_above_base(),
                 dtype=used,
-                notes=_notes(size, used, windows, shared, left),
+                notes=(*_notes(size, used, windows, shared, left), *noted),
                 work=left,
             )
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lilliput.data import load_tokens
+from lilliput.data.tokens import same_vocabulary, vocabulary_of
 from lilliput.errors import DataError
 from lilliput.machine import memory as ram
 from lilliput.metrics.interval import Interval, clip, mean_interval
@@ -97,10 +98,13 @@ def generation(
 
     new_tokens: 64 unless given. Models that know fewer positions get shorter prompts and answers. The whole of one
     model is in memory at a time; one that is open already keeps its dtype and device. Raises DataError for too little
-    text, fewer than two prompts, or answers that the models have no positions for.
+    text, fewer than two prompts, answers that the models have no positions for, or models of different tokens.
     """
     models = [open_model(x, dtype=dtype, device=device) for x in (model, against)]
     tokenizer = models[0].source.tokenizer()
+    if models[0].vocabulary != models[1].vocabulary:
+        theirs = vocabulary_of(models[1].source.tokenizer())
+        same_vocabulary(vocabulary_of(tokenizer), theirs, f"'{models[0].source.model}' and '{models[1].source.model}'")
     limits = [x.positions for x in models if x.positions is not None]
     room = min(limits, default=CONTEXT + max(NEW, new_tokens or 0))
     context = min(CONTEXT, max(1, room // 3))

@@ -21,7 +21,7 @@ class Edit:
     residual stream (None: all). spread: the decision may divide channels and heads between blocks otherwise, at as many
     weights in all. experts: by block, experts with their rows of the router. merged: by block, for each of
     these experts the experts whose weights it averages. top_k: experts that each token uses (None: as many as before,
-    or all where fewer stay). What is not named stays whole.
+    or all where fewer stay). vocabulary: token ids that stay, ascending (None: all). What is not named stays whole.
     """
 
     blocks: tuple[int, ...]
@@ -32,6 +32,7 @@ class Edit:
     experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     merged: Mapping[int, tuple[Shares, ...]] = field(default_factory=dict)
     top_k: int | None = None
+    vocabulary: tuple[int, ...] | None = None
 
     def plain(self) -> dict[str, Any]:
         """For a record of the journal."""
@@ -46,6 +47,7 @@ class Edit:
                 [block, [[list(x) for x in group] for group in groups]] for block, groups in self.merged.items()
             ],
             "top_k": self.top_k,
+            "vocabulary": None if self.vocabulary is None else list(self.vocabulary),
         }
 
     @staticmethod
@@ -63,6 +65,7 @@ class Edit:
                 for b, groups in plain["merged"]
             },
             plain["top_k"],
+            None if plain.get("vocabulary") is None else tuple(plain["vocabulary"]),
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -16,12 +16,16 @@ from torch import Tensor
 from lilliput.anatomy.explore import explore
 from lilliput.anatomy.model import Anatomy, Block
 from lilliput.anatomy.skeleton import Skeleton
+from lilliput.anatomy.tables import tables
 from lilliput.errors import PlanError, SourceError
 from lilliput.model.edit import Edit, bank_of, experts_of, heads_of, router_of
 from lilliput.model.fitting import changed, differences, fitting, runs, whole_config
 from lilliput.model.residual import Change
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.weights import Model, stretches
+
+if TYPE_CHECKING:
+    from lilliput.source import Source
 
 __all__ = ["Edit", "EditedModel", "heads_of", "unedited", "views"]
 
@@ -36,17 +40,26 @@ class EditedModel(Model):
     """`base` without what `edit` leaves out. Raises PlanError where no config of its architecture has such sizes."""
 
     def __init__(
-        self, base: Model, edit: Edit, *, skeleton: Skeleton | None = None, anatomy: Anatomy | None = None
+        self,
+        base: Model,
+        edit: Edit,
+        *,
+        skeleton: Skeleton | None = None,
+        anatomy: Anatomy | None = None,
+        source: Source | None = None,
     ) -> None:
         self.base, self.edit = base, edit
-        self._keep = _kept(base, edit)
+        self._keep = _kept(base, edit) | _rows_kept(base, edit)
         self._base_name = {new: old for old, new in _renamed(base, edit).items()}
         self._averaged = _averaged(base, edit)
         expected = {new: self._sliced_shape(old) for new, old in self._base_name.items()}
         self.skeleton = fitting(base, edit, expected) if skeleton is None else skeleton
         if dict(self.skeleton.shapes) != expected:
             raise RuntimeError("an edit of other sizes than those of the model that was planned")
-        self.source, self.carried, self.copies, self.notes = base.source, base.carried, base.copies, base.notes
+        self.carried, self.copies, self.notes = base.carried, base.copies, base.notes
+        self.source = base.source
+        if edit.vocabulary is not None:
+            self.source = base.source.trimmed(edit.vocabulary) if source is None else source
         self.refs = {name: base.refs[old] for name, old in self._base_name.items() if old in base.refs}
         self.fused = tuple(x for x in self.refs if self._base_name[x] in base.fused)
         self._anatomy = anatomy
@@ -55,11 +68,12 @@ class EditedModel(Model):
         """The base with another edit, of the same sizes unless it is spread."""
         if self.edit.spread:
             return EditedModel(self.base, edit)
-        return EditedModel(self.base, edit, skeleton=self.skeleton, anatomy=self._anatomy)
+        same = self.source if edit.vocabulary == self.edit.vocabulary else None
+        return EditedModel(self.base, edit, skeleton=self.skeleton, anatomy=self._anatomy, source=same)
 
     def over(self, base: Model) -> EditedModel:
         """The same edit of another base of the same sizes."""
-        return EditedModel(base, self.edit, skeleton=self.skeleton, anatomy=self._anatomy)
+        return EditedModel(base, self.edit, skeleton=self.skeleton, anatomy=self._anatomy, source=self.source)
 
     @property
     def config(self) -> Any:
@@ -102,6 +116,9 @@ class EditedModel(Model):
         return value.contiguous()
 
     def read_rows(self, canonical: str, start: int, stop: int) -> Tensor:
+        rows = self._table_rows(canonical)
+        if rows is not None:
+            return self._gathered(self._base_name[canonical], rows[start:stop])
         if self._changes(canonical):
             return self.read(canonical)[start:stop].contiguous()
         return self.base.read_rows(self._base_name[canonical], start, stop)
@@ -138,6 +155,19 @@ class EditedModel(Model):
 
     def parts(self, canonical: str) -> tuple[str, ...]:
         return self.base.parts(self._base_name[canonical])
+
+    def _table_rows(self, canonical: str) -> Tensor | None:
+        """The base's rows of a matrix that loses tokens, which are read without the rest of it; None for another."""
+        keep = self._keep.get(self._base_name[canonical], {})
+        return keep.get(0) if self.edit.vocabulary is not None and len(self.shape(canonical)) == 2 else None
+
+    def _gathered(self, old: str, rows: Tensor) -> Tensor:
+        """Rows int64 [n] (ascending) of a tensor of the base."""
+        pieces = []
+        for first, last in self.base.spans(old, rows):
+            inside = rows[(rows >= first) & (rows < last)]
+            pieces.append(self.base.read_rows(old, first, last)[inside - first])
+        return torch.cat(pieces)
 
     def _changes(self, canonical: str) -> bool:
         """Whether a tensor is another than the base's."""
@@ -202,6 +232,25 @@ def _kept(base: Model, edit: Edit) -> dict[str, dict[int, Tensor]]:
                 turned = (change.kind == "reader" and not change.transposed) or change.kind == "outside"
                 turned = turned or (change.kind == "writer" and change.transposed)
                 keep.setdefault(name, {})[int(turned)] = first
+    return keep
+
+
+def _rows_kept(base: Model, edit: Edit) -> dict[str, dict[int, Tensor]]:
+    """By the base's name of embedding and head, the rows of the tokens that stay. Raises PlanError for a model whose
+    tokens have other tables than these."""
+    if edit.vocabulary is None:
+        return {}
+    keep: dict[str, dict[int, Tensor]] = {}
+    rows = torch.tensor(edit.vocabulary, dtype=torch.int64)
+    for table in tables(base.skeleton):
+        if table.out_features != base.vocabulary or base.source.config is not base.source.text_config:
+            raise PlanError(
+                f"{type(base.skeleton.model).__name__} reads or writes more than the tokens of its embedding: leave "
+                "its vocabulary as it is"
+            )
+        keep[f"{table.name}.weight"] = {0: rows}
+        if table.bias:
+            keep[f"{table.name}.bias"] = {0: rows}
     return keep
 
 
@@ -297,6 +346,25 @@ def views(model: Model) -> Iterator[Model]:
 
 
 def unedited(model: Model) -> Model:
-    """The model before all edits and rotations."""
+    """The model before all edits and rotations but that of its vocabulary, whose tokens both read."""
     *_, stored = views(model)
-    return stored
+    return next((x for x in views(model) if _rereads(x)), stored)
+
+
+def vocabulary_of(model: Model) -> tuple[int, ...] | None:
+    """The tokens of the stored model that stay; None where nothing decides about them."""
+    return next((x.edit.vocabulary for x in views(model) if isinstance(x, EditedModel) and _rereads(x)), None)
+
+
+def fewer_tokens(model: Model) -> str | None:
+    """How many tokens stay, in words; None where nothing decides about them."""
+    *_, stored = views(model)
+    kept = vocabulary_of(model)
+    if kept is None:
+        return None
+    return f"{len(kept):,} of {stored.vocabulary:,} tokens stay: text that needs others takes more tokens"
+
+
+def _rereads(model: Model) -> bool:
+    """Whether a view has other tokens than what it rests on."""
+    return isinstance(model, EditedModel) and model.edit.vocabulary is not None

@@ -13,6 +13,7 @@ from lilliput.anatomy import widths
 from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.setting import CHOSEN, chosen, chosen_field, named, setting
 from lilliput.anatomy.skeleton import Skeleton
+from lilliput.anatomy.token_ids import numbering, renumbered
 from lilliput.anatomy.widths import BlockSizes
 from lilliput.errors import PlanError, SourceError
 from lilliput.model.edit import Edit, experts_of, heads_of
@@ -82,6 +83,11 @@ def configs(base: Model, edit: Edit, expected: Mapping[str, tuple[int, ...]]) ->
                 setattr(config, name, value * heads // before)
         if named(config, "head_dim") or width * before != base.skeleton.hidden_size:
             config.head_dim = width
+    if edit.vocabulary is not None:
+        config.vocab_size = len(edit.vocabulary)
+        number, rows = numbering(edit.vocabulary), base.vocabulary
+        for name, value in renumbered(config.to_dict(), number, rows, "config.json").items():
+            setattr(config, name, value)
     if edit.hidden is not None:
         config.head_dim = _head_width(base, 0)
         config.hidden_size = edit.hidden

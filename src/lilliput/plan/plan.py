@@ -19,7 +19,7 @@ from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.machine.version import __version__
-from lilliput.model.edited import spreads, unedited
+from lilliput.model.edited import spreads, unedited, vocabulary_of
 from lilliput.model.stored import Model
 from lilliput.plan import cost as estimates
 from lilliput.plan import footprint, rehearsal, running
@@ -60,6 +60,7 @@ class Plan:
     other_bytes: int | None = None  # bytes beside the weights at most, where a step keeps to a size
     predicted_kl: float | None = None  # KL divergence in nats that a step predicts of its decision
     container: str | None = None  # that takes the place of the folder
+    vocabulary: tuple[int, ...] | None = None  # tokens of the stored model that stay; None: all
     spread: bool = False  # blocks become as wide as an edit decides: sizes are those of equal widths until then
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
 
@@ -144,6 +145,7 @@ class Plan:
             "memory": self.budget,
             "versions": [__version__, torch.__version__, transformers.__version__],
             **({"processes": self.processes} if self.processes > 1 else {}),
+            **({"vocabulary": self.vocabulary} if self.vocabulary is not None else {}),
             **({"container": self.container} if self.container else {}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -382,6 +384,7 @@ def make(
         side_bytes=_side_bytes(model),
         processes=processes,
         spread=spreads(model),
+        vocabulary=vocabulary_of(model),
     )
     if size is not None and plan.folder_bytes > size:
         over = plan.folder_bytes - size

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lilliput import units
-from lilliput.model.edited import spreads
+from lilliput.model.edited import fewer_tokens, spreads
 from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.plan.resolve import Resolved
@@ -23,7 +23,15 @@ def remarks(
 ) -> tuple[str, ...]:
     """What the layout says, bytes that stay wide, layers that a step leaves alone, sizes that calibration decides."""
     spread = _SPREAD if spreads(model) else None
-    told = (layout, spread, _wide(tensors), *_steps(resolved), *model.anatomy().notes, _shared(processes))
+    told = (
+        layout,
+        spread,
+        fewer_tokens(model),
+        _wide(tensors),
+        *_steps(resolved),
+        *model.anatomy().notes,
+        _shared(processes),
+    )
     return tuple(x for x in told if x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,17 +38,19 @@ from lilliput.verbs.edits import EditIO, EditScores, EditView, Units
 from lilliput.verbs.spec import Task
 
 
-def prepared(model: Model, recipe: Recipe) -> Model:
+def prepared(model: Model, recipe: Recipe, data: str = "self") -> Model:
     """The model as the steps of a recipe will find it: of the sizes that its edits leave, with the first of everything
-    in place of what they will choose, and ready to be rotated where a step learns a rotation.
+    in place of what they will choose, and ready to be rotated where a step learns a rotation. data: calibration text.
 
     Raises PlanError where an edit has no place in a config of the model's architecture, or among the other steps.
     """
     for task in ordered(recipe):
         if isinstance(task.spec, EditSpec):
             units = _units(model)
-            sizes = task.spec.sizes(units, task.options)
-            model = EditedModel(model, edits.first_of(units, sizes))
+            edit = edits.first_of(units, task.spec.sizes(units, task.options))
+            if task.spec.vocabulary is not None:
+                edit = replace(edit, vocabulary=task.spec.vocabulary(model.source, data, task.options))
+            model = EditedModel(model, edit)
         elif task.spec.turns:
             model = rotated.ready(model)
     return model
@@ -102,6 +105,8 @@ def replaced(model: Model, old: Model, new: Model) -> Model:
 
 def _decided(plan: Plan, task: Task, level: EditedModel, ids: Tensor | None, work: Work, progress: Progress) -> Edit:
     spec, base = task.of(EditSpec), level.base
+    if spec.vocabulary is not None:
+        return level.edit
     units = _units(base)
     sizes = spec.sizes(units, task.options)
     if spec.loss is not None:

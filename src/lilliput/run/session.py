@@ -119,7 +119,7 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
     if job.fit is not None and not any(block.links for block in base.anatomy().blocks):
         recipe = compose(job.fit, folds=False)
         adjusted = recipes.with_settings(recipe, job.settings) if job.settings else recipe
-    opened = editing.prepared(base, adjusted)
+    opened = editing.prepared(base, adjusted, text.data)
     calibration.known_positions(opened, text.tokens)
     plan = make(
         opened,

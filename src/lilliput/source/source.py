@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from lilliput.anatomy.token_ids import named_ids
 from lilliput.errors import SourceError
 from lilliput.parts.linear import LinearSpec
 from lilliput.progress import Progress
@@ -26,6 +28,7 @@ from lilliput.source.native import Native
 from lilliput.source.packed import Packed
 from lilliput.source.quantized import LEFT_OVER
 from lilliput.source.reader import Entry, Reader
+from lilliput.source.vocabulary import BytePairs, byte_pairs, rewritten
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -102,6 +105,7 @@ class Source:
         self._trust = trust_remote_code
         self._contents: str | None = None
         self._written: Path | None = None
+        self._trimmed: _Trimmed | None = None
         used = {part for x in packed.values() for part in x.parts}
         stored = {name: _packed(name, x, reader) for name, x in packed.items()}
         for name, entry in reader.entries.items():
@@ -187,6 +191,8 @@ class Source:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer. Raises SourceError when there is none."""
         try:
+            if self._trimmed is not None:
+                return AutoTokenizer.from_pretrained(str(self._trimmed.folder))
             if self._gguf is not None:
                 with lean():
                     return AutoTokenizer.from_pretrained(str(self.folder), gguf_file=self._gguf)
@@ -198,6 +204,23 @@ class Source:
                 f"). Copy tokenizer.json and tokenizer_config.json of the original model into {self.folder}."
             ) from error
 
+    def byte_pairs(self) -> BytePairs:
+        """The tokenizer's tokens and merges. Raises PlanError for one that is no BPE over bytes."""
+        return byte_pairs(self.side_files(), self.model)
+
+    def named_ids(self) -> set[int]:
+        """The ids of single tokens that the configs name."""
+        generation = self.side_files().get("generation_config.json")
+        entries = {} if generation is None else json.loads(generation.read_text(encoding="utf-8"))
+        return named_ids(self.text_config.to_dict()) | named_ids(entries)
+
+    def trimmed(self, kept: Sequence[int]) -> Source:
+        """The same checkpoint with a tokenizer of which only these token ids stay (ascending), numbered from 0 on; its
+        weights are read as before. Raises PlanError for a tokenizer that is no BPE over bytes."""
+        other = copy.copy(self)
+        other._trimmed = _Trimmed(self, kept)
+        return other
+
     def side_files(self) -> dict[str, Path]:
         """Name in the folder -> file to carry over: tokenizer, chat templates, generation config, licence. No weights,
         no code.
@@ -205,6 +228,8 @@ class Source:
         A GGUF file holds its tokenizer inside: it is written to a folder that lasts as long as this object. Raises
         SourceError where there is none.
         """
+        if self._trimmed is not None:
+            return dict(self._trimmed.files)
         if self._gguf is not None:
             if self._written is None:
                 folder = Path(tempfile.mkdtemp(prefix="lilliput-tokenizer-"))
@@ -215,6 +240,27 @@ class Source:
             return {x.relative_to(self._written).as_posix(): x for x in sorted(files)}
         files = {x for pattern in SIDE for x in self.folder.glob(pattern) if x.is_file() and x.suffix != ".py"}
         return {x.relative_to(self.folder).as_posix(): x for x in sorted(files)}
+
+
+class _Trimmed:
+    """A folder with the files of a tokenizer that has lost tokens; it lasts as long as this object."""
+
+    def __init__(self, source: Source, kept: Sequence[int]) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="lilliput-tokenizer-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        before = source.side_files()
+        texts = rewritten(before, kept, int(source.text_config.vocab_size), source.model)
+        self.files = {name: path for name, path in before.items() if texts.get(name, "") is not None}
+        for name, path in self.files.items():
+            place = self.folder / name
+            place.parent.mkdir(exist_ok=True)
+            if (text := texts.get(name)) is not None:
+                place.write_text(text, encoding="utf-8")
+                self.files[name] = place
+            else:
+                shutil.copyfile(path, place)
+        if (source.folder / "config.json").is_file():  # which tells transformers the class where nothing else does
+            shutil.copyfile(source.folder / "config.json", self.folder / "config.json")
 
 
 def _packed(name: str, packed: Packed, reader: Reader) -> Stored:

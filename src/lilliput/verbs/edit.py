@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lilliput.errors import PlanError
 from lilliput.machine.cost import Cost, Phase
@@ -13,6 +13,9 @@ from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
+
+if TYPE_CHECKING:
+    from lilliput.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class Edit(Spec[OptionsT]):
     gates; `outputs(options)`: whether it reads covariances of output gradients; `similar(options)`: whether it reads
     how alike a block's inputs and outputs are; `routed(options)`: whether it reads how tokens use experts.
     `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
+    `vocabulary(source, data, options)`: token ids that stay, by the tokenizer and a text (that of `data` where the
+    options name none), known when the plan is made; what reads text later reads it through the smaller tokenizer.
     `turned`: it keeps the first channels of a residual stream that a step before it has turned.
     """
 
@@ -43,6 +48,7 @@ class Edit(Spec[OptionsT]):
     outputs: Callable[[OptionsT], bool] | None = None
     similar: Callable[[OptionsT], bool] | None = None
     routed: Callable[[OptionsT], bool] | None = None
+    vocabulary: Callable[[Source, str, OptionsT], tuple[int, ...]] | None = None
     turned: bool = False
     looked_at: Callable[[int, OptionsT], int] | None = None
     writes: Writes = "fold"
@@ -54,6 +60,11 @@ class Edit(Spec[OptionsT]):
                 "its weights: move it to the front"
             )
         before = recipe[: task.step]
+        if self.vocabulary is not None and before:
+            raise PlanError(
+                f"{task.label} decides which tokens there are, and all other steps read text in these: move it in "
+                f"front of {before[0].label}"
+            )
         if self.turned and not any(x.spec.turns for x in before):
             raise PlanError(
                 f"{task.label} keeps the first channels of a turned residual stream: put `principal` before it, which "
@@ -89,6 +100,8 @@ class Edit(Spec[OptionsT]):
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         """The model is scored before anything has left it."""
+        if self.vocabulary is not None:
+            return ()
         run = replace(run.before, batch=run.batch) if run.before is not None else run
         gram = "gram" in self.read(options)
         phases = [Phase("scoring what may leave", Cost(ram=max(peak_of(run, gram))))]

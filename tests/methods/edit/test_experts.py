@@ -106,7 +106,9 @@ def routing() -> Routing:
 def test_experts_that_are_used_least_leave(tiny: Tiny, by: Any, kept: tuple[int, ...]) -> None:
     block = open_model(tiny("mixtral")).anatomy().blocks[0]
     o = expert_pruning.Options(by=by, experts=2)
-    scores = expert_pruning.score(EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}, None, routing()), o)
+    scores = expert_pruning.score(
+        EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}, None, routing=routing()), o
+    )
     found = expert_pruning.run([scores, scores], UNITS, expert_pruning.fewer(UNITS, o), o)
     assert found.experts == {0: kept, 1: kept}
     assert expert_pruning.score(EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}), o) == {}
@@ -117,7 +119,7 @@ def test_experts_join_the_one_that_their_router_treats_alike(tiny: Tiny) -> None
     assert len(experts_of(block)) == 4
     o = expert_merging.Options(experts=2)
     used = routing()
-    scores = expert_merging.score(EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}, None, used), o)
+    scores = expert_merging.score(EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}, None, routing=used), o)
     found = expert_merging.run([scores, scores], UNITS, Sizes(2, experts=2), o)
     assert found.experts == {0: (0, 1), 1: (0, 1)}
     first, second = found.merged[0]
@@ -132,7 +134,7 @@ def test_rows_of_the_router_are_compared_by_their_angle(tiny: Tiny) -> None:
     block = open_model(tiny("mixtral")).anatomy().blocks[0]
     rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.1], [3.0, 0.3]])
     o = expert_merging.Options(experts=2, by="rows")
-    scores = expert_merging.score(EditView(block, lambda n: rows), EditIO({}, {}, {}, None, routing()), o)
+    scores = expert_merging.score(EditView(block, lambda n: rows), EditIO({}, {}, {}, None, routing=routing()), o)
     alike = torch.tensor(scores["experts.alike"], dtype=torch.float64).view(4, 4)
     assert float(alike[0, 3]) == pytest.approx(3.0 / (9.09**0.5))
     assert float(alike[0, 1]) == 0.0
@@ -148,7 +150,9 @@ def test_a_group_that_nothing_uses_counts_alike() -> None:
 def test_the_weights_that_stay_with_fewer_experts_are_measured(tiny: Tiny) -> None:
     block = open_model(tiny("mixtral")).anatomy().blocks[0]
     o = router_pruning.Options(top_k=1, keep=0.7)
-    scores = router_pruning.score(EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}, None, routing()), o)
+    scores = router_pruning.score(
+        EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}, None, routing=routing()), o
+    )
     assert scores["gates"] == pytest.approx((0.7, 0.3))
     assert router_pruning.mass([scores, {}, scores], 1) == pytest.approx(0.7)
     assert router_pruning.run([scores, scores], UNITS, Sizes(2, top_k=1), o).top_k == 1

@@ -77,6 +77,6 @@ def test_a_folder_is_pruned_in_the_new_order(tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_a_pattern_that_is_none_is_refused(tiny: Tiny) -> None:
-    recipe = "steps:\n  - {method: channel-permutation, options: {pattern: x}}\n"
-    with pytest.raises(PlanError, match="pattern"):
+    recipe = "steps:\n  - {method: channel-permutation, options: {n_of_m: x}}\n"
+    with pytest.raises(PlanError, match="n_of_m"):
         api.plan(tiny("llama"), recipe=recipe, samples=2, tokens=16)

@@ -38,7 +38,7 @@ _ROWS = 64  # rows whose scores are compared at a time
 class Options(Strict):
     """See the module's docstring."""
 
-    pattern: str = Field("2:4", pattern=r"^[1-9]\d*:[1-9]\d*$", description="the pattern of the pruning step to come")
+    n_of_m: str = Field("2:4", pattern=r"^[1-9]\d*:[1-9]\d*$", description="the pattern of the pruning step to come")
     exponent: float = Field(0.5, ge=0.0, le=2.0, description="of the size of an input in the score")
     rounds: int = Field(1, ge=0, description="passes of assignment over the places of a group; 0: dealt alone")
 
@@ -46,7 +46,7 @@ class Options(Strict):
 def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequence[Fold]:
     """One fold for each MLP whose width the pattern divides and whose readers all have groups of it."""
     folds: list[Fold] = []
-    n, m = (int(x) for x in o.pattern.split(":"))
+    n, m = (int(x) for x in o.n_of_m.split(":"))
     for channels in block.anatomy.groups.channels:
         if n < m and channels.width % m == 0 and all(name in block.weights for name in channels.readers):
             folds.append(PermuteFold(channels, ordered(_scores(block, io, channels, o), n, m, o.rounds)))

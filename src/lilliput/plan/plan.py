@@ -30,8 +30,6 @@ from lilliput.recipe.schema import Recipe
 from lilliput.streaming.peak import Run
 from lilliput.verbs.spec import Stage
 
-NATIVE = "lilliput"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -258,8 +256,10 @@ def _unloadable(
             reason = exporter.refuse(tuple(mixed.values()), model.config)
             if reason is not None:
                 return f"as {task.label} may decide, {reason}"
-    if spreads(model) and exporter.name != NATIVE:
-        return f"engines' own layouts have one width for all blocks. Nearest: export '{NATIVE}', or uniform: true."
+    if spreads(model) and exporter.name != running.LAYOUT:
+        return (
+            f"engines' own layouts have one width for all blocks. Nearest: export '{running.LAYOUT}', or uniform: true."
+        )
     return rehearsal.refuse(exporter, model, outcomes)
 
 

@@ -11,7 +11,7 @@ from lilliput.machine.cost import Cost, Phase
 from lilliput.model.edit import Edit as Decision
 from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units, keep_best
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(Spec[OptionsT]):
-    """`sizes(units, options)`: how much stays, from shapes alone; `run(scores, units, sizes, options)`: what stays.
+    """`sizes(units, options)`: how much stays, from shapes alone; `run(scores, units, sizes, options)`: what stays, by
+    default what scores highest.
 
     `score(view, io, options)`: scores of one block (None: shapes decide). `loss`: in place of scores, what stays by the
     losses of the model without some of its blocks (None from it: by scores after all). `gradients(options)`: whether a
@@ -40,7 +41,7 @@ class Edit(Spec[OptionsT]):
     stage: ClassVar[Stage] = Stage.MODEL
 
     sizes: Callable[[Sequence[Units], OptionsT], Sizes]
-    run: Callable[[Sequence[EditScores], Sequence[Units], Sizes, OptionsT], Decision]
+    run: Callable[[Sequence[EditScores], Sequence[Units], Sizes, OptionsT], Decision] = keep_best
     score: Callable[[EditView, EditIO, OptionsT], EditScores] | None = None
     loss: Callable[[SkipLoss, Sequence[Units], Sizes, OptionsT], Decision | None] | None = None
     gradients: Callable[[OptionsT], bool] | None = None

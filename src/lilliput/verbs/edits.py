@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -251,12 +251,16 @@ def highest(scores: Sequence[float], count: int) -> tuple[int, ...]:
 
 
 def best_units(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes) -> Edit:
-    """The heads and hidden channels of the highest scores stay: in every block as many, or with `sizes.spread` those
-    that are worth most for their weights in the whole model."""
+    """The heads, experts and hidden channels of the highest scores stay: in every block as many, or with `sizes.spread`
+    those that are worth most for their weights in the whole model."""
     if sizes.spread:
         return spread_units(scores, units, sizes)
-    """In every block the heads, experts and hidden channels of the highest scores stay."""
     return _chosen(units, sizes, lambda block, key, count: highest(scores[block][key], count))
+
+
+def keep_best(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Any) -> Edit:
+    """`best_units`, whatever the options: the decision of a method that has said all in its scores."""
+    return best_units(scores, units, sizes)
 
 
 def spread_units(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, per_weight: bool = True) -> Edit:
@@ -267,27 +271,21 @@ def spread_units(scores: Sequence[EditScores], units: Sequence[Units], sizes: Si
     channels stay in every block.
     """
     value, cost, block, head = _ranked(scores, units, sizes, per_weight)
-    leaving = float(cost.sum()) - sum(_weights_left(x, sizes) for x in units)
+    staying = sum(_weights_left(x, sizes) for x in units)
     order = torch.sort(value, stable=True).indices
-    gone = torch.zeros(len(value), dtype=torch.bool)
-    gone[order[cost[order].cumsum(0) <= leaving + 0.5]] = True
-    count = len(units)
-    heads = torch.zeros(count, dtype=torch.int64).index_add_(
-        0, block[head & ~gone], torch.ones_like(block[head & ~gone])
-    )
+    stays = torch.ones(len(value), dtype=torch.bool)
+    stays[order[cost[order].cumsum(0) <= float(cost.sum()) - staying + 0.5]] = False
+    heads: dict[int, tuple[int, ...]] = {}
     if sizes.heads is not None:
-        heads.clamp_(min=1)
-    left = sum(_weights_left(x, sizes) for x in units) - sum(
-        int(h) * x.head_cost for h, x in zip(heads, units, strict=True)
-    )
-    widths = torch.zeros(count).index_add_(0, block[~head & ~gone], torch.ones(int((~head & ~gone).sum())))
-    channels = _rounded(widths, units, sizes, left) if sizes.channels is not None else []
-    result = Edit(tuple(range(sizes.blocks)), spread=True)
-    return replace(
-        result,
-        channels={(n, 0): highest(scores[n]["channels.0"], x) for n, x in enumerate(channels)},
-        heads={n: highest(scores[n]["heads"], int(x)) for n, x in enumerate(heads)} if sizes.heads is not None else {},
-    )
+        for n, count in enumerate(block[head & stays].bincount(minlength=len(units)).clamp(min=1).tolist()):
+            heads[n] = highest(scores[n]["heads"], count)
+    channels: dict[tuple[int, int], tuple[int, ...]] = {}
+    if sizes.channels is not None:
+        left = staying - sum(len(kept) * units[n].head_cost for n, kept in heads.items())
+        widths = block[~head & stays].bincount(minlength=len(units))
+        for n, width in enumerate(_rounded(widths, units, sizes, left)):
+            channels[n, 0] = highest(scores[n]["channels.0"], width)
+    return Edit(tuple(range(sizes.blocks)), channels, heads, spread=True)
 
 
 def _ranked(

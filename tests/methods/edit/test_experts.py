@@ -109,7 +109,7 @@ def test_experts_that_are_used_least_leave(tiny: Tiny, by: Any, kept: tuple[int,
     scores = expert_pruning.score(
         EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}, None, routing=routing()), o
     )
-    found = expert_pruning.run([scores, scores], UNITS, expert_pruning.fewer(UNITS, o), o)
+    found = expert_pruning.METHOD.run([scores, scores], UNITS, expert_pruning.fewer(UNITS, o), o)
     assert found.experts == {0: kept, 1: kept}
     assert expert_pruning.score(EditView(block, lambda n: torch.empty(0)), EditIO({}, {}, {}), o) == {}
 

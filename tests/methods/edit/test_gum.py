@@ -52,5 +52,5 @@ def test_of_alike_channels_the_most_important_stays(scored: Any) -> None:
     for j, value in enumerate(got["channels.0"]):
         double = j in {3, 9, 22} - {best}
         assert value == pytest.approx(moved[j] - double * max(moved), rel=1e-5)
-    kept = gum.run([got], [Units((40,), 2, 72, 1, 1)], Sizes(1, 38), gum.Options()).channels[0, 0]
+    kept = gum.METHOD.run([got], [Units((40,), 2, 72, 1, 1)], Sizes(1, 38), gum.Options()).channels[0, 0]
     assert set(range(40)) - set(kept) == {3, 9, 22} - {best}

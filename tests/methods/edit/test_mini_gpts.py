@@ -23,5 +23,5 @@ def test_scores_are_mean_sizes_of_what_is_handed_on(scored: Any) -> None:
 def test_silent_channels_leave_first(scored: Any) -> None:
     scored.x["mlp.down_proj"][:, [4, 31]] = 0.0
     got = mini_gpts.score(scored.view, EditIO(scored.stats("absmean"), {}, {}), mini_gpts.Options())
-    kept = mini_gpts.run([got], [Units((40,), 2, 72, 1, 1)], Sizes(1, 38), mini_gpts.Options()).channels[0, 0]
+    kept = mini_gpts.METHOD.run([got], [Units((40,), 2, 72, 1, 1)], Sizes(1, 38), mini_gpts.Options()).channels[0, 0]
     assert set(range(40)) - set(kept) == {4, 31}

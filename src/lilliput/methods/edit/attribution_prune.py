@@ -14,13 +14,11 @@ which helps some tokens as much as it harms others looks idle (`michel-heads` ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
-from lilliput.model.edited import Edit as Decision
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, thinned
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Thinning, thinned
+from lilliput.verbs.sampled import always, looked_at
 
 
 class Options(Thinning):
@@ -29,24 +27,9 @@ class Options(Thinning):
     samples: int = Field(32, ge=1, description="calibration samples whose gradients are taken, at most")
 
 
-def gates(o: Options) -> bool:
-    """They are always read."""
-    return True
-
-
-def looked_at(samples: int, o: Options) -> int:
-    """Samples, of so many."""
-    return min(samples, o.samples)
-
-
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
     """What each unit adds to the log-probability of the samples."""
     return {key: tuple((-slopes.sum(0)).tolist()) for key, slopes in io.gates.items()}
-
-
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The units of the largest attribution."""
-    return best_units(scores, units, sizes)
 
 
 METHOD = Edit(
@@ -57,8 +40,7 @@ METHOD = Edit(
         "attribution-prune": [{"method": "attribution-prune"}],
     },
     sizes=thinned,
-    run=run,
     score=score,
-    gates=gates,
+    gates=always,
     looked_at=looked_at,
 )

@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.model.edited import Edit as Decision
 from lilliput.target import Strict
 from lilliput.verbs.edit import Edit
 from lilliput.verbs.edits import (
@@ -35,10 +34,10 @@ from lilliput.verbs.edits import (
     EditView,
     Sizes,
     Units,
-    best_units,
     heads_left,
     thinner,
 )
+from lilliput.verbs.sampled import always, looked_at
 
 _DRAWS, _RATE, _FIRST, _LAST = 64, 0.1, 1.0, 0.1  # draws at a time, step size, temperatures
 
@@ -57,16 +56,6 @@ def sizes(units: Sequence[Units], o: Options) -> Sizes:
     if not units[0].heads:
         raise PlanError("dsp: the heads of this model could not be told apart: take a method for hidden channels")
     return thinner(units, o.ratio, 1, ("head",))
-
-
-def gates(o: Options) -> bool:
-    """They are always read."""
-    return True
-
-
-def looked_at(samples: int, o: Options) -> int:
-    """Samples, of so many."""
-    return min(samples, o.samples)
 
 
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
@@ -113,11 +102,6 @@ def relaxed(r: Tensor, kept: int, temperature: float) -> Tensor:
     return total
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The K heads of the largest importance in every block."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="Li et al. 2021, arXiv 2108.04657",
     options=Options,
@@ -126,8 +110,7 @@ METHOD = Edit(
         "dsp": [{"method": "dsp"}],
     },
     sizes=sizes,
-    run=run,
     score=score,
-    gates=gates,
+    gates=always,
     looked_at=looked_at,
 )

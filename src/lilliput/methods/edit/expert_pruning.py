@@ -18,14 +18,12 @@ Cost: one forward pass. Limits: what experts knew that the text does not need is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from lilliput.model.edit import Edit as Decision
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Fewer, Sizes, Units, best_units, fewer
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Fewer, fewer
 
 _READ = {"share": "chosen", "gate": "gates", "output": "norms"}
 
@@ -43,11 +41,6 @@ def score(view: EditView, io: EditIO, o: Options) -> EditScores:
     return {} if io.routing is None else {"experts": tuple(io.routing.means(_READ[o.by]).tolist())}
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The experts that are used most."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="Kim et al. 2021, arXiv 2109.10465; Lasby et al. 2025, arXiv 2510.13999",
     options=Options,
@@ -57,7 +50,6 @@ METHOD = Edit(
         "task-expert-pruning": [{"method": "expert-pruning", "options": {"experts": 1}}, {"method": "distil"}],
     },
     sizes=fewer,
-    run=run,
     score=score,
     routed=lambda o: True,
 )

@@ -10,16 +10,14 @@ Cost: one reading of the weights. Limits: says nothing of how large a unit's inp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.model.edited import Edit as Decision
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, by_member, thinned
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Thinning, by_member, thinned
 
 
 class Options(Thinning):
@@ -43,11 +41,6 @@ def score(view: EditView, io: EditIO, o: Options) -> EditScores:
         return by_member(view, of)
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The units of the largest norms."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="Li et al. 2017, arXiv 1608.08710; Fang et al. 2023, arXiv 2301.12900",
     options=Options,
@@ -57,6 +50,5 @@ METHOD = Edit(
         "dependency-groups": None,
     },
     sizes=thinned,
-    run=run,
     score=score,
 )

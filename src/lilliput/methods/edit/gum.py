@@ -14,15 +14,13 @@ lost until `refit` hands it to the one that stays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.model.edited import Edit as Decision
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, by_member, thinned
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Thinning, by_member, thinned
+from lilliput.verbs.sampled import always, looked_at
 
 
 class Options(Thinning):
@@ -30,16 +28,6 @@ class Options(Thinning):
 
     alike: float = Field(0.8, gt=0.0, le=1.0, description="cosine above which two channels do the same")
     samples: int = Field(10, ge=1, description="calibration samples whose gradients are taken, at most")
-
-
-def gradients(o: Options) -> bool:
-    """They are always read."""
-    return True
-
-
-def looked_at(samples: int, o: Options) -> int:
-    """Samples, of so many."""
-    return min(samples, o.samples)
 
 
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
@@ -85,11 +73,6 @@ def unique(gram: Tensor, importance: Tensor, alike: float) -> Tensor:
     return result
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The unique units of the largest importance."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="Santacroce et al. 2023, arXiv 2302.03773",
     options=Options,
@@ -98,8 +81,7 @@ METHOD = Edit(
         "gum": [{"method": "gum"}],
     },
     sizes=thinned,
-    run=run,
     score=score,
-    gradients=gradients,
+    gradients=always,
     looked_at=looked_at,
 )

@@ -17,26 +17,21 @@ decides and reconstructs block after block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.model.edited import Edit as Decision
 from lilliput.verbs.edit import Edit
 from lilliput.verbs.edits import (
     EditIO,
     EditScores,
     EditView,
-    Sizes,
     Thinning,
-    Units,
     added,
-    best_units,
     readers_of,
     thinned,
 )
+from lilliput.verbs.sampled import always, looked_at
 
 
 class Options(Thinning):
@@ -44,16 +39,6 @@ class Options(Thinning):
 
     output: float = Field(1.0, ge=0.0, description="weight of the output error beside the predictions' KL")
     samples: int = Field(32, ge=1, description="calibration samples whose gradients are taken, at most")
-
-
-def gates(o: Options) -> bool:
-    """They are always read."""
-    return True
-
-
-def looked_at(samples: int, o: Options) -> int:
-    """Samples, of so many."""
-    return min(samples, o.samples)
 
 
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
@@ -85,11 +70,6 @@ def _energy(view: EditView, io: EditIO, name: str, owner: Tensor) -> Tensor:
     return total
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The units that hold most."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="Park et al. 2024, arXiv 2308.03449",
     options=Options,
@@ -98,8 +78,7 @@ METHOD = Edit(
         "kprune": [{"method": "kprune"}, {"method": "refit"}],
     },
     sizes=thinned,
-    run=run,
     score=score,
-    gates=gates,
+    gates=always,
     looked_at=looked_at,
 )

@@ -20,10 +20,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lilliput.model.edited import Edit as Decision
 from lilliput.model.edited import heads_of
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, thinned
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Thinning, thinned
+from lilliput.verbs.sampled import always, looked_at
 
 
 class Options(Thinning):
@@ -34,16 +34,6 @@ class Options(Thinning):
         "sum", description="of a unit, from its coupled rows and columns; last: the columns of the consumer alone"
     )
     samples: int = Field(10, ge=1, description="calibration samples whose gradients are taken, at most")
-
-
-def gradients(o: Options) -> bool:
-    """They are always read."""
-    return True
-
-
-def looked_at(samples: int, o: Options) -> int:
-    """Samples, of so many."""
-    return min(samples, o.samples)
 
 
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
@@ -89,11 +79,6 @@ def _joined(rows: Sequence[Tensor], columns: Sequence[Tensor], o: Options) -> Te
     return every.prod(0) if o.group == "product" else every.sum(0)
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The units of the largest importance."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="Ma et al. 2023, arXiv 2305.11627",
     options=Options,
@@ -102,8 +87,7 @@ METHOD = Edit(
         "llm-pruner": [{"method": "llm-pruner"}, {"method": "refit"}],
     },
     sizes=thinned,
-    run=run,
     score=score,
-    gradients=gradients,
+    gradients=always,
     looked_at=looked_at,
 )

@@ -19,16 +19,14 @@ left; the paper's low-rank correction between shots is left out; its one thresho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from lilliput.algebra.obs import factorize, inverse_diagonal
-from lilliput.model.edited import Edit as Decision
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, by_member, thinned
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Thinning, by_member, thinned
+from lilliput.verbs.sampled import always, looked_at
 
 
 class Options(Thinning):
@@ -36,16 +34,6 @@ class Options(Thinning):
 
     damping: float = Field(0.01, gt=0.0, description="added to the diagonals, as a share of their mean")
     samples: int = Field(32, ge=1, description="calibration samples whose gradients are taken, at most")
-
-
-def outputs(o: Options) -> bool:
-    """Gradients by outputs are always read."""
-    return True
-
-
-def looked_at(samples: int, o: Options) -> int:
-    """Samples, of so many."""
-    return min(samples, o.samples)
 
 
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
@@ -83,11 +71,6 @@ def cost(weight: Tensor, across: Tensor, along: Tensor, inverse: Tensor) -> Tens
     return 0.5 * energy / inverse
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The units that cost most."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="van der Ouderaa et al. 2024, arXiv 2312.17244",
     options=Options,
@@ -96,8 +79,7 @@ METHOD = Edit(
         "llm-surgeon": [{"method": "llm-surgeon"}, {"method": "refit"}],
     },
     sizes=thinned,
-    run=run,
     score=score,
-    outputs=outputs,
+    outputs=always,
     looked_at=looked_at,
 )

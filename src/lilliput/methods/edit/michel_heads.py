@@ -13,14 +13,13 @@ looks idle; the division by the norm matters with `uniform: false` alone, where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from lilliput.model.edited import Edit as Decision
 from lilliput.verbs.edit import Edit
-from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, Thinning, Units, best_units, thinned
+from lilliput.verbs.edits import EditIO, EditScores, EditView, Thinning, thinned
+from lilliput.verbs.sampled import always, looked_at
 
 
 class Options(Thinning):
@@ -33,16 +32,6 @@ class Options(Thinning):
     samples: int = Field(32, ge=1, description="calibration samples whose gradients are taken, at most")
 
 
-def gates(o: Options) -> bool:
-    """They are always read."""
-    return True
-
-
-def looked_at(samples: int, o: Options) -> int:
-    """Samples, of so many."""
-    return min(samples, o.samples)
-
-
 def score(view: EditView, io: EditIO, o: Options) -> EditScores:
     """The mean over samples of the derivative's size, with norm 1 over the units of a kind."""
     scores: dict[str, tuple[float, ...]] = {}
@@ -53,11 +42,6 @@ def score(view: EditView, io: EditIO, o: Options) -> EditScores:
     return scores
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The units of the largest importance."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="Michel et al. 2019, arXiv 1905.10650",
     options=Options,
@@ -66,8 +50,7 @@ METHOD = Edit(
         "michel-heads": [{"method": "michel-heads"}],
     },
     sizes=thinned,
-    run=run,
     score=score,
-    gates=gates,
+    gates=always,
     looked_at=looked_at,
 )

@@ -10,18 +10,12 @@ none (`flap` sees both); with `uniform: false` blocks are compared by sizes that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from lilliput.model.edited import Edit as Decision
 from lilliput.verbs.edit import Edit
 from lilliput.verbs.edits import (
     EditIO,
     EditScores,
     EditView,
-    Sizes,
     Thinning,
-    Units,
-    best_units,
     by_reader,
     readers_of,
     thinned,
@@ -40,11 +34,6 @@ def score(view: EditView, io: EditIO, o: Options) -> EditScores:
     return {key: tuple(x * len(values) / columns[key] for x in values) for key, values in scores.items()}
 
 
-def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: Options) -> Decision:
-    """The most active units."""
-    return best_units(scores, units, sizes)
-
-
 METHOD = Edit(
     paper="Valicenti et al. 2023, arXiv 2312.12682",
     options=Options,
@@ -53,6 +42,5 @@ METHOD = Edit(
         "mini-gpts": [{"method": "mini-gpts"}],
     },
     sizes=thinned,
-    run=run,
     score=score,
 )

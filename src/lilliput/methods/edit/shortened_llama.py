@@ -21,6 +21,7 @@ from lilliput.model.edited import Edit as Decision
 from lilliput.target import Strict
 from lilliput.verbs.edit import Edit
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units, highest, stay
+from lilliput.verbs.sampled import looked_at
 
 _FIRST, _LAST = 4, 2  # blocks that Taylor+ never removes
 
@@ -81,11 +82,6 @@ def run(scores: Sequence[EditScores], units: Sequence[Units], sizes: Sizes, o: O
     free = [n for n in range(len(units)) if n not in protected]
     leaving = {free[n] for n in highest([-scores[n]["block"][0] for n in free], len(units) - sizes.blocks)}
     return Decision(tuple(n for n in range(len(units)) if n not in leaving))
-
-
-def looked_at(samples: int, o: Options) -> int:
-    """Samples, of so many."""
-    return min(samples, o.samples)
 
 
 METHOD = Edit(

@@ -28,6 +28,7 @@ NAMES = {
     "learn": "my-mirror",
     "choose": "my-foresight",
     "behaviour": "my-gating",
+    "inputs": "my-grid",
 }
 FOUND = """
 from lilliput.methods.index import index

@@ -14,7 +14,7 @@ from lilliput.errors import SourceError
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 
-SUMS = tuple(name for name in fold.NAMES if name != "histogram")  # whose values follow from sums, or from the largest
+SUMS = tuple(name for name in fold.NAMES if name not in ("histogram", "extremes"))  # values of sums, or of the largest
 
 
 def _x(tokens: int = 300, width: int = 40) -> Tensor:
@@ -24,7 +24,8 @@ def _x(tokens: int = 300, width: int = 40) -> Tensor:
 
 def _direct(x: Tensor) -> SiteStats:
     x = x.double()
-    parts = (x.T @ x, (x * x).sum(0), x.mean(0), x.abs().amax(0), x.abs().mean(0))
+    parts = (x.T @ x, (x * x).sum(0), x.mean(0), x.abs().amax(0), x.abs().mean(0), x.amin(0).clamp(max=0))
+    parts = (*parts, x.amax(0).clamp(min=0))
     return SiteStats(x.shape[1], x.shape[0], *(p.float() for p in parts))
 
 
@@ -91,6 +92,21 @@ def test_a_statistic_that_nobody_asked_for() -> None:
 def test_scaled_statistics_are_those_of_the_scaled_inputs() -> None:
     x, factor = _x(), torch.linspace(0.1, 2.0, 40) * torch.tensor([1.0, -1.0] * 20)
     _close(_folded(x, (300,)).scaled(factor), _direct(x * factor))
+
+
+def test_extremes_are_sums_over_samples() -> None:
+    x = torch.randn(5, 20, 8, generator=torch.Generator().manual_seed(2))
+    state = fold.init(8, ("extremes",))
+    for part in (x[:2], x[2:]):
+        state = fold.update(state, part)
+    low, high = state.peaks()
+    torch.testing.assert_close(low, x.amin(1).clamp(max=0).mean(0))
+    torch.testing.assert_close(high, x.amax(1).clamp(min=0).mean(0))
+    turned_low, turned_high = state.scaled(torch.tensor([1.0, -2.0] * 4)).peaks()
+    y = x * torch.tensor([1.0, -2.0] * 4)
+    torch.testing.assert_close(turned_low, y.amin(1).clamp(max=0).mean(0))
+    torch.testing.assert_close(turned_high, y.amax(1).clamp(min=0).mean(0))
+    torch.testing.assert_close(fold.merge(state, state).peaks()[1], high)
 
 
 _RANK = """

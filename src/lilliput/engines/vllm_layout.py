@@ -52,7 +52,12 @@ class LilliputConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LilliputConfig:
         """Raises SourceError for a version or part that this Lilliput does not know."""
-        parse_config(config)
+        specs = parse_config(config)
+        if any(spec.scheme.activation is not None for spec in specs.values()):
+            raise SourceError(
+                "the folder's model rounds the inputs of its linears, which vLLM would not do for this layout: run it "
+                "with transformers, or write the folder with export compressed-tensors, where that holds it"
+            )
         if config.get("behaviours"):
             raise SourceError(
                 "the folder's model leaves tokens or channels out while it runs, which vLLM would not do: run it with "

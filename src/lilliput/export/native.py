@@ -22,7 +22,6 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.linear import LinearSpec, plain_config
 from lilliput.parts.part import PartSpec
 from lilliput.parts.pattern import PatternSpec
-from lilliput.parts.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,11 +37,11 @@ def spec_of(outcome: Outcome) -> LinearSpec | None:
     scheme = outcome.scheme
     if not scheme.parts:
         values = _values(outcome)
-        if isinstance(values, DenseSpec) and not outcome.expert:
+        if isinstance(values, DenseSpec) and not outcome.expert and scheme.activation is None:
             return None
-        scheme = Scheme((values,))
+        scheme = replace(scheme, parts=(values,))
     elif (compact := _coded(outcome)) is not None:
-        scheme = Scheme((compact,))
+        scheme = replace(scheme, parts=(compact,))
     return LinearSpec(
         outcome.name,
         outcome.stored,
@@ -62,7 +61,7 @@ def _values(outcome: Outcome) -> PartSpec:
 
 def _coded(outcome: Outcome) -> PatternSpec | None:
     """How a linear that is pruned to a pattern and quantized is stored without its zeros, where that is possible."""
-    form = outcome.format
+    form = outcome.scheme.weights.integer
     return None if form is None else kept.coded_spec(form, outcome.pattern, outcome.in_features)
 
 

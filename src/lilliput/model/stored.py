@@ -15,7 +15,7 @@ from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 from lilliput.model.weights import Model, stretches
-from lilliput.runtime import behaviours
+from lilliput.runtime import behaviours, inputs
 from lilliput.source import Source, Stored, open_source
 from lilliput.source.names import Names, Ref, bind, single_name
 from lilliput.units import few
@@ -169,7 +169,20 @@ def open_model(
     _check(source, skeleton, names)
     if entries := behaviours_of(source):
         behaviours.install(skeleton.model, entries, source.read).strict = True
-    return StoredModel(source, skeleton, names, notes)
+    opened = StoredModel(source, skeleton, names, notes)
+    _round_inputs(opened)
+    return opened
+
+
+def _round_inputs(model: StoredModel) -> None:
+    """Let the linears of the skeleton round their inputs as the folder says. Raises SourceError for one that is part of
+    a tensor of several."""
+    modules = {ref.stored: name for name, ref in model.refs.items() if ref.index is None and ref.rows is None}
+    for stored, rounding in model.source.inputs.items():
+        name = modules.get(f"{stored}.weight")
+        if name is None:
+            raise SourceError(f"{model.source.model} rounds the inputs of {stored}, which is no linear of the model")
+        inputs.attach(model.skeleton.model.get_submodule(name.removesuffix(".weight")), rounding)
 
 
 def behaviours_of(source: Source) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError
+from lilliput.parts.inputs.grid import InputGrid
 from lilliput.parts.part import Part
 from lilliput.parts.transform import Transform, turn, turn_back
 
@@ -21,7 +22,8 @@ class Layer:
     [out, in] mask outside of which no step may write (None: everywhere). A step fits `rest()` and adds a part.
     `updated`, float32 [out, in], holds what a pruning step has made of the weights that it kept: the layer's values
     while it has no parts. `rest()` stays that of `weight`, so that a step that quantizes solves anew on the support.
-    `inputs` and `outputs` are run-time transforms: the parts add up to T_out W T_in^-1. `fisher` [out, in] is the mean
+    `inputs` and `outputs` are run-time transforms: the parts add up to T_out W T_in^-1. `activation`: how what the
+    input transforms give is rounded. `fisher` [out, in] is the mean
     square of the loss's gradient for each weight, where a method needs it.
     """
 
@@ -33,6 +35,7 @@ class Layer:
     outputs: tuple[Transform, ...] = ()
     fisher: Tensor | None = None
     updated: Tensor | None = None
+    activation: InputGrid | None = None
 
     def need_fisher(self) -> Tensor:
         """The Fisher information, float32 [out, in].
@@ -110,8 +113,8 @@ def stack(layers: Sequence[Layer]) -> Layer:
     """Layers that read one site, as one layer with their rows below each other (before any has parts)."""
     if len(layers) == 1:
         return layers[0]
-    if any(layer.parts or layer.inputs or layer.outputs for layer in layers):
-        raise ValueError("only layers without parts and transforms can be stacked")
+    if any(layer.parts or layer.inputs or layer.outputs or layer.activation for layer in layers):
+        raise ValueError("only layers without parts, transforms and grids for inputs can be stacked")
     name = "+".join(layer.name for layer in layers)
     support = None
     if any(layer.support is not None for layer in layers):

@@ -24,7 +24,8 @@ from lilliput.parts.scheme import Scheme
 VERSION = 2  # 1 knew no transforms
 TABLES = 3  # the version of a folder whose embedding or head is compressed
 BEHAVES = 4  # the version of a folder with behaviours, which an older reader would leave out
-READS = (1, 2, 3, 4)
+ROUNDS = 5  # the version of a folder with rounded inputs
+READS = (1, 2, 3, 4, 5)
 ALIGNED = 8  # rows after which the bits of any codes end with a byte
 
 
@@ -151,8 +152,12 @@ def plain_config(linears: Mapping[str, LinearSpec], behaviours: Sequence[Mapping
             entry["also"] = list(spec.also)
         entries[stored] = entry
     version = TABLES if any(spec.kind != "linear" or spec.also for spec in linears.values()) else VERSION
+    if behaviours:
+        version = BEHAVES
+    if any(spec.scheme.activation is not None for spec in linears.values()):
+        version = ROUNDS
     plain = {"quant_method": "lilliput", "version": version, "schemes": schemes, "linears": entries}
-    return plain | {"version": BEHAVES, "behaviours": [dict(x) for x in behaviours]} if behaviours else plain
+    return plain | {"behaviours": [dict(x) for x in behaviours]} if behaviours else plain
 
 
 def parse_config(entry: Mapping[str, Any]) -> dict[str, LinearSpec]:

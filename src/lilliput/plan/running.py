@@ -50,7 +50,9 @@ def config(entry: dict[str, Any] | None, resolved: Resolved, anatomy: Anatomy) -
     if not tasks:
         return entry
     mine = plain_config({}, [task.of(Behave).entry(anatomy, task.options) for task in tasks])
-    return mine if entry is None else entry | {key: mine[key] for key in ("version", "behaviours")}
+    if entry is None:
+        return mine
+    return entry | {"version": max(entry["version"], mine["version"]), "behaviours": mine["behaviours"]}
 
 
 def tensors(resolved: Resolved, anatomy: Anatomy) -> Mapping[int, Shapes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lilliput import export
 from lilliput.anatomy.model import Block, Site
@@ -20,6 +20,7 @@ from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.run.repairing import Teacher
+from lilliput.runtime import inputs
 from lilliput.stats import fold
 from lilliput.stats.site import SiteStats
 
@@ -129,8 +130,16 @@ def _stored(job: BlockJob, plan: LinearPlan, layer: Layer) -> dict[str, Tensor]:
     return {name: value.cpu().contiguous() for name, value in packed.items()}
 
 
-def install(job: BlockJob, plan: LinearPlan, decoded: Tensor) -> None:
+def install(job: BlockJob, plan: LinearPlan, decoded: Tensor, layer: Layer) -> None:
+    """Let the block's module take over a layer: its weight, and how it rounds its inputs."""
     job.model.skeleton.load({f"{plan.name}.weight": job.weights.to_stored(plan.linear, decoded)})
+    if layer.activation is not None:
+        inputs.attach(module_of(job, plan), inputs.Rounding(layer.activation, layer.inputs))
+
+
+def module_of(job: BlockJob, plan: LinearPlan) -> nn.Module:
+    """The module of a linear in the loaded block."""
+    return job.model.skeleton.block(job.index).get_submodule(plan.linear.name)
 
 
 def deliver(
@@ -148,7 +157,7 @@ def deliver(
         decoded = decoded.to(dtype).float()
     error, of = _error(layer.weight, decoded, stats, job.plan.dtype is torch.bfloat16)
     stored = _stored(job, plan, layer)
-    install(job, plan, decoded)
+    install(job, plan, decoded, layer)
     return stored, {
         "name": plan.name,
         "methods": [task.method.name for task in plan.tasks],

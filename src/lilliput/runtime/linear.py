@@ -25,7 +25,7 @@ from lilliput.parts.linear import LinearSpec, decode, decode_rows, divides
 from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import below
 from lilliput.parts.scheme import prefix
-from lilliput.runtime import lut
+from lilliput.runtime import inputs, lut
 
 PREFIX = "packed_"  # the buffers hold bytes, so that casting the model does not touch scales
 APART = 16  # rows between two that are looked up, from where on they are decoded apart
@@ -74,6 +74,7 @@ class CompressedLinear(nn.Module):
             self.register_buffer(f"{PREFIX}{index}", getattr(other, f"{PREFIX}{index}"), persistent=False)
         marker: Tensor = getattr(self, MARKER)
         self.register_buffer(MARKER, marker.to(getattr(other, MARKER).device), persistent=False)
+        self._round_inputs()
 
     def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Take the tensors that the description names, onto `device`."""
@@ -82,6 +83,12 @@ class CompressedLinear(nn.Module):
             self.register_buffer(f"{PREFIX}{index}", raw, persistent=False)
         marker: Tensor = getattr(self, MARKER)
         self.register_buffer(MARKER, torch.empty(0, dtype=marker.dtype, device=device), persistent=False)
+        self._round_inputs()
+
+    def _round_inputs(self) -> None:
+        rounding = inputs.described(self.spec, lambda name: CompressedLinear.stored(self, name))
+        if rounding is not None:
+            inputs.attach(self, rounding)
 
 
 class LookedUp(CompressedLinear):

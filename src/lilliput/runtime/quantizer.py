@@ -80,9 +80,9 @@ class LilliputQuantizer(HfQuantizer):  # type: ignore[misc]
             place = module.spec.payload, _device(module, model)
             if place in filled:
                 module.share(filled[place])
-                continue
-            module.fill(_read(where, list(module.spec.describe())), place[1])
-            filled[place] = module
+            else:
+                module.fill(_read(where, list(module.spec.describe())), place[1])
+                filled[place] = module
         if entries := self.quantization_config.behaviours:
             prefix, modules = text_prefix(model, model.config), dict(model.named_modules())
             behaviours.install(

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from lilliput.errors import SourceError
-from lilliput.source import quantized
+from lilliput.source import inputs, quantized
 from lilliput.source.gguf import Gguf
 from lilliput.source.hub import snapshot
 from lilliput.source.packed import Packed, floats
@@ -104,7 +104,7 @@ def _folder(model: str, folder: Path, trust_remote_code: bool, prefix: tuple[str
             notes += ("rotations that an engine applies while it runs (transform_config) are undone in its weights",)
     return Source(
         model, folder, config, reader, packed, raw=raw, quantization=method, trust_remote_code=trust_remote_code,
-        notes=notes,
+        notes=notes, inputs=inputs.find(method, how or {}, reader, model),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from lilliput.anatomy.token_ids import named_ids
 from lilliput.errors import SourceError
 from lilliput.parts.linear import LinearSpec
 from lilliput.progress import Progress
+from lilliput.runtime.inputs import Rounding
 from lilliput.source import scan as scanning
 from lilliput.source.gguf_metadata import lean
 from lilliput.source.native import Native
@@ -75,7 +76,8 @@ class Source:
     model: what the user wrote; folder: where config and tokenizer lie; config: without a quantization_config, since
     weights are read as plain; text_config: the language model's own; raw: config.json as it lies in the folder, empty
     for GGUF; stored: every tensor by its name in the files (for GGUF by its name in transformers), without what
-    wrappers put in; notes: what a user should know about this checkpoint.
+    wrappers put in; notes: what a user should know about this checkpoint; inputs: how linears, by their name in the
+    files, round what enters them.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Source:
         quantization: str | None = None,
         trust_remote_code: bool = False,
         notes: tuple[str, ...] = (),
+        inputs: Mapping[str, Rounding] | None = None,
     ) -> None:
         self.model = model
         self.folder = folder
@@ -99,6 +102,7 @@ class Source:
         self.raw: Mapping[str, Any] = raw or {}
         self.quantization = quantization
         self.notes = notes
+        self.inputs: Mapping[str, Rounding] = inputs or {}
         self._reader = reader
         self._packed = packed
         self._gguf = gguf

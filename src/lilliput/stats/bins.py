@@ -36,6 +36,13 @@ def counts(x: Tensor) -> Tensor:
     return seen.view(width, COUNT).float() + (x.sum(0) * 0.0)[:, None]
 
 
+def edges(device: torch.device | str = "cpu") -> Tensor:
+    """Where the bins begin and end, float64 [COUNT + 1]; the first begins at 0."""
+    ends: Tensor = torch.exp2(torch.arange(COUNT + 1, dtype=torch.float64, device=device) / _FINE + _LOWEST)
+    ends[0] = 0.0
+    return ends
+
+
 def scaled(histogram: Tensor, factor: Tensor) -> Tensor:
     """The histogram of x * factor (factor: [width]), moved by the nearest number of bins; the first bin, where 0 is,
     stays."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from lilliput.machine import ranks
 from lilliput.stats import bins
 from lilliput.stats.site import SiteStats
 
-NAMES = ("gram", "square", "mean", "absmax", "absmean", "histogram")
+NAMES = ("gram", "square", "mean", "absmax", "absmean", "low", "high", "extremes", "histogram")
 _PANEL = 512
 
 
@@ -51,6 +51,9 @@ def init(width: int, names: Iterable[str], device: torch.device | str = "cpu") -
         mean=zeros("mean", width),
         absmax=zeros("absmax", width),
         absmean=zeros("absmean", width),
+        low=zeros("low", width),
+        high=zeros("high", width),
+        extremes=zeros("extremes", 3, width),
         histogram=zeros("histogram", width, bins.COUNT),
     )
 
@@ -60,6 +63,7 @@ def update(state: SiteStats, x: Tensor) -> SiteStats:
 
     The Gram matrix is summed panel by panel over its upper half only; `finish` mirrors it.
     """
+    samples = x if x.dim() == 3 else x.reshape(1, -1, state.width)
     x = x.reshape(-1, state.width)
     tokens = x.shape[0]
     if tokens == 0:
@@ -78,6 +82,15 @@ def update(state: SiteStats, x: Tensor) -> SiteStats:
         state.mean.mul_(state.count / count).add_(x.sum(0), alpha=1 / count)
     if state.absmax is not None:
         torch.maximum(state.absmax, x.abs().amax(0), out=state.absmax)
+    if state.low is not None:
+        torch.minimum(state.low, x.amin(0), out=state.low)
+    if state.high is not None:
+        torch.maximum(state.high, x.amax(0), out=state.high)
+    if state.extremes is not None:
+        low, high = torch.aminmax(samples.float(), dim=1)
+        state.extremes[0].add_(low.clamp_(max=0).sum(0))
+        state.extremes[1].add_(high.clamp_(min=0).sum(0))
+        state.extremes[2].add_(len(samples))
     if state.absmean is not None:
         state.absmean.mul_(state.count / count).add_(x.abs().sum(0), alpha=1 / count)
     if state.histogram is not None:
@@ -104,9 +117,10 @@ def complete(state: SiteStats, site: str, dtype: torch.dtype) -> SiteStats:
     """
     total = all_reduce(finish(state))
     counts = None if total.histogram is None else total.histogram[:, 0]  # NaN is in all bins
-    totals = (total.gram, total.square, total.mean, total.absmax, total.absmean, counts)
+    totals = (total.gram, total.square, total.mean, total.absmax, total.absmean, total.low, total.high, counts)
+    sums = None if total.extremes is None else total.extremes.sum(0)
     # The diagonal is what overflows first.
-    extremes = [x.diagonal() if x.dim() == 2 else x for x in totals if x is not None]
+    extremes = [x.diagonal() if x.dim() == 2 else x for x in (*totals, sums) if x is not None]
     if all(bool(torch.isfinite(x).all()) for x in extremes):
         return total
     how = str(dtype).removeprefix("torch.")
@@ -139,15 +153,21 @@ def merge(a: SiteStats, b: SiteStats) -> SiteStats:
         pair = both(name)
         return None if pair is None else pair[0] * wa + pair[1] * wb
 
-    pair = both("absmax")
+    def extreme(name: str, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+        pair = both(name)
+        return None if pair is None else of(*pair)
+
     return SiteStats(
         a.width,
         count,
         gram=total("gram"),
         square=total("square"),
         mean=mean("mean"),
-        absmax=None if pair is None else torch.maximum(*pair),
+        absmax=extreme("absmax", torch.maximum),
         absmean=mean("absmean"),
+        low=extreme("low", torch.minimum),
+        high=extreme("high", torch.maximum),
+        extremes=total("extremes"),
         histogram=total("histogram"),
     )
 
@@ -157,12 +177,17 @@ def all_reduce(state: SiteStats) -> SiteStats:
     if ranks.size() == 1:
         return state
     count = sum(ranks.gathered(state.count))
-    for total in (state.gram, state.square, state.histogram):
+    for total in (state.gram, state.square, state.extremes, state.histogram):
         if total is not None:
             ranks.add(total)
     for mean in (state.mean, state.absmean):
         if mean is not None:
             ranks.add(mean.mul_(state.count / max(count, 1)))
-    if state.absmax is not None:
-        ranks.largest(state.absmax)
+    for largest in (state.absmax, state.high):
+        if largest is not None:
+            ranks.largest(largest)
+    if state.low is not None:
+        state.low.neg_()
+        ranks.largest(state.low)
+        state.low.neg_()
     return replace(state, count=count)

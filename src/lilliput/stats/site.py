@@ -17,8 +17,9 @@ class SiteStats:
     """Statistics of the inputs of one site, over `count` tokens. Fields that nobody asked for are None.
 
     All are float32 on the compute device. `gram` is the plain sum of x xT, [width, width];
-    `square` the sum of x^2, `mean` the mean, `absmax` the largest |x|, `absmean` the mean |x|: all [width]; `histogram`
-    how many |x| are in each bin, [width, bins.COUNT].
+    `square` the sum of x^2, `mean` the mean, `absmax` the largest |x|, `absmean` the mean |x|, `low` and `high` the
+    smallest and largest x or 0: all [width]; `extremes` the sums over samples of the smallest and of the largest x, and
+    the number of samples, [3, width]; `histogram` how many |x| are in each bin, [width, bins.COUNT].
     """
 
     width: int
@@ -28,6 +29,9 @@ class SiteStats:
     mean: Tensor | None = None
     absmax: Tensor | None = None
     absmean: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    extremes: Tensor | None = None
     histogram: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
@@ -42,6 +46,11 @@ class SiteStats:
         total = self.square if self.square is not None else self.need("gram").diagonal()
         return total / max(self.count, 1)
 
+    def peaks(self) -> tuple[Tensor, Tensor]:
+        """Means over samples of the smallest and of the largest input of each, by channel, [width]."""
+        low, high, samples = self.need("extremes")
+        return low / samples.clamp(min=1), high / samples.clamp(min=1)
+
     def norms(self, device: torch.device | str) -> Tensor:
         """Norm of each input over the tokens, up to a factor that all share, [width]; ones where no token came."""
         return self.second_moment().sqrt() if self.count else torch.ones(self.width, device=device)
@@ -53,6 +62,9 @@ class SiteStats:
             return None if value is None else value * f
 
         size = factor.abs()
+        low, high = by(self.low, factor), by(self.high, factor)
+        if low is not None and high is not None:  # a negative factor turns them around
+            low, high = torch.minimum(low, high), torch.maximum(low, high)
         return replace(
             self,
             gram=None if self.gram is None else (self.gram * factor[:, None]).mul_(factor),
@@ -60,6 +72,9 @@ class SiteStats:
             mean=by(self.mean, factor),
             absmax=by(self.absmax, size),
             absmean=by(self.absmean, size),
+            low=low,
+            high=high,
+            extremes=None if self.extremes is None else _turned(self.extremes, factor),
             histogram=None if self.histogram is None else bins.scaled(self.histogram, size),
         )
 
@@ -95,5 +110,14 @@ class SiteStats:
             mean=move(self.mean),
             absmax=move(self.absmax),
             absmean=move(self.absmean),
+            low=move(self.low),
+            high=move(self.high),
+            extremes=move(self.extremes),
             histogram=move(self.histogram),
         )
+
+
+def _turned(extremes: Tensor, factor: Tensor) -> Tensor:
+    """Sums of extremes of x * factor, which a negative factor exchanges."""
+    low, high = extremes[0] * factor, extremes[1] * factor
+    return torch.stack([torch.minimum(low, high), torch.maximum(low, high), extremes[2]])

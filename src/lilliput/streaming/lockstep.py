@@ -36,7 +36,8 @@ def _hooks(taps: Sequence[Tap], see: Callable[[str, Tensor], None]) -> Iterator[
 
         return run
 
-    handles = [tap.module.register_forward_pre_hook(hook(tap.site)) for tap in taps]
+    # In front of hooks that round the inputs, which the statistics are of and not what they make of them.
+    handles = [tap.module.register_forward_pre_hook(hook(tap.site), prepend=True) for tap in taps]
     try:
         yield
     finally:

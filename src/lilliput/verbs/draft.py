@@ -101,8 +101,8 @@ def check_statistics(label: str, draft: Draft, needs: Collection[str], fisher: b
     missing: str | None = None
     if fisher and (scheme.inputs or scheme.outputs):
         missing = "squared gradients"
-    elif rotated and {"absmean", "absmax", "histogram"} & set(needs):
-        missing = "mean, largest or counted absolute inputs"
+    elif rotated and {"absmean", "absmax", "low", "high", "extremes", "histogram"} & set(needs):
+        missing = "extremes, means or counts of single inputs"
     if missing is not None:
         raise PlanError(
             f"{label}: it reads {missing}, which are not known for a layer that an earlier step has rotated "
@@ -129,5 +129,10 @@ def extended(label: str, draft: Draft, added: Scheme, quantizes: bool) -> Draft:
             f"{label}: {added.describe()} reaches every weight, so an earlier step's zeros would not stay: "
             "leave one of the two steps out"
         )
-    whole = Scheme((*scheme.parts, *added.parts), (*scheme.inputs, *added.inputs), (*scheme.outputs, *added.outputs))
+    whole = Scheme(
+        (*scheme.parts, *added.parts),
+        (*scheme.inputs, *added.inputs),
+        (*scheme.outputs, *added.outputs),
+        scheme.activation,
+    )
     return replace(draft, scheme=whole, quantized=draft.quantized or quantizes)

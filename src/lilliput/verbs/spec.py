@@ -27,7 +27,7 @@ FISHER = "fisher"  # among a method's needs: no statistic of inputs, but squared
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 SpecT = TypeVar("SpecT", bound="Spec[Any]")
 Steps = list[dict[str, Any]]
-Writes = Literal["quantized", "parts", "support", "fold", "targets", "behaviour"]
+Writes = Literal["quantized", "parts", "support", "fold", "targets", "behaviour", "inputs"]
 
 
 class Stage(Enum):

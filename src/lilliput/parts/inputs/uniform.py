@@ -1,0 +1,126 @@
+"""Inputs as integers with a common step: signed codes q, x = (q - zero) * scale.
+
+With b bits a symmetric scale is max|x| / (2^b - 1) * 2, an asymmetric one (max - min) / (2^b - 1) with 0 inside the
+range: the definitions of compressed-tensors, so that a folder in its layout computes the same in every reader. A
+symmetric code may be the lowest one, -2^(b-1), and the largest input is half a step beyond the highest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lilliput.errors import PlanError
+from lilliput.formats.format import Stored
+from lilliput.parts.part import Get
+
+Granularity = Literal["token", "tensor", "group", "channel"]
+SCALE, ZERO = "_scale", "_zero"
+
+
+@dataclass(frozen=True)
+class UniformInput:
+    """granularity: what shares a scale. Dynamic ones are found for each token, for groups of `group_size` inputs of a
+    token, or for all that a forward pass brings ("tensor", which depends on what is batched together); static ones are
+    stored, one for all inputs, for groups of channels, or for each channel. clip: share of the dynamic range that is
+    covered. Raises PlanError for what cannot be."""
+
+    bits: int
+    granularity: Granularity = "token"
+    group_size: int = 0
+    symmetric: bool = True
+    dynamic: bool = True
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise PlanError(f"inputs of {self.bits} bits: integers have 2 to 8; choose one of those")
+        if self.dynamic and self.granularity == "channel":
+            raise PlanError(
+                "inputs cannot have a scale for each channel that is found while the model runs, since a channel's "
+                "range is known only from text: take static scales, or granularity token"
+            )
+        if not self.dynamic and self.granularity == "token":
+            raise PlanError("static scales cannot differ by token: take granularity tensor, group or channel")
+        if (self.granularity == "group") != (self.group_size > 0):
+            raise PlanError("granularity group takes a positive group_size, and no other granularity takes one")
+
+    def describe(self) -> str:
+        unit = f"g{self.group_size}" if self.granularity == "group" else self.granularity
+        kind = "" if self.symmetric else " asym"
+        return f"int{self.bits} {unit}{kind}{'' if self.dynamic else ' static'}"
+
+    @property
+    def low(self) -> int:
+        """The lowest code."""
+        return -(1 << (self.bits - 1))
+
+    def stored(self, width: int) -> Stored:
+        if self.granularity == "group" and width % self.group_size:
+            raise PlanError(
+                f"groups of {self.group_size} do not divide {width} inputs: choose a group_size that does, or "
+                "granularity token"
+            )
+        if self.dynamic:
+            return {}
+        count = {"tensor": 1, "channel": width}.get(self.granularity, width // max(self.group_size, 1))
+        scale: Stored = {SCALE: (torch.float32, (count,))}
+        return scale if self.symmetric else scale | {ZERO: (torch.int32, (count,))}
+
+    def round(self, x: Tensor, get: Get) -> Tensor:
+        seen = x.reshape(*x.shape[:-1], -1, self.group_size) if self.granularity == "group" else x
+        if self.dynamic:
+            scale, zero = self.parameters(*self._range(seen))
+        else:
+            scale, zero = get(SCALE), None if self.symmetric else get(ZERO)
+            if self.granularity == "group":
+                scale, zero = scale[:, None], None if zero is None else zero[:, None]
+        return self._on(seen, scale, zero).reshape(x.shape)
+
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale float32 and zero point for inputs between `low` and `high`; a scale of 0 becomes 1."""
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        steps = (1 << self.bits) - 1
+        if self.symmetric:
+            return _usable(torch.maximum(-low, high) / (steps / 2)), None
+        scale = _usable((high - low) / steps)
+        return scale, (self.low - low / scale).round().clamp(self.low, -self.low - 1)
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = torch.aminmax(x) if self.granularity == "tensor" else torch.aminmax(x, dim=-1, keepdim=True)
+        return low * self.clip, high * self.clip
+
+    def _on(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        codes = (x / scale).round_()
+        if zero is None:
+            return codes.clamp_(self.low, -self.low - 1).mul_(scale)
+        return codes.add_(zero).clamp_(self.low, -self.low - 1).sub_(zero).mul_(scale)
+
+    def plain(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {"kind": "uniform", "bits": self.bits, "granularity": self.granularity}
+        entry |= {"symmetric": self.symmetric, "dynamic": self.dynamic}
+        if self.group_size:
+            entry["group_size"] = self.group_size
+        if self.clip != 1.0:
+            entry["clip"] = self.clip
+        return entry
+
+
+def _usable(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def from_plain(plain: Mapping[str, Any]) -> UniformInput:
+    """Undo `UniformInput.plain`."""
+    return UniformInput(
+        int(plain["bits"]),
+        plain["granularity"],
+        int(plain.get("group_size", 0)),
+        bool(plain["symmetric"]),
+        bool(plain["dynamic"]),
+        float(plain.get("clip", 1.0)),
+    )

@@ -1,0 +1,62 @@
+"""The verb `inputs`: how what enters a linear is rounded while the model runs, beside whatever its weights become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from lilliput.anatomy.model import Linear
+from lilliput.errors import PlanError
+from lilliput.machine.cost import Cost
+from lilliput.parts.inputs.grid import InputGrid, InputSpec
+from lilliput.parts.layer import Layer
+from lilliput.stats.site import SiteStats
+from lilliput.streaming.peak import Run
+from lilliput.target import Target
+from lilliput.verbs import draft as drafts
+from lilliput.verbs.draft import Draft
+from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Spec[OptionsT]):
+    """`run(layer, stats, target, options)`: the grid for what the layer's input transforms give, whose statistics
+    `stats` are. It changes no weight.
+
+    `spec(target, options, width)`: the same without the values that text decides, known to the plan. The rest of the
+    block, and all blocks behind it, see what the rounded inputs give.
+    """
+
+    verb: ClassVar[str] = "inputs"
+    family: ClassVar[str] = "inputs"
+    stage: ClassVar[Stage] = Stage.LINEAR
+
+    run: Callable[[Layer, SiteStats, Target, OptionsT], InputGrid]
+    spec: Callable[[Target, OptionsT, int], InputSpec]
+    writes: Writes = "inputs"
+
+    def completed(self, target: Target) -> Target:
+        """8 bits where the target names none, and one grid for each token where it names no group."""
+        named = target.model_dump(exclude_none=True).keys()
+        added = {"bits": 8, **self.default}
+        return target.model_copy(update={key: value for key, value in added.items() if key not in named})
+
+    def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
+        label = f"{task.label} on {name}"
+        if draft.scheme.activation is not None:
+            raise PlanError(f"{label}: an earlier step rounds the inputs of this layer already; keep one of them")
+        if any(x.spec.stage is Stage.LINEAR and x.spec.writes != "inputs" for x in later):
+            other = next(x for x in later if x.spec.stage is Stage.LINEAR and x.spec.writes != "inputs")
+            raise PlanError(
+                f"{label}: {other.label} would still change what its inputs meet; put the rounding of inputs behind it"
+            )
+        drafts.check_statistics(label, draft, task.needs, False)
+        spec = self.spec(task.target, self.options_of(task), linear.in_features)
+        spec.stored(linear.in_features)  # which says whether the width can have it
+        return replace(draft, scheme=replace(draft.scheme, activation=spec))
+
+    def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
+        """Inputs in float32, their codes and their values."""
+        wide = max((x.in_features for x in linears), default=0)
+        return Cost(ram=3 * 4 * run.batch * run.tokens * wide)

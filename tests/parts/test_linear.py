@@ -73,7 +73,7 @@ def test_config_round_trip_shares_schemes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 5}, "version 5"),
+        ({"version": 99}, "version 99"),
         ({"schemes": [{"parts": [{"kind": "tree"}]}]}, "newer than this lilliput"),
         ({"schemes": []}, "damaged"),
         ({"linears": {"x": {}}}, "damaged"),

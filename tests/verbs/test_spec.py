@@ -114,6 +114,7 @@ def test_a_folder_without_methods_has_no_verb_yet() -> None:
     assert {family for family, spec in found.items() if spec is None} == {"objective", "cache"}
     assert {spec.verb: spec.stage for spec in found.values() if spec is not None} == {
         "compress": Stage.LINEAR,
+        "inputs": Stage.LINEAR,
         "rewrite": Stage.BLOCK,
         "repair": Stage.BLOCK,
         "fit": Stage.CLOSE,

@@ -5,7 +5,7 @@ Tensors of a linear with b bits (names after the linear's own):
 `weight_zero_point` int32 [ceil(out b / 32), groups], packed along rows. Codes and zero points are signed. A grid per
 tensor is written as one scale per row, which decodes to the same values.
 
-Weight-only 8 bits are packed too: engines take the library's `int-quantized` layout for 8-bit activations.
+Weight-only 8 bits are packed too; beside rounded inputs they are `int-quantized` (`rounded_inputs.py`).
 What loads, and how exactly, is measured: `capabilities.json`, made by scripts/check_capabilities.py.
 """
 
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.wrapper import skeleton
+from lilliput.export import rounded_inputs
 from lilliput.export.dense import dense_linears
 from lilliput.export.outcome import Outcome, largest_group
 from lilliput.export.packing import dense, quantized_part
 from lilliput.formats.bits import pack_words
-from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.inputs.uniform import UniformInput
 from lilliput.parts.layer import Layer
 from lilliput.source.names import single_name
 
@@ -33,12 +34,26 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CHUNK = 1 << 20  # codes packed at a time: they are widened to 64 bits, several times over
-IntegerKind = tuple[int, bool, int]  # bits, symmetric, group size (-1: one per output row)
 
 
-def kind_of(form: IntegerFormat) -> IntegerKind:
-    """What the engine's config tells of a format; a grid per tensor is written per row."""
-    return (form.bits, form.symmetric, -1 if form.group_size == 0 else form.group_size)
+@dataclass(frozen=True)
+class Setting:
+    """What the engine's config tells of a linear. group: -1 one scale per output row, as which a grid per tensor is
+    written too; inputs: their grid, where they are rounded."""
+
+    bits: int
+    symmetric: bool
+    group: int
+    inputs: UniformInput | None = None
+
+
+def setting_of(outcome: Outcome) -> Setting | None:
+    """None where the linear stays dense."""
+    form, inputs = outcome.codes, outcome.scheme.activation
+    if form is None:
+        return None
+    group = -1 if form.group_size == 0 else form.group_size
+    return Setting(form.bits, form.symmetric, group, inputs if isinstance(inputs, UniformInput) else None)
 
 
 @dataclass(frozen=True)
@@ -55,12 +70,14 @@ class CompressedTensors:
 
     def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
         for x in outcomes:
-            if x.scheme.parts and x.format is None:
+            if (reason := rounded_inputs.refuse(x, self.decoded)) is not None:
+                return reason
+            if x.scheme.parts and x.codes is None:
                 return (
                     f"'{x.name}' becomes {x.scheme.describe()}, and engines read only plain integers. "
                     "Nearest: rtn or gptq with format int; export 'lilliput' holds it."
                 )
-        quantized = [x for x in outcomes if x.format is not None]
+        quantized = [x for x in outcomes if x.codes is not None]
         for x in quantized:
             if x.transposed:
                 return (
@@ -77,15 +94,15 @@ class CompressedTensors:
                     f"'{x.name}' decides which experts a token uses, and engines have no place for its packed "
                     "weights. Nearest: exclude 'router' from every step; export 'lilliput' holds it."
                 )
-            if x.format is not None and x.ragged:
+            if x.codes is not None and x.ragged:
                 group = largest_group(quantized)
                 instead = f"group_size {group} divides every width" if group else "group_size 'channel' always fits"
                 return (
-                    f"groups of {x.format.group_size} do not divide the {x.in_features} inputs of '{x.name}'. "
+                    f"groups of {x.codes.group_size} do not divide the {x.in_features} inputs of '{x.name}'. "
                     f"Nearest: {instead}; export 'lilliput' holds the shorter last group."
                 )
-            if x.format is not None and not _widens(x.format.scale_dtype, x.dtype):
-                model, scale = (str(d).removeprefix("torch.") for d in (x.dtype, x.format.scale_dtype))
+            if x.codes is not None and not _widens(x.codes.scale_dtype, x.dtype):
+                model, scale = (str(d).removeprefix("torch.") for d in (x.dtype, x.codes.scale_dtype))
                 return (
                     f"'{x.name}' is {model} with {scale} scales, which engines cast to {model}: every weight would "
                     f"change. Nearest: scale_dtype {model}; export 'lilliput' keeps other scales."
@@ -93,9 +110,12 @@ class CompressedTensors:
         return _refuse_together(outcomes, quantized, self.decoded) or _refuse_fused(outcomes, config)
 
     def describe(self, outcome: Outcome) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        stored, rows, width, fmt = outcome.stored, outcome.out_features, outcome.in_features, outcome.format
+        stored, rows, width, fmt = outcome.stored, outcome.out_features, outcome.in_features, outcome.codes
         if fmt is None:
             return {f"{stored}.weight": (outcome.dtype, outcome.dense_shape)}
+        own = {stored + suffix: x for suffix, x in rounded_inputs.described(outcome).items()}
+        if f"{stored}.weight" in own:
+            return own
         groups = 1 if fmt.group_size <= 0 else width // fmt.group_size
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             f"{stored}.weight_packed": (torch.int32, (rows, math.ceil(width * fmt.bits / 32))),
@@ -104,13 +124,16 @@ class CompressedTensors:
         }
         if not fmt.symmetric:
             tensors[f"{stored}.weight_zero_point"] = (torch.int32, (math.ceil(rows * fmt.bits / 32), groups))
-        return tensors
+        return tensors | own
 
     def pack(self, outcome: Outcome, layer: Layer) -> dict[str, Tensor]:
-        stored, fmt = outcome.stored, outcome.format
+        stored, fmt = outcome.stored, outcome.codes
         if fmt is None:
             return {f"{stored}.weight": dense(outcome, layer)}
         part = quantized_part(outcome, layer)
+        own = {stored + suffix: x for suffix, x in rounded_inputs.packed(outcome, part, layer.activation).items()}
+        if f"{stored}.weight" in own:
+            return own
         rows, width = part.codes.shape
         step = max(1, CHUNK // width)
         packed = torch.empty(rows, math.ceil(width * fmt.bits / 32), dtype=torch.int32)
@@ -126,7 +149,7 @@ class CompressedTensors:
         if part.grid.zero is not None:
             zero = part.grid.zero.expand(rows, -1) if per_row else part.grid.zero
             tensors[f"{stored}.weight_zero_point"] = pack_words(zero.T.contiguous(), fmt.bits).T.contiguous()
-        return tensors
+        return tensors | own
 
     def pack_rows(self, outcome: Outcome, layer: Layer, start: int) -> dict[str, Tensor]:
         tensors = self.pack(replace(outcome, out_features=len(layer.weight)), layer)
@@ -145,37 +168,42 @@ class CompressedTensors:
             QuantizationStatus,
         )
 
-        members: dict[IntegerKind, list[Outcome]] = {}
+        members: dict[Setting, list[Outcome]] = {}
         for x in outcomes:
-            if x.format is not None:
-                members.setdefault(kind_of(x.format), []).append(x)
+            if (setting := setting_of(x)) is not None:
+                members.setdefault(setting, []).append(x)
         if not members:
             return None
         groups = {}
-        for i, ((bits, symmetric, size), alike) in enumerate(members.items()):
+        for i, (setting, alike) in enumerate(members.items()):
             args = QuantizationArgs(
-                num_bits=bits,
+                num_bits=setting.bits,
                 type="int",
-                symmetric=symmetric,
-                strategy="channel" if size < 0 else "group",
-                group_size=None if size < 0 else size,
+                symmetric=setting.symmetric,
+                strategy="channel" if setting.group < 0 else "group",
+                group_size=None if setting.group < 0 else setting.group,
             )
-            targets = ["Linear"] if len(members) == 1 else exact_targets(alike)
-            groups[f"group_{i}"] = QuantizationScheme(targets=targets, weights=args, format="pack-quantized")
+            groups[f"group_{i}"] = QuantizationScheme(
+                targets=["Linear"] if len(members) == 1 else exact_targets(alike),
+                weights=args,
+                input_activations=None if setting.inputs is None else rounded_inputs.args(setting.inputs),
+                format=rounded_inputs.layout(alike[0]),
+            )
+        layouts = {rounded_inputs.layout(alike[0]) for alike in members.values()}
         built = QuantizationConfig(
             config_groups=groups,
-            format="pack-quantized",
+            format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=dense_linears(outcomes, config),
         )
         entry: dict[str, Any] = built.model_dump(mode="json", exclude_none=True)
-        if self.decoded or any(not symmetric for _, symmetric, _ in members):
+        if self.decoded or any(not x.symmetric for x in members):
             # transformers 5.23.0 gives an unpacked shape to zero points unless it decodes while loading
             entry["dequantize"] = True
         return entry
 
     def dense_note(self, outcomes: Sequence[Outcome]) -> str | None:
-        quantized = [x for x in outcomes if x.format is not None]
+        quantized = [x for x in outcomes if x.codes is not None]
         zeros = [x for x in outcomes if (x.sparsity or 0) > 0]
         notes: list[str] = []
         if quantized:
@@ -194,8 +222,8 @@ class CompressedTensors:
 
 def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome], decoded: bool) -> str | None:
     """What each linear could have by itself and an engine does not load side by side."""
-    kinds = {kind_of(x.format): x.name for x in quantized if x.format is not None}
-    asymmetric = any(not symmetric for _, symmetric, _ in kinds)
+    kinds = {setting_of(x): x.name for x in quantized}
+    asymmetric = any(x is not None and not x.symmetric for x in kinds)
     experts = [x for x in outcomes if x.expert]
     if asymmetric and experts:
         return (
@@ -209,13 +237,13 @@ def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome], 
             f"setting for all. Nearest: one target for all linears{'' if decoded else ', or symmetric: true'}; "
             "export 'lilliput' holds mixed settings."
         )
-    if quantized and len({None if x.format is None else kind_of(x.format) for x in experts}) > 1:
+    if quantized and len({setting_of(x) for x in experts}) > 1:
         return (
             f"'{experts[0].name}' and other experts differ in bits or group: engines read all experts with one "
             "setting. "
             "Nearest: one target for all experts; export 'lilliput' holds mixed settings."
         )
-    if quantized and any(x.format is None for x in experts):
+    if quantized and any(x.codes is None for x in experts):
         return (
             f"expert '{experts[0].name}' stays dense beside quantized linears, and a loader that decodes while loading "
             "drops it. Nearest: include the experts; export 'lilliput' holds the mixture."
@@ -240,7 +268,7 @@ def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
 
 def _tolerances(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
     """Where transformers decodes in the dtype of the scales instead of the model's."""
-    formats = [x.format for x in quantized if x.format is not None]
+    formats = [x.codes for x in quantized if x.codes is not None]
     eager = decoded or any(not f.symmetric for f in formats) or any(x.expert for x in quantized)
     notes = []
     if eager and any(f.scale_dtype != torch.float32 for f in formats):
@@ -266,14 +294,10 @@ def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
     """The first set of linears that vLLM fuses (q/k/v, gate/up) and that differ in bits, symmetry or group, in
     words."""
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        kinds: dict[str, IntegerKind] = {}
+        kinds: dict[str, Setting | None] = {}
         for x in quantized:
             parent, _, leaf = x.name.rpartition(".")
-            if (
-                leaf in names
-                and x.format is not None
-                and kinds.setdefault(parent, kind_of(x.format)) != kind_of(x.format)
-            ):
+            if leaf in names and kinds.setdefault(parent, setting_of(x)) != setting_of(x):
                 return f"{parent} ({', '.join(names)})"
     return None
 

@@ -19,7 +19,7 @@ def dense_linears(outcomes: Sequence[Outcome], config: PretrainedConfig) -> list
     model = skeleton(config)
     prefix = text_prefix(model, config)
     modules = dict(model.named_modules())
-    quantized = {module_name(x.name, modules, prefix) for x in outcomes if x.format is not None}
+    quantized = {module_name(x.name, modules, prefix) for x in outcomes if x.codes is not None}
     linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and n not in quantized}
-    names = {x.stored for x in outcomes if x.format is None and not x.expert}
+    names = {x.stored for x in outcomes if x.codes is None and not x.expert}
     return sorted(linears | file_names(model, linears) | names)

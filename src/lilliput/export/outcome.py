@@ -42,8 +42,13 @@ class Outcome:
 
     @property
     def format(self) -> IntegerFormat | None:
-        """The integer grid of a linear that is nothing else."""
+        """The integer grid of a linear that is nothing else, and whose inputs stay as they are."""
         return self.scheme.integer
+
+    @property
+    def codes(self) -> IntegerFormat | None:
+        """The integer grid of weights that are nothing else, whatever happens to the inputs."""
+        return self.scheme.weights.integer
 
     @property
     def dense_shape(self) -> tuple[int, int]:
@@ -54,10 +59,11 @@ class Outcome:
     @property
     def ragged(self) -> bool:
         """Whether the last group is shorter than the others."""
-        return self.format is not None and self.format.group_size > 0 and self.in_features % self.format.group_size != 0
+        form = self.codes
+        return form is not None and form.group_size > 0 and self.in_features % form.group_size != 0
 
 
 def largest_group(outcomes: Iterable[Outcome]) -> int | None:
     """The largest of 128, 64, 32 that divides every quantized linear's inputs; None where none does."""
-    width = math.gcd(*(x.in_features for x in outcomes if x.format is not None))
+    width = math.gcd(*(x.in_features for x in outcomes if x.codes is not None))
     return next((g for g in (128, 64, 32) if width % g == 0), None)

@@ -14,8 +14,8 @@ def quantized_part(outcome: Outcome, layer: Layer) -> QuantizedPart:
     if len(layer.parts) != 1 or not isinstance(layer.parts[0], QuantizedPart):
         raise ValueError(f"{outcome.name} is not a single quantized part")
     part = layer.parts[0]
-    if part.format != outcome.format:
-        raise ValueError(f"{outcome.name} was planned as {outcome.format} and is {part.format}")
+    if part.format != outcome.codes:
+        raise ValueError(f"{outcome.name} was planned as {outcome.codes} and is {part.format}")
     if tuple(part.codes.shape) != (outcome.out_features, outcome.in_features):
         raise ValueError(f"{outcome.name} has codes {tuple(part.codes.shape)}")
     return part

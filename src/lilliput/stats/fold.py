@@ -82,10 +82,13 @@ def update(state: SiteStats, x: Tensor) -> SiteStats:
         state.mean.mul_(state.count / count).add_(x.sum(0), alpha=1 / count)
     if state.absmax is not None:
         torch.maximum(state.absmax, x.abs().amax(0), out=state.absmax)
-    if state.low is not None:
-        torch.minimum(state.low, x.amin(0), out=state.low)
-    if state.high is not None:
-        torch.maximum(state.high, x.amax(0), out=state.high)
+    if state.low is not None or state.high is not None:
+        low, high = torch.aminmax(x, dim=0)
+        broken = (low + high) * 0.0  # NaN where either is not finite: an infinity would not show in the other one
+        if state.low is not None:
+            torch.minimum(state.low, low + broken, out=state.low)
+        if state.high is not None:
+            torch.maximum(state.high, high + broken, out=state.high)
     if state.extremes is not None:
         low, high = torch.aminmax(samples.float(), dim=1)
         state.extremes[0].add_(low.clamp_(max=0).sum(0))

@@ -1,9 +1,9 @@
 """CompressedLinear: a linear, or an embedding, that keeps its packed tensors and is decoded while it runs.
 
 The module keeps its class: it becomes a subclass whose `weight` is a property, so its own forward pass computes what it
-always did, and an nn.Linear, a Conv1D or a model's variant of either needs no copy of its arithmetic. Three kinds of
-linears run without being decoded: products of factors, and, while there are few tokens, binary codes and kept weights
-under a bit mask. Code that reads `module.weight` gets the decoded tensor.
+always did, and an nn.Linear, a Conv1D or a model's variant of either needs no copy of its arithmetic. Four kinds of
+linears run without being decoded: products of factors, 8-bit weights with 8-bit inputs, and, while there are few
+tokens, binary codes and kept weights under a bit mask. Code that reads `module.weight` gets the decoded tensor.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from lilliput.algebra import products
 from lilliput.formats import binary
 from lilliput.formats.format import CHUNK
 from lilliput.formats.integer import pack_codes
+from lilliput.parts.inputs.uniform import UniformInput
 from lilliput.parts.kept import apart
 from lilliput.parts.linear import LinearSpec, decode, decode_rows, divides
 from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import below
 from lilliput.parts.scheme import prefix
-from lilliput.runtime import inputs, lut
+from lilliput.runtime import inputs, int8, lut
 
 PREFIX = "packed_"  # the buffers hold bytes, so that casting the model does not touch scales
 APART = 16  # rows between two that are looked up, from where on they are decoded apart
@@ -275,6 +276,52 @@ class MaskedLinear(CompressedLinear):
         return {name: value for name, value in self.__dict__.items() if name != "_product"}
 
 
+class IntegerLinear(CompressedLinear):
+    """A linear of 8-bit weights whose inputs are rounded to 8 bits: on a CPU, without gradients, integers are
+    multiplied. The kernel keeps a copy of the codes in its own order, so that both take the room of 16-bit weights.
+
+    Elsewhere inputs are rounded, and the decoded weight multiplies floats.
+    """
+
+    _rounding: inputs.Rounding | None = None
+    _integers: tuple[Tensor, int8.Weights] | None = None
+
+    def _round_inputs(self) -> None:
+        self.__dict__["_rounding"] = inputs.described(self.spec, lambda name: CompressedLinear.stored(self, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounding, bias = self._rounding, getattr(self, "bias", None)
+        payload: Tensor = getattr(self, f"{PREFIX}0")
+        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        tokens = x.numel() // self.spec.in_features
+        usable = x.device.type == "cpu" and payload.device.type == "cpu" and int8.available()
+        if rounding is None or learns or not tokens or not usable:
+            output: Tensor = super().forward(x if rounding is None else rounding.of(x))
+            return output
+        spec = rounding.grid.spec
+        if not isinstance(spec, UniformInput):
+            raise TypeError(f"{self.spec.name} has inputs of {spec.describe()}, which have no integer product")
+        flat = x.detach().reshape(tokens, -1).float()
+        out = self._weights(payload).times(*spec.codes(flat, rounding.grid.tensors.__getitem__))
+        out = out if bias is None else out + bias.detach().float()
+        return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _weights(self, payload: Tensor) -> int8.Weights:
+        """What the kernel multiplies with, made at the first pass and anew where the module's tensors have moved."""
+        if self._integers is None or self._integers[0] is not payload:
+            spec, form = self.spec, self.spec.scheme.weights.integer
+            if form is None:
+                raise TypeError(f"{spec.name} is {spec.scheme.describe()}, which has no integer product")
+            get = below(self.stored, spec.payload)
+            codes, grid = form.unpack(get, spec.out_features, spec.in_features, 0, spec.out_features)
+            self.__dict__["_integers"] = payload, int8.Weights.of(codes, grid.scale.reshape(-1))
+        assert self._integers is not None
+        return self._integers[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_integers"}
+
+
 def kept_apart(kind: type, spec: LinearSpec) -> bool:
     """Whether a linear of this class multiplies few tokens by kept weights alone: a bit mask, and on top of it products
     of factors or nothing."""
@@ -298,6 +345,8 @@ def _mixin(kind: type, spec: LinearSpec) -> type:
     tall = spec.kind == "embedding" or spec.out_features > OUTPUTS
     if kind is nn.Linear and tall and divides(spec.scheme, spec.out_features, spec.in_features):
         return ChunkedLinear
+    if kind in (nn.Linear, Conv1D) and int8.forms(spec.scheme) is not None:
+        return IntegerLinear
     if tabled(kind, spec):
         return TabledLinear
     if kept_apart(kind, spec):

@@ -71,7 +71,11 @@ class UniformInput:
         scale: Stored = {SCALE: (torch.float32, (count,))}
         return scale if self.symmetric else scale | {ZERO: (torch.int32, (count,))}
 
-    def round(self, x: Tensor, get: Get) -> Tensor:
+    def codes(self, x: Tensor, get: Get) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes of x float32 [.., width], as floats, with scales and zero points (None: 0) that fit them.
+
+        Groups have a dimension of their own in all three.
+        """
         seen = x.reshape(*x.shape[:-1], -1, self.group_size) if self.granularity == "group" else x
         if self.dynamic:
             scale, zero = self.parameters(*self._range(seen))
@@ -79,7 +83,12 @@ class UniformInput:
             scale, zero = get(SCALE), None if self.symmetric else get(ZERO)
             if self.granularity == "group":
                 scale, zero = scale[:, None], None if zero is None else zero[:, None]
-        return self._on(seen, scale, zero).reshape(x.shape)
+        codes = (seen / scale).round_()
+        return (codes if zero is None else codes.add_(zero)).clamp_(self.low, -self.low - 1), scale, zero
+
+    def round(self, x: Tensor, get: Get) -> Tensor:
+        codes, scale, zero = self.codes(x, get)
+        return (codes if zero is None else codes.sub_(zero)).mul_(scale).reshape(x.shape)
 
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale float32 and zero point for inputs between `low` and `high`; a scale of 0 becomes 1."""
@@ -93,12 +102,6 @@ class UniformInput:
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(x) if self.granularity == "tensor" else torch.aminmax(x, dim=-1, keepdim=True)
         return low * self.clip, high * self.clip
-
-    def _on(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        codes = (x / scale).round_()
-        if zero is None:
-            return codes.clamp_(self.low, -self.low - 1).mul_(scale)
-        return codes.add_(zero).clamp_(self.low, -self.low - 1).sub_(zero).mul_(scale)
 
     def plain(self) -> dict[str, Any]:
         entry: dict[str, Any] = {"kind": "uniform", "bits": self.bits, "granularity": self.granularity}

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lilliput import api
-from lilliput.errors import PlanError
+from lilliput.errors import LilliputError, PlanError
 from lilliput.model.stored import open_model
 from lilliput.plan.plan import make
 from lilliput.progress import Quiet
@@ -249,3 +249,54 @@ def test_blocks_of_widths_that_errors_chose_open_and_keep_no_more_weights(tiny: 
     assert len(set(sizes["false"])) > 1
     assert sum(sizes["false"]) <= sum(sizes["true"])
     assert sum(sizes["true"]) - sum(sizes["false"]) < 8
+
+
+SURGEON = "steps:\n  - {method: llm-surgeon, options: {ratio: 0.3, samples: 3, shots: 2, update: UPDATE}}\n"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_update_changes_what_lost_rows_or_columns_and_survives_a_kill(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    recipe = SURGEON.replace("UPDATE", "true")
+    api.compress(tiny(kind), tmp_path / "whole", recipe=recipe, **RUN)
+    api.compress(tiny(kind), tmp_path / "none", recipe=SURGEON.replace("UPDATE", "false"), **RUN)
+    whole, none = open_model(tmp_path / "whole"), open_model(tmp_path / "none")
+    changed = {x for x in whole.skeleton.shapes if not torch.equal(whole.read(x), none.read(x))}
+    assert changed == {
+        f"{prefix}.{x.name}.weight"
+        for prefix, block in zip(whole.skeleton.block_names, whole.anatomy().blocks, strict=True)
+        for x in block.linears
+        if x.role in ("gate", "up", "down")
+    }
+    note = Work.note
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == "edit-update" and record["block"] == 1:
+            raise KeyboardInterrupt
+        return note(self, record)
+
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny(kind), tmp_path / "out", recipe=recipe, **RUN)
+    monkeypatch.undo()
+    api.compress(tiny(kind), tmp_path / "out", recipe=recipe, **RUN)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_damaged_update_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = Work.note
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == "block":
+            raise KeyboardInterrupt
+        return note(self, record)
+
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=SURGEON.replace("UPDATE", "true"), **RUN)
+    monkeypatch.undo()
+    (first, *_) = sorted(tmp_path.glob(".out.partial/work/edit-00-update/*"))
+    first.write_bytes(first.read_bytes()[:-1] + b"x")
+    with pytest.raises(LilliputError, match="is not as this run has written it"):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=SURGEON.replace("UPDATE", "true"), **RUN)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lilliput.anatomy.explore import explore
@@ -47,8 +49,9 @@ class EditedModel(Model):
         skeleton: Skeleton | None = None,
         anatomy: Anatomy | None = None,
         source: Source | None = None,
+        updates: Mapping[str, Path] | None = None,
     ) -> None:
-        self.base, self.edit = base, edit
+        self.base, self.edit, self._updates = base, edit, updates or {}
         self._keep = _kept(base, edit) | _rows_kept(base, edit)
         self._base_name = {new: old for old, new in _renamed(base, edit).items()}
         self._averaged = _averaged(base, edit)
@@ -73,7 +76,16 @@ class EditedModel(Model):
 
     def over(self, base: Model) -> EditedModel:
         """The same edit of another base of the same sizes."""
-        return EditedModel(base, self.edit, skeleton=self.skeleton, anatomy=self._anatomy, source=self.source)
+        return EditedModel(
+            base, self.edit, skeleton=self.skeleton, anatomy=self._anatomy, source=self.source, updates=self._updates
+        )
+
+    def updated(self, files: Mapping[str, Path]) -> EditedModel:
+        """The same edit with other weights of what stays: by the base's names, safetensors files that hold them under
+        these names, as they are stored and with nothing left of what has left."""
+        return EditedModel(
+            self.base, self.edit, skeleton=self.skeleton, anatomy=self._anatomy, source=self.source, updates=files
+        )
 
     @property
     def config(self) -> Any:
@@ -110,8 +122,13 @@ class EditedModel(Model):
         return self._base_name[canonical] in self._averaged
 
     def read(self, canonical: str) -> Tensor:
-        value = self._scaled(canonical, self._average(self._base_name[canonical]))
-        for axis, index in self._keep.get(self._base_name[canonical], {}).items():
+        old = self._base_name[canonical]
+        if old in self._updates:
+            with safe_open(self._updates[old], framework="pt") as file:
+                updated: Tensor = file.get_tensor(old)
+            return updated
+        value = self._scaled(canonical, self._average(old))
+        for axis, index in self._keep.get(old, {}).items():
             value = value.index_select(axis, index)
         return value.contiguous()
 
@@ -171,7 +188,8 @@ class EditedModel(Model):
 
     def _changes(self, canonical: str) -> bool:
         """Whether a tensor is another than the base's."""
-        return bool(self._keep.get(self._base_name[canonical])) or self.averaged(canonical)
+        old = self._base_name[canonical]
+        return bool(self._keep.get(old)) or old in self._averaged or old in self._updates
 
     def _average(self, old: str) -> Tensor:
         """A tensor of the base with others in it by their shares; where all are equal, it is exactly that one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import ordered
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
+from lilliput.run import updating
 from lilliput.run.journal import Losses, Work
 from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
@@ -67,6 +68,8 @@ def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work,
         level = _level(plan, task, model)
         edit = _decided(plan, task, level, ids, work, progress) if ranks.lead() else level.edit
         work.note({"kind": "edit", "step": task.step, "edit": edit.plain()})
+    if task.of(EditSpec).asks(task.of(EditSpec).updates, task.options):
+        _update(plan, task, _level(plan, task, model).base, ids, work, progress)
     return _recorded(plan, task, model, work)
 
 
@@ -80,7 +83,9 @@ def again(plan: Plan, model: Model, work: Work) -> Model:
 def _recorded(plan: Plan, task: Task, model: Model, work: Work) -> Model:
     (record,) = [r for r in work.find("edit") if r["step"] == task.step]
     level = _level(plan, task, model)
-    return replaced(model, level, level.with_edit(Edit.from_plain(record["edit"])))
+    settled = level.with_edit(Edit.from_plain(record["edit"]))
+    updates = {x["block"]: x["sha256"] for x in work.find("edit-update") if x["step"] == task.step}
+    return replaced(model, level, updating.read(settled, work, task.step, updates))
 
 
 def _level(plan: Plan, task: Task, model: Model) -> EditedModel:
@@ -161,6 +166,7 @@ def _from_blocks(
     known: Mapping[int, Any],
 ) -> None:
     spec = task.of(EditSpec)
+    sizes = spec.sizes(_units(base), task.options)
     count, start = len(base.skeleton.block_names), len(known)
     stem = f"edit-{task.step:02d}"
     for path in work.folder.glob(f"{stem}-*.bin"):
@@ -178,7 +184,7 @@ def _from_blocks(
             alike = _similarity(passage) if spec.looks_alike(task.options) else None
             base.unload_block(passage.block)
             view = _view(base, passage.block)
-            io = EditIO(stats, {}, {}, alike, routing=used)
+            io = EditIO(stats, {}, {}, alike, routing=used, sizes=sizes)
             scores = spec.score(view, io, task.options) if spec.score is not None else {}
             del view
             _note(task, passage.block, scores, work, passage.checksum())
@@ -219,7 +225,48 @@ def _from_gradients(
     progress: Progress,
     known: Mapping[int, Any],
 ) -> None:
-    """Scores from the last block to the first; a pass that was interrupted begins anew and skips finished blocks."""
+    """Scores from the last block to the first."""
+    spec = task.of(EditSpec)
+    sizes = spec.sizes(_units(base), task.options)
+
+    def scored(block: int, view: EditView, io: EditIO) -> None:
+        scores = spec.score(view, replace(io, sizes=sizes), task.options) if spec.score is not None else {}
+        _note(task, block, scores, work)
+
+    _backward(plan, task, base, ids, work, progress, known, scored, "gradients for what may leave")
+
+
+def _update(plan: Plan, task: Task, base: Model, ids: Tensor | None, work: Work, progress: Progress) -> None:
+    """Weights of what stays, from the last block to the first, each a file of the work folder with its record."""
+    spec = task.of(EditSpec)
+    (record,) = [r for r in work.find("edit") if r["step"] == task.step]
+    edit = Edit.from_plain(record["edit"])
+    known = {int(r["block"]): r for r in work.find("edit-update") if r["step"] == task.step}
+
+    def updated(block: int, view: EditView, io: EditIO) -> None:
+        stays = {"heads": edit.heads[block]} if block in edit.heads else {}
+        stays |= {f"channels.{m}": kept for (n, m), kept in edit.channels.items() if n == block}
+        linears = {} if spec.update is None else spec.update(view, io, stays, task.options)
+        digest = updating.write(base, block, linears, work, task.step)
+        work.note({"kind": "edit-update", "step": task.step, "block": block, "sha256": digest})
+
+    if len(known) < len(base.skeleton.block_names):
+        _backward(plan, task, base, ids, work, progress, known, updated, "gradients for what stays")
+
+
+def _backward(
+    plan: Plan,
+    task: Task,
+    base: Model,
+    ids: Tensor | None,
+    work: Work,
+    progress: Progress,
+    known: Collection[int],
+    handle: Callable[[int, EditView, EditIO], None],
+    what: str,
+) -> None:
+    """Hand over what a backward pass shows of each block, from the last to the first; a pass that was interrupted
+    begins anew and skips known blocks."""
     spec, skeleton = task.of(EditSpec), base.skeleton
     samples = Samples(_looked_at(plan, task, ids), work.folder, progress)
     backward.tidy(work.folder)
@@ -241,7 +288,7 @@ def _from_gradients(
         )
         return seen[block]
 
-    progress.step(len(known), count, "gradients for what may leave")
+    progress.step(len(known), count, what)
     with torch.enable_grad():
         weights = spec.asks(spec.gradients, task.options)
         for place in backward.backward(skeleton, base.read, samples, squares=weights, watch=watch):
@@ -259,10 +306,9 @@ def _from_gradients(
                 if (watched := seen.pop(place.block, None)) is not None:
                     io = EditIO(watched.stats(), slopes, squares, gates=watched.gates(), outputs=watched.outputs())
                     del watched
-                scores = spec.score(view, io, task.options) if spec.score is not None else {}
+                handle(place.block, view, io)
                 del slopes, squares, view, io
-            _note(task, place.block, scores, work)
-            progress.step(count - place.block, count, "gradients for what may leave")
+            progress.step(count - place.block, count, what)
     memory.trim()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
 
 from lilliput.errors import PlanError
 from lilliput.machine.cost import Cost, Phase
@@ -28,6 +30,8 @@ class Edit(Spec[OptionsT]):
     score reads gradients and their squares; `gates(options)`: whether it reads the derivatives of single samples by
     gates; `outputs(options)`: whether it reads covariances of output gradients; `similar(options)`: whether it reads
     how alike a block's inputs and outputs are; `routed(options)`: whether it reads how tokens use experts.
+    `update(view, io, stays, options)`: weights float32 of linears that lost rows or columns, [what stays of them], from
+    another backward pass after the decision where `updates(options)` says so; stays: by the keys of `EditScores`.
     `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
     `vocabulary(source, data, options)`: token ids that stay, by the tokenizer and a text (that of `data` where the
     options name none), known when the plan is made; what reads text later reads it through the smaller tokenizer.
@@ -49,6 +53,8 @@ class Edit(Spec[OptionsT]):
     outputs: Callable[[OptionsT], bool] | None = None
     similar: Callable[[OptionsT], bool] | None = None
     routed: Callable[[OptionsT], bool] | None = None
+    update: Callable[[EditView, EditIO, Mapping[str, tuple[int, ...]], OptionsT], Mapping[str, Tensor]] | None = None
+    updates: Callable[[OptionsT], bool] | None = None
     vocabulary: Callable[[Source, str, OptionsT], tuple[int, ...]] | None = None
     turned: bool = False
     looked_at: Callable[[int, OptionsT], int] | None = None
@@ -110,6 +116,9 @@ class Edit(Spec[OptionsT]):
             beside = _squares(run) if self.asks(self.gradients, options) else 0
             beside += _matrices(run, gram, self.asks(self.outputs, options))
             phases.append(Phase("the backward pass of an edit", peak.of_gradients(run) + Cost(ram=beside)))
+            if self.asks(self.updates, options):
+                beside += max(4 * sum(x.parameters for x in block.linears) for block in run.kinds)
+                phases.append(Phase("the backward pass for its update", peak.of_gradients(run) + Cost(ram=beside)))
         if self.loss is not None:
             phases.append(Phase("losses without single blocks", peak.of_loss(run, 0)))
         return tuple(phases)

@@ -69,7 +69,7 @@ class EditIO:
     the cosine between what enters the block and what leaves it. gates: under the keys of `EditScores`, float64
     [samples, units], the derivative of each sample's mean cross-entropy by a number 1 that multiplies what the unit
     hands on. outputs: by linear, float32 [out, out], the mean over tokens of g gT, g the gradient by what it gives.
-    routing: how the block's router used its experts.
+    routing: how the block's router used its experts. sizes: what will stay, of the whole model.
     """
 
     stats: Mapping[str, SiteStats]
@@ -79,6 +79,7 @@ class EditIO:
     gates: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
+    sizes: Sizes | None = None
 
 
 EditScores = Mapping[str, tuple[float, ...]]

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lilliput import api
 from lilliput.errors import LilliputError, PlanError
+from lilliput.model.edit import heads_of
 from lilliput.model.stored import open_model
 from lilliput.plan.plan import make
 from lilliput.progress import Quiet
 from lilliput.recipe.load import load
+from lilliput.run import timing
 from lilliput.run.editing import prepared
 from lilliput.run.journal import Work
 
@@ -300,3 +302,39 @@ def test_a_damaged_update_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pyte
     first.write_bytes(first.read_bytes()[:-1] + b"x")
     with pytest.raises(LilliputError, match="is not as this run has written it"):
         api.compress(tiny("llama"), tmp_path / "out", recipe=SURGEON.replace("UPDATE", "true"), **RUN)
+
+
+TIMED = """steps:
+  - {method: ziplm, options: {speedup: 1.3, uniform: false, multiple: 2, kinds: [channel, head], timed: DEVICE}}
+"""
+
+
+@pytest.mark.parametrize("device", ["h100", "measure"])
+def test_a_speedup_is_decided_by_one_table_of_times_whatever_stops_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """The machine's times, which are mostly launches at these sizes, are replaced."""
+    monkeypatch.setattr(timing, "measured", lambda shapes, *rest: sum(1e-8 * (a + 7) * (b + 5) for a, b in shapes))
+    note, records = Work.note, []
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == "edit-score":
+            raise KeyboardInterrupt
+        records.append(record)
+        return note(self, record)
+
+    recipe = TIMED.replace("DEVICE", device)
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    monkeypatch.undo()
+    monkeypatch.setattr(timing, "table", None)  # the record is enough
+    api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    (record,) = [x for x in records if x["kind"] == "edit-times"]
+    before, after = open_model(tiny("llama")).anatomy().blocks, open_model(tmp_path / "out").anatomy().blocks
+    whole = taken = 0
+    for times, old, new in zip(record["blocks"], before, after, strict=True):
+        channels, heads = dict(times["channels.0"]), dict(times["heads"])
+        whole += channels[old.groups.channels[0].width] + heads[len(heads_of(old))] + times["rest"][0][1]
+        taken += channels[new.groups.channels[0].width] + heads[len(heads_of(new))] + times["rest"][0][1]
+    assert taken <= whole / 1.3

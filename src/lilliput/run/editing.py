@@ -23,7 +23,7 @@ from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import ordered
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
-from lilliput.run import updating
+from lilliput.run import timing, updating
 from lilliput.run.journal import Losses, Work
 from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
@@ -37,6 +37,7 @@ from lilliput.verbs import edits
 from lilliput.verbs.edit import Edit as EditSpec
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Units
 from lilliput.verbs.spec import Task
+from lilliput.verbs.timing import Times, Timing
 
 
 def prepared(model: Model, recipe: Recipe, data: str = "self") -> Model:
@@ -49,6 +50,9 @@ def prepared(model: Model, recipe: Recipe, data: str = "self") -> Model:
         if isinstance(task.spec, EditSpec):
             units = _units(model)
             edit = edits.first_of(units, task.spec.sizes(units, task.options))
+            wanted = task.spec.timed(task.options) if task.spec.timed is not None else None
+            if wanted is not None:
+                timing.refuse(wanted)
             if task.spec.vocabulary is not None:
                 edit = replace(edit, vocabulary=task.spec.vocabulary(model.source, data, task.options))
             model = EditedModel(model, edit)
@@ -119,8 +123,23 @@ def _decided(plan: Plan, task: Task, level: EditedModel, ids: Tensor | None, wor
             chosen = spec.loss(skipping.loss, units, sizes, task.options)
             if chosen is not None:
                 return chosen
+    wanted = spec.timed(task.options) if spec.timed is not None else None
+    if wanted is not None:
+        sizes = replace(sizes, times=_times(task, base, wanted, work))
     scores = _scored(plan, task, base, ids, work, progress) if spec.score is not None else []
     return spec.run(scores, units, sizes, task.options)
+
+
+def _times(task: Task, base: Model, wanted: Timing, work: Work) -> Times:
+    """What blocks take at other widths: a record, so that a resumed run decides by the same times."""
+    if not any(r["step"] == task.step for r in work.find("edit-times")):
+        plain = [
+            {key: [[n, time] for n, time in x.items()] for key, x in block.items()}
+            for block in timing.table(base, wanted)
+        ]
+        work.note({"kind": "edit-times", "step": task.step, "device": wanted.device, "blocks": plain})
+    (record,) = [r for r in work.find("edit-times") if r["step"] == task.step]
+    return [{key: {int(n): int(t) for n, t in x} for key, x in block.items()} for block in record["blocks"]]
 
 
 def _looked_at(plan: Plan, task: Task, ids: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units, keep_best
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
+from lilliput.verbs.timing import Timing
 
 if TYPE_CHECKING:
     from lilliput.source import Source
@@ -32,6 +33,7 @@ class Edit(Spec[OptionsT]):
     how alike a block's inputs and outputs are; `routed(options)`: whether it reads how tokens use experts.
     `update(view, io, stays, options)`: weights float32 of linears that lost rows or columns, [what stays of them], from
     another backward pass after the decision where `updates(options)` says so; stays: by the keys of `EditScores`.
+    `timed(options)`: a table of times that `run` finds in its sizes, noted in the journal (None: it needs none).
     `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
     `vocabulary(source, data, options)`: token ids that stay, by the tokenizer and a text (that of `data` where the
     options name none), known when the plan is made; what reads text later reads it through the smaller tokenizer.
@@ -55,6 +57,7 @@ class Edit(Spec[OptionsT]):
     routed: Callable[[OptionsT], bool] | None = None
     update: Callable[[EditView, EditIO, Mapping[str, tuple[int, ...]], OptionsT], Mapping[str, Tensor]] | None = None
     updates: Callable[[OptionsT], bool] | None = None
+    timed: Callable[[OptionsT], Timing | None] | None = None
     vocabulary: Callable[[Source, str, OptionsT], tuple[int, ...]] | None = None
     turned: bool = False
     looked_at: Callable[[int, OptionsT], int] | None = None

@@ -17,6 +17,7 @@ from lilliput.model.edit import Edit, experts_of, heads_of
 from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict
+from lilliput.verbs.timing import Times
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Units:
 class Sizes:
     """What stays: so many blocks, in each of them hidden channels of every MLP, heads and experts, channels of the
     residual stream, and experts that each token uses (None: all, or as many as before). spread: these are means over
-    the blocks; as many weights stay in all, and in each block a multiple of `multiple` hidden channels."""
+    the blocks; as many weights stay in all, and in each block a multiple of `multiple` hidden channels. times: what
+    blocks take at other widths, for a decision that asked for them."""
 
     blocks: int
     channels: int | None = None
@@ -50,6 +52,7 @@ class Sizes:
     multiple: int = 1
     experts: int | None = None
     top_k: int | None = None
+    times: Times | None = None
 
 
 @dataclass(frozen=True)

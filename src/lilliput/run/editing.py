@@ -27,7 +27,7 @@ from lilliput.run import timing, updating
 from lilliput.run.journal import Losses, Work
 from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
-from lilliput.streaming import backward, routing
+from lilliput.streaming import backward, branches, routing
 from lilliput.streaming.backward import Samples
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import through
@@ -193,7 +193,7 @@ def _from_blocks(
             path.unlink()  # of a run killed between a record and its tidying
     flow: Flow | None = None
     routed = spec.sees_routing(task.options)
-    if task.needs or spec.looks_alike(task.options) or routed:
+    if task.needs or spec.looks_alike(task.options) or spec.asks(spec.branches, task.options) or routed:
         flow = Flow(_looked_at(plan, task, ids), plan.batching.batch, work.folder, stem, plan.dtype)
     progress.step(start, count, "scoring what may leave")
     recorded = known[start - 1]["hidden"] if start else None
@@ -201,9 +201,10 @@ def _from_blocks(
         for passage in walk(base, flow, first=start, recorded=recorded):
             stats, used = _statistics(base, passage, task.needs, routed)
             alike = _similarity(passage) if spec.looks_alike(task.options) else None
+            adds = _branches(base, passage) if spec.asks(spec.branches, task.options) else {}
             base.unload_block(passage.block)
             view = _view(base, passage.block)
-            io = EditIO(stats, {}, {}, alike, routing=used, sizes=sizes)
+            io = EditIO(stats, {}, {}, alike, routing=used, sizes=sizes, branches=adds)
             scores = spec.score(view, io, task.options) if spec.score is not None else {}
             del view
             _note(task, passage.block, scores, work, passage.checksum())
@@ -221,6 +222,13 @@ def _statistics(
     with routing.watched(base.skeleton, passage.block, block) if routed else nullcontext() as seen:
         stats = collect(base.skeleton, passage.block, block.sites, {x.name: needs for x in block.sites}, runs)
     return stats, None if seen is None else seen.routing
+
+
+def _branches(base: Model, passage: Passage) -> Mapping[str, float]:
+    if passage.batches is None or passage.inputs is None or passage.outputs is None:
+        raise RuntimeError("branches were planned without hidden states")
+    block = base.anatomy().blocks[passage.block]
+    return branches.added(base.skeleton, passage.block, block, passage.batches, passage.inputs, passage.outputs)
 
 
 def _similarity(passage: Passage) -> float:

@@ -30,7 +30,8 @@ class Edit(Spec[OptionsT]):
     losses of the model without some of its blocks (None from it: by scores after all). `gradients(options)`: whether a
     score reads gradients and their squares; `gates(options)`: whether it reads the derivatives of single samples by
     gates; `outputs(options)`: whether it reads covariances of output gradients; `similar(options)`: whether it reads
-    how alike a block's inputs and outputs are; `routed(options)`: whether it reads how tokens use experts.
+    how alike a block's inputs and outputs are; `branches(options)`: whether it reads what its branches add;
+    `routed(options)`: whether it reads how tokens use experts.
     `update(view, io, stays, options)`: weights float32 of linears that lost rows or columns, [what stays of them], from
     another backward pass after the decision where `updates(options)` says so; stays: by the keys of `EditScores`.
     `timed(options)`: a table of times that `run` finds in its sizes, noted in the journal (None: it needs none).
@@ -54,6 +55,7 @@ class Edit(Spec[OptionsT]):
     gates: Callable[[OptionsT], bool] | None = None
     outputs: Callable[[OptionsT], bool] | None = None
     similar: Callable[[OptionsT], bool] | None = None
+    branches: Callable[[OptionsT], bool] | None = None
     routed: Callable[[OptionsT], bool] | None = None
     update: Callable[[EditView, EditIO, Mapping[str, tuple[int, ...]], OptionsT], Mapping[str, Tensor]] | None = None
     updates: Callable[[OptionsT], bool] | None = None
@@ -105,7 +107,7 @@ class Edit(Spec[OptionsT]):
         return self.routed is not None and self.routed(options)
 
     def tokens(self, options: OptionsT) -> bool:
-        looks = self.looks_alike(options) or self.sees_routing(options)
+        looks = any(self.asks(x, options) for x in (self.similar, self.branches, self.routed))
         return self.loss is not None or looks or self.slopes(options)
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:

@@ -73,6 +73,7 @@ class EditIO:
     [samples, units], the derivative of each sample's mean cross-entropy by a number 1 that multiplies what the unit
     hands on. outputs: by linear, float32 [out, out], the mean over tokens of g gT, g the gradient by what it gives.
     routing: how the block's router used its experts. sizes: what will stay, of the whole model.
+    branches: by branch ("attention", "mlp"), see `streaming.branches.added`.
     """
 
     stats: Mapping[str, SiteStats]
@@ -83,12 +84,14 @@ class EditIO:
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
     sizes: Sizes | None = None
+    branches: Mapping[str, float] = field(default_factory=dict)
 
 
 EditScores = Mapping[str, tuple[float, ...]]
 """Of one block: under "block" one number, under "heads" one for each head, under "experts" one for each expert,
 under "experts.alike" one for each pair of them, row by row, under "gates" one for each place in a token's choice of
-experts, under "channels.N" one for each hidden channel of its MLP number N. They go through the journal."""
+experts, under "channels.N" one for each hidden channel of its MLP number N, under "attention" and "mlp"
+one number. They go through the journal."""
 
 SkipLoss = Callable[[Collection[int]], float]
 """Mean cross-entropy in nats of the model without some of its blocks, by number."""

@@ -227,6 +227,7 @@ def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
             sparsity=x.sparsity,
             pattern=x.pattern,
             kept=x.kept,
+            places=x.places,
             transposed=x.linear.transposed,
             expert=x.linear.expert is not None,
             router=x.linear.role == "router",

@@ -19,9 +19,8 @@ def sizes(plan: Plan, linear: LinearPlan, task: Task) -> Callable[[Target], int]
 
     def size(target: Target) -> int:
         x = retargeted(linear, task, target)
-        outcome = replace(
-            plan.outcomes[linear.name], scheme=x.scheme, sparsity=x.sparsity, pattern=x.pattern, kept=x.kept
-        )
+        zeros = {"sparsity": x.sparsity, "pattern": x.pattern, "kept": x.kept, "places": x.places}
+        outcome = replace(plan.outcomes[linear.name], scheme=x.scheme, **zeros)
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in exporter.describe(outcome).values())
 
     return size

@@ -46,7 +46,9 @@ def test_the_blocks_of_least_norm_leave_as_a_whole(
 def test_a_block_of_one_weight_is_magnitude_and_what_does_not_fit_is_refused() -> None:
     w = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
     single = magnitude.compress(Layer("x", w), SiteStats(1, 0), Target(sparsity=0.3), magnitude.Options()).support
-    row = magnitude.compress(Layer("x", w), SiteStats(1, 0), Target(sparsity=0.3), magnitude.Options(block=(1, 1))).support
+    row = magnitude.compress(
+        Layer("x", w), SiteStats(1, 0), Target(sparsity=0.3), magnitude.Options(block=(1, 1))
+    ).support
     assert single is not None
     assert row is not None
     assert torch.equal(single, row)

@@ -93,6 +93,7 @@ METHOD = Compress(
         "block-structured": [
             {"method": "magnitude", "target": {"sparsity": 0.5}, "options": {"block": [16, 16]}},
         ],
+        "flash-llm": [{"method": "magnitude", "target": {"sparsity": 0.97, "places": "tiles"}}],
         "mask-formalism": None,
     },
     run=compress,

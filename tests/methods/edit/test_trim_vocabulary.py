@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from lilliput import api, methods
 from lilliput.attribution.attribute import attribute, suspects
 from lilliput.data.load import used_tokens
 from lilliput.errors import DataError, PlanError
+from lilliput.export import provenance
 from lilliput.model.edited import EditedModel, unedited, vocabulary_of
 from lilliput.model.stored import open_model
 from lilliput.progress import Quiet
+from lilliput.recipe import texts
 from lilliput.recipe.load import load
 from lilliput.run.editing import prepared
 from lilliput.run.journal import Work
@@ -247,3 +250,17 @@ def test_attribution_takes_the_tokens_that_both_have(tiny: Tiny, tmp_path: Path,
     assert max(abs(x) for n, x in enumerate(shares) if n != 1) < 1e-4
     assert any("of the original's 512 tokens" in x for x in found.notes)
     assert {x.linear for x in suspects(out, folder)} == {f"model.layers.1.mlp.{x}_proj" for x in ("gate", "up", "down")}
+
+
+def test_a_written_folder_says_which_text_it_was_and_not_where_it_lay(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "out"
+    api.compress(tiny("llama"), out, recipe=recipe(text), eval_windows=0, **RUN)
+    record = json.loads((out / "lilliput.json").read_text(encoding="utf-8"))
+    assert record["recipe"]["steps"][0]["options"]["text"] == "words.txt"
+    assert record["files"] == {"words.txt": hashlib.sha256(WORDS.encode()).hexdigest()}
+    for path in (*out.glob("*.json"), *out.glob("*.md")):
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), path.name
+    assert provenance.read(out) is not None
+    named = load("steps:\n  - {method: trim-vocabulary, options: {text: 'docs:library'}}\n")
+    assert texts.portable(named) == named
+    assert texts.hashed(named) == ()

@@ -19,8 +19,14 @@ def sizes(plan: Plan, linear: LinearPlan, task: Task) -> Callable[[Target], int]
 
     def size(target: Target) -> int:
         x = retargeted(linear, task, target)
-        zeros = {"sparsity": x.sparsity, "pattern": x.pattern, "kept": x.kept, "places": x.places}
-        outcome = replace(plan.outcomes[linear.name], scheme=x.scheme, **zeros)
+        outcome = replace(
+            plan.outcomes[linear.name],
+            scheme=x.scheme,
+            sparsity=x.sparsity,
+            pattern=x.pattern,
+            kept=x.kept,
+            places=x.places,
+        )
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in exporter.describe(outcome).values())
 
     return size

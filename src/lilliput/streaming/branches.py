@@ -41,7 +41,8 @@ def added(
 
 
 def _ratio(change: Tensor, base: Tensor) -> Tensor:
-    return change.norm(dim=-1) / base.norm(dim=-1).clamp(min=_LEAST)
+    ratio: Tensor = change.norm(dim=-1) / base.norm(dim=-1).clamp(min=_LEAST)
+    return ratio
 
 
 @contextmanager

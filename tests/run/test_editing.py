@@ -286,6 +286,15 @@ def test_an_update_changes_what_lost_rows_or_columns_and_survives_a_kill(
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
+def test_shots_that_take_the_curvature_anew_compose_with_what_follows(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    step = "  - {method: llm-surgeon, options: {ratio: 0.2, samples: 2, update: true, kinds: KINDS}}\n"
+    step = step.replace("KINDS", "[channel]" if kind == "mixtral" else "[channel, head]")
+    rest = "  - {method: refit}\n  - {method: rtn, target: {bits: 8}}\n"
+    api.compress(tiny(kind), tmp_path / "out", recipe=f"steps:\n{step}{step}{rest}", **RUN)
+    assert api.verify(tmp_path / "out").problems == ()
+
+
 def test_a_damaged_update_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = Work.note
 

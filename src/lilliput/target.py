@@ -29,6 +29,11 @@ class Target(Strict):
     )
     sparsity: float | None = Field(None, ge=0.0, le=1.0, description="share of weights that become zero")
     pattern: str | None = Field(None, description='"N:M" keeps N of every M inputs; None is unstructured')
+    places: Literal["bits", "tiles"] = Field(
+        "bits",
+        description="how the native layout says where kept weights are: by a bit for every weight, or by tiles, 16 "
+        "bits for each kept one, where that takes fewer bytes",
+    )
     rank: int | None = Field(None, ge=0, description="rank of a low-rank part")
     ratio: float | None = Field(
         None, gt=0.0, le=1.0, description="parameters of the low-rank factors as a share of the weight's own"

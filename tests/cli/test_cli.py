@@ -244,3 +244,16 @@ def test_help_names_every_command() -> None:
     assert ended.returncode == 0, ended.stderr
     for command in ("compress", "plan", "eval", "verify", "methods", "inspect", "generate"):
         assert f" {command} " in ended.stdout
+
+
+def test_a_mask_is_recorded_and_says_how_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = ["mask", "d", "code", "--data", "code.txt", "--keep", "0.5"]
+    code, api = run(monkeypatch, Path("d/masks/code.json"), *line)
+    assert code == 0
+    assert api.calls == [("record_mask", (Path("d"), "code", "code.txt"), {"windows": 8, "tokens": None, "keep": 0.5})]
+    assert "use_mask(lilliput.load('d'), 'code')" in " ".join(capfd.readouterr().out.split())
+    code, _ = run(monkeypatch, Path("d/masks/code.json"), *line, "--json")
+    assert json.loads(capfd.readouterr().out) == {"mask": "d/masks/code.json"}
+    assert run(monkeypatch, None, "mask", "d", "code")[0] == 2  # without text

@@ -19,6 +19,7 @@ COMMANDS = (
     "spread",
     "inspect",
     "generate",
+    "mask",
     "serve",
 )
 LOOK = """

@@ -12,11 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lilliput import api
-from lilliput.errors import PlanError
+from lilliput.errors import LilliputError, PlanError
+from lilliput.model.edit import heads_of
 from lilliput.model.stored import open_model
 from lilliput.plan.plan import make
 from lilliput.progress import Quiet
 from lilliput.recipe.load import load
+from lilliput.run import timing
 from lilliput.run.editing import prepared
 from lilliput.run.journal import Work
 
@@ -249,3 +251,99 @@ def test_blocks_of_widths_that_errors_chose_open_and_keep_no_more_weights(tiny: 
     assert len(set(sizes["false"])) > 1
     assert sum(sizes["false"]) <= sum(sizes["true"])
     assert sum(sizes["true"]) - sum(sizes["false"]) < 8
+
+
+SURGEON = "steps:\n  - {method: llm-surgeon, options: {ratio: 0.3, samples: 3, shots: 2, update: UPDATE}}\n"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_update_changes_what_lost_rows_or_columns_and_survives_a_kill(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    recipe = SURGEON.replace("UPDATE", "true")
+    api.compress(tiny(kind), tmp_path / "whole", recipe=recipe, **RUN)
+    api.compress(tiny(kind), tmp_path / "none", recipe=SURGEON.replace("UPDATE", "false"), **RUN)
+    whole, none = open_model(tmp_path / "whole"), open_model(tmp_path / "none")
+    changed = {x for x in whole.skeleton.shapes if not torch.equal(whole.read(x), none.read(x))}
+    assert changed == {
+        f"{prefix}.{x.name}.weight"
+        for prefix, block in zip(whole.skeleton.block_names, whole.anatomy().blocks, strict=True)
+        for x in block.linears
+        if x.role in ("gate", "up", "down")
+    }
+    note = Work.note
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == "edit-update" and record["block"] == 1:
+            raise KeyboardInterrupt
+        return note(self, record)
+
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny(kind), tmp_path / "out", recipe=recipe, **RUN)
+    monkeypatch.undo()
+    api.compress(tiny(kind), tmp_path / "out", recipe=recipe, **RUN)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
+def test_shots_that_take_the_curvature_anew_compose_with_what_follows(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    step = "  - {method: llm-surgeon, options: {ratio: 0.2, samples: 2, update: true, kinds: KINDS}}\n"
+    step = step.replace("KINDS", "[channel]" if kind == "mixtral" else "[channel, head]")
+    rest = "  - {method: refit}\n  - {method: rtn, target: {bits: 8}}\n"
+    api.compress(tiny(kind), tmp_path / "out", recipe=f"steps:\n{step}{step}{rest}", **RUN)
+    assert api.verify(tmp_path / "out").problems == ()
+
+
+def test_a_damaged_update_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = Work.note
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == "block":
+            raise KeyboardInterrupt
+        return note(self, record)
+
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=SURGEON.replace("UPDATE", "true"), **RUN)
+    monkeypatch.undo()
+    (first, *_) = sorted(tmp_path.glob(".out.partial/work/edit-00-update/*"))
+    first.write_bytes(first.read_bytes()[:-1] + b"x")
+    with pytest.raises(LilliputError, match="is not as this run has written it"):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=SURGEON.replace("UPDATE", "true"), **RUN)
+
+
+TIMED = """steps:
+  - {method: ziplm, options: {speedup: 1.3, uniform: false, multiple: 2, kinds: [channel, head], timed: DEVICE}}
+"""
+
+
+@pytest.mark.parametrize("device", ["h100", "measure"])
+def test_a_speedup_is_decided_by_one_table_of_times_whatever_stops_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """The machine's times, which are mostly launches at these sizes, are replaced."""
+    monkeypatch.setattr(timing, "measured", lambda shapes, *rest: sum(1e-8 * (a + 7) * (b + 5) for a, b in shapes))
+    note, records = Work.note, []
+
+    def stopped(self: Work, record: dict[str, Any]) -> Any:
+        if record["kind"] == "edit-score":
+            raise KeyboardInterrupt
+        records.append(record)
+        return note(self, record)
+
+    recipe = TIMED.replace("DEVICE", device)
+    monkeypatch.setattr(Work, "note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    monkeypatch.undo()
+    monkeypatch.setattr(timing, "table", None)  # the record is enough
+    api.compress(tiny("llama"), tmp_path / "out", recipe=recipe, **RUN)
+    (record,) = [x for x in records if x["kind"] == "edit-times"]
+    before, after = open_model(tiny("llama")).anatomy().blocks, open_model(tmp_path / "out").anatomy().blocks
+    whole = taken = 0
+    for times, old, new in zip(record["blocks"], before, after, strict=True):
+        channels, heads = dict(times["channels.0"]), dict(times["heads"])
+        whole += channels[old.groups.channels[0].width] + heads[len(heads_of(old))] + times["rest"][0][1]
+        taken += channels[new.groups.channels[0].width] + heads[len(heads_of(new))] + times["rest"][0][1]
+    assert taken <= whole / 1.3

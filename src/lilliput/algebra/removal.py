@@ -78,6 +78,18 @@ def removal(weight: Tensor, gram: Tensor, groups: Tensor, damping: float) -> tup
     return torch.tensor(order, dtype=torch.int64), share
 
 
+def made_up(weight: Tensor, matrix: Tensor, stays: Tensor) -> Tensor:
+    """The columns that stay of weight [out, n], changed so that they make up for the others as well as they can.
+
+    float32 [out, kept]: W_K + W_R H_RK (H_KK)^-1 for H = matrix [n, n], positive definite, which is W - W_R
+    ([H^-1]_RR)^-1 [H^-1]_R,: on them. stays: bool [n].
+    """
+    rest = weight[:, ~stays].double() @ matrix[~stays][:, stays].double()
+    factor = torch.linalg.cholesky(matrix[stays][:, stays].double())
+    added: Tensor = torch.cholesky_solve(rest.T, factor).T
+    return added.add_(weight[:, stays]).float()
+
+
 def _costs(energies: Tensor, inverses: Tensor) -> Tensor:
     """tr(P_SS ([H^-1]_SS)^-1) of every group, from [g, d, d]."""
     if energies.shape[1] == 1:

@@ -23,6 +23,7 @@ from lilliput.errors import DataError
 from lilliput.machine import memory as ram
 from lilliput.metrics import slices
 from lilliput.metrics.metric import Metric
+from lilliput.metrics.vocabulary import cut, fewer
 from lilliput.model.block import BlockWeights
 from lilliput.model.stored import Model, open_model
 
@@ -73,18 +74,20 @@ def suspects(
     model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype = torch.float32
 ) -> tuple[Suspect, ...]:
     """Tensors of `model` that look damaged beside the original's, by weights alone. Raises as `attribute` does."""
-    ours, base = _pair(model, against, dtype)
+    ours, base, _ = _pair(model, against, dtype)
     return tuple(find(_aligned(ours, base)[1], partial(_stored, ours)))
 
 
-def _pair(model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype) -> tuple[Model, Model]:
-    ours, base = open_model(model, dtype=dtype), open_model(against, dtype=dtype)
+def _pair(model: str | Path | Model, against: str | Path | Model, dtype: torch.dtype) -> tuple[Model, Model, Model]:
+    """The model, the original with the tokens that both have, and the original with all of its own."""
+    ours, whole = open_model(model, dtype=dtype), open_model(against, dtype=dtype)
+    base = fewer(ours, whole)
     if _shapes(ours) != _shapes(base):
         raise DataError(
             f"'{ours.source.model}' and '{base.source.model}' are made of different tensors, or of other "
             "sizes: they cannot be compared one by one."
         )
-    return ours, base
+    return ours, base, whole
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -123,10 +126,11 @@ def attribute(
     other linears are estimates. Windows have `tokens` tokens: 256, or as many as both models know positions. Costs
     about blocks / 2 forward passes of `windows` windows, and as many products with the head. Tensors are compared
     first, by weights alone: a suspect is found without any checksum. `dtype` is that of models which are not open yet.
-    Raises DataError for models of different shapes.
+    Raises DataError for models of different shapes; of an original that has more tokens (`trim-vocabulary`) those that
+    both have take part.
     """
     began = time.monotonic()
-    ours, base = _pair(model, against, dtype)
+    ours, base, whole = _pair(model, against, dtype)
     count = len(base.skeleton.block_names)
     original, losses = _aligned(ours, base)
     damaged = tuple(find(losses, partial(_stored, ours)))
@@ -137,6 +141,7 @@ def attribute(
             "so shares are not given. Where only the residual stream was rotated, the embedding would tell how."
         )
         return Attribution(0.0, (), _rows(losses, None, {}, {}), (), damaged, tuple(notes), time.monotonic() - began)
+    fewest = base
     if original is not base:
         notes.append(
             "The compressed model works in turned coordinates: the original was turned like it to be compared."
@@ -144,6 +149,8 @@ def attribute(
         base = original
     tokens = slices.tokens([ours, base], tokens, TOKENS)
     ids = load_tokens(data, base.source.tokenizer(), samples=windows, tokens=tokens, vocabulary=base.vocabulary).ids
+    if whole is not fewest:
+        notes.append(f"The model has {cut(fewest, whole, ids)}.")
     levels = {x.linear: math.log(x.factor) for x in damaged if x.factor > 0 and x.factor != 1.0}
     with tempfile.TemporaryDirectory(prefix="lilliput-eval-", dir=work) as name:
         run = partial(restore, ours, base, ids, Path(name), memory_bytes=memory, progress=progress)

@@ -61,13 +61,19 @@ def _hub(name: str) -> bool:
     return name.startswith(hub.PREFIX) or hub.is_named(name)
 
 
+def names_file(source: str | Path) -> bool:
+    """Whether a source of text is a file, by its name alone."""
+    name = str(source)
+    return name != "self" and name not in docs.SOURCES and not _hub(name)
+
+
 def check(source: str | Path) -> None:
     """Raises DataError for a name that is no source of text, and for a file that is not there or not of a known kind.
     Reads nothing."""
     name = str(source)
     if name == "self":
         raise DataError("'self' is text that the model writes for its own calibration; it cannot be used here.")
-    if name in docs.SOURCES or _hub(name):
+    if not names_file(name):
         return
     if Path(name).suffix or Path(name).exists():
         local.check(Path(name))

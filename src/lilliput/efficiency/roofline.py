@@ -104,6 +104,13 @@ def operators(work: Workload, device: Device, phase: Phase, batch: int, context:
     return (*listed, Operator("python and launches", 0.0, 0.0, overhead, "overhead")) if overhead else listed
 
 
+def product_seconds(device: Device, rows: int, width: int, tokens: int, dtype: torch.dtype) -> float:
+    """Seconds of one product [tokens, width] x [width, rows] of plain weights in `dtype`, as `operators` counts it."""
+    compute = 2.0 * rows * width * tokens / device.peaks[device.arithmetic(ARITHMETIC[dtype])]
+    moved = (rows * width + tokens * (rows + width)) * dtype.itemsize
+    return max(compute, moved / device.bandwidth)
+
+
 def bound_of(rows: Sequence[Operator]) -> Bound:
     """What most of the time goes to."""
     spent: dict[Bound, float] = {"memory": 0.0, "arithmetic": 0.0, "overhead": 0.0}

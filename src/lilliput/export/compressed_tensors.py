@@ -77,6 +77,11 @@ class CompressedTensors:
                     f"'{x.name}' becomes {x.scheme.describe()}, and engines read only plain integers. "
                     "Nearest: rtn or gptq with format int; export 'lilliput' holds it."
                 )
+            if x.places != "bits" and not x.scheme.parts:
+                return (
+                    f"the kept weights of '{x.name}' go into {x.places}, which engines do not read. Nearest: places "
+                    "bits, whose zeros are stored as values here; export 'lilliput' holds both."
+                )
         quantized = [x for x in outcomes if x.codes is not None]
         for x in quantized:
             if x.transposed:

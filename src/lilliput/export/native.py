@@ -56,7 +56,8 @@ def spec_of(outcome: Outcome) -> LinearSpec | None:
 
 def _values(outcome: Outcome) -> PartSpec:
     """How the weights of a linear without parts are stored: dense, unless leaving its zeros out takes fewer bytes."""
-    return kept.spec_of(outcome.out_features, outcome.in_features, outcome.dtype, outcome.pattern, outcome.kept)
+    shape = outcome.out_features, outcome.in_features
+    return kept.spec_of(*shape, outcome.dtype, outcome.pattern, outcome.kept, outcome.places)
 
 
 def _coded(outcome: Outcome) -> PatternSpec | None:

@@ -18,7 +18,8 @@ class Outcome:
 
     `name` is the canonical name and `stored` the name in the files, both without ".weight"; `scheme` its parts and
     transforms, none where the linear stays dense; `dtype` that of the dense tensor it was or stays. `sparsity` and
-    `pattern` tell of zeros in it, `kept` how many weights are none (None: not known before they are chosen).
+    `pattern` tell of zeros in it, `kept` how many weights are none (None: not known before they are chosen),
+    `places` ("bits", "tiles") how a layout that leaves the zeros out may say where they are.
     `transposed`: the file holds [in, out] (Conv1D). `expert`: one of many experts; `router`: it decides what each token
     takes of them. `table`: an embedding or a head; `embedding`: it is read row by row; `also`: other modules that use
     the same tensor (a tied head).
@@ -33,6 +34,7 @@ class Outcome:
     sparsity: float | None = None
     pattern: str | None = None
     kept: int | None = None
+    places: str = "bits"
     transposed: bool = False
     expert: bool = False
     router: bool = False

@@ -73,6 +73,7 @@ class Provenance:
     measured: Mapping[str, Any] = field(default_factory=dict)
     linears: tuple[LinearRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)  # sha256 (hex) of those that the recipe names
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -143,7 +143,7 @@ def _scores(
             place.mkdir()
             with behaviours.prompted(model.skeleton.model, prompt):
                 hidden.append(last_hidden(model, ids, place, batch=shape.batch, progress=progress))
-            done.append(executed(model, prompt))
+            done.append(executed(model, prompt, ids.shape[1]))
             stack.callback(hidden[-1].delete)
             finish(model, hidden[-1])
         reference = None if against is None else StreamedHead(against, hidden[-1])

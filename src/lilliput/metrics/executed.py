@@ -14,17 +14,21 @@ from typing import Any
 from lilliput.metrics.metric import Metric
 from lilliput.model.weights import Model
 from lilliput.runtime import behaviours
+from lilliput.runtime.behaviours.gates import gated
+from lilliput.runtime.behaviours.layer import BehavingLayer
 
 
 @dataclass(frozen=True)
 class Executed:
-    """executed, dense: multiply-adds with the behaviours and without; prompt: tokens of a window that were read as a
-    prompt, and lengths: the keys and values that each block keeps of them (None: no tokens are pruned)."""
+    """executed, dense: multiply-adds with the behaviours and without; predicted: the share that the rules alone give
+    for windows of this size; prompt: tokens of a window that were read as a prompt, and lengths: the keys and values
+    that each block keeps of them (None: no tokens are pruned)."""
 
     executed: int
     dense: int
     prompt: int | None = None
     lengths: tuple[int, ...] | None = None
+    predicted: float | None = None
 
     @property
     def share(self) -> float:
@@ -33,7 +37,7 @@ class Executed:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         lengths = None if self.lengths is None else list(self.lengths)
-        own = {"executed": self.executed, "dense": self.dense, "share": self.share}
+        own = {"executed": self.executed, "dense": self.dense, "share": self.share, "predicted": self.predicted}
         return own if lengths is None else own | {"prompt": self.prompt, "kv_lengths": lengths}
 
     def note(self) -> str:
@@ -53,19 +57,34 @@ def prunes(model: Model) -> bool:
     return state is not None and state.rule is not None
 
 
-def executed(model: Model, prompt: int) -> Executed | None:
-    """What the model has done since its count was cleared; None for one without behaviours."""
+def predicted(model: Model, prompt: int, tokens: int) -> float:
+    """The share of work that a model with behaviours will do of windows of `tokens` tokens, the first `prompt` of which
+    are a prompt, by its rules alone: nothing is run."""
+    state = behaviours.require(model.skeleton.model)
+    done = whole = 0
+    for layer in (x for x in model.skeleton.model.modules() if isinstance(x, BehavingLayer)):
+        entering = prompt if state.rule is None else state.rule.entering(layer.number, prompt)
+        present = entering + tokens - prompt
+        whole += layer.weights * tokens
+        done += layer.weights * present + sum(x.gates.expected(present) for x in gated(layer))
+    return done / whole if whole else 1.0
+
+
+def executed(model: Model, prompt: int, tokens: int) -> Executed | None:
+    """What the model has done since its count was cleared, in windows of `tokens` tokens; None for one without
+    behaviours."""
     state = behaviours.of(model.skeleton.model)
     if state is None:
         return None
     state.work.share()
     lengths = state.lengths(prompt)
-    return Executed(state.work.executed, state.work.dense, None if lengths is None else prompt, lengths)
+    share = predicted(model, prompt, tokens)
+    return Executed(state.work.executed, state.work.dense, None if lengths is None else prompt, lengths, share)
 
 
 METRIC = Metric(
     how="lilliput eval DIR",
-    key="work.share, work.executed, work.dense, work.kv_lengths",
+    key="work.share, work.predicted, work.executed, work.dense, work.kv_lengths",
     unit="share, multiply-adds",
     interval="none: counted exactly",
     covers=(),

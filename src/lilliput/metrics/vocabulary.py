@@ -8,23 +8,35 @@ the number of them that a text takes, which `cut` tells.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from lilliput.model.edit import Edit
 from lilliput.model.edited import EditedModel
 from lilliput.model.weights import Model
 
+if TYPE_CHECKING:
+    from lilliput.source import Source
+
+
+def shared(model: Source, base: Source, rows: tuple[int, int]) -> tuple[int, ...] | None:
+    """The reference's ids of the model's tokens, ascending; None where it has no more tokens than the model, or not all
+    of them in the same order. rows: of both embeddings."""
+    if rows[0] >= rows[1]:
+        return None
+    ours: dict[str, int] = model.tokenizer().get_vocab()
+    theirs: dict[str, int] = base.tokenizer().get_vocab()
+    if sorted(ours.values()) != list(range(rows[0])) or not ours.keys() <= theirs.keys():
+        return None
+    kept = tuple(theirs[token] for token in sorted(ours, key=lambda x: ours[x]))
+    return kept if list(kept) == sorted(kept) else None
+
 
 def fewer(model: Model, base: Model) -> Model:
-    """The reference with the model's tokens alone; as it is where it has not all of them, in the same order."""
-    if model.vocabulary >= base.vocabulary:
-        return base
-    ours: dict[str, int] = model.source.tokenizer().get_vocab()
-    theirs: dict[str, int] = base.source.tokenizer().get_vocab()
-    if sorted(ours.values()) != list(range(model.vocabulary)) or not ours.keys() <= theirs.keys():
-        return base
-    kept = tuple(theirs[token] for token in sorted(ours, key=lambda x: ours[x]))
-    if list(kept) != sorted(kept):
+    """The reference with the model's tokens alone; as it is where `shared` finds none."""
+    kept = shared(model.source, base.source, (model.vocabulary, base.vocabulary))
+    if kept is None:
         return base
     return EditedModel(base, Edit(tuple(range(len(base.skeleton.block_names))), vocabulary=kept))
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from lilliput.anatomy.model import Block, Group
 
+BRANCHES = {"attention": ("o",), "mlp": ("down",)}
+"""What adds to the residual stream, with the roles of the linears by which it does."""
+
 Shares = tuple[tuple[int, float], ...]
 """Experts that become one, each with its share of the average."""
 
@@ -21,7 +24,8 @@ class Edit:
     residual stream (None: all). spread: the decision may divide channels and heads between blocks otherwise, at as many
     weights in all. experts: by block, experts with their rows of the router. merged: by block, for each of
     these experts the experts whose weights it averages. top_k: experts that each token uses (None: as many as before,
-    or all where fewer stay). vocabulary: token ids that stay, ascending (None: all). What is not named stays whole.
+    or all where fewer stay). vocabulary: token ids that stay, ascending (None: all). silent: by block, branches of
+    `BRANCHES` that write nothing any more. What is not named stays whole.
     """
 
     blocks: tuple[int, ...]
@@ -33,6 +37,7 @@ class Edit:
     merged: Mapping[int, tuple[Shares, ...]] = field(default_factory=dict)
     top_k: int | None = None
     vocabulary: tuple[int, ...] | None = None
+    silent: tuple[tuple[int, str], ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """For a record of the journal."""
@@ -48,6 +53,7 @@ class Edit:
             ],
             "top_k": self.top_k,
             "vocabulary": None if self.vocabulary is None else list(self.vocabulary),
+            "silent": [list(x) for x in self.silent],
         }
 
     @staticmethod
@@ -66,12 +72,18 @@ class Edit:
             },
             plain["top_k"],
             None if plain.get("vocabulary") is None else tuple(plain["vocabulary"]),
+            tuple((int(block), str(branch)) for block, branch in plain["silent"]),
         )
 
 
 def heads_of(block: Block) -> list[Group]:
     """The heads of a block, each with its query group."""
     return [x for x in block.groups.listed if x.kind == "head"]
+
+
+def writers_of(block: Block, branch: str) -> list[str]:
+    """The linears by which a branch of a block writes to the residual stream."""
+    return [x.name for x in block.linears if x.role in BRANCHES[branch]]
 
 
 def router_of(block: Block) -> str | None:

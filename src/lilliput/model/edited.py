@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lilliput.anatomy.explore import explore
@@ -18,7 +20,7 @@ from lilliput.anatomy.model import Anatomy, Block
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.anatomy.tables import tables
 from lilliput.errors import PlanError, SourceError
-from lilliput.model.edit import Edit, bank_of, experts_of, heads_of, router_of
+from lilliput.model.edit import Edit, bank_of, experts_of, heads_of, router_of, writers_of
 from lilliput.model.fitting import changed, differences, fitting, runs, whole_config
 from lilliput.model.residual import Change
 from lilliput.model.rotated import RotatedModel
@@ -47,11 +49,13 @@ class EditedModel(Model):
         skeleton: Skeleton | None = None,
         anatomy: Anatomy | None = None,
         source: Source | None = None,
+        updates: Mapping[str, Path] | None = None,
     ) -> None:
-        self.base, self.edit = base, edit
+        self.base, self.edit, self._updates = base, edit, updates or {}
         self._keep = _kept(base, edit) | _rows_kept(base, edit)
         self._base_name = {new: old for old, new in _renamed(base, edit).items()}
         self._averaged = _averaged(base, edit)
+        self._silent = _silent(base, edit)
         expected = {new: self._sliced_shape(old) for new, old in self._base_name.items()}
         self.skeleton = fitting(base, edit, expected) if skeleton is None else skeleton
         if dict(self.skeleton.shapes) != expected:
@@ -73,7 +77,16 @@ class EditedModel(Model):
 
     def over(self, base: Model) -> EditedModel:
         """The same edit of another base of the same sizes."""
-        return EditedModel(base, self.edit, skeleton=self.skeleton, anatomy=self._anatomy, source=self.source)
+        return EditedModel(
+            base, self.edit, skeleton=self.skeleton, anatomy=self._anatomy, source=self.source, updates=self._updates
+        )
+
+    def updated(self, files: Mapping[str, Path]) -> EditedModel:
+        """The same edit with other weights of what stays: by the base's names, safetensors files that hold them under
+        these names, as they are stored and with nothing left of what has left."""
+        return EditedModel(
+            self.base, self.edit, skeleton=self.skeleton, anatomy=self._anatomy, source=self.source, updates=files
+        )
 
     @property
     def config(self) -> Any:
@@ -110,10 +123,15 @@ class EditedModel(Model):
         return self._base_name[canonical] in self._averaged
 
     def read(self, canonical: str) -> Tensor:
-        value = self._scaled(canonical, self._average(self._base_name[canonical]))
-        for axis, index in self._keep.get(self._base_name[canonical], {}).items():
+        old = self._base_name[canonical]
+        if old in self._updates:
+            with safe_open(self._updates[old], framework="pt") as file:
+                updated: Tensor = file.get_tensor(old)
+            return updated
+        value = self._scaled(canonical, self._average(old))
+        for axis, index in self._keep.get(old, {}).items():
             value = value.index_select(axis, index)
-        return value.contiguous()
+        return torch.zeros_like(value) if old in self._silent else value.contiguous()
 
     def read_rows(self, canonical: str, start: int, stop: int) -> Tensor:
         rows = self._table_rows(canonical)
@@ -171,7 +189,8 @@ class EditedModel(Model):
 
     def _changes(self, canonical: str) -> bool:
         """Whether a tensor is another than the base's."""
-        return bool(self._keep.get(self._base_name[canonical])) or self.averaged(canonical)
+        old = self._base_name[canonical]
+        return bool(self._keep.get(old)) or any(old in x for x in (self._averaged, self._updates, self._silent))
 
     def _average(self, old: str) -> Tensor:
         """A tensor of the base with others in it by their shares; where all are equal, it is exactly that one."""
@@ -287,6 +306,13 @@ def _by_expert(base: Model, number: int) -> Iterator[tuple[str, int]]:
         axes = [axis for axis, size in enumerate(skeleton.shapes[name]) if size == count]
         if inside and name not in others and len(axes) == 1:
             yield name, axes[0]
+
+
+def _silent(base: Model, edit: Edit) -> frozenset[str]:
+    """The base's names of the tensors by which silent branches wrote."""
+    anatomy = base.anatomy()
+    linears = [(anatomy.block_names[n], x) for n, branch in edit.silent for x in writers_of(anatomy.blocks[n], branch)]
+    return frozenset(f"{prefix}.{name}.{leaf}" for prefix, name in linears for leaf in ("weight", "bias"))
 
 
 def _averaged(base: Model, edit: Edit) -> dict[str, tuple[tuple[str, float], ...]]:

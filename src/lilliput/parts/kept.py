@@ -9,7 +9,7 @@ import torch
 
 from lilliput.formats.format import Format
 from lilliput.formats.integer import IntegerFormat
-from lilliput.parts import bitmask, pattern
+from lilliput.parts import bitmask, pattern, tiles
 from lilliput.parts.bitmask import BitmaskSpec
 from lilliput.parts.dense import DensePart, DenseSpec
 from lilliput.parts.layer import Layer
@@ -18,17 +18,22 @@ from lilliput.parts.part import Part, PartSpec
 from lilliput.parts.pattern import LARGEST, PatternPart, PatternSpec
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
+from lilliput.parts.tiles import TilesSpec
 
 
-def spec_of(rows: int, width: int, dtype: torch.dtype, n_of_m: str | None, count: int | None) -> PartSpec:
+def spec_of(
+    rows: int, width: int, dtype: torch.dtype, n_of_m: str | None, count: int | None, places: str = "bits"
+) -> PartSpec:
     """How a [rows, width] linear is stored of which `count` weights are kept, by the pattern `n_of_m` where it has one:
-    by places, by a bit mask, or dense where neither takes fewer bytes. `count` None: their number is not known."""
+    by places, by a bit mask, where `places` is "tiles" by tiles too, or dense where nothing takes fewer bytes. `count`
+    None: their number is not known."""
     kinds: list[PartSpec] = [DenseSpec(dtype)]
     if n_of_m is not None:
         n, m = (int(x) for x in n_of_m.split(":"))
         kinds += [PatternSpec(n, m, DenseSpec(dtype))] if m <= LARGEST else []
     if count is not None:
         kinds.append(BitmaskSpec(count, dtype))
+        kinds += [TilesSpec(count, dtype)] if places == "tiles" else []
     return min(kinds, key=lambda kind: _bytes(kind, rows, width))
 
 
@@ -74,16 +79,17 @@ def part_of(layer: Layer, spec: PartSpec) -> Part:
     if layer.support is None:
         raise ValueError(f"{planned} and is not pruned")
     part: Part
-    if isinstance(spec, BitmaskSpec):
+    if isinstance(spec, BitmaskSpec | TilesSpec):
         kept, dtype = int(layer.support.sum()), spec.dtype
         if kept != spec.count:
             raise ValueError(f"{planned} and keeps {kept}")
-        part = bitmask.gather(weight, layer.support, dtype)
+        gather = bitmask.gather if isinstance(spec, BitmaskSpec) else tiles.gather
+        part = gather(weight, layer.support, dtype)
     elif isinstance(spec, PatternSpec) and isinstance(spec.values, DenseSpec):
         dtype = spec.values.dtype
         part = pattern.gather(weight, layer.support.float(), spec.n, spec.m, dtype)
     else:
-        raise TypeError(f"kept weights are stored dense, by places or by a bit mask, not as {spec.describe()}")
+        raise TypeError(f"kept weights are stored dense, by places, a bit mask or tiles, not as {spec.describe()}")
     if bool((part.decode() != weight.to(dtype)).any()):
         raise ValueError(f"{planned} and holds more")
     return part

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lilliput.formats import known as formats
-from lilliput.parts import bitmask, columns, dense, pattern, sparse
+from lilliput.parts import bitmask, columns, dense, pattern, sparse, tiles
 from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import PartSpec
 from lilliput.parts.quantized import QuantizedSpec
@@ -22,6 +22,8 @@ def from_plain(plain: Mapping[str, Any]) -> PartSpec:
             return sparse.from_plain(plain)
         case "bitmask":
             return bitmask.from_plain(plain)
+        case "tiles":
+            return tiles.from_plain(plain)
         case "columns":
             return columns.from_plain(plain)
         case "low-rank":

@@ -59,6 +59,7 @@ class Plan:
     predicted_kl: float | None = None  # KL divergence in nats that a step predicts of its decision
     container: str | None = None  # that takes the place of the folder
     vocabulary: tuple[int, ...] | None = None  # tokens of the stored model that stay; None: all
+    texts: tuple[tuple[str, str], ...] = ()  # name and sha256 of files that options of the recipe name
     spread: bool = False  # blocks become as wide as an edit decides: sizes are those of equal widths until then
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
 
@@ -227,6 +228,7 @@ def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
             sparsity=x.sparsity,
             pattern=x.pattern,
             kept=x.kept,
+            places=x.places,
             transposed=x.linear.transposed,
             expert=x.linear.expert is not None,
             router=x.linear.role == "router",

@@ -39,6 +39,7 @@ class LinearPlan:
     sparsity: float | None
     pattern: str | None
     kept: int | None
+    places: str
     dtype: torch.dtype  # of the plain tensor that it was
 
     @property
@@ -199,7 +200,8 @@ def _plan_linear(
     for number in range(len(mine)):
         task = mine[number] = replace(mine[number], first=mine[number].spec.opens(draft, linear))
         draft = task.spec.drafted(task, mine[number + 1 :], name, linear, draft)
-    return LinearPlan(block, linear, name, tuple(mine), draft.scheme, draft.sparsity, draft.pattern, draft.kept, dtype)
+    zeros = draft.sparsity, draft.pattern, draft.kept, draft.places
+    return LinearPlan(block, linear, name, tuple(mine), draft.scheme, *zeros, dtype)
 
 
 def _completed(task: Task, later: Sequence[Task]) -> Target:

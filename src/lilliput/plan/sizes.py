@@ -20,7 +20,12 @@ def sizes(plan: Plan, linear: LinearPlan, task: Task) -> Callable[[Target], int]
     def size(target: Target) -> int:
         x = retargeted(linear, task, target)
         outcome = replace(
-            plan.outcomes[linear.name], scheme=x.scheme, sparsity=x.sparsity, pattern=x.pattern, kept=x.kept
+            plan.outcomes[linear.name],
+            scheme=x.scheme,
+            sparsity=x.sparsity,
+            pattern=x.pattern,
+            kept=x.kept,
+            places=x.places,
         )
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in exporter.describe(outcome).values())
 

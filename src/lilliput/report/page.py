@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lilliput.errors import LilliputError
 from lilliput.report import cells, sections
+from lilliput.report.behaviours import behaviours
 from lilliput.report.blocks import Figure, Section, kind
 from lilliput.report.quality import quality, ratio_tone
 from lilliput.report.svg import HEATS, require
@@ -37,6 +38,7 @@ def render(evidence: Data) -> str:
         sections.recipe(evidence),
         sections.size(evidence),
         quality(evidence),
+        behaviours(evidence),
         sections.speed(evidence),
         sections.roofline(evidence),
         sections.loss(evidence),

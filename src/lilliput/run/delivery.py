@@ -21,6 +21,7 @@ from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan, describe
 from lilliput.plan.tensors import written_config
 from lilliput.progress import Progress
+from lilliput.recipe.texts import portable
 from lilliput.run.journal import Work
 from lilliput.source.source import own_name
 from lilliput.units import interval
@@ -71,7 +72,8 @@ def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]
         model=d.model.source.name,
         fingerprint=plan.fingerprint,
         layout=plan.exporter,
-        recipe=plan.resolved.recipe.model_dump(mode="json"),
+        recipe=portable(plan.resolved.recipe).model_dump(mode="json"),
+        files=dict(plan.texts),
         plan=d.key,
         seed=plan.seed,
         data=data or None,
@@ -126,7 +128,7 @@ def _contents(
         title=f"{model.source.name.rsplit('/', 1)[-1].removesuffix('.gguf')}-{plan.resolved.recipe.name}",
         base_model=model.source.name,
         layout=plan.exporter if plan.quantization_config is not None else "dense",
-        recipe=recipes.to_yaml(plan.resolved.recipe),
+        recipe=recipes.to_yaml(portable(plan.resolved.recipe)),
         figures=figures,
         licence=read_licence(model.source.folder),
         notes=(*plan.notes, *notes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,10 +23,11 @@ from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import ordered
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
+from lilliput.run import timing, updating
 from lilliput.run.journal import Losses, Work
 from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
-from lilliput.streaming import backward, routing
+from lilliput.streaming import backward, branches, routing
 from lilliput.streaming.backward import Samples
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import through
@@ -36,6 +37,7 @@ from lilliput.verbs import edits
 from lilliput.verbs.edit import Edit as EditSpec
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Units
 from lilliput.verbs.spec import Task
+from lilliput.verbs.timing import Times, Timing
 
 
 def prepared(model: Model, recipe: Recipe, data: str = "self") -> Model:
@@ -48,6 +50,9 @@ def prepared(model: Model, recipe: Recipe, data: str = "self") -> Model:
         if isinstance(task.spec, EditSpec):
             units = _units(model)
             edit = edits.first_of(units, task.spec.sizes(units, task.options))
+            wanted = task.spec.timed(task.options) if task.spec.timed is not None else None
+            if wanted is not None:
+                timing.refuse(wanted)
             if task.spec.vocabulary is not None:
                 edit = replace(edit, vocabulary=task.spec.vocabulary(model.source, data, task.options))
             model = EditedModel(model, edit)
@@ -67,6 +72,8 @@ def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work,
         level = _level(plan, task, model)
         edit = _decided(plan, task, level, ids, work, progress) if ranks.lead() else level.edit
         work.note({"kind": "edit", "step": task.step, "edit": edit.plain()})
+    if task.of(EditSpec).asks(task.of(EditSpec).updates, task.options):
+        _update(plan, task, _level(plan, task, model).base, ids, work, progress)
     return _recorded(plan, task, model, work)
 
 
@@ -80,7 +87,9 @@ def again(plan: Plan, model: Model, work: Work) -> Model:
 def _recorded(plan: Plan, task: Task, model: Model, work: Work) -> Model:
     (record,) = [r for r in work.find("edit") if r["step"] == task.step]
     level = _level(plan, task, model)
-    return replaced(model, level, level.with_edit(Edit.from_plain(record["edit"])))
+    settled = level.with_edit(Edit.from_plain(record["edit"]))
+    updates = {x["block"]: x["sha256"] for x in work.find("edit-update") if x["step"] == task.step}
+    return replaced(model, level, updating.read(settled, work, task.step, updates))
 
 
 def _level(plan: Plan, task: Task, model: Model) -> EditedModel:
@@ -114,8 +123,23 @@ def _decided(plan: Plan, task: Task, level: EditedModel, ids: Tensor | None, wor
             chosen = spec.loss(skipping.loss, units, sizes, task.options)
             if chosen is not None:
                 return chosen
+    wanted = spec.timed(task.options) if spec.timed is not None else None
+    if wanted is not None:
+        sizes = replace(sizes, times=_times(task, base, wanted, work))
     scores = _scored(plan, task, base, ids, work, progress) if spec.score is not None else []
     return spec.run(scores, units, sizes, task.options)
+
+
+def _times(task: Task, base: Model, wanted: Timing, work: Work) -> Times:
+    """What blocks take at other widths: a record, so that a resumed run decides by the same times."""
+    if not any(r["step"] == task.step for r in work.find("edit-times")):
+        plain = [
+            {key: [[n, time] for n, time in x.items()] for key, x in block.items()}
+            for block in timing.table(base, wanted)
+        ]
+        work.note({"kind": "edit-times", "step": task.step, "device": wanted.device, "blocks": plain})
+    (record,) = [r for r in work.find("edit-times") if r["step"] == task.step]
+    return [{key: {int(n): int(t) for n, t in x} for key, x in block.items()} for block in record["blocks"]]
 
 
 def _looked_at(plan: Plan, task: Task, ids: Tensor | None) -> Tensor:
@@ -161,6 +185,7 @@ def _from_blocks(
     known: Mapping[int, Any],
 ) -> None:
     spec = task.of(EditSpec)
+    sizes = spec.sizes(_units(base), task.options)
     count, start = len(base.skeleton.block_names), len(known)
     stem = f"edit-{task.step:02d}"
     for path in work.folder.glob(f"{stem}-*.bin"):
@@ -168,7 +193,7 @@ def _from_blocks(
             path.unlink()  # of a run killed between a record and its tidying
     flow: Flow | None = None
     routed = spec.sees_routing(task.options)
-    if task.needs or spec.looks_alike(task.options) or routed:
+    if task.needs or spec.looks_alike(task.options) or spec.asks(spec.branches, task.options) or routed:
         flow = Flow(_looked_at(plan, task, ids), plan.batching.batch, work.folder, stem, plan.dtype)
     progress.step(start, count, "scoring what may leave")
     recorded = known[start - 1]["hidden"] if start else None
@@ -176,9 +201,10 @@ def _from_blocks(
         for passage in walk(base, flow, first=start, recorded=recorded):
             stats, used = _statistics(base, passage, task.needs, routed)
             alike = _similarity(passage) if spec.looks_alike(task.options) else None
+            adds = _branches(base, passage) if spec.asks(spec.branches, task.options) else {}
             base.unload_block(passage.block)
             view = _view(base, passage.block)
-            io = EditIO(stats, {}, {}, alike, routing=used)
+            io = EditIO(stats, {}, {}, alike, routing=used, sizes=sizes, branches=adds)
             scores = spec.score(view, io, task.options) if spec.score is not None else {}
             del view
             _note(task, passage.block, scores, work, passage.checksum())
@@ -196,6 +222,13 @@ def _statistics(
     with routing.watched(base.skeleton, passage.block, block) if routed else nullcontext() as seen:
         stats = collect(base.skeleton, passage.block, block.sites, {x.name: needs for x in block.sites}, runs)
     return stats, None if seen is None else seen.routing
+
+
+def _branches(base: Model, passage: Passage) -> Mapping[str, float]:
+    if passage.batches is None or passage.inputs is None or passage.outputs is None:
+        raise RuntimeError("branches were planned without hidden states")
+    block = base.anatomy().blocks[passage.block]
+    return branches.added(base.skeleton, passage.block, block, passage.batches, passage.inputs, passage.outputs)
 
 
 def _similarity(passage: Passage) -> float:
@@ -219,7 +252,48 @@ def _from_gradients(
     progress: Progress,
     known: Mapping[int, Any],
 ) -> None:
-    """Scores from the last block to the first; a pass that was interrupted begins anew and skips finished blocks."""
+    """Scores from the last block to the first."""
+    spec = task.of(EditSpec)
+    sizes = spec.sizes(_units(base), task.options)
+
+    def scored(block: int, view: EditView, io: EditIO) -> None:
+        scores = spec.score(view, replace(io, sizes=sizes), task.options) if spec.score is not None else {}
+        _note(task, block, scores, work)
+
+    _backward(plan, task, base, ids, work, progress, known, scored, "gradients for what may leave")
+
+
+def _update(plan: Plan, task: Task, base: Model, ids: Tensor | None, work: Work, progress: Progress) -> None:
+    """Weights of what stays, from the last block to the first, each a file of the work folder with its record."""
+    spec = task.of(EditSpec)
+    (record,) = [r for r in work.find("edit") if r["step"] == task.step]
+    edit = Edit.from_plain(record["edit"])
+    known = {int(r["block"]): r for r in work.find("edit-update") if r["step"] == task.step}
+
+    def updated(block: int, view: EditView, io: EditIO) -> None:
+        stays = {"heads": edit.heads[block]} if block in edit.heads else {}
+        stays |= {f"channels.{m}": kept for (n, m), kept in edit.channels.items() if n == block}
+        linears = {} if spec.update is None else spec.update(view, io, stays, task.options)
+        digest = updating.write(base, block, linears, work, task.step)
+        work.note({"kind": "edit-update", "step": task.step, "block": block, "sha256": digest})
+
+    if len(known) < len(base.skeleton.block_names):
+        _backward(plan, task, base, ids, work, progress, known, updated, "gradients for what stays")
+
+
+def _backward(
+    plan: Plan,
+    task: Task,
+    base: Model,
+    ids: Tensor | None,
+    work: Work,
+    progress: Progress,
+    known: Collection[int],
+    handle: Callable[[int, EditView, EditIO], None],
+    what: str,
+) -> None:
+    """Hand over what a backward pass shows of each block, from the last to the first; a pass that was interrupted
+    begins anew and skips known blocks."""
     spec, skeleton = task.of(EditSpec), base.skeleton
     samples = Samples(_looked_at(plan, task, ids), work.folder, progress)
     backward.tidy(work.folder)
@@ -241,7 +315,7 @@ def _from_gradients(
         )
         return seen[block]
 
-    progress.step(len(known), count, "gradients for what may leave")
+    progress.step(len(known), count, what)
     with torch.enable_grad():
         weights = spec.asks(spec.gradients, task.options)
         for place in backward.backward(skeleton, base.read, samples, squares=weights, watch=watch):
@@ -259,10 +333,9 @@ def _from_gradients(
                 if (watched := seen.pop(place.block, None)) is not None:
                     io = EditIO(watched.stats(), slopes, squares, gates=watched.gates(), outputs=watched.outputs())
                     del watched
-                scores = spec.score(view, io, task.options) if spec.score is not None else {}
+                handle(place.block, view, io)
                 del slopes, squares, view, io
-            _note(task, place.block, scores, work)
-            progress.step(count - place.block, count, "gradients for what may leave")
+            progress.step(count - place.block, count, what)
     memory.trim()
 
 

@@ -28,6 +28,7 @@ from lilliput.options import Calibration, Compute, Fit, Gates, Limits, Text
 from lilliput.plan import choices
 from lilliput.plan.plan import Plan, make, resized
 from lilliput.progress import Progress, Quiet
+from lilliput.recipe import texts
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
@@ -134,7 +135,7 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         measured=measured,
         processes=ranks.size(),
     )
-    plan = replace(plan, container=None if job.fit is None else job.fit.to)
+    plan = replace(plan, container=None if job.fit is None else job.fit.to, texts=texts.hashed(adjusted))
     for task in choices.steps(plan):
         plan = sizing.sizer(plan, task, opened)(plan)
     return opened, plan

@@ -30,7 +30,7 @@ from lilliput.tasks.decode import greedy
 from lilliput.tasks.files import Spec, category, parse, rows
 from lilliput.tasks.judge import Judged
 from lilliput.tasks.likelihood import Loaded, ids_of, log_likelihoods
-from lilliput.tasks.run import loaded
+from lilliput.tasks.run import fewer_note, loaded, shared_tokens
 
 KNOWN = "instructions"  # what such a task is called: instructions=FILE, or instructions:LABEL=FILE
 NGRAM = 4
@@ -184,8 +184,10 @@ def compare_instructions(
     path = Path(file)
     questions, categories = _asked(path, limit)
     tokenizer = open_source(str(model)).tokenizer()
-    theirs = vocabulary_of(open_source(str(against)).tokenizer())
-    same_vocabulary(vocabulary_of(tokenizer), theirs, f"'{model}' and '{against}'")
+    kept = shared_tokens(model, against)
+    source = open_source(str(against))
+    theirs = (source if kept is None else source.trimmed(kept)).tokenizer()
+    same_vocabulary(vocabulary_of(tokenizer), vocabulary_of(theirs), f"'{model}' and '{against}'")
     folder = None if work is None else Path(work)
     with Quiet() if progress is None else progress as display:
 
@@ -195,7 +197,7 @@ def compare_instructions(
         with loaded(model, device=device, dtype=dtype, work=folder) as whole:
             ours = greedy(whole, _prompts(whole, questions), tokens=tokens, step=step)
         del whole
-        with loaded(against, device=device, dtype=dtype, work=folder) as whole:
+        with loaded(against, device=device, dtype=dtype, work=folder, tokens=kept) as whole:
             prompts = _prompts(whole, questions)
             base = greedy(whole, prompts, tokens=tokens, step=step)
             likely = [_mean_likelihoods(whole, prompts, x) for x in (ours, base)]
@@ -220,7 +222,7 @@ def compare_instructions(
         win_rate=_interval(wins, 0.0, 1.0),
         identical=paired.proportion(sum(same), len(same)),
         examples=tuple([x for x, s in zip(answered, same, strict=True) if not s][:_SHOWN]),
-        note=NOTE,
+        note=NOTE if kept is None else f"{NOTE} Here {fewer_note(len(kept))}.",
         judge=None if judge is None else judge.model,
         judged=judged,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lilliput.data.tokens import Tokens, check_ids, same_vocabulary, vocabulary_
 from lilliput.errors import DataError, SourceError
 from lilliput.machine import memory
 from lilliput.metrics.evaluate import compute_dtype
+from lilliput.metrics.vocabulary import shared
 from lilliput.progress import Progress, Quiet
 from lilliput.source import open_source
 from lilliput.tasks import harness
@@ -22,6 +24,7 @@ from lilliput.tasks.files import Spec, Task, load_task, parse
 from lilliput.tasks.likelihood import Loaded, context_length, ids_of
 from lilliput.tasks.result import Scored, Scores, TaskResult, results
 from lilliput.tasks.shapes import ability_of
+from lilliput.tasks.vocabulary import narrow_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,12 +45,18 @@ class _Answers:
 
 @contextmanager
 def loaded(
-    model: str | Path, *, device: str = "cpu", dtype: str = "float32", work: Path | None = None
+    model: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    work: Path | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> Iterator[Loaded]:
     """A model in memory while the context lasts, freed afterwards.
 
-    work: a folder in which its answers are kept, so that an interrupted evaluation goes on. Raises SourceError for a
-    folder that cannot be loaded, PlanError for an unknown dtype.
+    tokens: ids of those that it reads and predicts, of `shared_tokens` (None: all). work: a folder in which its answers
+    are kept, so that an interrupted evaluation goes on. Raises SourceError for a folder that cannot be loaded,
+    PlanError for an unknown dtype, DataError for a model that cannot be told to leave tokens out.
     """
     import torch
 
@@ -63,13 +72,24 @@ def loaded(
             f"{model} cannot be loaded whole to run tasks ({text[0] if text else type(error).__name__}): give a "
             "folder that transformers opens, and enough memory for all of it."
         ) from error
-    answers = store_for(work, source.folder, dtype, torch.device(device).type)
+    named = () if tokens is None else (hashlib.sha256(repr(list(tokens)).encode()).hexdigest(),)
+    answers = store_for(work, source.folder, dtype, torch.device(device).type, *named)
+    if tokens is not None:
+        narrow_(whole, tokens, str(model))
+        source = source.trimmed(tokens)
     try:
         yield Loaded(whole, source.tokenizer(), str(model), context_length(whole), answers)
     finally:
         del whole
         gc.collect()
         memory.trim()
+
+
+def shared_tokens(model: str | Path, against: str | Path) -> tuple[int, ...] | None:
+    """The ids of the tokens that both have where `against` has more (`trim-vocabulary`), else None."""
+    ours, theirs = open_source(str(model)), open_source(str(against))
+    rows = [int(getattr(x.text_config, "vocab_size", 0) or 0) for x in (ours, theirs)]
+    return shared(ours, theirs, (rows[0], rows[1]))
 
 
 def _same_tokens(
@@ -84,6 +104,11 @@ def _same_tokens(
                 raise DataError(
                     f"{names} cannot be compared: their tokenizers cut an item of '{task.name}' into different tokens."
                 )
+
+
+def fewer_note(tokens: int) -> str:
+    """What is compared where the base has more tokens, in words."""
+    return f"the base reads and predicts the {tokens:,} tokens that the model has, and no others"
 
 
 def overlap_note(task: Task, tokenizer: PreTrainedTokenizerBase, calibration: Tokens) -> str:
@@ -158,10 +183,13 @@ def check_tasks(
         if x.file is None:
             harness.check(x.name, x.definition)
     sources = {str(x): open_source(str(x)) for x in (model, against) if x is not None}
+    kept = None if against is None else shared_tokens(model, against)
+    if kept is not None:
+        sources[str(against)] = sources[str(against)].trimmed(kept)
     tokenizers = {name: source.tokenizer() for name, source in sources.items()}
     ours = tokenizers[str(model)]
     for name, source in sources.items():
-        rows = getattr(source.text_config, "vocab_size", None)
+        rows = len(kept) if kept is not None else getattr(source.text_config, "vocab_size", None)
         for task in tasks.values():
             for item in task.items:
                 check_ids(ids_of(ours, task.kind.text(item)), ours, rows, f"an item of '{task.name}' for {name}")
@@ -188,13 +216,15 @@ def run_tasks(
     specs: see `files.parse`: "piqa=FILE.jsonl" for a known data set, "my=FILE.jsonl" for the own formats,
     "gsm8k=TEST.jsonl+TRAIN.jsonl" with worked examples, "piqa" alone for the harness, "my=FILE.yaml" for a task in the
     harness's own form. limit: the first so many items of each; shots: worked examples, by default what the table says.
-    Both models see identical items, one model in memory at a time. work: folder that keeps answers, so that an
+    Both models see identical items, one model in memory at a time; of a base that has more tokens (`trim-vocabulary`)
+    those that both have take part. work: folder that keeps answers, so that an
     interrupted run goes on. calibration: tokens that the model was calibrated on; items that occur there are noted.
 
     Raises DataError (bad task or row, models with different tokenizers, no network for a task without a file),
     SourceError (a model that cannot be loaded, logits that are not finite), PlanError (unknown dtype).
     """
     parsed, tasks, tokenizer = check_tasks(model, against, specs, limit=limit, shots=shots)
+    kept = None if against is None else shared_tokens(model, against)
     folder = None if work is None else Path(work)
     with Quiet() if progress is None else progress as display:
         with loaded(model, device=device, dtype=dtype, work=folder) as whole:
@@ -202,13 +232,13 @@ def run_tasks(
         del whole
         base: dict[str, _Answers] | None = None
         if against is not None:
-            with loaded(against, device=device, dtype=dtype, work=folder) as whole:
+            with loaded(against, device=device, dtype=dtype, work=folder, tokens=kept) as whole:
                 base = _answers(whole, parsed, tasks, limit, shots, display)
             del whole
     files = {x.name: str(x.file) for x in parsed if x.file is not None}
     scored = []
     for name, x in ours.items():
-        note = "" if calibration is None or name not in tasks else overlap_note(tasks[name], tokenizer, calibration)
+        overlap = "" if calibration is None or name not in tasks else overlap_note(tasks[name], tokenizer, calibration)
         theirs_ = None if base is None else base[name].scores
         scored.append(
             Scored(
@@ -220,7 +250,7 @@ def run_tasks(
                 fingerprint=x.fingerprint,
                 ours=x.scores,
                 base=theirs_,
-                notes=(note,) if note else (),
+                notes=tuple(x for x in (overlap, "" if kept is None else fewer_note(len(kept))) if x),
                 ability=x.ability,
                 categories=x.categories,
             )

@@ -113,7 +113,8 @@ class Compress(Spec[OptionsT]):
     def opens(self, draft: Draft, linear: Linear) -> PartSpec | None:
         if not self.compensates or draft.sparsity is None or draft.scheme.parts:
             return None
-        return spec_of(linear.out_features, linear.in_features, draft.dtype, draft.pattern, draft.kept)
+        shape = linear.out_features, linear.in_features
+        return spec_of(*shape, draft.dtype, draft.pattern, draft.kept, draft.places)
 
     def rounds(self, options: OptionsT) -> int:
         return 1 if self.sweeps is None else self.sweeps(options)

@@ -20,7 +20,7 @@ from lilliput.target import Target
 class Draft:
     """`dtype`: of the plain tensor that the linear was; `quantized`: whether a step has put codes on a grid;
     `sparsity`: share of zeros (None: none are made, or a later part fills them); `kept`: how many weights are left
-    (None: not known)."""
+    (None: not known); `places`: how it is stored where they are."""
 
     dtype: torch.dtype
     scheme: Scheme = field(default_factory=Scheme)
@@ -28,6 +28,7 @@ class Draft:
     sparsity: float | None = None
     pattern: str | None = None
     kept: int | None = None
+    places: str = "bits"
 
 
 @runtime_checkable
@@ -63,7 +64,7 @@ def pruned(label: str, draft: Draft, target: Target, width: int, kept: int | Non
                 "exclude this layer or use unstructured sparsity"
             )
         sparsity = 1 - int(n) / int(m)
-    return replace(draft, sparsity=sparsity, pattern=target.pattern, kept=kept)
+    return replace(draft, sparsity=sparsity, pattern=target.pattern, kept=kept, places=target.places)
 
 
 def opened(draft: Draft, first: PartSpec | None) -> Draft:

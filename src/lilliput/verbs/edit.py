@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
 
 from lilliput.errors import PlanError
 from lilliput.machine.cost import Cost, Phase
@@ -13,6 +15,7 @@ from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units, keep_best
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
+from lilliput.verbs.timing import Timing
 
 if TYPE_CHECKING:
     from lilliput.source import Source
@@ -27,7 +30,11 @@ class Edit(Spec[OptionsT]):
     losses of the model without some of its blocks (None from it: by scores after all). `gradients(options)`: whether a
     score reads gradients and their squares; `gates(options)`: whether it reads the derivatives of single samples by
     gates; `outputs(options)`: whether it reads covariances of output gradients; `similar(options)`: whether it reads
-    how alike a block's inputs and outputs are; `routed(options)`: whether it reads how tokens use experts.
+    how alike a block's inputs and outputs are; `branches(options)`: whether it reads what its branches add;
+    `routed(options)`: whether it reads how tokens use experts.
+    `update(view, io, stays, options)`: weights float32 of linears that lost rows or columns, [what stays of them], from
+    another backward pass after the decision where `updates(options)` says so; stays: by the keys of `EditScores`.
+    `timed(options)`: a table of times that `run` finds in its sizes, noted in the journal (None: it needs none).
     `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
     `vocabulary(source, data, options)`: token ids that stay, by the tokenizer and a text (that of `data` where the
     options name none), known when the plan is made; what reads text later reads it through the smaller tokenizer.
@@ -48,7 +55,11 @@ class Edit(Spec[OptionsT]):
     gates: Callable[[OptionsT], bool] | None = None
     outputs: Callable[[OptionsT], bool] | None = None
     similar: Callable[[OptionsT], bool] | None = None
+    branches: Callable[[OptionsT], bool] | None = None
     routed: Callable[[OptionsT], bool] | None = None
+    update: Callable[[EditView, EditIO, Mapping[str, tuple[int, ...]], OptionsT], Mapping[str, Tensor]] | None = None
+    updates: Callable[[OptionsT], bool] | None = None
+    timed: Callable[[OptionsT], Timing | None] | None = None
     vocabulary: Callable[[Source, str, OptionsT], tuple[int, ...]] | None = None
     turned: bool = False
     looked_at: Callable[[int, OptionsT], int] | None = None
@@ -96,7 +107,7 @@ class Edit(Spec[OptionsT]):
         return self.routed is not None and self.routed(options)
 
     def tokens(self, options: OptionsT) -> bool:
-        looks = self.looks_alike(options) or self.sees_routing(options)
+        looks = any(self.asks(x, options) for x in (self.similar, self.branches, self.routed))
         return self.loss is not None or looks or self.slopes(options)
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
@@ -110,6 +121,9 @@ class Edit(Spec[OptionsT]):
             beside = _squares(run) if self.asks(self.gradients, options) else 0
             beside += _matrices(run, gram, self.asks(self.outputs, options))
             phases.append(Phase("the backward pass of an edit", peak.of_gradients(run) + Cost(ram=beside)))
+            if self.asks(self.updates, options):
+                beside += max(4 * sum(x.parameters for x in block.linears) for block in run.kinds)
+                phases.append(Phase("the backward pass for its update", peak.of_gradients(run) + Cost(ram=beside)))
         if self.loss is not None:
             phases.append(Phase("losses without single blocks", peak.of_loss(run, 0)))
         return tuple(phases)

@@ -17,6 +17,7 @@ from lilliput.model.edit import Edit, experts_of, heads_of
 from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict
+from lilliput.verbs.timing import Times
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Units:
 class Sizes:
     """What stays: so many blocks, in each of them hidden channels of every MLP, heads and experts, channels of the
     residual stream, and experts that each token uses (None: all, or as many as before). spread: these are means over
-    the blocks; as many weights stay in all, and in each block a multiple of `multiple` hidden channels."""
+    the blocks; as many weights stay in all, and in each block a multiple of `multiple` hidden channels. times: what
+    blocks take at other widths, for a decision that asked for them."""
 
     blocks: int
     channels: int | None = None
@@ -50,6 +52,7 @@ class Sizes:
     multiple: int = 1
     experts: int | None = None
     top_k: int | None = None
+    times: Times | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class EditIO:
     the cosine between what enters the block and what leaves it. gates: under the keys of `EditScores`, float64
     [samples, units], the derivative of each sample's mean cross-entropy by a number 1 that multiplies what the unit
     hands on. outputs: by linear, float32 [out, out], the mean over tokens of g gT, g the gradient by what it gives.
-    routing: how the block's router used its experts.
+    routing: how the block's router used its experts. sizes: what will stay, of the whole model.
+    branches: by branch ("attention", "mlp"), see `streaming.branches.added`.
     """
 
     stats: Mapping[str, SiteStats]
@@ -79,12 +83,15 @@ class EditIO:
     gates: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     routing: Routing | None = None
+    sizes: Sizes | None = None
+    branches: Mapping[str, float] = field(default_factory=dict)
 
 
 EditScores = Mapping[str, tuple[float, ...]]
 """Of one block: under "block" one number, under "heads" one for each head, under "experts" one for each expert,
 under "experts.alike" one for each pair of them, row by row, under "gates" one for each place in a token's choice of
-experts, under "channels.N" one for each hidden channel of its MLP number N. They go through the journal."""
+experts, under "channels.N" one for each hidden channel of its MLP number N, under "attention" and "mlp"
+one number. They go through the journal."""
 
 SkipLoss = Callable[[Collection[int]], float]
 """Mean cross-entropy in nats of the model without some of its blocks, by number."""

@@ -174,6 +174,7 @@ def test_a_written_folder_has_gates_wherever_it_is_loaded(tiny: Tiny, tmp_path: 
     dense, predictors = 64 * (64 * 2 + 32 * 2) + 3 * 64 * 128, 16 * 64
     assert work["dense"] == 4 * dense * 512
     assert work["executed"] == 4 * (dense - 3 * 64 * 64 + predictors) * 512
+    assert work["predicted"] == pytest.approx(work["share"], rel=1e-12)
     loaded: Any = lilliput.load(out)
     ids = torch.arange(12)[None]
     loaded.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lilliput import api, methods
+from lilliput.attribution.attribute import attribute, suspects
 from lilliput.data.load import used_tokens
 from lilliput.errors import DataError, PlanError
+from lilliput.export import provenance
 from lilliput.model.edited import EditedModel, unedited, vocabulary_of
 from lilliput.model.stored import open_model
 from lilliput.progress import Quiet
+from lilliput.recipe import texts
 from lilliput.recipe.load import load
 from lilliput.run.editing import prepared
 from lilliput.run.journal import Work
 from lilliput.source import open_source
+from lilliput.tasks.instructions import compare_instructions
+from lilliput.tasks.run import run_tasks
 
 Tiny = Callable[[str], Path]
 RUN: dict[str, Any] = {"samples": 4, "tokens": 32, "device": "cpu", "dtype": "float32", "progress": Quiet()}
@@ -177,3 +184,83 @@ def test_what_it_cannot_do_is_refused(tiny: Tiny, text: Path, tmp_path: Path) ->
         api.plan(tiny("llama"), recipe="trim-vocabulary", data="self")
     with pytest.raises(DataError, match="there is no file"):
         api.plan(tiny("llama"), recipe=recipe(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "neox"])
+def test_tasks_compare_the_tokens_that_both_have(tiny: Tiny, tmp_path: Path, text: Path, kind: str) -> None:
+    """A model that lost nothing but tokens answers as the original does among these, on text that it cuts anew too."""
+    folder, out = tiny(kind), tmp_path / "out"
+    api.compress(folder, out, recipe=recipe(text), eval_windows=0, **RUN)
+    rows = [{"context": f"Some {x} of the", "target": y} for x, y in (("lists", "zebra"), ("quartz", "library"))]
+    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
+    asked = [{"prompt": x, "answer": "y"} for x in ("These are", "Zebras in")]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(x) + "\n" for x in asked), encoding="utf-8")
+    found = run_tasks(out, folder, [f"{x}={tmp_path / x}.jsonl" for x in ("lambada", "my")])
+    perplexity = found[0].also["perplexity"]
+    assert perplexity["ratio"].value == pytest.approx(1.0, rel=1e-5)
+    kept = kept_of(folder, out)
+    tokenizer, whole = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    lost = []
+    for row in rows:
+        before, ids = (
+            tokenizer(row["context"])["input_ids"],
+            tokenizer(f"{row['context']} {row['target']}")["input_ids"],
+        )
+        with torch.no_grad():
+            logits = whole(torch.tensor(kept)[ids][None]).logits[0, :, kept].log_softmax(-1)
+        lost.append(-sum(float(logits[n - 1, ids[n]]) for n in range(len(before), len(ids))))
+    assert perplexity["base"].value == pytest.approx(math.exp(sum(lost) / len(lost)), rel=1e-3)
+    assert any(f"{len(kept):,} tokens that the model has" in x for x in found[0].notes)
+    told = compare_instructions(out, folder, instructions(tmp_path), tokens=4)
+    assert told.identical.value == 1.0
+    assert "that the model has" in told.note
+
+
+def instructions(folder: Path) -> Path:
+    rows = [
+        {"question_id": n, "turns": [x], "category": "x"} for n, x in enumerate(("These are", "Zebras in", "Lists"))
+    ]
+    path = folder / "instructions.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
+    return path
+
+
+def test_what_cannot_be_narrowed_is_named(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    """A base whose embedding is packed, of more tokens than the model."""
+    out, packed = tmp_path / "out", tmp_path / "packed"
+    api.compress(tiny("llama"), out, recipe=recipe(text), eval_windows=0, **RUN)
+    steps = (
+        "export: lilliput\nsteps:\n  - {method: rtn, target: {bits: 4, group_size: 32}, where: {include: [embed]}}\n"
+    )
+    api.compress(tiny("llama"), packed, recipe=steps, eval_windows=0, **RUN)
+    rows = [{"context": "Some lists of the", "target": x} for x in ("words", "library")]
+    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
+    with pytest.raises(DataError, match="its embedding or head is packed"):
+        run_tasks(out, packed, [f"lambada={tmp_path / 'lambada'}.jsonl"])
+
+
+def test_attribution_takes_the_tokens_that_both_have(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    folder, out = tiny("llama"), tmp_path / "out"
+    steps = "  - {method: rtn, target: {bits: 3, group_size: 32}, where: {include: ['*layers.1.mlp.*']}}\n"
+    api.compress(folder, out, recipe=recipe(text, steps), eval_windows=0, **RUN)
+    found = attribute(out, folder, data=str(text), windows=2, tokens=32)
+    assert found.total_kl > 0
+    shares = [x["share"] for x in found.blocks]
+    assert shares[1] == pytest.approx(1.0, abs=1e-4)
+    assert max(abs(x) for n, x in enumerate(shares) if n != 1) < 1e-4
+    assert any("of the original's 512 tokens" in x for x in found.notes)
+    assert {x.linear for x in suspects(out, folder)} == {f"model.layers.1.mlp.{x}_proj" for x in ("gate", "up", "down")}
+
+
+def test_a_written_folder_says_which_text_it_was_and_not_where_it_lay(tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "out"
+    api.compress(tiny("llama"), out, recipe=recipe(text), eval_windows=0, **RUN)
+    record = json.loads((out / "lilliput.json").read_text(encoding="utf-8"))
+    assert record["recipe"]["steps"][0]["options"]["text"] == "words.txt"
+    assert record["files"] == {"words.txt": hashlib.sha256(WORDS.encode()).hexdigest()}
+    for path in (*out.glob("*.json"), *out.glob("*.md")):
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), path.name
+    assert provenance.read(out) is not None
+    named = load("steps:\n  - {method: trim-vocabulary, options: {text: 'docs:library'}}\n")
+    assert texts.portable(named) == named
+    assert texts.hashed(named) == ()

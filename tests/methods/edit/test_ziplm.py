@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lilliput.errors import PlanError
 from lilliput.methods.edit import ziplm
+from lilliput.run import timing
 from lilliput.verbs.edits import EditIO, Sizes, Units
+from lilliput.verbs.timing import Timing
 
 
 def slowly(weight: Tensor, gram: Tensor, size: int, damping: float) -> list[float]:
@@ -111,3 +113,84 @@ def test_blocks_of_their_own_widths_lose_least_at_as_many_weights() -> None:
     for n, stays in found.heads.items():
         gone = set(range(3)) - set(stays)
         assert all(scores[n]["heads"][a] < scores[n]["heads"][b] for a in gone for b in stays)
+
+
+def timed_scores(draw: torch.Generator) -> tuple[list[dict[str, tuple[float, ...]]], list[dict[str, dict[int, int]]]]:
+    scores, times = [], []
+    for n in range(3):
+        values = {
+            "heads": torch.rand(3, generator=draw).cumsum(0),
+            "channels.0": (1 + n) * torch.rand(8, generator=draw),
+        }
+        scores.append({key: tuple(x.tolist()) for key, x in values.items()})
+        # A machine on which time falls in stairs.
+        channels = {
+            w: 400_000 + 300_000 * -(-w // 4) + int(torch.randint(9000, (1,), generator=draw)) for w in (2, 4, 6, 8)
+        }
+        times.append({"heads": {h: 250_000 * h for h in (1, 2, 3)}, "channels.0": channels, "rest": {0: 50_000}})
+    return scores, times
+
+
+def test_a_speedup_is_met_at_the_least_sum_of_errors_of_every_combination() -> None:
+    scores, times = timed_scores(torch.Generator().manual_seed(1))
+    units, sizes = [Units((8,), 3, 5, 12, 100)] * 3, Sizes(3, 4, 2, spread=True, multiple=2, times=times)
+    whole = sum(max(x.items())[1] for block in times for x in block.values())
+
+    def taken(picked: Any) -> int:
+        return sum(b["heads"][h] + b["channels.0"][c] + b["rest"][0] for b, (h, c) in zip(times, picked, strict=True))
+
+    def lost(picked: Any) -> float:
+        pairs = zip(scores, picked, strict=True)
+        return sum(ziplm.by_width(s["heads"])[h] + ziplm.by_width(s["channels.0"])[c] for s, (h, c) in pairs)
+
+    every = [x for x in product(product((1, 2, 3), (2, 4, 6, 8)), repeat=3) if taken(x) <= whole / 1.4]
+    options = ziplm.Options(speedup=1.4, uniform=False, kinds=("channel", "head"))
+    found = ziplm.run(scores, units, sizes, options)
+    mine = [(len(found.heads[n]), len(found.channels[n, 0])) for n in range(3)]
+    assert taken(mine) <= whole / 1.4
+    assert lost(mine) == pytest.approx(min(lost(x) for x in every), rel=1e-12)
+    # Attention keeps its time where only channels may leave.
+    only = [{key: x for key, x in block.items() if key != "heads"} for block in scores]
+    found = ziplm.run(
+        only, units, Sizes(3, 4, spread=True, multiple=2, times=times), ziplm.Options(speedup=1.1, uniform=False)
+    )
+    assert taken([(3, len(found.channels[n, 0])) for n in range(3)]) <= whole / 1.1
+    with pytest.raises(PlanError, match="the narrowest blocks take"):
+        ziplm.run(
+            only, units, Sizes(3, 4, spread=True, multiple=2, times=times), ziplm.Options(speedup=1.5, uniform=False)
+        )
+    with pytest.raises(PlanError, match=r"more than 1 / 5\.0 of the time"):
+        ziplm.run(
+            only, units, Sizes(3, 4, spread=True, multiple=2, times=times), ziplm.Options(speedup=5.0, uniform=False)
+        )
+
+
+def test_a_speedup_needs_widths_of_its_own_for_each_block() -> None:
+    with pytest.raises(PlanError, match="set uniform to false"):
+        ziplm.sizes([Units((40,), 2, 72, 100, 6000)], ziplm.Options(speedup=1.5))
+    with pytest.raises(PlanError, match="taken for a ratio until it is timed"):
+        ziplm.sizes([Units((40,), 2, 72, 100, 6000)], ziplm.Options(speedup=3.0, uniform=False))
+
+
+def test_the_table_has_every_head_and_even_widths_and_follows_the_roofline(toy: Any) -> None:
+    from lilliput.efficiency.devices import device
+
+    times = timing.table(toy.model, Timing("phone", 1, 8, 4))
+    block, named = toy.model.anatomy().blocks[0], device("phone")
+    assert list(times[0]["channels.0"]) == [8, 16, 32, 40]  # 10, 20 and 30 as multiples of 8
+    assert list(times[0]["heads"]) == [1, 2]
+    assert times[0]["rest"] == {0: 0}
+    hidden, item = block.linear("mlp.gate_proj").in_features, 2
+    for width, time in times[0]["channels.0"].items():
+        moved = 3 * item * (width * hidden + width + hidden)
+        flops = 3 * 2 * width * hidden
+        expected = max(moved / named.bandwidth, flops / named.peaks[named.arithmetic("bf16")])
+        assert time == max(1, round(1e9 * expected))
+
+
+def test_measured_times_are_medians_of_a_clock_and_an_unknown_device_is_named(toy: Any) -> None:
+    clock = iter(float(x * x) for x in range(10_000))
+    steps = [2 * n + 1 for n in range(0, 2 * timing.REPEATS + 2, 2)][1:]
+    assert timing.measured([(4, 3)], 2, torch.float32, "cpu", clock.__next__) == sorted(steps)[len(steps) // 2]
+    with pytest.raises(PlanError, match="on the device 'h1000': one of"):
+        timing.table(toy.model, Timing("h1000", 1, 8, 4))

@@ -19,6 +19,7 @@ from lilliput.parts.dense import DenseSpec
 from lilliput.parts.pattern import PatternSpec
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme, quantized
+from lilliput.parts.tiles import TilesSpec
 from lilliput.source.packed import Scaled
 from lilliput.source.source import Source
 
@@ -123,7 +124,10 @@ def plain(scheme: Scheme) -> bool:
     """Whether a linear is plain values, which a folder may hold by their places."""
     if scheme.inputs or scheme.outputs or len(scheme.parts) > 1:
         return False
-    return all(isinstance(x.values if isinstance(x, PatternSpec) else x, DenseSpec | BitmaskSpec) for x in scheme.parts)
+    return all(
+        isinstance(x.values if isinstance(x, PatternSpec) else x, DenseSpec | BitmaskSpec | TilesSpec)
+        for x in scheme.parts
+    )
 
 
 def first_form(scheme: Scheme) -> IntegerFormat | None:

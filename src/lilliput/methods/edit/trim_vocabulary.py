@@ -42,6 +42,7 @@ class Options(Strict):
     text: str | None = Field(
         None,
         description="the text whose tokens stay: a .txt or .jsonl file, or what --data takes; none: that of --data",
+        json_schema_extra={"names": "text"},
     )
     tokens: int | None = Field(None, ge=1, description="how many tokens stay at least")
     multiple: int = Field(64, ge=1, description="the number of tokens that stay is a multiple of this")

@@ -20,7 +20,9 @@ def cost(plan: Plan, task: Task, model: Model) -> Cost:
     every = spec.slopes(task.options) or spec.loss is not None
     states = len(base.block_names) + 3 if every else 2
     samples = plan.samples if spec.looked_at is None else spec.looked_at(plan.samples, task.options)
-    return Cost(disk=samples * plan.tokens * base.hidden_size * states * max(base.dtype.itemsize, 4 * every))
+    passes = samples * plan.tokens * base.hidden_size * states * max(base.dtype.itemsize, 4 * every)
+    weights = sum(x.parameters for block in unedited(model).anatomy().blocks for x in block.linears)
+    return Cost(disk=passes + spec.asks(spec.updates, task.options) * 4 * weights)
 
 
 DRIVER = ModelDriver(verb=Edit, run=editing.edited, cost=cost)

@@ -65,14 +65,24 @@ class Gates:
         """Gates [.., groups] as channels [.., width]."""
         return gates.repeat_interleave(self.group_size, dim=-1)[..., : self.width]
 
+    @property
+    def each(self) -> int:
+        """Weights that a channel has."""
+        return len(self.rows) * self.weight.shape[1] + self.outputs
+
     def log(self, channels: Tensor, tokens: int) -> None:
         """Note what `tokens` tokens did not compute, and what the predictor took."""
-        inputs = self.weight.shape[1]
-        each = len(self.rows) * inputs + self.outputs  # weights that a channel has
         used = channels.sum() * (tokens if channels.dim() == 1 else 1)
-        self.state.work.change((used - tokens * self.width) * each)
+        self.state.work.change((used - tokens * self.width) * self.each)
         if self.state.mask is None:
-            self.state.work.change(tokens * self.groups * inputs)
+            self.state.work.change(tokens * self.groups * self.weight.shape[1])
+
+    def expected(self, tokens: int) -> int:
+        """What the predictor's choice will change of the work of so many tokens, where it chooses whole groups."""
+        if self.count == self.groups:
+            return 0
+        used = min(self.width, self.count * self.group_size)
+        return tokens * ((used - self.width) * self.each + self.groups * self.weight.shape[1])
 
 
 class GatedMLP(nn.Module):

@@ -1,0 +1,42 @@
+"""Files that a recipe's options name: what a written folder says of them in place of where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from lilliput import methods
+from lilliput.data.load import names_file
+from lilliput.recipe.schema import Recipe
+
+TEXT = {"names": "text"}
+"""`json_schema_extra` of an option that may name a file of text."""
+
+
+def hashed(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    """Own name and sha256 (hex) of each file that options name, in the order of the steps."""
+    found = []
+    for _, _, value in _named(recipe):
+        with Path(value).open("rb") as file:
+            found.append((Path(value).name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return tuple(dict.fromkeys(found))
+
+
+def portable(recipe: Recipe) -> Recipe:
+    """The recipe with files by their own names, wherever they lay and whether they still do."""
+    steps = list(recipe.steps)
+    for n, key, value in _named(recipe):
+        steps[n] = steps[n].model_copy(update={"options": {**steps[n].options, key: Path(value).name}})
+    return recipe.model_copy(update={"steps": tuple(steps)})
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[int, str, str]]:
+    """By number of the step and name of the option, the values that name files."""
+    for n, step in enumerate(recipe.steps):
+        fields = methods.get(step.method).spec.options.model_fields
+        for key, value in step.options.items():
+            field = fields.get(key)
+            text = field is not None and field.json_schema_extra == TEXT
+            if text and isinstance(value, str) and names_file(value):
+                yield n, key, value

@@ -42,15 +42,15 @@ def test_minmax_covers_what_was_seen() -> None:
     low, high = float(x.min()), float(x.max())
     assert float(both[SCALE]) == pytest.approx((high - low) / 255, rel=1e-6)
     assert int(both[ZERO]) == round(-128 - low / ((high - low) / 255))
-    channels = scale_of(x, Target(bits=8), granularity="channel")[SCALE]
+    channels = scale_of(x, Target(bits=8), channels=True)[SCALE]
     torch.testing.assert_close(channels, x.abs().amax((0, 1)) / 127.5)
-    groups = scale_of(x, Target(bits=8), granularity="group", group_size=8)[SCALE]
+    groups = scale_of(x, Target(bits=8, group_size=8))[SCALE]
     torch.testing.assert_close(groups, x.abs().amax((0, 1)).view(4, 8).amax(1) / 127.5)
 
 
 def test_average_is_the_mean_of_what_samples_show() -> None:
     x = drawn(1)
-    channels = scale_of(x, Target(bits=8), granularity="channel", range="average")[SCALE]
+    channels = scale_of(x, Target(bits=8), channels=True, range="average")[SCALE]
     low, high = x.amin(1).clamp(max=0).mean(0), x.amax(1).clamp(min=0).mean(0)
     torch.testing.assert_close(channels, torch.maximum(-low, high) / 127.5)
 

@@ -26,7 +26,8 @@ class Inputs(Spec[OptionsT]):
     `stats` are. It changes no weight.
 
     `spec(target, options, width)`: the same without the values that text decides, known to the plan. The rest of the
-    block, and all blocks behind it, see what the rounded inputs give.
+    block, and all blocks behind it, see what the rounded inputs give. `besides(target)`: statistics that it reads with
+    this target, whatever the options are.
     """
 
     verb: ClassVar[str] = "inputs"
@@ -35,7 +36,11 @@ class Inputs(Spec[OptionsT]):
 
     run: Callable[[Layer, SiteStats, Target, OptionsT], InputGrid]
     spec: Callable[[Target, OptionsT, int], InputSpec]
+    besides: Callable[[Target], tuple[str, ...]] | None = None
     writes: Writes = "inputs"
+
+    def needed(self, target: Target, options: OptionsT) -> frozenset[str]:
+        return self.read(options) | frozenset(() if self.besides is None else self.besides(target))
 
     def completed(self, target: Target) -> Target:
         """8 bits where the target names none, all inputs of a token ("channel") where it names no group, and the
@@ -58,8 +63,8 @@ class Inputs(Spec[OptionsT]):
             )
         if self.formats is not None and task.target.format not in self.formats:
             raise PlanError(
-                f"{label}: its inputs cannot have format '{task.target.format}': choose {', '.join(self.formats)}, or a "
-                "method that has this one"
+                f"{label}: its inputs cannot have format '{task.target.format}': choose {', '.join(self.formats)}, or "
+                "another method"
             )
         drafts.check_statistics(label, draft, task.needs, False)
         spec = self.spec(task.target, self.options_of(task), linear.in_features)

@@ -1,4 +1,4 @@
-"""Statistics of inputs by channel, put together for what shares a scale: neighbouring channels, `units` groups of them."""
+"""Statistics of inputs by channel, put together for what shares a scale: `units` groups of neighbouring channels."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def test_rounding_is_to_the_nearest_of_all_values(name: str) -> None:
     expected = torch.tensor([nearest(v, values) for v in x.tolist()])
     assert torch.equal(grid.round(x).abs(), expected.abs())
     assert torch.equal(grid.round(x), expected)
-    between = torch.tensor([(a[0] + b[0]) / 2 for a, b in zip(values, values[1:], strict=False) if a[0] != b[0]])
+    between = torch.tensor([(a[0] + b[0]) / 2 for a, b in itertools.pairwise(values) if a[0] != b[0]])
     assert torch.equal(grid.round(between), torch.tensor([nearest(v, values) for v in between.tolist()]))
     ordered = torch.linspace(-2 * top, 2 * top, 5000)
     assert bool((grid.round(ordered).diff() >= 0).all())

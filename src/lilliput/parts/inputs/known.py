@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import SourceError
-from lilliput.parts.inputs import minifloat, uniform
+from lilliput.parts.inputs import minifloat, mixed, uniform
 from lilliput.parts.inputs.grid import InputSpec
 
 # A new kind is one file and a line here.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], InputSpec]] = {
     "uniform": uniform.from_plain,
     "float": minifloat.from_plain,
+    "mixed": mixed.from_plain,
 }
 
 

@@ -8,6 +8,7 @@ is a real-valued exponent bias.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,7 @@ def on(x: Tensor, bits: int, form: int, top: Tensor) -> Tensor:
     return values.mul_(scale)
 
 
+@functools.cache
 def table_of(bits: int, form: int) -> Table:
     """The values of a float before they are scaled: the smallest normal one is 1."""
     m = form - 1

@@ -105,3 +105,26 @@ def test_contradictions_are_refused(options: dict[str, object], target: Target, 
 
 def test_dynamic_ranges_read_no_text() -> None:
     assert METHOD.read(Options()) == frozenset()
+
+
+def test_eight_bits_of_both_lose_less_than_a_hundredth_on_gaussian_data() -> None:
+    from lilliput.methods import get
+    from lilliput.target import Target
+
+    draw = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(200, WIDTH, generator=draw), torch.randn(24, WIDTH, generator=draw)
+    rtn = get("rtn")
+    layer = rtn.spec.run(  # type: ignore[attr-defined]
+        Layer("x", weight), seen(x), Target(bits=8, group_size=16), rtn.parse({"search": "minmax"})
+    )
+    rounded = inputs(layer, seen(x), Target(bits=8, group_size="channel"), Options()).round(x)
+    exact = x @ weight.T
+    assert float((rounded @ layer.decode().T - exact).norm() / exact.norm()) < 1e-2
+
+
+def test_an_infinite_input_is_nan_where_the_scale_is_the_tokens() -> None:
+    x = drawn(7)
+    x[0, 3, 2] = float("inf")
+    rounded = inputs(Layer("x", torch.zeros(8, WIDTH)), seen(x[1:]), Target(bits=8), Options()).round(x)
+    assert bool(rounded[0, 3].isnan().any())
+    assert bool(torch.isfinite(rounded[1:]).all())

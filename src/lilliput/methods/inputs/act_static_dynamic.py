@@ -14,7 +14,16 @@ minmax and average look at histograms of |x| with two bins for each power of two
 A linear then computes y_to = s_t s_o sum_j q_tj p_oj, from integers; Lilliput computes the same in floating point
 wherever no kernel serves.
 
-Papers: Jacob et al. 2018, arXiv 1712.05877; Krishnamoorthi 2018, arXiv 1806.08342 (ranges).
+zeroquant is a recipe: weights as integers in groups, one scale for each, of 8 bits (4 for the MLP's in the paper), and
+inputs of 8 bits by token, all without calibration; embedding, head and norms stay as they are. A fit of the block, such
+as signround behind this step, repairs it with the uncompressed block's outputs as the target and inputs rounded; the
+paper's distillation of one layer after the other (lkd) trains the weights before they are rounded.
+
+Between the linears everything stays in floating point. What i-bert would do there, exponential, GELU, softmax and norms
+on integers alone, is `lilliput.algebra.integers`: the arithmetic, tested against floats, which no model runs through.
+
+Papers: Jacob et al. 2018, arXiv 1712.05877; Krishnamoorthi 2018, arXiv 1806.08342 (ranges); Yao et al. 2022, ZeroQuant,
+arXiv 2206.01861; Kim et al. 2021, I-BERT, arXiv 2101.01321.
 Cost: none (dynamic), or the inputs' extremes or histograms (static).
 Limits: a scale for each channel cannot leave the sum over channels, so no integer kernel has it: it shows what the
 granularity costs. One dynamic scale for a whole forward pass depends on what is batched together.
@@ -140,6 +149,11 @@ METHOD = Inputs(
             {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}},
             {"method": "act-static-dynamic"},
         ],
+        "zeroquant": [
+            {"method": "rtn", "target": {"bits": 8}, "options": {"search": "minmax"}},
+            {"method": "act-static-dynamic"},
+        ],
+        "i-bert": "its arithmetic is lilliput.algebra.integers; no model runs softmax, norms and GELU through it",
     },
     recipe=[
         {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}},

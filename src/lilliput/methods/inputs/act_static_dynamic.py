@@ -68,7 +68,9 @@ def spec(target: Target, o: Options, width: int) -> InputSpec:
         raise PlanError(f"range {o.range} is symmetric: leave out symmetric: false, or take range minmax")
     if not o.dynamic and o.clip != 1.0:
         raise PlanError("clip is for dynamic ranges: a static one is chosen by range")
-    unit, size = ("channel", 0) if o.channels else units.of(target, o.dynamic)
+    unit, size = units.of(target, o.dynamic)
+    if o.channels:
+        unit, size = "channel", 0
     return UniformInput(target.bits or 8, unit, size, target.symmetric, o.dynamic, o.clip)
 
 

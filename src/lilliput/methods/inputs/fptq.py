@@ -26,6 +26,7 @@ from lilliput.stats import pooled
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
 from lilliput.verbs.inputs import Inputs
+from lilliput.verbs.spec import Steps
 
 
 class Options(Strict):
@@ -50,7 +51,7 @@ def inputs(layer: Layer, stats: SiteStats, target: Target, o: Options) -> InputG
     return InputGrid(form, {MODE: mode.cpu(), SCALE: scale.float().cpu()})
 
 
-_RECIPE = [
+_RECIPE: Steps = [
     {"method": "smoothquant", "options": {"scale": "fptq"}},
     {"method": "rtn", "target": {"bits": 4}},
     {"method": "fptq"},

@@ -42,7 +42,7 @@ class PairInput:
 
     def round(self, x: Tensor, get: Get) -> Tensor:
         scale = get(SCALE)
-        unit = (x / scale).unflatten(-1, (-1, 2))
+        unit = (x / scale).view(*x.shape[:-1], -1, 2)
         size = unit.abs()
         larger = size[..., :1] >= size[..., 1:]
         alone = size.amax(-1, keepdim=True) > TOP  # the pair holds an outlier, and only the larger of the two stays

@@ -102,7 +102,7 @@ class UniformInput:
 
 
 def _usable(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale.masked_fill(scale == 0, 1.0)  # NaN stays, and shows
 
 
 def from_plain(plain: Mapping[str, Any]) -> UniformInput:

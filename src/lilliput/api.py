@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lilliput.attribution import outlier_features
 from lilliput.data.load import load_tokens
 from lilliput.errors import PlanError
 from lilliput.export import convert as converters
@@ -32,7 +33,6 @@ from lilliput.run.frontier import Frontier
 from lilliput.run.result import Compression
 from lilliput.runtime.behaviours import masks
 from lilliput.runtime.load import load as load
-from lilliput.streaming import collect
 
 DEFAULT_RECIPE = "w4-engines"
 
@@ -225,10 +225,10 @@ def verify(folder: str | Path, *, memory: int | None = None) -> Verification:
 
 
 def inspect(
-    model: str | Path, data: str | None = None, *, samples: int = 8, tokens: int | None = None
+    model: str | Path, data: str | None = None, *, samples: int = 8, tokens: int | None = None, alpha: float = 6.0
 ) -> dict[str, Any]:
     """Anatomy of a model; with `data`, the outlier channels of each input site as well, over `samples` windows of
-    `tokens` tokens (512, or as many as the model knows positions)."""
+    `tokens` tokens (512, or as many as the model knows positions), and those with an input of `alpha` or more."""
     opened = open_model(model, dtype=compute_dtype("auto", "cpu"))
     if data is None:
         return anatomy.inspect(opened)
@@ -236,8 +236,9 @@ def inspect(
     calibration.known_positions(opened, length)
     windows = load_tokens(data, opened.source.tokenizer(), samples=samples, tokens=length, vocabulary=opened.vocabulary)
     with tempfile.TemporaryDirectory() as folder:
-        stats = collect.site_statistics(opened, windows.ids, Path(folder), frozenset({"absmax", "square"}))
-    return anatomy.inspect(opened) | {"outliers": anatomy.outliers(stats)}
+        found = outlier_features.measured(opened, windows.ids, Path(folder), alpha)
+    listed = {"outliers": anatomy.outliers(found.stats), "outlier_features": found.to_json()}
+    return anatomy.inspect(opened) | listed
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str:

@@ -37,9 +37,10 @@ def made(method: Method, x: Tensor) -> object:
 
 
 def drawn(seed: int) -> Tensor:
-    """[samples, tokens, width], with channels of uneven size, a dead one and a token of zeros."""
+    """[samples, tokens, width], with channels of uneven size, as in all draws, a dead one and a token of zeros."""
     draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(6, 40, WIDTH, generator=draw) * torch.exp(torch.randn(WIDTH, generator=draw))
+    spread = torch.exp(torch.randn(WIDTH, generator=torch.Generator().manual_seed(7)))
+    x = torch.randn(6, 40, WIDTH, generator=draw) * spread
     x[..., 5] = 0.0
     x[0, 3] = 0.0
     return x

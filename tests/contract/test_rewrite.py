@@ -188,6 +188,20 @@ def test_smoothquant_is_the_printed_formula(toy: Any) -> None:
                 torch.testing.assert_close(x / f.scale.double(), torch.ones_like(x), rtol=1e-5, atol=0)
 
 
+def test_smoothquant_has_the_formula_of_fptq_too(toy: Any) -> None:
+    """s = max|X| / log2(2 + max|X|), where the largest input of a site is between the two cuts."""
+    io = toy.io()
+    for f in (found := _rewrite("smoothquant", toy.view(), io, scale="fptq", smallest=0.0, largest=1e9)):
+        x = toy.inputs[f.link.site].double().abs().amax(0)
+        torch.testing.assert_close(f.scale.double(), x / torch.log2(2 + x), rtol=1e-5, atol=0)
+    largest = sorted(float(toy.inputs[f.link.site].abs().max()) for f in found)
+    assert len(found) == len(_rewrite("smoothquant", toy.view(), io))
+    above = _rewrite("smoothquant", toy.view(), io, scale="fptq", smallest=largest[-1] * 1.01, largest=1e9)
+    below = _rewrite("smoothquant", toy.view(), io, scale="fptq", smallest=0.0, largest=largest[0])
+    assert not above
+    assert not below
+
+
 @pytest.mark.parametrize("name", REWRITE)
 def test_inputs_that_are_always_zero_get_no_scale(name: str, toy: Any) -> None:
     """All inputs of all sites, and some of them."""

@@ -193,6 +193,7 @@ def methods(
 def inspect(
     model: ModelArg,
     data: Annotated[str | None, typer.Option(help="Text to measure per-site outliers on.")] = None,
+    alpha: Annotated[float, typer.Option(min=0.0, help="Size from which on an input is an outlier.")] = 6.0,
     as_json: JsonOpt = False,
 ) -> None:
     """Anatomy of MODEL: blocks, sites, links, groups, parameter counts; with --data outliers by site."""
@@ -200,7 +201,7 @@ def inspect(
     def run() -> Any:
         from lilliput import api
 
-        return plain(api.inspect(model, data=data))
+        return plain(api.inspect(model, data=data, alpha=alpha))
 
     answer(run, table.inspect, as_json)
 

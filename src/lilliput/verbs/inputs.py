@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from lilliput.anatomy.model import Linear
 from lilliput.errors import PlanError
+from lilliput.formats import known
 from lilliput.machine.cost import Cost
 from lilliput.parts.inputs.grid import InputGrid, InputSpec
 from lilliput.parts.layer import Layer
@@ -25,7 +26,8 @@ class Inputs(Spec[OptionsT]):
     `stats` are. It changes no weight.
 
     `spec(target, options, width)`: the same without the values that text decides, known to the plan. The rest of the
-    block, and all blocks behind it, see what the rounded inputs give.
+    block, and all blocks behind it, see what the rounded inputs give. `besides(target)`: statistics that it reads with
+    this target, whatever the options are.
     """
 
     verb: ClassVar[str] = "inputs"
@@ -34,12 +36,20 @@ class Inputs(Spec[OptionsT]):
 
     run: Callable[[Layer, SiteStats, Target, OptionsT], InputGrid]
     spec: Callable[[Target, OptionsT, int], InputSpec]
+    besides: Callable[[Target], tuple[str, ...]] | None = None
     writes: Writes = "inputs"
 
+    def needed(self, target: Target, options: OptionsT) -> frozenset[str]:
+        return self.read(options) | frozenset(() if self.besides is None else self.besides(target))
+
     def completed(self, target: Target) -> Target:
-        """8 bits where the target names none, and one grid for each token where it names no group."""
-        named = target.model_dump(exclude_none=True).keys()
-        added = {"bits": 8, **self.default}
+        """8 bits where the target names none, all inputs of a token ("channel") where it names no group, and the
+        method's own format where it names none."""
+        form = self.default.get("format")
+        if form is not None and "format" not in target.model_fields_set:
+            target = known.completed(target.model_copy(update={"format": form}))
+        named = target.model_dump(exclude_none=True).keys() - ({"group_size"} if target.group_size == "auto" else set())
+        added = {"bits": 8, "group_size": "channel", **self.default}
         return target.model_copy(update={key: value for key, value in added.items() if key not in named})
 
     def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
@@ -50,6 +60,11 @@ class Inputs(Spec[OptionsT]):
             other = next(x for x in later if x.spec.stage is Stage.LINEAR and x.spec.writes != "inputs")
             raise PlanError(
                 f"{label}: {other.label} would still change what its inputs meet; put the rounding of inputs behind it"
+            )
+        if self.formats is not None and task.target.format not in self.formats:
+            raise PlanError(
+                f"{label}: its inputs cannot have format '{task.target.format}': choose {', '.join(self.formats)}, or "
+                "another method"
             )
         drafts.check_statistics(label, draft, task.needs, False)
         spec = self.spec(task.target, self.options_of(task), linear.in_features)

@@ -80,6 +80,10 @@ class Spec(Generic[OptionsT]):
         """What a step with these options reads, of `needs`."""
         return frozenset(self.needs if self.reads is None else self.reads(options))
 
+    def needed(self, target: Target, options: OptionsT) -> frozenset[str]:
+        """What a step with this target and these options reads, of `needs`."""
+        return self.read(options)
+
     def options_of(self, task: Task) -> OptionsT:
         """A step's options, as the method's own type. Raises RuntimeError where they are another method's."""
         if not isinstance(task.options, self.options):
@@ -242,7 +246,7 @@ class Task:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that the step reads with these options; a method may need fewer than it declares."""
-        return self.spec.read(self.options) - {FISHER}
+        return self.spec.needed(self.target, self.options) - {FISHER}
 
     @property
     def fisher(self) -> bool:

@@ -42,15 +42,15 @@ def test_minmax_covers_what_was_seen() -> None:
     low, high = float(x.min()), float(x.max())
     assert float(both[SCALE]) == pytest.approx((high - low) / 255, rel=1e-6)
     assert int(both[ZERO]) == round(-128 - low / ((high - low) / 255))
-    channels = scale_of(x, Target(bits=8), granularity="channel")[SCALE]
+    channels = scale_of(x, Target(bits=8), channels=True)[SCALE]
     torch.testing.assert_close(channels, x.abs().amax((0, 1)) / 127.5)
-    groups = scale_of(x, Target(bits=8), granularity="group", group_size=8)[SCALE]
+    groups = scale_of(x, Target(bits=8, group_size=8))[SCALE]
     torch.testing.assert_close(groups, x.abs().amax((0, 1)).view(4, 8).amax(1) / 127.5)
 
 
 def test_average_is_the_mean_of_what_samples_show() -> None:
     x = drawn(1)
-    channels = scale_of(x, Target(bits=8), granularity="channel", range="average")[SCALE]
+    channels = scale_of(x, Target(bits=8), channels=True, range="average")[SCALE]
     low, high = x.amin(1).clamp(max=0).mean(0), x.amax(1).clamp(min=0).mean(0)
     torch.testing.assert_close(channels, torch.maximum(-low, high) / 127.5)
 
@@ -105,3 +105,26 @@ def test_contradictions_are_refused(options: dict[str, object], target: Target, 
 
 def test_dynamic_ranges_read_no_text() -> None:
     assert METHOD.read(Options()) == frozenset()
+
+
+def test_eight_bits_of_both_lose_less_than_a_hundredth_on_gaussian_data() -> None:
+    from lilliput.methods import get
+    from lilliput.target import Target
+
+    draw = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(200, WIDTH, generator=draw), torch.randn(24, WIDTH, generator=draw)
+    rtn = get("rtn")
+    layer = rtn.spec.run(  # type: ignore[attr-defined]
+        Layer("x", weight), seen(x), Target(bits=8, group_size=16), rtn.parse({"search": "minmax"})
+    )
+    rounded = inputs(layer, seen(x), Target(bits=8, group_size="channel"), Options()).round(x)
+    exact = x @ weight.T
+    assert float((rounded @ layer.decode().T - exact).norm() / exact.norm()) < 1e-2
+
+
+def test_an_infinite_input_is_nan_where_the_scale_is_the_tokens() -> None:
+    x = drawn(7)
+    x[0, 3, 2] = float("inf")
+    rounded = inputs(Layer("x", torch.zeros(8, WIDTH)), seen(x[1:]), Target(bits=8), Options()).round(x)
+    assert bool(rounded[0, 3].isnan().any())
+    assert bool(torch.isfinite(rounded[1:]).all())

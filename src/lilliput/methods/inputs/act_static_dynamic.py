@@ -1,19 +1,29 @@
 """Inputs as integers: a scale for each token found while the model runs, or static scales from calibration text.
 
 A dynamic scale follows from the inputs at hand: with b bits s_t = max|X_t| / (2^b - 1) * 2 for each token t (for each
-group of `group_size` inputs of a token, or for all tokens of a forward pass), asymmetric (max - min) / (2^b - 1) with a
-zero point. Nothing is calibrated. `clip` covers a share of the range, which pays off at 4 bits.
+group of the target's `group_size` inputs of a token, or with "tensor" for all tokens of a forward pass), asymmetric
+(max - min) / (2^b - 1) with a zero point. Nothing is calibrated. `clip` covers a share of the range, which pays off at
+4 bits.
 
-A static scale is stored, one for all inputs (`granularity: tensor`), for groups of channels, or for each channel. Its
-range covers what the calibration text has shown (`range: minmax`), a share of the inputs (`percentile`), or is that of
-least expected squared error (`mse`), or of least Kullback-Leibler divergence between the histograms of inputs before
-and after (`kl`); `average` takes the mean over samples of the largest input of each, as a moving average does. All but
+A static scale is stored, one for all inputs, for groups of channels, or for each channel (`channels: true`). Its range
+covers what the calibration text has shown (`range: minmax`), a share of the inputs (`percentile`), or is that of least
+expected squared error (`mse`), or of least Kullback-Leibler divergence between the histograms of inputs before and
+after (`kl`); `average` takes the mean over samples of the largest input of each, as a moving average does. All but
 minmax and average look at histograms of |x| with two bins for each power of two, and are symmetric.
 
 A linear then computes y_to = s_t s_o sum_j q_tj p_oj, from integers; Lilliput computes the same in floating point
 wherever no kernel serves.
 
-Papers: Jacob et al. 2018, arXiv 1712.05877; Krishnamoorthi 2018, arXiv 1806.08342 (ranges).
+zeroquant is a recipe: weights as integers in groups, one scale for each, of 8 bits (4 for the MLP's in the paper), and
+inputs of 8 bits by token, all without calibration; embedding, head and norms stay as they are. A fit of the block, such
+as signround behind this step, repairs it with the uncompressed block's outputs as the target and inputs rounded; the
+paper's distillation of one layer after the other (lkd) trains the weights before they are rounded.
+
+Between the linears everything stays in floating point. What i-bert would do there, exponential, GELU, softmax and norms
+on integers alone, is `lilliput.algebra.integers`: the arithmetic, tested against floats, which no model runs through.
+
+Papers: Jacob et al. 2018, arXiv 1712.05877; Krishnamoorthi 2018, arXiv 1806.08342 (ranges); Yao et al. 2022, ZeroQuant,
+arXiv 2206.01861; Kim et al. 2021, I-BERT, arXiv 2101.01321.
 Cost: none (dynamic), or the inputs' extremes or histograms (static).
 Limits: a scale for each channel cannot leave the sum over channels, so no integer kernel has it: it shows what the
 granularity costs. One dynamic scale for a whole forward pass depends on what is batched together.
@@ -28,10 +38,11 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.errors import PlanError
+from lilliput.parts.inputs import units
 from lilliput.parts.inputs.grid import InputGrid, InputSpec
-from lilliput.parts.inputs.uniform import SCALE, ZERO, Granularity, UniformInput
+from lilliput.parts.inputs.uniform import SCALE, ZERO, UniformInput
 from lilliput.parts.layer import Layer
-from lilliput.stats import bins
+from lilliput.stats import bins, pooled
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
 from lilliput.verbs.inputs import Inputs
@@ -43,10 +54,7 @@ class Options(Strict):
     """`dynamic` false: the scales are calibrated and stored."""
 
     dynamic: bool = Field(True, description="scales found while the model runs; false: calibrated and stored")
-    granularity: Granularity | None = Field(
-        None, description="what shares a scale; default: token where dynamic, tensor where static"
-    )
-    group_size: int = Field(0, ge=0, description="inputs, or channels, of a group")
+    channels: bool = Field(False, description="a static scale for each channel, whatever group_size says")
     clip: float = Field(1.0, gt=0.0, le=1.0, description="share of a dynamic range that is covered")
     range: Range = Field("minmax", description="how a static range is chosen")
     percentile: float = Field(99.99, gt=50.0, le=100.0, description="of |x|, for range percentile")
@@ -60,8 +68,9 @@ def spec(target: Target, o: Options, width: int) -> InputSpec:
         raise PlanError(f"range {o.range} is symmetric: leave out symmetric: false, or take range minmax")
     if not o.dynamic and o.clip != 1.0:
         raise PlanError("clip is for dynamic ranges: a static one is chosen by range")
-    size = o.group_size
-    unit: Granularity = o.granularity or ("group" if size else "token" if o.dynamic else "tensor")
+    unit, size = units.of(target, o.dynamic)
+    if o.channels:
+        unit, size = "channel", 0
     return UniformInput(target.bits or 8, unit, size, target.symmetric, o.dynamic, o.clip)
 
 
@@ -70,31 +79,15 @@ def inputs(layer: Layer, stats: SiteStats, target: Target, o: Options) -> InputG
     form = spec(target, o, stats.width)
     if not isinstance(form, UniformInput) or o.dynamic:
         return InputGrid(form)
+    count = units.count(form.granularity, form.group_size, stats.width)
     if o.range in ("minmax", "average"):
-        low, high = (stats.need("low"), stats.need("high")) if o.range == "minmax" else stats.peaks()
-        low, high = _shared(low, form, "amin"), _shared(high, form, "amax")
+        low, high = pooled.extremes(stats, count, o.range)
     else:
-        high = _top(_counts(stats.need("histogram"), form), _shared(stats.need("absmax"), form, "amax"), form, o)
+        high = _top(pooled.counts(stats.need("histogram"), count), pooled.largest(stats, count), form, o)
         low = -high
     scale, zero = form.parameters(low, high)
     tensors = {SCALE: scale.cpu().float()}
     return InputGrid(form, tensors if zero is None else tensors | {ZERO: zero.cpu().to(torch.int32)})
-
-
-def _shared(values: Tensor, form: UniformInput, how: Literal["amin", "amax"]) -> Tensor:
-    """Extremes by channel [width] as those of what shares a scale."""
-    if form.granularity == "channel":
-        return values
-    grouped = values.view(-1, form.group_size) if form.granularity == "group" else values[None]
-    return grouped.amin(1) if how == "amin" else grouped.amax(1)
-
-
-def _counts(histogram: Tensor, form: UniformInput) -> Tensor:
-    """Histograms [width, bins] as those of what shares a scale, float64."""
-    if form.granularity == "channel":
-        return histogram.double()
-    size = form.group_size if form.granularity == "group" else len(histogram)
-    return histogram.double().view(-1, size, histogram.shape[1]).sum(1)
 
 
 def _top(counts: Tensor, largest: Tensor, form: UniformInput, o: Options) -> Tensor:
@@ -152,11 +145,17 @@ METHOD = Inputs(
     options=Options,
     needs=("low", "high", "extremes", "absmax", "histogram"),
     reads=reads,
+    formats=("int",),
     covers={
         "act-static-dynamic": [
             {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}},
             {"method": "act-static-dynamic"},
         ],
+        "zeroquant": [
+            {"method": "rtn", "target": {"bits": 8}, "options": {"search": "minmax"}},
+            {"method": "act-static-dynamic"},
+        ],
+        "i-bert": "its arithmetic is lilliput.algebra.integers; no model runs softmax, norms and GELU through it",
     },
     recipe=[
         {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}},

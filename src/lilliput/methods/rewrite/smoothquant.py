@@ -4,8 +4,11 @@ For a norm and the linears that read it: s_j = max|X_j|^a / max_o |W_oj|^(1-a), 
 gain (and bias) is divided by s, the readers' columns are multiplied by it. The function stays the same; inputs become
 easier to quantize and weights harder. a = 0.5 suits OPT and BLOOM, 0.75 GLM, 0.8 to 0.9 the LLaMA family.
 
-Today inputs stay at 16 bits in everything that is written: the step prepares a model for W8A8, and the recipe quantizes
-the weights alone, W8A16. What the method is made for, 8-bit inputs, an engine has to add.
+A step of the verb inputs behind the weights' one rounds the inputs, such as act-static-dynamic: W8A8. Without it the
+recipe quantizes the weights alone, W8A16, and the even inputs serve an engine that rounds them itself.
+
+`scale: fptq` is FPTQ's (Li et al. 2023, arXiv 2308.15987): s_j = max|X_j| / log2(2 + max|X_j|), for the inputs of sites
+whose largest lies between `smallest` and `largest`, whatever the weights are; others are left alone.
 
 Paper: Xiao et al. 2023, arXiv 2211.10438.
 Cost: none beyond the inputs' maxima. Limits: made for 8-bit inputs; alone it does not help 4-bit weights. Channels that
@@ -32,6 +35,9 @@ class Options(Strict):
     alpha: float = Field(0.5, ge=0.0, le=1.0, description="share of the inputs' spread that moves into the weights")
     links: Literal["norm", "all"] = Field("norm", description="after norms only, or wherever a scale may move")
     least: float = Field(1e-5, gt=0.0, description="smallest scale")
+    scale: Literal["smoothquant", "fptq"] = Field("smoothquant", description="which formula gives s")
+    smallest: float = Field(15.0, ge=0.0, description="scale fptq: sites whose largest input is below are left alone")
+    largest: float = Field(150.0, ge=0.0, description="scale fptq: sites whose largest input is this or more, too")
 
 
 def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequence[ScaleFold]:
@@ -43,6 +49,11 @@ def rewrite(block: BlockView, io: BlockIO, target: Target, o: Options) -> Sequen
         if (o.links == "norm" and link.kind != "norm") or not readers or stats is None or stats.count == 0:
             continue
         inputs = link.tie(stats.need("absmax"))
+        if o.scale == "fptq":
+            if o.smallest <= float(inputs.max()) < o.largest:
+                scale = (inputs / torch.log2(2.0 + inputs)).clamp(min=o.least)
+                folds.append(ScaleFold(link, torch.where(inputs > 0, scale, 1.0).float()))
+            continue
         weights = link.tie(torch.stack([w.abs().amax(0) for w in readers]).amax(0))
         scale = (inputs.pow(o.alpha) / weights.pow(1.0 - o.alpha)).clamp(min=o.least)
         alive = (inputs > 0) & (weights > 0) & torch.isfinite(scale)

@@ -17,12 +17,13 @@ rounding alone; `spinquant` learns a rotation. Nothing here trains the weights o
 folder is where such a training would start.
 
 What is quantized (`wo-vs-wa`): weights alone, W4A16, save memory and the time to read it, and multiply in 16 bits;
-weights and inputs, W8A8, also multiply in 8 bits where the hardware can; keys and values in the cache, KV8, are a third
-choice. All recipes here are of the first kind: inputs and cache stay in the model's own type, whatever `bits` says.
+weights and inputs, W8A8, also multiply in 8 bits where the hardware can: a step of the verb inputs, such as
+act-static-dynamic, behind that of the weights; keys and values in the cache, KV8, are a third choice. Without such a
+step inputs stay in the model's own type, whatever `bits` says.
 
 "Fake" quantization decodes codes and multiplies floats; integer execution (`fake-vs-integer`) multiplies codes, y = S_x
 S_w sum_j x_j w_j in 32-bit integers, and gives the same up to the rounding of floats. Every folder written here runs by
-the first; the second needs quantized inputs and integer kernels, and is not here yet.
+the first, rounded inputs or not; the second needs integer kernels, which are an engine's.
 
 Paper: Jacob et al. 2018, arXiv 1712.05877 (the quantizer); GLM-130B, arXiv 2210.02414 (row-wise int4).
 Cost: O(out * in) for min-max, `steps` times that for the search. Limits: errors of a row's weights are not balanced

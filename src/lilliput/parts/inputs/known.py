@@ -6,12 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import SourceError
-from lilliput.parts.inputs import uniform
+from lilliput.parts.inputs import chosen, clusters, minifloat, mixed, pairs, policy, uniform
 from lilliput.parts.inputs.grid import InputSpec
 
 # A new kind is one file and a line here.
 _WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], InputSpec]] = {
     "uniform": uniform.from_plain,
+    "float": minifloat.from_plain,
+    "mixed": mixed.from_plain,
+    "clusters": clusters.from_plain,
+    "pairs": pairs.from_plain,
+    "chosen": chosen.from_plain,
+    "policy": policy.from_plain,
 }
 
 

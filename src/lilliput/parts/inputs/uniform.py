@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lilliput.errors import PlanError
 from lilliput.formats.format import Stored
+from lilliput.parts.inputs import units
+from lilliput.parts.inputs.units import Granularity
 from lilliput.parts.part import Get
 
-Granularity = Literal["token", "tensor", "group", "channel"]
 SCALE, ZERO = "_scale", "_zero"
 
 
@@ -39,18 +40,10 @@ class UniformInput:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise PlanError(f"inputs of {self.bits} bits: integers have 2 to 8; choose one of those")
-        if self.dynamic and self.granularity == "channel":
-            raise PlanError(
-                "inputs cannot have a scale for each channel that is found while the model runs, since a channel's "
-                "range is known only from text: take static scales, or granularity token"
-            )
-        if not self.dynamic and self.granularity == "token":
-            raise PlanError("static scales cannot differ by token: take granularity tensor, group or channel")
-        if (self.granularity == "group") != (self.group_size > 0):
-            raise PlanError("granularity group takes a positive group_size, and no other granularity takes one")
+        units.check(self.granularity, self.group_size, self.dynamic)
 
     def describe(self) -> str:
-        unit = f"g{self.group_size}" if self.granularity == "group" else self.granularity
+        unit = units.describe(self.granularity, self.group_size)
         kind = "" if self.symmetric else " asym"
         return f"int{self.bits} {unit}{kind}{'' if self.dynamic else ' static'}"
 
@@ -60,14 +53,9 @@ class UniformInput:
         return -(1 << (self.bits - 1))
 
     def stored(self, width: int) -> Stored:
-        if self.granularity == "group" and width % self.group_size:
-            raise PlanError(
-                f"groups of {self.group_size} do not divide {width} inputs: choose a group_size that does, or "
-                "granularity token"
-            )
+        count = units.count(self.granularity, self.group_size, width)
         if self.dynamic:
             return {}
-        count = {"tensor": 1, "channel": width}.get(self.granularity, width // max(self.group_size, 1))
         scale: Stored = {SCALE: (torch.float32, (count,))}
         return scale if self.symmetric else scale | {ZERO: (torch.int32, (count,))}
 
@@ -114,7 +102,7 @@ class UniformInput:
 
 
 def _usable(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale.masked_fill(scale == 0, 1.0)  # NaN stays, and shows
 
 
 def from_plain(plain: Mapping[str, Any]) -> UniformInput:

@@ -6,7 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lilliput.errors import PlanError, SourceError, nearest
-from lilliput.formats import affine, binary, codebook, ggml, integer, levels, nested, sign, ternary, trellis, vector
+from lilliput.formats import (
+    affine,
+    binary,
+    codebook,
+    either,
+    ggml,
+    integer,
+    levels,
+    nested,
+    sign,
+    ternary,
+    trellis,
+    vector,
+)
 from lilliput.formats.format import Family, Format
 from lilliput.target import Target
 
@@ -16,6 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     nested.FAMILY,
     affine.FAMILY,
     levels.FAMILY,
+    either.FAMILY,
     binary.FAMILY,
     sign.FAMILY,
     ternary.FAMILY,

@@ -6,8 +6,7 @@ at 480 before it is scaled. For each of the two the largest value c = r max|X| o
 r in 0.02, 0.04, .. 1.2 (`clip: false`: r = 1), and the better of the two is stored.
 
 Of the paper's three measures this is the tensor's own error, from the histogram of half octaves; it also has the error
-of the outputs, and of the model. For weights, the same choice for each matrix is a search over a menu of an integer and
-a float grid of equal size: `menu`.
+of the outputs, and of the model. `mofq-weights` chooses for weights.
 
 Paper: Zhang et al. 2023, arXiv 2305.12356.
 Cost: the inputs' histogram. Limits: static, one scale for a linear.
@@ -69,7 +68,7 @@ METHOD = Inputs(
     formats=("int",),
     covers={
         "mofq": [
-            {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}},
+            {"method": "mofq-weights", "target": {"bits": 8, "group_size": "channel"}},
             {"method": "mofq", "target": {"bits": 8}},
         ],
     },

@@ -13,16 +13,19 @@ from torch import Tensor
 
 import lilliput  # noqa: F401 - registers the layout with transformers
 from lilliput import api
+from lilliput.errors import LilliputError, SourceError
 from lilliput.methods import discover
 from lilliput.model.stored import open_model
 from lilliput.parts.inputs import known
 from lilliput.parts.layer import Layer
 from lilliput.progress import Quiet
+from lilliput.run.drivers.inputs import DRIVER
 from lilliput.stats import fold
+from lilliput.stats.site import SiteStats
 from lilliput.streaming.walk import last_hidden
 from lilliput.target import Target
 from lilliput.verbs.inputs import Inputs
-from lilliput.verbs.spec import Method
+from lilliput.verbs.spec import Method, Task
 
 METHODS = [x for x in discover().values() if isinstance(x.spec, Inputs)]
 Tiny = Callable[[str], Path]
@@ -102,3 +105,27 @@ def test_a_folder_rounds_in_transformers_as_in_our_own_reader(method: Method, ti
     # Sums in another order move single inputs across the edge between two codes.
     assert float((ours - theirs).norm() / theirs.norm()) < 2e-3
     assert float((theirs - plain).norm() / plain.norm()) > 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda x: x.name)
+def test_a_broken_input_shows(method: Method) -> None:
+    grid, x = made(method, drawn(0)), drawn(1)
+    x[2, 7, 9] = float("nan")
+    rounded = grid.round(x)  # type: ignore[attr-defined]
+    assert bool(rounded[2, 7].isnan().any())
+    assert not bool(rounded[:2].isnan().any())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda x: x.name)
+@pytest.mark.parametrize("wrong", [float("inf"), -float("inf"), float("nan")])
+def test_what_calibration_cannot_measure_is_refused(method: Method, wrong: float) -> None:
+    task = Task(0, method, method.spec.completed(Target()), method.parse({}))
+    x = drawn(0)
+    x[1, 2, 3] = wrong
+    state = fold.update(fold.init(WIDTH, task.needs), x)
+    if not task.needs:
+        return
+    with pytest.raises(SourceError, match=r"block\.site: its inputs hold NaN, infinity"):
+        fold.complete(state, "block.site", torch.float32)
+    with pytest.raises(LilliputError, match="no calibration token reaches x"):
+        DRIVER.run(task, Layer("x", torch.zeros(4, WIDTH)), SiteStats(WIDTH, 0))

@@ -23,7 +23,7 @@ from lilliput.efficiency.zeros import Zeros
 from lilliput.errors import PlanError
 from lilliput.metrics import size
 from lilliput.metrics.metric import Metric
-from lilliput.model.stored import Model
+from lilliput.model.stored import Model, served_dtype
 
 _KINDS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
 _KINDS |= {"gate": "mlp", "up": "mlp", "gate_up": "mlp", "down": "mlp", "other": "other linears"}
@@ -174,12 +174,6 @@ def count(
         compression_ratio=None if theirs is None else theirs / measured.bytes,
         notes=shapes.notes,
     )
-
-
-def served_dtype(model: Model) -> torch.dtype:
-    """The dtype that transformers' dtype="auto" loads plain tensors in: the config's, else that of the embedding."""
-    declared = getattr(model.source.text_config, "dtype", None)
-    return declared if isinstance(declared, torch.dtype) else model.dtype(model.skeleton.embeddings[0])
 
 
 def weight_bytes(model: Model, served: Mapping[str, Serving], dtype: torch.dtype) -> int:

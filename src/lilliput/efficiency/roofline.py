@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import torch
 
-from lilliput.efficiency.counts import served_dtype, weight_bytes
+from lilliput.efficiency.counts import weight_bytes
 from lilliput.efficiency.devices import Device
 from lilliput.efficiency.prediction import PHASES, Bound, Operator, Phase, Row, Workload
 from lilliput.efficiency.sentences import sentence
@@ -32,7 +32,7 @@ from lilliput.efficiency.serving import ARITHMETIC, Serving, servings
 from lilliput.efficiency.shapes import shapes_of
 from lilliput.errors import PlanError
 from lilliput.metrics.metric import Metric
-from lilliput.model.stored import Model
+from lilliput.model.stored import Model, served_dtype
 
 
 def workload(

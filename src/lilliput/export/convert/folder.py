@@ -32,7 +32,7 @@ from lilliput.export.folder import (
 from lilliput.export.outcome import Outcome
 from lilliput.export.provenance import LinearRow, Provenance, TensorRow, versions
 from lilliput.export.provenance import read as read_provenance
-from lilliput.model.stored import behaviours_of
+from lilliput.model.stored import behaviours_of, caches_of
 from lilliput.source.open import open_source
 from lilliput.source.reader import row_chunks
 from lilliput.source.source import Source
@@ -84,6 +84,11 @@ def admitted(folder: Path, out: Path, converter: Converter) -> tuple[Source, tup
         raise PlanError(
             f"{folder} leaves tokens or channels out while it runs, which a folder as {converter.name} cannot say: "
             "compress the model without token-pruning and dynamic-pruning, and convert that"
+        )
+    if caches_of(source):
+        raise PlanError(
+            f"{folder} stores keys and values compressed, which a folder as {converter.name} cannot say: compress the "
+            "model without the step for its cache, and convert that"
         )
     reason = differ(source.text_config) or converter.refuse(found, source.config)
     if reason is not None:

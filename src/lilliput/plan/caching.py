@@ -151,9 +151,3 @@ def tensors(planned: Sequence[Entry], names: Sequence[str]) -> Mapping[int, Shap
             full = entry.names(block)
             added[names.index(block)] = {full[name]: x for name, x in own.items()}
     return added
-
-
-def of_block(model: Model, resolved: Resolved, number: int) -> Entry | None:
-    """The entry of a block; None where it stores everything as it is."""
-    name = model.skeleton.block_names[number]
-    return next((x for x in entries(model, resolved) if name in x.blocks), None)

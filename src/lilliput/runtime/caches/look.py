@@ -43,14 +43,16 @@ def _meta(x: Any) -> Any:
 
 
 def shape_of(skeleton: Skeleton, block: int) -> CacheShape:
-    """What block `block`, which is not loaded, stores of a token. Raises SourceError where it stores nothing."""
+    """What block `block` stores of a token. Raises SourceError where it stores nothing."""
     calls, looking = skeleton.calls(1, 2, past=0), _Looking()
     call = calls.layers[block]
     moved = Call(_meta(call.args), {name: _meta(x) for name, x in call.kwargs.items()}, call.keyword)
     layers = tuple(moved if n == block else x for n, x in enumerate(calls.layers))
     hidden = torch.empty(1, 2, skeleton.hidden_size, dtype=skeleton.dtype, device=META)
+    held = {**dict(skeleton.block(block).named_parameters()), **dict(skeleton.block(block).named_buffers())}
     with suppress(_SeenError):
-        skeleton.run(block, hidden, Calls(calls.shape, layers, calls.cache), cache=looking)
+        recorded = Calls(calls.shape, layers, calls.cache)
+        skeleton.run(block, hidden, recorded, {name: _meta(x) for name, x in held.items()}, cache=looking)
     if looking.found is None:
         raise SourceError(f"{type(skeleton.block(block)).__name__} hands nothing to its cache")
     return looking.found

@@ -1,4 +1,4 @@
-"""What every codec promises: bytes as predicted, a state that is the text's, and a cut, a choice and a new beginning."""
+"""What every codec promises: bytes as predicted, a state that is the text's, cuts, choices and a new beginning."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from lilliput.errors import SourceError
 # `cache` from transformers 5.24 on, but XLM has had an argument of that name for something else all along: it counts
 # only where none of the other names is there, and only if outputs have it too.
 NAMES = ("past_key_values", "cache_params", "cache")
+INNER = ("layer_past",)  # further names by which attentions take it
 
 
-def argument(forward: Any) -> str | None:
+def argument(forward: Any, names: Sequence[str] = NAMES) -> str | None:
     """The name under which a forward pass takes a cache; None where it takes none."""
     accepted = inspect.signature(forward).parameters
-    return next((name for name in NAMES if name in accepted), None)
+    return next((name for name in names if name in accepted), None)
 
 
 def options(model: Any, cache: Any) -> dict[str, Any]:

@@ -40,11 +40,12 @@ class Incoming:
     turn: Turn | None = None
     real: Tensor | None = None
 
-    def first(self, tokens: int) -> Incoming:
-        """Of only the first tokens of the call."""
+    def part(self, start: int, stop: int) -> Incoming:
+        """Of only some tokens of the call."""
         if self.turn is None:
             return self
-        return replace(self, turn=replace(self.turn, cos=self.turn.cos[:, :tokens], sin=self.turn.sin[:, :tokens]))
+        turn = self.turn
+        return replace(self, turn=replace(turn, cos=turn.cos[:, start:stop], sin=turn.sin[:, start:stop]))
 
 
 class CacheCodec(ABC):

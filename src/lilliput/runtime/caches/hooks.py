@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lilliput.anatomy.cached import NAMES, argument
+from lilliput.anatomy.cached import INNER, NAMES, argument
 from lilliput.errors import LilliputError, SourceError
 from lilliput.runtime.caches.codec import CacheCodec, Incoming
 from lilliput.runtime.caches.turns import ARGUMENT, Rotate, Table, Turn
@@ -34,7 +34,7 @@ def attention_of(block: nn.Module) -> str:
     found = [
         name
         for name, x in block.named_modules()
-        if name and isinstance(getattr(x, "layer_idx", None), int) and argument(x.forward) is not None
+        if name and isinstance(getattr(x, "layer_idx", None), int) and argument(x.forward, (*NAMES, *INNER)) is not None
     ]
     if len(found) != 1:
         raise SourceError(
@@ -52,7 +52,7 @@ def watch(
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = dict(zip(names, args, strict=False)) | kwargs
-        cache = next((named[x] for x in NAMES if named.get(x) is not None), None)
+        cache = next((named[x] for x in (*NAMES, *INNER) if named.get(x) is not None), None)
         if cache is None:
             return None
         layer = _layer(cache, number, type(module).__name__, make if state.active else None)

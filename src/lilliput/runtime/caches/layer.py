@@ -10,12 +10,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lilliput.runtime.caches.codec import CacheCodec, Incoming
 
+WAITING = 64  # tokens, more than assisted decoding proposes at a time
+
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Takes the place of a `DynamicLayer`. `incoming` is set before each call by the hook of the attention.
 
-    Where past states are recorded (assisted decoding), the tokens of the latest call stay plain until the next call or
-    cut, so that a cut leaves no trace.
+    Where a call sees only the past as it is stored, its last tokens, up to `WAITING`, go to the codec with the next
+    call: what assisted decoding rejects is cut before that, and leaves no trace.
     """
 
     is_sliding = False
@@ -54,12 +56,16 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             seen = torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
         else:
             seen = key_states, value_states
-        self._waiting = key_states, value_states, incoming
-        if not self.record_past:
-            self._settle()
+        count = key_states.shape[2]
+        now = 0 if self.record_past else max(0, count - WAITING)
+        if now:
+            codec.append(key_states[:, :, :now], value_states[:, :, :now], incoming.part(0, now))
+        rest = incoming.part(now, count)
+        self._waiting = key_states[:, :, now:].clone(), value_states[:, :, now:].clone(), rest
         return seen
 
     def _settle(self) -> None:
+        """Give the codec what waits."""
         if self._waiting is not None:
             keys, values, incoming = self._waiting
             self._waiting = None
@@ -101,7 +107,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._waiting is not None and wanted >= self.codec.length:
             keys, values, incoming = self._waiting
             count = wanted - self.codec.length
-            self._waiting = (keys[:, :, :count], values[:, :, :count], incoming.first(count)) if count else None
+            self._waiting = (keys[:, :, :count], values[:, :, :count], incoming.part(0, count)) if count else None
         else:
             self._waiting = None
             self.codec.keep(wanted)

@@ -8,11 +8,10 @@ vector of a head cut into groups of G channels; R is `residual`, G the target's 
 
 s and m in float16. The others stay as they are. Tokens of one call see each other, and themselves, as they are, and
 those before as they are stored: a prompt that is read at once is not changed by its own cache. With `rotate` keys and
-values are multiplied by a Hadamard matrix first, which takes the large channels away that this method relies on: it
-pays for values, and rarely for keys.
+values are multiplied by a Hadamard matrix first, which spreads the large channels that keys are cut by here.
 
-Paper: Liu et al. 2024, arXiv 2402.02750. Cost: b + 32 / G bits for each element of what is stored, and R to 2 R plain
-tokens. Limits: keys are rounded after their rotation by position; padding on the left of a batch lies in the chunks and
+Paper: Liu et al. 2024, arXiv 2402.02750. Cost: b + 32 / G bits for each element of what is stored, and up to R plain
+keys and values. Limits: keys are rounded after their rotation by position; padding on the left of a batch lies in the chunks and
 widens their ranges; where a cache is cut into a chunk (by other means than assisted decoding, which is prepared), the
 rest of that chunk is kept as it was read.
 """

@@ -85,7 +85,7 @@ def _sizes(part: Data) -> Table:
         ("FLOPs per token, decode", cells.count(base.get("decode")), cells.count(flops.get("decode"))),
         ("multiplications saved per token", Cell(""), cells.count(part.get("macs_saved"))),
         ("share of multiplications saved", Cell(""), cells.share(part.get("macs_saved_share"))),
-        ("KV cache per token", *map(cells.size, kept)),
+        ("KV cache per token", cells.size(kept[0]), cells.size(kept[1])),
     ]
     lines = [(words(name), a, b) for name, a, b in rows if a.value is not None or b.value is not None]
     return table(("", "original", "compressed"), lines)

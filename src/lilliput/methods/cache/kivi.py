@@ -11,9 +11,9 @@ those before as they are stored: a prompt that is read at once is not changed by
 values are multiplied by a Hadamard matrix first, which spreads the large channels that keys are cut by here.
 
 Paper: Liu et al. 2024, arXiv 2402.02750. Cost: b + 32 / G bits for each element of what is stored, and up to R plain
-keys and values. Limits: keys are rounded after their rotation by position; padding on the left of a batch lies in the chunks and
-widens their ranges; where a cache is cut into a chunk (by other means than assisted decoding, which is prepared), the
-rest of that chunk is kept as it was read.
+keys and values. Limits: keys are rounded after their rotation by position; padding on the left of a batch lies in the
+chunks and widens their ranges; where a cache is cut into a chunk (by other means than assisted decoding, which is
+prepared), the rest of that chunk is kept as it was read.
 """
 
 from __future__ import annotations

@@ -20,6 +20,12 @@ SCALE = torch.float16  # of scales and least values
 PLAIN = 16  # bits from which on nothing is quantized
 
 
+def in_groups(x: Tensor, axis: int, size: int) -> Tensor:
+    """x [.., n, ..], n along `axis`, as [.., n / size, size, ..]."""
+    axis %= x.dim()
+    return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
+
+
 class Coder(Protocol):
     @property
     def unit(self) -> int:
@@ -44,7 +50,7 @@ class Exact:
     unit: int = 1
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x.unflatten(2, (-1, self.unit)),)
+        return (in_groups(x, 2, self.unit),)
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return parts[0].flatten(2, 3).to(dtype)
@@ -61,20 +67,20 @@ def affine(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     beyond what float16 can hold becomes NaN, which every evaluation reports.
     """
     top = (1 << bits) - 1
-    rows = x.float().unflatten(-1, (-1, group))
+    rows = in_groups(x.float(), -1, group)
     low = rows.amin(-1, keepdim=True)
     scale = ((rows.amax(-1, keepdim=True) - low) / top).to(SCALE)
     low = low.to(SCALE)
     step = torch.where(scale > 0, scale.float(), torch.inf)
     codes = ((rows - low.float()) / step).round_().clamp_(0, top).nan_to_num_().to(torch.int64).flatten(-2)
-    packed = pack_unsigned(codes.flatten(0, -2), bits).unflatten(0, codes.shape[:-1])
+    packed = pack_unsigned(codes.flatten(0, -2), bits).view(*codes.shape[:-1], -1)
     return packed, scale.squeeze(-1), low.squeeze(-1)
 
 
 def from_affine(packed: Tensor, scale: Tensor, low: Tensor, bits: int, width: int, dtype: torch.dtype) -> Tensor:
     """Undo `affine`: [.., width]."""
-    codes = unpack_unsigned(packed.flatten(0, -2), bits, width).unflatten(0, packed.shape[:-1])
-    values = codes.unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1) + low.float().unsqueeze(-1)
+    codes = unpack_unsigned(packed.flatten(0, -2), bits, width).view(*packed.shape[:-1], width)
+    values = in_groups(codes, -1, width // scale.shape[-1]) * scale.float().unsqueeze(-1) + low.float().unsqueeze(-1)
     return values.flatten(-2).to(dtype)
 
 
@@ -111,7 +117,7 @@ class PerChannel:
     unit: int
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        chunks = x.unflatten(2, (-1, self.unit)).transpose(-1, -2)  # [batch, heads, chunks, width, unit]
+        chunks = in_groups(x, 2, self.unit).transpose(-1, -2)  # [batch, heads, chunks, width, unit]
         return affine(chunks.contiguous(), self.bits, self.group)
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,7 @@ class Caches:
 
 def attention_of(block: nn.Module) -> str:
     """The name, within a block, of its attention that takes a cache. Raises SourceError where there is not just one."""
-    found = [
+    found: list[str] = [
         name
         for name, x in block.named_modules()
         if name and isinstance(getattr(x, "layer_idx", None), int) and argument(x.forward, (*NAMES, *INNER)) is not None
@@ -110,7 +110,7 @@ def _layer(cache: Any, number: int, owner: str, make: Callable[[], CacheCodec] |
         )
     while make is not None and len(layers) <= number:
         layers.append(DynamicLayer())
-    layer = layers[number] if number < len(layers) else None
+    layer: Any = layers[number] if number < len(layers) else None
     if isinstance(layer, CompressedLayer):
         return layer
     if make is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lilliput.errors import LilliputError
 from lilliput.formats.bits import pack_unsigned, row_bytes, unpack_unsigned
 from lilliput.runtime.caches.codec import CacheCodec, CacheShape, CodecSpec, Incoming, Shapes, Tensors
+from lilliput.runtime.caches.coders import in_groups
 from lilliput.runtime.caches.turns import Turn, undo
 
 CENTRE, HALF, LEVELS = "key_cache_centre", "key_cache_half", "cache_levels"
@@ -27,7 +28,7 @@ def vectors(x: Tensor) -> Tensor:
 
 def heads_of(x: Tensor, heads: int) -> Tensor:
     """Undo `vectors`."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return in_groups(x, 2, x.shape[2] // heads).transpose(1, 2)
 
 
 def outliers(share: float, width: int) -> int:
@@ -111,10 +112,10 @@ class KvquantCodec(CacheCodec):
     def _codes(self, z: Tensor, levels: Tensor, bits: int) -> Tensor:
         edges = (levels[0, 1:] + levels[0, :-1]) / 2
         codes = torch.bucketize(z.clamp(-1, 1).contiguous(), edges)
-        return pack_unsigned(codes.flatten(0, 1), bits).unflatten(0, codes.shape[:2])
+        return pack_unsigned(codes.flatten(0, 1), bits).view(*codes.shape[:2], -1)
 
     def _values_of(self, packed: Tensor, levels: Tensor, bits: int, width: int) -> Tensor:
-        codes = unpack_unsigned(packed.flatten(0, 1), bits, width).unflatten(0, packed.shape[:2])
+        codes = unpack_unsigned(packed.flatten(0, 1), bits, width).view(*packed.shape[:2], width)
         return levels[1][codes.long()]
 
     def _keys(self, k: Tensor) -> list[Tensor]:

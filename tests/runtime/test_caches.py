@@ -12,6 +12,7 @@ import transformers as tf
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from lilliput.anatomy import cached
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import LilliputError, SourceError
 from lilliput.runtime import caches
@@ -315,3 +316,33 @@ def test_keys_are_turned_back_to_what_they_were(plain: Make, name: str) -> None:
     scaled = rotate(keys, cos * 1.3, sin * 1.3)
     torch.testing.assert_close(undo(scaled, cos * 1.3, sin * 1.3, rotate), keys, rtol=1e-5, atol=1e-5)
     assert rotation(plain("gpt2").transformer.h[0].attn) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (tf.GPTJConfig(vocab_size=96, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=64), "by no function"),
+        (
+            tf.DeepseekV3Config(
+                **_SIZES, num_hidden_layers=1, num_key_value_heads=4, intermediate_size=64, q_lora_rank=16,
+                kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=1,
+            ),
+            "what keys are made of",
+        ),
+    ],
+    ids=["gptj", "deepseek"],
+)  # fmt: skip
+def test_keys_that_cannot_be_turned_back_are_refused(config: Any, words: str) -> None:
+    block = Skeleton(config).block(0)
+    with pytest.raises(SourceError, match=words):
+        rotation(block.get_submodule(attention_of(block)))
+
+
+def test_layers_with_states_have_no_growing_cache() -> None:
+    config = tf.JambaConfig(
+        vocab_size=96, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=64, attn_layer_period=2, attn_layer_offset=1, num_experts=2,
+    )  # fmt: skip
+    assert cached.kinds(config) == ("LinearAttentionLayer", cached.PLAIN)
+    cache = cached.filled(config, 1, 5)
+    assert cache.layers[1].get_seq_length() == 5

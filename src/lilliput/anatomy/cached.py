@@ -40,8 +40,9 @@ def filled(config: Any, batch: int, tokens: int, device: str = "cpu") -> Any:
     cache = DynamicCache(config=config)
     if tokens:
         nothing = torch.zeros(batch, 1, tokens, 1, device=device)
-        for number in range(len(cache.layers)):
-            cache.update(nothing, nothing, number)
+        for number, layer in enumerate(cache.layers):
+            if hasattr(layer, "update"):  # states that do not grow have no length
+                cache.update(nothing, nothing, number)
     return cache
 
 

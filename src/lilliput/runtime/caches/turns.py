@@ -70,22 +70,18 @@ def undo(x: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate) -> Tensor:
 def rotation(attention: nn.Module) -> Rotate | None:
     """The function by which an attention rotates its keys: (x [batch, heads, tokens, width], cos, sin) to x; None where
     positions are not rotated. Raises SourceError where they are by a function that cannot be found."""
-    names = inspect.signature(attention.forward).parameters
-    if ARGUMENT not in names:
+    refusal = f"so the keys of {type(attention).__name__} cannot be stored as they were before: choose kivi or kv-rtn"
+    if ARGUMENT not in inspect.signature(attention.forward).parameters:
         inside = [n for n, _ in attention.named_modules() if "rotary" in n] or hasattr(attention, "rotary_dim")
         if inside:
-            raise SourceError(
-                f"{type(attention).__name__} rotates its keys itself, so they cannot be stored as they were before: "
-                "choose kivi or kv-rtn"
-            )
+            raise SourceError(f"it rotates them itself, {refusal}")
         return None
+    if getattr(attention, "kv_lora_rank", None) is not None:
+        raise SourceError(f"it stores what keys are made of, which is not rotated, {refusal}")
     home = next((x.__module__ for x in type(attention).__mro__ if hasattr(sys.modules[x.__module__], FUNCTION)), None)
-    if home is None:
-        raise SourceError(
-            f"{type(attention).__name__} rotates its keys by a function of another name than {FUNCTION}, so they "
-            "cannot be stored as they were before: choose kivi or kv-rtn"
-        )
-    function = getattr(sys.modules[home], FUNCTION)
+    function = None if home is None else getattr(sys.modules[home], FUNCTION)
+    if function is None or list(inspect.signature(function).parameters)[2:4] != ["cos", "sin"]:
+        raise SourceError(f"it rotates by no function {FUNCTION}(q, k, cos, sin), {refusal}")
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.float(), sin.float()

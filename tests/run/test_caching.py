@@ -17,6 +17,8 @@ from lilliput import api
 from lilliput.anatomy.cached import argument
 from lilliput.data import load_tokens
 from lilliput.efficiency import count
+from lilliput.efficiency import device as find_device
+from lilliput.efficiency.roofline import operators, workload
 from lilliput.errors import PlanError, SourceError
 from lilliput.metrics.evaluate import evaluate
 from lilliput.model.stored import caches_of, open_model
@@ -190,8 +192,27 @@ def test_bytes_in_memory_are_those_reported(written: Write, step: Any) -> None:
     assert counts.kv_bytes_per_token == round(found.cache.bytes / 90)
 
 
+def test_a_roofline_counts_the_compressed_cache(written: Write, tiny: Tiny) -> None:
+    device = find_device("h100")
+    context = 200
+    own, plain = (
+        next(
+            x
+            for x in operators(workload(open_model(folder), device), device, "decode", 3, context)
+            if x.name == "kv cache"
+        )
+        for folder in (written("llama", KIVI), tiny("llama"))
+    )
+    held = caches.size_bits(caches_of(open_model(written("llama", KIVI)).source), context, 16) / 8
+    whole = 4 * 64 * context * 2
+    # Stored, read, and decoded into what a plain cache holds, which is written and read.
+    assert own.bytes == pytest.approx(3 * (held * (1 + 1 / context) + 2 * whole))
+    assert plain.bytes == pytest.approx(3 * whole * (1 + 1 / context))
+
+
 def test_windows_keep_their_cache_and_are_named(gemma: Path, written: Write) -> None:
     plan = api.plan(gemma, recipe=recipe(KIVI), device="cpu", tokens=64, samples=4)
+    assert any(x.startswith("Keys and values of 4096 tokens take ") for x in plan.notes)
     assert any("2 of 4 blocks keep keys and values as they are: model.layers.0" in x for x in plan.notes)
     found = evaluate(written("gemma", KIVI), windows=WINDOWS, tokens=TOKENS)
     assert found.cache is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 from lilliput.anatomy.cached import PLAIN, kinds
 from lilliput.errors import LilliputError, PlanError, SourceError
+from lilliput.model.stored import served_dtype
 from lilliput.model.weights import Model
 from lilliput.parts.linear import plain_config
 from lilliput.plan.resolve import Resolved
@@ -17,12 +18,13 @@ from lilliput.runtime.caches.codec import Shapes
 from lilliput.runtime.caches.hooks import attention_of
 from lilliput.runtime.caches.look import shape_of
 from lilliput.runtime.caches.turns import rotation
-from lilliput.units import few
+from lilliput.units import few, size
 from lilliput.verbs.behave import Behave
 from lilliput.verbs.cache import Cache, chosen, group_of
 from lilliput.verbs.spec import Stage, Task
 
 LAYOUT = "lilliput"
+CONTEXT = 4096  # tokens of which a plan says what they take
 
 
 def layout(resolved: Resolved, wanted: str) -> str:
@@ -79,14 +81,18 @@ def _kind(model: Model, block: int) -> str:
 
 
 def notes(model: Model, resolved: Resolved) -> tuple[str, ...]:
-    """Which blocks keep a plain cache although a step is for all of them."""
+    """What the cache takes, and which blocks keep a plain one."""
     if not resolved.at(Stage.CACHE):
         return ()
-    names = model.skeleton.block_names
+    names, planned = model.skeleton.block_names, entries(model, resolved)
+    item = 8 * served_dtype(model).itemsize
+    coded = sum(len(x.blocks) * x.spec.size_bits(CONTEXT, x.shape, item) for x in planned) / 8
+    plain = sum(len(x.blocks) * x.shape.plain_bits(CONTEXT, item) for x in planned) / 8
+    said = f"Keys and values of {CONTEXT} tokens take {size(coded)} in place of {size(plain)}."
     left = [names[n] for n in range(len(names)) if n not in assigned(model, resolved)]
     if not left:
-        return ()
-    return (f"{len(left)} of {len(names)} blocks keep keys and values as they are: {few(left)}.",)
+        return (said,)
+    return (said, f"{len(left)} of {len(names)} blocks keep keys and values as they are: {few(left)}.")
 
 
 def entries(model: Model, resolved: Resolved) -> tuple[Entry, ...]:

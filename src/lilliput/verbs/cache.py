@@ -84,7 +84,8 @@ class Cache(Spec[OptionsT]):
                 f"{task.label} says how the finished model stores keys and values, and {later.label} still changes it: "
                 "move it to the end"
             )
-        odd = sorted(task.target.model_fields_set - set(self.uses))
+        fields = Target.model_fields
+        odd = sorted(x for x in set(fields) - set(self.uses) if getattr(task.target, x) != fields[x].default)
         if odd:
             raise PlanError(f"{task.label}: '{odd[0]}' says nothing about a cache: leave it out of the target")
         if task.target.group_size == "tensor":

@@ -64,12 +64,14 @@ class Compute:
 @dataclass(frozen=True)
 class Text:
     """What is measured on: of each text `windows` windows of `tokens` tokens (None: 1,024, or all positions that the
-    model knows) that begin `stride` tokens apart (None: side by side)."""
+    model knows) that begin `stride` tokens apart (None: side by side). A model that stores keys and values compressed
+    reads `chunk` tokens at a time."""
 
     data: tuple[str, ...] = (HELD_OUT,)
     windows: int = 8
     tokens: int | None = None
     stride: int | None = None
+    chunk: int = 128
 
 
 @dataclass(frozen=True)

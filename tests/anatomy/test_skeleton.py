@@ -46,6 +46,29 @@ def test_blockwise_logits_are_the_models(random_model: Any) -> None:
     assert float((got - expected).abs().max() / expected.abs().max()) <= 1e-4
 
 
+def test_blocks_that_read_in_pieces_give_what_they_give_at_once(random_model: Any) -> None:
+    """With a plain cache in between, called as the model's forward pass calls them after so many tokens."""
+    skeleton, ids = Skeleton(random_model.config), random_model.ids()
+    cut = ids.shape[1] // 2
+    try:
+        pieces = [skeleton.calls(len(ids), cut, past=0), skeleton.calls(len(ids), ids.shape[1] - cut, past=cut)]
+    except (RuntimeError, SourceError):
+        assert skeleton.config.model_type in ("opt",)  # its positions are made of the mask
+        return
+    hidden = torch.randn(*ids.shape, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    whole = skeleton.calls(*ids.shape)
+    with torch.no_grad():
+        for i in range(len(skeleton.block_names)):
+            skeleton.load({n: random_model.tensors[n] for n in skeleton.names_of(i)})
+            expected = skeleton.run(i, hidden, whole)
+            cache = tf.DynamicCache(config=skeleton.config)
+            parts = zip(hidden.split([cut, ids.shape[1] - cut], dim=1), pieces, strict=True)
+            found = torch.cat([skeleton.run(i, part, calls, cache=cache) for part, calls in parts], dim=1)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert cache.get_seq_length(i) == ids.shape[1]
+            skeleton.unload(skeleton.names_of(i))
+
+
 def test_every_tensor_has_one_place(random_model: Any) -> None:
     skeleton = Skeleton(random_model.config)
     blocks = [n for i in range(len(skeleton.block_names)) for n in skeleton.names_of(i)]

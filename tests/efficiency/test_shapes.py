@@ -31,9 +31,9 @@ def test_grouped_queries_and_windows_shrink_the_cache(folder, opened):
     gemma = shapes_of(opened(folder("gemma")))
     assert [x.window for x in gemma.attention] == [8, None]
     # keys and values of 2 heads of width 16, in 2 blocks, the first of which keeps 8 tokens
-    assert gemma.cached(20) == 64 * 8 + 64 * 20
-    assert shapes_of(opened(folder("mistral"))).cached(20) == 2 * 32 * 8
-    assert shapes_of(opened(folder("gpt2"))).cached(20) == 2 * 64 * 20
+    assert gemma.cache_bytes(20, 2) == 2 * (64 * 8 + 64 * 20)
+    assert shapes_of(opened(folder("mistral"))).cache_bytes(20, 2) == 2 * 2 * 32 * 8
+    assert shapes_of(opened(folder("gpt2"))).cache_bytes(20, 2) == 2 * 2 * 64 * 20
 
 
 def test_pairs_of_a_causal_pass():

@@ -29,6 +29,7 @@ NAMES = {
     "choose": "my-foresight",
     "behaviour": "my-gating",
     "inputs": "my-grid",
+    "cache": "my-storing",
 }
 FOUND = """
 from lilliput.methods.index import index

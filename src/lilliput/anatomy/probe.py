@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lilliput.anatomy.calls import Calls
 from lilliput.anatomy.experts import UnrolledExperts
-from lilliput.anatomy.skeleton import Calls, Skeleton
+from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 
 BATCH, TOKENS = 32, 4  # many first tokens: a channel after a ReLU must be seen alive

@@ -11,25 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lilliput.anatomy import cached
 from lilliput.anatomy.build import build
+from lilliput.anatomy.calls import Call, Calls, same, take_hidden
 from lilliput.errors import SourceError
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one decoder layer was called with, its hidden states left out (they were an argument of name `keyword`)."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    keyword: str | None
-
-
-@dataclass(frozen=True)
-class Calls:
-    """The recorded arguments of every block for inputs of `shape` (batch, tokens): masks, positions, rotations."""
-
-    shape: tuple[int, int]
-    layers: tuple[Call, ...]
 
 
 class _StopForwardError(Exception):
@@ -117,36 +102,38 @@ class Skeleton:
         """The tensor in place under a canonical name (on the meta device where it is not loaded)."""
         return self._places[name][0].tensor()
 
-    def calls(self, batch: int, tokens: int) -> Calls:
-        """The block arguments for inputs of a shape, without any tensor loaded.
+    def calls(self, batch: int, tokens: int, past: int | None = None) -> Calls:
+        """The block arguments for inputs of a shape, without any tensor loaded; `past`: so many tokens are in a cache,
+        which `run` replaces, None: there is no cache.
 
         Raises SourceError where the arguments depend on the tokens themselves: such blocks cannot be run by themselves.
         """
-        first, second = (self._record(batch, tokens, fill) for fill in (0, 1))
+        first, second = (self._record(batch, tokens, fill, past) for fill in (0, 1))
         for i, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
-            if not _same((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs))):
+            if not same((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs))):
                 raise SourceError(
                     f"block {i} of {type(self.model).__name__} receives something that depends on the tokens "
                     "besides its hidden states: it cannot be run block by block"
                 )
         return first
 
-    def _record(self, batch: int, tokens: int, fill: int) -> Calls:
+    def _record(self, batch: int, tokens: int, fill: int, past: int | None) -> Calls:
         forwards: dict[nn.Module, Callable[..., Any]] = {m: self._stub(m, float(fill)) for m in self._outer}
         with _forwards(forwards):
-            return self.embed(self._dummy(batch, tokens) + fill)[1]
+            return self.embed(self._dummy(batch, tokens) + fill, past)[1]
 
-    def embed(self, ids: Tensor) -> tuple[Tensor, Calls]:
+    def embed(self, ids: Tensor, past: int | None = None) -> tuple[Tensor, Calls]:
         """ids int64 [B, T] -> hidden states [B, T, H] before the first block, and the recorded block arguments.
 
         The embedding tensors must be loaded. The calls depend on the shape of ids only.
         """
         recorded: list[Call] = []
         hidden: list[Tensor] = []
+        cache = None if past is None else cached.filled(self.config, len(ids), past, self.device)
 
         def record(last: bool) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                value, call = _take_hidden(args, kwargs)
+                value, call = take_hidden(args, kwargs)
                 recorded.append(call)
                 hidden[:] = hidden[:1] or [value]
                 if last:
@@ -157,8 +144,8 @@ class Skeleton:
 
         count = len(self._layers)
         with _forwards({layer: record(i == count - 1) for i, layer in enumerate(self._layers)}), torch.no_grad():
-            self._forward(ids.to(self.device))
-        return hidden[0], Calls((ids.shape[0], ids.shape[1]), tuple(recorded))
+            self._forward(ids.to(self.device), cache)
+        return hidden[0], Calls((ids.shape[0], ids.shape[1]), tuple(recorded), cache)
 
     def run(
         self,
@@ -167,15 +154,17 @@ class Skeleton:
         calls: Calls,
         tensors: Mapping[str, Tensor] | None = None,
         module: nn.Module | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """Block i on hidden states [B, T, H] of the shape that `calls` was recorded for.
 
         `tensors`, by names relative to the block, take the place of its own for this call; gradients reach them.
-        `module` is called in place of the block: the same block of another copy of the model.
+        `module` is called in place of the block: the same block of another copy of the model. `cache`: what the block
+        gets in place of the recorded one.
         """
         if tuple(hidden.shape[:2]) != calls.shape:
             raise ValueError(f"hidden states {tuple(hidden.shape)} do not fit calls recorded for {calls.shape}")
-        call = calls.layers[i]
+        call = calls.layers[i].with_cache(calls.cache, cache)
         args = call.args if call.keyword is not None else (hidden, *call.args)
         kwargs = call.kwargs if call.keyword is None else {**call.kwargs, call.keyword: hidden}
         out = functional_call(module or self._layers[i], dict(tensors or {}), args, dict(kwargs))
@@ -214,9 +203,9 @@ class Skeleton:
         result: Tensor = out.logits.float()
         return result.reshape(*hidden.shape[:-1], result.shape[-1])
 
-    def _forward(self, ids: Tensor) -> Any:
+    def _forward(self, ids: Tensor, cache: Any = None) -> Any:
         try:
-            return self.model(input_ids=ids, use_cache=False)
+            return self.model(input_ids=ids, **cached.options(self.model, cache))
         except _StopForwardError:
             return None
 
@@ -225,7 +214,7 @@ class Skeleton:
 
     def _pass(self) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, _ = _take_hidden(args, kwargs)
+            hidden, _ = take_hidden(args, kwargs)
             return (hidden, None, None) if self._tuples else hidden
 
         return forward
@@ -263,7 +252,7 @@ class Skeleton:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 order.append(module)
                 if module is None or module is self.head_module:
-                    shapes.append(_take_hidden(args, kwargs)[0].shape)
+                    shapes.append(take_hidden(args, kwargs)[0].shape)
                 return inner(*args, **kwargs)
 
             return forward
@@ -360,24 +349,6 @@ def _by_block(shapes: Mapping[str, Any], blocks: Sequence[str]) -> list[tuple[st
         if name.startswith(root):
             groups[root + name.removeprefix(root).partition(".")[0]].append(name)
     return [tuple(groups[name]) for name in blocks]
-
-
-def _take_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
-    if args:
-        return args[0], Call(args[1:], dict(kwargs), None)
-    key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-    return kwargs[key], Call((), {k: v for k, v in kwargs.items() if k != key}, key)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two recorded arguments are equal, tensors by value."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same, a, b))
-    return type(a) is type(b)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import typer
 from lilliput.cli import command
 from lilliput.cli.options import HtmlOpt, JsonOpt, Measure, ModelArg, grouped
 from lilliput.errors import DataError, PlanError
-from lilliput.options import JUDGE_KEY, Gates, Judge, Parts
+from lilliput.options import JUDGE_KEY, Gates, Judge, Parts, Text
 
 MISSED = 3  # exit status where a stated limit is missed
 
@@ -31,6 +31,9 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="The original: adds every comparison and the verdict.")] = None,
     measure: Measure,
     stride: Annotated[int | None, typer.Option(min=1, help="Begin windows this many tokens apart.")] = None,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens read at a time where keys and values are stored compressed.")
+    ] = Text.chunk,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -92,7 +95,7 @@ def evaluate(
             evaluation, evidence = gather(
                 model,
                 against,
-                text=measure.text(stride),
+                text=measure.text(stride, chunk),
                 parts=parts,
                 limits=limits,
                 compute=replace(measure.compute(), work=work),

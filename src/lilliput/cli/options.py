@@ -109,8 +109,8 @@ class Measure:
     memory: MemoryOpt = None
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32"
 
-    def text(self, stride: int | None = None) -> Text:
-        return Text(tuple(self.data or (HELD_OUT,)), self.windows, self.tokens, stride)
+    def text(self, stride: int | None = None, chunk: int = Text.chunk) -> Text:
+        return Text(tuple(self.data or (HELD_OUT,)), self.windows, self.tokens, stride, chunk)
 
     def limits(self) -> Limits:
         """Raises PlanError for what is no size."""

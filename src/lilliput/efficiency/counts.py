@@ -23,7 +23,7 @@ from lilliput.efficiency.zeros import Zeros
 from lilliput.errors import PlanError
 from lilliput.metrics import size
 from lilliput.metrics.metric import Metric
-from lilliput.model.stored import Model
+from lilliput.model.stored import Model, served_dtype
 
 _KINDS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
 _KINDS |= {"gate": "mlp", "up": "mlp", "gate_up": "mlp", "down": "mlp", "other": "other linears"}
@@ -58,7 +58,7 @@ class Counts:
     `runtime` holds them; bits_per_weight, model_bits_per_weight: see `lilliput.metrics.size`; compression_ratio: base
     bytes over bytes; macs_saved: multiply-additions per decoded token whose weight is exactly zero, and as a share of
     those of all matrices (None where zeros were not counted; an engine must know of them to save them);
-    kv_bytes_per_token: of keys and values in `dtype` while no window is full; notes: what is not counted.
+    kv_bytes_per_token: of keys and values at `context` tokens, plain ones in `dtype`; notes: what is not counted.
     """
 
     parameters: int
@@ -77,6 +77,7 @@ class Counts:
     base_parameters: int | None = None
     base_bytes: int | None = None
     base_ram_bytes: int | None = None
+    base_kv_bytes_per_token: int | None = None
     base_flops_per_token: Flops | None = None
     compression_ratio: float | None = None
     notes: tuple[str, ...] = ()
@@ -161,7 +162,7 @@ def count(
         model_bits_per_weight=measured.model_bits_per_weight,
         context=context,
         flops_per_token=flops(shapes, context, served),
-        kv_bytes_per_token=sum(x.cached for x in shapes.attention) * dtype.itemsize,
+        kv_bytes_per_token=_cached(shapes, context, dtype),
         by_kind=_by_kind(model, shapes),
         runtime=runtime,
         dtype=dtype,
@@ -170,16 +171,13 @@ def count(
         base_parameters=None if base is None else _parameters(base),
         base_bytes=theirs,
         base_ram_bytes=None if base is None or before is None else weight_bytes(base, before, served_dtype(base)),
+        base_kv_bytes_per_token=None
+        if base is None or original is None
+        else _cached(original, context, served_dtype(base)),
         base_flops_per_token=None if original is None else flops(original, context, before),
         compression_ratio=None if theirs is None else theirs / measured.bytes,
         notes=shapes.notes,
     )
-
-
-def served_dtype(model: Model) -> torch.dtype:
-    """The dtype that transformers' dtype="auto" loads plain tensors in: the config's, else that of the embedding."""
-    declared = getattr(model.source.text_config, "dtype", None)
-    return declared if isinstance(declared, torch.dtype) else model.dtype(model.skeleton.embeddings[0])
 
 
 def weight_bytes(model: Model, served: Mapping[str, Serving], dtype: torch.dtype) -> int:
@@ -193,6 +191,13 @@ def weight_bytes(model: Model, served: Mapping[str, Serving], dtype: torch.dtype
 def serving_of(model: Model, shapes: Shapes, runtime: Runtime = "transformers") -> dict[str, Serving]:
     """How each matrix of a folder runs; see `lilliput.efficiency.serving.servings`."""
     return servings(model, [x.tensor for x in shapes.matrices], served_dtype(model), runtime)
+
+
+def _cached(shapes: Shapes, context: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values for each of `context` tokens, those of a window as if it were never full."""
+    plain = sum(x.cached for x in shapes.attention if x.codec is None) * dtype.itemsize
+    coded = sum(x.cache_bytes(context, dtype.itemsize) for x in shapes.attention if x.codec is not None)
+    return round(plain + coded / context)
 
 
 def _parameters(model: Model) -> int:

@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import torch
 
-from lilliput.efficiency.counts import served_dtype, weight_bytes
+from lilliput.efficiency.counts import weight_bytes
 from lilliput.efficiency.devices import Device
 from lilliput.efficiency.prediction import PHASES, Bound, Operator, Phase, Row, Workload
 from lilliput.efficiency.sentences import sentence
@@ -32,7 +32,7 @@ from lilliput.efficiency.serving import ARITHMETIC, Serving, servings
 from lilliput.efficiency.shapes import shapes_of
 from lilliput.errors import PlanError
 from lilliput.metrics.metric import Metric
-from lilliput.model.stored import Model
+from lilliput.model.stored import Model, served_dtype
 
 
 def workload(
@@ -90,8 +90,11 @@ def operators(work: Workload, device: Device, phase: Phase, batch: int, context:
         pairs = x.pairs(context) if phase == "prefill" else x.span(context)
         queries = tokens * x.heads * (x.key_width + x.value_width) * item
         add("attention", plain, float(batch * x.flops(pairs)), float(queries))
-        cached = tokens * x.cached * item
-        add("kv cache", plain, 0.0, float(cached + batch * x.span(context) * x.cached * item))
+        held = batch * x.cache_bytes(context, item)
+        written = tokens * x.cached * item if x.codec is None else held * tokens / (batch * context)
+        # A compressed cache is decoded for every call: all of it is written once more, and read.
+        decoded = 0 if x.codec is None else 2 * batch * x.span(context) * x.cached * item
+        add("kv cache", plain, 0.0, float(written + held + decoded))
     # A norm reads and writes; two additions to the residual stream read twice and write; so does a gated activation.
     elements = 2 * sum(shapes.norms) + 6 * shapes.hidden * shapes.blocks + 3 * float(shapes.inner)
     add("norms and activations", plain, elements * tokens, elements * tokens * item)
@@ -180,7 +183,7 @@ def _row(own: Workload, base: Workload | None, device: Device, phase: Phase, bat
 
 
 def _fits(work: Workload, device: Device, batch: int, context: int) -> bool:
-    return work.memory + batch * work.shapes.cached(context) * work.dtype.itemsize <= device.memory
+    return work.memory + batch * work.shapes.cache_bytes(context, work.dtype.itemsize) <= device.memory
 
 
 METRIC = Metric(

@@ -22,7 +22,7 @@ _DOING = {
 def sentence(row: Row, own: Workload, base: Workload | None, device: Device) -> str:
     """In one or two sentences, for someone who must decide whether to ship `own` on `device`."""
     place = f"On {device.title} at batch {row.batch} and {row.context:,} tokens"
-    need = own.memory + row.batch * own.shapes.cached(row.context) * own.dtype.itemsize
+    need = own.memory + row.batch * own.shapes.cache_bytes(row.context, own.dtype.itemsize)
     if not row.fits:
         return f"{place} the model does not fit: weights and cache take {size(need)} of {size(device.memory)}."
     if row.speedup is None or base is None or row.base_bound is None:

@@ -6,7 +6,7 @@ No weight is read. Whoever counts operations or bytes starts here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 from lilliput.anatomy.model import Block, Linear
 from lilliput.anatomy.setting import CHOSEN, chosen, setting
 from lilliput.errors import SourceError
-from lilliput.model.stored import Model
+from lilliput.model.stored import Model, caches_of
+from lilliput.runtime.caches import parsed
+from lilliput.runtime.caches.codec import CacheShape, CodecSpec
 
 _ATTENDS = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -57,7 +59,8 @@ class Matrix:
 @dataclass(frozen=True)
 class Attention:
     """Softmax attention of one block. Widths are per head; `cached` counts the elements that a token leaves in the
-    cache (grouped queries share theirs); `window` is how many tokens a token sees at most, itself included."""
+    cache (grouped queries share theirs); `window` is how many tokens a token sees at most, itself included; `codec`:
+    how they are stored compressed, and what of a token."""
 
     block: int
     heads: int
@@ -65,6 +68,14 @@ class Attention:
     value_width: int
     cached: int
     window: int | None = None
+    codec: tuple[CodecSpec, CacheShape] | None = None
+
+    def cache_bytes(self, context: int, item: int) -> float:
+        """Bytes of the cache of one sequence of `context` tokens, plain elements of `item` bytes."""
+        if self.codec is None:
+            return float(self.cached * self.span(context) * item)
+        spec, shape = self.codec
+        return spec.size_bits(context, shape, 8 * item) / 8
 
     def span(self, context: int) -> int:
         """Tokens that the last of `context` tokens attends to, itself included."""
@@ -98,9 +109,10 @@ class Shapes:
     positions: int | None
     notes: tuple[str, ...] = ()
 
-    def cached(self, context: int) -> int:
-        """Elements in the cache of one sequence of `context` tokens; a window keeps its last tokens only."""
-        return sum(x.cached * x.span(context) for x in self.attention)
+    def cache_bytes(self, context: int, item: int) -> float:
+        """Bytes of the cache of one sequence of `context` tokens, plain elements of `item` bytes; a window keeps its
+        last tokens only."""
+        return sum(x.cache_bytes(context, item) for x in self.attention)
 
 
 def shapes_of(model: Model) -> Shapes:
@@ -115,6 +127,7 @@ def shapes_of(model: Model) -> Shapes:
     norms: list[int] = []
     notes: dict[str, None] = {}
     inner = Fraction(0)
+    codecs = {block: (x.spec, x.shape) for x in parsed(caches_of(model.source)) for block in x.blocks}
     for i, (name, block) in enumerate(zip(anatomy.block_names, anatomy.blocks, strict=True)):
         linears = list(_linears(config, name, i, block))
         claimed = {x.tensor for x in linears}
@@ -132,7 +145,7 @@ def shapes_of(model: Model) -> Shapes:
         inner += sum((x.in_features * x.active for x in linears if x.role == "down"), Fraction(0))
         kind = _kind(config, i)
         if kind in _ATTENDS and any(x.role in ("o", "qkv", "v") for x in block.linears):
-            attention.append(_attention(config, i, kind, block))
+            attention.append(replace(_attention(config, i, kind, block), codec=codecs.get(name)))
         else:
             notes[f"block {i} has no softmax attention ({kind}): the part that mixes its tokens is not counted"] = None
     norms += [prod(skeleton.shapes[n]) for n in anatomy.final if not n.endswith(".bias")]

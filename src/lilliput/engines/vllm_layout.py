@@ -63,6 +63,11 @@ class LilliputConfig(QuantizationConfig):  # type: ignore[misc]
                 "the folder's model leaves tokens or channels out while it runs, which vLLM would not do: run it with "
                 "transformers, or compress the model without token-pruning and dynamic-pruning"
             )
+        if config.get("caches"):
+            raise SourceError(
+                "the folder's model stores keys and values compressed, which vLLM would not do: run it with "
+                "transformers, or compress the model without the step for its cache"
+            )
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:

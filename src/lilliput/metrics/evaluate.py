@@ -17,6 +17,7 @@ from lilliput.data.tokens import same_vocabulary, vocabulary_of
 from lilliput.errors import DataError, PlanError
 from lilliput.machine import memory as ram
 from lilliput.metrics import slices
+from lilliput.metrics.cached import CacheSize, cache_size
 from lilliput.metrics.executed import Executed, executed, prunes
 from lilliput.metrics.interval import Interval
 from lilliput.metrics.logits import Scores, StreamedHead, same_head, score
@@ -28,6 +29,7 @@ from lilliput.model.stored import Model, open_model
 from lilliput.runtime import behaviours
 from lilliput.source.source import own_name
 from lilliput.streaming.forward import finish
+from lilliput.streaming.pieces import CHUNK
 from lilliput.streaming.walk import last_hidden
 
 if TYPE_CHECKING:
@@ -50,8 +52,8 @@ def compute_dtype(name: str) -> torch.dtype:
 class Evaluation:
     """What `evaluate` found: one `TextResult` for every text, the first of which is the headline.
 
-    work: of a model that leaves something out while it runs; bytes, bits_per_weight, model_bits_per_weight: see
-    `lilliput.metrics.size.Size`; seconds: wall time of the
+    work: of a model that leaves something out while it runs; cache: of one that stores keys and values compressed;
+    bytes, bits_per_weight, model_bits_per_weight: see `lilliput.metrics.size.Size`; seconds: wall time of the
     evaluation; peak_rss_bytes: this process's peak so far above a fresh import.
     """
 
@@ -66,6 +68,7 @@ class Evaluation:
     dtype: str
     notes: tuple[str, ...]
     work: Executed | None = None
+    cache: CacheSize | None = None
 
     @property
     def perplexity(self) -> Interval:
@@ -89,9 +92,11 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON: the headline's figures, each metric as {value, low, high} or null, and all `texts`."""
-        own = {k: v for k, v in vars(self).items() if k not in {"texts", "notes", "work"}}
+        own = {k: v for k, v in vars(self).items() if k not in {"texts", "notes", "work", "cache"}}
         if self.work is not None:
             own["work"] = self.work.to_json()
+        if self.cache is not None:
+            own["cache"] = self.cache.to_json()
         texts = [x.to_json() for x in self.texts]
         return own | texts[0] | {"texts": texts if len(texts) > 1 else [], "notes": list(self.notes)}
 
@@ -129,10 +134,12 @@ def _scores(
     budget: int | None,
     progress: Progress | None,
     prompt: int,
+    chunk: int,
 ) -> tuple[list[Scores], list[Executed | None]]:
     """One for each model. The reference runs once, and so does its head for all models that have the same head.
 
-    prompt: tokens of each window that models which prune prompts read as one."""
+    prompt: tokens of each window that models which prune prompts read as one; chunk: tokens that models with a
+    compressed cache read at a time."""
     everyone = [*models, *([] if against is None else [against])]
     shape = slices.choose(everyone[:1] + everyone[1:][-1:], ids.shape[1], budget, len(ids))
     with ExitStack() as stack:
@@ -142,7 +149,7 @@ def _scores(
             place = folder / str(number)
             place.mkdir()
             with behaviours.prompted(model.skeleton.model, prompt):
-                hidden.append(last_hidden(model, ids, place, batch=shape.batch, progress=progress))
+                hidden.append(last_hidden(model, ids, place, batch=shape.batch, chunk=chunk, progress=progress))
             done.append(executed(model, prompt, ids.shape[1]))
             stack.callback(hidden[-1].delete)
             finish(model, hidden[-1])
@@ -162,8 +169,10 @@ def _scores(
     return [scores[n] for n in range(len(models))], done[: len(models)]
 
 
-def _notes(size: Size, dtype: str, windows: int, shared: Mapping[str, float], work: Executed | None) -> tuple[str, ...]:
-    notes = [] if work is None else [work.note()]
+def _notes(
+    size: Size, dtype: str, windows: int, shared: Mapping[str, float], special: Sequence[Executed | CacheSize | None]
+) -> tuple[str, ...]:
+    notes = [x.note() for x in special if x is not None]
     notes += [f"intervals: 95 %, Student's t over {windows} windows"]
     if dtype != "float32":
         notes.append(f"blocks computed in {dtype}, the head in float32")
@@ -186,6 +195,7 @@ def evaluate(
     windows: int = 8,
     tokens: int | None = None,
     stride: int | None = None,
+    chunk: int = CHUNK,
     detail: bool = False,
     memory: int | None = None,
     dtype: str = "float32",
@@ -202,9 +212,10 @@ def evaluate(
     pass over the models. With a `stride` windows begin that many tokens apart and only their last `stride` tokens are
     scored, so that each has a long context. `detail`
     adds, against a reference, token classes, positions and the worst tokens. Both models are streamed block by block,
-    the head in slices; hidden states lie in a file under `work` (the system's temporary folder by default). `memory`:
-    bytes above a fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64. A model
-    that is open already keeps its own dtype, and its device. `calibration`: windows that the model was calibrated on;
+    the head in slices; a model that stores keys and values compressed reads `chunk` tokens at a time through that
+    cache. Hidden states lie in a file under `work` (the system's temporary folder by default). `memory`: bytes above a
+    fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64. A model that is open
+    already keeps its own dtype, and its device. `calibration`: windows that the model was calibrated on;
     text that occurs in both is noted. Against a
     reference that has more tokens (`trim-vocabulary`), the reference is measured with the model's alone.
 
@@ -218,6 +229,7 @@ def evaluate(
         windows=windows,
         tokens=tokens,
         stride=stride,
+        chunk=chunk,
         detail=detail,
         memory=memory,
         dtype=dtype,
@@ -238,6 +250,7 @@ def evaluate_all(
     windows: int = 8,
     tokens: int | None = None,
     stride: int | None = None,
+    chunk: int = CHUNK,
     detail: bool = False,
     memory: int | None = None,
     dtype: str = "float32",
@@ -259,6 +272,8 @@ def evaluate_all(
     sources = [str(x) for x in ([data] if isinstance(data, str | Path) else data)]
     if not sources:
         raise DataError("there is no text to measure on: give at least one.")
+    if chunk < 1:
+        raise DataError(f"a chunk of {chunk} tokens: a piece of a text has at least 1.")
     if not models:
         raise DataError("there is no model to measure: give at least one.")
     opened = [open_model(x, dtype=compute, device=device, trust_remote_code=trust_remote_code) for x in models]
@@ -285,7 +300,7 @@ def evaluate_all(
     # A prompt that is pruned has no predictions of its own: half of each window is scored, with the rest before it.
     last = step if step < tokens or not any(map(prunes, opened)) else tokens // 2
     place = Path(work) if work is not None else None
-    scores, done = _scores(opened, base, ids, place, memory, progress, tokens - last)
+    scores, done = _scores(opened, base, ids, place, memory, progress, tokens - last, chunk)
     shared = {} if calibration is None else {text.source: overlap(calibration, text) for text in loaded}
     scored = slice(None) if last == tokens else slice(-last, None)
     tokenizer = opened[0].source.tokenizer() if detail else None
@@ -295,7 +310,7 @@ def evaluate_all(
             result(text, its.of(slice(n * windows, (n + 1) * windows), scored), step, tokenizer)
             for n, text in enumerate(loaded)
         )
-        size = measure(one)
+        size, stored = measure(one), cache_size(one, tokens, chunk)
         used = str(one.skeleton.dtype).removeprefix("torch.")
         evaluations.append(
             Evaluation(
@@ -308,8 +323,9 @@ def evaluate_all(
                 seconds=time.monotonic() - began,
                 peak_rss_bytes=ram.peak_above_base(),
                 dtype=used,
-                notes=(*_notes(size, used, windows, shared, left), *noted),
+                notes=(*_notes(size, used, windows, shared, (left, stored)), *noted),
                 work=left,
+                cache=stored,
             )
         )
     return evaluations

@@ -15,7 +15,7 @@ from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 from lilliput.model.weights import Model, stretches
-from lilliput.runtime import behaviours, inputs
+from lilliput.runtime import behaviours, caches, inputs
 from lilliput.source import Source, Stored, open_source
 from lilliput.source.names import Names, Ref, bind, single_name
 from lilliput.units import few
@@ -169,6 +169,8 @@ def open_model(
     _check(source, skeleton, names)
     if entries := behaviours_of(source):
         behaviours.install(skeleton.model, entries, source.read).strict = True
+    if entries := caches_of(source):
+        caches.install(skeleton.model, entries, source.read)
     opened = StoredModel(source, skeleton, names, notes)
     _round_inputs(opened)
     return opened
@@ -187,8 +189,23 @@ def _round_inputs(model: StoredModel) -> None:
 
 def behaviours_of(source: Source) -> list[dict[str, Any]]:
     """What the folder's config says its model leaves out while it runs."""
+    return _listed(source, "behaviours")
+
+
+def caches_of(source: Source) -> list[dict[str, Any]]:
+    """How the folder's config says its model stores keys and values."""
+    return _listed(source, "caches")
+
+
+def _listed(source: Source, what: str) -> list[dict[str, Any]]:
     entry = source.raw.get("quantization_config") if source.quantization == "lilliput" else None
-    return list(entry.get("behaviours") or ()) if isinstance(entry, dict) else []
+    return list(entry.get(what) or ()) if isinstance(entry, dict) else []
+
+
+def served_dtype(model: Model) -> torch.dtype:
+    """The dtype that transformers' dtype="auto" loads plain tensors in: the config's, else that of the embedding."""
+    declared = getattr(model.source.text_config, "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else model.dtype(model.skeleton.embeddings[0])
 
 
 def _bind(source: Source, skeleton: Skeleton) -> Names:

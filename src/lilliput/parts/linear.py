@@ -25,7 +25,8 @@ VERSION = 2  # 1 knew no transforms
 TABLES = 3  # the version of a folder whose embedding or head is compressed
 BEHAVES = 4  # the version of a folder with behaviours, which an older reader would leave out
 ROUNDS = 5  # the version of a folder with rounded inputs
-READS = (1, 2, 3, 4, 5)
+CACHES = 6  # the version of a folder with compressed caches, which an older reader would leave plain
+READS = (1, 2, 3, 4, 5, 6)
 ALIGNED = 8  # rows after which the bits of any codes end with a byte
 
 
@@ -132,9 +133,13 @@ def read_linear(tensors: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
     return weight.T.contiguous() if spec.transposed else weight
 
 
-def plain_config(linears: Mapping[str, LinearSpec], behaviours: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """The `quantization_config` entry: schemes once, which linear follows which, and what the model leaves out while it
-    runs."""
+def plain_config(
+    linears: Mapping[str, LinearSpec],
+    behaviours: Sequence[Mapping[str, Any]] = (),
+    caches: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """The `quantization_config` entry: schemes once, which linear follows which, what the model leaves out while it
+    runs, and how it stores keys and values."""
     schemes: list[dict[str, Any]] = []
     entries: dict[str, Any] = {}
     for stored, spec in linears.items():
@@ -157,7 +162,11 @@ def plain_config(linears: Mapping[str, LinearSpec], behaviours: Sequence[Mapping
     if any(spec.scheme.activation is not None for spec in linears.values()):
         version = ROUNDS
     plain = {"quant_method": "lilliput", "version": version, "schemes": schemes, "linears": entries}
-    return plain | {"behaviours": [dict(x) for x in behaviours]} if behaviours else plain
+    if behaviours:
+        plain["behaviours"] = [dict(x) for x in behaviours]
+    if caches:
+        plain |= {"version": CACHES, "caches": [dict(x) for x in caches]}
+    return plain
 
 
 def parse_config(entry: Mapping[str, Any]) -> dict[str, LinearSpec]:

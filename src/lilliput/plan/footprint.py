@@ -65,7 +65,8 @@ def _block(resolved: Resolved, run: Run, number: int, lockstep: bool) -> int:
         return max(rewriting, solving)
     # No forward pass runs while something is solved, and the other way round.
     solving = max(solving, peak.of_forward(run, block, gram=gram).ram)
-    solving = max([solving, *(task.cost(run, block.linears).ram for task in resolved.at(Stage.RUNNING))])
+    finished = (*resolved.at(Stage.RUNNING), *resolved.at(Stage.CACHE))
+    solving = max([solving, *(task.cost(run, block.linears).ram for task in finished)])
     most = peak.of_resident(run, block, grams=False, lockstep=lockstep).ram + solving
     if not rewrites:
         return most

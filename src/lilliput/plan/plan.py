@@ -276,8 +276,8 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     reason = exporter.refuse(ordered, model.config)
     if reason is not None:
         raise PlanError(f"the layout '{plan.exporter}' cannot hold what an allocation decided: {reason}")
-    tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model.anatomy()))
-    config = running.config(exporter.config(ordered, model.config), resolved, model.anatomy())
+    tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))
+    config = running.config(exporter.config(ordered, model.config), resolved, model)
     if config is not None and (plan.quantization_config or {}).get("dequantize"):
         config["dequantize"] = True  # what the engine's loader needs does not depend on the decision
     return replace(
@@ -334,7 +334,7 @@ def make(
     running.check(model, resolved)
     wanted = running.layout(resolved, recipe.export)
     exporter = export.choose(ordered, model.config, wanted, lambda x: _unloadable(x, model, resolved, outcomes))
-    tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, anatomy))
+    tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))
     skeleton = model.skeleton
     embedding = max((model.shape(name)[0] for name in skeleton.embeddings), default=0)
     by_block: Counter[int] = Counter()
@@ -369,7 +369,7 @@ def make(
         fingerprint=model.source.fingerprint(),
         resolved=resolved,
         exporter=exporter.name,
-        quantization_config=running.config(exporter.config(ordered, model.config), resolved, anatomy),
+        quantization_config=running.config(exporter.config(ordered, model.config), resolved, model),
         outcomes=outcomes,
         tensors=tensors,
         shards=shards,

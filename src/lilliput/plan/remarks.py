@@ -9,6 +9,7 @@ from lilliput import units
 from lilliput.model.edited import fewer_tokens, spreads
 from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
+from lilliput.plan import caching
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
 
@@ -29,6 +30,7 @@ def remarks(
         fewer_tokens(model),
         _wide(tensors),
         *_steps(resolved),
+        *caching.notes(model, resolved),
         *model.anatomy().notes,
         _shared(processes),
     )

@@ -77,7 +77,7 @@ class Resolved:
     def flows(self) -> bool:
         """Whether the block loop takes calibration samples through the blocks."""
         later = [x for x in self.tasks if x.spec.stage is not Stage.MODEL]
-        looking = (Stage.BLOCK, Stage.RUNNING)
+        looking = (Stage.BLOCK, Stage.RUNNING, Stage.CACHE)
         return any(x.needs or (x.spec.stage in looking and x.spec.tokens(x.options)) for x in later)
 
     @property

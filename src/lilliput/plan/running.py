@@ -1,14 +1,15 @@
-"""What steps that say how the finished model runs add to a plan: the layout, the config's entry, and tensors."""
+"""What steps that say how the finished model runs, or how it stores keys and values, add to a plan: the layout, the
+config's entry, and tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lilliput.anatomy.model import Anatomy
 from lilliput.errors import PlanError, SourceError
 from lilliput.model.weights import Model
 from lilliput.parts.linear import plain_config
+from lilliput.plan import caching
 from lilliput.plan.resolve import Resolved
 from lilliput.runtime.behaviours.received import attention_of
 from lilliput.runtime.behaviours.state import TOKENS
@@ -21,6 +22,7 @@ LAYOUT = "lilliput"
 
 def layout(resolved: Resolved, wanted: str) -> str:
     """The layout to ask for: only one has behaviours. Raises PlanError where the recipe asks for another one."""
+    wanted = caching.layout(resolved, wanted)
     tasks = resolved.at(Stage.RUNNING)
     if not tasks:
         return wanted
@@ -42,22 +44,23 @@ def check(model: Model, resolved: Resolved) -> None:
                     attention_of(model.skeleton.block(block))
                 except SourceError as error:
                     raise PlanError(f"{task.label}: {error}") from None
+    caching.check(model, resolved)
 
 
-def config(entry: dict[str, Any] | None, resolved: Resolved, anatomy: Anatomy) -> dict[str, Any] | None:
-    """The entry `quantization_config` with the behaviours of the recipe's steps."""
+def config(entry: dict[str, Any] | None, resolved: Resolved, model: Model) -> dict[str, Any] | None:
+    """The entry `quantization_config` with the behaviours and the caches of the recipe's steps."""
     tasks = resolved.at(Stage.RUNNING)
-    if not tasks:
-        return entry
-    mine = plain_config({}, [task.of(Behave).entry(anatomy, task.options) for task in tasks])
-    if entry is None:
-        return mine
-    return entry | {"version": max(entry["version"], mine["version"]), "behaviours": mine["behaviours"]}
+    if tasks:
+        mine = plain_config({}, [task.of(Behave).entry(model.anatomy(), task.options) for task in tasks])
+        version = max(mine["version"], 0 if entry is None else entry["version"])
+        entry = (entry or mine) | {"version": version, "behaviours": mine["behaviours"]}
+    return caching.config(entry, caching.entries(model, resolved))
 
 
-def tensors(resolved: Resolved, anatomy: Anatomy) -> Mapping[int, Shapes]:
+def tensors(resolved: Resolved, model: Model) -> Mapping[int, Shapes]:
     """The tensors that the steps add, by block."""
-    added: dict[int, Shapes] = {}
+    anatomy = model.anatomy()
+    added: dict[int, Shapes] = {**caching.tensors(caching.entries(model, resolved), anatomy.block_names)}
     for task in resolved.at(Stage.RUNNING):
         for block in range(len(anatomy.blocks)):
             own = behave.tensors(task, anatomy, block)

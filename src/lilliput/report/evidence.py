@@ -54,6 +54,8 @@ def assemble(
     evidence |= {"size": count(model, against, zeros=zeros).to_json()} | dict(parts)
     if evaluation.work is not None:
         evidence["work"] = evaluation.work.to_json()
+    if evaluation.cache is not None:
+        evidence["cache"] = evaluation.cache.to_json()
     evidence["quality"] = _quality(evaluation) | dict(parts.get("quality") or {})
     evidence["gates"] = check_gates(evidence, **vars(gates))
     evidence["verdict"] = verdict(evidence)

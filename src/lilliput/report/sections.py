@@ -73,6 +73,7 @@ def size(evidence: Data) -> Section | None:
 def _sizes(part: Data) -> Table:
     flops, base = part.get("flops_per_token") or {}, part.get("base_flops_per_token") or {}
     count, ratio = cells.number, part.get("compression_ratio")
+    kept = part.get("base_kv_bytes_per_token"), part.get("kv_bytes_per_token")
     rows = [
         ("bytes on disk", cells.size(part.get("base_bytes")), cells.size(part.get("bytes"))),
         ("bytes in RAM", cells.size(part.get("base_ram_bytes")), cells.size(part.get("ram_bytes"))),
@@ -84,7 +85,7 @@ def _sizes(part: Data) -> Table:
         ("FLOPs per token, decode", cells.count(base.get("decode")), cells.count(flops.get("decode"))),
         ("multiplications saved per token", Cell(""), cells.count(part.get("macs_saved"))),
         ("share of multiplications saved", Cell(""), cells.share(part.get("macs_saved_share"))),
-        ("KV cache per token", Cell(""), cells.size(part.get("kv_bytes_per_token"))),
+        ("KV cache per token", cells.size(kept[0]), cells.size(kept[1])),
     ]
     lines = [(words(name), a, b) for name, a, b in rows if a.value is not None or b.value is not None]
     return table(("", "original", "compressed"), lines)

@@ -19,11 +19,13 @@ from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
 from lilliput.run.journal import Work
+from lilliput.runtime.caches.codec import CodecSpec
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.forward import Batches
 from lilliput.streaming.states import Activations
 from lilliput.target import Target
 from lilliput.verbs.behave import MlpIO
+from lilliput.verbs.cache import CacheIO
 from lilliput.verbs.spec import Spec, Stage, Task
 from lilliput.verbs.view import BlockFit, BlockIO, BlockView, FitBlock, FitIO
 
@@ -117,3 +119,12 @@ class RunningDriver(Driver):
     stage: ClassVar[Stage] = Stage.RUNNING
 
     run: Callable[[Task, MlpIO], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheDriver(Driver):
+    """`run`: static tensors by which a finished block stores keys and values, by their own names."""
+
+    stage: ClassVar[Stage] = Stage.CACHE
+
+    run: Callable[[Task, CodecSpec, CacheIO], Mapping[str, Tensor]]

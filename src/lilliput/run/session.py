@@ -35,7 +35,7 @@ from lilliput.report.evidence import assemble
 from lilliput.run import calibration, delivery, editing, journal, sizing, stages, stream
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
-from lilliput.runtime import behaviours
+from lilliput.runtime import behaviours, caches
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         raise PlanError(
             f"{job.model} leaves tokens or channels out while it runs, so its blocks are not those that would be "
             "compressed: compress the model that it was made of, with that step at the end of the recipe"
+        )
+    if caches.of(base.skeleton.model) is not None:
+        raise PlanError(
+            f"{job.model} stores keys and values compressed, and would be written without that: compress the model "
+            "that it was made of, with that step at the end of the recipe"
         )
     if job.fit is not None and not any(block.links for block in base.anatomy().blocks):
         recipe = compose(job.fit, folds=False)

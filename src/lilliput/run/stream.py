@@ -26,7 +26,7 @@ from lilliput.plan.plan import Plan, resized
 from lilliput.plan.resolve import LinearPlan
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
-from lilliput.run import behaving, drivers, fisher, fitting, repairing, rewriting, stages, tables
+from lilliput.run import behaving, caching, drivers, fisher, fitting, repairing, rewriting, stages, tables
 from lilliput.run.driver import BlockDriver, LinearDriver, RepairDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, module_of, overflow, within
@@ -204,6 +204,8 @@ def compress_block(
         _compress_sites(job, batches, inputs, outputs, sites, take)
     if behaving.fitting(job):
         tensors.update(behaving.behave(job, batches, inputs, outputs))
+    if caching.fitting(job):
+        tensors.update(caching.fit(job, batches, inputs))
     number = {name: n for n, name in enumerate(name for site in job.anatomy.sites for name in site.linears)}
     return tensors, sorted(rows, key=lambda row: number[row["name"].removeprefix(f"{job.weights.prefix}.")])
 

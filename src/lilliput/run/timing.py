@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lilliput.anatomy.model import Block
-from lilliput.efficiency.counts import served_dtype
 from lilliput.efficiency.devices import THIS, Device, device, devices, synchronize
 from lilliput.efficiency.roofline import product_seconds
 from lilliput.errors import LilliputError, PlanError, nearest
 from lilliput.model.edit import heads_of
+from lilliput.model.stored import served_dtype
 from lilliput.model.weights import Model
 from lilliput.verbs.timing import MEASURE, BlockTimes, Timing
 

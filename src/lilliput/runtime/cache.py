@@ -3,16 +3,12 @@ transformers and by architectures, and is found here once."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
 
+from lilliput.anatomy.cached import NAMES, argument
 from lilliput.errors import SourceError
-
-# `cache` from transformers 5.24 on, but XLM has had an argument of that name for something else all along: it counts
-# only where none of the other names is there, and only if outputs have it too.
-NAMES = ("past_key_values", "cache_params", "cache")
 
 
 class CachedModel:
@@ -24,8 +20,7 @@ class CachedModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        accepted = inspect.signature(model.forward).parameters
-        self._argument = next((name for name in NAMES if name in accepted), None)
+        self._argument = argument(model.forward)
         self.cache: Any = None
         if self._argument is None:
             raise self._refusal()

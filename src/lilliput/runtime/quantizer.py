@@ -18,7 +18,7 @@ from lilliput.anatomy.widths import resize
 from lilliput.anatomy.wrapper import module_name, text_prefix
 from lilliput.errors import SourceError
 from lilliput.parts.linear import LinearSpec, parse_config
-from lilliput.runtime import behaviours
+from lilliput.runtime import behaviours, caches
 from lilliput.runtime.linear import CompressedLinear, compress_
 
 if TYPE_CHECKING:
@@ -35,15 +35,18 @@ class LilliputConfig(QuantizationConfigMixin):  # type: ignore[misc]
         linears: dict[str, Any],
         quant_method: str = "lilliput",
         behaviours: list[Any] | None = None,
+        caches: list[Any] | None = None,
     ) -> None:
         self.quant_method = quant_method
         self.version = version
         self.schemes = schemes
         self.linears = linears
         self.behaviours = behaviours
+        self.caches = caches
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("quant_method", "version", "schemes", "linears", *(("behaviours",) if self.behaviours else ()))
+        names = ["quant_method", "version", "schemes", "linears"]
+        names += [name for name in ("behaviours", "caches") if getattr(self, name)]
         return {name: getattr(self, name) for name in names}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -68,7 +71,9 @@ class LilliputQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("cpu"):
             self.compressed = swap(model, specs.values())
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        own = {re.escape(name) for name in behaviours.stored(self.quantization_config.behaviours or ())}
+        config = self.quantization_config
+        running = (*behaviours.stored(config.behaviours or ()), *caches.stored(config.caches or ()))
+        own = set(map(re.escape, running))
         model._keys_to_ignore_on_load_unexpected = ignored | own | _patterns(specs.values())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -83,14 +88,18 @@ class LilliputQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 module.fill(_read(where, list(module.spec.describe())), place[1])
                 filled[place] = module
+        prefix, modules = text_prefix(model, model.config), dict(model.named_modules())
+
+        def read(name: str) -> Tensor:
+            return _read(where, [name])[name]
+
+        def locate(name: str) -> str:
+            return module_name(name, modules, prefix)
+
         if entries := self.quantization_config.behaviours:
-            prefix, modules = text_prefix(model, model.config), dict(model.named_modules())
-            behaviours.install(
-                model,
-                entries,
-                lambda name: _read(where, [name])[name],
-                lambda name: module_name(name, modules, prefix),
-            )
+            behaviours.install(model, entries, read, locate)
+        if entries := self.quantization_config.caches:
+            caches.install(model, entries, read, locate)
         return model
 
 

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lilliput.anatomy.skeleton import Calls, Skeleton
+from lilliput.anatomy.calls import Calls
+from lilliput.anatomy.skeleton import Skeleton
 from lilliput.machine import memory
 from lilliput.model.weights import Model
 from lilliput.streaming.states import Activations

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lilliput.anatomy.skeleton import Calls, Skeleton
+from lilliput.anatomy.calls import Calls
+from lilliput.anatomy.skeleton import Skeleton
 from lilliput.streaming.backward import Read
 from lilliput.streaming.states import Activations
 

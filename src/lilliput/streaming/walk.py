@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from lilliput.machine import memory, ranks
 from lilliput.model.weights import Model
 from lilliput.progress import Progress
 from lilliput.streaming.forward import Batches, embed, through
+from lilliput.streaming.pieces import CHUNK, Pieces
 from lilliput.streaming.states import Activations
 
 
@@ -122,20 +124,24 @@ def last_hidden(
     folder: Path,
     *,
     batch: int = 2,
+    chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> Activations:
     """Hidden states [N, T, H] after the last block, in the skeleton's dtype, in a file of `folder`; one block resident.
 
-    The caller deletes the result. Memory does not depend on N.
+    A block whose cache is compressed reads `chunk` tokens at a time, through that cache. The caller deletes the result.
+    Memory does not depend on N.
     """
     skeleton = model.skeleton
+    pieces = Pieces(skeleton, chunk)
     shape = (len(ids), ids.shape[1], skeleton.hidden_size)
     store = Activations(folder / f"hidden-{id(model):x}.bin", shape, skeleton.dtype, create=True)
     try:
         with torch.no_grad():
             batches = embed(model, ids, batch, store)
             for block in resident(model):
-                for run in through(skeleton, block, batches, store, store):
+                pace = pieces.through if pieces.wanted(block) else partial(through, skeleton)
+                for run in pace(block, batches, store, store):
                     run()
                 if progress is not None:
                     progress.step(block + 1, len(skeleton.block_names))

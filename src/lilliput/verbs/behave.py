@@ -67,7 +67,8 @@ class Behave(Spec[OptionsT]):
         return self.fit is not None
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
-        later = next((x for x in recipe[task.step :] if x.spec.stage is not Stage.RUNNING), None)
+        running = (Stage.RUNNING, Stage.CACHE)
+        later = next((x for x in recipe[task.step :] if x.spec.stage not in running), None)
         if later is not None:
             raise PlanError(
                 f"{task.label} says how the finished model runs, and {later.label} still changes it: move it to the end"

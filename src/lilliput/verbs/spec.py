@@ -27,7 +27,7 @@ FISHER = "fisher"  # among a method's needs: no statistic of inputs, but squared
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 SpecT = TypeVar("SpecT", bound="Spec[Any]")
 Steps = list[dict[str, Any]]
-Writes = Literal["quantized", "parts", "support", "fold", "targets", "behaviour", "inputs"]
+Writes = Literal["quantized", "parts", "support", "fold", "targets", "behaviour", "inputs", "cache"]
 
 
 class Stage(Enum):
@@ -39,6 +39,7 @@ class Stage(Enum):
     LINEAR = "a linear, or all linears of a site, when their inputs have arrived"
     CLOSE = "a block whose linears are done, as a whole"
     RUNNING = "a finished block, as it will run"
+    CACHE = "the keys and values of a finished block"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from lilliput.export.folder import (
 from lilliput.export.outcome import Outcome
 from lilliput.export.provenance import LinearRow, Provenance, TensorRow, versions
 from lilliput.export.provenance import read as read_provenance
-from lilliput.model.stored import behaviours_of
+from lilliput.model.stored import behaviours_of, caches_of
 from lilliput.source.open import open_source
 from lilliput.source.reader import row_chunks
 from lilliput.source.source import Source
@@ -71,6 +71,20 @@ def vacant(out: Path) -> None:
         raise PlanError(f"the folder {out.absolute().parent} does not exist: make it first")
 
 
+def runs_plainly(source: Source, container: str) -> None:
+    """Raises PlanError for a folder whose config says how its model runs, which no container can."""
+    if behaviours_of(source):
+        raise PlanError(
+            f"{source.model} leaves tokens or channels out while it runs, which a folder as {container} cannot say: "
+            "compress the model without token-pruning and dynamic-pruning, and convert that"
+        )
+    if caches_of(source):
+        raise PlanError(
+            f"{source.model} stores keys and values compressed, which a folder as {container} cannot say: compress the "
+            "model without the step for its cache, and convert that"
+        )
+
+
 def admitted(folder: Path, out: Path, converter: Converter) -> tuple[Source, tuple[Outcome, ...]]:
     """The folder to be converted, and its linears that are no plain tensors.
 
@@ -80,11 +94,7 @@ def admitted(folder: Path, out: Path, converter: Converter) -> tuple[Source, tup
     vacant(out)
     source = open_source(str(folder))
     found = outcomes(source)
-    if behaviours_of(source):
-        raise PlanError(
-            f"{folder} leaves tokens or channels out while it runs, which a folder as {converter.name} cannot say: "
-            "compress the model without token-pruning and dynamic-pruning, and convert that"
-        )
+    runs_plainly(source, converter.name)
     reason = differ(source.text_config) or converter.refuse(found, source.config)
     if reason is not None:
         raise PlanError(f"{folder} cannot be written as {converter.name}: {reason}")

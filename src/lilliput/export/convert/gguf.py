@@ -19,7 +19,7 @@ from torch import Tensor
 from lilliput.anatomy.widths import differ
 from lilliput.errors import PlanError
 from lilliput.export.convert import Converted, Wanted, gguf_blocks, gguf_check, gguf_model, gguf_vocab
-from lilliput.export.convert.folder import IGNORED, vacant
+from lilliput.export.convert.folder import IGNORED, runs_plainly, vacant
 from lilliput.export.outcome import Outcome
 from lilliput.export.provenance import read as read_provenance
 from lilliput.parts.linear import LinearSpec
@@ -83,6 +83,7 @@ class GgufConverter:
         wanted.only(self.name, "like")
         vacant(out)
         source = open_source(str(folder))
+        runs_plainly(source, "gguf")
         config = source.text_config
         reason = differ(config) or gguf_model.refuse(config)
         if reason is not None:

@@ -40,6 +40,7 @@ SPECS = [
     KvquantSpec(8, 2, 0.1, 5, turned=True),
     ShiftedSpec(4, 4, 4),
     ShiftedSpec(16, 2, 8),
+    ShiftedSpec(3, 3, 0),
     WindowSpec(2, 9),
     WindowSpec(0, 64),
 ]
@@ -179,6 +180,7 @@ def test_what_is_fitted_is_as_described_and_inputs_stay(method: object) -> None:
     [
         (PerTokenSpec(4, 4, 5), "group of 5 does not divide the 16"),
         (KiviSpec(4, 4, 8, 12), "residual of 12 tokens is no multiple of groups of 8"),
+        (KiviSpec(4, 4, 0, 12), "groups of keys are of tokens"),
         (PerTokenSpec(4, 4, 0, rotate=True), "heads of 14 channels have no Hadamard"),
     ],
 )

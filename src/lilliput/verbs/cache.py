@@ -92,11 +92,12 @@ class Cache(Spec[OptionsT]):
             raise PlanError(f"{task.label}: a cache grows, so no scale is of all of it: give a number, or 'channel'")
 
     def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
-        """Keys and values of all samples that it looks at, in float32, with a copy to sort."""
+        """Keys and values of all samples that it looks at, in float32: as they come, together, sorted with their
+        places, and normalised."""
         if self.fit is None:
             return Cost()
         widths = sum(x.out_features for x in linears if x.role in ("k", "v", "qkv"))
-        return Cost(ram=4 * 4 * min(run.samples, self.samples(options)) * run.tokens * widths)
+        return Cost(ram=32 * min(run.samples, self.samples(options)) * run.tokens * widths)
 
 
 def group_of(target: Target, shape: CacheShape) -> int:

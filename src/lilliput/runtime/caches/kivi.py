@@ -28,6 +28,8 @@ class KiviSpec(CodecSpec):
     rotate: bool = False
 
     def check(self, shape: CacheShape) -> None:
+        if self.group_size < 1:
+            raise PlanError("groups of keys are of tokens, so 'channel' is none: give a number of tokens")
         if self.residual % self.group_size:
             raise PlanError(
                 f"a residual of {self.residual} tokens is no multiple of groups of {self.group_size}: choose one"

@@ -19,7 +19,7 @@ SHIFT, SCALE = "cache_shift", "cache_scale"
 @dataclass(frozen=True)
 class ShiftedSpec(CodecSpec):
     """bits, value_bits: of keys and of values, 16: as they are; group_size: neighbouring channels of a token that share
-    a scale."""
+    a scale, 0: all of a head."""
 
     kind: ClassVar[str] = "wkvquant"
 
@@ -28,7 +28,8 @@ class ShiftedSpec(CodecSpec):
     group_size: int = 32
 
     def check(self, shape: CacheShape) -> None:
-        whole(self.group_size, shape.keys, shape.values)
+        if self.group_size:
+            whole(self.group_size, shape.keys, shape.values)
 
     def stored(self, shape: CacheShape) -> Shapes:
         widths = {"key": shape.keys, "value": shape.values}
@@ -39,7 +40,7 @@ class ShiftedSpec(CodecSpec):
     def _side(self, bits: int, width: int, side: str, tensors: Tensors) -> Entries:
         if bits >= PLAIN:
             return Entries(Exact())
-        inner: Coder = PerToken(bits, self.group_size, width)
+        inner: Coder = PerToken(bits, self.group_size or width, width)
         return Entries(Shifted(inner, tensors.get(f"{side}_{SHIFT}"), tensors.get(f"{side}_{SCALE}")))
 
     def _sides(self, shape: CacheShape, tensors: Tensors) -> tuple[Entries, Entries]:

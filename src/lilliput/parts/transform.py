@@ -254,6 +254,15 @@ def turn_back(total: Tensor, inputs: Sequence[Transform], outputs: Sequence[Tran
     return total
 
 
+def pull(slope: Tensor, inputs: Sequence[Transform], outputs: Sequence[Transform]) -> Tensor:
+    """The gradient by P of a function whose gradient by `turn_back(P)` is `slope`."""
+    for t in inputs:
+        slope = t.apply(slope)
+    for t in outputs:
+        slope = t.undo_adjoint(slope.T).T
+    return slope
+
+
 def names(side: Literal["in", "out"], specs: Sequence[TransformSpec], width: int) -> Stored:
     """The stored tensors of one side's transforms, by suffix of the linear's payload name."""
     return {f"_{side}{n}{suffix}": x for n, spec in enumerate(specs) for suffix, x in spec.stored(width).items()}

@@ -133,6 +133,10 @@ class Spec(Generic[OptionsT]):
         layouts."""
         return ()
 
+    def takes(self, linear: Linear, options: OptionsT) -> bool:
+        """Whether a step with these options works on the linear, if its `where` covers it."""
+        return True
+
     def together(self, name: str, linear: Linear, options: OptionsT) -> str:
         """What the linear `name` shares with all that must get one target with it: by default nothing but itself."""
         return name

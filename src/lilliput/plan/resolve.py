@@ -166,7 +166,7 @@ def matches(where: Where, name: str, linear: Linear) -> bool:
 
 def _covers(task: Task, where: Where, name: str, linear: Linear) -> bool:
     """Whether a step works on a linear."""
-    return matches(where, name, linear) and task.spec.takes(linear, task.options)
+    return matches(where, name, linear) and task.spec.works_on(linear, task.options)
 
 
 def _group(target: Target, widths: Sequence[int], at: str) -> int:

@@ -64,7 +64,7 @@ class Compress(Spec[OptionsT]):
     prunes: bool = False
     roles: Callable[[OptionsT], Collection[str]] | None = None
 
-    def takes(self, linear: Linear, options: OptionsT) -> bool:
+    def works_on(self, linear: Linear, options: OptionsT) -> bool:
         return self.roles is None or linear.role in self.roles(options)
 
     def stacks(self, target: Target, options: OptionsT) -> bool:

@@ -133,7 +133,7 @@ class Spec(Generic[OptionsT]):
         layouts."""
         return ()
 
-    def takes(self, linear: Linear, options: OptionsT) -> bool:
+    def works_on(self, linear: Linear, options: OptionsT) -> bool:
         """Whether a step with these options works on the linear, if its `where` covers it."""
         return True
 

@@ -18,7 +18,7 @@ from lilliput.stats import fold
 from lilliput.target import Target
 from lilliput.verbs.view import BlockIO, BlockView
 
-REWRITE = sorted(n for n, m in methods.discover().items() if m.spec.verb == "rewrite" and not m.spec.permutes)
+REWRITE = sorted(n for n, m in methods.discover().items() if m.spec.verb == "rewrite" and m.spec.moves == "scales")
 TARGET = Target(bits=3, group_size=16, symmetric=False)
 
 

@@ -1,5 +1,5 @@
-"""Who reads and who writes the residual stream, and which heads may be turned: what an orthogonal change of basis needs,
-proved by doing one."""
+"""Who reads and who writes the residual stream, and which heads may be turned: what an orthogonal change of basis
+needs, proved by doing one."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class Turned:
 
     def squares(self, squares: Tensor) -> Tensor:
         raise LilliputError(
-            "squared gradients by single weights do not survive a rotation of heads: leave head-rotation out, or take a "
-            "method that reads none"
+            "squared gradients by single weights do not survive a rotation of heads: leave head-rotation out, or take "
+            "a method that reads none"
         )
 
 

@@ -22,8 +22,8 @@ class Rewrite(Spec[OptionsT]):
     """`run(block, io, target, options)`: folds that leave the block's function as it is. `target` is that of the step
     that quantizes later, unless the step names its own bits. `takes(run, linears, options)`: what it works in beside
     the block's weights and statistics (None: no more than a copy of the largest linear); `moves`: what it returns:
-    scales (and shifts) along links, orders of hidden channels, or rotations of heads; `refuse(anatomy, options)`: why it
-    cannot do so on this model."""
+    scales (and shifts) along links, orders of hidden channels, or rotations of heads; `refuse(anatomy, options)`: why
+    it cannot do so on this model."""
 
     verb: ClassVar[str] = "rewrite"
     family: ClassVar[str] = "rewrite"

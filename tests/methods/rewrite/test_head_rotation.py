@@ -73,6 +73,6 @@ def test_a_folder_computes_what_the_model_did(tiny: Tiny, tmp_path: Path) -> Non
             for x in (tmp_path / "out", tiny("qwen2"))
         )
     assert float((ours - theirs).norm() / theirs.norm()) < 0.03
-    reading = "steps:\n  - {method: head-rotation}\n  - {method: squeezellm, target: {bits: 4}}\n"
+    reading = "steps:\n  - {method: head-rotation}\n  - {method: squeezellm, target: {format: codebook, bits: 4}}\n"
     with pytest.raises(PlanError, match="squared gradients"):
         api.compress(tiny("qwen2"), tmp_path / "no", recipe=reading, samples=2, tokens=32, progress=Quiet())

@@ -313,8 +313,9 @@ def resolve(
         tables=flat,
         notes=(*idle, *_narrowed(tasks, [*plans, *flat])),
     )
+    rounded = frozenset(x.name for x in plans if x.scheme.activation is not None)
     for task in tasks:
-        task.spec.suits(task, Around(anatomy, width, tasks, resolved.quantized(), resolved.governed(task)))
+        task.spec.suits(task, Around(anatomy, width, tasks, resolved.quantized(), resolved.governed(task), rounded))
     return resolved
 
 

@@ -283,7 +283,8 @@ class Around:
     """What a step finds on a model once all steps are resolved.
 
     `width`: of the residual stream; `quantized`: by linear, the target of the step that quantizes it; `governed`: by
-    linear, the step whose target this one may decide, which is the next one after it on that linear.
+    linear, the step whose target this one may decide, which is the next one after it on that linear; `rounded`: the
+    linears whose inputs a step rounds.
     """
 
     anatomy: Anatomy
@@ -291,3 +292,4 @@ class Around:
     recipe: Sequence[Task]
     quantized: Mapping[str, Target]
     governed: Mapping[str, Task]
+    rounded: frozenset[str] = frozenset()

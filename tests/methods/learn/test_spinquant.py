@@ -128,7 +128,7 @@ def test_rounded_inputs_are_part_of_the_loss(toy: Any, ready: RotatedModel, tmp_
     value, expected = reference(toy, rotation, None)
     assert loss == pytest.approx(value, rel=1e-3)  # an input between two codes may fall to either side
     assert float((slope.float() - expected).norm() / expected.norm()) < 0.05
-    options = [spinquant.Options(steps=n, weights=False, rate=0.2) for n in (0, 12)]
+    options = [spinquant.Options(steps=n, weights=False, rate=0.05) for n in (0, 10)]
     start, end = (spinquant.learn(ready, samples, linears(toy, GRID), o)[0].matrix for o in options)
     before, after = (backward.loss(ready.skeleton, spinquant._read(ready, {}, r), samples) for r in (start, end))
     assert after < before

@@ -44,7 +44,7 @@ def turned(value: Tensor, places: Tensor, matrices: Tensor, axis: int) -> Tensor
     multiplied by `matrices` [n, h, h], as rows of vectors; what lies in none stays."""
     across = axis == 0 and value.dim() == 2
     rows = value.T if across else value
-    picked = rows[..., places.flatten()].unflatten(-1, places.shape)  # [.., n, h]
+    picked = rows[..., places.flatten()].reshape(*rows.shape[:-1], *places.shape)  # [.., n, h]
     out = rows.clone()
     out[..., places.flatten()] = torch.einsum("...nh,nhk->...nk", picked, matrices.to(value)).flatten(-2)
     return out.T if across else out

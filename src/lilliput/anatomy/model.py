@@ -69,7 +69,7 @@ class Link:
         """Rows of the producer by head of values, int64 [heads, head], and which of them each stretch of channels
         reads, int64 [width / head]."""
         stretches = self.index.view(-1, self.head)
-        rows, which = stretches.unique(dim=0, return_inverse=True)
+        rows, which = stretches.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
         return rows, which
 
     def tie(self, values: Tensor, reduce: Literal["amax", "mean"] = "amax") -> Tensor:

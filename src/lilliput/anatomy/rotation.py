@@ -69,12 +69,12 @@ def _turning(probe: Probe, link: Link, groups: Sequence[Group]) -> Link:
         for reader in link.readers[:1]
         if group.kind == "head" and any((name, axis) == (reader, "columns") for name, axis, _ in group.members)
     ]
-    sizes = {len(link.index[x].unique()) for x in columns}
+    sizes = {len(set(link.index[x].tolist())) for x in columns}
     if len(sizes) != 1 or (size := sizes.pop()) < 2 or len(link.index) % size:
         return link
     whole = replace(link, head=size)
     rows, which = whole.heads()
-    if rows.unique().numel() != rows.numel():
+    if len(set(rows.flatten().tolist())) != rows.numel():
         return link
     matrices = torch.linalg.qr(torch.randn(len(rows), size, size, generator=probe.rng, dtype=torch.float64))[0]
     changes: dict[str, Tensor] = {}

@@ -92,7 +92,8 @@ def _rounding(plan: Plan, skeleton: Skeleton) -> Iterator[None]:
         activation, width = x.scheme.activation, x.linear.in_features
         if activation is None or activation.stored(width) or transform.names("in", x.scheme.inputs, width):
             continue
-        turns = transform.load("in", x.scheme.inputs, width, {}.__getitem__)
+        nothing: Mapping[str, Tensor] = {}
+        turns = transform.load("in", x.scheme.inputs, width, nothing.__getitem__)
         modules.append(skeleton.block(x.block).get_submodule(x.linear.name))
         inputs.attach(modules[-1], inputs.Rounding(InputGrid(activation), turns))
     try:

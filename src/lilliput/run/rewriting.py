@@ -51,7 +51,9 @@ def seen(
     covered = {x.name for x in anatomy.linears}
     names = sorted(readers & covered)
     views = {n: weights.linear(anatomy.linear(n)).to(weights.device) for n in names} if ranks.lead() else {}
-    return BlockView(anatomy, views), BlockIO(stats, movement=moved)
+    norms = [x for x in anatomy.links if x.kind == "norm"] if ranks.lead() else ()
+    gains = {x.producer: weights.tensor(f"{x.producer}.weight").float() + x.offset for x in norms}
+    return BlockView(anatomy, views, gains), BlockIO(stats, movement=moved)
 
 
 def decided(task: Task, view: BlockView, io: BlockIO) -> Sequence[Fold]:

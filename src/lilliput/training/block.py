@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.formats import ggml, integer
+from lilliput.formats import ggml, integer, rounding
 from lilliput.formats.ggml import GgmlFormat
 from lilliput.formats.ggml_bytes import KINDS
 from lilliput.formats.integer import IntegerFormat
@@ -73,6 +73,18 @@ class Start:
             gap = float(levels[-1] - levels[0]) / (len(levels) - 1)
         off = (meant - self.weight / self.units.spread(self.scale)).div_(gap)
         return centred - off.clamp_(-_EDGE, _EDGE).mul_(1.0 - margin)
+
+    def clipped(self, upper: Tensor, lower: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale, as stored, and zero point [units] with the ends of the range times factors [units], differentiable;
+        lower None: the grid is symmetric, and `upper` a factor on its scale."""
+        form, scale, zero = self.units.form, self.scale, self.zero
+        if lower is None:
+            return rounding.stored(scale * upper, zero, self.units, self.grid)
+        low = (form.lowest - zero) * lower
+        high = (form.highest - zero) * upper
+        wide = scale * ((high - low) / (form.highest - form.lowest))
+        at = form.lowest - low * (scale / wide)
+        return rounding.stored(wide, at, self.units, self.grid)
 
     def masked(self, value: Tensor) -> Tensor:
         """`value` with 0 outside the support, plus the other parts."""

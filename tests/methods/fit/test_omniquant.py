@@ -72,7 +72,7 @@ def test_one_step_of_adam_is_that_of_the_equations(tmp_path: Path) -> None:
         expected = clipped(w, g - 1.5 * g.grad.sign(), b - 1.5 * b.grad.sign())
         after = (x @ (expected - w).T).square().mean()
     assert after < before  # so that the step is kept
-    torch.testing.assert_close(done.layers["a"].decode().double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(done.layers["a"].decode().double(), expected, rtol=1e-4, atol=1e-5)
     assert done.end == pytest.approx(float(after), rel=1e-4)
 
 

@@ -87,7 +87,13 @@ METHOD = Compress(
     options=Options,
     needs=("gram",),
     writes="parts",
-    covers={},
+    covers={
+        "flatquant": [
+            {"method": "flatquant"},
+            {"method": "gptq", "target": {"bits": 4, "group_size": "channel"}},
+            {"method": "act-static-dynamic", "target": {"bits": 4}},
+        ],
+    },
     recipe=[
         {"method": "flatquant"},
         {"method": "gptq", "target": {"bits": 4, "group_size": "channel"}},

@@ -59,7 +59,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     """The layer with a transform in front. Raises PlanError for a mask, which would not survive it."""
     if layer.support is not None:
         raise PlanError(f"{layer.name} is pruned, and a mask does not survive a transform: leave one of the two out")
-    weight, width, most = layer.rest().double(), stats.width, extra(stats.width, o)
+    weight, width, most = layer.rest(), stats.width, extra(stats.width, o)
     size, cost = stats.need("absmax").double(), _costs(weight, stats)
     best = _Choice(torch.ones(width, dtype=torch.int64), [])
     least = math.inf
@@ -72,7 +72,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
         if added > most or pairs is None:
             break
         step = 2 * theta / ((1 << o.input_bits) - 1)
-        columns = weight.square().sum(0).cpu()
+        columns = weight.square().sum(0, dtype=torch.float64).cpu()
         noise = step * step / 12 * float((columns * counts).sum())
         error = noise + sum(float(cost[i, j]) for i, j in pairs)
         if error < least:
@@ -97,38 +97,44 @@ class _Choice:
         for j, i in partner.items():
             place[first[j]] = place[first[i]]
         unused = torch.full((width + most - len(source),), -1)
-        both = (torch.cat([x, unused]).to(torch.int32).to(device) for x in (source, place))
-        return Reassembled(*both, width)
+        origins, places = (torch.cat([x, unused]).to(device, torch.int32) for x in (source, place))
+        return Reassembled(origins, places, width)
 
 
 def _costs(weight: Tensor, stats: SiteStats) -> Tensor:
-    """d [width, width], float64 on the CPU."""
-    gram = stats.need("gram").double() / max(stats.count, 1)
-    apart = [x.diagonal()[:, None] + x.diagonal() - 2 * x for x in (weight.T @ weight, gram)]
-    return (apart[0].clamp(min=0) / 4 * apart[1].clamp(min=0)).cpu()
+    """d [width, width], float32 on the CPU."""
+    apart = [_distances(weight.T @ weight), _distances(stats.need("gram") / max(stats.count, 1))]
+    return apart[0].mul_(apart[1]).div_(4).cpu()
+
+
+def _distances(gram: Tensor) -> Tensor:
+    """Squared distances of what has this Gram matrix."""
+    size = gram.diagonal()
+    return (size[:, None] + size).sub_(gram, alpha=2).clamp_(min=0)
 
 
 def _matched(cost: Tensor, counts: Tensor, wanted: int) -> list[tuple[int, int]] | None:
-    """The cheapest pairs of single channels, none twice; None where there are not enough."""
-    if wanted == 0:
-        return []
+    """Pairs of single channels, none twice; None where there are not enough. Those of the first set that another has
+    beaten to their partner look for the next one in another round."""
     single = (counts == 1).nonzero()[:, 0]
     first, second = single[0::2], single[1::2]
     if len(second) < wanted:
         return None
     between = cost[first][:, second]
-    order = between.flatten().argsort(stable=True)
     pairs: list[tuple[int, int]] = []
-    used: tuple[set[int], set[int]] = (set(), set())
-    for k in order.tolist():
-        a, b = divmod(k, len(second))
-        if a not in used[0] and b not in used[1]:
-            used[0].add(a)
-            used[1].add(b)
+    while len(pairs) < wanted:
+        least, partner = between.min(1)
+        taken: set[int] = set()
+        for a in least.argsort(stable=True).tolist():
+            b = int(partner[a])
+            if b in taken or math.isinf(float(least[a])):
+                continue
+            taken.add(b)
             pairs.append((int(first[a]), int(second[b])))
+            between[a], between[:, b] = torch.inf, torch.inf
             if len(pairs) == wanted:
-                return pairs
-    return None
+                break
+    return pairs
 
 
 METHOD = Compress(

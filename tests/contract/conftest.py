@@ -25,7 +25,8 @@ class Toy:
     block: Block
 
     def view(self) -> BlockView:
-        return BlockView(self.block, {x.name: self.tensors[x.name] for x in self.block.linears})
+        gains = {name: self.tensors[name] for name in ("norm", "norm2")}
+        return BlockView(self.block, {x.name: self.tensors[x.name] for x in self.block.linears}, gains)
 
     def forward(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         return forward(tensors, x)

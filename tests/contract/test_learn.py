@@ -18,6 +18,7 @@ from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
 from lilliput.target import Target
 from lilliput.verbs.learn import Learn
+from lilliput.verbs.spec import Around
 
 LEARN = sorted(n for n, m in methods.discover().items() if isinstance(m.spec, Learn))
 IDS = torch.randint(0, 48, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -83,7 +84,8 @@ def test_the_model_computes_what_it_did(name: str, source: Model, tmp_path: Path
 def test_a_model_that_can_be_turned_is_not_refused(name: str, source: Model) -> None:
     method = methods.get(name)
     assert isinstance(method.spec, Learn)
-    assert method.spec.refuse is None or method.spec.refuse(24, _targets(source), method.parse({})) is None
+    around = Around(source.anatomy(), 24, (), _targets(source), {})
+    assert method.spec.refuse is None or method.spec.refuse(around, method.parse({})) is None
 
 
 @pytest.mark.parametrize("name", [n for n in LEARN if methods.get(n).spec.tokens(methods.get(n).parse({}))])

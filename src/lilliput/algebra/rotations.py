@@ -37,3 +37,14 @@ def principal(gram: Tensor) -> Tensor:
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     signed: Tensor = vectors * largest.sign()
     return signed
+
+
+def turned(value: Tensor, places: Tensor, matrices: Tensor, axis: int) -> Tensor:
+    """A matrix [out, in] or vector [out] whose stretches of entries along an axis, `places` int64 [n, h], are
+    multiplied by `matrices` [n, h, h], as rows of vectors; what lies in none stays."""
+    across = axis == 0 and value.dim() == 2
+    rows = value.T if across else value
+    picked = rows[..., places.flatten()].reshape(*rows.shape[:-1], *places.shape)  # [.., n, h]
+    out = rows.clone()
+    out[..., places.flatten()] = torch.einsum("...nh,nhk->...nk", picked, matrices.to(value)).flatten(-2)
+    return out.T if across else out

@@ -15,7 +15,7 @@ from lilliput.anatomy.miniature import enlarge, miniature
 from lilliput.anatomy.model import Anatomy, Block, Groups, Linear, Site
 from lilliput.anatomy.probe import Probe, differs
 from lilliput.anatomy.roles import flow, roles
-from lilliput.anatomy.rotation import residual
+from lilliput.anatomy.rotation import residual, turning
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 
@@ -97,6 +97,7 @@ def _look(probe: Probe) -> Block:
     role = roles(probe, sites, links, feeds)
     channels, channel_notes = channel_groups(probe, sites, role, links)
     heads, head_notes = head_groups(probe, sites, role, feeds)
+    links = turning(probe, links, heads)
     experts, expert_notes = expert_groups(probe, role)
     stream = residual(probe, links, role)
     site_of = {n: s.name for s in sites for n in s.linears}

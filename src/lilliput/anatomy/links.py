@@ -39,7 +39,8 @@ def norm_links(probe: Probe, sites: Sequence[Site]) -> Links:
         offset = min(errors, key=lambda x: errors[x])
         if errors[offset] <= TOLERANCE:
             first = site_of[readers[0]]
-            links.append(Link("norm", norm, readers, first, torch.arange(width), offset, errors[offset]))
+            shifts = probe.has(f"{norm}.bias") and all(probe.linears[n].bias for n in readers)
+            links.append(Link("norm", norm, readers, first, torch.arange(width), offset, errors[offset], shifts=shifts))
         else:
             notes.append(f"{norm}: its output is used by more than {_some(readers)}, so no scale can move into it")
     order = {s.name: i for i, s in enumerate(sites)}

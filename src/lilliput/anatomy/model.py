@@ -50,7 +50,9 @@ class Link:
 
     kind "norm": the producer is a norm with gain (offset + weight) and possibly a bias; kind "linear": a linear
     (rows of its weight, and its bias). `index` is int64 [width]; rows that occur twice share one scale (grouped
-    queries).
+    queries). `head`: channels come in stretches of that many, the heads of values, within which any orthogonal matrix
+    may move as well (0: no). `shifts`: the producer is a norm with a bias, and so has every reader, so that a shift of
+    its output may move too.
     """
 
     kind: Literal["norm", "linear"]
@@ -60,6 +62,15 @@ class Link:
     index: Tensor
     offset: float = 0.0  # Gemma stores gain - 1
     error: float = 0.0  # relative change of the block's output seen when it was verified
+    head: int = 0
+    shifts: bool = False
+
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """Rows of the producer by head of values, int64 [heads, head], and which of them each stretch of channels
+        reads, int64 [width / head]."""
+        stretches = self.index.view(-1, self.head)
+        rows, which = stretches.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+        return rows, which
 
     def tie(self, values: Tensor, reduce: Literal["amax", "mean"] = "amax") -> Tensor:
         """values [width] made equal wherever channels share a producer row."""

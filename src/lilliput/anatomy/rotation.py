@@ -1,15 +1,17 @@
-"""Who reads and who writes the residual stream: what an orthogonal change of its basis needs, proved by doing one."""
+"""Who reads and who writes the residual stream, and which heads may be turned: what an orthogonal change of basis
+needs, proved by doing one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lilliput.algebra.rotations import turned
 from lilliput.anatomy.links import TOLERANCE
-from lilliput.anatomy.model import Link, Role
+from lilliput.anatomy.model import Group, Link, Role
 from lilliput.anatomy.probe import Probe
 
 
@@ -52,6 +54,44 @@ def residual(probe: Probe, links: Sequence[Link], roles: Mapping[str, Role]) -> 
     if not error <= TOLERANCE:
         return Residual((), (), (f"the residual stream cannot be rotated: the block's output changes by {error:.1e}",))
     return Residual(tuple((x.producer, x.readers) for x in norms), writers, ())
+
+
+def turning(probe: Probe, links: Sequence[Link], groups: Sequence[Group]) -> tuple[Link, ...]:
+    """The links, with the size of heads where each head of the producer can be turned and turned back in the readers:
+    a gate on single channels between the two lets scales through, and no rotation."""
+    return tuple(_turning(probe, link, groups) if link.kind == "linear" else link for link in links)
+
+
+def _turning(probe: Probe, link: Link, groups: Sequence[Group]) -> Link:
+    columns = [
+        torch.cat([torch.arange(*span) for name, axis, span in group.members if (name, axis) == (reader, "columns")])
+        for group in groups
+        for reader in link.readers[:1]
+        if group.kind == "head" and any((name, axis) == (reader, "columns") for name, axis, _ in group.members)
+    ]
+    sizes = {len(set(link.index[x].tolist())) for x in columns}
+    if len(sizes) != 1 or (size := sizes.pop()) < 2 or len(link.index) % size:
+        return link
+    whole = replace(link, head=size)
+    rows, which = whole.heads()
+    if len(set(rows.flatten().tolist())) != rows.numel():
+        return link
+    matrices = torch.linalg.qr(torch.randn(len(rows), size, size, generator=probe.rng, dtype=torch.float64))[0]
+    changes: dict[str, Tensor] = {}
+    for name in (f"{link.producer}.{suffix}" for suffix in ("weight", "bias")):
+        if probe.has(name):
+            changes[name] = _turned(probe, link.producer, name, rows, matrices, 0)
+    stretches = torch.arange(len(link.index)).view(-1, size)
+    for reader in link.readers:
+        name = f"{reader}.weight"
+        changes[name] = _turned(probe, reader, name, stretches, matrices[which], 1)
+    return whole if probe.error(probe.look(changes)) <= TOLERANCE else link
+
+
+def _turned(probe: Probe, linear: str, name: str, places: Tensor, matrices: Tensor, axis: int) -> Tensor:
+    value = probe.tensor(name)
+    flipped = probe.linears[linear].transposed and value.dim() == 2
+    return turned(value, places, matrices, 1 - axis if flipped else axis).contiguous()
 
 
 def _behind_linear(probe: Probe) -> set[str]:

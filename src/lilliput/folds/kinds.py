@@ -21,6 +21,29 @@ class ScaleFold:
 
 
 @dataclass(frozen=True)
+class ShiftFold:
+    """The norm gives `shift` [width] less, float32, and the readers' biases make up for it: b <- b + W shift.
+
+    The link has to be one that can be shifted (`Link.shifts`).
+    """
+
+    link: Link
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class HeadFold:
+    """Head k of the values is turned by the orthogonal `matrices[k]` [heads, h, h], float64, and what reads it back:
+    the producer's rows V_k <- R_kT V_k, its bias alike, the columns of all query heads that read it W <- W R_k.
+
+    `heads` in the order of `Link.heads`; the link has to be one whose heads can be turned (`Link.head`).
+    """
+
+    link: Link
+    matrices: Tensor
+
+
+@dataclass(frozen=True)
 class PermuteFold:
     """Hidden channel j becomes what channel `order[j]` was, int64 [width]: its rows of the producers and its columns of
     the readers move alike."""
@@ -39,5 +62,5 @@ class ResidualRotation:
     matrix: Tensor
 
 
-Fold = ScaleFold | PermuteFold
+Fold = ScaleFold | ShiftFold | HeadFold | PermuteFold
 """What a rewrite of a block may return."""

@@ -9,21 +9,20 @@ from torch import Tensor
 
 from lilliput.anatomy.model import Block, Linear
 from lilliput.errors import LilliputError
-from lilliput.folds.kinds import Fold, PermuteFold
+from lilliput.folds.changes import Added, Change, Ordered, Scaled, Turned
+from lilliput.folds.kinds import Fold, HeadFold, PermuteFold, ScaleFold, ShiftFold
 from lilliput.model.weights import Model
 
 
 class BlockWeights:
-    """Tensors of one block under names relative to it. Nothing is kept but the folded scales: reading is cheap."""
+    """Tensors of one block under names relative to it. Nothing is kept but what folds do to them: reading is cheap."""
 
     def __init__(self, model: Model, index: int, anatomy: Block) -> None:
         self.prefix = model.skeleton.block_names[index]
         self.anatomy = anatomy
         self._model = model
         self._values: dict[str, Tensor] = {}  # what a repair has put in place of tensors
-        self._rows: dict[str, Tensor] = {}  # tensor name -> factor of its output rows
-        self._columns: dict[str, Tensor] = {}  # tensor name -> factor of its input columns
-        self._order: dict[str, tuple[int, Tensor]] = {}  # tensor name -> an axis [out, in] in another order
+        self._changes: dict[str, list[Change]] = {}  # tensor name -> what folds have done to it, in order
         self._offset: dict[str, float] = {}  # gains stored as gain - offset
         self._transposed = {f"{x.name}.weight" for x in anatomy.linears if x.transposed}
 
@@ -49,25 +48,22 @@ class BlockWeights:
 
     def folded(self, name: str) -> bool:
         """Whether a tensor is another than the model's."""
-        return any(name in x for x in (self._rows, self._columns, self._values, self._order))
+        return name in self._changes or name in self._values
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor in its stored orientation: in its stored dtype, or float32 where a fold touched it."""
+        """A tensor in its stored orientation: in its stored dtype, or float32 where a fold computed with it."""
         value = self._values[name] if name in self._values else self._model.read(self.canonical(name))
-        if name in self._order:
-            axis, order = self._order[name]
-            value = value.index_select(1 - axis if name in self._transposed else axis, order)
-        if name not in self._rows and name not in self._columns:
+        changes = self._changes.get(name)
+        if changes is None:
             return value
-        value = value.float() + self._offset.get(name, 0.0)
-        rows, columns = self._rows.get(name), self._columns.get(name)
-        if name in self._transposed:
-            rows, columns = columns, rows
-        if rows is not None:
-            value = value * (rows if value.dim() == 1 else rows[:, None])
-        if columns is not None:
-            value = value * columns
-        return value - self._offset.get(name, 0.0)
+        flipped = name in self._transposed
+        value = value.T if flipped else value
+        if not all(isinstance(x, Ordered) for x in changes):
+            value = value.float() + self._offset.get(name, 0.0)
+        for change in changes:
+            value = change.apply(value)
+        value = value - self._offset[name] if name in self._offset else value
+        return (value.T if flipped else value).contiguous()
 
     def linear(self, linear: Linear) -> Tensor:
         """The weight of a linear, float32 [out, in], contiguous and the caller's own."""
@@ -76,12 +72,8 @@ class BlockWeights:
 
     def through_folds(self, linear: Linear, squares: Tensor) -> Tensor:
         """Squared gradients [out, in] by a weight that no fold has touched, as those by the weight as it is now."""
-        if (moved := self._order.get(f"{linear.name}.weight")) is not None:
-            squares = squares.index_select(moved[0], moved[1].to(squares.device))
-        for factors, side in ((self._rows, (-1, 1)), (self._columns, (1, -1))):
-            factor = factors.get(f"{linear.name}.weight")
-            if factor is not None:
-                squares = squares / factor.square().view(side)
+        for change in self._changes.get(f"{linear.name}.weight", ()):
+            squares = change.squares(squares)
         return squares
 
     def to_stored(self, linear: Linear, weight: Tensor) -> Tensor:
@@ -89,34 +81,64 @@ class BlockWeights:
         return weight.T.contiguous() if linear.transposed else weight
 
     def fold(self, folds: Iterable[Fold]) -> dict[str, Tensor]:
-        """Take folds over; returns, by site, the factor on its inputs that they amount to."""
+        """Take folds over; returns, by site, the factor on its inputs that scales amount to."""
         sites: dict[str, Tensor] = {}
         for fold in folds:
-            if isinstance(fold, PermuteFold):
+            if isinstance(fold, ScaleFold):
+                self._scale(fold, sites)
+            elif isinstance(fold, ShiftFold):
+                self._shift(fold)
+            elif isinstance(fold, HeadFold):
+                self._turn(fold)
+            else:
                 self._permute(fold)
-                continue
-            link = fold.link
-            scale = fold.scale.detach().to("cpu", torch.float32)
-            if scale.shape != link.index.shape or not bool(torch.isfinite(scale).all()) or float(scale.min()) <= 0:
-                raise LilliputError(f"a rewrite gave unusable scales for {self.prefix}.{link.producer}")
-            if not torch.equal(link.tie(scale), scale):
-                raise LilliputError(f"scales for {self.prefix}.{link.producer} differ where query heads share a row")
-            producer = self._model.shape(self.canonical(f"{link.producer}.weight"))
-            width = producer[1 if self._is_transposed(link.producer) else 0]
-            inverse = torch.ones(width)
-            inverse[link.index] = 1.0 / scale
-            for suffix in ("weight", "bias"):
-                name = f"{link.producer}.{suffix}"
-                if self.canonical(name) in self._model.skeleton.shapes:
-                    self._rows[name] = self._rows.get(name, torch.ones(width)) * inverse
-                    if link.kind == "norm" and suffix == "weight":
-                        self._offset[name] = link.offset
-            for reader in link.readers:
-                name = f"{reader}.weight"
-                self._columns[name] = self._columns.get(name, torch.ones_like(scale)) * scale
-            for site in {x.site for x in self.anatomy.linears if x.name in link.readers}:
-                sites[site] = sites.get(site, torch.ones_like(scale)) / scale
         return sites
+
+    def _scale(self, fold: ScaleFold, sites: dict[str, Tensor]) -> None:
+        link = fold.link
+        scale = fold.scale.detach().to("cpu", torch.float32)
+        if scale.shape != link.index.shape or not bool(torch.isfinite(scale).all()) or float(scale.min()) <= 0:
+            raise LilliputError(f"a rewrite gave unusable scales for {self.prefix}.{link.producer}")
+        if not torch.equal(link.tie(scale), scale):
+            raise LilliputError(f"scales for {self.prefix}.{link.producer} differ where query heads share a row")
+        inverse = torch.ones(self._height(link.producer))
+        inverse[link.index] = 1.0 / scale
+        for suffix in ("weight", "bias"):
+            self._change(f"{link.producer}.{suffix}", Scaled(0, inverse))
+        if link.offset:
+            self._offset[f"{link.producer}.weight"] = link.offset
+        for reader in link.readers:
+            self._change(f"{reader}.weight", Scaled(1, scale))
+        for site in {x.site for x in self.anatomy.linears if x.name in link.readers}:
+            sites[site] = sites.get(site, torch.ones_like(scale)) / scale
+
+    def _shift(self, fold: ShiftFold) -> None:
+        link = fold.link
+        shift = fold.shift.detach().to("cpu", torch.float32)
+        if not link.shifts:
+            raise LilliputError(
+                f"{self.prefix}.{link.producer} or what reads it has no bias, so its output cannot be shifted"
+            )
+        if shift.shape != link.index.shape or not bool(torch.isfinite(shift).all()):
+            raise LilliputError(f"a rewrite gave an unusable shift for {self.prefix}.{link.producer}")
+        for reader in link.readers:
+            self._change(f"{reader}.bias", Added(self.linear(self.anatomy.linear(reader)) @ shift))
+        self._change(f"{link.producer}.bias", Added(-shift))
+
+    def _turn(self, fold: HeadFold) -> None:
+        link, matrices = fold.link, fold.matrices.detach().to("cpu", torch.float64)
+        if not link.head:
+            raise LilliputError(f"the heads of {self.prefix}.{link.producer} cannot be turned")
+        rows, which = link.heads()
+        square = matrices.shape == (len(rows), link.head, link.head)
+        off = (matrices.mT @ matrices - torch.eye(link.head, dtype=torch.float64)).abs().max() if square else 1.0
+        if not float(off) < 1e-8:
+            raise LilliputError(f"a rewrite gave no rotations of the heads of {self.prefix}.{link.producer}")
+        for suffix in ("weight", "bias"):
+            self._change(f"{link.producer}.{suffix}", Turned(0, rows, matrices))
+        stretches = torch.arange(len(link.index)).view(-1, link.head)
+        for reader in link.readers:
+            self._change(f"{reader}.weight", Turned(1, stretches, matrices[which]))
 
     def _permute(self, fold: PermuteFold) -> None:
         channels, order = fold.channels, fold.order.detach().to("cpu", torch.int64)
@@ -124,25 +146,21 @@ class BlockWeights:
             raise LilliputError(f"a rewrite gave no order of the channels of {self.prefix}.{channels.readers[0]}")
         rows: dict[str, Tensor] = {}
         for name, index in channels.rows:  # a linear may hold gate and up
-            height = self._model.shape(self.canonical(f"{name}.weight"))[1 if self._is_transposed(name) else 0]
-            rows.setdefault(name, torch.arange(height))[index] = index[order]
+            rows.setdefault(name, torch.arange(self._height(name)))[index] = index[order]
         for name, whole in rows.items():
             for suffix in ("weight", "bias"):
-                if self.canonical(f"{name}.{suffix}") in self._model.skeleton.shapes:
-                    self._reorder(f"{name}.{suffix}", 0, whole, self._rows)
+                self._change(f"{name}.{suffix}", Ordered(0, whole))
         for name in channels.readers:
-            self._reorder(f"{name}.weight", 1, order, self._columns)
+            self._change(f"{name}.weight", Ordered(1, order))
 
-    def _reorder(self, name: str, axis: int, order: Tensor, factors: dict[str, Tensor]) -> None:
-        if name in self._order:
-            before, was = self._order[name]
-            if before != axis:
-                raise LilliputError(f"{self.prefix}.{name} is the rows of one MLP and the columns of another")
-            self._order[name] = axis, was[order]
-        else:
-            self._order[name] = axis, order
-        if name in factors:
-            factors[name] = factors[name][order]
+    def _change(self, name: str, change: Change) -> None:
+        """Note a change of a tensor, if the model has one of that name."""
+        if self.canonical(name) in self._model.skeleton.shapes:
+            self._changes.setdefault(name, []).append(change)
+
+    def _height(self, name: str) -> int:
+        """Rows of a linear, or entries of a norm."""
+        return self._model.shape(self.canonical(f"{name}.weight"))[1 if self._is_transposed(name) else 0]
 
     def _is_transposed(self, linear: str) -> bool:
         return f"{linear}.weight" in self._transposed

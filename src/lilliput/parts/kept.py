@@ -19,6 +19,7 @@ from lilliput.parts.pattern import LARGEST, PatternPart, PatternSpec
 from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.parts.tiles import TilesSpec
+from lilliput.parts.transform import turn
 
 
 def spec_of(
@@ -72,10 +73,11 @@ def apart(scheme: Scheme) -> bool:
 
 
 def part_of(layer: Layer, spec: PartSpec) -> Part:
-    """The kept weights of a pruned layer without parts as `spec`, of `spec_of`, says. ValueError: it keeps others."""
+    """The kept weights of a layer without parts as `spec`, of `spec_of`, says, between its transforms. ValueError: it
+    keeps others."""
     weight, planned = layer.decode(), f"{layer.name} was planned with {spec.describe()}"
     if isinstance(spec, DenseSpec):
-        return DensePart(weight, spec.dtype)
+        return DensePart(turn(weight, layer.inputs, layer.outputs), spec.dtype)
     if layer.support is None:
         raise ValueError(f"{planned} and is not pruned")
     part: Part

@@ -18,7 +18,9 @@ from torch import Tensor
 from lilliput.algebra import hadamard
 from lilliput.errors import PlanError, SourceError
 from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.parts.flat import FlatSpec
 from lilliput.parts.part import Get, below
+from lilliput.parts.reassembled import ReassembledSpec
 
 
 class Transform(Protocol):
@@ -146,7 +148,7 @@ class Rotation:
             order = hadamard_order(width)
             mixing = width // order
             return width * (1 + 2 * sum(hadamard.sides(order)) + (2 * mixing if mixing > 1 else 0))
-        return 2 * width * sum(_sides(width))
+        return 2 * width * sum(sides(width))
 
     def load(self, width: int, get: Get) -> Rotation:
         return self
@@ -205,7 +207,7 @@ def _signs_and_mixing(width: int, seed: int) -> tuple[Tensor, Tensor]:
     return signs, torch.ones(1, 1, dtype=torch.float64) if count == 1 else _orthogonal(count, generator)
 
 
-def _sides(width: int) -> tuple[int, int]:
+def sides(width: int) -> tuple[int, int]:
     """Two factors of `width`, as close as they can be, the smaller first."""
     p = max(d for d in range(1, math.isqrt(width) + 1) if width % d == 0)
     return p, width // p
@@ -215,7 +217,7 @@ def _sides(width: int) -> tuple[int, int]:
 def _kronecker(width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Both factors, float64, and the permutation, int64 [width]."""
     generator = torch.Generator().manual_seed(seed)
-    left, right = (_orthogonal(n, generator) for n in _sides(width))
+    left, right = (_orthogonal(n, generator) for n in sides(width))
     return left, right, torch.randperm(width, generator=generator)
 
 
@@ -231,6 +233,10 @@ def from_plain(plain: Mapping[str, Any]) -> TransformSpec:
         return ScaleSpec(dtype_of(plain["dtype"]))
     if plain["kind"] in ("hadamard", "kronecker"):
         return Rotation(plain["kind"], int(plain["seed"]))
+    if plain["kind"] == "flat":
+        return FlatSpec(int(plain["p"]))
+    if plain["kind"] == "reassembled":
+        return ReassembledSpec(int(plain["extra"]))
     raise SourceError(
         f"a transform of kind {plain['kind']!r} is newer than this lilliput: install the version that wrote it"
     )
@@ -252,6 +258,15 @@ def turn_back(total: Tensor, inputs: Sequence[Transform], outputs: Sequence[Tran
     for t in reversed(inputs):
         total = t.adjoint(total)
     return total
+
+
+def pull(slope: Tensor, inputs: Sequence[Transform], outputs: Sequence[Transform]) -> Tensor:
+    """The gradient by P of a function whose gradient by `turn_back(P)` is `slope`."""
+    for t in inputs:
+        slope = t.apply(slope)
+    for t in outputs:
+        slope = t.undo_adjoint(slope.T).T
+    return slope
 
 
 def names(side: Literal["in", "out"], specs: Sequence[TransformSpec], width: int) -> Stored:

@@ -9,6 +9,7 @@ from lilliput import units
 from lilliput.model.edited import fewer_tokens, spreads
 from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
+from lilliput.parts.scheme import Scheme
 from lilliput.plan import caching
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
@@ -56,7 +57,7 @@ def _steps(resolved: Resolved) -> tuple[str, ...]:
         x.name
         for x in resolved.linears
         if x.tasks
-        and not x.scheme.parts
+        and x.scheme == Scheme()
         and x.sparsity is None
         and not any(task.spec.plain(task.options) for task in x.tasks)
     ]

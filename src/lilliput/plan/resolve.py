@@ -165,6 +165,11 @@ def matches(where: Where, name: str, linear: Linear) -> bool:
     return hit(where.include) and not hit(where.exclude)
 
 
+def _covers(task: Task, where: Where, name: str, linear: Linear) -> bool:
+    """Whether a step works on a linear."""
+    return matches(where, name, linear) and task.spec.works_on(linear, task.options)
+
+
 def _group(target: Target, widths: Sequence[int], at: str) -> int:
     if target.group_size == "channel":
         return -1
@@ -276,8 +281,8 @@ def resolve(
     idle: list[str] = []
     for task, step in zip(targets, recipe.steps, strict=True):
         target = _completed(task, targets[task.step + 1 :])
-        covered = [x for _, name, x in everything if matches(step.where, name, x)]
-        covered += [x for x in tables if task.spec.stage is Stage.LINEAR and matches(step.where, x.name, x)]
+        covered = [x for _, name, x in everything if _covers(task, step.where, name, x)]
+        covered += [x for x in tables if task.spec.stage is Stage.LINEAR and _covers(task, step.where, x.name, x)]
         if not covered and not tables and set(step.where.include) <= {EMBED, HEAD}:
             idle.append(f"{task.label} does nothing: {anatomy.architecture} has no plain embedding or head.")
             continue
@@ -292,7 +297,7 @@ def resolve(
         tasks.append(replace(task, target=target))
 
     def on(name: str, linear: Linear, *stages: Stage) -> list[Task]:
-        return [x for x in tasks if x.spec.stage in stages and matches(recipe.steps[x.step].where, name, linear)]
+        return [x for x in tasks if x.spec.stage in stages and _covers(x, recipe.steps[x.step].where, name, linear)]
 
     named = {task.step: task.target for task in targets}
     plans = [
@@ -310,8 +315,9 @@ def resolve(
         tables=flat,
         notes=(*idle, *_narrowed(tasks, [*plans, *flat])),
     )
+    rounded = frozenset(x.name for x in plans if x.scheme.activation is not None)
     for task in tasks:
-        task.spec.suits(task, Around(anatomy, width, tasks, resolved.quantized(), resolved.governed(task)))
+        task.spec.suits(task, Around(anatomy, width, tasks, resolved.quantized(), resolved.governed(task), rounded))
     return resolved
 
 

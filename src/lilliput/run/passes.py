@@ -6,15 +6,17 @@ are records of the journal, block by block. Squared gradients are `fisher`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import LilliputError
 from lilliput.export import provenance
 from lilliput.folds.kinds import ResidualRotation
@@ -22,11 +24,14 @@ from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
 from lilliput.model.edited import views
 from lilliput.model.weights import Model
+from lilliput.parts import transform
+from lilliput.parts.inputs.grid import InputGrid
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.sizes import sizes
 from lilliput.progress import Progress
 from lilliput.run import editing, fisher
 from lilliput.run.journal import Work, save_atomically
+from lilliput.runtime import inputs
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.backward import Samples
 from lilliput.streaming.collect import collect
@@ -60,7 +65,7 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
     if not records:
         if ranks.lead():
             samples = None if ids is None else Samples(ids, work.folder, progress)
-            with torch.enable_grad():
+            with torch.enable_grad(), _rounding(plan, turning.skeleton):
                 folds = task.of(Learn).run(turning, samples, plan.resolved.quantized(), task.options)
             matrix = _product(folds, width)
             _save(path, matrix)
@@ -77,6 +82,25 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
     rotated = turning.rotated(matrix)
     memory.trim()
     return editing.replaced(model, turning, rotated) if any(x is turning for x in views(model)) else rotated
+
+
+@contextmanager
+def _rounding(plan: Plan, skeleton: Skeleton) -> Iterator[None]:
+    """Let linears round their inputs as they will, where all that takes is known before any text is read."""
+    modules: list[nn.Module] = []
+    for x in plan.resolved.linears:
+        activation, width = x.scheme.activation, x.linear.in_features
+        if activation is None or activation.stored(width) or transform.names("in", x.scheme.inputs, width):
+            continue
+        nothing: Mapping[str, Tensor] = {}
+        turns = transform.load("in", x.scheme.inputs, width, nothing.__getitem__)
+        modules.append(skeleton.block(x.block).get_submodule(x.linear.name))
+        inputs.attach(modules[-1], inputs.Rounding(InputGrid(activation), turns))
+    try:
+        yield
+    finally:
+        for module in modules:
+            inputs.detach(module)
 
 
 def _product(folds: Any, width: int) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from lilliput.anatomy.model import Block
 from lilliput.anatomy.skeleton import Skeleton
-from lilliput.folds.kinds import Fold, PermuteFold, ScaleFold
+from lilliput.folds.kinds import Fold, HeadFold, PermuteFold, ScaleFold, ShiftFold
 from lilliput.machine import ranks
 from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
@@ -27,26 +29,31 @@ def seen(
     """The linears of a block that a step may fold into, and what enters them; None where nothing can be folded. The
     block is loaded where there is calibration."""
     anatomy = weights.anatomy
-    permutes = task.of(Rewrite).permutes
-    moved = {name for x in anatomy.groups.channels for name in x.readers} if permutes else set[str]()
-    linked = {anatomy.linear(name).site for name in moved} if permutes else {link.site for link in anatomy.links}
+    moves = task.of(Rewrite).moves
+    if moves == "channels":
+        readers = {name for x in anatomy.groups.channels for name in x.readers}
+        linked = {anatomy.linear(name).site for name in readers}
+    else:
+        links = [x for x in anatomy.links if moves == "scales" or x.head]
+        readers, linked = {name for x in links for name in x.readers}, {x.site for x in links}
     sites = [site for site in anatomy.sites if site.name in linked]
     if not sites:
         return None
     stats: Mapping[str, SiteStats] = {}
-    moves = None
+    moved = None
     if task.needs and batches is not None and inputs is not None:
         # Experts may be skipped by a batch, so only a block without them can be left early.
         early = all(x.expert is None for x in anatomy.linears)
         passes = through(model.skeleton, index, batches, inputs, None)
         needs = {site.name: task.needs for site in sites}
         stats = collect(model.skeleton, index, sites, needs, passes, stop_after=early)
-        moves = movement(model, index, anatomy, batches, inputs)
+        moved = movement(model, index, anatomy, batches, inputs)
     covered = {x.name for x in anatomy.linears}
-    readers = moved if permutes else {name for link in anatomy.links for name in link.readers}
     names = sorted(readers & covered)
     views = {n: weights.linear(anatomy.linear(n)).to(weights.device) for n in names} if ranks.lead() else {}
-    return BlockView(anatomy, views), BlockIO(stats, movement=moves)
+    norms = [x for x in anatomy.links if x.kind == "norm"] if ranks.lead() else ()
+    gains = {x.producer: weights.tensor(f"{x.producer}.weight").float() + x.offset for x in norms}
+    return BlockView(anatomy, views, gains), BlockIO(stats, movement=moved)
 
 
 def decided(task: Task, view: BlockView, io: BlockIO) -> Sequence[Fold]:
@@ -54,18 +61,36 @@ def decided(task: Task, view: BlockView, io: BlockIO) -> Sequence[Fold]:
     rewrite = task.of(Rewrite).run
     if ranks.size() == 1:
         return rewrite(view, io, task.target, task.options)
-    links, groups = view.anatomy.links, view.anatomy.groups.channels
-    plain: list[tuple[str, int, list[float] | list[int]]] = []
-    for fold in rewrite(view, io, task.target, task.options) if ranks.lead() else ():
-        if isinstance(fold, ScaleFold):
-            plain.append(("scale", next(n for n, x in enumerate(links) if x is fold.link), fold.scale.tolist()))
-        else:
-            number = next(n for n, x in enumerate(groups) if x is fold.channels)
-            plain.append(("order", number, fold.order.tolist()))
-    return [
-        ScaleFold(links[n], torch.tensor(values)) if kind == "scale" else PermuteFold(groups[n], torch.tensor(values))
-        for kind, n, values in ranks.agreed(plain)
-    ]
+    folds = rewrite(view, io, task.target, task.options) if ranks.lead() else ()
+    return [_unpacked(view.anatomy, *entry) for entry in ranks.agreed([_packed(view.anatomy, x) for x in folds])]
+
+
+def _packed(anatomy: Block, fold: Fold) -> tuple[str, int, list[Any]]:
+    """A fold as plain data: its kind, its link or MLP by number, and its values."""
+    if isinstance(fold, PermuteFold):
+        return (
+            "order",
+            next(n for n, x in enumerate(anatomy.groups.channels) if x is fold.channels),
+            fold.order.tolist(),
+        )
+    number = next(n for n, x in enumerate(anatomy.links) if x is fold.link)
+    if isinstance(fold, ScaleFold):
+        return "scale", number, fold.scale.tolist()
+    if isinstance(fold, ShiftFold):
+        return "shift", number, fold.shift.tolist()
+    return "heads", number, fold.matrices.tolist()
+
+
+def _unpacked(anatomy: Block, kind: str, number: int, values: list[Any]) -> Fold:
+    match kind:
+        case "order":
+            return PermuteFold(anatomy.groups.channels[number], torch.tensor(values))
+        case "scale":
+            return ScaleFold(anatomy.links[number], torch.tensor(values))
+        case "shift":
+            return ShiftFold(anatomy.links[number], torch.tensor(values))
+        case _:
+            return HeadFold(anatomy.links[number], torch.tensor(values, dtype=torch.float64))
 
 
 def load_folded(skeleton: Skeleton, weights: BlockWeights) -> None:

@@ -85,10 +85,9 @@ def update(state: SiteStats, x: Tensor) -> SiteStats:
     if state.low is not None or state.high is not None:
         low, high = torch.aminmax(x, dim=0)
         broken = (low + high) * 0.0  # NaN where either is not finite: an infinity would not show in the other one
-        if state.low is not None:
-            torch.minimum(state.low, low + broken, out=state.low)
-        if state.high is not None:
-            torch.maximum(state.high, high + broken, out=state.high)
+        for extreme, seen, of in ((state.low, low, torch.minimum), (state.high, high, torch.maximum)):
+            if extreme is not None:
+                extreme.copy_(of(extreme, seen + broken) if state.count else seen + broken)
     if state.extremes is not None:
         low, high = torch.aminmax(samples.float(), dim=1)
         state.extremes[0].add_(low.clamp_(max=0).sum(0))
@@ -158,6 +157,8 @@ def merge(a: SiteStats, b: SiteStats) -> SiteStats:
 
     def extreme(name: str, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
         pair = both(name)
+        if pair is not None and not (a.count and b.count):  # one that saw nothing has no extremes
+            return pair[0] if a.count else pair[1]
         return None if pair is None else of(*pair)
 
     return SiteStats(
@@ -186,11 +187,11 @@ def all_reduce(state: SiteStats) -> SiteStats:
     for mean in (state.mean, state.absmean):
         if mean is not None:
             ranks.add(mean.mul_(state.count / max(count, 1)))
-    for largest in (state.absmax, state.high):
-        if largest is not None:
-            ranks.largest(largest)
-    if state.low is not None:
-        state.low.neg_()
-        ranks.largest(state.low)
-        state.low.neg_()
+    if state.absmax is not None:
+        ranks.largest(state.absmax)
+    for extreme, sign in ((state.high, 1), (state.low, -1)):
+        if extreme is not None and count:
+            extreme.mul_(sign) if state.count else extreme.fill_(-torch.inf)
+            ranks.largest(extreme)
+            extreme.mul_(sign)
     return replace(state, count=count)

@@ -18,7 +18,7 @@ class SiteStats:
 
     All are float32 on the compute device. `gram` is the plain sum of x xT, [width, width];
     `square` the sum of x^2, `mean` the mean, `absmax` the largest |x|, `absmean` the mean |x|, `low` and `high` the
-    smallest and largest x or 0: all [width]; `extremes` the sums over samples of the smallest and of the largest x, and
+    smallest and largest x: all [width]; `extremes` the sums over samples of the smallest and of the largest x, and
     the number of samples, [3, width]; `histogram` how many |x| are in each bin, [width, bins.COUNT].
     """
 

@@ -8,7 +8,7 @@ others (attention sinks) and would decide everything, although the next norm bri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -17,13 +17,14 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.errors import PlanError
-from lilliput.formats import ggml, integer
+from lilliput.formats import ggml, integer, rounding
 from lilliput.formats.ggml import GgmlFormat
 from lilliput.formats.ggml_bytes import KINDS
 from lilliput.formats.integer import IntegerFormat
 from lilliput.formats.rounding import Trainable, Units
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
+from lilliput.parts.transform import pull, turn, turn_back
 from lilliput.stats.site import SiteStats
 from lilliput.target import Target
 from lilliput.training import minimise as train
@@ -46,9 +47,9 @@ class FitOptions(DescentOptions):
 class Start:
     """Some rows of a linear before the descent: what to approximate, and codes on a grid that do so already.
 
-    weight float32 [rows, in]: what the other parts leave over, 0 outside the support; base: those other parts' sum
-    (None: no others); scale, zero float32 [units]; grid: what they come from; codes int8; continued: whether
-    they are an earlier step's.
+    weight float32 [rows, in]: what the other parts leave over between the transforms, 0 outside the support; base:
+    those other parts' sum (None: no others); scale, zero float32 [units]; grid: what they come from; codes int8;
+    continued: whether they are an earlier step's.
     """
 
     units: Units
@@ -72,6 +73,18 @@ class Start:
             gap = float(levels[-1] - levels[0]) / (len(levels) - 1)
         off = (meant - self.weight / self.units.spread(self.scale)).div_(gap)
         return centred - off.clamp_(-_EDGE, _EDGE).mul_(1.0 - margin)
+
+    def clipped(self, upper: Tensor, lower: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale, as stored, and zero point [units] with the ends of the range times factors [units], differentiable;
+        lower None: the grid is symmetric, and `upper` a factor on its scale."""
+        form, scale, zero = self.units.form, self.scale, self.zero
+        if lower is None:
+            return rounding.stored(scale * upper, zero, self.units, self.grid)
+        low = (form.lowest - zero) * lower
+        high = (form.highest - zero) * upper
+        wide = scale * ((high - low) / (form.highest - form.lowest))
+        at = form.lowest - low * (scale / wide)
+        return rounding.stored(wide, at, self.units, self.grid)
 
     def masked(self, value: Tensor) -> Tensor:
         """`value` with 0 outside the support, plus the other parts."""
@@ -124,9 +137,9 @@ class _Linear:
     form: Trainable
     fitted: Sequence[Fitted]
 
-    def weights(self) -> Iterator[Tensor]:
-        """Those of its rows, one after the other."""
-        return (x.weight() for x in self.fitted)
+    def whole(self) -> Tensor:
+        """The weight [out, in] for the present leaves, outside its transforms."""
+        return turn_back(torch.cat([x.weight() for x in self.fitted]), self.layer.inputs, self.layer.outputs)
 
     def finished(self) -> Layer:
         """The layer for the present leaves, as it would be stored."""
@@ -149,7 +162,7 @@ def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions)
     has_codes = bool(layer.parts) and isinstance(layer.parts[-1], QuantizedPart)
     before = replace(layer, parts=layer.parts[:-1] if has_codes else layer.parts)
     weight = before.rest()
-    base = layer.weight - weight if before.parts else None
+    base = turn(layer.weight, layer.inputs, layer.outputs) - weight if before.parts else None
     if layer.support is not None:
         weight = torch.where(layer.support, weight, 0.0)
     if has_codes:
@@ -160,13 +173,20 @@ def _start(layer: Layer, stats: SiteStats | None, target: Target, o: FitOptions)
         grid, codes = part.grid, part.codes
     else:
         form = (ggml if target.format in KINDS else integer).from_target(target)
-        has_stats = stats is not None and stats.count and o.start == "mse"
-        importance = stats.second_moment().to(weight) if stats is not None and has_stats else None
-        grid = form.fit(weight, search=o.start, importance=importance)
+        grid = form.fit(weight, search=o.start, importance=_importance(layer, stats, o))
         codes = form.encode(weight, grid)
     units = Units(form, *weight.shape)
     scale, zero = form.opened(grid)
     return before, Start(units, weight, base, layer.support, scale, zero, grid, codes, has_codes)
+
+
+def _importance(layer: Layer, stats: SiteStats | None, o: FitOptions) -> Tensor | None:
+    """Mean squares of the inputs where they say anything: a rotation has made them alike, and squares of single inputs
+    do not survive it."""
+    if stats is None or not stats.count or o.start != "mse":
+        return None
+    seen = stats.through(layer.inputs)
+    return None if seen.square is None and seen.gram is None else seen.second_moment().to(layer.weight)
 
 
 def descend(
@@ -205,13 +225,15 @@ def descend(
         chosen = order[step]
         norm = max(sum(scale[n] for n in chosen), 1e-30)
         with torch.no_grad():
-            leaves = {name: torch.cat(list(x.weights())) for name, x in linears.items()}
+            leaves = {name: x.whole() for name, x in linears.items()}
         for leaf in leaves.values():
             leaf.requires_grad_()
         with torch.enable_grad():
             total = sum(losses(block, io, leaves, chosen, o, backward=norm))
         for name, linear in linears.items():
             gradient = leaves.pop(name).grad
+            if gradient is not None:
+                gradient = pull(gradient, linear.layer.inputs, linear.layer.outputs)
             at = 0
             for x in linear.fitted:
                 with torch.enable_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +40,8 @@ class Compress(Spec[OptionsT]):
     `replaces(options)`: it leaves a plain weight
     of its own, which no other step may touch; `double`: it decomposes weights in float64; `scratch`: bytes that it
     works in beyond a few copies of the weights and the Gram matrix, whatever their shapes; `sweeps(options)`: how
-    often it rounds every weight (None: once); `prunes`: one that quantizes prunes first where its target has a pattern.
+    often it rounds every weight (None: once); `prunes`: one that quantizes prunes first where its target has a pattern;
+    `roles(options)`: the roles of the linears that it works on (None: all).
     """
 
     verb: ClassVar[str] = "compress"
@@ -61,6 +62,10 @@ class Compress(Spec[OptionsT]):
     scratch: int = 0
     sweeps: Callable[[OptionsT], int] | None = None
     prunes: bool = False
+    roles: Callable[[OptionsT], Collection[str]] | None = None
+
+    def works_on(self, linear: Linear, options: OptionsT) -> bool:
+        return self.roles is None or linear.role in self.roles(options)
 
     def stacks(self, target: Target, options: OptionsT) -> bool:
         """Whether linears of one site may be shown to a step with this target and these options as one."""

@@ -53,6 +53,10 @@ def pruned(label: str, draft: Draft, target: Target, width: int, kept: int | Non
     or other zeros, and for a pattern that does not divide the width."""
     if draft.scheme.parts:
         raise PlanError(f"{label}: pruning after quantization would tear holes into fitted codes: prune first")
+    if draft.scheme.inputs or draft.scheme.outputs:
+        raise PlanError(
+            f"{label}: an earlier step transforms this layer, and a mask does not survive that: leave one out"
+        )
     if draft.sparsity is not None:
         raise PlanError(f"{label}: an earlier step prunes this layer already; keep one of them")
     sparsity = target.sparsity

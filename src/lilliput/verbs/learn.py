@@ -26,8 +26,9 @@ class Learn(Spec[OptionsT]):
     applied; `targets` says what later steps will make of each linear.
 
     `sequences(options, samples)`: how many of the calibration samples its loss is taken over, of so many (None: it
-    looks at none, and `samples` is None); `refuse(width, targets, options)`: why it cannot rotate a residual stream of
-    this width before these targets.
+    looks at none, and `samples` is None); `refuse(around, options)`: why it cannot rotate the residual stream of such a
+    model before such steps. While it runs, linears round their inputs as later steps will have them, where scales are
+    found at run time.
     """
 
     verb: ClassVar[str] = "learn"
@@ -38,7 +39,7 @@ class Learn(Spec[OptionsT]):
 
     run: Callable[[RotatedModel, Samples | None, Mapping[str, Target], OptionsT], Sequence[ResidualRotation]]
     sequences: Callable[[OptionsT, int], int] | None = None
-    refuse: Callable[[int, Mapping[str, Target], OptionsT], str | None] | None = None
+    refuse: Callable[[Around, OptionsT], str | None] | None = None
     writes: Writes = "fold"
 
     def tokens(self, options: OptionsT) -> bool:
@@ -61,6 +62,6 @@ class Learn(Spec[OptionsT]):
         order.before_values(task, recipe)
 
     def suits(self, task: Task, around: Around) -> None:
-        reason = self.refuse and self.refuse(around.width, around.quantized, self.options_of(task))
+        reason = self.refuse and self.refuse(around, self.options_of(task))
         if reason:
             raise PlanError(f"{task.label}: {reason}")

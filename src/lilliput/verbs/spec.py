@@ -138,6 +138,10 @@ class Spec(Generic[OptionsT]):
         layouts."""
         return ()
 
+    def works_on(self, linear: Linear, options: OptionsT) -> bool:
+        """Whether a step with these options works on the linear, if its `where` covers it."""
+        return True
+
     def together(self, name: str, linear: Linear, options: OptionsT) -> str:
         """What the linear `name` shares with all that must get one target with it: by default nothing but itself."""
         return name
@@ -284,7 +288,8 @@ class Around:
     """What a step finds on a model once all steps are resolved.
 
     `width`: of the residual stream; `quantized`: by linear, the target of the step that quantizes it; `governed`: by
-    linear, the step whose target this one may decide, which is the next one after it on that linear.
+    linear, the step whose target this one may decide, which is the next one after it on that linear; `rounded`: the
+    linears whose inputs a step rounds.
     """
 
     anatomy: Anatomy
@@ -292,3 +297,4 @@ class Around:
     recipe: Sequence[Task]
     quantized: Mapping[str, Target]
     governed: Mapping[str, Task]
+    rounded: frozenset[str] = frozenset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,10 +15,12 @@ from lilliput.streaming.states import Activations
 
 @dataclass(frozen=True)
 class BlockView:
-    """A block's description and its linears' weights by name, float32 [out, in] (Conv1D weights already turned)."""
+    """A block's description, its linears' weights by name, float32 [out, in] (Conv1D weights already turned), and the
+    gains of the norms that its links begin with, float32 [width]."""
 
     anatomy: Block
     weights: Mapping[str, Tensor]
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

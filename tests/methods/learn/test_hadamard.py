@@ -13,6 +13,7 @@ from lilliput.model.rotated import RotatedModel
 from lilliput.plan.plan import make
 from lilliput.recipe.schema import Recipe, Step
 from lilliput.run.editing import prepared
+from lilliput.verbs.spec import Around
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
@@ -37,9 +38,12 @@ def test_a_hadamard_matrix_leaves_no_channel_standing_out(toy: Any) -> None:
 
 
 def test_a_width_without_a_transform_is_refused_with_the_way_out(toy: Any) -> None:
-    assert hadamard.refuse(24, {}, hadamard.Options()) is None
-    assert "hadamard.kind=orthogonal" in (hadamard.refuse(28, {}, hadamard.Options()) or "")
-    assert hadamard.refuse(28, {}, hadamard.Options(kind="orthogonal")) is None
+    def around(width: int) -> Around:
+        return Around(toy.model.anatomy(), width, (), {}, {})
+
+    assert hadamard.refuse(around(24), hadamard.Options()) is None
+    assert "hadamard.kind=orthogonal" in (hadamard.refuse(around(28), hadamard.Options()) or "")
+    assert hadamard.refuse(around(28), hadamard.Options(kind="orthogonal")) is None
 
 
 def test_rotations_come_first(toy: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from lilliput.errors import PlanError
 from lilliput.formats.integer import from_target
 from lilliput.methods.learn import spinquant
 from lilliput.model.rotated import RotatedModel
+from lilliput.parts.inputs.grid import InputGrid
+from lilliput.parts.inputs.uniform import UniformInput
 from lilliput.plan.plan import make
 from lilliput.recipe.schema import Recipe, Step
 from lilliput.run.editing import prepared
+from lilliput.runtime import inputs
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
 from lilliput.target import Target
@@ -100,6 +104,36 @@ def test_the_gradient_composes_with_a_rotation_that_is_there_already(
     assert float((slope - first.T @ whole).norm() / slope.norm()) < 1e-4
 
 
+@pytest.fixture
+def rounding(toy: Any, ready: RotatedModel) -> Iterator[None]:
+    """All linears of the blocks round their inputs to 4 bits, in both models."""
+    anatomy = toy.model.anatomy()
+    modules = [
+        model.get_submodule(f"{prefix}.{x.name}")
+        for prefix, block in zip(anatomy.block_names, anatomy.blocks, strict=True)
+        for x in block.linears
+        for model in (ready.skeleton.model, toy.whole)
+    ]
+    for module in modules:
+        inputs.attach(module, inputs.Rounding(InputGrid(UniformInput(4))))
+    yield
+    for module in modules:
+        inputs.detach(module)
+
+
+@pytest.mark.usefixtures("rounding")
+def test_rounded_inputs_are_part_of_the_loss(toy: Any, ready: RotatedModel, tmp_path: Path) -> None:
+    rotation, samples = orthogonal(24, seed=5), Samples(toy.ids, tmp_path)
+    loss, slope = spinquant.gradient(ready, samples, {}, rotation)
+    value, expected = reference(toy, rotation, None)
+    assert loss == pytest.approx(value, rel=1e-3)  # an input between two codes may fall to either side
+    assert float((slope.float() - expected).norm() / expected.norm()) < 0.05
+    options = [spinquant.Options(steps=n, weights=False, rate=0.05) for n in (0, 10)]
+    start, end = (spinquant.learn(ready, samples, linears(toy, GRID), o)[0].matrix for o in options)
+    before, after = (backward.loss(ready.skeleton, spinquant._read(ready, {}, r), samples) for r in (start, end))
+    assert after < before
+
+
 def test_steps_stay_orthogonal_and_go_down() -> None:
     rng = torch.Generator().manual_seed(0)
     wanted, rotation = orthogonal(16, 1), orthogonal(16, 2)
@@ -135,4 +169,11 @@ def test_without_a_grid_there_is_nothing_to_learn(toy: Any) -> None:
         make(
             prepared(toy.model, recipe), recipe, samples=1, tokens=8, budget=None, size=None, seed=None,
             dtype=torch.float32,
+        )  # fmt: skip
+
+    steps = (Step(method="spinquant", options={"weights": False}), Step(method="gptq", target=Target(bits=4)))
+    with pytest.raises(PlanError, match="no later step rounds inputs"):
+        make(
+            prepared(toy.model, Recipe(steps=steps)), Recipe(steps=steps), samples=1, tokens=8, budget=None, size=None,
+            seed=None, dtype=torch.float32,
         )  # fmt: skip

@@ -71,16 +71,9 @@ class Rounder:
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale, as stored, and zero point, float32 [units]; differentiable."""
-        form, scale, zero = self.start.units.form, self.start.scale, self.start.zero
         if self.upper is None:
-            return scale, zero
-        if self.lower is None:
-            return rounding.stored(scale * self.upper.value, zero, self.start.units, self.start.grid)
-        low = (form.lowest - zero) * self.lower.value
-        high = (form.highest - zero) * self.upper.value
-        wide = scale * ((high - low) / (form.highest - form.lowest))
-        at = form.lowest - low * (scale / wide)
-        return rounding.stored(wide, at, self.start.units, self.start.grid)
+            return self.start.scale, self.start.zero
+        return self.start.clipped(self.upper.value, None if self.lower is None else self.lower.value)
 
     def position(self, scale: Tensor) -> Tensor:
         if self.origin is not None:

@@ -23,6 +23,7 @@ from lilliput.folds.kinds import ResidualRotation
 from lilliput.streaming.backward import Samples
 from lilliput.target import Strict, Target
 from lilliput.verbs.learn import Learn
+from lilliput.verbs.spec import Around
 
 if TYPE_CHECKING:
     from lilliput.model.rotated import RotatedModel  # which imports transformers
@@ -35,11 +36,11 @@ class Options(Strict):
     seed: int = Field(0, ge=0, description="seed of the signs, or of the matrix")
 
 
-def refuse(width: int, targets: Mapping[str, Target], o: Options) -> str | None:
+def refuse(around: Around, o: Options) -> str | None:
     """Why this width has no such rotation."""
     try:
         if o.kind == "hadamard":
-            hadamard.factor(width)
+            hadamard.factor(around.width)
     except PlanError as error:
         return f"{error} (hadamard.kind=orthogonal)"
     return None

@@ -1,13 +1,19 @@
 """SpinQuant's R1: a rotation of the residual stream, learned on the loss of the quantized model.
 
 min over orthogonal R of the cross-entropy with weights Q(W R), Q(RT W): round-to-nearest on the grids of the step that
-quantizes later, gradients straight through the rounding. Cayley steps R <- (I + a/2 Y)^-1 (I - a/2 Y) R from a random
-Hadamard matrix, with the rate falling by a cosine; of all rotations seen, the one with the least loss is returned.
+quantizes later, gradients straight through the rounding. Inputs are rounded as a later step says, where their scales
+are found at run time, so the loss is that of the model after both (`weights: false` leaves the weights as they are, as
+the paper does in front of GPTQ). Cayley steps R <- (I + a/2 Y)^-1 (I - a/2 Y) R from a random Hadamard matrix, with the
+rate falling by a cosine; of all rotations seen, the one with the least loss is returned.
+
+The paper's other rotations are steps of their own: R2 within heads is `head-rotation`, R4 in front of the last linear
+of an MLP `online-hadamard`. Neither is learned. Weights behind an online transform are rounded in the loss as if there
+were none.
 
 Paper: Liu et al. 2024, arXiv 2405.16406.
 Cost: for each step two forward passes and one backward pass of `sequences` samples, one block resident, and one file of
-hidden states for each block. Limits: R1 only, for weights only: no R2 inside the heads, no Hadamard transforms at run
-time (R3, R4), no quantized inputs. RMS norms without post-norms only. A killed run learns anew.
+hidden states for each block. Limits: static scales of inputs are not known yet, and their rounding is left out of the
+loss. RMS norms without post-norms only. A killed run learns anew.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
 from lilliput.target import Strict, Target
 from lilliput.verbs.learn import Learn
+from lilliput.verbs.spec import Around
 
 if TYPE_CHECKING:
     from lilliput.model.rotated import RotatedModel  # which imports transformers
@@ -43,15 +50,19 @@ class Options(Strict):
     sequences: int = Field(8, ge=1, description="calibration samples for the loss")
     kind: Literal["hadamard", "orthogonal"] = Field("hadamard", description="family of the random start")
     seed: int = Field(0, ge=0, description="seed of the start")
+    weights: bool = Field(
+        True, description="round weights in the loss; false where a sweep such as gptq's follows and inputs are rounded"
+    )
 
 
-def refuse(width: int, targets: Mapping[str, Target], o: Options) -> str | None:
+def refuse(around: Around, o: Options) -> str | None:
     """Why there is nothing to learn, or nothing to start from."""
-    if not targets:
-        return "no later step quantizes, so every rotation has the same loss: add such a step, or use hadamard"
+    if not around.rounded and not (o.weights and around.quantized):
+        what = "quantizes" if o.weights else "rounds inputs"
+        return f"no later step {what}, so every rotation has the same loss: add such a step, or use hadamard"
     try:
         if o.kind == "hadamard":
-            hadamard.factor(width)
+            hadamard.factor(around.width)
     except PlanError as error:
         return f"{error} (spinquant.kind=orthogonal)"
     return None
@@ -64,6 +75,7 @@ def learn(
     if samples is None:
         raise RuntimeError("the rotation is learned from samples, and none were given")
     few = replace(samples, ids=samples.ids[: o.sequences])
+    targets = targets if o.weights else {}
     width = model.skeleton.hidden_size
     rotation = hadamard.matrix(width, o.seed) if o.kind == "hadamard" else orthogonal(width, o.seed)
     best, least = rotation, math.inf
@@ -144,7 +156,15 @@ METHOD = Learn(
     options=Options,
     needs=(),
     recipe=[{"method": "spinquant"}, {"method": "gptq", "target": {"bits": 4}}],
-    covers={},
+    covers={
+        "spinquant": [
+            {"method": "spinquant", "options": {"weights": False}},
+            {"method": "head-rotation"},
+            {"method": "online-hadamard"},
+            {"method": "gptq", "target": {"bits": 4, "group_size": "channel"}},
+            {"method": "act-static-dynamic", "target": {"bits": 4, "symmetric": False}},
+        ],
+    },
     run=learn,
     refuse=refuse,
     sequences=lambda o, samples: min(o.sequences, samples),

@@ -110,5 +110,5 @@ METHOD = Rewrite(
     needs=("square",),
     covers={},
     run=rewrite,
-    permutes=True,
+    moves="channels",
 )

@@ -1,0 +1,81 @@
+"""A stored transform that splits channels into copies and merges others, at the same width.
+
+Channel c becomes n_c copies of x_c / n_c, and every output is the mean of one or two of all copies. It is no bijection:
+`undo` is the pseudoinverse, which gives back what went in where nothing was merged or what was merged was equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.formats.format import Stored
+from lilliput.parts.part import Get
+
+SOURCE, PLACE = "_source", "_place"
+
+
+@dataclass(frozen=True)
+class ReassembledSpec:
+    """`extra`: copies beyond one of each channel, and so as many merges, at most."""
+
+    extra: int
+
+    def describe(self) -> str:
+        return f"up to {self.extra} channels split and merged"
+
+    def stored(self, width: int) -> Stored:
+        count = width + self.extra
+        return {SOURCE: (torch.int32, (count,)), PLACE: (torch.int32, (count,))}
+
+    def operations(self, width: int) -> int:
+        return 2 * (width + self.extra)
+
+    def load(self, width: int, get: Get) -> Reassembled:
+        return Reassembled(get(SOURCE), get(PLACE), width)
+
+    def plain(self) -> dict[str, Any]:
+        return {"kind": "reassembled", "extra": self.extra}
+
+
+@dataclass(frozen=True)
+class Reassembled:
+    """Copy k is of channel `source[k]` and goes to output `place[k]`, int32 [width + extra]; -1: there is no such
+    copy. Every channel has a copy and every output one or two."""
+
+    source: Tensor
+    place: Tensor
+    width: int
+
+    @property
+    def spec(self) -> ReassembledSpec:
+        return ReassembledSpec(len(self.source) - self.width)
+
+    @cached_property
+    def _maps(self) -> tuple[Tensor, Tensor]:
+        """The matrix [width, width] and its pseudoinverse, float64."""
+        there = self.source >= 0
+        source, place = self.source[there].long(), self.place[there].long()
+        share = 1.0 / (source.bincount(minlength=self.width)[source] * place.bincount(minlength=self.width)[place])
+        whole = torch.zeros(self.width, self.width, dtype=torch.float64, device=source.device)
+        whole.index_put_((place, source), share.double(), accumulate=True)
+        return whole, torch.linalg.pinv(whole)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x @ self._maps[0].to(x).T
+
+    def undo(self, x: Tensor) -> Tensor:
+        return x @ self._maps[1].to(x).T
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        return x @ self._maps[0].to(x)
+
+    def undo_adjoint(self, x: Tensor) -> Tensor:
+        return x @ self._maps[1].to(x)
+
+    def pack(self) -> dict[str, Tensor]:
+        return {SOURCE: self.source.contiguous(), PLACE: self.place.contiguous()}

@@ -22,6 +22,7 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.linear import LinearSpec, plain_config
 from lilliput.parts.part import PartSpec
 from lilliput.parts.pattern import PatternSpec
+from lilliput.runtime import int8
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -111,9 +112,13 @@ class Native:
         notes = []
         specs = [spec for x in outcomes if (spec := spec_of(x)) is not None]
         if specs:
+            served = (
+                "vLLM does not: it would leave the rounding of inputs out."
+                if any(spec.scheme.activation is not None for spec in specs)
+                else "vLLM, with Lilliput beside it and --load-format lilliput, decodes them at load."
+            )
             notes.append(
-                "transformers reads this folder after `import lilliput`: weights stay packed in memory. vLLM, with "
-                "Lilliput beside it and --load-format lilliput, decodes them at load."
+                f"transformers reads this folder after `import lilliput`: weights stay packed in memory. {served}"
             )
         factored = sum(spec.scheme.product is not None for spec in specs)
         if factored:
@@ -124,8 +129,11 @@ class Native:
                 f"{masked} linears multiply a few tokens, as in decoding, with their kept weights alone (on a CPU, "
                 "with numba), and are decoded for more."
             )
-        if factored + masked < len(specs):
-            which = "Every other" if factored or masked else "Each"
+        integers = sum(int8.forms(spec.scheme) is not None for spec in specs)
+        if integers:
+            notes.append(f"{integers} linears multiply 8-bit integers on a CPU.")
+        if factored + masked + integers < len(specs):
+            which = "Every other" if factored or masked or integers else "Each"
             notes.append(
                 f"{which} linear is decoded for its forward pass and multiplied dense, which saves memory but no time."
             )

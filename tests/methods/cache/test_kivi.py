@@ -92,3 +92,26 @@ def test_options_reach_the_codec() -> None:
     method = get("kivi")
     spec = method.spec.codec(2, 32, method.parse({"residual": 64, "value_bits": 3}), False)  # type: ignore[attr-defined]
     assert spec == KiviSpec(2, 3, 32, 64)
+
+
+@pytest.mark.parametrize("cuts", [(31,), (1, 30), (2, 1, 13, 15), (1,) * 31])
+def test_sinks_stay_plain_and_the_rest_is_as_without_them(cuts: tuple[int, ...]) -> None:
+    keys, values = text(31)
+    spec = KiviSpec(BITS, BITS, GROUP, RESIDUAL, sinks=3)
+    codec = spec.make(SHAPE, {})
+    for a, b in zip(keys.split(cuts, 2), values.split(cuts, 2), strict=True):  # type: ignore[arg-type]
+        codec.append(a, b, Incoming())
+    rest = expected(keys[:, :, 3:], values[:, :, 3:])
+    for found, whole, wanted in zip(codec.materialise(), (keys, values), rest, strict=True):
+        assert torch.equal(found[:, :, :3], whole[:, :, :3])
+        torch.testing.assert_close(found[:, :, 3:].double(), wanted, rtol=1e-6, atol=1e-6)
+    assert codec.held_bits() == 2 * spec.size_bits(31, SHAPE, 32)
+    codec.keep(2)
+    assert torch.equal(codec.materialise()[0], keys[:, :, :2])
+    codec.append(keys[:, :, 2:20], values[:, :, 2:20], Incoming())
+    torch.testing.assert_close(
+        codec.materialise()[0][:, :, 3:].double(),
+        expected(keys[:, :, 3:20], values[:, :, 3:20])[0],
+        rtol=1e-6,
+        atol=1e-6,
+    )

@@ -8,7 +8,9 @@ vector of a head cut into groups of G channels; R is `residual`, G the target's 
 
 s and m in float16. The others stay as they are. Tokens of one call see each other, and themselves, as they are, and
 those before as they are stored: a prompt that is read at once is not changed by its own cache. With `rotate` keys and
-values are multiplied by a Hadamard matrix first, which spreads the large channels that keys are cut by here.
+values are multiplied by a Hadamard matrix first, which spreads the large channels that keys are cut by here. The first
+`sinks` tokens of a sequence can stay plain: those that all others attend to have keys unlike any, and in a chunk widen
+the ranges of its others.
 
 Paper: Liu et al. 2024, arXiv 2402.02750. Cost: b + 32 / G bits for each element of what is stored, and up to R plain
 keys and values. Limits: keys are rounded after their rotation by position; padding on the left of a batch lies in the
@@ -32,11 +34,12 @@ class Options(Common):
     residual: int = Field(128, ge=1, description="R: tokens of a chunk of keys, and latest values that stay plain")
     value_bits: int | None = Field(None, ge=2, le=16, description="bits of values, 16: as they are; none: as of keys")
     rotate: bool = Field(False, description="round behind a Hadamard transform of each head")
+    sinks: int = Field(0, ge=0, description="first tokens of a sequence, padding included, that stay plain")
 
 
 def codec(bits: int, group: int, o: Options, turned: bool) -> CodecSpec:
     """How keys and values are stored."""
-    return KiviSpec(bits, o.value_bits or bits, group, o.residual, o.rotate)
+    return KiviSpec(bits, o.value_bits or bits, group, o.residual, o.rotate, o.sinks)
 
 
 METHOD = Cache(

@@ -129,3 +129,43 @@ class Delayed:
     def size_bits(self, tokens: int, width: int, item: int) -> int:
         due = self._due(tokens)
         return self.head.size_bits(due, width, item) + self.tail.size_bits(tokens - due, width, item)
+
+
+class Begun:
+    """The first tokens stay plain, all others are another side's."""
+
+    def __init__(self, rest: Side, sinks: int) -> None:
+        self.first = Entries(Exact())
+        self.rest = rest
+        self.sinks = sinks
+
+    @property
+    def length(self) -> int:
+        return self.first.length + self.rest.length
+
+    def append(self, x: Tensor) -> None:
+        plain = min(self.sinks - self.first.length, x.shape[2])
+        if plain:
+            self.first.append(x[:, :, :plain])
+        if plain < x.shape[2]:
+            self.rest.append(x[:, :, plain:])
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        sides = [side.read(dtype) for side in (self.first, self.rest) if side.length]
+        return sides[0] if len(sides) == 1 else torch.cat(sides, dim=2)
+
+    def keep(self, tokens: int) -> None:
+        self.first.keep(min(tokens, self.first.length))
+        if self.rest.length:
+            self.rest.keep(max(0, tokens - self.sinks))
+
+    def select(self, rows: Tensor) -> None:
+        self.first.select(rows)
+        self.rest.select(rows)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.first.tensors(), *self.rest.tensors()]
+
+    def size_bits(self, tokens: int, width: int, item: int) -> int:
+        plain = min(tokens, self.sinks)
+        return self.first.size_bits(plain, width, item) + self.rest.size_bits(tokens - plain, width, item)

@@ -84,7 +84,7 @@ def test_decompositions_in_float64_count_as_memory(model: Model) -> None:
     assert plan(model, {"method": "svd-truncate"}).batching.bytes >= plan(model, {"method": "magnitude"}).batching.bytes
 
 
-@pytest.mark.parametrize(("weighting", "lost"), [("absmean", "absolute inputs"), ("fisher", "squared gradients")])
+@pytest.mark.parametrize(("weighting", "lost"), [("absmean", "single inputs"), ("fisher", "squared gradients")])
 def test_what_a_turned_layer_does_not_have_cannot_be_read(model: Model, weighting: str, lost: str) -> None:
     later = {"method": "svd-truncate", "options": {"weighting": weighting}}
     with pytest.raises(PlanError, match=rf"step 2 \(svd-truncate\) on .*it reads .*{lost}"):

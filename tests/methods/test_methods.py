@@ -74,7 +74,8 @@ def test_a_printed_recipe_is_one_that_plans(tiny: Callable[[str], Path], name: s
 
 
 def test_methods_that_need_company_bring_it() -> None:
-    assert [step.method for step in load("spinquant").steps] == ["spinquant", "gptq"]
+    whole = ["spinquant", "head-rotation", "online-hadamard", "gptq", "act-static-dynamic"]
+    assert [step.method for step in load("spinquant").steps] == whole
     assert [step.method for step in load("slicegpt").steps] == ["principal", "slicegpt"]
 
 

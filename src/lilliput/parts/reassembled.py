@@ -1,7 +1,7 @@
 """A stored transform that splits channels into copies and merges others, at the same width.
 
-Channel c becomes n_c copies of x_c / n_c, and every output is the mean of one or two of all copies. It is no bijection:
-`undo` is the pseudoinverse, which gives back what went in where nothing was merged or what was merged was equal.
+Channel c becomes n_c copies of x_c / n_c, and every output is a copy, or the mean of two channels that are not split.
+It is no bijection: `undo` is the pseudoinverse, which gives back what went in where what was merged was equal.
 """
 
 from __future__ import annotations
@@ -56,26 +56,31 @@ class Reassembled:
         return ReassembledSpec(len(self.source) - self.width)
 
     @cached_property
-    def _maps(self) -> tuple[Tensor, Tensor]:
-        """The matrix [width, width] and its pseudoinverse, float64."""
+    def _copies(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Channel and output of each copy, int64, and its share of the output, float64."""
         there = self.source >= 0
         source, place = self.source[there].long(), self.place[there].long()
-        share = 1.0 / (source.bincount(minlength=self.width)[source] * place.bincount(minlength=self.width)[place])
-        whole = torch.zeros(self.width, self.width, dtype=torch.float64, device=source.device)
-        whole.index_put_((place, source), share.double(), accumulate=True)
-        return whole, torch.linalg.pinv(whole)
+        counts = source.bincount(minlength=self.width)[source] * place.bincount(minlength=self.width)[place]
+        return source, place, 1.0 / counts.double()
+
+    def _moved(self, x: Tensor, back: bool, shares: bool) -> Tensor:
+        """Sums over copies, from channels to outputs or back."""
+        source, place, share = (t.to(x.device) for t in self._copies)
+        start, end = (place, source) if back else (source, place)
+        copies = x[..., start] * share.to(x) if shares else x[..., start]
+        return x.new_zeros(*x.shape[:-1], self.width).index_add_(-1, end, copies)
 
     def apply(self, x: Tensor) -> Tensor:
-        return x @ self._maps[0].to(x).T
+        return self._moved(x, back=False, shares=True)
 
     def undo(self, x: Tensor) -> Tensor:
-        return x @ self._maps[1].to(x).T
+        return self._moved(x, back=True, shares=False)
 
     def adjoint(self, x: Tensor) -> Tensor:
-        return x @ self._maps[0].to(x)
+        return self._moved(x, back=True, shares=True)
 
     def undo_adjoint(self, x: Tensor) -> Tensor:
-        return x @ self._maps[1].to(x)
+        return self._moved(x, back=False, shares=False)
 
     def pack(self) -> dict[str, Tensor]:
         return {SOURCE: self.source.contiguous(), PLACE: self.place.contiguous()}

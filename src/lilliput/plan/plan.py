@@ -196,7 +196,7 @@ class Plan:
 
 def describe(plan: LinearPlan) -> str:
     """What a linear becomes, in a few words."""
-    words = [plan.scheme.describe()] if plan.scheme.parts else []
+    words = [plan.scheme.describe()] if plan.scheme.parts or plan.scheme.activation is not None else []
     if plan.pattern is not None:
         words.append(f"{plan.pattern} sparse")
     elif plan.sparsity:

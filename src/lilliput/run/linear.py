@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from lilliput import export
 from lilliput.anatomy.model import Block, Site
 from lilliput.errors import LilliputError
+from lilliput.machine import ranks
 from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
+from lilliput.parts import transform
+from lilliput.parts.inputs.grid import InputGrid
 from lilliput.parts.layer import Layer
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
@@ -168,3 +171,21 @@ def deliver(
         "tokens": stats.count,
         "seconds": seconds,
     }
+
+
+def same_inputs(job: BlockJob, plan: LinearPlan) -> None:
+    """All ranks round the inputs of a linear as the leader does."""
+    activation = plan.scheme.activation
+    if activation is None:
+        return
+    module, width = module_of(job, plan), plan.linear.in_features
+    own = inputs.of(module)
+    packed = {} if own is None else own.grid.pack() | transform.pack("in", own.transforms)
+    shapes = activation.stored(width) | transform.names("in", plan.scheme.inputs, width)
+    tensors = {
+        name: ranks.same(packed.get(name, torch.empty(shape, dtype=dtype))) for name, (dtype, shape) in shapes.items()
+    }
+    if own is None:
+        grid = InputGrid(activation, {suffix: tensors[suffix] for suffix in activation.stored(width)})
+        turned = transform.load("in", plan.scheme.inputs, width, tensors.__getitem__)
+        inputs.attach(module, inputs.Rounding(grid, turned))

@@ -18,21 +18,17 @@ from lilliput.machine import memory, ranks
 from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
 from lilliput.model.weights import Model
-from lilliput.parts import transform
-from lilliput.parts.inputs.grid import InputGrid
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import tensors as inventory
 from lilliput.plan.plan import Plan, resized
-from lilliput.plan.resolve import LinearPlan
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
 from lilliput.run import behaving, caching, drivers, fisher, fitting, repairing, rewriting, stages, tables
 from lilliput.run.driver import BlockDriver, LinearDriver, RepairDriver
 from lilliput.run.journal import Work
-from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, module_of, overflow, within
+from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, same_inputs, within
 from lilliput.run.output import Output
 from lilliput.run.repairing import Teacher
-from lilliput.runtime import inputs
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import lockstep, order
 from lilliput.streaming.collect import Collector, collect, tap
@@ -59,26 +55,8 @@ def compress_site(
             value = skeleton.tensor(name).contiguous() if ranks.lead() else like
             skeleton.load({name: ranks.same(value)})
         for plan in (job.plans[x] for x in site.linears):
-            _same_inputs(job, plan)
+            same_inputs(job, plan)
     return tensors, rows
-
-
-def _same_inputs(job: BlockJob, plan: LinearPlan) -> None:
-    """All ranks round the inputs of a linear as the leader does."""
-    activation = plan.scheme.activation
-    if activation is None:
-        return
-    module, width = module_of(job, plan), plan.linear.in_features
-    own = inputs.of(module)
-    packed = {} if own is None else own.grid.pack() | transform.pack("in", own.transforms)
-    shapes = activation.stored(width) | transform.names("in", plan.scheme.inputs, width)
-    tensors = {
-        name: ranks.same(packed.get(name, torch.empty(shape, dtype=dtype))) for name, (dtype, shape) in shapes.items()
-    }
-    if own is None:
-        grid = InputGrid(activation, {suffix: tensors[suffix] for suffix in activation.stored(width)})
-        turned = transform.load("in", plan.scheme.inputs, width, tensors.__getitem__)
-        inputs.attach(module, inputs.Rounding(grid, turned))
 
 
 def _solved(

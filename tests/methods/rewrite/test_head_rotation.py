@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from torch import Tensor
 
 from lilliput import api
 from lilliput.errors import LilliputError, PlanError
-from lilliput.folds.kinds import HeadFold, ShiftFold
+from lilliput.folds.kinds import HeadFold, PermuteFold, ScaleFold, ShiftFold
 from lilliput.methods.rewrite import head_rotation
 from lilliput.model.block import BlockWeights
 from lilliput.model.stored import open_model
 from lilliput.progress import Quiet
+from lilliput.run import rewriting
 from lilliput.target import Target
 from lilliput.verbs.view import BlockIO, BlockView
 
@@ -60,6 +63,29 @@ def test_what_is_no_rotation_and_what_has_no_bias_is_refused(tiny: Tiny) -> None
         weights.fold([HeadFold(norm, torch.eye(64)[None])])
     with pytest.raises(LilliputError, match="cannot be shifted"):
         weights.fold([ShiftFold(norm, torch.zeros(64))])
+
+
+def test_all_ranks_get_the_same_folds(tiny: Tiny) -> None:
+    """What travels between processes is plain data."""
+    anatomy = open_model(tiny("gpt2")).anatomy().blocks[0]
+    norm, values = anatomy.links[0], next(x for x in anatomy.links if x.head)
+    channels = anatomy.groups.channels[0]
+    turns = head_rotation.rewrite(BlockView(anatomy, {}), BlockIO({}), Target(), head_rotation.Options())
+    draw = torch.rand(64)
+    folds = [
+        ShiftFold(norm, draw),
+        ScaleFold(values, draw),
+        PermuteFold(channels, torch.randperm(channels.width)),
+        *turns,
+    ]
+    for fold in folds:
+        again = rewriting._unpacked(anatomy, *json.loads(json.dumps(rewriting._packed(anatomy, fold))))
+        assert type(again) is type(fold)
+        for name, value in vars(fold).items():
+            same = getattr(again, name)
+            assert (
+                torch.equal(same, value) and same.dtype == value.dtype if isinstance(value, Tensor) else same is value
+            )
 
 
 @pytest.mark.slow

@@ -61,6 +61,8 @@ def test_splits_alone_and_merges_of_equals_are_exact() -> None:
     torch.testing.assert_close(t.undo_adjoint(w), columns)
     torch.testing.assert_close(t.apply(x) @ t.undo_adjoint(w).T, x @ w.T)
     torch.testing.assert_close(t.undo(t.apply(x)), x)
+    eye = torch.eye(8, dtype=torch.float64)
+    torch.testing.assert_close(t.undo(eye).T, torch.linalg.pinv(t.apply(eye).T))
     torch.testing.assert_close(t.adjoint(columns), columns @ t.apply(torch.eye(8, dtype=torch.float64)).T)
 
 

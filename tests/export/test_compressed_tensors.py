@@ -52,7 +52,7 @@ def layer_of(x: Outcome) -> Layer:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, -1, 0])
 def test_packs_what_it_describes(bits: int, symmetric: bool, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lilliput.export.compressed_tensors.CHUNK", 700)  # several pieces
+    monkeypatch.setattr("lilliput.export.integers.CHUNK", 700)  # several pieces
     x = outcome(fmt=IntegerFormat(bits, symmetric, group, torch.bfloat16))
     layer = layer_of(x)
     tensors = CompressedTensors().pack(x, layer)

@@ -52,6 +52,7 @@ SIZES = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_att
 WIDE = {**SIZES, "intermediate_size": 256, "num_key_value_heads": 1, "max_position_embeddings": 128}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**WIDE, tie_word_embeddings=False),
+    "llama in bfloat16": lambda: tf.LlamaConfig(**WIDE, tie_word_embeddings=False, dtype="bfloat16"),
     "tied": lambda: tf.LlamaConfig(**WIDE, tie_word_embeddings=True),
     "qwen2": lambda: tf.Qwen2Config(**WIDE, tie_word_embeddings=True),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(
@@ -123,6 +124,30 @@ def cases() -> dict[str, Case]:
         Case("fewer experts", "qwen3_moe", engine, ({"method": "expert-pruning", "options": {"experts": 3}},)),
         Case("adapter: int4 sym and low rank", "llama", native, (four, low), "adapter"),
     ]
+    whole, row, token = {"bits": 8, "group_size": "channel"}, "channel", "act-static-dynamic"
+    fp8 = grid(format="fp8", group_size=row, scale_dtype="bfloat16")
+    for name, weights, inputs in (
+        ("W8A8: int8 by token", grid(**whole), {"method": token}),
+        ("W8A8: int8, one static scale", grid(**whole), {"method": token, "options": {"dynamic": False}}),
+        (
+            "W8A8: int8, one static scale, asym",
+            grid(**whole),
+            {"method": token, "target": {"symmetric": False}, "options": {"dynamic": False}},
+        ),
+        ("W4A8: int4 in groups, int8 by token", four, {"method": token}),
+        ("W4A8: int4 by row, int8 by token", grid(bits=4, group_size=row), {"method": token}),
+        ("W4A4: int4 in groups, int4 by token", four, {"method": token, "target": {"bits": 4}}),
+        ("FP8 by token", fp8, {"method": "minifloat"}),
+        ("FP8, one static scale", fp8, {"method": "minifloat", "options": {"dynamic": False}}),
+        ("FP8 weights alone", fp8, None),
+    ):
+        rows.append(Case(name, "llama", engine, (weights,) if inputs is None else (weights, inputs)))
+    rows.append(Case("W8A8: int8 by token, biases", "qwen2", engine, (grid(**whole), {"method": token})))
+    for name, power in (("nvfp4", {}), ("mxfp4", {"power": "even"}), ("mxfp8", {"power": "even"})):
+        block = {"method": "rtn", "target": {"format": name}}
+        inputs = {"method": "minifloat", "target": {"format": name}, "options": power}
+        rows.append(Case(f"{name.upper()}, weights and inputs", "llama in bfloat16", engine, (block, inputs)))
+        rows.append(Case(f"{name.upper()} weights alone", "llama", engine, (block,)))
     own = {native: "float32"}
     typed = (replace(x, dtype="float16" if x.to else own.get(x.layout, x.dtype)) for x in rows)
     return {x.name: x for x in typed}
@@ -133,11 +158,14 @@ def original(name: str, place: Path) -> Path:
     folder = place / name
     if not folder.exists():
         torch.manual_seed(0)
-        model = tf.AutoModelForCausalLM.from_config(MODELS[name]()).float()
+        config = MODELS[name]()
+        model = tf.AutoModelForCausalLM.from_config(config).float()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() >= 2:
                     parameter.mul_(4.0)
+        if config.dtype is not None:
+            model.to(config.dtype)
         model.save_pretrained(folder)
         letters = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
         tokenizer = Tokenizer(models.BPE({x: i for i, x in enumerate(letters)}, []))
@@ -224,6 +252,9 @@ def asked(folder: Path, dtype: str) -> dict[str, Any]:
 def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
     """Log-probabilities that transformers gives the next token at every place, float32 [tokens - 1, vocabulary]."""
     model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if hasattr(model, "ct_decompress_hook"):  # small floats in blocks are decoded in bfloat16 whatever dtype is asked for
+        model.hf_quantizer.compressor.decompress_model(model)
+        model.to(dtype)
     with torch.no_grad():
         logits: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1)

@@ -20,7 +20,7 @@ from lilliput.export import engine_notes, integers, layouts, rounded_inputs, sma
 from lilliput.export.dense import dense_linears
 from lilliput.export.outcome import Outcome, largest_group
 from lilliput.export.packing import dense, quantized_part
-from lilliput.export.settings import Setting, setting_of
+from lilliput.export.settings import Setting, decoded_at_load, setting_of
 from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
 from lilliput.source.names import single_name
@@ -45,8 +45,9 @@ class CompressedTensors:
     name = "compressed-tensors"
 
     def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
+        because = decoded_at_load(outcomes)
         for x in outcomes:
-            if (reason := rounded_inputs.refuse(x, self.decoded)) is not None:
+            if (reason := rounded_inputs.refuse(x, self.decoded, because)) is not None:
                 return reason
             if x.scheme.parts and x.codes is None:
                 return (
@@ -149,8 +150,7 @@ class CompressedTensors:
             ignore=dense_linears(outcomes, config),
         )
         entry: dict[str, Any] = built.model_dump(mode="json", exclude_none=True)
-        if self.decoded or any(not x.symmetric for x in members):
-            # transformers 5.23.0 gives an unpacked shape to zero points unless it decodes while loading
+        if self.decoded or decoded_at_load(outcomes) is not None:
             entry["dequantize"] = True
         return entry
 
@@ -188,7 +188,7 @@ def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome], 
             f"expert '{floats.name}' becomes {floats.scheme.weights.describe()}, and small floats in experts were "
             "tried in no engine. Nearest: rtn or gptq with format int; export 'lilliput' holds it."
         )
-    if (asymmetric or decoded) and len(kinds) > 1:
+    if (decoded or decoded_at_load(quantized) is not None) and len(kinds) > 1:
         first, second = list(kinds.values())[:2]
         return (
             f"'{first}' and '{second}' differ in bits, symmetry or group, and a loader that decodes uses one "

@@ -20,6 +20,7 @@ PACKED, WHOLE = "pack-quantized", "int-quantized"
 FLOAT, ALONE = "float-quantized", "naive-quantized"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 PAIRS = {NVFP4, MXFP4}  # two codes a byte
+BLOCKS = PAIRS | {MXFP8}
 
 
 def of(form: Format, rounded: bool) -> str | None:

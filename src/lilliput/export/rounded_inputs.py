@@ -39,15 +39,21 @@ _BLOCKS = {
 }
 
 
-def refuse(outcome: Outcome, decoded: bool) -> str | None:
-    """Why a linear's inputs cannot be described, or None; `decoded`: by a folder that is decoded while it loads."""
+def refuse(outcome: Outcome, decoded: bool, because: Outcome | None = None) -> str | None:
+    """Why a linear's inputs cannot be described, or None; `decoded`: by a folder that is decoded while it loads, or has
+    to be `because` of a linear."""
     grid, layout = outcome.scheme.activation, outcome.layout
     if grid is None:
         return None
-    if decoded:
+    if decoded or because is not None:
+        why = "" if because is None else f" for the {because.scheme.weights.describe()} of '{because.name}'"
+        nearest = "symmetric integers, or fp8"
+        if because is not None and because.codes is not None and because.codes.symmetric:
+            model = str(because.dtype).removeprefix("torch.")
+            nearest = f"a model in bfloat16 (this one is {model}), or format fp8"
         return (
             f"the inputs of '{outcome.name}' become {grid.describe()}, and transformers decodes this folder while it "
-            "loads, which drops that. Nearest: symmetric weights; export 'lilliput' holds it."
+            f"loads{why}, which drops that. Nearest: {nearest}; export 'lilliput' holds it."
         )
     if layout is None:
         return (

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
+from lilliput.export.layouts import BLOCKS
 from lilliput.export.outcome import Outcome
 from lilliput.parts.inputs.grid import InputSpec
 
@@ -27,3 +31,15 @@ def setting_of(outcome: Outcome) -> Setting | None:
         return None
     group = -1 if form.group_size == 0 else form.group_size
     return Setting(layout, form.bits, form.symmetric, group, outcome.scheme.activation)
+
+
+def decoded_at_load(outcomes: Iterable[Outcome]) -> Outcome | None:
+    """The first linear because of which a folder asks transformers to decode while it loads; None: nothing does.
+
+    transformers 5.23.0 gives an unpacked shape to zero points otherwise, and what it decodes later from small floats in
+    blocks is bfloat16, which models of another dtype do not multiply with.
+    """
+    for x in outcomes:
+        if x.codes is not None and (not x.codes.symmetric or (x.layout in BLOCKS and x.dtype != torch.bfloat16)):
+            return x
+    return None

@@ -252,7 +252,9 @@ def asked(folder: Path, dtype: str) -> dict[str, Any]:
 def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
     """Log-probabilities that transformers gives the next token at every place, float32 [tokens - 1, vocabulary]."""
     model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    if hasattr(model, "ct_decompress_hook"):  # small floats in blocks are decoded in bfloat16 whatever dtype is asked for
+    if hasattr(
+        model, "ct_decompress_hook"
+    ):  # small floats in blocks are decoded in bfloat16 whatever dtype is asked for
         model.hf_quantizer.compressor.decompress_model(model)
         model.to(dtype)
     with torch.no_grad():

@@ -50,5 +50,3 @@ def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
             if leaf in names and kinds.setdefault(parent, setting_of(x)) != setting_of(x):
                 return f"{parent} ({', '.join(names)})"
     return None
-
-

@@ -1,12 +1,12 @@
 """The layouts of compressed-tensors, by the grid of the weights and by whether inputs are rounded beside them.
 
-    pack-quantized        integers in 32-bit words
-    int-quantized         8-bit integers, one a byte, which engines multiply with inputs of 8 bits
-    float-quantized       e4m3 with a scale for each row, beside inputs that are rounded to e4m3
-    naive-quantized       the same weights alone
-    nvfp4-pack-quantized  e2m1 in groups of 16, with scales e4m3 and one float32 for the matrix
-    mxfp4-pack-quantized  e2m1 in groups of 32, with scales that are powers of two
-    mxfp8-quantized       e4m3 in such groups
+pack-quantized        integers in 32-bit words
+int-quantized         8-bit integers, one a byte, which engines multiply with inputs of 8 bits
+float-quantized       e4m3 with a scale for each row, beside inputs that are rounded to e4m3
+naive-quantized       the same weights alone
+nvfp4-pack-quantized  e2m1 in groups of 16, with scales e4m3 and one float32 for the matrix
+mxfp4-pack-quantized  e2m1 in groups of 32, with scales that are powers of two
+mxfp8-quantized       e4m3 in such groups
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@
     python scripts/check_engines.py                     # measure all, print a line each
     python scripts/check_engines.py NAME... --json      # some of them, as JSON on standard output
     python scripts/check_engines.py --write             # measure all, renew docs/engines.json and the table
+    python scripts/check_engines.py NAME... --write     # some of them, in a record of the same versions
 
 Each case compresses a tiny random model, lets vLLM continue a prompt greedily, in a process of its environment, and has
 transformers score the same tokens in float32, for a container by the folder that it is made from. vLLM computes in
 float32 where it can, and in a type of 16 bits where its kernels for integers need one; then transformers scores them in
-that type as well, which says what rounding alone does. "equal": log-probabilities within EQUAL, or within TWICE that
-rounding; "differs": not; "fails": why. Beside it, how many of NEW tokens vLLM chose as transformers would.
+that type as well, which says what rounding alone does; where inputs are rounded, it moves their codes too. "equal":
+log-probabilities within EQUAL, or within TWICE that rounding; "unclear": so, where that rounding is above CLEAR;
+"differs": not; "fails": why. Beside it, how many of NEW tokens vLLM chose as transformers would.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "engines.json"
 PAGE = ROOT / "docs" / "engines.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-EQUAL, TWICE = 1e-3, 2.0
+EQUAL, TWICE, CLEAR = 1e-3, 2.0, 0.5
 PROMPT, NEW = 16, 16
 ENGINE = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -252,9 +254,8 @@ def asked(folder: Path, dtype: str) -> dict[str, Any]:
 def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
     """Log-probabilities that transformers gives the next token at every place, float32 [tokens - 1, vocabulary]."""
     model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    if hasattr(
-        model, "ct_decompress_hook"
-    ):  # small floats in blocks are decoded in bfloat16 whatever dtype is asked for
+    if hasattr(model, "ct_decompress_hook"):
+        # What it decodes from small floats in blocks is bfloat16, whatever dtype is asked for.
         model.hf_quantizer.compressor.decompress_model(model)
         model.to(dtype)
     with torch.no_grad():
@@ -274,7 +275,7 @@ def judged(folder: Path, answer: dict[str, Any], dtype: str) -> dict[str, Any]:
     apart = float((ours - theirs).abs().max())
     rounding = float((ours - rounded.gather(1, chosen)[:, 0]).abs().max())
     same = sum(a == b for a, b in zip(exact.argmax(-1)[PROMPT - 1 :].tolist(), tokens[PROMPT:], strict=True))
-    finding = "equal" if apart <= max(EQUAL, TWICE * rounding) else "differs"
+    finding = "differs" if apart > max(EQUAL, TWICE * rounding) else "unclear" if rounding > CLEAR else "equal"
     return {"finding": finding, "apart": float(f"{apart:.2g}"), "rounding": float(f"{rounding:.2g}"), "same": same}
 
 
@@ -346,12 +347,19 @@ def main() -> int:
     tf.utils.logging.set_verbosity(tf.utils.logging.CRITICAL)
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print
+    used = versions(python)
+    before = json.loads(RECORD.read_text()) if told.write and told.names else {"versions": used, "cases": []}
+    if before["versions"] != used:
+        parser.error(f"the record is of {before['versions']}, and {used} are installed: measure all cases")
     rows = measured([known[x] for x in told.names or known], python)
-    record = {"versions": versions(python), "equal": EQUAL, "twice": TWICE, "cases": rows}
+    if told.write:
+        by_name = {x["name"]: x for x in (*before["cases"], *rows)}
+        rows = [by_name[x] for x in known if x in by_name]
+    record = {"versions": used, "equal": EQUAL, "twice": TWICE, "clear": CLEAR, "cases": rows}
     if told.write:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{rest.partition(END)[2]}")
+        above, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{above}{BEGIN}\n{table(record)}\n{END}{rest.partition(END)[2]}")
     os.write(out, ((json.dumps(record) if told.json else table(record)) + "\n").encode())
     return 0
 

@@ -153,6 +153,7 @@ def test_a_table_is_packed_in_pieces_as_it_is_whole(name: str) -> None:
         (outcome(form("nvfp4"), in_features=72), "format fp8, with a scale for each row, always fits"),
         (outcome(form("mxfp4"), BLOCK["mxfp4"], dtype=torch.float32), "a model in bfloat16 .this one is float32"),
         (outcome(IntegerFormat(8, False, -1), UniformInput(8)), "decodes this folder while it loads for the int8"),
+        (outcome(IntegerFormat(8, True, -1, torch.bfloat16), UniformInput(8), expert=True), "runs all experts as one"),
         (outcome(form("fp8"), expert=True), "small floats in experts were tried in no engine"),
     ],
 )

@@ -188,6 +188,13 @@ def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome], 
             f"expert '{floats.name}' becomes {floats.scheme.weights.describe()}, and small floats in experts were "
             "tried in no engine. Nearest: rtn or gptq with format int; export 'lilliput' holds it."
         )
+    rounded = next((x for x in experts if x.scheme.activation is not None), None)
+    if rounded is not None:
+        return (
+            f"the inputs of expert '{rounded.name}' become {rounded.scheme.activation.describe()}, and transformers "  # type: ignore[union-attr]
+            "runs all experts as one tensor, which it decodes. Nearest: exclude the experts from the step that rounds "
+            "inputs; export 'lilliput' holds it."
+        )
     if (decoded or decoded_at_load(quantized) is not None) and len(kinds) > 1:
         first, second = list(kinds.values())[:2]
         return (

@@ -127,15 +127,12 @@ def cases() -> dict[str, Case]:
         Case("adapter: int4 sym and low rank", "llama", native, (four, low), "adapter"),
     ]
     whole, row, token = {"bits": 8, "group_size": "channel"}, "channel", "act-static-dynamic"
+    static = {"method": token, "target": {"symmetric": False}, "options": {"dynamic": False}}
     fp8 = grid(format="fp8", group_size=row, scale_dtype="bfloat16")
     for name, weights, inputs in (
         ("W8A8: int8 by token", grid(**whole), {"method": token}),
         ("W8A8: int8, one static scale", grid(**whole), {"method": token, "options": {"dynamic": False}}),
-        (
-            "W8A8: int8, one static scale, asym",
-            grid(**whole),
-            {"method": token, "target": {"symmetric": False}, "options": {"dynamic": False}},
-        ),
+        ("W8A8: int8, one static scale, asym", grid(**whole), static),
         ("W4A8: int4 in groups, int8 by token", four, {"method": token}),
         ("W4A8: int4 by row, int8 by token", grid(bits=4, group_size=row), {"method": token}),
         ("W4A4: int4 in groups, int4 by token", four, {"method": token, "target": {"bits": 4}}),
@@ -144,6 +141,9 @@ def cases() -> dict[str, Case]:
         ("FP8 weights alone", fp8, None),
     ):
         rows.append(Case(name, "llama", engine, (weights,) if inputs is None else (weights, inputs)))
+    some, others = {"method": token} | down, static | rest
+    rows.append(Case("W8A8: static, the MLP's last linear by token", "llama", engine, (grid(**whole), others, some)))
+    rows.append(Case("W8A8: int8 in groups, int8 by token", "llama", engine, (grid(bits=8), {"method": token})))
     rows.append(Case("W8A8: int8 by token, biases", "qwen2", engine, (grid(**whole), {"method": token})))
     for name, power in (("nvfp4", {}), ("mxfp4", {"power": "even"}), ("mxfp8", {"power": "even"})):
         block = {"method": "rtn", "target": {"format": name}}

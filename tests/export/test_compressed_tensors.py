@@ -209,7 +209,7 @@ def test_notes_say_where_engines_run_dense() -> None:
     split = CompressedTensors().dense_note([outcome(fmt=int4()), outcome(UP.replace("up", "gate"), int4(-1))])
     assert split is not None
     assert "vLLM runs the linears of model.layers.0.mlp" in split
-    assert "vLLM on a CPU has kernels for 4 bits alone" in three
+    assert "vLLM on a CPU refuses this file for its int3 g32 asym" in three
     head = CompressedTensors().dense_note([outcome(HEAD, int4(), table=True)])
     assert head is not None
     assert "vLLM has no place for a packed head" in head

@@ -163,6 +163,34 @@ def test_refuses_with_the_nearest_that_loads(x: Outcome, message: str) -> None:
     assert re.search(message, reason), reason
 
 
+@pytest.mark.parametrize(
+    ("x", "runs"),
+    [
+        (outcome(IntegerFormat(8, True, -1, torch.bfloat16), UniformInput(8)), True),
+        (outcome(IntegerFormat(8, True, -1, torch.bfloat16), UniformInput(8, "tensor", dynamic=False)), True),
+        (outcome(IntegerFormat(8, True, 32, torch.bfloat16), UniformInput(8)), False),
+        (outcome(IntegerFormat(8, True, -1, torch.bfloat16)), False),
+        (outcome(IntegerFormat(4, True, 32, torch.bfloat16), UniformInput(8)), True),
+        (outcome(form("fp8"), TOKEN), True),
+        (outcome(form("fp8"), ONE), False),
+        (outcome(form("fp8")), False),
+        (outcome(form("mxfp8")), False),
+    ],
+)
+def test_the_plan_says_what_vllm_runs_on_a_cpu(x: Outcome, runs: bool) -> None:
+    note = CompressedTensors().dense_note([x])
+    assert note is not None
+    assert ("vLLM on a CPU refuses this file" not in note) is runs
+    assert ("vLLM rounds the inputs as this plan does" in note) is (runs and x.scheme.activation is not None)
+
+
+def test_the_plan_says_what_vllm_makes_of_global_scales() -> None:
+    names = [f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")]
+    found = [outcome(form("nvfp4"), name=x) for x in names]
+    assert "takes one global scale of nvfp4 for gate_proj, up_proj" in (CompressedTensors().dense_note(found) or "")
+    assert "global scale" not in (CompressedTensors().dense_note(found[1:]) or "")
+
+
 def test_two_layouts_in_one_folder_name_their_linears() -> None:
     down = outcome(IntegerFormat(8, True, -1, torch.bfloat16), UniformInput(8), name="model.layers.0.mlp.down_proj")
     found = [outcome(form("fp8"), TOKEN), down]

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from lilliput.export.layouts import PAIRS
+from lilliput.export.layouts import FLOAT, NVFP4, PAIRS
 from lilliput.export.outcome import Outcome
 from lilliput.export.settings import Setting, setting_of
+from lilliput.formats.integer import IntegerFormat
+from lilliput.parts.inputs.minifloat import FloatInput
+
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears that vLLM runs as one
 
 
 def of(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
@@ -30,20 +34,51 @@ def of(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
     split = _split_siblings(quantized)
     if split is not None:
         notes.append(f"vLLM runs the linears of {split} as one and needs one setting for them: it refuses this file.")
-    bits = {f.bits for f in formats}
-    if not bits <= {4, 8}:
+    if not {x.bits for x in formats if isinstance(x, IntegerFormat)} <= {4, 8}:
         notes.append("SGLang reads only 4 and 8 bits; vLLM reads 2 to 8 symmetric, and 4 and 8 asymmetric.")
-    if bits != {4} and bits:
-        notes.append("vLLM on a CPU has kernels for 4 bits alone, and refuses this file there.")
+    notes += [*_on_a_cpu(quantized), *_shared_scales(quantized)]
     if any(x.table for x in quantized):
         notes.append("vLLM has no place for a packed head, and refuses this file; it serves export 'lilliput'.")
     return notes
 
 
+def _on_a_cpu(quantized: Sequence[Outcome]) -> list[str]:
+    """Which linears vLLM has no kernel for on a CPU, and which it multiplies as they are stored."""
+    kinds = {x.scheme.describe(): _runs(x) for x in quantized}
+    refused = [kind for kind, runs in kinds.items() if not runs]
+    if refused:
+        return [
+            f"vLLM on a CPU refuses this file for its {refused[0]}: it has kernels there for 4-bit integers, int8 "
+            "weights by row with int8 inputs, and fp8 weights with fp8 inputs by token."
+        ]
+    rounded = [x for x in quantized if x.scheme.activation is not None]
+    return ["vLLM rounds the inputs as this plan does, on a CPU too."] if rounded else []
+
+
+def _runs(x: Outcome) -> bool:
+    """Whether vLLM runs such a linear on a CPU: docs/engines.md."""
+    form, inputs = x.codes, x.scheme.activation
+    if isinstance(form, IntegerFormat):
+        return form.bits == 4 if inputs is None or form.bits < 8 else form.group_size <= 0
+    return isinstance(inputs, FloatInput) and x.layout == FLOAT and inputs.dynamic
+
+
+def _shared_scales(quantized: Sequence[Outcome]) -> list[str]:
+    """nvfp4 linears that vLLM runs as one, of whose global scales it takes one for all."""
+    for names in _TOGETHER:
+        parents = [x.name.rpartition(".")[0] for x in quantized if x.layout == NVFP4 and x.name.endswith(names)]
+        if len(parents) != len(set(parents)):
+            return [
+                f"vLLM takes one global scale of nvfp4 for {', '.join(names)}, the largest of theirs, which changes "
+                "the weights of the others. Nearest for vLLM: fp8."
+            ]
+    return []
+
+
 def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
     """The first set of linears that vLLM fuses (q/k/v, gate/up) and that differ in bits, symmetry or group, in
     words."""
-    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+    for names in _TOGETHER:
         kinds: dict[str, Setting | None] = {}
         for x in quantized:
             parent, _, leaf = x.name.rpartition(".")

@@ -11,7 +11,8 @@ transformers score the same tokens in float32, for a container by the folder tha
 float32 where it can, and in a type of 16 bits where its kernels for integers need one; then transformers scores them in
 that type as well, which says what rounding alone does; where inputs are rounded, it moves their codes too. "equal":
 log-probabilities within EQUAL, or within TWICE that rounding; "unclear": so, where that rounding is above CLEAR;
-"differs": not; "fails": why. Beside it, how many of NEW tokens vLLM chose as transformers would.
+"differs": not; "fails": why. "inputs as they are": on average as close to the folder without its rounding of inputs as
+that folder is to itself in both types (within SAME). Beside it, how many of NEW tokens vLLM chose as transformers would.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "engines.json"
 PAGE = ROOT / "docs" / "engines.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-EQUAL, TWICE, CLEAR = 1e-3, 2.0, 0.5
+EQUAL, TWICE, CLEAR, SAME = 1e-3, 2.0, 0.5, 1.25
 PROMPT, NEW = 16, 16
 ENGINE = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -263,8 +265,21 @@ def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def judged(folder: Path, answer: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The finding, the largest difference of a log-probability, that of rounding alone, and equal choices."""
+def plain(folder: Path) -> Path | None:
+    """A copy of a folder that tells of no rounded inputs; None where it has none."""
+    config = json.loads((folder / "config.json").read_text())
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    if not [x for x in groups if x.pop("input_activations", None)]:
+        return None
+    out = folder.with_name(f"{folder.name} plain")
+    shutil.copytree(folder, out)
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def judged(folder: Path, answer: dict[str, Any], dtype: str, without: Path | None = None) -> dict[str, Any]:
+    """The finding, the largest difference of a log-probability, that of rounding alone, and equal choices. `without`:
+    the folder without its rounding of inputs."""
     if "why" in answer:
         return {"finding": "fails", "why": answer["why"]}
     tokens, theirs = answer["tokens"], torch.tensor(answer["scores"])
@@ -275,8 +290,18 @@ def judged(folder: Path, answer: dict[str, Any], dtype: str) -> dict[str, Any]:
     apart = float((ours - theirs).abs().max())
     rounding = float((ours - rounded.gather(1, chosen)[:, 0]).abs().max())
     same = sum(a == b for a, b in zip(exact.argmax(-1)[PROMPT - 1 :].tolist(), tokens[PROMPT:], strict=True))
+    if without is not None:
+        kept, narrow = (
+            scored(without, tokens, x).gather(1, chosen)[:, 0] for x in (torch.float32, getattr(torch, dtype))
+        )
+        if float((theirs - kept).abs().mean()) <= SAME * float((narrow - kept).abs().mean()):
+            return {"finding": "inputs as they are", "apart": _short(apart), "rounding": _short(rounding), "same": same}
     finding = "differs" if apart > max(EQUAL, TWICE * rounding) else "unclear" if rounding > CLEAR else "equal"
-    return {"finding": finding, "apart": float(f"{apart:.2g}"), "rounding": float(f"{rounding:.2g}"), "same": same}
+    return {"finding": finding, "apart": _short(apart), "rounding": _short(rounding), "same": same}
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.2g}")
 
 
 def measured(some: Sequence[Case], python: str) -> list[dict[str, Any]]:
@@ -288,7 +313,7 @@ def measured(some: Sequence[Case], python: str) -> list[dict[str, Any]]:
         rows = []
         for (case, folder), there in zip(folders.items(), opened, strict=True):
             row = {"name": case.name, "model": case.model, "layout": case.to or case.layout, "dtype": case.dtype}
-            rows.append(row | judged(folder, answers[there], case.dtype))
+            rows.append(row | judged(folder, answers[there], case.dtype, None if case.to else plain(folder)))
         return rows
 
 
@@ -355,7 +380,7 @@ def main() -> int:
     if told.write:
         by_name = {x["name"]: x for x in (*before["cases"], *rows)}
         rows = [by_name[x] for x in known if x in by_name]
-    record = {"versions": used, "equal": EQUAL, "twice": TWICE, "clear": CLEAR, "cases": rows}
+    record = {"versions": used, "equal": EQUAL, "twice": TWICE, "clear": CLEAR, "same": SAME, "cases": rows}
     if told.write:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         above, _, rest = PAGE.read_text().partition(BEGIN)

@@ -181,7 +181,9 @@ def test_the_plan_says_what_vllm_runs_on_a_cpu(x: Outcome, runs: bool) -> None:
     note = CompressedTensors().dense_note([x])
     assert note is not None
     assert ("vLLM on a CPU refuses this file" not in note) is runs
-    assert ("vLLM rounds the inputs as this plan does" in note) is (runs and x.scheme.activation is not None)
+    eight = x.layout in (layouts.WHOLE, layouts.FLOAT)
+    assert ("rounds inputs as this plan does" in note) is (runs and eight)
+    assert ("with inputs as they are" in note) is (runs and not eight)
 
 
 def test_the_plan_says_what_vllm_makes_of_global_scales() -> None:

@@ -36,7 +36,8 @@ def drawn() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["W8A8", "W4A8", "W4A4", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8", "NVFP4", "MXFP4", "MXFP8", "MXFP4XFP8"]
+    "name",
+    ["W8A8", "W4A8", "W4A4", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8", "NVFP4", "MXFP4", "MXFP8", "MXFP4XFP8"],
 )
 def test_presets_round_as_the_library_does(name: str) -> None:
     scheme = preset_name_to_scheme(name, ["Linear"])

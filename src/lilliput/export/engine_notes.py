@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lilliput.export.layouts import FLOAT, NVFP4, PAIRS
+from lilliput.export.layouts import FLOAT, NVFP4, PACKED, PAIRS
 from lilliput.export.outcome import Outcome
 from lilliput.export.settings import Setting, setting_of
 from lilliput.formats.integer import IntegerFormat
@@ -43,7 +43,7 @@ def of(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
 
 
 def _on_a_cpu(quantized: Sequence[Outcome]) -> list[str]:
-    """Which linears vLLM has no kernel for on a CPU, and which it multiplies as they are stored."""
+    """Which linears vLLM has no kernel for on a CPU, and whether it rounds the inputs of the others."""
     kinds = {x.scheme.describe(): _runs(x) for x in quantized}
     refused = [kind for kind, runs in kinds.items() if not runs]
     if refused:
@@ -52,7 +52,10 @@ def _on_a_cpu(quantized: Sequence[Outcome]) -> list[str]:
             "weights by row with int8 inputs, and fp8 weights with fp8 inputs by token."
         ]
     rounded = [x for x in quantized if x.scheme.activation is not None]
-    return ["vLLM rounds the inputs as this plan does, on a CPU too."] if rounded else []
+    kept = [x.scheme.describe() for x in rounded if x.layout == PACKED]
+    if kept:
+        return [f"vLLM on a CPU runs the {kept[0]} of this file with inputs as they are: nothing is rounded there."]
+    return ["vLLM on a CPU rounds inputs as this plan does, and multiplies 8-bit numbers."] if rounded else []
 
 
 def _runs(x: Outcome) -> bool:

@@ -89,8 +89,8 @@ def _one(reader: Reader, base: str, leaf: str, config: QuantizationConfig, dtype
     if kind in LIBRARY:
         names = (leaf, "weight_scale", "weight_global_scale")
         rows, width = entries[f"{base}.{leaf}"].shape
-        shape = (rows, 2 * width if kind in PAIRS else width)
-        return ByLibrary(shape, dtype, kind, scheme, tuple((x, y) for x in names if (y := part(x))))
+        whole = (rows, 2 * width if kind in PAIRS else width)
+        return ByLibrary(whole, dtype, kind, scheme, tuple((x, y) for x in names if (y := part(x))))
     bits = None
     shape = entries[f"{base}.{leaf}"].shape
     if leaf == "weight_packed":

@@ -5,7 +5,8 @@
 
 Each case writes a tiny random model twice, packed by lilliput's exporter (even where that would refuse) and decoded by
 lilliput, opens both with AutoModelForCausalLM.from_pretrained, and compares logits: "exact" (equal to the bit),
-"tolerance" (within TOLERANCE of the largest logit) or "fails: why".
+"tolerance" (within TOLERANCE of the largest logit) or "fails: why". Where inputs are rounded, lilliput rounds those of
+the decoded model.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,18 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 import lilliput.export
 from lilliput.export.compressed_tensors import CompressedTensors
 from lilliput.export.outcome import Outcome
+from lilliput.formats import levels
 from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.levels import LevelFormat
+from lilliput.formats.scales import FloatScales
+from lilliput.parts.inputs.grid import InputGrid, InputSpec
+from lilliput.parts.inputs.minifloat import FloatInput
+from lilliput.parts.inputs.uniform import SCALE, ZERO, UniformInput
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import quantized
+from lilliput.runtime import inputs
+from lilliput.target import Target
 
 TABLE = Path(lilliput.export.__file__).with_name("capabilities.json")
 TOLERANCE = 1e-3
@@ -45,6 +54,16 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**SMALL, **MOE, decoder_sparse_step=2, tie_word_embeddings=False),
     "gpt2": lambda: GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64),
 }
+FORMATS = {"FP8": "fp8", "NVFP4": "nvfp4", "MXFP4": "mxfp4", "MXFP8": "mxfp8"}
+INPUTS: dict[str, InputSpec] = {
+    "inputs by token": UniformInput(8),
+    "inputs by token, asym": UniformInput(8, symmetric=False),
+    "inputs with one static scale": UniformInput(8, "tensor", dynamic=False),
+    "inputs with one static scale, asym": UniformInput(8, "tensor", symmetric=False, dynamic=False),
+    "FP8, inputs by token": FloatInput("e4m3"),
+    "FP8, inputs with one static scale": FloatInput("e4m3", "tensor", dynamic=False),
+}
+STATIC = {SCALE: torch.tensor([0.03]), ZERO: torch.tensor([3], dtype=torch.int32)}  # of inputs of a tiny random model
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,18 @@ class Case:
     dtype: str = "float32"
     scale: str = "float16"
 
-    def format(self, linear: str) -> IntegerFormat | None:
+    @property
+    def tolerance(self) -> float:
+        """Of logits, relative to the largest: the library decodes nvfp4 in bfloat16, whatever the model's dtype."""
+        return 5 * TOLERANCE if self.kind == "NVFP4" and self.dtype == "float32" else TOLERANCE
+
+    @property
+    def inputs(self) -> InputGrid | None:
+        """How inputs of the linears that are compressed are rounded; None: they are not."""
+        spec = INPUTS.get(self.kind)
+        return None if spec is None else InputGrid(spec, {x: STATIC[x].clone() for x in spec.stored(1)})
+
+    def format(self, linear: str) -> IntegerFormat | LevelFormat | None:
         """What a linear of the case's model becomes; None: it stays dense."""
         bits, group = self.bits, self.group
         expert = ".experts." in linear
@@ -73,6 +103,11 @@ class Case:
             group = -1
         if self.kind == "mixed experts" and not expert:
             bits = 8
+        small = FORMATS.get(self.kind.split(",")[0])
+        if small is not None:
+            form = levels.from_target(Target(format=small))
+            plain = isinstance(form.scales, FloatScales)
+            return replace(form, scales=FloatScales(getattr(torch, self.scale))) if plain else form
         return IntegerFormat(bits, self.symmetric, group, getattr(torch, self.scale))
 
 
@@ -101,6 +136,17 @@ def cases() -> Iterator[Case]:
         yield Case("experts", "qwen3_moe", 4, symmetric, 32, "bfloat16", "bfloat16")
         yield Case("dense experts", "qwen3_moe", 4, symmetric)
         yield Case("mixed experts", "qwen3_moe", 4, symmetric)
+    for kind, spec in INPUTS.items():
+        for model in ("llama", "qwen2"):
+            yield Case(kind, model, 8, True, -1, "float32", "float32")
+        if isinstance(spec, UniformInput):
+            yield Case(kind, "llama", 4, True)
+    yield Case("inputs by token", "llama", 8, False, -1)
+    yield Case("inputs by token", "qwen3_moe", 8, True, -1)
+    for dtype in ("float32", "bfloat16"):
+        yield Case("FP8", "llama", 8, True, -1, dtype, dtype)
+        for name, bits, group in (("NVFP4", 4, 16), ("MXFP4", 4, 32), ("MXFP8", 8, 32)):
+            yield Case(name, "llama", bits, True, group, dtype, "own")
 
 
 def outcomes(case: Case, weights: dict[str, torch.Tensor]) -> list[Outcome]:
@@ -113,11 +159,10 @@ def outcomes(case: Case, weights: dict[str, torch.Tensor]) -> list[Outcome]:
         conv = case.model == "gpt2" and stored != "lm_head"
         out, width = reversed(weight.shape) if conv else weight.shape
         expert = ".experts." in stored
-        rows.append(
-            Outcome(
-                stored, stored, out, width, quantized(case.format(stored)), weight.dtype, transposed=conv, expert=expert
-            )
-        )
+        scheme = quantized(case.format(stored))
+        if scheme.parts and case.inputs is not None:
+            scheme = replace(scheme, activation=case.inputs.spec)
+        rows.append(Outcome(stored, stored, out, width, scheme, weight.dtype, transposed=conv, expert=expert))
     return rows
 
 
@@ -142,9 +187,11 @@ def write(case: Case, exporter: lilliput.export.Exporter, folder: Path) -> tuple
     for x in linears:
         weight = tensors.pop(f"{x.stored}.weight").float()
         layer = Layer(x.name, weight.T.contiguous() if x.transposed else weight)
-        if x.format is not None:
-            grid = x.format.fit(layer.weight)
-            layer = layer.with_part(QuantizedPart(x.format, x.format.encode(layer.weight, grid), grid))
+        form = x.scheme.weights.grid
+        if form is not None:
+            grid = form.fit(layer.weight)
+            layer = layer.with_part(QuantizedPart(form, form.encode(layer.weight, grid), grid))
+            layer = replace(layer, activation=case.inputs)
         decoded = layer.decode().to(x.dtype)
         weights[f"{x.stored}.weight"] = (decoded.T if x.transposed else decoded).contiguous()
         tensors |= exporter.pack(x, layer)
@@ -157,9 +204,12 @@ def write(case: Case, exporter: lilliput.export.Exporter, folder: Path) -> tuple
     return dense, packed, linears
 
 
-def logits(folder: Path) -> torch.Tensor:
-    """What transformers computes from a folder, in the dtype that its config names."""
+def logits(folder: Path, rounded: Mapping[str, InputGrid]) -> torch.Tensor:
+    """What transformers computes from a folder, in the dtype that its config names; `rounded`: the inputs of these
+    linears by lilliput's own code."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    for name, grid in rounded.items():
+        inputs.attach(model.get_submodule(name), inputs.Rounding(grid))
     with torch.no_grad():
         scores: torch.Tensor = model(input_ids=torch.arange(32).unsqueeze(0), use_cache=False).logits.float()
     return scores
@@ -169,14 +219,17 @@ def measure(case: Case, exporter: lilliput.export.Exporter | None = None) -> str
     """ "exact", "tolerance" or "fails: why" with the installed transformers."""
     with tempfile.TemporaryDirectory() as place:
         try:
-            dense, packed, _ = write(case, exporter or CompressedTensors(), Path(place))
-            reference, packed_logits = logits(dense), logits(packed)
+            dense, packed, linears = write(case, exporter or CompressedTensors(), Path(place))
+            grid = case.inputs
+            names = [x.name for x in linears if x.scheme.activation is not None]
+            reference = logits(dense, {} if grid is None else dict.fromkeys(names, grid))
+            packed_logits = logits(packed, {})
         except Exception as error:  # whatever the engine raises is the finding
             return f"fails: {type(error).__name__}"
     if torch.equal(reference, packed_logits):
         return "exact"
     difference = float((reference - packed_logits).abs().max() / reference.abs().max())
-    return "tolerance" if difference <= TOLERANCE else "fails: wrong logits"
+    return "tolerance" if difference <= case.tolerance else "fails: wrong logits"
 
 
 def read_table() -> dict[str, Any]:

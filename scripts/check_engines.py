@@ -4,12 +4,16 @@
     python scripts/check_engines.py                     # measure all, print a line each
     python scripts/check_engines.py NAME... --json      # some of them, as JSON on standard output
     python scripts/check_engines.py --write             # measure all, renew docs/engines.json and the table
+    python scripts/check_engines.py NAME... --write     # some of them, in a record of the same versions
 
 Each case compresses a tiny random model, lets vLLM continue a prompt greedily, in a process of its environment, and has
 transformers score the same tokens in float32, for a container by the folder that it is made from. vLLM computes in
 float32 where it can, and in a type of 16 bits where its kernels for integers need one; then transformers scores them in
-that type as well, which says what rounding alone does. "equal": log-probabilities within EQUAL, or within TWICE that
-rounding; "differs": not; "fails": why. Beside it, how many of NEW tokens vLLM chose as transformers would.
+that type as well, which says what rounding alone does; where inputs are rounded, it moves their codes too. "equal":
+log-probabilities within EQUAL, or within TWICE that rounding; "unclear": so, where that rounding is above CLEAR;
+"differs": not; "fails": why. "inputs as they are": on average as close to the folder without its rounding of inputs as
+that folder is to itself in both types (within SAME). Beside it, how many of NEW tokens vLLM chose as transformers
+would.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "engines.json"
 PAGE = ROOT / "docs" / "engines.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-EQUAL, TWICE = 1e-3, 2.0
+EQUAL, TWICE, CLEAR, SAME = 1e-3, 2.0, 0.5, 1.25
 PROMPT, NEW = 16, 16
 ENGINE = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -52,6 +57,7 @@ SIZES = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_att
 WIDE = {**SIZES, "intermediate_size": 256, "num_key_value_heads": 1, "max_position_embeddings": 128}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**WIDE, tie_word_embeddings=False),
+    "llama in bfloat16": lambda: tf.LlamaConfig(**WIDE, tie_word_embeddings=False, dtype="bfloat16"),
     "tied": lambda: tf.LlamaConfig(**WIDE, tie_word_embeddings=True),
     "qwen2": lambda: tf.Qwen2Config(**WIDE, tie_word_embeddings=True),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(
@@ -123,6 +129,30 @@ def cases() -> dict[str, Case]:
         Case("fewer experts", "qwen3_moe", engine, ({"method": "expert-pruning", "options": {"experts": 3}},)),
         Case("adapter: int4 sym and low rank", "llama", native, (four, low), "adapter"),
     ]
+    whole, row, token = {"bits": 8, "group_size": "channel"}, "channel", "act-static-dynamic"
+    static = {"method": token, "target": {"symmetric": False}, "options": {"dynamic": False}}
+    fp8 = grid(format="fp8", group_size=row, scale_dtype="bfloat16")
+    for name, weights, inputs in (
+        ("W8A8: int8 by token", grid(**whole), {"method": token}),
+        ("W8A8: int8, one static scale", grid(**whole), {"method": token, "options": {"dynamic": False}}),
+        ("W8A8: int8, one static scale, asym", grid(**whole), static),
+        ("W4A8: int4 in groups, int8 by token", four, {"method": token}),
+        ("W4A8: int4 by row, int8 by token", grid(bits=4, group_size=row), {"method": token}),
+        ("W4A4: int4 in groups, int4 by token", four, {"method": token, "target": {"bits": 4}}),
+        ("FP8 by token", fp8, {"method": "minifloat"}),
+        ("FP8, one static scale", fp8, {"method": "minifloat", "options": {"dynamic": False}}),
+        ("FP8 weights alone", fp8, None),
+    ):
+        rows.append(Case(name, "llama", engine, (weights,) if inputs is None else (weights, inputs)))
+    some, others = {"method": token} | down, static | rest
+    rows.append(Case("W8A8: static, the MLP's last linear by token", "llama", engine, (grid(**whole), others, some)))
+    rows.append(Case("W8A8: int8 in groups, int8 by token", "llama", engine, (grid(bits=8), {"method": token})))
+    rows.append(Case("W8A8: int8 by token, biases", "qwen2", engine, (grid(**whole), {"method": token})))
+    for name, power in (("nvfp4", {}), ("mxfp4", {"power": "even"}), ("mxfp8", {"power": "even"})):
+        block = {"method": "rtn", "target": {"format": name}}
+        inputs = {"method": "minifloat", "target": {"format": name}, "options": power}
+        rows.append(Case(f"{name.upper()}, weights and inputs", "llama in bfloat16", engine, (block, inputs)))
+        rows.append(Case(f"{name.upper()} weights alone", "llama", engine, (block,)))
     own = {native: "float32"}
     typed = (replace(x, dtype="float16" if x.to else own.get(x.layout, x.dtype)) for x in rows)
     return {x.name: x for x in typed}
@@ -133,11 +163,14 @@ def original(name: str, place: Path) -> Path:
     folder = place / name
     if not folder.exists():
         torch.manual_seed(0)
-        model = tf.AutoModelForCausalLM.from_config(MODELS[name]()).float()
+        config = MODELS[name]()
+        model = tf.AutoModelForCausalLM.from_config(config).float()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() >= 2:
                     parameter.mul_(4.0)
+        if config.dtype is not None:
+            model.to(config.dtype)
         model.save_pretrained(folder)
         letters = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
         tokenizer = Tokenizer(models.BPE({x: i for i, x in enumerate(letters)}, []))
@@ -224,13 +257,30 @@ def asked(folder: Path, dtype: str) -> dict[str, Any]:
 def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
     """Log-probabilities that transformers gives the next token at every place, float32 [tokens - 1, vocabulary]."""
     model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if hasattr(model, "ct_decompress_hook"):
+        # What it decodes from small floats in blocks is bfloat16, whatever dtype is asked for.
+        model.hf_quantizer.compressor.decompress_model(model)
+        model.to(dtype)
     with torch.no_grad():
         logits: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1)
 
 
-def judged(folder: Path, answer: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The finding, the largest difference of a log-probability, that of rounding alone, and equal choices."""
+def plain(folder: Path) -> Path | None:
+    """A copy of a folder that tells of no rounded inputs; None where it has none."""
+    config = json.loads((folder / "config.json").read_text())
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    if not [x for x in groups if x.pop("input_activations", None)]:
+        return None
+    out = folder.with_name(f"{folder.name} plain")
+    shutil.copytree(folder, out)
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def judged(folder: Path, answer: dict[str, Any], dtype: str, without: Path | None = None) -> dict[str, Any]:
+    """The finding, the largest difference of a log-probability, that of rounding alone, and equal choices. `without`:
+    the folder without its rounding of inputs."""
     if "why" in answer:
         return {"finding": "fails", "why": answer["why"]}
     tokens, theirs = answer["tokens"], torch.tensor(answer["scores"])
@@ -241,8 +291,18 @@ def judged(folder: Path, answer: dict[str, Any], dtype: str) -> dict[str, Any]:
     apart = float((ours - theirs).abs().max())
     rounding = float((ours - rounded.gather(1, chosen)[:, 0]).abs().max())
     same = sum(a == b for a, b in zip(exact.argmax(-1)[PROMPT - 1 :].tolist(), tokens[PROMPT:], strict=True))
-    finding = "equal" if apart <= max(EQUAL, TWICE * rounding) else "differs"
-    return {"finding": finding, "apart": float(f"{apart:.2g}"), "rounding": float(f"{rounding:.2g}"), "same": same}
+    if without is not None:
+        kept, narrow = (
+            scored(without, tokens, x).gather(1, chosen)[:, 0] for x in (torch.float32, getattr(torch, dtype))
+        )
+        if float((theirs - kept).abs().mean()) <= SAME * float((narrow - kept).abs().mean()):
+            return {"finding": "inputs as they are", "apart": _short(apart), "rounding": _short(rounding), "same": same}
+    finding = "differs" if apart > max(EQUAL, TWICE * rounding) else "unclear" if rounding > CLEAR else "equal"
+    return {"finding": finding, "apart": _short(apart), "rounding": _short(rounding), "same": same}
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.2g}")
 
 
 def measured(some: Sequence[Case], python: str) -> list[dict[str, Any]]:
@@ -254,7 +314,7 @@ def measured(some: Sequence[Case], python: str) -> list[dict[str, Any]]:
         rows = []
         for (case, folder), there in zip(folders.items(), opened, strict=True):
             row = {"name": case.name, "model": case.model, "layout": case.to or case.layout, "dtype": case.dtype}
-            rows.append(row | judged(folder, answers[there], case.dtype))
+            rows.append(row | judged(folder, answers[there], case.dtype, None if case.to else plain(folder)))
         return rows
 
 
@@ -313,12 +373,19 @@ def main() -> int:
     tf.utils.logging.set_verbosity(tf.utils.logging.CRITICAL)
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print
+    used = versions(python)
+    before = json.loads(RECORD.read_text()) if told.write and told.names else {"versions": used, "cases": []}
+    if before["versions"] != used:
+        parser.error(f"the record is of {before['versions']}, and {used} are installed: measure all cases")
     rows = measured([known[x] for x in told.names or known], python)
-    record = {"versions": versions(python), "equal": EQUAL, "twice": TWICE, "cases": rows}
+    if told.write:
+        by_name = {x["name"]: x for x in (*before["cases"], *rows)}
+        rows = [by_name[x] for x in known if x in by_name]
+    record = {"versions": used, "equal": EQUAL, "twice": TWICE, "clear": CLEAR, "same": SAME, "cases": rows}
     if told.write:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{rest.partition(END)[2]}")
+        above, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{above}{BEGIN}\n{table(record)}\n{END}{rest.partition(END)[2]}")
     os.write(out, ((json.dumps(record) if told.json else table(record)) + "\n").encode())
     return 0
 

@@ -52,7 +52,7 @@ def layer_of(x: Outcome) -> Layer:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, -1, 0])
 def test_packs_what_it_describes(bits: int, symmetric: bool, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lilliput.export.compressed_tensors.CHUNK", 700)  # several pieces
+    monkeypatch.setattr("lilliput.export.integers.CHUNK", 700)  # several pieces
     x = outcome(fmt=IntegerFormat(bits, symmetric, group, torch.bfloat16))
     layer = layer_of(x)
     tensors = CompressedTensors().pack(x, layer)
@@ -209,7 +209,7 @@ def test_notes_say_where_engines_run_dense() -> None:
     split = CompressedTensors().dense_note([outcome(fmt=int4()), outcome(UP.replace("up", "gate"), int4(-1))])
     assert split is not None
     assert "vLLM runs the linears of model.layers.0.mlp" in split
-    assert "vLLM on a CPU has kernels for 4 bits alone" in three
+    assert "vLLM on a CPU refuses this file for its int3 g32 asym" in three
     head = CompressedTensors().dense_note([outcome(HEAD, int4(), table=True)])
     assert head is not None
     assert "vLLM has no place for a packed head" in head

@@ -54,6 +54,34 @@ def test_rounding_excuses_as_much_again_and_no_more(check, monkeypatch, tmp_path
     assert check.judged(tmp_path, answer, "bfloat16")["finding"] == "differs"
 
 
+def test_an_engine_that_leaves_inputs_as_they_are_is_seen(check, monkeypatch, tmp_path) -> None:
+    torch.manual_seed(0)
+    length, off = check.PROMPT + check.NEW - 1, 0.01
+    rounded, kept = (torch.randn(length, 4).log_softmax(-1) for _ in range(2))
+    without = tmp_path / "without"
+
+    def scored(folder: Path, _: object, dtype: torch.dtype) -> torch.Tensor:
+        return (kept if folder == without else rounded) + (0.0 if dtype == torch.float32 else off)
+
+    monkeypatch.setattr(check, "scored", scored)
+    for apart, finding in ((1.2 * off, "inputs as they are"), (1.3 * off, "differs")):
+        answer = {"tokens": [0] * (length + 1), "scores": (kept[:, 0] - apart).tolist()}
+        assert check.judged(tmp_path, answer, "bfloat16", without)["finding"] == finding
+    exact = {"tokens": [0] * (length + 1), "scores": rounded[:, 0].tolist()}
+    assert check.judged(tmp_path, exact, "bfloat16", without)["finding"] == "equal"
+
+
+def test_a_folder_without_its_rounding_of_inputs(check, tmp_path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    group = {"targets": ["Linear"], "weights": {}, "input_activations": {"num_bits": 8}}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"config_groups": {"group_0": group}}}))
+    other = check.plain(folder)
+    (left,) = json.loads((other / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert "input_activations" not in left
+    assert check.plain(other) is None
+
+
 def test_what_ends_the_engine_is_a_finding_and_the_others_go_on(check, monkeypatch, tmp_path) -> None:
     engine = tmp_path / "engine"
     engine.write_text("""#!/bin/sh

@@ -1,17 +1,12 @@
-"""compressed-tensors, `pack-quantized`: integer codes in 32-bit words, read by transformers, vLLM and SGLang.
+"""compressed-tensors: folders that transformers, vLLM and SGLang read.
 
-Tensors of a linear with b bits (names after the linear's own):
-`weight_packed` int32 [out, ceil(in b / 32)], `weight_scale` [out, groups], `weight_shape` int64 [2] and, asymmetric,
-`weight_zero_point` int32 [ceil(out b / 32), groups], packed along rows. Codes and zero points are signed. A grid per
-tensor is written as one scale per row, which decodes to the same values.
-
-Weight-only 8 bits are packed too; beside rounded inputs they are `int-quantized` (`rounded_inputs.py`).
-What loads, and how exactly, is measured: `capabilities.json`, made by scripts/check_capabilities.py.
+Weights are integers (`integers.py`) or small floats (`small_floats.py`), with or without rounded inputs beside them
+(`rounded_inputs.py`), in the layout that `layouts.py` names. What loads, and how exactly, is measured:
+`capabilities.json`, made by scripts/check_capabilities.py, and docs/engines.md for vLLM.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,44 +16,25 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.wrapper import skeleton
-from lilliput.export import rounded_inputs
+from lilliput.export import engine_notes, integers, layouts, rounded_inputs, small_floats
 from lilliput.export.dense import dense_linears
 from lilliput.export.outcome import Outcome, largest_group
 from lilliput.export.packing import dense, quantized_part
-from lilliput.formats.bits import pack_words
-from lilliput.parts.inputs.uniform import UniformInput
+from lilliput.export.settings import Setting, decoded_at_load, setting_of
+from lilliput.formats.integer import IntegerFormat
 from lilliput.parts.layer import Layer
 from lilliput.source.names import single_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CHUNK = 1 << 20  # codes packed at a time: they are widened to 64 bits, several times over
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the engine's config tells of a linear. group: -1 one scale per output row, as which a grid per tensor is
-    written too; inputs: their grid, where they are rounded."""
-
-    bits: int
-    symmetric: bool
-    group: int
-    inputs: UniformInput | None = None
-
-
-def setting_of(outcome: Outcome) -> Setting | None:
-    """None where the linear stays dense."""
-    form, inputs = outcome.codes, outcome.scheme.activation
-    if form is None:
-        return None
-    group = -1 if form.group_size == 0 else form.group_size
-    return Setting(form.bits, form.symmetric, group, inputs if isinstance(inputs, UniformInput) else None)
+# Of a table that is packed in pieces, what tells of all rows.
+_ONCE = (".weight_shape", ".weight_global_scale", ".input_scale", ".input_zero_point", ".input_global_scale")
 
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Writes `pack-quantized` folders.
+    """Writes folders of compressed-tensors.
 
     decoded: the folder asks transformers to decode while it loads. Its models then keep plain weights, which some of
     them cannot do without; vLLM and SGLang pass over the request.
@@ -69,13 +45,14 @@ class CompressedTensors:
     name = "compressed-tensors"
 
     def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
+        because = decoded_at_load(outcomes)
         for x in outcomes:
-            if (reason := rounded_inputs.refuse(x, self.decoded)) is not None:
+            if (reason := rounded_inputs.refuse(x, self.decoded, because)) is not None:
                 return reason
             if x.scheme.parts and x.codes is None:
                 return (
-                    f"'{x.name}' becomes {x.scheme.describe()}, and engines read only plain integers. "
-                    "Nearest: rtn or gptq with format int; export 'lilliput' holds it."
+                    f"'{x.name}' becomes {x.scheme.describe()}, and engines read only plain integers, fp8, mxfp4, "
+                    f"mxfp8 and nvfp4. Nearest: {layouts.nearest(x.scheme.weights.grid)}; export 'lilliput' holds it."
                 )
             if x.places != "bits" and not x.scheme.parts:
                 return (
@@ -102,12 +79,15 @@ class CompressedTensors:
             if x.codes is not None and x.ragged:
                 group = largest_group(quantized)
                 instead = f"group_size {group} divides every width" if group else "group_size 'channel' always fits"
+                if not isinstance(x.codes, IntegerFormat):
+                    instead = "format fp8, with a scale for each row, always fits"
                 return (
                     f"groups of {x.codes.group_size} do not divide the {x.in_features} inputs of '{x.name}'. "
                     f"Nearest: {instead}; export 'lilliput' holds the shorter last group."
                 )
-            if x.codes is not None and not _widens(x.codes.scale_dtype, x.dtype):
-                model, scale = (str(d).removeprefix("torch.") for d in (x.dtype, x.codes.scale_dtype))
+            plain = x.scale_dtype
+            if plain is not None and not _widens(plain, x.dtype):
+                model, scale = (str(d).removeprefix("torch.") for d in (x.dtype, plain))
                 return (
                     f"'{x.name}' is {model} with {scale} scales, which engines cast to {model}: every weight would "
                     f"change. Nearest: scale_dtype {model}; export 'lilliput' keeps other scales."
@@ -115,63 +95,38 @@ class CompressedTensors:
         return _refuse_together(outcomes, quantized, self.decoded) or _refuse_fused(outcomes, config)
 
     def describe(self, outcome: Outcome) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        stored, rows, width, fmt = outcome.stored, outcome.out_features, outcome.in_features, outcome.codes
-        if fmt is None:
-            return {f"{stored}.weight": (outcome.dtype, outcome.dense_shape)}
-        own = {stored + suffix: x for suffix, x in rounded_inputs.described(outcome).items()}
-        if f"{stored}.weight" in own:
-            return own
-        groups = 1 if fmt.group_size <= 0 else width // fmt.group_size
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            f"{stored}.weight_packed": (torch.int32, (rows, math.ceil(width * fmt.bits / 32))),
-            f"{stored}.weight_scale": (fmt.scale_dtype, (rows, groups)),
-            f"{stored}.weight_shape": (torch.int64, (2,)),
-        }
-        if not fmt.symmetric:
-            tensors[f"{stored}.weight_zero_point"] = (torch.int32, (math.ceil(rows * fmt.bits / 32), groups))
-        return tensors | own
+        form, layout = outcome.codes, outcome.layout
+        if form is None or layout is None:
+            return {f"{outcome.stored}.weight": (outcome.dtype, outcome.dense_shape)}
+        shape = outcome.out_features, outcome.in_features
+        if isinstance(form, IntegerFormat):
+            own = integers.described(form, layout, *shape)
+        else:
+            own = small_floats.described(form, *shape)
+        return {outcome.stored + suffix: x for suffix, x in (own | rounded_inputs.described(outcome)).items()}
 
     def pack(self, outcome: Outcome, layer: Layer) -> dict[str, Tensor]:
-        stored, fmt = outcome.stored, outcome.codes
-        if fmt is None:
-            return {f"{stored}.weight": dense(outcome, layer)}
+        form, layout = outcome.codes, outcome.layout
+        if form is None or layout is None:
+            return {f"{outcome.stored}.weight": dense(outcome, layer)}
         part = quantized_part(outcome, layer)
-        own = {stored + suffix: x for suffix, x in rounded_inputs.packed(outcome, part, layer.activation).items()}
-        if f"{stored}.weight" in own:
-            return own
-        rows, width = part.codes.shape
-        step = max(1, CHUNK // width)
-        packed = torch.empty(rows, math.ceil(width * fmt.bits / 32), dtype=torch.int32)
-        for start in range(0, rows, step):
-            packed[start : start + step] = pack_words(part.codes[start : start + step], fmt.bits)
-        per_row = fmt.group_size == 0
-        scale = part.grid.scale.expand(rows, -1) if per_row else part.grid.scale
-        tensors = {
-            f"{stored}.weight_packed": packed,
-            f"{stored}.weight_scale": scale.to(fmt.scale_dtype).contiguous(),
-            f"{stored}.weight_shape": torch.tensor([rows, width], dtype=torch.int64),
-        }
-        if part.grid.zero is not None:
-            zero = part.grid.zero.expand(rows, -1) if per_row else part.grid.zero
-            tensors[f"{stored}.weight_zero_point"] = pack_words(zero.T.contiguous(), fmt.bits).T.contiguous()
-        return tensors | own
+        if isinstance(form, IntegerFormat):
+            own = integers.packed(form, layout, part)
+        else:
+            own = small_floats.packed(form, part)
+        return {outcome.stored + suffix: x for suffix, x in (own | rounded_inputs.packed(layer.activation)).items()}
 
     def pack_rows(self, outcome: Outcome, layer: Layer, start: int) -> dict[str, Tensor]:
         tensors = self.pack(replace(outcome, out_features=len(layer.weight)), layer)
         shape = f"{outcome.stored}.weight_shape"
-        if shape in tensors and start:
-            del tensors[shape]
-        elif shape in tensors:
+        if start:
+            return {name: x for name, x in tensors.items() if not name.endswith(_ONCE)}
+        if shape in tensors:
             tensors[shape] = torch.tensor([outcome.out_features, outcome.in_features], dtype=torch.int64)
         return tensors
 
     def config(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> dict[str, Any] | None:
-        from compressed_tensors.quantization import (
-            QuantizationArgs,
-            QuantizationConfig,
-            QuantizationScheme,
-            QuantizationStatus,
-        )
+        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
         members: dict[Setting, list[Outcome]] = {}
         for x in outcomes:
@@ -181,29 +136,21 @@ class CompressedTensors:
             return None
         groups = {}
         for i, (setting, alike) in enumerate(members.items()):
-            args = QuantizationArgs(
-                num_bits=setting.bits,
-                type="int",
-                symmetric=setting.symmetric,
-                strategy="channel" if setting.group < 0 else "group",
-                group_size=None if setting.group < 0 else setting.group,
-            )
             groups[f"group_{i}"] = QuantizationScheme(
                 targets=["Linear"] if len(members) == 1 else exact_targets(alike),
-                weights=args,
+                weights=_weights(setting),
                 input_activations=None if setting.inputs is None else rounded_inputs.args(setting.inputs),
-                format=rounded_inputs.layout(alike[0]),
+                format=setting.layout,
             )
-        layouts = {rounded_inputs.layout(alike[0]) for alike in members.values()}
+        kinds = {setting.layout for setting in members}
         built = QuantizationConfig(
             config_groups=groups,
-            format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
+            format=kinds.pop() if len(kinds) == 1 else "mixed-precision",
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=dense_linears(outcomes, config),
         )
         entry: dict[str, Any] = built.model_dump(mode="json", exclude_none=True)
-        if self.decoded or any(not x.symmetric for x in members):
-            # transformers 5.23.0 gives an unpacked shape to zero points unless it decodes while loading
+        if self.decoded or decoded_at_load(outcomes) is not None:
             entry["dequantize"] = True
         return entry
 
@@ -216,7 +163,7 @@ class CompressedTensors:
                 "On a CPU transformers decodes every linear at load or at the first forward pass and then runs dense: "
                 "the file is smaller, the running model is not."
             )
-            notes.extend(_tolerances(quantized, self.decoded))
+            notes.extend(engine_notes.of(quantized, self.decoded))
         if zeros:
             notes.append(
                 f"The zeros of {len(zeros)} pruned linears are stored as values: engines run them dense, "
@@ -235,7 +182,20 @@ def _refuse_together(outcomes: Sequence[Outcome], quantized: Sequence[Outcome], 
             f"asymmetric integers in a model with experts ('{experts[0].name}') load in no engine version tested. "
             "Nearest: symmetric: true; export 'lilliput' holds zero points."
         )
-    if (asymmetric or decoded) and len(kinds) > 1:
+    floats = next((x for x in experts if x.codes is not None and not isinstance(x.codes, IntegerFormat)), None)
+    if floats is not None:
+        return (
+            f"expert '{floats.name}' becomes {floats.scheme.weights.describe()}, and small floats in experts were "
+            "tried in no engine. Nearest: rtn or gptq with format int; export 'lilliput' holds it."
+        )
+    rounded = next((x for x in experts if x.scheme.activation is not None), None)
+    if rounded is not None:
+        return (
+            f"the inputs of expert '{rounded.name}' become {rounded.scheme.activation.describe()}, and transformers "  # type: ignore[union-attr]
+            "runs all experts as one tensor, which it decodes. Nearest: exclude the experts from the step that rounds "
+            "inputs; export 'lilliput' holds it."
+        )
+    if (decoded or decoded_at_load(quantized) is not None) and len(kinds) > 1:
         first, second = list(kinds.values())[:2]
         return (
             f"'{first}' and '{second}' differ in bits, symmetry or group, and a loader that decodes uses one "
@@ -271,40 +231,10 @@ def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
     return narrow == wide or wide == torch.float32
 
 
-def _tolerances(quantized: Sequence[Outcome], decoded: bool) -> list[str]:
-    """Where transformers decodes in the dtype of the scales instead of the model's."""
-    formats = [x.codes for x in quantized if x.codes is not None]
-    eager = decoded or any(not f.symmetric for f in formats) or any(x.expert for x in quantized)
-    notes = []
-    if eager and any(f.scale_dtype != torch.float32 for f in formats):
-        which = "the linears" if decoded else "zero points and experts"
-        notes.append(
-            f"transformers decodes {which} in the dtype of the scales: loaded in a wider dtype, "
-            "each weight is rounded once to that dtype."
-        )
-    split = _split_siblings(quantized)
-    if split is not None:
-        notes.append(f"vLLM runs the linears of {split} as one and needs one setting for them: it refuses this file.")
-    bits = {f.bits for f in formats}
-    if not bits <= {4, 8}:
-        notes.append("SGLang reads only 4 and 8 bits; vLLM reads 2 to 8 symmetric, and 4 and 8 asymmetric.")
-    if bits != {4} and bits:
-        notes.append("vLLM on a CPU has kernels for 4 bits alone, and refuses this file there.")
-    if any(x.table for x in quantized):
-        notes.append("vLLM has no place for a packed head, and refuses this file; it serves export 'lilliput'.")
-    return notes
-
-
-def _split_siblings(quantized: Sequence[Outcome]) -> str | None:
-    """The first set of linears that vLLM fuses (q/k/v, gate/up) and that differ in bits, symmetry or group, in
-    words."""
-    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        kinds: dict[str, Setting | None] = {}
-        for x in quantized:
-            parent, _, leaf = x.name.rpartition(".")
-            if leaf in names and kinds.setdefault(parent, setting_of(x)) != setting_of(x):
-                return f"{parent} ({', '.join(names)})"
-    return None
+def _weights(setting: Setting) -> Any:
+    if setting.layout in (layouts.PACKED, layouts.WHOLE):
+        return integers.args(setting.bits, setting.symmetric, setting.group)
+    return small_floats.args(setting.layout)
 
 
 def exact_targets(outcomes: Sequence[Outcome]) -> list[str]:

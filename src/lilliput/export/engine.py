@@ -181,12 +181,18 @@ def _in_last_word(actual: Sequence[int], expected: Sequence[int]) -> bool:
 
 
 def _fill(
-    model: nn.Module, quantizer: Any, block: nn.Module, reader: Shards, stored: Iterable[str], like: nn.Module
+    model: nn.Module,
+    quantizer: Any,
+    block: nn.Module,
+    reader: Shards,
+    stored: Iterable[str],
+    like: nn.Module,
+    dtype: torch.dtype,
 ) -> None:
     """Load some stored tensors, which are a block's, through the engine's loader, ready to run.
 
     quantizer: the engine's, None for a dense folder. Buffers that no file holds are taken from `like`, the same block
-    of our model.
+    of our model; `dtype` is that of weights in the folder.
     """
     from compressed_tensors.compressors import decompress_module
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -207,6 +213,7 @@ def _fill(
             module.fill({name: reader.read(name) for name in module.spec.describe()}, torch.device("cpu"))
         else:
             decompress_module(module)  # what the first forward pass of the whole model does; leaves dense ones alone
+            _settle(module, dtype)
     ours = dict(like.named_modules())
     for name, module in block.named_modules():
         for key in module._non_persistent_buffers_set:
@@ -288,10 +295,33 @@ def _judged(result: Look, errors: Sequence[float]) -> Look:
     return replace(result, problems=tuple(problems), notes=tuple(notes))
 
 
+def _dtype(ours: Model) -> torch.dtype:
+    """Of weights in the folder, decoded."""
+    return ours.dtype(f"{ours.skeleton.block_names[0]}.{ours.anatomy().blocks[0].linears[0].name}.weight")
+
+
+def _settle(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give a linear that has just been decoded its weight as a model in the folder's own `dtype` has it, in float32.
+
+    So small floats in blocks, which are decoded in bfloat16 whatever the model's dtype, meet inputs in float32; and
+    linears that round their inputs see the same ones as ours do: a weight that differs by its last bit moves inputs
+    of later linears across the edge between two codes.
+    """
+    scheme, weight = getattr(module, "quantization_scheme", None), module._parameters.get("weight")
+    if scheme is None or weight is None:
+        return
+    if scheme.input_activations is not None or weight.dtype == torch.bfloat16:
+        weight.data = weight.data.to(dtype).float()
+
+
 def _logits(kind: Any, folder: Path, ours: Model, ids: Tensor) -> float:
-    """The whole model as a user opens it."""
+    """The whole model as a user opens it, but for `_settle`."""
     with trial():
         theirs = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        if hasattr(theirs, "ct_decompress_hook"):  # what the first forward pass does, before it meets another dtype
+            theirs.hf_quantizer.compressor.decompress_model(theirs)
+            for module in theirs.modules():
+                _settle(module, _dtype(ours))
         actual = theirs(input_ids=ids, use_cache=False).logits.float()
     del theirs
     names = list(ours.skeleton.shapes)
@@ -327,7 +357,7 @@ def _blocks(model: nn.Module, config: Any, reader: Shards, ours: Model, ids: Ten
         block = modules[module_name(ours.skeleton.block_names[i], modules, prefix)]
         stored = {x for name in ours.skeleton.names_of(i) for x in ours.parts(name)}
         stored |= {x for x in (f"{n.rpartition('.')[0]}{SHAPE}" for n in stored) if x in reader.entries}
-        _fill(model, quantizer, block, reader, sorted(stored), ours.skeleton.block(i))
+        _fill(model, quantizer, block, reader, sorted(stored), ours.skeleton.block(i), _dtype(ours))
         expected = ours.skeleton.run(i, hidden, calls)
         routed = any(x.expert is not None for x in ours.anatomy().blocks[i].linears)
         yield _difference(ours.skeleton.run(i, hidden, calls, module=block), expected, hidden, routed)

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lilliput.export import layouts
 from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.levels import LevelFormat
+from lilliput.formats.scales import FloatScales
 from lilliput.parts.scheme import Scheme
 
 
@@ -48,9 +51,25 @@ class Outcome:
         return self.scheme.integer
 
     @property
-    def codes(self) -> IntegerFormat | None:
-        """The integer grid of weights that are nothing else, whatever happens to the inputs."""
-        return self.scheme.weights.integer
+    def codes(self) -> IntegerFormat | LevelFormat | None:
+        """The grid of weights that are nothing else, integers or the small floats of an engine's own layout, whatever
+        happens to the inputs."""
+        form = self.scheme.weights.grid
+        held = isinstance(form, IntegerFormat | LevelFormat) and layouts.of(form, False) is not None
+        return form if held else None  # type: ignore[return-value]
+
+    @property
+    def layout(self) -> str | None:
+        """The layout of compressed-tensors that holds it; None where it stays dense there."""
+        return None if self.codes is None else layouts.of(self.codes, self.scheme.activation is not None)
+
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """Of scales that are plain floats; None where there are no others."""
+        form = self.codes
+        if isinstance(form, LevelFormat):
+            return form.scales.dtype if isinstance(form.scales, FloatScales) else None
+        return None if form is None else form.scale_dtype
 
     @property
     def dense_shape(self) -> tuple[int, int]:

@@ -40,12 +40,16 @@ class Scheme:
 
     @property
     def integer(self) -> IntegerFormat | None:
-        """The format of a linear that is one integer grid and nothing else: what engines' own layouts hold."""
+        """The format of a linear that is one integer grid and nothing else."""
+        return self.grid if isinstance(self.grid, IntegerFormat) else None
+
+    @property
+    def grid(self) -> Format | None:
+        """The format of a linear that is codes of it and nothing else."""
         if len(self.parts) != 1 or self.inputs or self.outputs or self.activation is not None:
             return None
         (part,) = self.parts
-        form = part.format if isinstance(part, QuantizedSpec) else None
-        return form if isinstance(form, IntegerFormat) else None
+        return part.format if isinstance(part, QuantizedSpec) else None
 
     @property
     def fills(self) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lilliput.anatomy.wrapper import module_name, skeleton, text_prefix
 from lilliput.errors import SourceError
-from lilliput.export import Exporter, rounded_inputs
+from lilliput.export import Exporter, layouts
 from lilliput.export.compressed_tensors import CompressedTensors
 from lilliput.export.engine import WORD, first_line, hollow, trial
 from lilliput.export.outcome import Outcome
@@ -81,7 +81,9 @@ def _other_words(outcomes: Mapping[str, Outcome]) -> str | None:
 
     codes = torch.zeros(1, WORD, dtype=torch.int8)
     for x in outcomes.values():
-        if x.codes is not None and pack_to_int32(codes, x.codes.bits).shape != pack_words(codes, x.codes.bits).shape:
+        if x.codes is None or x.layout != layouts.PACKED:
+            continue
+        if pack_to_int32(codes, x.codes.bits).shape != pack_words(codes, x.codes.bits).shape:
             return (
                 f"'{x.name}' has {x.codes.bits} bits, which compressed-tensors unpacks from other words before 0.19: "
                 "install a later one. Nearest: 4 or 8 bits; export 'lilliput' holds it."
@@ -104,10 +106,10 @@ def _swapped(engine: Any, entry: Mapping[str, Any]) -> str | None:
 def _kinds(model: Model, outcomes: Mapping[str, Outcome]) -> frozenset[int]:
     """One block of each kind: of one anatomy, whose linears become the same.
 
-    All blocks where weights are stored as whole bytes: the loader would draw random integers for those left out, which
-    cannot be done on the meta device.
+    All blocks where weights are stored as bytes: the loader would draw random values for those left out, which cannot
+    be done for such on the meta device.
     """
-    if any(rounded_inputs.layout(x) == rounded_inputs.WHOLE for x in outcomes.values()):
+    if any(x.layout not in (None, layouts.PACKED) for x in outcomes.values()):
         return frozenset(range(len(model.anatomy().blocks)))
     kinds: dict[Any, int] = {}
     anatomy = model.anatomy()

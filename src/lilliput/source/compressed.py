@@ -18,13 +18,14 @@ from lilliput.source.packed import Packed, Scaled, block_of
 from lilliput.source.reader import Reader
 from lilliput.source.turned import undo
 
-INTEGER = {"pack-quantized", "int-quantized", "naive-quantized", "float-quantized"}
-LIBRARY = {"nvfp4-pack-quantized", "mxfp4-pack-quantized"}
+PLAIN = {"pack-quantized", "int-quantized", "naive-quantized", "float-quantized"}
+PAIRS = {"nvfp4-pack-quantized", "mxfp4-pack-quantized"}
+LIBRARY = PAIRS | {"mxfp8-quantized"}
 
 
 @dataclass(frozen=True)
 class ByLibrary:
-    """Two 4-bit floats a byte, decoded by compressed-tensors' own compressor of that format."""
+    """Small floats in blocks, decoded by compressed-tensors' own compressor of that format."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -73,7 +74,7 @@ def _one(reader: Reader, base: str, leaf: str, config: QuantizationConfig, dtype
         )
     kind, entries, args = str(scheme.format or config.format), reader.entries, scheme.weights
     kind = kind.removeprefix("CompressionFormat.").replace("_", "-")
-    if kind not in INTEGER | LIBRARY | {"mixed-precision", "None"}:
+    if kind not in PLAIN | LIBRARY | {"mixed-precision", "None"}:
         raise SourceError(
             f"{label}: {base} is stored as '{kind}', which has no reader here. Decompress the folder with "
             "`AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16')`, save it, and give that folder."
@@ -86,9 +87,10 @@ def _one(reader: Reader, base: str, leaf: str, config: QuantizationConfig, dtype
     if scale is None:
         raise SourceError(f"{label}: {base}.weight_scale is missing, so {base}.{leaf} has no values.")
     if kind in LIBRARY:
-        names = ("weight_packed", "weight_scale", "weight_global_scale")
-        rows, bytes_ = entries[f"{base}.{leaf}"].shape
-        return ByLibrary((rows, 2 * bytes_), dtype, kind, scheme, tuple((x, y) for x in names if (y := part(x))))
+        names = (leaf, "weight_scale", "weight_global_scale")
+        rows, width = entries[f"{base}.{leaf}"].shape
+        whole = (rows, 2 * width if kind in PAIRS else width)
+        return ByLibrary(whole, dtype, kind, scheme, tuple((x, y) for x in names if (y := part(x))))
     bits = None
     shape = entries[f"{base}.{leaf}"].shape
     if leaf == "weight_packed":

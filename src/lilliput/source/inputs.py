@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lilliput.errors import SourceError
 from lilliput.parts.inputs.grid import InputGrid
+from lilliput.parts.inputs.minifloat import GLOBAL, FloatInput
 from lilliput.parts.inputs.uniform import SCALE, ZERO, UniformInput
 from lilliput.parts.linear import parse_config
 from lilliput.runtime.inputs import Rounding, described
@@ -17,6 +19,8 @@ from lilliput.source.reader import Reader
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
+
+_TABLES = {8: "e4m3", 6: "e2m3", 4: "e2m1"}  # the library's small floats, by their bits
 
 
 def find(method: str | None, config: Mapping[str, Any], reader: Reader, label: str) -> dict[str, Rounding]:
@@ -46,20 +50,52 @@ def _compressed(raw: Mapping[str, Any], reader: Reader, label: str) -> dict[str,
 
 
 def _grid(base: str, args: QuantizationArgs, reader: Reader, label: str) -> InputGrid:
+    """As a static scale is stored: `input_scale`, `input_zero_point`, and nvfp4's `input_global_scale`."""
     unit, kind = str(getattr(args.strategy, "value", args.strategy)), str(getattr(args.type, "value", args.type))
-    if kind != "int" or unit not in ("token", "tensor", "group"):
+    spec = _integers(args, unit) if kind == "int" else _floats(args, unit)
+    if spec is None:
         raise SourceError(
             f"{label}: the inputs of {base} are rounded to {args.num_bits}-bit {kind} by {unit}, which is not computed "
-            "here. Run the folder in vLLM, or take integers by token, tensor or group."
+            "here. Run the folder in vLLM, or take integers by token, tensor or group, or fp8, mxfp4, mxfp8 or nvfp4."
         )
-    dynamic, size = bool(args.dynamic), int(args.group_size or 0) if unit == "group" else 0
-    spec = UniformInput(int(args.num_bits), unit, size, bool(args.symmetric), dynamic)  # type: ignore[arg-type]
-    if dynamic:
+
+    def stored(suffix: str) -> Tensor:
+        name = f"{base}.{suffix}"
+        if name not in reader.entries:
+            raise SourceError(f"{label}: {name} is missing, and the inputs of {base} are rounded with static scales.")
+        return reader.read(name).reshape(-1)
+
+    if isinstance(spec, FloatInput) and spec.scales == "e4m3":
+        return InputGrid(spec, {GLOBAL: stored("input_global_scale").float()})
+    if spec.dynamic:
         return InputGrid(spec)
-    scale = f"{base}.input_scale"
-    if scale not in reader.entries:
-        raise SourceError(f"{label}: {scale} is missing, and the inputs of {base} are rounded with static scales.")
-    tensors = {SCALE: reader.read(scale).float().reshape(-1)}
+    tensors = {SCALE: stored("input_scale").float()}
     if not args.symmetric:
-        tensors[ZERO] = reader.read(f"{base}.input_zero_point").to(torch.int32).reshape(-1)
+        tensors[ZERO] = stored("input_zero_point").to(torch.int32)
     return InputGrid(spec, tensors)
+
+
+def _integers(args: QuantizationArgs, unit: str) -> UniformInput | None:
+    if unit not in ("token", "tensor", "group"):
+        return None
+    size = int(args.group_size or 0) if unit == "group" else 0
+    return UniformInput(int(args.num_bits), unit, size, bool(args.symmetric), bool(args.dynamic))  # type: ignore[arg-type]
+
+
+def _floats(args: QuantizationArgs, unit: str) -> FloatInput | None:
+    """The library's rules: 32 inputs with scales of a byte have powers of two, whatever else is said."""
+    table, size = _TABLES.get(int(args.num_bits)), int(args.group_size or 0)
+    dynamic = getattr(args.dynamic, "value", args.dynamic)
+    if table is None or not args.symmetric or unit not in ("token", "tensor", "group", "tensor_group"):
+        return None
+    if unit == "tensor_group":
+        local = dynamic == "local" and args.scale_dtype == torch.float8_e4m3fn
+        return FloatInput(table, "group", size, "e4m3") if local else None
+    if unit != "group":
+        return FloatInput(table, unit, dynamic=bool(dynamic)) if args.scale_dtype is None else None  # type: ignore[arg-type]
+    if not dynamic:
+        return None
+    if args.scale_dtype is None:
+        return FloatInput(table, "group", size)
+    powers = size == 32 and args.scale_dtype == torch.uint8
+    return FloatInput(table, "group", size, "e8m0-even") if powers else None

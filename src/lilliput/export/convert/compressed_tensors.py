@@ -45,6 +45,12 @@ class CompressedTensorsConverter:
     def refuse(self, outcomes: Sequence[Outcome], config: PretrainedConfig) -> str | None:
         if not any(x.format is not None for x in outcomes):
             return "none of its linears is quantized to integers: compress it with rtn or gptq first"
+        other = next((x for x in outcomes if x.codes is not None and x.format is None), None)
+        if other is not None:
+            return (
+                f"'{other.name}' is {other.scheme.describe()}, and integers alone are copied. Nearest: compress the "
+                "original with export 'compressed-tensors'"
+            )
         return LAYOUT.refuse(values(outcomes), config)
 
     def convert(self, source_folder: Path, out: Path, wanted: Wanted) -> Converted:

@@ -62,10 +62,10 @@ class Weights:
         return Weights(packed, codes.to(torch.int32).sum(1).float() * scale.float())
 
     def times(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """float32 [tokens, out] of codes float32 [tokens, in] (whole numbers from -128 to 127), with scales and zero
-        points [tokens, 1] or [1]."""
+        """float32 [tokens, out] of codes float32 [tokens, in], with scales and zero points [tokens, 1] or [1]; the
+        kernel rounds codes to the nearest whole number, halves to even, from -128 to 127."""
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         sums: Tensor = product(codes, 1.0, _MIDDLE, self.packed)
         if zero is not None:
-            sums = sums - zero * self.sums
-        return sums * scale
+            sums -= zero * self.sums
+        return sums.mul_(scale)

@@ -302,8 +302,10 @@ class IntegerLinear(CompressedLinear):
         if not isinstance(spec, UniformInput):
             raise TypeError(f"{self.spec.name} has inputs of {spec.describe()}, which have no integer product")
         flat = x.detach().reshape(tokens, -1).float()
-        out = self._weights(payload).times(*spec.codes(flat, rounding.grid.tensors.__getitem__))
-        out = out if bias is None else out + bias.detach().float()
+        # The kernel rounds by itself; zero points are added to whole numbers.
+        codes = spec.steps if spec.symmetric else spec.codes
+        out = self._weights(payload).times(*codes(flat, rounding.grid.tensors.__getitem__))
+        out = out if bias is None else out.add_(bias.detach().float())
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
     def _weights(self, payload: Tensor) -> int8.Weights:

@@ -98,3 +98,15 @@ def test_what_has_no_integer_product() -> None:
     assert int8.forms(Scheme((eight,), activation=UniformInput(8, "group", 8))) is None
     assert int8.forms(Scheme((eight,), activation=UniformInput(4))) is None
     assert int8.forms(Scheme((eight,))) is None
+
+
+def test_floats_on_request() -> None:
+    module, weight, grid = made(UniformInput(8))
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), int8.in_floats():
+        actual = module(x)
+        assert module._integers is None
+        assert torch.equal(actual, nn.functional.linear(grid.round(x), weight, module.bias))
+    with torch.no_grad():
+        module(x)
+    assert module._integers is not None

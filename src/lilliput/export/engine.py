@@ -30,7 +30,7 @@ from lilliput.anatomy.wrapper import module_name, skeleton, text_prefix
 from lilliput.machine import memory as ram
 from lilliput.model.stored import Model
 from lilliput.progress import Progress
-from lilliput.runtime import behaviours
+from lilliput.runtime import behaviours, int8
 from lilliput.runtime.linear import CompressedLinear
 from lilliput.source.shards import Shards
 from lilliput.streaming.forward import embed
@@ -95,7 +95,8 @@ def look(folder: Path, *, memory: int | None = None, progress: Progress | None =
         if model is None or problems:
             return Look(engine, problems, notes)
         with torch.no_grad():
-            return _compare(Look(engine, (), notes), model, config, reader, ours, memory, progress)
+            with int8.in_floats():
+                return _compare(Look(engine, (), notes), model, config, reader, ours, memory, progress)
 
 
 def least(blocks: Sequence[Block]) -> int:

@@ -9,6 +9,9 @@ serves tokens of different scales.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +26,23 @@ _ENGINES = ("fbgemm", "x86")
 _MIDDLE = 128  # of unsigned codes
 
 
+_in_floats = ContextVar("integers are multiplied as floats", default=False)
+
+
+@contextmanager
+def in_floats() -> Iterator[None]:
+    """Linears round their inputs and multiply floats while the context lasts, in the order of sums of any other linear:
+    a sum in another order moves an input across the edge between two codes, a whole step away."""
+    token = _in_floats.set(True)
+    try:
+        yield
+    finally:
+        _in_floats.reset(token)
+
+
 def available() -> bool:
-    """Whether torch has these products on this machine."""
-    return any(x in torch.backends.quantized.supported_engines for x in _ENGINES)
+    """Whether integers are multiplied: torch has such products on this machine, and `in_floats` does not forbid it."""
+    return not _in_floats.get() and any(x in torch.backends.quantized.supported_engines for x in _ENGINES)
 
 
 def forms(scheme: Scheme) -> tuple[IntegerFormat, UniformInput] | None:

@@ -94,9 +94,8 @@ def look(folder: Path, *, memory: int | None = None, progress: Progress | None =
         model, problems, notes = _empty(config, _state(reader), ours.carried)
         if model is None or problems:
             return Look(engine, problems, notes)
-        with torch.no_grad():
-            with int8.in_floats():
-                return _compare(Look(engine, (), notes), model, config, reader, ours, memory, progress)
+        with torch.no_grad(), int8.in_floats():
+            return _compare(Look(engine, (), notes), model, config, reader, ours, memory, progress)
 
 
 def least(blocks: Sequence[Block]) -> int:

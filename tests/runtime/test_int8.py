@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,3 +113,20 @@ def test_floats_on_request() -> None:
     with torch.no_grad():
         module(x)
     assert module._integers is not None
+
+
+def test_nan_stays_nan_with_a_static_scale() -> None:
+    module, _, _ = made(UniformInput(8, "tensor", dynamic=False))
+    x = torch.randn(3, WIDTH)
+    x[1, 4] = torch.nan
+    with torch.no_grad():
+        out = module(x)
+    assert bool(out[1].isnan().all())
+    assert bool(out[[0, 2]].isfinite().all())
+
+
+def test_products_that_saturate_are_not_used() -> None:
+    code = "from lilliput.runtime import int8; print(int8.available())"
+    environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() in ("False", "True" if not int8.available() else "False"), done.stderr

@@ -20,6 +20,7 @@ from lilliput.metrics.logits import StreamedHead, score
 from lilliput.metrics.slices import choose
 from lilliput.model.weights import Model
 from lilliput.progress import Progress
+from lilliput.runtime import inputs as rounding
 from lilliput.streaming.forward import Batches, embed, finish, through
 from lilliput.streaming.states import Activations
 from lilliput.streaming.walk import resident
@@ -141,11 +142,16 @@ def _swapped(
     skeleton = model.skeleton
     names = {name: f"{skeleton.block_names[index]}.{name}.weight" for name in weights}
     originals = {tensor: skeleton.tensor(tensor) for tensor in names.values()}
+    block = skeleton.block(index)
+    rounded = {name: found for name in weights if (found := rounding.of(block.get_submodule(name))) is not None}
     for name, make in weights.items():
         skeleton.load({names[name]: make().to(originals[names[name]].dtype)})
+        rounding.detach(block.get_submodule(name))  # what is put in has its inputs as they are
     for run in through(skeleton, index, batches, inputs, outputs):
         run()
     skeleton.load(originals)
+    for name, how in rounded.items():
+        rounding.attach(block.get_submodule(name), how)
 
 
 def _outputs(

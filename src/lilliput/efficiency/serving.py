@@ -14,6 +14,8 @@ from math import prod
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lilliput.algebra import products as by_mask
 from lilliput.errors import PlanError
@@ -22,7 +24,7 @@ from lilliput.parts.bitmask import BitmaskSpec
 from lilliput.parts.linear import LinearSpec, parse_config
 from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import PartSpec
-from lilliput.runtime import lut
+from lilliput.runtime import int8, lut
 from lilliput.runtime.linear import factored, kept_apart, tabled
 from lilliput.source.compressed import scheme_for
 
@@ -153,6 +155,9 @@ def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: 
         if spec is not None:
             kind = type(model.skeleton.model.get_submodule(tensor.removesuffix(".weight")))
             here = runtime == "transformers"
+            if here and kind in (nn.Linear, Conv1D) and int8.forms(spec.scheme) is not None and int8.available():
+                out[tensor] = replace(w8a8(), bits=bits)
+                continue
             out[tensor] = native(
                 spec,
                 bits,

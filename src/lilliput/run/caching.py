@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lilliput.anatomy.cached import filled
-from lilliput.errors import LilliputError
+from lilliput.errors import LilliputError, PlanError
 from lilliput.plan import caching
+from lilliput.plan.plan import Plan
 from lilliput.run import drivers
 from lilliput.run.driver import CacheDriver
 from lilliput.run.linear import BlockJob
@@ -19,6 +20,18 @@ from lilliput.streaming.forward import Batches
 from lilliput.streaming.states import Activations
 from lilliput.verbs.cache import Cache, CacheIO
 from lilliput.verbs.spec import Stage
+
+
+def long_enough(plan: Plan) -> None:
+    """Raises PlanError where a step for the cache leaves out all tokens of a calibration sample."""
+    for task in plan.resolved.of(Cache):
+        spec = task.of(Cache)
+        left_out = spec.skipped(task.options)
+        if spec.fit is not None and left_out >= plan.tokens:
+            raise PlanError(
+                f"{task.label}: it leaves out the first {left_out} tokens of each sample, and a sample has "
+                f"{plan.tokens}: give longer samples, or fewer sinks"
+            )
 
 
 def fitting(job: BlockJob) -> bool:

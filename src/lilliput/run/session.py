@@ -32,7 +32,7 @@ from lilliput.recipe import texts
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import calibration, delivery, editing, journal, sizing, stages, stream
+from lilliput.run import caching, calibration, delivery, editing, journal, sizing, stages, stream
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 from lilliput.runtime import behaviours, caches
@@ -122,6 +122,11 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
             f"{job.model} stores keys and values compressed, and would be written without that: compress the model "
             "that it was made of, with that step at the end of the recipe"
         )
+    if base.source.inputs:
+        raise PlanError(
+            f"{job.model} rounds the inputs of its linears, and would be written without that: compress the model that "
+            "it was made of, with that step behind the one for the weights"
+        )
     if job.fit is not None and not any(block.links for block in base.anatomy().blocks):
         recipe = compose(job.fit, folds=False)
         adjusted = recipes.with_settings(recipe, job.settings) if job.settings else recipe
@@ -140,6 +145,7 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         measured=measured,
         processes=ranks.size(),
     )
+    caching.long_enough(plan)
     plan = replace(plan, container=None if job.fit is None else job.fit.to, texts=texts.hashed(adjusted))
     for task in choices.steps(plan):
         plan = sizing.sizer(plan, task, opened)(plan)

@@ -8,6 +8,7 @@ serves tokens of different scales.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,18 @@ def in_floats() -> Iterator[None]:
 
 def available() -> bool:
     """Whether integers are multiplied: torch has such products on this machine, and `in_floats` does not forbid it."""
-    return not _in_floats.get() and any(x in torch.backends.quantized.supported_engines for x in _ENGINES)
+    return not _in_floats.get() and _exact()
+
+
+@functools.cache
+def _exact() -> bool:
+    """Whether sums of products are whole: without the processor's own instructions for them pairs are added in 16 bits,
+    which the largest codes exceed."""
+    if not any(x in torch.backends.quantized.supported_engines for x in _ENGINES):
+        return False
+    largest = torch.full((8, 64), 127, dtype=torch.int8)
+    sums = Weights.of(largest, torch.ones(8)).times(largest[:1].float(), torch.ones(1), None)
+    return bool((sums == 127 * 127 * 64).all())
 
 
 def forms(scheme: Scheme) -> tuple[IntegerFormat, UniformInput] | None:
@@ -80,9 +92,11 @@ class Weights:
 
     def times(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """float32 [tokens, out] of codes float32 [tokens, in], with scales and zero points [tokens, 1] or [1]; the
-        kernel rounds codes to the nearest whole number, halves to even, from -128 to 127."""
+        kernel rounds codes to the nearest whole number, halves to even, from -128 to 127. NaN gives NaN."""
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         sums: Tensor = product(codes, 1.0, _MIDDLE, self.packed)
         if zero is not None:
             sums -= zero * self.sums
-        return sums.mul_(scale)
+        sums = sums.mul_(scale)
+        broken = codes.sum(1)  # the kernel would make a number of NaN
+        return sums.masked_fill_(broken.isnan()[:, None], torch.nan) if bool(broken.isnan().any()) else sums

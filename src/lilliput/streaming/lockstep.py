@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import greenlet
 from torch import Tensor, nn
 
+from lilliput.runtime import inputs as rounding
+
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Leaves a forward pass whose remaining part is not needed."""
@@ -30,9 +32,13 @@ class Tap:
 
 @contextmanager
 def _hooks(taps: Sequence[Tap], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def hook(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def run(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
+        def run(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            before = rounding.of(module)
             see(site, inputs[0])
+            now = rounding.of(module)
+            # What was attached while the pass stood here is not asked any more: torch has made its list of hooks.
+            return None if now is None or now is before else now(module, inputs)
 
         return run
 

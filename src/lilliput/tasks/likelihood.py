@@ -19,6 +19,7 @@ from torch import Tensor
 from lilliput.anatomy.skeleton import positions
 from lilliput.data.tokens import check_ids
 from lilliput.errors import DataError, SourceError
+from lilliput.runtime import caches
 from lilliput.tasks.answers import AnswerStore
 
 if TYPE_CHECKING:
@@ -125,14 +126,15 @@ def tail_logits(loaded: Loaded, inputs: Sequence[tuple[int, ...]], first: int) -
     """Logits [rows, longest - first, vocabulary] at the positions from `first` on; rows are padded at the right, where
     causal attention does not look."""
     model: Any = loaded.model
+    cached = caches.of(model) is not None  # a compressed cache shows only where it is used
     longest = max(map(len, inputs))
     # Padding repeats the first token: an id that every tokenizer has, and no padding token to be warned about.
     ids = torch.tensor([[*x, *(x[:1] * (longest - len(x)))] for x in inputs], device=model.device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         keep = torch.arange(first, longest, device=model.device)
-        logits: Tensor = model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
+        logits: Tensor = model(input_ids=ids, logits_to_keep=keep, use_cache=cached).logits
         return logits
-    whole: Tensor = model(input_ids=ids, use_cache=False).logits
+    whole: Tensor = model(input_ids=ids, use_cache=cached).logits
     return whole[:, first:]
 
 
@@ -149,10 +151,11 @@ def broken(loaded: Loaded, inputs: Tensor) -> str:
         return look
 
     model: Any = loaded.model
+    cached = caches.of(model) is not None
     handles = [x.register_forward_hook(hook(name)) for name, x in model.named_modules() if name]
     try:
         with torch.no_grad():
-            model(input_ids=inputs, use_cache=False)
+            model(input_ids=inputs, use_cache=cached)
     finally:
         for handle in handles:
             handle.remove()

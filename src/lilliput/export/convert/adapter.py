@@ -94,7 +94,7 @@ def _unfit(x: Outcome) -> str | None:
     """Why a linear is no codes with an adapter."""
     if plain(x.scheme):
         return None
-    apart = bool(x.scheme.inputs or x.scheme.outputs)
+    apart = bool(x.scheme.inputs or x.scheme.outputs or x.scheme.activation is not None)
     if apart or first_form(x.scheme) is None or len(_factors(x)) != len(x.scheme.parts) - 1:
         return (
             f"'{x.name}' is {x.scheme.describe()}, and an adapter goes with integers and parts of low rank alone. "

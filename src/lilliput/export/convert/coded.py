@@ -122,7 +122,7 @@ def in_place(coded: Iterable[Coded], container: str) -> None:
 
 def plain(scheme: Scheme) -> bool:
     """Whether a linear is plain values, which a folder may hold by their places."""
-    if scheme.inputs or scheme.outputs or len(scheme.parts) > 1:
+    if scheme.inputs or scheme.outputs or len(scheme.parts) > 1 or scheme.activation is not None:
         return False
     return all(
         isinstance(x.values if isinstance(x, PatternSpec) else x, DenseSpec | BitmaskSpec | TilesSpec)

@@ -78,6 +78,11 @@ def runs_plainly(source: Source, container: str) -> None:
             f"{source.model} leaves tokens or channels out while it runs, which a folder as {container} cannot say: "
             "compress the model without token-pruning and dynamic-pruning, and convert that"
         )
+    if source.inputs:
+        raise PlanError(
+            f"{source.model} rounds the inputs of its linears, which a folder as {container} made of it does not say: "
+            "compress the model with export 'compressed-tensors', or without the step for inputs, and convert that"
+        )
     if caches_of(source):
         raise PlanError(
             f"{source.model} stores keys and values compressed, which a folder as {container} cannot say: compress the "

@@ -39,7 +39,7 @@ def type_of(scheme: Scheme, rows: int, width: int) -> str | None:
 
 
 def _format(scheme: Scheme) -> Format | None:
-    if len(scheme.parts) != 1 or scheme.inputs or scheme.outputs:
+    if len(scheme.parts) != 1 or scheme.inputs or scheme.outputs or scheme.activation is not None:
         return None
     (part,) = scheme.parts
     return part.format if isinstance(part, QuantizedSpec) else None

@@ -50,6 +50,8 @@ class InputGrid:
 
     def round(self, x: Tensor) -> Tensor:
         """x [.., width] on the grid, in x's dtype; gradients pass as if nothing were rounded."""
+        if not x.numel():  # an expert without tokens
+            return x
         with torch.no_grad():
             values = self.spec.round(x.detach().float(), lambda suffix: self.tensors[suffix].to(x.device)).to(x.dtype)
         return x + (values - x).detach() if torch.is_grad_enabled() and x.requires_grad else values

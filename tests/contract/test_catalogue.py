@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ IDS = [key for key, method in catalogue.covering().items() if isinstance(method.
 
 
 def compress(model: Path, recipe: str, out: Path) -> str:
-    """sha256 over all weights that the recipe writes."""
+    """sha256 over all weights that the recipe writes, and how the folder stores its cache."""
     api.compress(
         model,
         out,
@@ -39,6 +40,8 @@ def compress(model: Path, recipe: str, out: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(out.glob("*.safetensors")):
         digest.update(path.read_bytes())
+    entry = json.loads((out / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    digest.update(json.dumps(entry.get("caches")).encode())  # which change no weight
     return digest.hexdigest()
 
 

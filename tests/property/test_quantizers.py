@@ -21,10 +21,11 @@ from lilliput.target import Target
 from lilliput.verbs.compress import Compress
 from lilliput.verbs.spec import Task
 
+EITHER = "mofq-weights"  # integers or floats, of three widths, and no zero points
 QUANTIZE = sorted(
     n
     for n, m in methods.discover().items()
-    if (m.spec.verb, m.spec.writes) == ("compress", "quantized") and "int" in (m.spec.formats or ())
+    if (m.spec.verb, m.spec.writes) == ("compress", "quantized") and "int" in (m.spec.formats or ()) and n != EITHER
 )
 LOW_RANK = ["eora", "laser", "loftq", "lplr", "svd-truncate"]
 PRUNE = sorted(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lilliput.formats.format import CHUNK, Stored, dtype_name, dtype_of
+from lilliput.parts.masked import MaskedPart
 from lilliput.parts.part import Get
 
 _BITS = 8  # weights of a byte, the first in bit 0
@@ -58,36 +59,18 @@ def from_plain(plain: Mapping[str, Any]) -> BitmaskSpec:
 
 
 @dataclass(frozen=True)
-class BitmaskPart:
+class BitmaskPart(MaskedPart):
     """`values` [count] of the places where `mask` [out, in] is true, in the order of the rows."""
-
-    values: Tensor
-    mask: Tensor
-    dtype: torch.dtype = torch.float16
 
     @property
     def spec(self) -> BitmaskSpec:
         return BitmaskSpec(len(self.values), self.dtype)
 
-    def decode(self) -> Tensor:
-        out = torch.zeros(self.mask.shape, device=self.values.device)
-        return out.masked_scatter_(self.mask, self.values.to(self.dtype).float())
-
-    def bits(self) -> int:
-        return self.spec.size_bits(*self.mask.shape)
-
     def pack(self) -> dict[str, Tensor]:
         return {"": self.values.to(self.dtype), "_mask": pack(self.mask)}
 
-    def rows(self, start: int, stop: int) -> BitmaskPart:
-        begin = int(self.mask[:start].sum())
-        mask = self.mask[start:stop]
-        return replace(self, values=self.values[begin : begin + int(mask.sum())], mask=mask)
 
-
-def gather(weight: Tensor, mask: Tensor, dtype: torch.dtype = torch.float16) -> BitmaskPart:
-    """The weights [out, in] at the places of a boolean `mask` [out, in]."""
-    return BitmaskPart(weight[mask], mask, dtype)
+gather = BitmaskPart.gather
 
 
 def pack(mask: Tensor) -> Tensor:

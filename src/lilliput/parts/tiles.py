@@ -7,13 +7,14 @@ a bit for every weight they take 16 bits for each kept one, and so fewer bytes w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lilliput.formats.format import Stored, dtype_name, dtype_of
+from lilliput.parts.masked import MaskedPart
 from lilliput.parts.part import Get
 
 HIGH, WIDE = 128, 64  # rows and inputs of a tile; those at the edges are smaller
@@ -64,23 +65,12 @@ def from_plain(plain: Mapping[str, Any]) -> TilesSpec:
 
 
 @dataclass(frozen=True)
-class TilesPart:
+class TilesPart(MaskedPart):
     """`values` [count] of the places where `mask` [out, in] is true, in the order of the rows of the matrix."""
-
-    values: Tensor
-    mask: Tensor
-    dtype: torch.dtype = torch.float16
 
     @property
     def spec(self) -> TilesSpec:
         return TilesSpec(len(self.values), self.dtype)
-
-    def decode(self) -> Tensor:
-        out = torch.zeros(self.mask.shape, device=self.values.device)
-        return out.masked_scatter_(self.mask, self.values.to(self.dtype).float())
-
-    def bits(self) -> int:
-        return self.spec.size_bits(*self.mask.shape)
 
     def pack(self) -> dict[str, Tensor]:
         rows, width = self.mask.shape
@@ -92,12 +82,5 @@ class TilesPart:
         place = (row % HIGH * WIDE + column % WIDE)[order]
         return {"": self.values.to(self.dtype)[order], "_place": place.to(torch.uint16), "_tile": begins}
 
-    def rows(self, start: int, stop: int) -> TilesPart:
-        begin = int(self.mask[:start].sum())
-        mask = self.mask[start:stop]
-        return replace(self, values=self.values[begin : begin + int(mask.sum())], mask=mask)
 
-
-def gather(weight: Tensor, mask: Tensor, dtype: torch.dtype = torch.float16) -> TilesPart:
-    """The weights [out, in] at the places of a boolean `mask` [out, in]."""
-    return TilesPart(weight[mask], mask, dtype)
+gather = TilesPart.gather

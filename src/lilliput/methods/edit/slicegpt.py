@@ -58,7 +58,6 @@ METHOD = Edit(
     paper="Ashkboos et al. 2024, arXiv 2401.15024",
     options=Options,
     needs=(),
-    recipe=[{"method": "principal"}, {"method": "slicegpt"}],
     covers={
         "slicegpt": [{"method": "principal"}, {"method": "slicegpt"}],
     },

@@ -157,10 +157,6 @@ METHOD = Inputs(
         ],
         "i-bert": "its arithmetic is lilliput.algebra.integers; no model runs softmax, norms and GELU through it",
     },
-    recipe=[
-        {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}},
-        {"method": "act-static-dynamic"},
-    ],
     run=inputs,
     spec=spec,
 )

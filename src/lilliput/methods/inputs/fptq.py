@@ -63,7 +63,6 @@ METHOD = Inputs(
     needs=("low", "high"),
     formats=("int",),
     covers={"fptq": _RECIPE},
-    recipe=_RECIPE,
     run=inputs,
     spec=spec,
 )

@@ -92,10 +92,6 @@ METHOD = Inputs(
             {"method": "llm-fp4", "target": {"bits": 4}},
         ],
     },
-    recipe=[
-        {"method": "rtn", "target": {"format": "e2m1", "group_size": "channel"}},
-        {"method": "llm-fp4", "target": {"bits": 4}},
-    ],
     run=inputs,
     spec=spec,
 )

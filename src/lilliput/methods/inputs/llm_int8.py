@@ -54,10 +54,6 @@ METHOD = Inputs(
             {"method": "llm-int8"},
         ],
     },
-    recipe=[
-        {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}, "options": {"search": "minmax"}},
-        {"method": "llm-int8"},
-    ],
     run=inputs,
     spec=spec,
 )

@@ -147,10 +147,6 @@ METHOD = Inputs(
             {"method": "minifloat", "target": {"format": "e4m3"}},
         ],
     },
-    recipe=[
-        {"method": "rtn", "target": {"format": "fp8"}},
-        {"method": "minifloat", "target": {"format": "fp8"}},
-    ],
     run=inputs,
     spec=spec,
 )

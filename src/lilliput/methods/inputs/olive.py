@@ -104,7 +104,6 @@ METHOD = Inputs(
     formats=("int",),
     default={"bits": 4},
     covers={"olive": [{"method": "rtn", "target": {"bits": 4}}, {"method": "olive", "target": {"bits": 4}}]},
-    recipe=[{"method": "rtn", "target": {"bits": 4}}, {"method": "olive", "target": {"bits": 4}}],
     run=inputs,
     spec=spec,
 )

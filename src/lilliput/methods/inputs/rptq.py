@@ -100,10 +100,6 @@ METHOD = Inputs(
             {"method": "rptq", "target": {"bits": 8, "symmetric": False}, "options": {"clusters": 6, "by": "range"}},
         ],
     },
-    recipe=[
-        {"method": "rtn", "target": {"bits": 4}},
-        {"method": "rptq", "target": {"bits": 8, "symmetric": False}},
-    ],
     run=inputs,
     spec=spec,
 )

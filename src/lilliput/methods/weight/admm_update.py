@@ -77,7 +77,6 @@ METHOD = Compress(
     needs=("gram",),
     writes="support",
     refines=True,
-    recipe=[{"method": "wanda", "target": {"sparsity": 0.5}}, {"method": "admm-update"}],
     covers={"admm-update": [{"method": "wanda", "target": {"sparsity": 0.5}}, {"method": "admm-update"}]},
     run=compress,
     rowwise=True,

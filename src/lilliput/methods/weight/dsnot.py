@@ -112,7 +112,6 @@ METHOD = Compress(
     needs=("mean", "square"),
     writes="support",
     refines=True,
-    recipe=[{"method": "wanda", "target": {"sparsity": 0.5}}, {"method": "dsnot"}],
     covers={"dsnot": [{"method": "wanda", "target": {"sparsity": 0.5}}, {"method": "dsnot"}]},
     run=compress,
     rowwise=True,

@@ -94,11 +94,6 @@ METHOD = Compress(
             {"method": "act-static-dynamic", "target": {"bits": 4}},
         ],
     },
-    recipe=[
-        {"method": "flatquant"},
-        {"method": "gptq", "target": {"bits": 4, "group_size": "channel"}},
-        {"method": "act-static-dynamic", "target": {"bits": 4}},
-    ],
     run=compress,
     scheme=scheme,
     rowwise=True,

@@ -149,11 +149,6 @@ METHOD = Compress(
             {"method": "act-static-dynamic", "target": {"bits": 4}},
         ],
     },
-    recipe=[
-        {"method": "qllm"},
-        {"method": "gptq", "target": {"bits": 4, "group_size": "channel"}},
-        {"method": "act-static-dynamic", "target": {"bits": 4}},
-    ],
     run=compress,
     scheme=scheme,
     rowwise=True,

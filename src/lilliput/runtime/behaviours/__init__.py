@@ -7,12 +7,13 @@ has loaded or the skeleton of our own reader, so that a `generate` and an evalua
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lilliput.errors import LilliputError, SourceError
+from lilliput.runtime import switched
 from lilliput.runtime.behaviours.gates import BIAS, WEIGHT, gate_, ungate_
 from lilliput.runtime.behaviours.layer import behave_
 from lilliput.runtime.behaviours.state import GATES, Behaviours, parsed
@@ -68,18 +69,9 @@ def require(model: nn.Module) -> Behaviours:
     return state
 
 
-@contextmanager
-def paused(*models: nn.Module) -> Iterator[None]:
+def paused(*models: nn.Module) -> AbstractContextManager[None]:
     """The models as they are without behaviours, while the context lasts."""
-    states = [x for x in map(of, models) if x is not None]
-    before = [x.active for x in states]
-    for state in states:
-        state.active = False
-    try:
-        yield
-    finally:
-        for state, active in zip(states, before, strict=True):
-            state.active = active
+    return switched.off(map(of, models))
 
 
 @contextmanager

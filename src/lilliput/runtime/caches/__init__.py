@@ -8,7 +8,7 @@ transformers makes, so that `generate` works unchanged, and an evaluation in pie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lilliput.errors import LilliputError, SourceError
+from lilliput.runtime import switched
 from lilliput.runtime.caches import hooks
 from lilliput.runtime.caches.codec import CacheCodec, CacheShape, CodecSpec, Tensors
 from lilliput.runtime.caches.hooks import Caches
@@ -121,18 +122,9 @@ def tried(attention: nn.Module, make: Callable[[], CacheCodec], *, turned: bool)
         handle.remove()
 
 
-@contextmanager
-def paused(*models: nn.Module) -> Iterator[None]:
+def paused(*models: nn.Module) -> AbstractContextManager[None]:
     """New caches are transformers' own, while the context lasts."""
-    states = [x for x in map(of, models) if x is not None]
-    before = [x.active for x in states]
-    for state in states:
-        state.active = False
-    try:
-        yield
-    finally:
-        for state, active in zip(states, before, strict=True):
-            state.active = active
+    return switched.off(map(of, models))
 
 
 def size_bits(entries: Sequence[Mapping[str, Any]], tokens: int, item: int) -> int:

@@ -26,7 +26,7 @@ from lilliput.parts.lowrank import LowRankSpec
 from lilliput.parts.part import PartSpec
 from lilliput.runtime import int8, lut
 from lilliput.runtime.linear import factored, kept_apart, tabled
-from lilliput.source.compressed import scheme_for
+from lilliput.source.compressed import parsed, scheme_for
 
 Runtime = Literal["transformers", "kernels"]
 RUNTIMES: tuple[Runtime, ...] = ("transformers", "kernels")
@@ -193,10 +193,7 @@ def _input_arithmetic(model: Model) -> Callable[[str], str | None]:
         return lambda _: "fp8"
     if method != "compressed-tensors":
         return lambda _: None
-    from compressed_tensors.quantization import QuantizationConfig
-
-    how = {k: v for k, v in _config(model).items() if k not in ("dequantize", "version")}
-    config = QuantizationConfig.model_validate(how)
+    config = parsed(_config(model))
 
     def find(linear: str) -> str | None:
         scheme = scheme_for(linear, config)

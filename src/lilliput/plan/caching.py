@@ -23,21 +23,7 @@ from lilliput.verbs.behave import Behave
 from lilliput.verbs.cache import Cache, chosen, group_of
 from lilliput.verbs.spec import Stage, Task
 
-LAYOUT = "lilliput"
 CONTEXT = 4096  # tokens of which a plan says what they take
-
-
-def layout(resolved: Resolved, wanted: str) -> str:
-    """The layout to ask for: only one has compressed caches. Raises PlanError where the recipe asks for another one."""
-    tasks = resolved.at(Stage.CACHE)
-    if not tasks:
-        return wanted
-    if wanted not in ("auto", LAYOUT):
-        raise PlanError(
-            f"{tasks[0].label} needs a layout that says how a model stores keys and values, and '{wanted}' does not: "
-            f"set `export: {LAYOUT}`, or leave `export` out"
-        )
-    return LAYOUT
 
 
 def assigned(model: Model, resolved: Resolved) -> dict[int, Task]:

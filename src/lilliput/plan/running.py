@@ -21,14 +21,16 @@ LAYOUT = "lilliput"
 
 
 def layout(resolved: Resolved, wanted: str) -> str:
-    """The layout to ask for: only one has behaviours. Raises PlanError where the recipe asks for another one."""
-    wanted = caching.layout(resolved, wanted)
-    tasks = resolved.at(Stage.RUNNING)
+    """The layout to ask for: only one has behaviours and compressed caches. Raises PlanError where the recipe asks for
+    another one."""
+    says = {Stage.CACHE: "stores keys and values", Stage.RUNNING: "runs"}
+    tasks = [(task, what) for stage, what in says.items() for task in resolved.at(stage)]
     if not tasks:
         return wanted
     if wanted not in ("auto", LAYOUT):
+        first, what = tasks[0]
         raise PlanError(
-            f"{tasks[0].label} needs a layout that says how a model runs, and '{wanted}' does not: set `export: "
+            f"{first.label} needs a layout that says how a model {what}, and '{wanted}' does not: set `export: "
             f"{LAYOUT}`, or leave `export` out"
         )
     return LAYOUT

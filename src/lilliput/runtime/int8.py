@@ -25,8 +25,6 @@ from lilliput.parts.scheme import Scheme
 
 _ENGINES = ("fbgemm", "x86")
 _MIDDLE = 128  # of unsigned codes
-
-
 _in_floats = ContextVar("integers are multiplied as floats", default=False)
 
 
@@ -98,5 +96,6 @@ class Weights:
         if zero is not None:
             sums -= zero * self.sums
         sums = sums.mul_(scale)
-        broken = codes.sum(1)  # the kernel would make a number of NaN
-        return sums.masked_fill_(broken.isnan()[:, None], torch.nan) if bool(broken.isnan().any()) else sums
+        if scale.dim() < 2:  # a scale of their own would be NaN as well; the kernel makes a number of it
+            sums.masked_fill_(codes.sum(1).isnan()[:, None], torch.nan)
+        return sums

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lilliput.algebra import products
 from lilliput.formats import binary
 from lilliput.formats.format import CHUNK
-from lilliput.formats.integer import pack_codes
+from lilliput.formats.integer import IntegerFormat, pack_codes
 from lilliput.parts.inputs.uniform import UniformInput
 from lilliput.parts.kept import apart
 from lilliput.parts.linear import LinearSpec, decode, decode_rows, divides
@@ -298,22 +298,24 @@ class IntegerLinear(CompressedLinear):
         if rounding is None or learns or not tokens or not usable:
             output: Tensor = super().forward(x if rounding is None else rounding.of(x))
             return output
-        spec = rounding.grid.spec
-        if not isinstance(spec, UniformInput):
-            raise TypeError(f"{self.spec.name} has inputs of {spec.describe()}, which have no integer product")
+        _, grid = self._forms()
         flat = x.detach().reshape(tokens, -1).float()
         # The kernel rounds by itself; zero points are added to whole numbers.
-        codes = spec.steps if spec.symmetric else spec.codes
+        codes = grid.steps if grid.symmetric else grid.codes
         out = self._weights(payload).times(*codes(flat, rounding.grid.tensors.__getitem__))
         out = out if bias is None else out.add_(bias.detach().float())
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
+    def _forms(self) -> tuple[IntegerFormat, UniformInput]:
+        forms = int8.forms(self.spec.scheme)
+        if forms is None:
+            raise TypeError(f"{self.spec.name} is {self.spec.scheme.describe()}, which has no integer product")
+        return forms
+
     def _weights(self, payload: Tensor) -> int8.Weights:
         """What the kernel multiplies with, made at the first pass and anew where the module's tensors have moved."""
         if self._integers is None or self._integers[0] is not payload:
-            spec, form = self.spec, self.spec.scheme.weights.integer
-            if form is None:
-                raise TypeError(f"{spec.name} is {spec.scheme.describe()}, which has no integer product")
+            spec, (form, _) = self.spec, self._forms()
             get = below(self.stored, spec.payload)
             codes, grid = form.unpack(get, spec.out_features, spec.in_features, 0, spec.out_features)
             self.__dict__["_integers"] = payload, int8.Weights.of(codes, grid.scale.reshape(-1))

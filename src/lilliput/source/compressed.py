@@ -44,10 +44,15 @@ class ByLibrary:
         return (weight if rows is None else weight[rows[0] : rows[1]]).to(self.dtype).contiguous()
 
 
+def parsed(raw: Mapping[str, Any]) -> QuantizationConfig:
+    """The library's form of a quantization_config, without what only transformers reads of it."""
+    return QuantizationConfig.model_validate({k: v for k, v in raw.items() if k not in ("dequantize", "version")})
+
+
 def find(reader: Reader, raw: Mapping[str, Any], dtype: torch.dtype, label: str) -> dict[str, Packed]:
     """Logical name ("x.weight") -> how to decode it. Raises SourceError for what has no reader, by name."""
     try:
-        config = QuantizationConfig.model_validate({k: v for k, v in raw.items() if k not in ("dequantize", "version")})
+        config = parsed(raw)
     except (ValidationError, ValueError) as error:
         raise SourceError(
             f"{label}: compressed-tensors cannot read its quantization_config: {str(error).splitlines()[0]}."

@@ -14,7 +14,7 @@ from lilliput.parts.inputs.minifloat import GLOBAL, FloatInput
 from lilliput.parts.inputs.uniform import SCALE, ZERO, UniformInput
 from lilliput.parts.linear import parse_config
 from lilliput.runtime.inputs import Rounding, described
-from lilliput.source.compressed import scheme_for
+from lilliput.source.compressed import parsed, scheme_for
 from lilliput.source.reader import Reader
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def find(method: str | None, config: Mapping[str, Any], reader: Reader, label: s
 
 
 def _compressed(raw: Mapping[str, Any], reader: Reader, label: str) -> dict[str, Rounding]:
-    from compressed_tensors.quantization import QuantizationConfig
-
-    config = QuantizationConfig.model_validate({k: v for k, v in raw.items() if k not in ("dequantize", "version")})
+    config = parsed(raw)
     if all(x.input_activations is None for x in config.config_groups.values()):
         return {}
     found: dict[str, Rounding] = {}

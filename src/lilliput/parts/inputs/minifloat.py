@@ -77,10 +77,7 @@ class FloatInput:
         return values.mul_(scale).reshape(x.shape)
 
     def _found(self, x: Tensor, top: float, get: Get) -> Tensor:
-        # Along a dimension aminmax takes seven times as long as both.
-        low, high = (
-            torch.aminmax(x) if self.granularity == "tensor" else (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
-        )
+        low, high = units.extremes(x, self.granularity)
         peak = torch.maximum(-low, high).mul_(self.clip)
         scale = self.scale(peak, top, None if self.scales != "e4m3" else get(GLOBAL))
         return torch.where(torch.isfinite(peak), scale, torch.nan)

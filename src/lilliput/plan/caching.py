@@ -91,10 +91,10 @@ def entries(model: Model, resolved: Resolved) -> tuple[Entry, ...]:
             shape = shape_of(model.skeleton, number)
             raw = resolved.recipe.steps[task.step].target
             verb = task.of(Cache)
-            spec = verb.codec(task.target.bits or 0, group_of(raw, shape), task.options, False)
-            if spec.turns():
-                turned = rotation(block.get_submodule(attention)) is not None
-                spec = verb.codec(task.target.bits or 0, group_of(raw, shape), task.options, turned)
+            spec = verb.codec(task.target.bits or 0, group_of(raw, shape), task.options, True)
+            # Only of a codec that asks for it does one need to know how the model rotates keys.
+            if spec.turns() and rotation(block.get_submodule(attention)) is None:
+                spec = verb.codec(task.target.bits or 0, group_of(raw, shape), task.options, False)
             spec.check(shape)
         except (PlanError, SourceError) as error:
             raise PlanError(f"{task.label}: {name}: {error}") from None

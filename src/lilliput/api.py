@@ -56,6 +56,7 @@ def plan(
     seed: int | None = None,
     settings: Sequence[str] = (),
     to: str | None = None,
+    teacher: str | Path | None = None,
 ) -> Plan:
     """What `compress` with the same arguments would do. Reads no weights and writes nothing.
 
@@ -68,7 +69,8 @@ def plan(
         _fit(recipe, size, bits, decode_time, menu, to, fit_blocks),
     )
     chosen = DEFAULT_RECIPE if recipe is None else recipe
-    return session.planned(session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit))
+    job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit, teacher)
+    return session.planned(job)
 
 
 def frontier(
@@ -119,6 +121,7 @@ def compress(
     eval_data: str | None = None,
     eval_windows: int = Text.windows,
     to: str | None = None,
+    teacher: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Compression:
     """Compress `model` into the new folder `out` and measure it as re-read from there.
@@ -130,7 +133,8 @@ def compress(
     a named device. data: calibration text, `samples` windows of `tokens` tokens. memory: the most bytes of RAM to take
     above the imported package. size: the most bytes that `out` may have. eval_data: text to measure on (default: the
     second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for none. to: the container to write `out` as in
-    place of a folder, see `convert`. A killed call continues when it is repeated. Raises LilliputError; nothing
+    place of a folder, see `convert`. teacher: the model that training steps learn from, by default `model` as it is. A
+    killed call continues when it is repeated. Raises LilliputError; nothing
     half-written ever shows at `out`.
 
     Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
@@ -142,7 +146,7 @@ def compress(
         _fit(recipe, size, bits, decode_time, menu, to, fit_blocks),
     )
     chosen = DEFAULT_RECIPE if recipe is None else recipe
-    job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit)
+    job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit, teacher)
     text_to_score = Text((eval_data or HELD_OUT,), eval_windows)
     if to is not None:
         return converted(job, Path(out), to, text_to_score, progress)

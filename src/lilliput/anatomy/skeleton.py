@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,22 @@ class Skeleton:
         forwards[self.head_module] = stop
         with _forwards(forwards):
             self._forward(self._dummy(hidden.shape[0], hidden.shape[1]))
+        return inputs[0]
+
+    def read(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """ids int64 [B, T] -> what the head reads, [B, T, H], by the whole model, all of it loaded; gradients pass.
+
+        positions: int64 [B, T], of each token in its document, where rows hold several; none sees another then.
+        """
+        inputs: list[Tensor] = []
+
+        def stop(x: Tensor, *_: Any, **__: Any) -> Any:
+            inputs.append(x)
+            raise _StopForwardError
+
+        given = {} if positions is None else {"position_ids": positions.to(self.device)}
+        with _forwards({self.head_module: stop}), suppress(_StopForwardError):
+            self.model(input_ids=ids.to(self.device), **given, **cached.options(self.model, None))
         return inputs[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -57,6 +57,9 @@ class Job:
     fit_blocks: Annotated[
         bool, typer.Option("--fit-blocks", help="Then fit the codes of each block to its outputs: closer, and slower.")
     ] = False
+    teacher: Annotated[
+        str | None, typer.Option(help="Model that training steps learn from; by default MODEL as it is.")
+    ] = None
     dtype: Annotated[str, typer.Option(help="Dtype of calibration passes: auto, bfloat16 or float32.")] = Compute.dtype
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = Compute.device
     work: Annotated[Path | None, typer.Option(help="Folder for the unfinished run; by default beside the output.")] = (

@@ -22,7 +22,7 @@ from lilliput.machine.version import __version__
 from lilliput.model.edited import spreads, unedited, vocabulary_of
 from lilliput.model.stored import Model
 from lilliput.plan import cost as estimates
-from lilliput.plan import footprint, rehearsal, running
+from lilliput.plan import footprint, rehearsal, running, training
 from lilliput.plan.remarks import remarks
 from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve
 from lilliput.plan.tensors import BEHAVIOUR, METADATA, TensorPlan, lay_out
@@ -97,7 +97,7 @@ class Plan:
     @cached_property
     def compressed(self) -> tuple[LinearPlan, ...]:
         """The compressed linears of the blocks."""
-        return tuple(x for x in self.resolved.linears if x.tasks)
+        return tuple(x for x in self.resolved.linears if x.tasks or x.scheme.parts)
 
     @cached_property
     def bits_per_weight(self) -> float | None:
@@ -291,7 +291,7 @@ def resized(plan: Plan, model: Model) -> Plan:
 
 
 def _resolved(model: Model, recipe: Recipe) -> Resolved:
-    return resolve(
+    resolved = resolve(
         recipe,
         model.anatomy(),
         scale_dtype(model),
@@ -299,6 +299,7 @@ def _resolved(model: Model, recipe: Recipe) -> Resolved:
         width=model.skeleton.hidden_size,
         tables=tables(model.skeleton),
     )
+    return training.held(resolved, model)
 
 
 def make(
@@ -332,6 +333,7 @@ def make(
     outcomes = _outcomes(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
     running.check(model, resolved)
+    training.check(resolved)
     wanted = running.layout(resolved, recipe.export)
     exporter = export.choose(ordered, model.config, wanted, lambda x: _unloadable(x, model, resolved, outcomes))
     tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))

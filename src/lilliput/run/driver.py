@@ -128,3 +128,10 @@ class CacheDriver(Driver):
     stage: ClassVar[Stage] = Stage.CACHE
 
     run: Callable[[Task, CodecSpec, CacheIO], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDriver(Driver):
+    """A training step works on the finished folder; see `lilliput.run.training`."""
+
+    stage: ClassVar[Stage] = Stage.TRAINING

@@ -36,14 +36,14 @@ def write_atomically(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file that is there whole or not at all. Raises OSError, also for a full disk."""
     fresh = path.with_name(f".{path.name}.new")
     try:
         fresh.unlink(missing_ok=True)
         fresh.touch()
         mode = fresh.stat().st_mode  # as the umask has it; the library's files are for their owner alone
-        save_file(dict(tensors), fresh)
+        save_file(dict(tensors), fresh, None if metadata is None else dict(metadata))
         fresh.chmod(mode)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
@@ -237,7 +237,7 @@ class Work:
     def hashes(self) -> dict[str, str]:
         """sha256 (hex) of every tensor of the output that is finished, by stored name."""
         hashes: dict[str, str] = {}
-        for record in (*self.find("outside"), *self.find("block"), *self.find("table")):
+        for record in (*self.find("outside"), *self.find("block"), *self.find("table"), *self.find("trained")):
             hashes.update(record["sha256"])
         return hashes
 

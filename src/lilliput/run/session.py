@@ -32,7 +32,7 @@ from lilliput.recipe import texts
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import caching, calibration, delivery, editing, journal, sizing, stages, stream
+from lilliput.run import caching, calibration, delivery, editing, journal, sizing, stages, stream, training
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 from lilliput.runtime import behaviours, caches
@@ -49,6 +49,7 @@ class Job:
     limits: Limits = Limits()
     compute: Compute = Compute()
     fit: Fit | None = None  # in place of a recipe: the best that keeps to it
+    teacher: str | Path | None = None  # of training steps; None: the model itself
 
     @property
     def work(self) -> Path | None:
@@ -223,16 +224,25 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
             if ranks.lead():
                 place.need(plan.folder_bytes, spill(plan, opened, text.windows))
         skipped = len(place.find("block"))
-        rows = stream.run(plan, opened, None if tokens is None else tokens.ids, place, progress)
+        training.exchange(place)
+        if training.begun(place):
+            rows = stream.finished_rows(place)
+        else:
+            rows = stream.run(plan, opened, None if tokens is None else tokens.ids, place, progress)
         peak = max(ranks.gathered(memory.peak_above_base()))
         opened = editing.again(plan, opened, place)
         plan = stages.decided(resized(plan, opened), opened, place)
         if ranks.lead():
             facts = delivery.Delivery(plan, opened, key, tokens, tuple(rows), place.hashes())
             delivery.write_loadable(place.staging, facts)
+            if training.pending(plan, place):
+                taught_by = open_model(opened.source.model if job.teacher is None else job.teacher, dtype=plan.dtype)
+                training.train(plan, taught_by, tokens, place, progress)
+                facts = replace(facts, hashes=place.hashes())
+                delivery.write_loadable(place.staging, facts)
             look = delivery.opened(place, out, plan.room, progress)
             if text.windows > 0:
-                original = open_model(opened.source.model, device=plan.device)
+                original = open_model(opened.source.model if job.teacher is None else job.teacher, device=plan.device)
                 evaluation = _measure(original, plan, place, tokens, text, progress)
                 warnings = evaluation.notes
             warnings = (*warnings, *look.notes)

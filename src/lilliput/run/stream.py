@@ -29,6 +29,7 @@ from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, same_inputs, within
 from lilliput.run.output import Output
 from lilliput.run.repairing import Teacher
+from lilliput.source import layers
 from lilliput.stats.site import SiteStats
 from lilliput.streaming import lockstep, order
 from lilliput.streaming.collect import Collector, collect, tap
@@ -224,9 +225,13 @@ def _block_tensors(job: BlockJob, finished: Mapping[str, Tensor]) -> dict[str, T
         if planned.name in out:
             continue
         if planned.source in untouched:
-            linear = untouched[planned.source]
-            layer = Layer(linear.name, job.weights.linear(linear.linear))
-            out.update(job.exporter.pack(job.plan.outcomes[linear.name], layer))
+            linear, outcome = untouched[planned.source], job.plan.outcomes[planned.source]
+            if linear.scheme.parts:  # codes that a recipe which only trains takes up
+                source, rows, width = job.model.source, outcome.out_features, outcome.in_features
+                layer = layers.layer(source, outcome.stored, linear.name, rows, width)
+            else:
+                layer = Layer(linear.name, job.weights.linear(linear.linear))
+            out.update(job.exporter.pack(outcome, layer))
         else:
             value = job.weights.tensor(planned.source[length:])
             if job.weights.folded(planned.source[length:]) and not fits(value, planned.dtype):
@@ -276,6 +281,11 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
         with ranks.together():
             if ranks.lead():
                 output.finish()
+    return finished_rows(work)
+
+
+def finished_rows(work: Work) -> Rows:
+    """The report rows of all blocks, in order, from the journal of a run whose blocks are finished."""
     rows: Rows = []
     for record in sorted(work.find("block"), key=lambda r: int(r["block"])):
         rows += record["rows"]

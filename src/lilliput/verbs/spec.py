@@ -27,7 +27,7 @@ FISHER = "fisher"  # among a method's needs: no statistic of inputs, but squared
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 SpecT = TypeVar("SpecT", bound="Spec[Any]")
 Steps = list[dict[str, Any]]
-Writes = Literal["quantized", "parts", "support", "fold", "targets", "behaviour", "inputs", "cache"]
+Writes = Literal["quantized", "parts", "support", "fold", "targets", "behaviour", "inputs", "cache", "values"]
 
 
 class Stage(Enum):
@@ -40,6 +40,7 @@ class Stage(Enum):
     CLOSE = "a block whose linears are done, as a whole"
     RUNNING = "a finished block, as it will run"
     CACHE = "the keys and values of a finished block"
+    TRAINING = "the whole model, once all blocks are done"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,9 @@ class Spec(Generic[OptionsT]):
 
     def suits(self, task: Task, around: Around) -> None:
         """Raises PlanError where the method cannot do what its step asks for on this model."""
+
+    def trains(self, task: Task, schemes: Mapping[str, Scheme]) -> None:
+        """Raises PlanError where a step that trains finished linears cannot train one of these, by name."""
 
     def farthest(self, target: Target, options: OptionsT) -> tuple[Target, ...]:
         """The targets farthest apart that the step may give linears with this one; none: its decision is no matter of

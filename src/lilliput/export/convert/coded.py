@@ -20,6 +20,7 @@ from lilliput.parts.pattern import PatternSpec
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme, quantized
 from lilliput.parts.tiles import TilesSpec
+from lilliput.source.layers import integer_format
 from lilliput.source.packed import Scaled
 from lilliput.source.source import Source
 
@@ -171,7 +172,7 @@ def outcomes(source: Source) -> tuple[Outcome, ...]:
                 rows, width = stored.shape
                 found.append(Outcome(base, base, rows, width, Scheme(), stored.dtype, expert=True))
         elif isinstance(packed, Scaled) and packed.bits is not None:
-            scheme, (rows, width) = quantized(_integer(source, packed)), stored.shape
+            scheme, (rows, width) = quantized(integer_format(source, packed)), stored.shape
             table = base == head
             found.append(Outcome(base, base, rows, width, scheme, stored.dtype, expert=expert, table=table))
         else:
@@ -180,14 +181,6 @@ def outcomes(source: Source) -> tuple[Outcome, ...]:
                 "layouts lilliput and compressed-tensors (pack-quantized): give one of these"
             )
     return tuple(found)
-
-
-def _integer(source: Source, packed: Scaled) -> IntegerFormat:
-    """The grid of a weight of compressed-tensors."""
-    shape = source.entry(packed.scale).shape
-    width, groups = packed.shape[1], shape[1] if len(shape) > 1 else 1
-    size = -1 if groups == 1 else packed.block[1] if packed.order is None else width // groups
-    return IntegerFormat(packed.bits or 0, packed.zero is None, size, source.entry(packed.scale).dtype)
 
 
 def _head(source: Source) -> str | None:

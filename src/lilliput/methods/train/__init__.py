@@ -1,0 +1,1 @@
+"""Methods with the verb of this folder; see `lilliput.methods`."""

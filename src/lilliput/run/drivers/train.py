@@ -1,0 +1,23 @@
+"""How `train` is carried out: on the finished folder, by `lilliput.run.training`."""
+
+from __future__ import annotations
+
+from lilliput.machine.cost import Cost
+from lilliput.model.stored import Model
+from lilliput.plan.plan import Plan
+from lilliput.run.driver import TrainingDriver
+from lilliput.verbs.spec import Task
+from lilliput.verbs.train import Train, common
+
+
+def cost(plan: Plan, task: Task, model: Model) -> Cost:
+    """The folder a second time, a state to go on from, and what the teacher says of the text."""
+    o = common(task.options)
+    weights = sum(x.linear.parameters for x in plan.resolved.linears)
+    places = min(o.steps * o.batch, plan.samples if o.data is None else o.steps * o.batch) * o.tokens
+    kept = model.vocabulary if o.top is None else min(o.top, model.vocabulary)
+    hidden = 2 * places * model.skeleton.hidden_size * plan.dtype.itemsize
+    return Cost(disk=plan.bytes + 2 * 12 * weights + places * (8 * kept + 4) + hidden)
+
+
+DRIVER = TrainingDriver(verb=Train, cost=cost)

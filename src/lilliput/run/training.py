@@ -1,0 +1,204 @@
+"""Training steps of a run: the finished folder is read as layers, trained, and written again beside itself.
+
+The folder is exchanged by rename once a record of the journal says that the trained one is whole, so that a run that is
+killed at any moment goes on from the last saved state, or from the exchange.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lilliput import export
+from lilliput.data import lessons as texts
+from lilliput.data.lessons import Lessons
+from lilliput.data.tokens import Tokens
+from lilliput.errors import DataError, LilliputError
+from lilliput.machine import memory
+from lilliput.model.stored import Model, open_model
+from lilliput.plan import training as planning
+from lilliput.plan.plan import Plan
+from lilliput.plan.tensors import METADATA
+from lilliput.progress import Progress
+from lilliput.run.journal import Work, save_atomically
+from lilliput.source import layers
+from lilliput.streaming.states import raw
+from lilliput.training import loop, teacher
+from lilliput.training.loop import Curve
+from lilliput.training.student import Student
+from lilliput.training.teacher import Notes
+from lilliput.verbs.objective import TokenIO
+from lilliput.verbs.spec import Stage, Task
+from lilliput.verbs.train import Train, common
+
+TRAINED = "trained"  # kind of record, and name of the folder that takes the place of the finished one
+
+
+@dataclass(frozen=True)
+class _State:
+    """The file of a training's last state."""
+
+    path: Path
+
+    def load(self) -> Mapping[str, Tensor] | None:
+        if not self.path.exists():
+            return None
+        with safe_open(self.path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        save_atomically(self.path, tensors)
+
+
+def pending(plan: Plan, work: Work) -> tuple[Task, ...]:
+    """The training steps that are not done."""
+    done = {int(x["step"]) for x in work.find(TRAINED)}
+    return tuple(task for task in plan.resolved.at(Stage.TRAINING) if task.step not in done)
+
+
+def begun(work: Work) -> bool:
+    """Whether the folder is no longer what the block loop has written: a training step has taken its place."""
+    return bool(work.find(TRAINED))
+
+
+def exchange(work: Work) -> None:
+    """Put the trained folder in place of the finished one, where a record says that it is whole."""
+    fresh = work.partial / TRAINED
+    if fresh.exists() and work.find(TRAINED):
+        shutil.rmtree(work.staging, ignore_errors=True)
+        fresh.rename(work.staging)
+
+
+def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progress: Progress) -> None:
+    """Carry out the training steps that are left on the folder `work.staging`, which opens like any model.
+
+    taught_by: the teacher. tokens: the calibration windows, for steps that name no text of their own. Raises
+    LilliputError.
+    """
+    exchange(work)
+    for task in pending(plan, work):
+        fresh = work.partial / TRAINED
+        shutil.rmtree(fresh, ignore_errors=True)
+        memory.trim()
+        curve, hashes = _one(plan, task, taught_by, tokens, work, fresh, progress)
+        record = {"kind": TRAINED, "step": task.step, "method": task.method.name, "sha256": hashes}
+        work.note(record | {"curve": curve.to_json()})
+        exchange(work)
+        for path in work.folder.glob("taught-*"):
+            path.unlink()
+        _place(work, task).path.unlink(missing_ok=True)
+
+
+def _place(work: Work, task: Task) -> _State:
+    return _State(work.folder / f"training-{task.step}.safetensors")
+
+
+def _one(
+    plan: Plan, task: Task, taught_by: Model, tokens: Tokens | None, work: Work, fresh: Path, progress: Progress
+) -> tuple[Curve, dict[str, str]]:
+    o = common(task.options)
+    _, objective, objective_options = planning.objective_of(task)
+    model = open_model(work.staging, device=plan.device)
+    lessons = _lessons(task, model, tokens, seed=plan.seed)
+    teach: loop.Teach | None = None
+    notes: Notes | None = None
+    if objective.teaches:
+        notes = _taught(taught_by, lessons, o.top, objective.temperature(objective_options), work, progress)
+        teach = notes.taught
+    if objective.tokens_loss is None:
+        raise LilliputError(f"{task.label}: {o.objective} compares no distributions, and so cannot be the objective")
+    tokens_loss = objective.tokens_loss
+
+    def loss(io: TokenIO) -> Tensor:
+        return tokens_loss(io, objective_options)
+
+    student = _student(plan, task, model, taught_by, loss)
+    try:
+        curve = loop.train(student, lessons, teach, o, _place(work, task), progress)
+    finally:
+        if notes is not None:
+            notes.close()
+    return curve, _written(plan, model, student, work.staging, fresh)
+
+
+def _lessons(task: Task, model: Model, tokens: Tokens | None, seed: int | None) -> Lessons:
+    o = common(task.options)
+    if o.data is None:
+        if tokens is None:
+            raise DataError(f"{task.label} has no text: name one with --data or its option `data`")
+        return texts.whole(tokens.ids, tokens.source)
+    return texts.read(
+        o.data,
+        model.source.tokenizer(),
+        samples=o.steps * o.batch,
+        tokens=o.tokens,
+        seed=seed,
+        vocabulary=model.vocabulary,
+    )
+
+
+def _taught(by: Model, lessons: Lessons, top: int | None, temperature: float, work: Work, progress: Progress) -> Notes:
+    """The teacher's word on the text, taken once: a resumed run finds it."""
+    done = work.folder / "taught-done"
+    facts = f"{lessons.fingerprint} {top} {temperature}"
+    if done.exists() and done.read_text(encoding="utf-8") == facts:
+        return Notes(work.folder, lessons, top, by.vocabulary, create=False)
+    done.unlink(missing_ok=True)
+    notes = Notes(work.folder, lessons, top, by.vocabulary, create=True)
+    teacher.take(by, lessons, notes, temperature, work.folder, progress)
+    done.write_text(facts, encoding="utf-8")
+    return notes
+
+
+def _student(plan: Plan, task: Task, model: Model, before: Model, loss: Callable[[TokenIO], Tensor]) -> Student:
+    skeleton = model.skeleton
+    chosen = {f"{x.name}.weight": x for x in planning.trained(plan.resolved, task)}
+    model.load(name for name in skeleton.shapes if name not in chosen)
+    student = Student(skeleton, loss)
+    for x in chosen.values():
+        outcome = plan.outcomes[x.name]
+        layer = layers.layer(model.source, outcome.stored, x.name, outcome.out_features, outcome.in_features)
+        known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
+        original = before.read(f"{x.name}.weight").float() if known else layer.weight
+        core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
+        student.place(x.name, core.to(plan.device))
+    return student
+
+
+def _written(plan: Plan, model: Model, student: Student, folder: Path, fresh: Path) -> dict[str, str]:
+    """The folder `folder` again as `fresh`, with what was trained; sha256 (hex) of each changed tensor."""
+    exporter = export.get(plan.exporter)
+    cores = student.cores()
+    changed = {name for name, x in student.model.named_parameters() if x.requires_grad and ".core." not in name}
+    owners = {x.name: x.source for x in plan.tensors}
+    hashes: dict[str, str] = {}
+    fresh.mkdir()
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".safetensors":
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, fresh / path.name)
+            continue
+        tensors: dict[str, Tensor] = {}
+        packed: dict[str, dict[str, Tensor]] = {}
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                owner = owners.get(name, name)
+                if owner in cores:
+                    if owner not in packed:
+                        packed[owner] = exporter.pack(plan.outcomes[owner], cores[owner].finish())
+                    tensors[name] = packed[owner][name]
+                elif owner in changed:
+                    tensors[name] = model.skeleton.tensor(owner).detach().to(file.get_tensor(name).dtype)
+                else:
+                    tensors[name] = file.get_tensor(name)
+                    continue
+                if not bool(tensors[name].isfinite().all()):
+                    raise LilliputError(f"{name} is not finite after training: lower lr")
+                hashes[name] = hashlib.sha256(raw(tensors[name].cpu().contiguous().reshape(-1))).hexdigest()
+        save_atomically(fresh / path.name, {name: x.cpu().contiguous() for name, x in tensors.items()}, METADATA)
+    return hashes

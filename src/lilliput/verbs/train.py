@@ -1,0 +1,107 @@
+"""The verb `train`: the whole model is trained once its blocks are done, against the model that it was made of.
+
+What is trained of a linear is a `Trained` (`lilliput.verbs.trained`): leaves, and the weight that they stand for.
+Everything else of a training step is the same for all methods, and an option here: the objective, text, optimizer and
+schedule. The linears keep what they are stored as, so that the plan knows every byte before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from lilliput.errors import PlanError
+from lilliput.machine.cost import Cost, Phase
+from lilliput.parts.layer import Layer
+from lilliput.parts.scheme import Scheme
+from lilliput.streaming.peak import Run
+from lilliput.target import Strict
+from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
+from lilliput.verbs.trained import Trained
+
+
+class TrainOptions(Strict):
+    """What every training step can be told."""
+
+    objective: str = Field("logit-kd", description="what is minimised: a method of the verb `objective`")
+    objective_options: Mapping[str, Any] = Field(default_factory=dict, description="options of the objective")
+    steps: int = Field(200, ge=0, description="steps of the optimizer")
+    minutes: float | None = Field(None, gt=0.0, description="stop after so many minutes, whatever `steps` says")
+    batch: int = Field(4, ge=1, description="samples in a step")
+    at_once: int | None = Field(
+        None, ge=1, description="samples in memory at a time, whose gradients are added up; none: one"
+    )
+    lr: float = Field(1e-4, gt=0.0, description="learning rate after warming up, of a weight")
+    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="share of the steps in which the rate rises")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls afterwards")
+    weight_decay: float = Field(0.0, ge=0.0, description="share of a weight that leaves in a step, times the rate")
+    clip: float | None = Field(1.0, gt=0.0, description="largest norm of a step's gradient; none: no limit")
+    optimizer: Literal["adamw", "adamw-8bit", "paged"] = Field(
+        "adamw", description="adamw: moments in float32; adamw-8bit: in 8 bits; paged: in float32, on disk"
+    )
+    data: str | None = Field(None, description="text to train on, as --data; none: that of the calibration")
+    tokens: int = Field(512, ge=2, description="tokens of a sample")
+    top: int | None = Field(
+        64, ge=1, description="tokens of which the teacher's probabilities are kept, the rest being one; none: all"
+    )
+    others: tuple[str, ...] = Field((), description='tensors outside the linears that are trained too, as "*norm*"')
+    save: int = Field(25, ge=1, description="steps between two states from which a killed run goes on")
+    seed: int = Field(0, ge=0, description="of the order of samples and whatever is drawn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Spec[OptionsT]):
+    """`begin(layer, original, options)`: what is trained of a linear, from the layer as the steps before have left it
+    and its weight before them, float32 [out, in]. `admits(scheme, options)`: why a linear that is stored so cannot be
+    trained; None where it can. `copies`: float32 copies of a weight that it holds, its gradients and moments included.
+    """
+
+    verb: ClassVar[str] = "train"
+    family: ClassVar[str] = "train"
+    stage: ClassVar[Stage] = Stage.TRAINING
+
+    begin: Callable[[Layer, Tensor, OptionsT], Trained]
+    admits: Callable[[Scheme, OptionsT], str | None]
+    needs: tuple[str, ...] = ()
+    writes: Writes = "values"
+    copies: int = 5
+
+    def tokens(self, options: OptionsT) -> bool:
+        return common(options).data is None
+
+    def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
+        later = next((x for x in recipe[task.step + 1 :] if x.spec.stage is not Stage.TRAINING), None)
+        if later is not None:
+            raise PlanError(
+                f"{later.label} would undo what {task.label} has trained: move it before that, or write a folder first "
+                "and compress it again"
+            )
+
+    def trains(self, task: Task, schemes: Mapping[str, Scheme]) -> None:
+        for name, scheme in schemes.items():
+            reason = self.admits(scheme, self.options_of(task))
+            if reason is not None:
+                raise PlanError(f"{task.label} on {name}: {reason}")
+
+    def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
+        """The whole model: what is trained, its copies, and what a sample leaves for the way back."""
+        o = common(options)
+        weights = sum(x.parameters for block in run.blocks for x in block.linears)
+        tables = 2 * run.vocabulary * run.hidden
+        token = 4 * sum(
+            8 * run.hidden + sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
+            for block in run.blocks
+        )
+        ram = 4 * (self.copies * weights + tables) + (o.at_once or 1) * o.tokens * token
+        return (Phase("training", Cost(ram=ram)),)
+
+
+def common(options: Any) -> TrainOptions:
+    """The options that all training steps have. Raises RuntimeError for those of another verb."""
+    if not isinstance(options, TrainOptions):
+        raise RuntimeError("these are no options of a training step")
+    return options

@@ -1,0 +1,33 @@
+"""What is trained of a linear: leaves, and the weight that they stand for. Methods of the verb `train` return one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lilliput.parts.layer import Layer
+
+
+class Trained(nn.Module):
+    """The parameters of this module are the leaves; they may be sharded over processes between two passes, so that a
+    method reaches them by their names at every use."""
+
+    def weight(self) -> Tensor:
+        """The weight [out, in] for the present leaves, differentiable."""
+        raise NotImplementedError
+
+    def finish(self) -> Layer:
+        """The layer for the present leaves, as it would be stored; its `decode()` is `weight()`."""
+        raise NotImplementedError
+
+    def rates(self) -> Mapping[str, float]:
+        """Factors on the learning rate by the name of a parameter; 1 for those that are not named."""
+        return {}
+
+    def step(self, done: float) -> None:
+        """Called before each step, with the share of the training that is done: masks, temperatures and such move."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss; None: nothing."""
+        return None

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lilliput import export
 from lilliput.anatomy.model import Site
-from lilliput.formats import scales
 from lilliput.machine import memory, ranks
 from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
@@ -21,10 +20,11 @@ from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import tensors as inventory
 from lilliput.plan.plan import Plan, resized
+from lilliput.plan.resolve import stacked
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
 from lilliput.run import behaving, caching, drivers, fisher, fitting, repairing, rewriting, stages, tables
-from lilliput.run.driver import BlockDriver, LinearDriver, RepairDriver
+from lilliput.run.driver import BlockDriver, RepairDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, same_inputs, within
 from lilliput.run.output import Output
@@ -67,9 +67,9 @@ def _solved(
     stats = empty if stats is None else stats.to(device)
     tensors: dict[str, Tensor] = {}
     rows: Rows = []
-    for names in _stacks(job, site):
+    own = job.plans
+    for plans in stacked([own[name] for name in site.linears]):
         start = time.perf_counter()
-        plans = [job.plans[name] for name in names]
         layers = [fisher.layer(job.fisher, p, job.weights) for p in plans]
         layer = stack(layers)
         del layers
@@ -90,26 +90,6 @@ def _solved(
         del layer, pieces, piece  # not beside the next linear's
         memory.trim()  # the heap is full of holes by now, and more so the more blocks there are
     return tensors, rows
-
-
-def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
-    """Linears of a site that may be treated as one: equal tasks, methods that treat each row by itself."""
-    groups: list[list[str]] = []
-    for name in site.linears:
-        tasks = job.plans[name].alone
-        if not tasks:
-            continue
-        alone = any(
-            not drivers.of(task, LinearDriver).stacks(task)
-            or task.target.group_size == 0
-            or scales.joins_rows(task.target.scale_dtype)
-            for task in tasks
-        )
-        if groups and not alone and job.plans[groups[-1][0]].tasks == job.plans[name].tasks:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return groups
 
 
 def _collect(

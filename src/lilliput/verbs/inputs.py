@@ -52,6 +52,10 @@ class Inputs(Spec[OptionsT]):
         added = {"bits": 8, "group_size": "channel", **self.default}
         return target.model_copy(update={key: value for key, value in added.items() if key not in named})
 
+    def stacks(self, target: Target, options: OptionsT) -> bool:
+        """All linears of a site read the same."""
+        return True
+
     def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
         label = f"{task.label} on {name}"
         if draft.scheme.activation is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor
 
 from lilliput import api
@@ -17,6 +17,7 @@ from lilliput.errors import PlanError
 from lilliput.folds.kinds import ScaleFold, ShiftFold
 from lilliput.methods.fit import omniquant
 from lilliput.methods.weight import rtn
+from lilliput.model.stored import open_model
 from lilliput.parts.layer import Layer
 from lilliput.progress import Quiet
 from lilliput.stats.site import SiteStats
@@ -182,20 +183,32 @@ def test_scales_and_shifts_begin_at_the_identity_and_pay(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_a_folder_holds_what_the_folds_have_moved(tiny: Tiny, tmp_path: Path, name: str) -> None:
     """Scales and shifts of norms, values and hidden channels; the engine's own reader runs what was written."""
+    model = tf.AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32)
+    with torch.no_grad():
+        for tensor, value in model.named_parameters():
+            if tensor.endswith((".input_layernorm.weight", ".ln_1.weight", ".ln_2.weight")):
+                value[[5, 17, 40]] *= 15  # channels that stand out
+    model.save_pretrained(tmp_path / "source")
+    for x in tiny(name).iterdir():
+        if not (tmp_path / "source" / x.name).exists():
+            (tmp_path / "source" / x.name).write_bytes(x.read_bytes())
     ends = {}
     for let in ("none", "all"):
         steps = (
             "{method: act-static-dynamic, target: {bits: 4}}",
-            f"{{method: omniquant, target: {{bits: 4, group_size: 16}}, options: {{iters: 30, let: {let}}}}}",
+            f"{{method: omniquant, target: {{bits: 4, group_size: 16}}, options: {{iters: 60, let: {let}}}}}",
         )
         recipe = "export: lilliput\nsteps:\n" + "".join(f"  - {x}\n" for x in steps)
         done = api.compress(
-            tiny(name), tmp_path / let, recipe=recipe, samples=4, tokens=32, eval_windows=2, progress=Quiet()
+            tmp_path / "source", tmp_path / let, recipe=recipe, samples=16, tokens=64, eval_windows=0, progress=Quiet()
         )
         ends[let] = done.rows[0]["block_loss"]
     assert ends["all"][0] == ends["none"][0]
     assert ends["all"][1] < ends["none"][1]
-    assert json.loads((tmp_path / "all" / "config.json").read_text())
+    before, after = (open_model(tmp_path / x) for x in ("source", "all"))
+    gains = [x for x in before.skeleton.names_of(0) if x.endswith((".input_layernorm.weight", ".ln_1.weight"))]
+    assert len(gains) == 1
+    assert float((after.read(gains[0]) / before.read(gains[0]) - 1).abs().max()) > 0.1
 
 
 @pytest.mark.slow

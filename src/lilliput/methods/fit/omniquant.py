@@ -47,17 +47,19 @@ from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
 _BEGIN = 4.0  # of g and b
 _TRAVEL = 8.0  # all steps together, at most twice as far as they get
-_LOGS = 1.0  # of the logarithms of scales, likewise
+_LOGS = 3.0  # of the logarithms of scales, likewise
 
 
 class Options(FitOptions):
-    """`lr` defaults to 8 / iters, in units of g and b; `let_lr` to 1 / iters."""
+    """`lr` defaults to 8 / iters, in units of g and b; `let_lr` to 3 / iters."""
 
     margin: float = Field(0.5, ge=0.0, le=1.0, description="where a code of an earlier step starts, as for signround")
     let: Literal["none", "norm", "all"] = Field(
         "none", description="learn scales and shifts of channels: behind norms, or wherever they fold away"
     )
-    let_lr: float | None = Field(None, gt=0.0, description="first step of log s, and of d in units of the channel's rms")
+    let_lr: float | None = Field(
+        None, gt=0.0, description="first step of log s, and of d in units of the channel's rms"
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lilliput import methods
 from lilliput.run import drivers
-from lilliput.run.driver import LinearDriver, ModelDriver
+from lilliput.run.driver import ModelDriver
 from lilliput.target import Target
 from lilliput.verbs.spec import Task
 

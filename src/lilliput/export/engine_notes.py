@@ -77,8 +77,9 @@ def _shared_scales(quantized: Sequence[Outcome]) -> list[str]:
             own = x.stack or x.name
             if stacks.setdefault(parent, own) != own:
                 return [
-                    f"vLLM takes one global scale of nvfp4 for {', '.join(names)}, the largest of theirs, which changes "
-                    "the weights of the others. Let the same steps compress them (rtn, gptq), or take fp8 for vLLM."
+                    f"vLLM takes one global scale of nvfp4 for {', '.join(names)}, the largest of theirs, which "
+                    "changes the weights of the others. Let the same steps compress them (rtn, gptq), or take "
+                    "fp8 for vLLM."
                 ]
     return []
 

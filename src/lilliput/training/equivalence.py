@@ -125,8 +125,8 @@ def _shifted(
     change: Callable[[str, Callable[[Tensor], Tensor]], None], block: FitBlock, link: Link, shift: Tensor
 ) -> None:
     for reader in link.readers:
-        weight = block.layers[reader].weight
-        change(f"{reader}.bias", lambda x: x + weight @ shift)
+        more = block.layers[reader].weight @ shift
+        change(f"{reader}.bias", lambda x, more=more: x + more)  # type: ignore[misc]
     change(f"{link.producer}.bias", lambda x: x - shift)
 
 

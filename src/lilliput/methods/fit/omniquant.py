@@ -57,9 +57,7 @@ class Options(FitOptions):
     let: Literal["none", "norm", "all"] = Field(
         "none", description="learn scales and shifts of channels: behind norms, or wherever they fold away"
     )
-    let_lr: float | None = Field(
-        None, gt=0.0, description="first step of log s, and of d in units of the channel's rms"
-    )
+    let_lr: float | None = Field(None, gt=0.0, description="first step of log s, and of d in a channel's rms")
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,8 @@ def begin(start: Start, o: Options) -> Clipper:
 
 
 def fit(block: FitBlock, io: FitIO, targets: Mapping[str, Target], o: Options) -> BlockFit:
-    """All covered layers of a block, quantized together. Raises PlanError without bits in a target, and where scales are
-    to be learned but no linear comes with plain weights."""
+    """All covered layers of a block, quantized together. Raises PlanError without bits in a target, and where
+    scales are to be learned but no linear comes with plain weights."""
     steps = max(o.iters, 1)
     rate = o.lr if o.lr is not None else _TRAVEL / steps
     moves = None

@@ -208,7 +208,6 @@ def test_without_heads_the_rotation_is_that_of_the_residual_stream_alone(
 
 @pytest.mark.slow
 def test_a_folder_with_learned_heads_computes_what_the_model_did(tiny: Tiny, tmp_path: Path) -> None:
-    """And a run that is killed after learning takes the rotations up."""
     recipe = (
         "export: lilliput\nsteps:\n  - {method: spinquant, options: {r2: true, steps: 2}}\n"
         "  - {method: rtn, target: {bits: 8, group_size: 16}}\n"

@@ -17,8 +17,8 @@ learned. Weights behind an online transform are rounded in the loss as if there 
 
 Paper: Liu et al. 2024, arXiv 2405.16406.
 Cost: for each step two forward passes and one backward pass of `sequences` samples, one block resident, and one file of
-hidden states for each block; `r2` adds a solve of h x h for each head. Limits: static scales of inputs are not known yet, and their rounding is left out of the
-loss. RMS norms without post-norms only. A killed run learns anew.
+hidden states for each block; `r2` adds a solve of h x h for each head. Limits: static scales of inputs are not known
+yet, and their rounding is left out of the loss. RMS norms without post-norms only. A killed run learns anew.
 """
 
 from __future__ import annotations

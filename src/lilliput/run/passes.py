@@ -71,10 +71,10 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
             tensors = _chosen(folds, width)
             save_atomically(path, {name: x.contiguous() for name, x in tensors.items()})
         heads = {name: provenance.sha256(x) for name, x in tensors.items() if name != ROTATION}
-        record = {"kind": "rotation", "step": task.step, "sha256": provenance.sha256(tensors[ROTATION])}
+        record: dict[str, Any] = {"kind": "rotation", "step": task.step, "sha256": provenance.sha256(tensors[ROTATION])}
         work.note(record | ({"heads": heads} if heads else {}))
     (record,) = [r for r in work.find("rotation") if r["step"] == task.step]
-    digests = {ROTATION: record["sha256"], **record.get("heads", {})}
+    digests: dict[str, str] = {ROTATION: record["sha256"], **record.get("heads", {})}
     with ranks.together():
         if records and ranks.lead():
             tensors = load_file(path) if path.exists() else {}

@@ -23,7 +23,7 @@ from lilliput.plan.plan import Plan, resized
 from lilliput.plan.resolve import stacked
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
-from lilliput.run import behaving, caching, drivers, fisher, fitting, repairing, rewriting, stages, tables
+from lilliput.run import behaving, caching, drivers, fisher, fitting, repairing, rewriting, slopes, stages, tables
 from lilliput.run.driver import BlockDriver, RepairDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, same_inputs, within
@@ -227,7 +227,7 @@ def cost(plan: Plan, model: Model) -> Cost:
     states = plan.samples * plan.tokens * model.skeleton.hidden_size * plan.dtype.itemsize
     between = Cost(disk=2 * states if plan.resolved.needs else 0)
     phases = between.then(stages.cost(plan, model)).then(fisher.cost(plan, model))
-    return phases + fisher.stored(plan)
+    return phases + fisher.stored(plan) + slopes.cost(plan, model)
 
 
 def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Rows:
@@ -243,6 +243,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
     with torch.no_grad():
         progress.step(len(finished), count)
         if len(finished) < count:
+            slopes.take(plan, model, everything, work, progress, len(finished))
             fisher.take(plan, model, everything, work, progress, len(finished))
             plan = stages.allocated(plan, model, everything, work, progress)
         else:
@@ -327,7 +328,7 @@ def _blocks(
         if ids is None:
             raise RuntimeError("calibration was planned but there are no tokens")
         flow = _flow(plan, ids, work)
-        work.keep([flow.path(start).name, *stages.files(plan), *fisher.file_names(work)])
+        work.keep([flow.path(start).name, *stages.files(plan), *fisher.file_names(work), *slopes.file_names(work)])
     recorded = finished[start - 1]["hidden"] if start else None
     tables = bool(plan.resolved.tables)  # which are made from what the last block has left
     repairs = any(isinstance(drivers.find(task), RepairDriver) for task in plan.resolved.tasks)
@@ -350,7 +351,9 @@ def _walk(
         index = passage.block
         weights = BlockWeights(model, index, anatomy.blocks[index])
         squares = fisher.path_of(work, index) if plan.resolved.fisher(plan.samples) else None
-        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares, teacher)
+        sloped = slopes.path_of(work, index)
+        back = sloped if sloped.is_file() else None
+        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares, back, teacher)
         tensors, rows = compress_block(job, passage.batches, passage.inputs, passage.outputs)
         model.unload_block(index)  # not beside the tensors while they are written
         hashes: dict[str, str] = {}
@@ -362,5 +365,6 @@ def _walk(
         work.note(record)
         if squares is not None:
             squares.unlink(missing_ok=True)
+        sloped.unlink(missing_ok=True)
         worst = max((float(row["error"]) for row in rows), default=0.0)
         progress.step(index + 1, len(model.skeleton.block_names), f"error {worst:.4f}")

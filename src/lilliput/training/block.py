@@ -261,7 +261,7 @@ def descend(
             total = sum(losses(block, io, leaves, chosen, o, backward=norm))
         if vectors:
             slopes = [leaves.pop(name).grad for name in vectors]
-            torch.autograd.backward(list(vectors.values()), slopes)  # type: ignore[no-untyped-call]
+            torch.autograd.backward(list(vectors.values()), slopes)
         del vectors
         for name, linear in linears.items():
             gradient = leaves.pop(name).grad

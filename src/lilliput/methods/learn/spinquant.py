@@ -158,7 +158,7 @@ def gradient(
             else:
                 rows = (weight, slope) if weight.dim() == 2 else (weight[None], slope[None])
                 total += (rows[0].T @ rows[1]).double().cpu()
-        if part.block in now.heads:
+        if part.block is not None and part.block in now.heads:
             heads[part.block] = _by_heads(whole, part.block, part.tensors)
         if part.block == 0:
             total += _embedding(model, samples, part)
@@ -185,7 +185,7 @@ def _by_heads(whole: RotatedModel, block: int, slopes: Mapping[str, Tensor]) -> 
                 value, slope = (x[rows] if x.dim() == 2 else x[rows][..., None] for x in pair(name))
                 total += (value @ slope.mT).double()
         for reader in link.readers:
-            value, slope = (x.unflatten(1, (-1, link.head)).transpose(0, 1) for x in pair(f"{prefix}.{reader}.weight"))
+            value, slope = (x.reshape(len(x), -1, link.head).transpose(0, 1) for x in pair(f"{prefix}.{reader}.weight"))
             total.index_add_(0, which, (value.mT @ slope).double())
         out.append(total)
     return out

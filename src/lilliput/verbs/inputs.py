@@ -12,6 +12,7 @@ from lilliput.formats import known
 from lilliput.machine.cost import Cost
 from lilliput.parts.inputs.grid import InputGrid, InputSpec
 from lilliput.parts.layer import Layer
+from lilliput.parts.reassembled import ReassembledSpec
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.peak import Run
 from lilliput.target import Target
@@ -73,6 +74,12 @@ class Inputs(Spec[OptionsT]):
         drafts.check_statistics(label, draft, task.needs, False)
         spec = self.spec(task.target, self.options_of(task), linear.in_features)
         spec.stored(linear.in_features)  # which says whether the width can have it
+        if not spec.alike and any(isinstance(x, ReassembledSpec) for x in draft.scheme.inputs):
+            raise PlanError(
+                f"{label}: an earlier step splits channels into copies, which have to be rounded alike, and "
+                f"{spec.describe()} inputs depend on the channel's place: take one scale for each token (group_size: "
+                "channel) or for all (tensor), or leave the step that splits out"
+            )
         return replace(draft, scheme=replace(draft.scheme, activation=spec))
 
     def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:

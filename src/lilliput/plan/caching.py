@@ -53,6 +53,18 @@ def assigned(model: Model, resolved: Resolved) -> dict[int, Task]:
     return dict(sorted(by_block.items()))
 
 
+def weighed(resolved: Resolved, samples: int) -> int:
+    """How many of `samples` calibration samples gradients are taken of, for steps that weigh what blocks store by them;
+    0: none does."""
+    tasks = [x for x in resolved.at(Stage.CACHE) if x.of(Cache).weighs(x.options)]
+    return max((min(samples, x.of(Cache).samples(x.options)) for x in tasks), default=0)
+
+
+def weighing(model: Model, resolved: Resolved) -> frozenset[int]:
+    """The blocks whose step does so."""
+    return frozenset(n for n, x in assigned(model, resolved).items() if x.of(Cache).weighs(x.options))
+
+
 def _able(model: Model) -> tuple[int, ...]:
     count, found = len(model.skeleton.block_names), kinds(model.skeleton.config)
     # Where fewer caches than blocks are made, the others read those of earlier blocks.

@@ -217,6 +217,7 @@ def _side_bytes(model: Model) -> int:
 
 def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
     """What each linear becomes, by canonical name."""
+    stacks = resolved.stacks()
     return {
         x.name: Outcome(
             name=x.name,
@@ -235,6 +236,7 @@ def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
             table=x.block == OUTSIDE,
             embedding=x.linear.role == EMBED,
             also=x.linear.also,
+            stack=stacks.get(x.name, ""),
         )
         for x in resolved.planned
     }

@@ -14,7 +14,7 @@ from lilliput import methods
 from lilliput.anatomy.model import Anatomy, Block, Linear
 from lilliput.anatomy.tables import EMBED, HEAD
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import known
+from lilliput.formats import known, scales
 from lilliput.parts.linear import divides
 from lilliput.parts.scheme import Scheme
 from lilliput.recipe.schema import Recipe, Where
@@ -51,6 +51,26 @@ class LinearPlan:
     def together(self) -> tuple[Task, ...]:
         """The steps that look at it together with the rest of its block."""
         return tuple(task for task in self.tasks if task.spec.stage is Stage.CLOSE)
+
+
+def stacked(plans: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
+    """The linears of one site that steps work on, those that may be treated as one together: equal steps, each of
+    which treats every row by itself. They share what there is one of for a matrix, such as nvfp4's global scale."""
+    groups: list[list[LinearPlan]] = []
+    for plan in plans:
+        if not plan.alone:
+            continue
+        single = any(
+            not task.spec.stacks(task.target, task.options)
+            or task.target.group_size == 0
+            or scales.joins_rows(task.target.scale_dtype)
+            for task in plan.alone
+        )
+        if groups and not single and groups[-1][0].tasks == plan.tasks:
+            groups[-1].append(plan)
+        else:
+            groups.append([plan])
+    return groups
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,13 @@ class Resolved:
 
     def of_block(self, block: int) -> tuple[LinearPlan, ...]:
         return tuple(x for x in self.linears if x.block == block)
+
+    def stacks(self) -> dict[str, str]:
+        """For each linear of a block that steps work on, the first of those that are treated as one with it."""
+        sites: dict[tuple[int, str], list[LinearPlan]] = {}
+        for x in self.linears:
+            sites.setdefault((x.block, x.linear.site), []).append(x)
+        return {x.name: some[0].name for plans in sites.values() for some in stacked(plans) for x in some}
 
     def kinds(self, blocks: Sequence[Block]) -> tuple[int, ...]:
         """The first of the blocks that are alike and whose linears become alike."""

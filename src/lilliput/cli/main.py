@@ -127,6 +127,8 @@ def _frontier(model: str, job: Job, to: str | None, html: Path | None) -> Any:
     from lilliput.report import page
 
     options = job.arguments()
+    if options.pop("context") is not None:
+        raise PlanError("--frontier is about sizes of the folder, and --context counts more: leave one of them out")
     for name in ("recipe", "size", "bits", "decode_time"):
         if options.pop(name) is not None:
             raise PlanError(

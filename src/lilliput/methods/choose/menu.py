@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -43,7 +44,7 @@ from lilliput.formats.walked import Walked
 from lilliput.parts.transform import Rotation
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-from lilliput.verbs.choose import Choose, Goal, Trials
+from lilliput.verbs.choose import Choose, Goal, Stores, Trials
 
 _DAMPING, _SHRINKAGE = 0.01, 0.2  # those of the sweep that is predicted, by default
 _STEPS = 15
@@ -61,11 +62,26 @@ class Options(Strict):
     average: float | None = Field(None, gt=0, description="stored bits of a weight on average, scales included")
     seconds: float | None = Field(None, gt=0, description="the longest predicted time of a decoding step")
     device: str | None = Field(None, description="the named device for which that time is predicted")
+    context: int | None = Field(
+        None, ge=1, description="tokens of one sequence whose keys and values count in the size, and are chosen for too"
+    )
+    caches: tuple[Annotated[int, Field(ge=2, le=8)], ...] = Field(
+        (8, 4, 3, 2), description="bits of keys and values that blocks choose among, beside leaving them as they are"
+    )
+    residual: int = Field(128, ge=1, description="as of kivi: tokens of a chunk of keys, and latest values that stay")
+    sinks: int = Field(4, ge=0, description="as of kivi: first tokens of a sequence that stay plain")
     fused: bool = Field(False, description="one grid for what engines run as one: q/k/v, gate/up, experts")
     rows: int = Field(128, ge=1, description="rows of a linear that are rounded to predict its error")
     trial_samples: int | None = Field(
         None, ge=1, description="calibration samples on which changes are tried; none: a 32nd of all"
     )
+
+
+def stores(o: Options) -> Stores | None:
+    """What is chosen for keys and values."""
+    if o.context is None:
+        return None
+    return Stores(o.context, "kivi", o.caches, {"residual": o.residual, "sinks": o.sinks})
 
 
 def score(
@@ -159,6 +175,7 @@ METHOD = Choose(
     entries=lambda o: menus.entries(o.menu),
     goal=lambda o: Goal(o.size, o.average, o.seconds, o.device),
     trials=lambda o: Trials(o.trial_samples, _ALONE, _WHOLE),
+    stores=stores,
     fused=lambda o: o.fused,
     governs=("gptq", "mixed"),
 )

@@ -15,6 +15,7 @@ from lilliput.plan import caching
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import config_dtype
 from lilliput.recipe.schema import Step
+from lilliput.runtime.caches import Entry
 from lilliput.runtime.caches.codec import CacheCodec, CacheShape, CodecSpec
 from lilliput.runtime.caches.look import shape_of
 from lilliput.streaming.pieces import CHUNK
@@ -95,7 +96,7 @@ class Context:
         return tuple(_step(self.stores, self.stores.bits[j - 1], blocks) for j, blocks in by_entry.items() if blocks)
 
     def stored(self, model: Model, resolved: Resolved) -> Context:
-        """With the bytes of keys and values as other steps store them; the least there can be of what is not decided."""
+        """With the bytes as these steps store keys and values; the fewest there can be of what is not decided."""
         sizes = list(self.plain)
         for x in self.choosing:
             sizes[x.block] = min(x.sizes.values())
@@ -191,9 +192,7 @@ def _choosing(found: Context, model: Model, resolved: Resolved, stores: Stores, 
     specs: dict[int, dict[int, CodecSpec]] = {n: {} for n in able}
     where: dict[int, tuple[str, CacheShape]] = {}
     for number, bits in enumerate(stores.bits, 1):
-        changed = resolved.with_steps([_step(stores, bits, able)])
-        caching.check(model, changed)
-        for entry in caching.entries(model, changed):
+        for entry in _entries(model, resolved.with_steps([_step(stores, bits, able)])):
             for block in (names.index(x) for x in entry.blocks):
                 taken = _bytes(entry.spec, found.tokens, entry.shape, found.item)
                 where[block] = entry.attention, entry.shape
@@ -212,6 +211,18 @@ def _choosing(found: Context, model: Model, resolved: Resolved, stores: Stores, 
             f"on: give --tokens {2 * first}"
         )
     return replace(found, choosing=choosing, chunk=chunk, first=first)
+
+
+def _entries(model: Model, resolved: Resolved) -> tuple[Entry, ...]:
+    """Raises PlanError where blocks cannot store keys and values otherwise, or not be tried with it."""
+    try:
+        caching.check(model, resolved)
+        return caching.entries(model, resolved)
+    except PlanError as error:
+        raise PlanError(
+            f"--context chooses how blocks store keys and values, by steps at the recipe's end; {error}; or leave "
+            "--context out"
+        ) from None
 
 
 def _first(kept: Kept, chunk: int, item: int) -> int:

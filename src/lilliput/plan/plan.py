@@ -272,7 +272,10 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
 
 def resized(plan: Plan, model: Model) -> Plan:
     """The plan when an edit has decided how wide blocks become. Raises PlanError for widths that a step refuses."""
-    return divided(plan, model, _resolved(model, plan.resolved.recipe)) if plan.spread else plan
+    if not plan.spread:
+        return plan
+    resolved, asked = _resolved(model, plan.resolved.recipe), None if plan.context is None else plan.context.tokens
+    return divided(replace(plan, context=contexts.counted(model, resolved, asked, plan.tokens)), model, resolved)
 
 
 def _resolved(model: Model, recipe: Recipe) -> Resolved:

@@ -83,6 +83,8 @@ def _check_context(fit: Fit) -> None:
     """Raises PlanError where keys and values cannot count in what is asked for."""
     if fit.context is None:
         return
+    if fit.context < 1:
+        raise PlanError(f"--context {fit.context} is no number of tokens: give one such as 8192")
     if fit.size is None:
         option = "--bits" if fit.bits is not None else "--decode-time"
         raise PlanError(

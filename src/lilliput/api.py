@@ -76,6 +76,7 @@ def plan(
 def frontier(
     model: str | Path,
     *,
+    context: int | None = None,
     menu: Sequence[str] = (),
     to: str | None = None,
     data: str = Calibration.data,
@@ -91,11 +92,13 @@ def frontier(
 ) -> Frontier:
     """How small the model can get: the best choice of grids at many sizes, with the predicted KL divergence of each.
 
-    One measuring pass over the calibration text; no model is written. `work`: where a killed call can go on from.
-    Raises LilliputError.
+    One measuring pass over the calibration text; no model is written. `context`: tokens of one sequence whose keys and
+    values count beside the folder. `work`: where a killed call can go on from. Raises LilliputError.
     """
-    text, fit = Calibration(data, samples, tokens, seed), Fit(size=1, menu=tuple(menu), to=to)
-    job = session.Job(model, DEFAULT_RECIPE, settings, text, Limits(memory), _compute(dtype, device, work), fit)
+    text, fit = Calibration(data, samples, tokens, seed), Fit(size=1, menu=tuple(menu), to=to, context=context)
+    job = session.Job(
+        model, DEFAULT_RECIPE, settings, text, Limits(memory, context=context), _compute(dtype, device, work), fit
+    )
     return curve.frontier(job, progress)
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from typer.testing import CliRunner
 
 from lilliput import api
 from lilliput.anatomy.cached import argument
+from lilliput.cli.main import app
 from lilliput.errors import PlanError
 from lilliput.model.stored import Model, open_model
 from lilliput.plan import choices
@@ -332,6 +334,51 @@ def test_windows_keep_plain_caches_and_count(
     made = api.compress(windowed(name), tmp_path / "out", size=400_000, eval_windows=0, **ASKED)
     assert counted(made.plan).bytes == held(made.out, TOKENS)
     assert whole(made.out) + counted(made.plan).bytes <= 400_000
+
+
+def test_a_frontier_is_of_folder_and_cache_together(source: Model, tmp_path: Path) -> None:
+    plan = planned(source, size=10**6)
+    (task,) = choices.steps(plan)
+    with torch.no_grad(), Work(tmp_path / "out", "key") as work:
+        choosing.measure(plan, task, source, IDS, work, Quiet())
+        predictions = choosing.predictions(plan, task, work)
+    curve = choices.frontier(plan, source, task, predictions, 5, lambda made: made)
+    first, last = curve[0], curve[-1]
+    assert first.caches == {"kivi2": 3}
+    assert first.cache_bytes == counted(plan).bytes
+    assert last.caches == {"plain": 3}
+    assert last.cache_bytes == counted(plan).plain_bytes
+    together = [x.folder_bytes + x.cache_bytes for x in curve]
+    assert together == sorted(together)
+    assert [x.kl for x in curve] == sorted((x.kl for x in curve), reverse=True)
+    assert first.bits < last.bits < 12
+
+
+def test_the_frontier_of_a_model_says_what_it_counts(tiny: Tiny, tmp_path: Path) -> None:
+    args = ["plan", str(tiny("llama")), "--frontier", "--context", "200", "--menu", ",".join(ASKED["menu"])]
+    args += ["--samples", "4", "--tokens", "96", "--set", "menu.residual=32", "--html", str(tmp_path / "page.html")]
+    result = CliRunner().invoke(app, [*args, "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["context"] == 200
+    assert {"plain", "kivi2"} <= {name for x in told["frontier"] for name in x["caches"]}
+    page = (tmp_path / "page.html").read_text()
+    assert "keys and values of 200 tokens included" in page
+    assert "x kivi2" in page
+
+
+def test_the_command_line_counts_the_cache(tiny: Tiny, tmp_path: Path) -> None:
+    args = [str(tiny("llama")), "--context", "200", "--menu", ",".join(ASKED["menu"]), "--samples", "4"]
+    args += ["--tokens", "96", "--set", "menu.residual=32", "--size"]
+    result = CliRunner().invoke(
+        app, ["compress", *args, "260kB", "--out", str(tmp_path / "out"), "--eval-windows", "0"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "Keys and values of 200 tokens take" in " ".join(result.output.split())
+    assert whole(tmp_path / "out") + held(tmp_path / "out", 200) <= 260_000
+    shown = CliRunner().invoke(app, ["plan", *args, "100kB"])
+    assert shown.exit_code == 2
+    assert "keys and values of 200 tokens, at the fewest bits" in " ".join(shown.output.split())
 
 
 def test_a_recipe_is_checked_with_its_cache(tiny: Tiny) -> None:

@@ -127,13 +127,13 @@ def _frontier(model: str, job: Job, to: str | None, html: Path | None) -> Any:
     from lilliput.report import page
 
     options = job.arguments()
-    if options.pop("context") is not None:
-        raise PlanError("--frontier is about sizes of the folder, and --context counts more: leave one of them out")
     for name in ("recipe", "size", "bits", "decode_time"):
         if options.pop(name) is not None:
             raise PlanError(
                 f"--frontier covers all sizes, and --{name.replace('_', '-')} names one: leave one of them out"
             )
+    if options.pop("fit_blocks"):
+        raise PlanError("--frontier writes no model whose blocks --fit-blocks could fit: leave one of them out")
     if html is not None:
         page.writable(html)
     with Progress() as progress:

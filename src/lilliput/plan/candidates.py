@@ -105,9 +105,8 @@ def _stored(context: Context | None, picked: Mapping[str, int]) -> str:
     """How blocks store keys and values; "" where nothing was chosen for them."""
     if context is None or not context.choosing:
         return ""
-    counts = Counter(picked[x.name] for x in context.choosing)
     taken = context.plain_bytes + sum(x.sizes[picked[x.name]] - context.plain[x.block] for x in context.choosing)
-    named = ", ".join(f"{counts[j]} x {name}" for j, name in enumerate(context.entries) if counts[j])
+    named = ", ".join(f"{n} x {name}" for name, n in context.counts(picked).items())
     return (
         f"Keys and values of {context.tokens} tokens take {units.size(taken)} in place of "
         f"{units.size(context.plain_bytes)}: {named}. "

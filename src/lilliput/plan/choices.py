@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lilliput import units
 from lilliput.budget import choice, menu
@@ -15,7 +15,7 @@ from lilliput.errors import PlanError
 from lilliput.formats import known
 from lilliput.model.weights import Model
 from lilliput.parts.linear import divides
-from lilliput.plan.candidates import Candidates, counted, sentence
+from lilliput.plan.candidates import Candidates, counted, keys, sentence
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.resolve import OUTSIDE, LinearPlan, retargeted
 from lilliput.plan.sizes import sizes
@@ -297,12 +297,15 @@ class _Chooser:
 @dataclass(frozen=True)
 class Point:
     """One choice of the curve: bytes of the whole folder, stored bits of a weight over what is chosen among, the KL
-    divergence predicted, in nats, and how many linears got which entry."""
+    divergence predicted, in nats, and how many linears got which entry; bytes of the keys and values that count, and
+    how many blocks store them how."""
 
     folder_bytes: int
     bits: float
     kl: float
     chosen: Mapping[str, int]
+    cache_bytes: int = 0
+    caches: Mapping[str, int] = field(default_factory=dict)
 
 
 def frontier(plan: Plan, model: Model, task: Task, predictions: Predictions, count: int, sized: Sized) -> list[Point]:
@@ -316,9 +319,15 @@ def frontier(plan: Plan, model: Model, task: Task, predictions: Predictions, cou
         if chosen is None:
             raise RuntimeError("the smallest choice does not fit its own bytes")
         laid = sized(_with(plan, model, task, pool, items, chosen))
-        bits = 8 * chosen.bytes / _weights(plan, pool)
+        bits = 8 * payload(laid, pool) / _weights(plan, pool)
+        caches = {} if plan.context is None else plan.context.counts(keys(items, chosen))
         points[chosen.picks] = Point(
-            laid.folder_bytes, bits, predictions.curve.at(chosen.loss), counted(task, pool, items, chosen)
+            laid.folder_bytes,
+            bits,
+            predictions.curve.at(chosen.loss),
+            counted(task, pool, items, chosen),
+            0 if laid.context is None else laid.context.bytes,
+            caches,
         )
     return list(points.values())
 

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,6 +95,11 @@ class Context:
             return ()
         by_entry = {j: [x.block for x in self.choosing if chosen[x.name] == j] for j in range(1, len(self.entries))}
         return tuple(_step(self.stores, self.stores.bits[j - 1], blocks) for j, blocks in by_entry.items() if blocks)
+
+    def counts(self, chosen: Mapping[str, int]) -> dict[str, int]:
+        """How many of the blocks that are chosen for got each entry."""
+        counts = Counter(chosen[x.name] for x in self.choosing)
+        return {name: counts[j] for j, name in enumerate(self.entries) if counts[j]}
 
     def stored(self, model: Model, resolved: Resolved) -> Context:
         """With the bytes as these steps store keys and values; the fewest there can be of what is not decided."""

@@ -15,6 +15,16 @@ the squared factor, is the price of a linear's error, and gives the loss of each
 what losses come to together, from almost nothing to far beyond where they add up. The choice of least summed loss
 within the bytes is found by `budget.choice`.
 
+With `context` the keys and values of so many tokens count in the size too, and each block that keeps a growing cache
+gets one of the `caches`, in bits of `kivi`, or keeps it plain. What an entry costs is predicted in the same way. On the
+samples of the trials, read piece by piece as through a cache, the squared error that each entry leaves in what the
+block's attention gives is measured, exactly. In one more model a block's cache alone is stored in the fewest bits; its
+KL divergence, at the tokens that see something encoded, is shared out by these errors: an entry's loss is to it as the
+entry's error is to that of the fewest bits. In the models with 1/2, 1, 2 times all errors the caches of all blocks are
+stored in fewer and fewer bits as well, so that one curve says what all of it comes to. The options `residual` and
+`sinks` are those of the `kivi` steps that the recipe gets at its end. Where a recipe has steps of its own for the cache,
+they count, and nothing is chosen for it.
+
 An embedding is tried like a linear, its rows rounded; a head loses KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens,
 a tied table both.
 
@@ -22,8 +32,9 @@ Paper: the sum of losses that single layers cost is HAWQ-V2's, Dong et al. 2019,
 divergences in place of Hessian traces as in HIGGS, Malinovskii et al. 2024, arXiv 2411.17525; the predicted sweep and
 the curve of all together are ours.
 Cost: a forward pass over the calibration text and one sweep of every linear; `trial_samples` samples through half of
-the blocks for every linear. Limits: inputs are those of the uncompressed model; the few samples of the trials say how
-linears compare within a tenth or two.
+the blocks for every linear, and for every block with a cache. Limits: inputs are those of the uncompressed model; the
+few samples of the trials say how linears compare within a tenth or two; caches are tried at the length of a calibration
+sample, whatever `context` is.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ block's attention gives is measured, exactly. In one more model a block's cache 
 KL divergence, at the tokens that see something encoded, is shared out by these errors: an entry's loss is to it as the
 entry's error is to that of the fewest bits. In the models with 1/2, 1, 2 times all errors the caches of all blocks are
 stored in fewer and fewer bits as well, so that one curve says what all of it comes to. The options `residual` and
-`sinks` are those of the `kivi` steps that the recipe gets at its end. Where a recipe has steps of its own for the cache,
-they count, and nothing is chosen for it.
+`sinks` are those of the `kivi` steps that the recipe gets at its end. Where a recipe has such steps of its own, they
+count, and nothing is chosen for the cache.
 
 An embedding is tried like a linear, its rows rounded; a head loses KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens,
 a tied table both.

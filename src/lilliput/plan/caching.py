@@ -37,19 +37,19 @@ def assigned(model: Model, resolved: Resolved) -> dict[int, Task]:
         if resolved.recipe.steps[task.step].where != Where():
             raise PlanError(f"{task.label} is about blocks, and `where` names linears: give `layers` in its place")
         named = chosen(task.options, count)  # type: ignore[arg-type]
-        able = _able(model)
-        wrong = [x for x in named or () if x not in able]
+        growing = able(model)
+        wrong = [x for x in named or () if x not in growing]
         if wrong:
             raise PlanError(
                 f"{task.label}: {model.skeleton.block_names[wrong[0]]} keeps no growing cache of its own (transformers "
                 f"has {_kind(model, wrong[0])} for it), so it has none to compress: leave it out of `layers`"
             )
-        if not able:
+        if not growing:
             raise PlanError(
                 f"{task.label}: no block of {model.anatomy().architecture} keeps a growing cache of its own "
                 f"(transformers has {_kind(model, 0)} for the first): leave the step out"
             )
-        by_block |= dict.fromkeys(able if named is None else named, task)
+        by_block |= dict.fromkeys(growing if named is None else named, task)
     return dict(sorted(by_block.items()))
 
 
@@ -65,7 +65,8 @@ def weighing(model: Model, resolved: Resolved) -> frozenset[int]:
     return frozenset(n for n, x in assigned(model, resolved).items() if x.of(Cache).weighs(x.options))
 
 
-def _able(model: Model) -> tuple[int, ...]:
+def able(model: Model) -> tuple[int, ...]:
+    """The blocks that keep a growing cache of their own."""
     count, found = len(model.skeleton.block_names), kinds(model.skeleton.config)
     # Where fewer caches than blocks are made, the others read those of earlier blocks.
     return tuple(n for n, x in enumerate(found) if x == PLAIN) if len(found) == count else ()

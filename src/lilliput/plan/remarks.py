@@ -11,6 +11,7 @@ from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.plan import caching
+from lilliput.plan.contexts import Context
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
 
@@ -21,7 +22,12 @@ _SPREAD = (
 
 
 def remarks(
-    model: Model, resolved: Resolved, tensors: Sequence[TensorPlan], layout: str | None, processes: int
+    model: Model,
+    resolved: Resolved,
+    tensors: Sequence[TensorPlan],
+    layout: str | None,
+    processes: int,
+    context: Context | None = None,
 ) -> tuple[str, ...]:
     """What the layout says, bytes that stay wide, layers that a step leaves alone, sizes that calibration decides."""
     spread = _SPREAD if spreads(model) else None
@@ -31,7 +37,7 @@ def remarks(
         fewer_tokens(model),
         _wide(tensors),
         *_steps(resolved),
-        *caching.notes(model, resolved),
+        *(caching.notes(model, resolved) if context is None else context.notes(model, resolved)),
         *model.anatomy().notes,
         _shared(processes),
     )

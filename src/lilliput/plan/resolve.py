@@ -17,7 +17,7 @@ from lilliput.errors import LilliputError, PlanError
 from lilliput.formats import known, scales
 from lilliput.parts.linear import divides
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe.schema import Recipe, Where
+from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.target import Target
 from lilliput.units import few
 from lilliput.verbs.draft import Draft
@@ -159,6 +159,14 @@ class Resolved:
     def quantized(self) -> dict[str, Target]:
         """By linear, the target of the step that quantizes it."""
         return {x.name: t.target for x in self.linears for t in x.tasks if t.spec.writes == "quantized"}
+
+    def with_steps(self, steps: Sequence[Step]) -> Resolved:
+        """With further steps at its end that touch no linear, such as those for the cache. Raises PlanError where they
+        cannot stand there."""
+        recipe = self.recipe.model_copy(update={"steps": (*self.recipe.steps, *steps)})
+        added = ordered(recipe)[len(self.recipe.steps) :]
+        tasks = (replace(x, target=_completed(x, ())) for x in added)
+        return replace(self, recipe=recipe, tasks=(*self.tasks, *tasks))
 
     def with_targets(self, task: Task, targets: Mapping[str, Target]) -> Resolved:
         """What it becomes when `task` has decided. Raises LilliputError for a linear that it does not govern."""

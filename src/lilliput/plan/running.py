@@ -15,6 +15,7 @@ from lilliput.runtime.behaviours.received import attention_of
 from lilliput.runtime.behaviours.state import TOKENS
 from lilliput.verbs import behave
 from lilliput.verbs.behave import Behave, Shapes
+from lilliput.verbs.choose import Choose
 from lilliput.verbs.spec import Stage
 
 LAYOUT = "lilliput"
@@ -23,8 +24,10 @@ LAYOUT = "lilliput"
 def layout(resolved: Resolved, wanted: str) -> str:
     """The layout to ask for: only one has behaviours and compressed caches. Raises PlanError where the recipe asks for
     another one."""
+    choosing = next((x for x in resolved.of(Choose) if x.of(Choose).stores(x.options) is not None), None)
     says = {Stage.CACHE: "stores keys and values", Stage.RUNNING: "runs"}
     tasks = [(task, what) for stage, what in says.items() for task in resolved.at(stage)]
+    tasks += [] if choosing is None else [(choosing, says[Stage.CACHE])]
     if not tasks:
         return wanted
     if wanted not in ("auto", LAYOUT):

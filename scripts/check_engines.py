@@ -12,8 +12,8 @@ float32 where it can, and in a type of 16 bits where its kernels for integers ne
 that type as well, which says what rounding alone does; where inputs are rounded, it moves their codes too. "equal":
 log-probabilities within EQUAL, or within TWICE that rounding; "unclear": so, where that rounding is above CLEAR;
 "differs": not; "fails": why. "inputs as they are", "cache as it is": on average as close to the folder without its
-rounding of inputs, or of keys and values, as that folder is to itself in both types (within SAME). Beside it, how many of NEW tokens vLLM chose as transformers
-would.
+rounding of inputs, or of keys and values, as that folder is to itself in both types (within SAME). Beside it, how many
+of NEW tokens vLLM chose as transformers would.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ Over the keys x of a block on the calibration text, and over its values likewise
 
 448 the largest number of e4m3, to which anything larger is cut. s is rounded up to eight significant bits, so that
 an engine that keeps it in bfloat16 or float16 computes with the same. Keys are those after their rotation by position.
-What a token attends to is what is stored, its own key and value included. This is the one compressed cache that engines
-have: where it is that of all blocks the folder can have compressed-tensors' layout, whose `kv_cache_scheme` says it, and
-vLLM stores a byte for each element.
+What a token attends to is what is stored, its own key and value included. This is the one compressed cache that
+engines have: where it is that of all blocks the folder can have compressed-tensors' layout, whose `kv_cache_scheme`
+says it, and vLLM stores a byte for each element.
 
 Paper: Micikevicius et al. 2022 (FP8), arXiv 2209.05433. Cost: one pass of each block on `samples` calibration samples,
-whose keys and values are held in float32; 8 bits for each element. Limits: one large channel sets the scale of all, which
-floats bear well, and a text with larger keys than the calibration text has is cut.
+whose keys and values are held in float32; 8 bits for each element. Limits: one large channel sets the scale of all,
+which floats bear well; larger keys than the calibration text has are cut.
 """
 
 from __future__ import annotations

@@ -246,7 +246,8 @@ def _unloadable(
         return (
             f"engines' own layouts have one width for all blocks. Nearest: export '{running.LAYOUT}', or uniform: true."
         )
-    return rehearsal.refuse(exporter, model, outcomes)
+    entry = exporter.config(tuple(outcomes.values()), model.config)
+    return running.refuse(entry, resolved, exporter.name) or rehearsal.refuse(exporter, model, outcomes)
 
 
 def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
@@ -261,7 +262,7 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
     if reason is not None:
         raise PlanError(f"the layout '{plan.exporter}' cannot hold what an allocation decided: {reason}")
     tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))
-    config = running.config(exporter.config(ordered, model.config), resolved, model)
+    config = running.config(exporter.config(ordered, model.config), resolved, model, exporter.name)
     if config is not None and (plan.quantization_config or {}).get("dequantize"):
         config["dequantize"] = True  # what the engine's loader needs does not depend on the decision
     return replace(
@@ -325,7 +326,7 @@ def make(
     running.check(model, resolved)
     training.check(resolved)
     counted = contexts.counted(model, resolved, context, tokens)
-    wanted = running.layout(resolved, recipe.export)
+    wanted = running.layout(model, resolved, recipe.export)
     exporter = export.choose(ordered, model.config, wanted, lambda x: _unloadable(x, model, resolved, outcomes))
     tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))
     skeleton = model.skeleton
@@ -356,13 +357,15 @@ def make(
         budget=budget,
         processes=processes,
     )
-    note = exporter.dense_note(ordered)
+    config = running.config(exporter.config(ordered, model.config), resolved, model, exporter.name)
+    told = (exporter.dense_note(ordered), running.note(exporter.name, config, model, resolved))
+    note = " ".join(x for x in told if x) or None
     plan = Plan(
         model=model.source.model,
         fingerprint=model.source.fingerprint(),
         resolved=resolved,
         exporter=exporter.name,
-        quantization_config=running.config(exporter.config(ordered, model.config), resolved, model),
+        quantization_config=config,
         outcomes=outcomes,
         tensors=tensors,
         shards=shards,

@@ -44,11 +44,10 @@ def fit(job: BlockJob, batches: Batches, inputs: Activations) -> dict[str, Tenso
     its outputs are those of the block itself."""
     skeleton, number = job.model.skeleton, job.index
     task = caching.assigned(job.model, job.plan.resolved).get(number)
-    planned = caches.parsed((job.plan.quantization_config or {}).get("caches", ()))
-    entry = next((x for x in planned if skeleton.block_names[number] in x.blocks), None)
-    if task is None or entry is None or task.of(Cache).fit is None:
+    if task is None or task.of(Cache).fit is None:
         return {}
     verb, name = task.of(Cache), skeleton.block_names[number]
+    entry = caching.entry(job.model, job.plan.resolved, number, task)
     most, skipped = verb.samples(task.options), verb.skipped(task.options)
     weighs = verb.weighs(task.options)
     attention = skeleton.block(number).get_submodule(entry.attention)

@@ -19,6 +19,7 @@ from lilliput.errors import LilliputError, SourceError
 from lilliput.runtime import switched
 from lilliput.runtime.caches import hooks
 from lilliput.runtime.caches.codec import CacheCodec, CacheShape, CodecSpec, Tensors
+from lilliput.runtime.caches.fp8 import Fp8Spec
 from lilliput.runtime.caches.hooks import Caches
 from lilliput.runtime.caches.kivi import KiviSpec
 from lilliput.runtime.caches.kvquant import KvquantSpec
@@ -28,7 +29,7 @@ from lilliput.runtime.caches.turns import Rotate, rotation
 from lilliput.runtime.caches.window import WindowSpec
 
 KINDS: Mapping[str, type[CodecSpec]] = {
-    x.kind: x for x in (PerTokenSpec, KiviSpec, KvquantSpec, ShiftedSpec, WindowSpec)
+    x.kind: x for x in (PerTokenSpec, KiviSpec, KvquantSpec, ShiftedSpec, WindowSpec, Fp8Spec)
 }
 _STATE = "lilliput_caches"
 

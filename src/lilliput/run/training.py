@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -166,6 +166,8 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, loss: Callable
         layer = layers.layer(model.source, outcome.stored, x.name, outcome.out_features, outcome.in_features)
         known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
         original = before.read(f"{x.name}.weight").float() if known else layer.weight
+        if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0
+            layer = replace(layer, support=layer.decode() != 0)
         core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
         student.place(x.name, core.to(plan.device))
     return student

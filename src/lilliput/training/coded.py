@@ -1,4 +1,4 @@
-"""What methods of the verb `train` share that train linears stored as codes: the layer around the codes, and their grid.
+"""What methods that train linears stored as codes share: the layer around the codes, and their grid.
 
 A number n of the grid moves as n = start + unit p with a leaf p that begins at 0. The unit of a step, an alpha or a
 value vector is the number itself, which keeps its sign; that of a zero point is one code. A p moves by the share of
@@ -153,7 +153,7 @@ class Coded(Trained):
         if o.start == "original":
             others = tuple(x for n, x in enumerate(self.layer.parts) if n != self.at)
             latent = replace(self.layer, weight=original, parts=others, support=None, updated=None).rest()
-        if o.keep_zeros and self.form.holds_zero:
+        if o.keep_zeros:
             self.register_buffer("support", held != 0)
         support = self._buffers["support"]
         return latent if support is None else torch.where(support, latent, 0.0)
@@ -176,7 +176,7 @@ class Factors(nn.Module):
     """A product of rank r that begins at 0: left [out, r] is 0, right [r, in] is drawn from N(0, 1/in), differently for
     linears of different names. It counts `scale` times."""
 
-    def __init__(self, name: str, rows: int, width: int, rank: int, scale: float, seed: int) -> None:
+    def __init__(self, name: str, rows: int, width: int, *, rank: int, scale: float, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         rank = min(rank, rows, width)
@@ -196,3 +196,11 @@ def format_of(scheme: Scheme) -> Format:
     if not isinstance(part, QuantizedSpec):
         raise RuntimeError(f"{scheme.describe()} has no codes that can be trained")
     return part.format
+
+
+def zeroless(scheme: Scheme, o: CodedOptions) -> str | None:
+    """Why zeros cannot be kept where it is asked for."""
+    form = format_of(scheme)
+    if o.keep_zeros and not form.holds_zero:
+        return f"{form.describe()} has no code that says 0 on every grid: leave out `keep_zeros`"
+    return None

@@ -42,6 +42,12 @@ class TrainedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._rounding is not None:
             x = _Through.apply(x, self._rounding)  # type: ignore[no-untyped-call]
+        if self.core.recomputes and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self._product, x, use_reentrant=False)
+            return out
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.core.weight().to(x.dtype), self.bias)
 
 

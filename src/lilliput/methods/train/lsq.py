@@ -106,7 +106,7 @@ def admits(scheme: Scheme, o: Options) -> str | None:
         return f"with grid '{o.grid}' zero points are not learned: leave out `zeros`"
     if o.grid == "anew" and not isinstance(form, IntegerFormat | TernaryFormat):
         return f"grid 'anew' is for integers and ternary codes, and it has {form.describe()}: choose learned or kept"
-    return None
+    return coded.zeroless(scheme, o)
 
 
 METHOD = Train(

@@ -163,7 +163,8 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, loss: Callable
     student = Student(skeleton, loss)
     for x in chosen.values():
         outcome = plan.outcomes[x.name]
-        layer = layers.layer(model.source, outcome.stored, x.name, outcome.out_features, outcome.in_features)
+        rows, width = outcome.out_features, outcome.in_features
+        layer = layers.layer(model.source, outcome.stored, x.name, rows, width, transposed=outcome.transposed)
         known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
         original = before.read(f"{x.name}.weight").float() if known else layer.weight
         if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lilliput import export
 from lilliput.data import lessons as texts
+from lilliput.data.generate import generate_tokens
 from lilliput.data.lessons import Lessons
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError
@@ -105,7 +106,7 @@ def _one(
     o = common(task.options)
     _, objective, objective_options = planning.objective_of(task)
     model = open_model(work.staging, device=plan.device)
-    lessons = _lessons(task, model, tokens, seed=plan.seed)
+    lessons = _lessons(task, model, taught_by, tokens, work, seed=plan.seed)
     teach: loop.Teach | None = None
     notes: Notes | None = None
     if objective.teaches:
@@ -127,8 +128,12 @@ def _one(
     return curve, _written(plan, model, student, work.staging, fresh)
 
 
-def _lessons(task: Task, model: Model, tokens: Tokens | None, seed: int | None) -> Lessons:
+def _lessons(task: Task, model: Model, by: Model, tokens: Tokens | None, work: Work, seed: int | None) -> Lessons:
     o = common(task.options)
+    if o.greedy is not None and o.data != "self":
+        raise DataError(f"{task.label}: `greedy` is how a teacher begins its texts: set its option `data` to self")
+    if o.data == "self":
+        return texts.whole(_written_text(task, by, work, seed), "self")
     if o.data is None:
         if tokens is None:
             raise DataError(f"{task.label} has no text: name one with --data or its option `data`")
@@ -141,6 +146,18 @@ def _lessons(task: Task, model: Model, tokens: Tokens | None, seed: int | None) 
         seed=seed,
         vocabulary=model.vocabulary,
     )
+
+
+def _written_text(task: Task, by: Model, work: Work, seed: int | None) -> Tensor:
+    """What the teacher writes, once: a resumed run finds it."""
+    o = common(task.options)
+    place = _State(work.folder / f"text-{task.step}.safetensors")
+    if (found := place.load()) is not None:
+        return found["ids"]
+    count = max(o.steps * o.batch, 1)
+    written = generate_tokens(by, by.source.tokenizer(), count, o.tokens, seed or 0, greedy=o.greedy).ids
+    place.save({"ids": written})
+    return written
 
 
 def _taught(by: Model, lessons: Lessons, top: int | None, temperature: float, work: Work, progress: Progress) -> Notes:

@@ -48,7 +48,8 @@ class HeldPart:
 def layer(source: Source, stored: str, name: str, rows: int, width: int, *, transposed: bool = False) -> Layer:
     """The linear whose weight is stored under `stored` (without ".weight"), [rows, width], as it lies in the folder.
 
-    A plain one has no parts; `transposed`: the folder holds it as [width, rows]. Raises SourceError for a packing of another engine that is not codes of integers.
+    A plain one has no parts; `transposed`: the folder holds it as [width, rows]. Raises SourceError for a packing of
+    another engine that is not codes of integers.
     """
     key = f"{stored}.weight"
     spec, packed = source.linear(key), source.packing(key)

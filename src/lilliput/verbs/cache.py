@@ -55,7 +55,7 @@ class Cache(Spec[OptionsT]):
 
     `fit(io, spec, options)`: the codec's static tensors, as it describes them (None: it has none); `samples(options)`:
     how many calibration samples it looks at, and `skipped(options)` how many first tokens of each it does not.
-    `trains`: whether models may be trained with it: all tokens see each other as they are stored, and nothing is fitted.
+    `trains`: whether models may be trained with it: tokens see each other as they are stored, and nothing is fitted.
     """
 
     verb: ClassVar[str] = "cache"

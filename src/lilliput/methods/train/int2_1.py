@@ -114,7 +114,7 @@ def admits(scheme: Scheme, o: Options) -> str | None:
 
 STEPS: Steps = [
     {"method": "gptq", "target": {"bits": 2, "group_size": 64, "symmetric": False}},
-    {"method": "eora", "target": {"rank": 16}},
+    {"method": "eora", "target": {"rank": 16}, "options": {"factors": "float16"}},
     {"method": "int2-1", "options": {"objective_options": {"soft": 0.5}}},
 ]
 

@@ -22,8 +22,8 @@ _TABLE = "lilliput_turns"
 
 @dataclass
 class Caches:
-    """The compressed caches of one model: whether new ones are made, its blocks that have one, and what makes a codec by
-    the number of the layer."""
+    """The compressed caches of one model: whether new ones are made, its blocks that have one, and what makes a codec,
+    by the number of the layer."""
 
     blocks: tuple[str, ...] = ()
     active: bool = True

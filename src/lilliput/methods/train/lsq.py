@@ -11,13 +11,16 @@ outside. `grid` kept leaves the steps alone (STE); anew takes, at every use, tho
 given without a search: their range, or for ternary codes the threshold 0.7 mean |w| and S = mean |w| over what is
 above it (TWN, as TernaryBERT trains; BitDistiller's clipped grids, as latent weights begin inside the window).
 
+LLM-QAT is that of integers, one step for each output, over the whole range, where inputs and the cache are rounded too
+(`act-static-dynamic` and `kv-rtn` before this step), on text that the teacher writes (`data` self, `greedy` 3 to 5).
+
 Codes of any grid with steps are trained: levels pass gradients between the outermost; binary coding always, its alphas
 by dL/dalpha_i = sum g b_i.
 
 Papers: Esser et al. 2020, arXiv 1902.08153; Bengio et al. 2013, arXiv 1308.3432; TernaryBERT: Zhang et al. 2020, arXiv
-2009.12812; BitDistiller: Du et al. 2024, arXiv 2402.10631. Cost: a latent weight, its gradient and two moments in
-float32. Limits: codes of vectors and trellises have no steps; what was pruned stays 0, and so do weights that were kept
-and have code 0, as the folder does not tell them apart.
+2009.12812; BitDistiller: Du et al. 2024, arXiv 2402.10631; LLM-QAT: Liu et al. 2023, arXiv 2305.17888. Cost: a latent
+weight, its gradient and two moments in float32. Limits: codes of vectors and trellises have no steps; what was pruned
+stays 0, and so do weights that were kept and have code 0, as the folder does not tell them apart.
 """
 
 from __future__ import annotations
@@ -116,6 +119,20 @@ METHOD = Train(
         "ste": [
             {"method": "rtn", "target": {"bits": 4}},
             {"method": "lsq", "options": {"grid": "kept", "start": "original"}},
+        ],
+        "llm-qat": [
+            {"method": "rtn", "target": {"bits": 4, "group_size": "channel"}, "options": {"search": "minmax"}},
+            {"method": "act-static-dynamic", "target": {"bits": 8}},
+            {"method": "kv-rtn", "target": {"bits": 4, "group_size": "channel"}},
+            {
+                "method": "lsq",
+                "options": {"grid": "anew", "start": "original", "data": "self", "greedy": [3, 5], "lr": 2e-5},
+            },
+        ],
+        "gpu-sparse-quant": [
+            {"method": "wanda", "target": {"pattern": "2:4"}},
+            {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}},
+            {"method": "lsq", "options": {"start": "original"}},
         ],
         "ternarybert": [
             {"method": "ternary", "target": {"format": "ternary"}},

@@ -15,8 +15,8 @@ the squared factor, is the price of a linear's error, and gives the loss of each
 what losses come to together, from almost nothing to far beyond where they add up. The choice of least summed loss
 within the bytes is found by `budget.choice`.
 
-Bits for each linear within a number of bytes is also what HAQ (Wang et al. 2019, arXiv 1811.08886) learns by trial; here
-the solver decides from what was measured.
+Bits for each linear within a number of bytes is also what HAQ (Wang et al. 2019, arXiv 1811.08886) learns by trial;
+here the solver decides from what was measured.
 
 An embedding is tried like a linear, its rows rounded; a head loses KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens,
 a tied table both.

@@ -110,17 +110,23 @@ class Coded(Trained):
     def rates(self) -> Mapping[str, float]:
         return {name: self._rate for name in self.names if name in self._parameters}
 
+    def _held(self, name: str) -> Tensor:
+        value = self._buffers[name]
+        if value is None:
+            raise RuntimeError(f"{self.layer.name} has no {name}")
+        return value
+
     def numbers(self) -> dict[str, Tensor]:
         """The numbers of the grid for the present leaves, before they are rounded to what a file holds."""
         out: dict[str, Tensor] = {}
         for name in self.names:
-            value: Tensor = self._buffers[f"start_{name}"]  # type: ignore[assignment]
+            value = self._held(f"start_{name}")
             leaf = self._parameters.get(name)
             if leaf is not None:
                 share = self._damp * leaf + (1 - self._damp) * leaf.detach() if self._damp != 1 else leaf + 0.0
                 if name in self.tuned.positive:
                     share = through(share, share.detach().clamp(min=_LEAST))
-                value = value + self._buffers[f"unit_{name}"] * share
+                value = value + self._held(f"unit_{name}") * share
             out[name] = value
         return out
 
@@ -137,7 +143,7 @@ class Coded(Trained):
         before = self._buffers["others_before"]
         total = total if before is None else before + total
         for n in range(self.later):
-            total = total + self._buffers[f"others_{n}"]
+            total = total + self._held(f"others_{n}")
         return turn_back(total, self.layer.inputs, self.layer.outputs)
 
     def finish(self) -> Layer:

@@ -260,7 +260,8 @@ class Signs(Tuned):
         return SignGrid(numbers["left"].detach().to(dtype), numbers["right"].detach().to(dtype))
 
     def passed(self, latent: Tensor, grid: Any) -> Tensor:
-        return (1.001 - latent.tanh().square()) * grid.left.float()[:, None] * grid.right.float()
+        own = self.opened(grid)
+        return (1.001 - latent.tanh().square()) * own["left"][:, None] * own["right"]
 
     def slopes(self, slope: Tensor, codes: Tensor, grid: Any, latent: Tensor | None, passed: Tensor | None) -> Numbers:
         signed = slope * (2 * codes + 1)

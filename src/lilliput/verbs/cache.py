@@ -55,7 +55,7 @@ class Cache(Spec[OptionsT]):
 
     `fit(io, spec, options)`: the codec's static tensors, as it describes them (None: it has none); `samples(options)`:
     how many calibration samples it looks at, and `skipped(options)` how many first tokens of each it does not.
-    `trains`: whether models may be trained with it: tokens see each other as they are stored, and nothing is fitted.
+    `trainable`: whether models may be trained with it: tokens see each other as they are stored, and nothing is fitted.
     """
 
     verb: ClassVar[str] = "cache"
@@ -68,7 +68,7 @@ class Cache(Spec[OptionsT]):
     fit: Callable[[CacheIO, Any, OptionsT], Mapping[str, Tensor]] | None = None
     samples: Callable[[OptionsT], int] = lambda options: 0
     skipped: Callable[[OptionsT], int] = lambda options: 0
-    trains: bool = False
+    trainable: bool = False
     writes: Writes = "cache"
 
     def tokens(self, options: OptionsT) -> bool:
@@ -79,7 +79,7 @@ class Cache(Spec[OptionsT]):
         return target.model_copy(update={"bits": bits})
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
-        running = (Stage.RUNNING, Stage.CACHE, *((Stage.TRAINING,) if self.trains else ()))
+        running = (Stage.RUNNING, Stage.CACHE, *((Stage.TRAINING,) if self.trainable else ()))
         later = next((x for x in recipe[task.step :] if x.spec.stage not in running), None)
         if later is not None and later.spec.stage is Stage.TRAINING:
             raise PlanError(

@@ -42,5 +42,5 @@ METHOD = Cache(
     needs=(),
     covers={"kv-rtn": [{"method": "kv-rtn"}]},
     codec=codec,
-    trains=True,
+    trainable=True,
 )

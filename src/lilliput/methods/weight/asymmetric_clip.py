@@ -60,16 +60,17 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     gram = stats.need("gram").float()
     if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(gram).all()):
         raise LilliputError(f"{layer.name}: the weight or its Gram matrix contains NaN or infinity")
-    shape = groups.units(*weight.shape, form.group_size)
+    rows, width = weight.shape
+    shape = groups.units(rows, width, form.group_size)
     scale, zero = weight.new_empty(shape), weight.new_empty(shape)
-    step = max(1, _CHUNK // max(weight.shape[1], 1))
-    for columns, units, size in groups.pieces(weight.shape[1], form.group_size):
+    step = max(1, _CHUNK // max(width, 1))
+    for columns, units, size in groups.pieces(width, form.group_size):
         for number in range(units.start, units.stop):
             first = columns.start + (number - units.start) * size
             part = slice(first, first + size)
-            for a in range(0, len(weight), step):
-                rows = slice(a, a + step)
-                scale[rows, number], zero[rows, number] = _search(weight[rows, part], gram[part, part], form, o)
+            for a in range(0, rows, step):
+                some = slice(a, a + step)
+                scale[some, number], zero[some, number] = _search(weight[some, part], gram[part, part], form, o)
     ranges.check(weight, scale, str(form.scale_dtype).removeprefix("torch."))
     grid = IntegerGrid(scale.to(form.scale_dtype), zero.to(torch.int8))
     return layer.with_part(QuantizedPart(form, form.encode(weight, grid), grid))

@@ -21,8 +21,12 @@ from lilliput.data.generate import generate_tokens
 from lilliput.data.lessons import Lessons
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError
+from lilliput.export.outcome import Outcome
+from lilliput.formats.integer import IntegerFormat
 from lilliput.machine import memory
 from lilliput.model.stored import Model, open_model
+from lilliput.parts.layer import Layer
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
 from lilliput.plan.tensors import METADATA
@@ -184,11 +188,30 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, loss: Callable
         layer = layers.layer(model.source, outcome.stored, x.name, rows, width, transposed=outcome.transposed)
         known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
         original = before.read(f"{x.name}.weight").float() if known else layer.weight
+        layer = _as_planned(layer, outcome)
         if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0
             layer = replace(layer, support=layer.decode() != 0)
         core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
         student.place(x.name, core.to(plan.device))
     return student
+
+
+def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
+    """With the plan's word for its integers: engines' layouts do not tell a row that is one group from a group as wide
+    as the row."""
+    planned = outcome.scheme.integer
+    if planned is None or len(layer.parts) != 1:
+        return layer
+    (part,) = layer.parts
+    width = layer.weight.shape[1]
+    if not isinstance(part, QuantizedPart) or not isinstance(part.format, IntegerFormat) or part.format == planned:
+        return layer
+    grouped = planned.groups(width) == part.format.groups(width) and (planned.group_size == 0) == (
+        part.format.group_size == 0
+    )
+    if not grouped or replace(part.format, group_size=planned.group_size) != planned:
+        return layer
+    return replace(layer, parts=(replace(part, format=planned),))
 
 
 def _written(plan: Plan, model: Model, student: Student, folder: Path, fresh: Path) -> dict[str, str]:

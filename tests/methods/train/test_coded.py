@@ -46,7 +46,7 @@ CASES: list[tuple[str, Format, dict[str, Any]]] = [
     ("l4q", INT3, {"start": "original"}),
     ("l4q", NF4, {"alpha": 8.0}),
     ("lr-qat", INT4, {"hold": "q4.4", "start": "original"}),
-    ("lr-qat", INT3, {"rank": 4}),
+    ("lr-qat", INT3, {"inner": 4}),
 ]
 IDS = [f"{name}-{form.describe()}-{o}" for name, form, o in CASES]
 
@@ -160,7 +160,7 @@ def test_lr_qat_holds_weights_to_a_sixteenth_of_a_code() -> None:
 
 
 def test_lr_qat_computes_its_rounding_in_float64_alike() -> None:
-    core = _begin("lr-qat", _layer(INT3, False), {"rank": 4, "alpha": 2.0, "start": "original"})
+    core = _begin("lr-qat", _layer(INT3, False), {"inner": 4, "alpha": 2.0, "start": "original"})
     _descend(core, 8)
     names = dict(core.named_parameters())
     left, right = names["factors.left"].detach().double(), names["factors.right"].detach().double()

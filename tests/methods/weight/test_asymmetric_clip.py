@@ -63,13 +63,9 @@ def test_clipping_lowers_the_error_of_outputs() -> None:
     assert float(((cut - w) @ x).square().sum()) < float(((wide - w) @ x).square().sum())
 
 
-def test_symmetric_grids_and_grids_of_a_tensor_are_refused() -> None:
-    for target, words in (
-        (Target(bits=2, group_size=8), "symmetric"),
-        (Target(bits=2, group_size="tensor", symmetric=False), "group"),
-    ):
-        with pytest.raises(PlanError, match=words):
-            get("asymmetric-clip").scheme(target, method.Options(), 4, 16)
+def test_grids_of_a_tensor_are_refused() -> None:
+    with pytest.raises(PlanError, match="give a group size"):
+        get("asymmetric-clip").scheme(Target(bits=2, group_size="tensor", symmetric=False), method.Options(), 4, 16)
 
 
 def test_pruned_weights_stay_zero() -> None:

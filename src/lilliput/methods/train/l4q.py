@@ -33,7 +33,7 @@ FORMATS = (IntegerFormat, GgmlFormat, LevelFormat, TernaryFormat)
 class Options(CodedOptions):
     """See the module's docstring."""
 
-    rank: int = Field(4, ge=1, description="r: rank of the product")
+    inner: int = Field(4, ge=1, description="r: rank of the product")
     alpha: float | None = Field(None, gt=0.0, description="the product counts alpha / r times; none: once")
     zeros: bool = Field(True, description="learn zero points too, where there are any")
     scaled: bool = Field(True, description="gradients of steps times 1 / sqrt(N highest)")
@@ -47,8 +47,8 @@ class Adapted(Coded):
     def __init__(self, layer: Layer, original: Tensor, o: Options) -> None:
         super().__init__(layer, ("scale", "zero") if o.zeros else ("scale",), scaled=o.scaled)
         self.register_buffer("latent", self.latent_start(original, o))
-        factor = 1.0 if o.alpha is None else o.alpha / o.rank
-        self.factors = Factors(layer.name, *layer.weight.shape, rank=o.rank, scale=factor, seed=o.seed)
+        factor = 1.0 if o.alpha is None else o.alpha / o.inner
+        self.factors = Factors(layer.name, *layer.weight.shape, rank=o.inner, scale=factor, seed=o.seed)
 
     def _moved(self) -> Tensor:
         return self.supported(self.latent + self.factors.product())

@@ -36,7 +36,7 @@ _POINT = 16  # parts of a code, of a number with four bits behind the point
 class Options(CodedOptions):
     """See the module's docstring."""
 
-    rank: int = Field(32, ge=1, description="r: rank of the product")
+    inner: int = Field(32, ge=1, description="r: rank of the product")
     alpha: float | None = Field(None, gt=0.0, description="the product counts alpha / r times; none: once")
     hold: Literal["bfloat16", "q4.4"] = Field("bfloat16", description="how W0 / s0 is held meanwhile")
     scaled: bool = Field(False, description="gradients of steps times 1 / sqrt(N highest), as LSQ has them")
@@ -61,8 +61,8 @@ class Inside(Coded):
             at = part.codes.float()
         fixed = (at * _POINT).round().clamp(-128, 127).to(torch.int8) if o.hold == "q4.4" else at.to(torch.bfloat16)
         self.register_buffer("held", fixed)
-        factor = 1.0 if o.alpha is None else o.alpha / o.rank
-        self.factors = Factors(layer.name, *layer.weight.shape, rank=o.rank, scale=factor, seed=o.seed)
+        factor = 1.0 if o.alpha is None else o.alpha / o.inner
+        self.factors = Factors(layer.name, *layer.weight.shape, rank=o.inner, scale=factor, seed=o.seed)
 
     def _present(self) -> tuple[Tensor, Tensor, Tensor]:
         """Position in code units less the zero points, and steps and zero points as a file holds them."""

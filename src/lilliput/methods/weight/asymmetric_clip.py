@@ -9,8 +9,8 @@ weight takes its nearest code. (The range searches of rtn and awq shrink both en
 of its columns alone.)
 
 Paper: BitDistiller, Du et al. 2024, arXiv 2402.10631, whose training starts from it. Cost: steps^2 roundings, with 2 n
-operations a weight for each. Limits: integers with zero points, in groups or rows; the paper's NormalFloat of 3 bits
-with a scale for each sign is no format here.
+operations a weight for each. Limits: integers, in groups or rows; a symmetric grid has one end to cut; the paper's
+NormalFloat of 3 bits with a scale for each sign is no format here.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ class Options(Strict):
 
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
-    """Integers with zero points. Raises PlanError for others."""
+    """Integers in groups or rows. Raises PlanError for others."""
     form = from_target(target)
-    if form.symmetric:
-        raise PlanError("both ends of a range are cut alike on a symmetric grid: set symmetric: false, or take rtn")
     if form.group_size == 0:
         raise PlanError("ranges are cut for groups or rows, not for a tensor: give a group size")
     return quantized(form)
@@ -72,7 +70,7 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
                 some = slice(a, a + step)
                 scale[some, number], zero[some, number] = _search(weight[some, part], gram[part, part], form, o)
     ranges.check(weight, scale, str(form.scale_dtype).removeprefix("torch."))
-    grid = IntegerGrid(scale.to(form.scale_dtype), zero.to(torch.int8))
+    grid = IntegerGrid(scale.to(form.scale_dtype), None if form.symmetric else zero.to(torch.int8))
     return layer.with_part(QuantizedPart(form, form.encode(weight, grid), grid))
 
 
@@ -83,9 +81,13 @@ def _search(weight: Tensor, gram: Tensor, form: IntegerFormat, o: Options) -> tu
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
     for upper in shares:
-        for lower in shares:
-            s = ranges.stored((upper * high - lower * low) / (form.highest - form.lowest), form.scale_dtype)
-            z = (form.lowest - lower * low / s).round().clamp(form.lowest, form.highest)
+        for lower in shares[:1] if form.symmetric else shares:
+            if form.symmetric:
+                s = ranges.stored(upper * torch.maximum(high, -low) / form.highest, form.scale_dtype)
+                z = zero
+            else:
+                s = ranges.stored((upper * high - lower * low) / (form.highest - form.lowest), form.scale_dtype)
+                z = (form.lowest - lower * low / s).round().clamp(form.lowest, form.highest)
             codes = (weight / s[:, None]).round().add_(z[:, None]).clamp_(form.lowest, form.highest)
             error = codes.sub_(z[:, None]).mul_(s[:, None]).sub_(weight)
             loss = ((error @ gram) * error).sum(1)
@@ -101,7 +103,7 @@ METHOD = Compress(
     needs=("gram",),
     writes="quantized",
     formats=("int",),
-    default={"symmetric": False},
+    recipe=[{"method": "asymmetric-clip", "target": {"bits": 3, "group_size": 64, "symmetric": False}}],
     baseline="rtn",
     covers={
         "bitdistiller": [

@@ -22,7 +22,7 @@ from lilliput.data.lessons import Lessons
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError
 from lilliput.export.outcome import Outcome
-from lilliput.formats.integer import IntegerFormat
+from lilliput.formats.integer import IntegerFormat, IntegerGrid
 from lilliput.machine import memory
 from lilliput.model.stored import Model, open_model
 from lilliput.parts.layer import Layer
@@ -198,7 +198,7 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, loss: Callable
 
 def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
     """With the plan's word for its integers: engines' layouts do not tell a row that is one group from a group as wide
-    as the row."""
+    as the row, and repeat what a matrix shares for every row."""
     planned = outcome.scheme.integer
     if planned is None or len(layer.parts) != 1:
         return layer
@@ -206,12 +206,16 @@ def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
     width = layer.weight.shape[1]
     if not isinstance(part, QuantizedPart) or not isinstance(part.format, IntegerFormat) or part.format == planned:
         return layer
-    grouped = planned.groups(width) == part.format.groups(width) and (planned.group_size == 0) == (
-        part.format.group_size == 0
-    )
-    if not grouped or replace(part.format, group_size=planned.group_size) != planned:
+    if planned.groups(width) != part.format.groups(width):
         return layer
-    return replace(layer, parts=(replace(part, format=planned),))
+    if replace(part.format, group_size=planned.group_size) != planned:
+        return layer
+    grid = part.grid
+    if planned.group_size == 0:
+        if bool((grid.scale != grid.scale[:1]).any()):
+            return layer
+        grid = IntegerGrid(grid.scale[:1], None if grid.zero is None else grid.zero[:1])
+    return replace(layer, parts=(replace(part, format=planned, grid=grid),))
 
 
 def _written(plan: Plan, model: Model, student: Student, folder: Path, fresh: Path) -> dict[str, str]:

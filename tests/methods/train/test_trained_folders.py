@@ -63,6 +63,14 @@ def test_no_step_changes_nothing(tiny: Tiny, tmp_path: Path, name: str) -> None:
         assert [k for k in old if not torch.equal(old[k], new[k])] == []
 
 
+@pytest.mark.parametrize("group", ["tensor", "64", "channel"])
+def test_engines_layouts_keep_the_groups_that_were_planned(tiny: Tiny, tmp_path: Path, group: str) -> None:
+    """Whose files do not say whether a scale of a row, or the same for all rows, was one of a group or of a matrix."""
+    step = f"{{method: rtn, target: {{bits: 4, group_size: {group}, symmetric: false}}}}"
+    out = _run(tiny("llama"), tmp_path / "out", step, f"{{method: lsq, options: {{{FEW}}}}}")
+    assert not api.verify(out).problems
+
+
 def test_pruned_codes_stay_pruned(tiny: Tiny, tmp_path: Path) -> None:
     steps = ("{method: wanda, target: {pattern: '2:4'}}", "{method: rtn, target: {bits: 4, group_size: 32}}")
     out = _run(tiny("llama"), tmp_path / "out", *steps, f"{{method: lsq, options: {{{FEW}, start: original}}}}")

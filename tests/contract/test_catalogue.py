@@ -46,9 +46,12 @@ def compress(model: Path, recipe: str, out: Path) -> str:
 
 
 def _shortened(recipe: str) -> list[str]:
-    """A dozen steps of descent show that a fit runs."""
-    steps = enumerate(load(recipe).steps)
-    return [f"{n}.iters=12" for n, step in steps if methods.get(step.method).spec.verb == "fit"]
+    """A dozen steps of descent show that a fit runs, and a few that a training does."""
+    out: list[str] = []
+    for n, step in enumerate(load(recipe).steps):
+        verb = methods.get(step.method).spec.verb
+        out += {"fit": [f"{n}.iters=12"], "train": [f"{n}.steps=3", f"{n}.tokens=32"]}.get(verb, [])
+    return out
 
 
 @pytest.fixture(scope="module")

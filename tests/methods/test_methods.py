@@ -29,7 +29,7 @@ def test_a_method_file_is_complete(method: Method) -> None:
     assert method.spec.paper
     assert "replace:" not in method.doc + method.spec.paper
     assert set(method.spec.needs) <= {*NAMES, FISHER}
-    kinds = ("quantized", "parts", "support", "fold", "targets", "behaviour", "inputs", "cache")
+    kinds = ("quantized", "parts", "support", "fold", "targets", "behaviour", "inputs", "cache", "values")
     assert method.spec.writes in kinds
     assert verbs()[method.spec.family] is type(method.spec)
     assert method.spec.baseline is None or get(method.spec.baseline).spec.baseline is None

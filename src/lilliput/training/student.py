@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lilliput.anatomy.skeleton import Skeleton
+from lilliput.errors import LilliputError
+from lilliput.runtime import caches
 from lilliput.runtime.inputs import Rounding
 from lilliput.verbs.objective import Taught, TokenIO
 from lilliput.verbs.trained import Trained
@@ -42,6 +44,12 @@ class TrainedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._rounding is not None:
             x = _Through.apply(x, self._rounding)  # type: ignore[no-untyped-call]
+        if self.core.recomputes and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self._product, x, use_reentrant=False)
+            return out
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.core.weight().to(x.dtype), self.bias)
 
 
@@ -82,7 +90,13 @@ class Student(nn.Module):
         return {name.removesuffix(".core"): x for name, x in self.model.named_modules() if isinstance(x, Trained)}
 
     def forward(self, batch: Batch) -> Tensor:
-        hidden = self._skeleton.read(batch.ids, batch.positions)
+        cache = caches.training(self.model, self._skeleton.config)
+        if cache is not None and batch.positions is not None:
+            raise LilliputError(
+                "rows that hold several documents cannot be trained with a compressed cache, whose masks let them see "
+                "each other: take text without documents, or leave the step for the cache out"
+            )
+        hidden = self._skeleton.read(batch.ids, batch.positions, cache)
         chosen = batch.counts[:, 1:]
         states, labels = hidden[:, :-1][chosen], batch.ids[:, 1:][chosen]
         step = max(1, LOGITS // self._skeleton.shapes[self._skeleton.head][0])

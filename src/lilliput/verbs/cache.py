@@ -59,7 +59,8 @@ class Cache(Spec[OptionsT]):
 
     `fit(io, spec, options)`: the codec's static tensors, as it describes them (None: it has none); `samples(options)`:
     how many calibration samples it looks at, and `skipped(options)` how many first tokens of each it does not;
-    `weighs(options)`: whether it reads squared gradients by what is stored.
+    `weighs(options)`: whether it reads squared gradients by what is stored. `trainable`: whether models may be trained
+    with it: tokens see each other as they are stored, and nothing is fitted.
     """
 
     verb: ClassVar[str] = "cache"
@@ -73,6 +74,7 @@ class Cache(Spec[OptionsT]):
     samples: Callable[[OptionsT], int] = lambda options: 0
     skipped: Callable[[OptionsT], int] = lambda options: 0
     weighs: Callable[[OptionsT], bool] = lambda options: False
+    trainable: bool = False
     writes: Writes = "cache"
 
     def tokens(self, options: OptionsT) -> bool:
@@ -83,8 +85,13 @@ class Cache(Spec[OptionsT]):
         return target.model_copy(update={"bits": bits})
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
-        running = (Stage.RUNNING, Stage.CACHE)
+        running = (Stage.RUNNING, Stage.CACHE, *((Stage.TRAINING,) if self.trainable else ()))
         later = next((x for x in recipe[task.step :] if x.spec.stage not in running), None)
+        if later is not None and later.spec.stage is Stage.TRAINING:
+            raise PlanError(
+                f"{task.label} fits the cache to the model, or lets the tokens of a call see each other as they are, "
+                f"which {later.label} would not: train with kv-rtn, or without a step for the cache"
+            )
         if later is not None:
             raise PlanError(
                 f"{task.label} says how the finished model stores keys and values, and {later.label} still changes it: "

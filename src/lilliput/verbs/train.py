@@ -43,7 +43,14 @@ class TrainOptions(Strict):
     optimizer: Literal["adamw", "adamw-8bit", "paged"] = Field(
         "adamw", description="adamw: moments in float32; adamw-8bit: in 8 bits; paged: in float32, on disk"
     )
-    data: str | None = Field(None, description="text to train on, as --data; none: that of the calibration")
+    data: str | None = Field(
+        None, description="text to train on, as --data; self: what the teacher writes; none: that of the calibration"
+    )
+    greedy: tuple[int, int] | None = Field(
+        None,
+        description="with data self: each text begins with a random token and so many of the likeliest, from the first "
+        "number to the second, before the rest is drawn (LLM-QAT: 3 to 5); none: all is drawn",
+    )
     tokens: int = Field(512, ge=2, description="tokens of a sample")
     top: int | None = Field(
         64, ge=1, description="tokens of which the teacher's probabilities are kept, the rest being one; none: all"

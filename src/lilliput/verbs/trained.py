@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -11,7 +12,10 @@ from lilliput.parts.layer import Layer
 
 class Trained(nn.Module):
     """The parameters of this module are the leaves; they may be sharded over processes between two passes, so that a
-    method reaches them by their names at every use."""
+    method reaches them by their names at every use. recomputes: the weight is computed anew on the way back, so that it
+    is in memory while it is used alone."""
+
+    recomputes: ClassVar[bool] = False
 
     def weight(self) -> Tensor:
         """The weight [out, in] for the present leaves, differentiable."""

@@ -25,6 +25,9 @@ stored in fewer and fewer bits as well, so that one curve says what all of it co
 `sinks` are those of the `kivi` steps that the recipe gets at its end. Where a recipe has such steps of its own, they
 count, and nothing is chosen for the cache.
 
+Bits for each linear within a number of bytes is also what HAQ (Wang et al. 2019, arXiv 1811.08886) learns by trial;
+here the solver decides from what was measured.
+
 An embedding is tried like a linear, its rows rounded; a head loses KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens,
 a tied table both.
 
@@ -177,7 +180,12 @@ METHOD = Choose(
     options=Options,
     needs=("gram",),
     note="Measuring decides who gets which grid: the sizes shown are the least there can be.",
-    covers={},
+    covers={
+        "haq": [
+            {"method": "menu", "options": {"menu": ["integers"], "average": 3.25}},
+            {"method": "gptq", "target": {"bits": 2, "group_size": 64, "symmetric": False}},
+        ],
+    },
     recipe=[
         {"method": "menu", "options": {"menu": ["integers"], "average": 4.0}},
         {"method": "gptq", "target": {"bits": 2, "group_size": 64, "symmetric": False}},

@@ -113,6 +113,17 @@ def of(model: nn.Module) -> Caches | None:
     return model.__dict__.get(_STATE)
 
 
+def training(model: nn.Module, config: Any) -> Any:
+    """A cache for a pass over whole texts through which gradients flow, of a model that stores its own compressed; None
+    where it has none. Raises LilliputError for a model with layers that keep something else."""
+    state = of(model)
+    if state is None or not state.active:
+        return None
+    from lilliput.runtime.caches import straight as layers
+
+    return layers.cache(config, state.makers)
+
+
 @contextmanager
 def tried(attention: nn.Module, make: Callable[[], CacheCodec], *, turned: bool) -> Iterator[None]:
     """New caches of one attention are what `make` gives, while the context lasts."""

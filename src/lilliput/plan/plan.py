@@ -315,6 +315,7 @@ def make(
     device: str = "cpu",
     measured: bool = True,
     processes: int = 1,
+    teacher: Model | None = None,
 ) -> Plan:
     """Resolve `recipe` on `model`; `measured`: an evaluation follows, in the same memory; `processes` share samples.
 
@@ -333,7 +334,7 @@ def make(
     outcomes = _outcomes(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
     running.check(model, resolved)
-    training.check(resolved)
+    training.check(resolved, model, teacher)
     wanted = running.layout(resolved, recipe.export)
     exporter = export.choose(ordered, model.config, wanted, lambda x: _unloadable(x, model, resolved, outcomes))
     tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))
@@ -357,15 +358,15 @@ def make(
         blocks, hidden = whole.anatomy().blocks, whole.skeleton.hidden_size
         before = replace(run, blocks=blocks, hidden=hidden)
         run = replace(before if spreads(model) else run, before=before)  # any block may keep its width
+    needed = estimates.phases(model, resolved, run, tensors, teacher)
     batching = footprint.choose(
         resolved,
         run,
-        (*estimates.phases(model, resolved, run, tensors), *estimates.closing(model, budget, processes, measured)),
+        (*needed, *estimates.closing(model, budget, processes, measured)),
         packed=max(by_block.values(), default=0),
         budget=budget,
         processes=processes,
     )
-    note = exporter.dense_note(ordered)
     plan = Plan(
         model=model.source.model,
         fingerprint=model.source.fingerprint(),
@@ -384,7 +385,7 @@ def make(
         budget=budget,
         seed=seed,
         seconds=estimates.seconds(resolved, run, dtype, measured=measured),
-        notes=remarks(model, resolved, tensors, note, processes),
+        notes=remarks(model, resolved, tensors, exporter.dense_note(ordered), processes, teacher),
         side_bytes=_side_bytes(model),
         processes=processes,
         spread=spreads(model),

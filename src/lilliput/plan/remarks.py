@@ -10,7 +10,7 @@ from lilliput.model.edited import fewer_tokens, spreads
 from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
-from lilliput.plan import caching
+from lilliput.plan import caching, training
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
 
@@ -21,9 +21,15 @@ _SPREAD = (
 
 
 def remarks(
-    model: Model, resolved: Resolved, tensors: Sequence[TensorPlan], layout: str | None, processes: int
+    model: Model,
+    resolved: Resolved,
+    tensors: Sequence[TensorPlan],
+    layout: str | None,
+    processes: int,
+    teacher: Model | None = None,
 ) -> tuple[str, ...]:
-    """What the layout says, bytes that stay wide, layers that a step leaves alone, sizes that calibration decides."""
+    """What the layout says, bytes that stay wide, layers that a step leaves alone, sizes that calibration decides, and
+    a teacher of another size."""
     spread = _SPREAD if spreads(model) else None
     told = (
         layout,
@@ -32,6 +38,7 @@ def remarks(
         _wide(tensors),
         *_steps(resolved),
         *caching.notes(model, resolved),
+        *training.notes(resolved, model, teacher),
         *model.anatomy().notes,
         _shared(processes),
     )

@@ -135,8 +135,8 @@ class Objective(Spec[OptionsT]):
     `teaches`: whether there is a teacher; `temperature(options)`: of its distributions.
     `prepare(taught, options)`: the options once the teacher's word on the whole text is known, a sample at a time;
     `weigh(log_label, options)`: factors [n] on the losses of a sample's tokens, from the teacher's log-probabilities of
-    them. `rolls(options)`: whether there is text that the student writes, by `rollout(io, options)`: the text of a step,
-    None: the lessons. The teacher runs beside the student then, too.
+    them. `rolls(options)`: whether the student writes text, by `rollout(io, options)`: the text of a step, None: the
+    lessons. The teacher runs beside the student then, too.
     """
 
     verb: ClassVar[str] = "objective"

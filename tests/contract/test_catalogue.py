@@ -46,9 +46,10 @@ def compress(model: Path, recipe: str, out: Path) -> str:
 
 
 def _shortened(recipe: str) -> list[str]:
-    """A dozen steps of descent show that a fit runs."""
-    steps = enumerate(load(recipe).steps)
-    return [f"{n}.iters=12" for n, step in steps if methods.get(step.method).spec.verb == "fit"]
+    """A dozen steps of descent show that a fit runs, and three that a training does."""
+    few = {"fit": "iters=12", "train": "steps=3"}
+    steps = [(n, methods.get(step.method).spec.verb) for n, step in enumerate(load(recipe).steps)]
+    return [f"{n}.{few[verb]}" for n, verb in steps if verb in few]
 
 
 @pytest.fixture(scope="module")

@@ -64,10 +64,11 @@ METHOD = Objective(
     options=Options,
     covers={
         "divergence-kd": [
+            {"method": "wanda"},
             {
                 "method": "full",
                 "options": {"objective": "divergence-kd", "objective_options": {"kind": "jsd", "beta": 0.5}},
-            }
+            },
         ]
     },
     recipe="it is no step: a training step names it as its objective",

@@ -70,15 +70,16 @@ METHOD = Objective(
     paper="Romero et al. 2015, arXiv 1412.6550; Sun et al. 2019, arXiv 1908.09355",
     options=Options,
     covers={
-        "feature-kd": [{"method": "full", "options": {"objective": "feature-kd"}}],
+        "feature-kd": [{"method": "wanda"}, {"method": "full", "options": {"objective": "feature-kd"}}],
         "pkd": [
+            {"method": "wanda"},
             {
                 "method": "full",
                 "options": {
                     "objective": "feature-kd",
                     "objective_options": {"scale": "token", "layers": "skip", "soft": 0.5},
                 },
-            }
+            },
         ],
         "distilbert": [
             {"method": "drop-layers", "options": {"blocks": 1, "rule": "alternate"}},

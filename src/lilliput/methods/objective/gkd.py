@@ -50,7 +50,7 @@ def loss(io: TokenIO, o: Options) -> Tensor:
 METHOD = Objective(
     paper="Agarwal et al. 2023, arXiv 2306.13649",
     options=Options,
-    covers={"gkd": [{"method": "full", "options": {"objective": "gkd"}}]},
+    covers={"gkd": [{"method": "wanda"}, {"method": "full", "options": {"objective": "gkd"}}]},
     recipe="it is no step: a training step names it as its objective",
     tokens_loss=loss,
     rolls=lambda o: o.on_policy > 0,

@@ -51,8 +51,8 @@ METHOD = Objective(
     paper="Hinton et al. 2015, arXiv 1503.02531",
     options=Options,
     covers={
-        "logit-kd": [{"method": "full", "options": {"objective": "logit-kd"}}],
-        "grey-box-kd": [{"method": "full", "options": {"objective": "logit-kd", "top": 20}}],
+        "logit-kd": [{"method": "wanda"}, {"method": "full", "options": {"objective": "logit-kd"}}],
+        "grey-box-kd": [{"method": "wanda"}, {"method": "full", "options": {"objective": "logit-kd", "top": 20}}],
         "teacher-assistant": "it is several commands, each with --teacher: see docs/training-distillation.md",
         "minima": "it is advice on sizes, which the plan gives where a student is too small: see "
         "docs/training-distillation.md",

@@ -77,7 +77,7 @@ def loss(io: TokenIO, o: Options) -> Tensor:
 METHOD = Objective(
     paper="Gu et al. 2023, arXiv 2306.08543",
     options=Options,
-    covers={"minillm": [{"method": "full", "options": {"objective": "minillm", "lr": 5e-6}}]},
+    covers={"minillm": [{"method": "wanda"}, {"method": "full", "options": {"objective": "minillm", "lr": 5e-6}}]},
     recipe="it is no step: a training step names it as its objective",
     tokens_loss=loss,
     rolls=lambda o: True,

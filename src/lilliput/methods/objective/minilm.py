@@ -63,7 +63,7 @@ def loss(io: FeatureIO, o: Options) -> Tensor:
 METHOD = Objective(
     paper="Wang et al. 2020, arXiv 2002.10957",
     options=Options,
-    covers={"minilm": [{"method": "full", "options": {"objective": "minilm"}}]},
+    covers={"minilm": [{"method": "wanda"}, {"method": "full", "options": {"objective": "minilm"}}]},
     recipe="it is no step: a training step names it as its objective",
     tokens_loss=logit_kd.loss,
     features_loss=loss,

@@ -60,7 +60,7 @@ def loss(io: FeatureIO, o: Options) -> Tensor:
 METHOD = Objective(
     paper="Yim et al. 2017, CVPR; Tung and Mori 2019, arXiv 1907.09682",
     options=Options,
-    covers={"relation-kd": [{"method": "full", "options": {"objective": "relation-kd"}}]},
+    covers={"relation-kd": [{"method": "wanda"}, {"method": "full", "options": {"objective": "relation-kd"}}]},
     recipe="it is no step: a training step names it as its objective",
     tokens_loss=logit_kd.loss,
     features_loss=loss,

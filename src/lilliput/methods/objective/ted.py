@@ -92,7 +92,7 @@ def loss(io: FeatureIO, o: Options) -> Tensor:
 METHOD = Objective(
     paper="Liang et al. 2023, arXiv 2210.01351",
     options=Options,
-    covers={"ted": [{"method": "full", "options": {"objective": "ted"}}]},
+    covers={"ted": [{"method": "wanda"}, {"method": "full", "options": {"objective": "ted"}}]},
     recipe="it is no step: a training step names it as its objective",
     tokens_loss=logit_kd.loss,
     features_loss=loss,

@@ -81,7 +81,7 @@ def _scores(ours: Tensor, theirs: Tensor, counts: Tensor) -> Tensor:
 METHOD = Objective(
     paper="Jiao et al. 2020, arXiv 1909.10351",
     options=Options,
-    covers={"tinybert": [{"method": "full", "options": {"objective": "tinybert"}}]},
+    covers={"tinybert": [{"method": "wanda"}, {"method": "full", "options": {"objective": "tinybert"}}]},
     recipe="it is no step: a training step names it as its objective",
     tokens_loss=logit_kd.loss,
     features_loss=loss,

@@ -15,7 +15,7 @@ from lilliput.machine import memory
 from lilliput.machine.cost import Cost, Phase
 from lilliput.model import rotated
 from lilliput.model.weights import TABLE_ROWS, Model
-from lilliput.plan import caching, footprint
+from lilliput.plan import caching, footprint, training
 from lilliput.plan.resolve import LinearPlan, Resolved
 from lilliput.plan.tensors import LARGE, TensorPlan, at_a_time
 from lilliput.streaming.peak import Run
@@ -82,15 +82,18 @@ def _walks(x: LinearPlan) -> float:
     return work * passes * each / torch.get_num_threads()
 
 
-def phases(model: Model, resolved: Resolved, run: Run, tensors: Sequence[TensorPlan]) -> tuple[Phase, ...]:
-    """What every run does beside its steps: writing what lies outside the blocks, and reading the tokenizer."""
+def phases(
+    model: Model, resolved: Resolved, run: Run, tensors: Sequence[TensorPlan], teacher: Model | None = None
+) -> tuple[Phase, ...]:
+    """What every run does beside its steps: writing what lies outside the blocks, reading the tokenizer, and a teacher
+    that stands beside the student."""
     outside = max((at_a_time(x) for x in tensors if x.kind in LARGE), default=0)
     listed = [(footprint.OUTSIDE, outside), (footprint.TOKENIZER, _tokenizer(model))]
     if any(task.spec.turns for task in resolved.tasks):
         listed.append(("writing the turned head", outside + 2 * 4 * rotated.ROWS * run.hidden))
     if resolved.tables:
         listed.append(("compressing the embedding and the head", _tables(resolved)))
-    return tuple(Phase(name, Cost(ram=ram)) for name, ram in listed)
+    return (*(Phase(name, Cost(ram=ram)) for name, ram in listed), *training.phases(resolved, run, model, teacher))
 
 
 def closing(model: Model, budget: int | None, processes: int, measured: bool) -> tuple[Phase, ...]:

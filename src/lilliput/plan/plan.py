@@ -305,6 +305,7 @@ def make(
     device: str = "cpu",
     measured: bool = True,
     processes: int = 1,
+    teacher: Model | None = None,
 ) -> Plan:
     """Resolve `recipe` on `model`; `measured`: an evaluation follows, in the same memory; `processes` share samples.
 
@@ -324,7 +325,7 @@ def make(
     outcomes = outcomes_of(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
     running.check(model, resolved)
-    training.check(resolved)
+    training.check(resolved, model, teacher)
     counted = contexts.counted(model, resolved, context, tokens)
     wanted = running.layout(model, resolved, recipe.export)
     exporter = export.choose(ordered, model.config, wanted, lambda x: _unloadable(x, model, resolved, outcomes))
@@ -349,10 +350,11 @@ def make(
         blocks, hidden = whole.anatomy().blocks, whole.skeleton.hidden_size
         before = replace(run, blocks=blocks, hidden=hidden)
         run = replace(before if spreads(model) else run, before=before)  # any block may keep its width
+    needed = estimates.phases(model, resolved, run, tensors, teacher)
     batching = footprint.choose(
         resolved,
         run,
-        (*estimates.phases(model, resolved, run, tensors), *estimates.closing(model, budget, processes, measured)),
+        (*needed, *estimates.closing(model, budget, processes, measured)),
         packed=max(by_block.values(), default=0),
         budget=budget,
         processes=processes,
@@ -378,7 +380,7 @@ def make(
         budget=budget,
         seed=seed,
         seconds=estimates.seconds(resolved, run, dtype, measured=measured),
-        notes=remarks(model, resolved, tensors, note, processes, counted),
+        notes=remarks(model, resolved, tensors, note, processes, counted, teacher),
         side_bytes=_side_bytes(model),
         processes=processes,
         spread=spreads(model),

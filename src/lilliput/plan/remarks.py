@@ -10,7 +10,7 @@ from lilliput.model.edited import fewer_tokens, spreads
 from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
-from lilliput.plan import caching
+from lilliput.plan import caching, training
 from lilliput.plan.contexts import Context
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
@@ -28,8 +28,10 @@ def remarks(
     layout: str | None,
     processes: int,
     context: Context | None = None,
+    teacher: Model | None = None,
 ) -> tuple[str, ...]:
-    """What the layout says, bytes that stay wide, layers that a step leaves alone, sizes that calibration decides."""
+    """What the layout says, bytes that stay wide, layers that a step leaves alone, sizes that calibration decides, and
+    a teacher of another size."""
     spread = _SPREAD if spreads(model) else None
     told = (
         layout,
@@ -38,6 +40,7 @@ def remarks(
         _wide(tensors),
         *_steps(resolved),
         *(caching.notes(model, resolved) if context is None else context.notes(model, resolved)),
+        *training.notes(resolved, model, teacher),
         *model.anatomy().notes,
         _shared(processes),
     )

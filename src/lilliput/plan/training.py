@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 from lilliput import methods
 from lilliput.anatomy.tables import tables
+from lilliput.data.tokens import vocabulary_of
 from lilliput.errors import PlanError, SourceError
+from lilliput.machine import memory
+from lilliput.machine.cost import Cost, Phase
+from lilliput.model.edited import unedited
 from lilliput.model.weights import Model
 from lilliput.parts.scheme import Scheme
 from lilliput.plan.resolve import LinearPlan, Resolved, matches
 from lilliput.source import layers
-from lilliput.verbs.objective import Objective
+from lilliput.streaming.peak import Run
+from lilliput.training import watch
+from lilliput.verbs.objective import Objective, Widths
 from lilliput.verbs.spec import Method, Stage, Task
 from lilliput.verbs.train import Train, common
+
+SMALL = 0.1  # of the teacher's parameters: below it, distillation falls short of a teacher in between
 
 
 def objective_of(task: Task) -> tuple[Method, Objective[Any], Any]:
@@ -57,8 +66,101 @@ def held(resolved: Resolved, model: Model) -> Resolved:
     return replace(resolved, linears=tuple(replace(x, scheme=scheme(x.name)) for x in resolved.linears))
 
 
-def check(resolved: Resolved) -> None:
-    """Raises PlanError for an objective that is none, and for a linear that a step cannot train."""
+def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
+    """Raises PlanError for an objective that is none, a linear that a step cannot train, and a teacher that the model
+    cannot learn from; None: the model as it was learns from itself."""
+    taught_by = unedited(model) if teacher is None else teacher
     for task in resolved.at(Stage.TRAINING):
-        objective_of(task)
+        _, objective, options = objective_of(task)
         task.of(Train).trains(task, {x.name: x.scheme for x in trained(resolved, task)})
+        if not objective.teaches:
+            continue
+        _same_vocabulary(task, model, taught_by, given=teacher is not None)
+        reason = objective.refuses(widths(model, taught_by), options)
+        if reason is not None:
+            raise PlanError(f"{task.label} with the objective {common(task.options).objective}: {reason}")
+        for x in (model, taught_by):
+            try:
+                watch.check(x.skeleton, objective.sees(options))
+            except SourceError as error:
+                raise PlanError(f"{task.label}: {error}") from None
+
+
+def _same_vocabulary(task: Task, model: Model, teacher: Model, given: bool) -> None:
+    names = f"{task.label}: the teacher {teacher.source.model}"
+    remedy = (
+        "distributions over different tokens cannot be compared. Take a teacher with the student's tokenizer, or have "
+        "this one write text, and train on that: {objective: cross-entropy, data: FILE}"
+    )
+    if teacher.vocabulary != model.vocabulary:
+        raise PlanError(f"{names} has {teacher.vocabulary} tokens, and the student {model.vocabulary}: {remedy}")
+    if not given:
+        return
+    ours = vocabulary_of(model.source.tokenizer())
+    memory.trim()
+    if vocabulary_of(teacher.source.tokenizer()) != ours:
+        raise PlanError(f"{names} has another tokenizer than the student: {remedy}")
+
+
+def widths(model: Model, teacher: Model) -> Widths:
+    """What objectives may ask of the sizes of student and teacher."""
+    configs = (model.skeleton.config, teacher.skeleton.config)
+    heads = [int(getattr(x, "num_attention_heads", 1) or 1) for x in configs]
+    groups = [int(getattr(x, "num_key_value_heads", None) or heads[n]) for n, x in enumerate(configs)]
+    return Widths(
+        student=model.skeleton.hidden_size,
+        teacher=teacher.skeleton.hidden_size,
+        blocks=len(model.skeleton.block_names),
+        teacher_blocks=len(teacher.skeleton.block_names),
+        heads=(heads[0], heads[1]),
+        groups=(groups[0], groups[1]),
+    )
+
+
+def _parameters(model: Model) -> int:
+    return sum(math.prod(shape) for shape in model.skeleton.shapes.values())
+
+
+def notes(resolved: Resolved, model: Model, teacher: Model | None) -> tuple[str, ...]:
+    """What a teacher of another size means."""
+    tasks = [task for task in resolved.at(Stage.TRAINING) if objective_of(task)[1].teaches]
+    if not tasks:
+        return ()
+    by = unedited(model) if teacher is None else teacher
+    own, other = _parameters(model), _parameters(by)
+    if own > other:
+        return (f"The student has {own / other:.2f} times the parameters of its teacher {by.source.model}.",)
+    if own < SMALL * other:
+        return (
+            f"The student has {own / other:.1%} of the parameters of its teacher {by.source.model}, which students of "
+            "two fifths of its size learn best from: train one in between first, and let that one be the teacher.",
+        )
+    return ()
+
+
+def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) -> tuple[Phase, ...]:
+    """What training takes beyond its own steps, where the teacher runs beside the student: the whole of it, what both
+    show, and copies of weights while the student writes."""
+    found: list[Phase] = []
+    by = unedited(model) if teacher is None else teacher
+    for task in resolved.at(Stage.TRAINING):
+        _, objective, options = objective_of(task)
+        if not objective.beside(options):
+            continue
+        o, shown = common(task.options), 0
+        rows, fields, size = (o.at_once or 1), objective.sees(options), widths(model, by)
+        for blocks, heads, width in (
+            (size.blocks, size.heads[0], size.student),
+            (size.teacher_blocks, size.heads[1], size.teacher),
+        ):
+            count = 1 if objective.sees_last else blocks
+            maps = 3 * len(fields & {"attention", "scores"}) * heads * o.tokens
+            shown += 4 * count * rows * o.tokens * (maps + 2 * width * bool(fields))
+        whole = _parameters(by) * run.itemsize
+        writes = 0
+        if objective.rolls(options):
+            caches = 4 * 2 * o.batch * o.tokens * (size.blocks * size.student + size.teacher_blocks * size.teacher)
+            writes = 4 * sum(x.linear.parameters for x in trained(resolved, task)) + caches
+        own = max((x.cost.ram for x in task.phases(run)), default=0)
+        found.append(Phase("training beside its teacher", Cost(ram=own + whole + shown + writes)))
+    return tuple(found)

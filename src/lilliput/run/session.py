@@ -146,6 +146,7 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         device=where,
         measured=measured,
         processes=ranks.size(),
+        teacher=None if job.teacher is None else open_model(job.teacher, dtype=dtype, device=where),
     )
     caching.long_enough(plan)
     plan = replace(plan, container=None if job.fit is None else job.fit.to, texts=texts.hashed(adjusted))
@@ -237,7 +238,8 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
             facts = delivery.Delivery(plan, opened, key, tokens, tuple(rows), place.hashes())
             delivery.write_loadable(place.staging, facts)
             if training.pending(plan, place):
-                taught_by = open_model(opened.source.model if job.teacher is None else job.teacher, dtype=plan.dtype)
+                name = opened.source.model if job.teacher is None else job.teacher
+                taught_by = open_model(name, dtype=plan.dtype, device=plan.device)
                 training.train(plan, taught_by, tokens, place, progress)
                 facts = replace(facts, hashes=place.hashes())
                 delivery.write_loadable(place.staging, facts)

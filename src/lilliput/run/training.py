@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,13 +32,12 @@ from lilliput.plan.plan import Plan
 from lilliput.plan.tensors import METADATA
 from lilliput.progress import Progress
 from lilliput.run.journal import Work, save_atomically
+from lilliput.run.teaching import Teaching, teaching
 from lilliput.source import layers
 from lilliput.streaming.states import raw
-from lilliput.training import loop, teacher
+from lilliput.training import loop
 from lilliput.training.loop import Curve
 from lilliput.training.student import Student
-from lilliput.training.teacher import Notes
-from lilliput.verbs.objective import TokenIO
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.train import Train, common
 
@@ -107,28 +106,14 @@ def _place(work: Work, task: Task) -> _State:
 def _one(
     plan: Plan, task: Task, taught_by: Model, tokens: Tokens | None, work: Work, fresh: Path, progress: Progress
 ) -> tuple[Curve, dict[str, str]]:
-    o = common(task.options)
-    _, objective, objective_options = planning.objective_of(task)
     model = open_model(work.staging, device=plan.device)
     lessons = _lessons(task, model, taught_by, tokens, work, seed=plan.seed)
-    teach: loop.Teach | None = None
-    notes: Notes | None = None
-    if objective.teaches:
-        notes = _taught(taught_by, lessons, o.top, objective.temperature(objective_options), work, progress)
-        teach = notes.taught
-    if objective.tokens_loss is None:
-        raise LilliputError(f"{task.label}: {o.objective} compares no distributions, and so cannot be the objective")
-    tokens_loss = objective.tokens_loss
-
-    def loss(io: TokenIO) -> Tensor:
-        return tokens_loss(io, objective_options)
-
-    student = _student(plan, task, model, taught_by, loss)
-    try:
-        curve = loop.train(student, lessons, teach, o, _place(work, task), progress)
-    finally:
-        if notes is not None:
-            notes.close()
+    with teaching(task, model, taught_by, lessons, work, progress) as taught:
+        student = _student(plan, task, model, taught_by, taught)
+        text, place = taught.text(student, model), _place(work, task)
+        if not place.path.exists():
+            taught.open_maps(student, text, task, progress)
+        curve = loop.train(student, text, common(task.options), place, progress)
     return curve, _written(plan, model, student, work.staging, fresh)
 
 
@@ -164,24 +149,11 @@ def _written_text(task: Task, by: Model, work: Work, seed: int | None) -> Tensor
     return written
 
 
-def _taught(by: Model, lessons: Lessons, top: int | None, temperature: float, work: Work, progress: Progress) -> Notes:
-    """The teacher's word on the text, taken once: a resumed run finds it."""
-    done = work.folder / "taught-done"
-    facts = f"{lessons.fingerprint} {top} {temperature}"
-    if done.exists() and done.read_text(encoding="utf-8") == facts:
-        return Notes(work.folder, lessons, top, by.vocabulary, create=False)
-    done.unlink(missing_ok=True)
-    notes = Notes(work.folder, lessons, top, by.vocabulary, create=True)
-    teacher.take(by, lessons, notes, temperature, work.folder, progress)
-    done.write_text(facts, encoding="utf-8")
-    return notes
-
-
-def _student(plan: Plan, task: Task, model: Model, before: Model, loss: Callable[[TokenIO], Tensor]) -> Student:
+def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teaching) -> Student:
     skeleton = model.skeleton
     chosen = {f"{x.name}.weight": x for x in planning.trained(plan.resolved, task)}
     model.load(name for name in skeleton.shapes if name not in chosen)
-    student = Student(skeleton, loss)
+    student = Student(skeleton, taught.loss, taught.compared)
     for x in chosen.values():
         outcome = plan.outcomes[x.name]
         rows, width = outcome.out_features, outcome.in_features

@@ -5,18 +5,17 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lilliput.data.lessons import Lessons
 from lilliput.errors import LilliputError
 from lilliput.progress import Progress
-from lilliput.training.student import Batch, Student
-from lilliput.verbs.objective import Taught
+from lilliput.training.student import Student
+from lilliput.training.text import Text
 from lilliput.verbs.train import TrainOptions
 
 
@@ -30,9 +29,6 @@ class Place(Protocol):
     def save(self, tensors: Mapping[str, Tensor]) -> None:
         """In place of the last one, whole or not at all."""
         ...
-
-
-Teach = Callable[[Sequence[int], Tensor], Callable[[int, int], Taught]]
 
 
 @dataclass(frozen=True)
@@ -122,12 +118,14 @@ def leaves(student: Student, o: TrainOptions) -> tuple[dict[str, nn.Parameter], 
             value.requires_grad_()
             named[name] = value
             groups.append({"params": [value], "weight_decay": 0.0, "factor": 1.0})
+    if student.maps is not None and student.compared is not None:
+        for name, value in student.maps.named_parameters():
+            named[f"maps.{name}"] = value
+            groups.append({"params": [value], "weight_decay": 0.0, "factor": student.compared.rate})
     return named, groups
 
 
-def train(
-    student: Student, lessons: Lessons, teach: Teach | None, o: TrainOptions, place: Place, progress: Progress
-) -> Curve:
+def train(student: Student, text: Text, o: TrainOptions, place: Place, progress: Progress) -> Curve:
     """Carry out the steps, from the last saved state on where there is one.
 
     Raises LilliputError where a loss is not finite, with the batch; the last good state stays saved. A first Ctrl-C
@@ -138,14 +136,14 @@ def train(
     run = _Run(student, optimizer, parameters)
     if (saved := place.load()) is not None:
         run.restore(saved)
-    plan, stopped = order(len(lessons), o), None
+    plan, stopped = order(len(text.lessons), o), None
     began = time.monotonic() - run.seconds
     try:
         for step in range(len(run.losses), o.steps):
             if o.minutes is not None and time.monotonic() - began > 60 * o.minutes:
                 stopped = f"after {o.minutes:g} minutes"
                 break
-            run.losses.append(_step(run, lessons, teach, plan[step], step, o))
+            run.losses.append(_step(run, text, plan[step], step, o))
             run.seconds = time.monotonic() - began
             progress.step(step + 1, o.steps, f"loss {run.losses[-1]:.4f}")
             if (step + 1) % o.save == 0:
@@ -157,15 +155,14 @@ def train(
     return Curve(tuple(run.losses), run.seconds, stopped)
 
 
-def _step(
-    run: _Run, lessons: Lessons, teach: Teach | None, samples: Sequence[int], step: int, o: TrainOptions
-) -> float:
+def _step(run: _Run, text: Text, samples: Sequence[int], step: int, o: TrainOptions) -> float:
     """One step; the mean loss of its tokens."""
     torch.manual_seed(o.seed * 1_000_003 + step)  # whatever is drawn is the same after a resume
-    student, size = run.student, o.at_once or 1
+    student = run.student
     for core in student.cores().values():
         core.step(step / max(o.steps, 1))
-    counted = int(lessons.counts[list(samples)][:, 1:].sum())
+    rows = text.rows(samples)
+    counted = rows.tokens
     if not counted:
         raise LilliputError(
             f"no token counts in the samples {list(samples)} of step {step + 1}: give text with longer answers, or "
@@ -173,13 +170,9 @@ def _step(
         )
     run.optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for a in range(0, len(samples), size):
-        some = list(samples[a : a + size])
-        counts = lessons.counts[some]
-        positions = None if lessons.positions is None else lessons.positions[some]
-        batch = Batch(lessons.ids[some], counts, positions, None if teach is None else teach(some, counts))
+    for n, batch in enumerate(text.batches(rows, o.at_once or 1)):
         loss = student(batch) / counted
-        penalty = _penalty(student) if a == 0 else None
+        penalty = _penalty(student) if n == 0 else None
         total += float(loss.detach())
         (loss if penalty is None else loss + penalty).backward()
     if not math.isfinite(total):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import LilliputError
 from lilliput.runtime import caches
 from lilliput.runtime.inputs import Rounding
-from lilliput.verbs.objective import Taught, TokenIO
+from lilliput.training.beside import Look, head
+from lilliput.training.watch import watching
+from lilliput.verbs.objective import FeatureIO, Seen, Taught, TokenIO
 from lilliput.verbs.trained import Trained
 
 LOGITS = 1 << 24  # logits that are in memory at a time
@@ -40,27 +43,36 @@ class TrainedLinear(nn.Module):
         self.core = core
         self.bias = bias
         self._rounding = rounding
+        self._still: Tensor | None = None
+
+    def hold(self, still: bool) -> None:
+        """Keep the present weight for as long as the leaves stay as they are, or compute it at every use again."""
+        self._still = self.core.weight().detach() if still else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self._rounding is not None:
             x = _Through.apply(x, self._rounding)  # type: ignore[no-untyped-call]
-        if self.core.recomputes and torch.is_grad_enabled():
+        if self._still is None and self.core.recomputes and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._product, x, use_reentrant=False)
             return out
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.core.weight().to(x.dtype), self.bias)
+        weight = self.core.weight() if self._still is None else self._still
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids, counts [B, T] as in `Lessons`, positions the same or None; taught: for the tokens that count, in order."""
+    """ids, counts [B, T] as in `Lessons`, positions the same or None; taught: for the tokens that count, in order;
+    extra: float32 [B, T, k], as in `Rollout`; look: of a teacher beside the student."""
 
     ids: Tensor
     counts: Tensor
     positions: Tensor | None
     taught: Callable[[int, int], Taught] | None
+    extra: Tensor | None = None
+    look: Look | None = None
 
     @property
     def tokens(self) -> int:
@@ -68,13 +80,30 @@ class Batch:
         return int(self.counts[:, 1:].sum())
 
 
-class Student(nn.Module):
-    """Calling it gives the sum of the losses of a batch's tokens that count; `loss`: of n tokens, [n]."""
+@dataclass(frozen=True)
+class Compared:
+    """What models show is compared: loss: a scalar; fields, last: as in `watching`; maps: trained with the student and
+    left behind; rate: factor on their learning rate."""
 
-    def __init__(self, skeleton: Skeleton, loss: Callable[[TokenIO], Tensor]) -> None:
+    loss: Callable[[FeatureIO], Tensor]
+    fields: frozenset[str]
+    last: bool = False
+    maps: nn.Module | None = None
+    rate: float = 1.0
+
+
+class Student(nn.Module):
+    """Calling it gives the sum of the losses of a batch's tokens that count; `loss`: of n tokens, [n]; compared: what
+    each of them loses besides."""
+
+    def __init__(
+        self, skeleton: Skeleton, loss: Callable[[TokenIO], Tensor] | None, compared: Compared | None = None
+    ) -> None:
         super().__init__()
         self.model = skeleton.model
-        self._skeleton = skeleton
+        self.maps = None if compared is None else compared.maps
+        self.skeleton = skeleton
+        self.compared = compared
         self._loss = loss
 
     def place(self, name: str, core: Trained) -> None:
@@ -89,26 +118,65 @@ class Student(nn.Module):
         """What is trained, by the name of the linear."""
         return {name.removesuffix(".core"): x for name, x in self.model.named_modules() if isinstance(x, Trained)}
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """While the context lasts, no weight changes, and each is computed once."""
+        linears = [x for x in self.model.modules() if isinstance(x, TrainedLinear)]
+        try:
+            for x in linears:
+                x.hold(True)
+            yield
+        finally:
+            for x in linears:
+                x.hold(False)
+
     def forward(self, batch: Batch) -> Tensor:
-        cache = caches.training(self.model, self._skeleton.config)
+        cache = caches.training(self.model, self.skeleton.config)
         if cache is not None and batch.positions is not None:
             raise LilliputError(
                 "rows that hold several documents cannot be trained with a compressed cache, whose masks let them see "
                 "each other: take text without documents, or leave the step for the cache out"
             )
-        hidden = self._skeleton.read(batch.ids, batch.positions, cache)
-        chosen = batch.counts[:, 1:]
-        states, labels = hidden[:, :-1][chosen], batch.ids[:, 1:][chosen]
-        step = max(1, LOGITS // self._skeleton.shapes[self._skeleton.head][0])
-        total = states.new_zeros(())
-        for a in range(0, len(states), step):
-            b = min(a + step, len(states))
-            total = total + self._piece(states[a:b], labels[a:b], None if batch.taught is None else batch.taught(a, b))
+        compared = self.compared
+        with watching(
+            self.skeleton, frozenset() if compared is None else compared.fields, compared is not None and compared.last
+        ) as shown:
+            hidden = self.skeleton.read(batch.ids, batch.positions, cache)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        if self._loss is not None:
+            total = total + self._tokens(batch, hidden)
+        if compared is not None:
+            total = total + batch.tokens * compared.loss(self.features(batch, shown))
         return total
 
-    def _piece(self, states: Tensor, labels: Tensor, taught: Taught | None) -> Tensor:
+    def features(self, batch: Batch, shown: Callable[[], Seen]) -> FeatureIO:
+        """What the objective compares of a batch. Raises RuntimeError where no teacher has looked at it."""
+        if batch.look is None:
+            raise RuntimeError("models are compared, and no teacher runs beside the student")
+        counts = nn.functional.pad(batch.counts[:, 1:], (0, 1))
+        labels = nn.functional.pad(batch.ids[:, 1:], (0, 1))
+        heads = (lambda x: head(self.skeleton, x), batch.look.head)
+        device = self.skeleton.device
+        return FeatureIO(shown(), batch.look.seen, counts.to(device), labels.to(device), self.maps, heads)
+
+    def _tokens(self, batch: Batch, hidden: Tensor) -> Tensor:
+        chosen = batch.counts[:, 1:].to(hidden.device)
+        states, labels = hidden[:, :-1][chosen], batch.ids[:, 1:].to(hidden.device)[chosen]
+        extra = None if batch.extra is None else batch.extra[:, 1:].to(hidden.device)[chosen]
+        step = max(1, LOGITS // self.skeleton.shapes[self.skeleton.head][0])
+        total = states.new_zeros((), dtype=torch.float32)
+        for a in range(0, len(states), step):
+            b = min(a + step, len(states))
+            taught = None if batch.taught is None else batch.taught(a, b)
+            more = None if extra is None else extra[a:b]
+            total = total + self._piece(states[a:b], labels[a:b], taught, more)
+        return total
+
+    def _piece(self, states: Tensor, labels: Tensor, taught: Taught | None, extra: Tensor | None) -> Tensor:
         def loss(x: Tensor) -> Tensor:
-            return self._loss(TokenIO(self._skeleton.logits(x), labels, taught)).sum()
+            if self._loss is None:
+                raise RuntimeError("no distributions are compared")
+            return self._loss(TokenIO(self.skeleton.logits(x), labels, taught, extra)).sum()
 
         if not torch.is_grad_enabled():
             return loss(states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -21,13 +21,24 @@ LOGITS = 1 << 24  # logits that are in memory at a time
 
 
 class Notes:
-    """Files with the log-probabilities of `top` tokens (None: of all) at each of the places of `lessons`.
+    """Files with the log-probabilities of `top` tokens (None: of all) at each of the places of `lessons`, and of the
+    token that follows there. weigh: factors on the losses of a sample's tokens, by those.
 
     The teacher runs block by block with one of them in memory, or, where rows hold several documents, whole.
     """
 
-    def __init__(self, folder: Path, lessons: Lessons, top: int | None, vocabulary: int, *, create: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        lessons: Lessons,
+        top: int | None,
+        vocabulary: int,
+        *,
+        create: bool,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         samples, tokens = lessons.ids.shape
+        self._lessons, self._weigh = lessons, weigh
         self.kept = vocabulary if top is None else min(top, vocabulary)
         self.whole = self.kept == vocabulary
 
@@ -35,6 +46,7 @@ class Notes:
             return Activations(folder / f"taught-{name}", (samples, tokens, width), dtype, create=create)
 
         self.log_p = states("log-p", self.kept, torch.float32)
+        self.label = states("label", 1, torch.float32)
         self.ids = None if self.whole else states("ids", self.kept, torch.int32)
         self.rest = None if self.whole else states("rest", 1, torch.float32)
 
@@ -48,14 +60,33 @@ class Notes:
         log_p = some(self.log_p)
         ids = None if self.ids is None else some(self.ids)
         rest = None if self.rest is None else some(self.rest)[:, 0]
+        label = some(self.label)[:, 0]
+        weights: Tensor | None = None
+        if self._weigh is not None:
+            rows = torch.split(label, chosen.sum(1).tolist())
+            weights = torch.cat([self._weigh(x) for x in rows])
 
         def piece(a: int, b: int) -> Taught:
-            return Taught(log_p[a:b], None if ids is None else ids[a:b].long(), None if rest is None else rest[a:b])
+            return Taught(
+                log_p[a:b],
+                None if ids is None else ids[a:b].long(),
+                None if rest is None else rest[a:b],
+                label[a:b],
+                None if weights is None else weights[a:b],
+            )
 
         return piece
 
+    def each(self) -> Iterator[Taught]:
+        """What is known of the tokens that count, a sample at a time."""
+        for n in range(len(self._lessons)):
+            counts = self._lessons.counts[n : n + 1]
+            yield self.taught([n], counts)(0, int(counts[:, 1:].sum()))
+
     def write(self, sample: int, log_p: Tensor) -> None:
         """Of all tokens of a sample, log_p [T, V]."""
+        following = self._lessons.ids[sample, 1:, None]
+        self.label.write(sample, torch.nn.functional.pad(log_p[:-1].gather(1, following), (0, 0, 0, 1))[None])
         if self.ids is None or self.rest is None:
             self.log_p.write(sample, log_p[None])
             return
@@ -66,7 +97,7 @@ class Notes:
         self.rest.write(sample, others[None])
 
     def close(self) -> None:
-        for x in (self.log_p, self.ids, self.rest):
+        for x in (self.log_p, self.label, self.ids, self.rest):
             if x is not None:
                 x.close()
 

@@ -17,7 +17,7 @@ def cost(plan: Plan, task: Task, model: Model) -> Cost:
     places = min(o.steps * o.batch, plan.samples if o.data is None else o.steps * o.batch) * o.tokens
     kept = model.vocabulary if o.top is None else min(o.top, model.vocabulary)
     hidden = 2 * places * model.skeleton.hidden_size * plan.dtype.itemsize
-    return Cost(disk=plan.bytes + 2 * 12 * weights + places * (8 * kept + 4) + hidden)
+    return Cost(disk=plan.bytes + 2 * 12 * weights + places * (8 * kept + 8) + hidden)
 
 
 DRIVER = TrainingDriver(verb=Train, cost=cost)

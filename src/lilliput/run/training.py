@@ -167,6 +167,7 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, loss: Callable
         known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
         original = before.read(f"{x.name}.weight").float() if known else layer.weight
         core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
+        core.planned(outcome.kept, outcome.pattern)
         student.place(x.name, core.to(plan.device))
     return student
 

@@ -41,7 +41,7 @@ TRAINED = "trained"  # kind of record, and name of the folder that takes the pla
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """The file of a training's last state."""
 
     path: Path
@@ -95,8 +95,8 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
         _place(work, task).path.unlink(missing_ok=True)
 
 
-def _place(work: Work, task: Task) -> _State:
-    return _State(work.folder / f"training-{task.step}.safetensors")
+def _place(work: Work, task: Task) -> State:
+    return State(work.folder / f"training-{task.step}.safetensors")
 
 
 def _one(
@@ -109,7 +109,7 @@ def _one(
     teach: loop.Teach | None = None
     notes: Notes | None = None
     if objective.teaches:
-        notes = _taught(taught_by, lessons, o.top, objective.temperature(objective_options), work, progress)
+        notes = noted(taught_by, lessons, o.top, objective.temperature(objective_options), work, progress)
         teach = notes.taught
     if objective.tokens_loss is None:
         raise LilliputError(f"{task.label}: {o.objective} compares no distributions, and so cannot be the objective")
@@ -143,7 +143,7 @@ def _lessons(task: Task, model: Model, tokens: Tokens | None, seed: int | None) 
     )
 
 
-def _taught(by: Model, lessons: Lessons, top: int | None, temperature: float, work: Work, progress: Progress) -> Notes:
+def noted(by: Model, lessons: Lessons, top: int | None, temperature: float, work: Work, progress: Progress) -> Notes:
     """The teacher's word on the text, taken once: a resumed run finds it."""
     done = work.folder / "taught-done"
     facts = f"{lessons.fingerprint} {top} {temperature}"

@@ -21,11 +21,11 @@ class Edit:
 
     blocks: blocks, in order. channels: by block and by number among its MLPs (experts have one each), hidden channels.
     heads: by block, heads with their query groups. hidden: of a model that is turned, the first so many channels of the
-    residual stream (None: all), or those that `residual` names. spread: the decision may divide channels and heads between blocks otherwise, at as many
-    weights in all. experts: by block, experts with their rows of the router. merged: by block, for each of
-    these experts the experts whose weights it averages. top_k: experts that each token uses (None: as many as before,
-    or all where fewer stay). vocabulary: token ids that stay, ascending (None: all). silent: by block, branches of
-    `BRANCHES` that write nothing any more. What is not named stays whole.
+    residual stream (None: all), or those that `residual` names. spread: the decision may divide channels and heads
+    between blocks otherwise, at as many weights in all. experts: by block, experts with their rows of the router.
+    merged: by block, for each of these experts the experts whose weights it averages. top_k: experts that each token
+    uses (None: as many as before, or all where fewer stay). vocabulary: token ids that stay, ascending (None: all).
+    silent: by block, branches of `BRANCHES` that write nothing any more. What is not named stays whole.
     """
 
     blocks: tuple[int, ...]

@@ -79,7 +79,7 @@ def _result(work: Work, task: Task) -> Path:
 
 
 def _gates(base: Model, wanted: Training, seed: int) -> Gates:
-    adapters = {}
+    adapters: dict[str, tuple[int, int]] = {}
     if wanted.width:
         anatomy = base.anatomy()
         for prefix, block in zip(anatomy.block_names, anatomy.blocks, strict=True):
@@ -99,7 +99,7 @@ def _scores(gates: Gates, wanted: Training, block: int) -> EditScores:
                     found[kind] = tuple(chance.tolist())
                 continue
             own = chance[block]
-            branch = "attention" if kind == "heads" else "mlp" if kind.startswith("channels") else None
+            branch = "attention" if kind == "heads" else "mlp" if kind.startswith("channels") else ""
             if branch in wanted.counts:
                 own = own * double.chance(branch)[block]
             found[kind] = tuple(own.reshape(-1).tolist())

@@ -1,6 +1,6 @@
 """Gates in front of what may leave a model, trained until as many are open as are to stay.
 
-A gate z multiplies what a unit hands on. Hard concrete (Louizos et al. 2018, arXiv 1712.01312), for u uniform in (0, 1):
+A gate z multiplies what a unit hands on. Hard concrete (Louizos et al. 2018, arXiv 1712.01312), u uniform in (0, 1):
 
     s = sigmoid((log u - log(1 - u) + log alpha) / beta),   z = clip(s (zeta - gamma) + gamma, 0, 1),
     P(z > 0) = sigmoid(log alpha - beta log(-gamma / zeta)),   and settled: z = clip(sigmoid(log alpha) (zeta - gamma)
@@ -10,8 +10,8 @@ with gamma = -0.1, zeta = 1.1, beta = 2/3. Its expected number of open gates can
 
     lambda d + phi d^2,   d = (sum P(z > 0) - T) / n,
 
-minimised by weights and gates, and maximised by the multipliers lambda and phi. T goes from n to what is asked for while
-targets warm up.
+minimised by weights and gates, and maximised by the multipliers lambda and phi. T goes from n to what is asked for
+while targets warm up.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Gates(Trained):
     def gate(self, kind: str, block: int | None = None) -> Tensor:
         """z of a kind (of one block), as training sees it now."""
         key = _key(kind)
-        raw = self.raw[key] if block is None else self.raw[key][block]
+        raw: Tensor = self.raw[key] if block is None else self.raw[key][block]
         if self.training_of.relax == "plain":
             return raw
         if not self._noise:
@@ -192,7 +192,8 @@ class Gates(Trained):
         if "block" in t.counts:
             left = left * self.chance("block")
         share = left.sum() / (t.blocks * total)
-        return share * self.chance("hidden").mean() if "hidden" in t.counts else share
+        left_of: Tensor = share * self.chance("hidden").mean() if "hidden" in t.counts else share
+        return left_of
 
     def weight(self) -> Tensor:
         raise RuntimeError("gates are no weights of a linear")
@@ -247,14 +248,14 @@ def columns(
     value: Callable[..., Tensor],
 ) -> Tensor:
     """What multiplies each column of a linear of block `number`, [in] or of one number. value(kind, block): gates."""
-    factor = next(iter(gates.raw.values())).new_ones(())
+    factor: Tensor = next(iter(gates.raw.values())).new_ones(())
     for kind, owner in kinds.items():
         z = value(kind, number)
         owned = owner.to(z.device)
         factor = factor * torch.where(owned >= 0, z[owned.clamp(min=0)], 1.0)
-    for kind in (branch, "block"):
-        if kind is not None and kind in gates.training_of.counts:
-            factor = factor * value(kind, number)
+    for outer in (branch, "block"):
+        if outer is not None and outer in gates.training_of.counts:
+            factor = factor * value(outer, number)
     return factor
 
 

@@ -81,8 +81,8 @@ class _Run:
                 if own:
                     self.optimizer.state[x] = own
             for linear, core in self.student.cores().items():
-                for name, x in core.state().items():
-                    x.copy_(tensors[f"core:{linear}:{name}"])
+                for name, held in core.state().items():
+                    held.copy_(tensors[f"core:{linear}:{name}"])
         self.losses = tensors["losses"].tolist()
         self.seconds = float(tensors["seconds"])
 

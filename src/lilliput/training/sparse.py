@@ -201,6 +201,6 @@ def admits(scheme: Scheme, o: Any) -> str | None:
     if plain and isinstance(first, PatternSpec) and isinstance(first.values, DenseSpec):
         return None
     return (
-        f"it is stored as {scheme.describe()}, and zeros are moved among plain weights: prune with `magnitude` alone in "
-        "front of it, and quantize the folder afterwards"
+        f"it is stored as {scheme.describe()}, and zeros are moved among plain weights: prune with `magnitude` alone "
+        "in front of it, and quantize the folder afterwards"
     )

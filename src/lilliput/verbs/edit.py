@@ -40,8 +40,8 @@ class Edit(Spec[OptionsT]):
     `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
     `vocabulary(source, data, options)`: token ids that stay, by the tokenizer and a text (that of `data` where the
     options name none), known when the plan is made; what reads text later reads it through the smaller tokenizer.
-    `trained(units, sizes, options)`: gates that are trained before the decision, whose chances to be open are the scores
-    in place of what `score` gives; what they are, and what was trained of the weights beside them, goes into the
+    `trained(units, sizes, options)`: gates that are trained before the decision, whose chances to be open are the
+    scores in place of what `score` gives; what they are, and what was trained of the weights beside them, goes into the
     weights of what stays. Its options are `GateOptions`. `narrows(options)`: it decides which channels of the residual
     stream stay, by number.
     `turned`: it keeps the first channels of a residual stream that a step before it has turned.

@@ -45,7 +45,7 @@ TRAINED = "trained"  # kind of record, and name of the folder that takes the pla
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """The file of a training's last state."""
 
     path: Path
@@ -99,8 +99,8 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
         _place(work, task).path.unlink(missing_ok=True)
 
 
-def _place(work: Work, task: Task) -> _State:
-    return _State(work.folder / f"training-{task.step}.safetensors")
+def _place(work: Work, task: Task) -> State:
+    return State(work.folder / f"training-{task.step}.safetensors")
 
 
 def _one(
@@ -140,7 +140,7 @@ def _lessons(task: Task, model: Model, by: Model, tokens: Tokens | None, work: W
 def _written_text(task: Task, by: Model, work: Work, seed: int | None) -> Tensor:
     """What the teacher writes, once: a resumed run finds it."""
     o = common(task.options)
-    place = _State(work.folder / f"text-{task.step}.safetensors")
+    place = State(work.folder / f"text-{task.step}.safetensors")
     if (found := place.load()) is not None:
         return found["ids"]
     count = max(o.steps * o.batch, 1)
@@ -164,6 +164,7 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teachi
         if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0
             layer = replace(layer, support=layer.decode() != 0)
         core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
+        core.planned(outcome.kept, outcome.pattern)
         student.place(x.name, core.to(plan.device))
     return student
 

@@ -35,3 +35,17 @@ class Trained(nn.Module):
     def penalty(self) -> Tensor | None:
         """What is added to the loss; None: nothing."""
         return None
+
+    def planned(self, count: int | None, pattern: str | None) -> None:
+        """Called once before training: how many weights are stored that are no zeros, and their pattern N:M, as far as
+        the plan knows."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Tensors beside the parameters that training changes in place, by name: what a resumed run has to know."""
+        return {}
+
+    def after_backward(self) -> None:
+        """Called when the gradients of a step have arrived, those of all its samples."""
+
+    def after_step(self, rate: float) -> None:
+        """Called when the optimizer has stepped at this learning rate."""

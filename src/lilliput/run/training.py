@@ -33,27 +33,29 @@ from lilliput.training import loop, teacher
 from lilliput.training.loop import Curve
 from lilliput.training.student import Student
 from lilliput.training.teacher import Notes
+from lilliput.training.whole import Teach, Whole
 from lilliput.verbs.objective import TokenIO
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.train import Train, common
 
-TRAINED = "trained"  # kind of record, and name of the folder that takes the place of the finished one
+TRAINED = "trained"  # kind of record, and begins the name of the folder that takes the place of the finished one
 
 
 @dataclass(frozen=True)
-class _State:
-    """The file of a training's last state."""
+class _Place:
+    """The folder of a training step's files."""
 
-    path: Path
+    folder: Path
 
-    def load(self) -> Mapping[str, Tensor] | None:
-        if not self.path.exists():
+    def load(self, name: str) -> Mapping[str, Tensor] | None:
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
             return None
-        with safe_open(self.path, "pt") as file:
+        with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def save(self, tensors: Mapping[str, Tensor]) -> None:
-        save_atomically(self.path, tensors)
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        save_atomically(self.folder / f"{name}.safetensors", tensors)
 
 
 def pending(plan: Plan, work: Work) -> tuple[Task, ...]:
@@ -69,10 +71,15 @@ def begun(work: Work) -> bool:
 
 def exchange(work: Work) -> None:
     """Put the trained folder in place of the finished one, where a record says that it is whole."""
-    fresh = work.partial / TRAINED
-    if fresh.exists() and work.find(TRAINED):
-        shutil.rmtree(work.staging, ignore_errors=True)
-        fresh.rename(work.staging)
+    for record in work.find(TRAINED):
+        fresh = _fresh(work, int(record["step"]))
+        if fresh.exists():
+            shutil.rmtree(work.staging, ignore_errors=True)
+            fresh.rename(work.staging)
+
+
+def _fresh(work: Work, step: int) -> Path:
+    return work.partial / f"{TRAINED}-{step}"
 
 
 def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progress: Progress) -> None:
@@ -83,7 +90,7 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
     """
     exchange(work)
     for task in pending(plan, work):
-        fresh = work.partial / TRAINED
+        fresh = _fresh(work, task.step)
         shutil.rmtree(fresh, ignore_errors=True)
         memory.trim()
         curve, hashes = _one(plan, task, taught_by, tokens, work, fresh, progress)
@@ -92,11 +99,13 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
         exchange(work)
         for path in work.folder.glob("taught-*"):
             path.unlink()
-        _place(work, task).path.unlink(missing_ok=True)
+        shutil.rmtree(_place(work, task).folder, ignore_errors=True)
 
 
-def _place(work: Work, task: Task) -> _State:
-    return _State(work.folder / f"training-{task.step}.safetensors")
+def _place(work: Work, task: Task) -> _Place:
+    folder = work.folder / f"training-{task.step}"
+    folder.mkdir(exist_ok=True)
+    return _Place(folder)
 
 
 def _one(
@@ -106,7 +115,7 @@ def _one(
     _, objective, objective_options = planning.objective_of(task)
     model = open_model(work.staging, device=plan.device)
     lessons = _lessons(task, model, tokens, seed=plan.seed)
-    teach: loop.Teach | None = None
+    teach: Teach | None = None
     notes: Notes | None = None
     if objective.teaches:
         notes = _taught(taught_by, lessons, o.top, objective.temperature(objective_options), work, progress)
@@ -120,7 +129,7 @@ def _one(
 
     student = _student(plan, task, model, taught_by, loss)
     try:
-        curve = loop.train(student, lessons, teach, o, _place(work, task), progress)
+        curve = loop.train(Whole(student, lessons, teach, o, _place(work, task)), lessons, o, progress)
     finally:
         if notes is not None:
             notes.close()
@@ -160,7 +169,7 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, loss: Callable
     skeleton = model.skeleton
     chosen = {f"{x.name}.weight": x for x in planning.trained(plan.resolved, task)}
     model.load(name for name in skeleton.shapes if name not in chosen)
-    student = Student(skeleton, loss)
+    student = Student(skeleton, loss, checkpointing=common(task.options).checkpointing)
     for x in chosen.values():
         outcome = plan.outcomes[x.name]
         layer = layers.layer(model.source, outcome.stored, x.name, outcome.out_features, outcome.in_features)

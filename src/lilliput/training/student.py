@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,24 @@ class TrainedLinear(nn.Module):
         return nn.functional.linear(x, self.core.weight().to(x.dtype), self.bias)
 
 
+def penalties(cores: Sequence[Trained]) -> Tensor | None:
+    """What some linears add to the loss, None: nothing."""
+    terms = [x for core in cores if (x := core.penalty()) is not None]
+    return None if not terms else torch.stack(terms).sum()
+
+
+def _checkpointed(block: nn.Module) -> None:
+    """From now on a block keeps its inputs alone for the way back, and runs again there."""
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+
+    block.__dict__["forward"] = forward
+
+
 @dataclass(frozen=True)
 class Batch:
     """ids, counts [B, T] as in `Lessons`, positions the same or None; taught: for the tokens that count, in order."""
@@ -63,11 +81,14 @@ class Batch:
 class Student(nn.Module):
     """Calling it gives the sum of the losses of a batch's tokens that count; `loss`: of n tokens, [n]."""
 
-    def __init__(self, skeleton: Skeleton, loss: Callable[[TokenIO], Tensor]) -> None:
+    def __init__(self, skeleton: Skeleton, loss: Callable[[TokenIO], Tensor], *, checkpointing: bool = False) -> None:
         super().__init__()
         self.model = skeleton.model
         self._skeleton = skeleton
         self._loss = loss
+        if checkpointing:
+            for n in range(len(skeleton.block_names)):
+                _checkpointed(skeleton.block(n))
 
     def place(self, name: str, core: Trained) -> None:
         """Put what is trained of the linear `name` in its place."""
@@ -80,6 +101,10 @@ class Student(nn.Module):
     def cores(self) -> Mapping[str, Trained]:
         """What is trained, by the name of the linear."""
         return {name.removesuffix(".core"): x for name, x in self.model.named_modules() if isinstance(x, Trained)}
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of a batch."""
+        return penalties(tuple(self.cores().values()))
 
     def forward(self, batch: Batch) -> Tensor:
         hidden = self._skeleton.read(batch.ids, batch.positions)

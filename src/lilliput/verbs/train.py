@@ -48,6 +48,15 @@ class TrainOptions(Strict):
     top: int | None = Field(
         64, ge=1, description="tokens of which the teacher's probabilities are kept, the rest being one; none: all"
     )
+    held_out: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the samples that is not trained on: what loses least there is kept, not what comes last",
+    )
+    checkpointing: bool = Field(
+        True, description="keep of each block its inputs alone, and run it again on the way back"
+    )
     others: tuple[str, ...] = Field((), description='tensors outside the linears that are trained too, as "*norm*"')
     save: int = Field(25, ge=1, description="steps between two states from which a killed run goes on")
     seed: int = Field(0, ge=0, description="of the order of samples and whatever is drawn")

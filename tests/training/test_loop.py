@@ -102,7 +102,6 @@ def test_a_second_interrupt_interrupts(small: Any, tmp_path: Path, monkeypatch: 
 def test_minutes_end_it(small: Any) -> None:
     curve = small.train(QUICK.model_copy(update={"minutes": 1e-9}))
     assert curve.stopped == "after 1e-09 minutes, at step 0 of 6"
-    assert curve.to_json()["steps"] == 0
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -214,7 +214,8 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
         batching |= {k: before[k] for k in batching if k in before}
     batching = ranks.agreed(batching)
     plan = replace(plan, batching=replace(plan.batching, **batching))
-    key = plan.hash("none" if tokens is None else tokens.fingerprint)
+    taught = "" if job.teacher is None else f" taught by {open_model(job.teacher).source.fingerprint()}"
+    key = plan.hash(("none" if tokens is None else tokens.fingerprint) + taught)
     original: Model | None = None
     evaluation: Evaluation | None = None
     warnings: tuple[str, ...] = ()
@@ -232,14 +233,17 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
         peak = max(ranks.gathered(memory.peak_above_base()))
         opened = editing.again(plan, opened, place)
         plan = stages.decided(resized(plan, opened), opened, place)
-        if ranks.lead():
-            facts = delivery.Delivery(plan, opened, key, tokens, tuple(rows), place.hashes())
-            delivery.write_loadable(place.staging, facts)
-            if training.pending(plan, place):
-                taught_by = open_model(opened.source.model if job.teacher is None else job.teacher, dtype=plan.dtype)
-                training.train(plan, taught_by, tokens, place, progress)
-                facts = replace(facts, hashes=place.hashes())
+        facts = delivery.Delivery(plan, opened, key, tokens, tuple(rows), place.hashes(), training.rows(place))
+        with ranks.together():
+            if ranks.lead():
                 delivery.write_loadable(place.staging, facts)
+        if training.pending(plan, place):
+            taught_by = open_model(opened.source.model if job.teacher is None else job.teacher, dtype=plan.dtype)
+            training.train(plan, taught_by, tokens, place, progress)
+            facts = replace(facts, hashes=place.hashes(), training=training.rows(place))
+            if ranks.lead():
+                delivery.write_loadable(place.staging, facts)
+        if ranks.lead():
             look = delivery.opened(place, out, plan.room, progress)
             if text.windows > 0:
                 original = open_model(opened.source.model if job.teacher is None else job.teacher, device=plan.device)

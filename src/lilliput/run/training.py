@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from lilliput.data import lessons as texts
 from lilliput.data.lessons import Lessons
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError
+from lilliput.export.provenance import DataRow, TrainingRow
 from lilliput.machine import memory
 from lilliput.model.stored import Model, open_model
 from lilliput.plan import training as planning
@@ -28,9 +30,9 @@ from lilliput.plan.tensors import METADATA
 from lilliput.progress import Progress
 from lilliput.run.journal import Work, save_atomically
 from lilliput.source import layers
+from lilliput.source.source import own_name
 from lilliput.streaming.states import raw
 from lilliput.training import loop, teacher
-from lilliput.training.loop import Curve
 from lilliput.training.student import Student
 from lilliput.training.teacher import Notes
 from lilliput.training.whole import Teach, Whole
@@ -64,6 +66,11 @@ def pending(plan: Plan, work: Work) -> tuple[Task, ...]:
     return tuple(task for task in plan.resolved.at(Stage.TRAINING) if task.step not in done)
 
 
+def rows(work: Work) -> tuple[TrainingRow, ...]:
+    """What is known of the training steps that are done."""
+    return tuple(TypeAdapter(TrainingRow).validate_python(x["row"]) for x in work.find(TRAINED))
+
+
 def begun(work: Work) -> bool:
     """Whether the folder is no longer what the block loop has written: a training step has taken its place."""
     return bool(work.find(TRAINED))
@@ -93,9 +100,9 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
         fresh = _fresh(work, task.step)
         shutil.rmtree(fresh, ignore_errors=True)
         memory.trim()
-        curve, hashes = _one(plan, task, taught_by, tokens, work, fresh, progress)
-        record = {"kind": TRAINED, "step": task.step, "method": task.method.name, "sha256": hashes}
-        work.note(record | {"curve": curve.to_json()})
+        row, hashes = _one(plan, task, taught_by, tokens, work, fresh, progress)
+        record = {"kind": TRAINED, "step": task.step, "sha256": hashes}
+        work.note(record | {"row": asdict(row)})
         exchange(work)
         for path in work.folder.glob("taught-*"):
             path.unlink()
@@ -110,7 +117,7 @@ def _place(work: Work, task: Task) -> _Place:
 
 def _one(
     plan: Plan, task: Task, taught_by: Model, tokens: Tokens | None, work: Work, fresh: Path, progress: Progress
-) -> tuple[Curve, dict[str, str]]:
+) -> tuple[TrainingRow, dict[str, str]]:
     o = common(task.options)
     _, objective, objective_options = planning.objective_of(task)
     model = open_model(work.staging, device=plan.device)
@@ -133,7 +140,20 @@ def _one(
     finally:
         if notes is not None:
             notes.close()
-    return curve, _written(plan, model, student, work.staging, fresh)
+    samples, tokens_each = lessons.ids.shape
+    row = TrainingRow(
+        method=task.method.name,
+        objective=o.objective,
+        optimizer=o.optimizer,
+        data=DataRow(own_name(lessons.source), samples, tokens_each, lessons.fingerprint),
+        teacher=taught_by.source.name if objective.teaches else None,
+        losses=tuple(float(f"{x:.6g}") for x in curve.losses),
+        held_out=tuple((n, float(f"{x:.6g}")) for n, x in curve.held_out),
+        steps=len(curve.losses) if curve.kept is None else curve.kept,
+        seconds=round(curve.seconds, 3),
+        stopped=curve.stopped,
+    )
+    return row, _written(plan, model, student, work.staging, fresh)
 
 
 def _lessons(task: Task, model: Model, tokens: Tokens | None, seed: int | None) -> Lessons:

@@ -67,15 +67,6 @@ class Curve:
     held_out: tuple[tuple[int, float], ...] = ()
     kept: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "losses": list(self.losses),
-            "held_out": [list(x) for x in self.held_out],
-            "steps": len(self.losses) if self.kept is None else self.kept,
-            "seconds": self.seconds,
-            "stopped": self.stopped,
-        }
-
 
 class Stop:
     """While the context lasts a first Ctrl-C only asks for an end; a second one interrupts, as always."""

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lilliput.data.documents import Document, pack
+from lilliput.data.lessons import Lessons, whole
 from lilliput.errors import DataError, LilliputError
 from lilliput.training import loop, student
 from lilliput.training.whole import Whole
@@ -172,3 +174,17 @@ def test_what_loses_least_on_samples_held_out_is_kept(small: Any, tmp_path: Path
     assert all(n < 4 for batch in loop.order(6 - len(loop.held_out(6, o)), o) for n in batch)
     with pytest.raises(DataError, match="leave none to train on"):
         loop.held_out(1, o)
+
+
+def test_documents_that_share_a_row_lose_what_they_lose_alone(small: Any) -> None:
+    documents = [Document(row[:n].tolist(), [True] * n) for row, n in zip(small.lessons.ids, (5, 7, 12), strict=False)]
+    packed = pack(documents, rows=2, tokens=12, filler=0)
+    together = Lessons.of(packed.ids, packed.counts, packed.positions, "packed")
+    assert len(together) == 2
+    one = small.student()
+    apart = 0.0
+    for document in documents:
+        small.lessons = whole(torch.tensor([document.ids]), "one")
+        apart += small.trainer(QUICK, student=one).judge([0]) * (len(document.ids) - 1)
+    small.lessons = together
+    assert small.trainer(QUICK, student=one).judge([0, 1]) == pytest.approx(apart / (5 + 7 + 12 - 3), rel=1e-5)

@@ -333,7 +333,7 @@ def make(
     outcomes = _outcomes(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
     running.check(model, resolved)
-    training.check(resolved)
+    training.check(resolved, model.skeleton.positions)
     wanted = running.layout(resolved, recipe.export)
     exporter = export.choose(ordered, model.config, wanted, lambda x: _unloadable(x, model, resolved, outcomes))
     tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))

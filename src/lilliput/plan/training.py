@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from lilliput import methods
 from lilliput.anatomy.tables import tables
+from lilliput.data import load
+from lilliput.data.documents import shares
 from lilliput.errors import PlanError, SourceError
 from lilliput.model.weights import Model
 from lilliput.parts.scheme import Scheme
@@ -57,8 +60,17 @@ def held(resolved: Resolved, model: Model) -> Resolved:
     return replace(resolved, linears=tuple(replace(x, scheme=scheme(x.name)) for x in resolved.linears))
 
 
-def check(resolved: Resolved) -> None:
-    """Raises PlanError for an objective that is none, and for a linear that a step cannot train."""
+def check(resolved: Resolved, positions: int | None) -> None:
+    """Raises PlanError for an objective that is none, for a linear that a step cannot train, and for samples of more
+    tokens than the model knows `positions` (None: any); DataError for text that is none."""
     for task in resolved.at(Stage.TRAINING):
         objective_of(task)
+        o = common(task.options)
+        if o.data is not None and positions is not None and o.tokens > positions:
+            raise PlanError(f"{task.label}: samples of {o.tokens} tokens are longer than the model's {positions}")
+        for name in (o.data,) if isinstance(o.data, str) else o.data or ():
+            if name != "self":
+                load.check(name)
+        if isinstance(o.data, Mapping):
+            shares(o.data, 1)
         task.of(Train).trains(task, {x.name: x.scheme for x in trained(resolved, task)})

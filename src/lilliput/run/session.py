@@ -32,7 +32,7 @@ from lilliput.recipe import texts
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import caching, calibration, delivery, editing, journal, sizing, stages, stream, training
+from lilliput.run import caching, calibration, delivery, editing, journal, lessons, sizing, stages, stream, training
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 from lilliput.runtime import behaviours, caches
@@ -247,7 +247,8 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
             look = delivery.opened(place, out, plan.room, progress)
             if text.windows > 0:
                 original = open_model(opened.source.model if job.teacher is None else job.teacher, device=plan.device)
-                evaluation = _measure(original, plan, place, tokens, text, progress)
+                seen = [x for x in (tokens, *lessons.seen(plan, place)) if x is not None]
+                evaluation = _measure(original, plan, place, seen, text, progress)
                 warnings = evaluation.notes
             warnings = (*warnings, *look.notes)
             spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
@@ -285,7 +286,7 @@ def _within(folder: Path, fit: Fit | None) -> None:
 
 
 def _measure(
-    original: Model, plan: Plan, place: Work, tokens: Tokens | None, text: Text, progress: Progress
+    original: Model, plan: Plan, place: Work, seen: Sequence[Tokens], text: Text, progress: Progress
 ) -> Evaluation:
     return measure(
         place.staging,
@@ -297,6 +298,6 @@ def _measure(
         tokens=window(original),
         detail=True,
         memory=plan.room,
-        calibration=tokens,
+        calibration=seen,
         progress=progress,
     )

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lilliput import export
-from lilliput.data import lessons as texts
 from lilliput.data.lessons import Lessons
 from lilliput.data.tokens import Tokens
-from lilliput.errors import DataError, LilliputError
+from lilliput.errors import LilliputError
 from lilliput.export.provenance import DataRow, TrainingRow
 from lilliput.machine import memory
 from lilliput.model.stored import Model, open_model
@@ -28,6 +27,7 @@ from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
 from lilliput.plan.tensors import METADATA
 from lilliput.progress import Progress
+from lilliput.run import lessons as texts
 from lilliput.run.journal import Work, save_atomically
 from lilliput.source import layers
 from lilliput.source.source import own_name
@@ -121,7 +121,7 @@ def _one(
     o = common(task.options)
     _, objective, objective_options = planning.objective_of(task)
     model = open_model(work.staging, device=plan.device)
-    lessons = _lessons(task, model, tokens, seed=plan.seed)
+    lessons = texts.of(plan, task, model, taught_by, tokens, work)
     teach: Teach | None = None
     notes: Notes | None = None
     if objective.teaches:
@@ -135,6 +135,7 @@ def _one(
         return tokens_loss(io, objective_options)
 
     student = _student(plan, task, model, taught_by, loss)
+    texts.separate(model, lessons, model.source.model)
     try:
         curve = loop.train(Whole(student, lessons, teach, o, _place(work, task)), lessons, o, progress)
     finally:
@@ -154,22 +155,6 @@ def _one(
         stopped=curve.stopped,
     )
     return row, _written(plan, model, student, work.staging, fresh)
-
-
-def _lessons(task: Task, model: Model, tokens: Tokens | None, seed: int | None) -> Lessons:
-    o = common(task.options)
-    if o.data is None:
-        if tokens is None:
-            raise DataError(f"{task.label} has no text: name one with --data or its option `data`")
-        return texts.whole(tokens.ids, tokens.source)
-    return texts.read(
-        o.data,
-        model.source.tokenizer(),
-        samples=o.steps * o.batch,
-        tokens=o.tokens,
-        seed=seed,
-        vocabulary=model.vocabulary,
-    )
 
 
 def _taught(by: Model, lessons: Lessons, top: int | None, temperature: float, work: Work, progress: Progress) -> Notes:

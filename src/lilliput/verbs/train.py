@@ -43,7 +43,14 @@ class TrainOptions(Strict):
     optimizer: Literal["adamw", "adamw-8bit", "paged"] = Field(
         "adamw", description="adamw: moments in float32; adamw-8bit: in 8 bits; paged: in float32, on disk"
     )
-    data: str | None = Field(None, description="text to train on, as --data; none: that of the calibration")
+    data: str | Mapping[str, float] | None = Field(
+        None,
+        description="text to train on, as --data, or several texts with their weights; none: that of the calibration",
+        json_schema_extra={"names": "text"},
+    )
+    documents: bool = Field(
+        False, description="rows of a data set are documents that do not see each other; chats always are"
+    )
     tokens: int = Field(512, ge=2, description="tokens of a sample")
     top: int | None = Field(
         64, ge=1, description="tokens of which the teacher's probabilities are kept, the rest being one; none: all"

@@ -370,7 +370,8 @@ def _by_block(shapes: Mapping[str, Any], blocks: Sequence[str]) -> list[tuple[st
 
 @contextmanager
 def _forwards(table: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another forward for a while."""
+    """Give modules another forward for a while, in place of one of their own where they have it."""
+    before = {module: module.__dict__["forward"] for module in table if "forward" in module.__dict__}
     for module, forward in table.items():
         module.__dict__["forward"] = forward
     try:
@@ -378,3 +379,5 @@ def _forwards(table: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     finally:
         for module in table:
             del module.__dict__["forward"]
+        for module, forward in before.items():
+            module.__dict__["forward"] = forward

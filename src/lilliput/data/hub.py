@@ -73,21 +73,25 @@ def dataset(source: str) -> str | None:
     return source.removeprefix(PREFIX).partition(":")[0] if source.startswith(PREFIX) else None
 
 
-def pieces(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Pieces of "hub:dataset[:config][:split][:column]", where the split is "train" by default and an empty field is a
-    default, or of a short name "wikitext2[:split]", see `NAMED`.
+def rows(source: str) -> tuple[Iterator[tuple[int, Any]], str | None]:
+    """Numbered rows of "hub:dataset[:config][:split][:column]", where the split is "train" by default and an empty
+    field is a default, or of a short name "wikitext2[:split]", see `NAMED`; and the column that is meant.
 
     Rows are streamed: only what is needed is downloaded. Raises DataError: package not installed, data set not
-    reachable, bad row.
+    reachable.
     """
     if is_named(source):
         name, _, split = source.partition(":")
         entry = NAMED[name]
-        rows = _rows(_open(source, entry.dataset, entry.config, split or entry.split), source)
-        yield from render(rows, tokenizer, source=source, column="text", joint=entry.joint)
-        return
+        return _rows(_open(source, entry.dataset, entry.config, split or entry.split), source), "text"
     name, config, split, column, *rest = [*source.removeprefix(PREFIX).split(":"), "", "", ""]
     if not name or any(rest):
         raise DataError(f"'{source}': a hub data set is written hub:dataset[:config][:split][:column].")
-    rows = _rows(_open(source, name, config or None, split or "train"), source)
-    yield from render(rows, tokenizer, source=source, column=column or None)
+    return _rows(_open(source, name, config or None, split or "train"), source), column or None
+
+
+def pieces(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Pieces of the text of `rows`. Raises DataError, also for a bad row."""
+    found, column = rows(source)
+    joint = NAMED[source.partition(":")[0]].joint if is_named(source) else None
+    yield from render(found, tokenizer, source=source, column=column, joint=joint)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lilliput.data import docs, hub, local
 from lilliput.data.tokens import DRAW_CHARACTERS, Tokens, encode, limited, windows
@@ -46,6 +46,16 @@ def text_pieces(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Itera
     if name in docs.SOURCES:
         return docs.pieces(name)
     return hub.pieces(name, tokenizer) if _hub(name) else local.pieces(Path(name), tokenizer)
+
+
+def rows(source: str | Path) -> tuple[Iterator[tuple[int, Any]], str | None] | None:
+    """Numbered rows of a source that has some, and the column that is meant; None for running text. Raises DataError
+    as `load_tokens` does."""
+    name = str(source)
+    check(name)
+    if name in docs.SOURCES or (not _hub(name) and Path(name).suffix != ".jsonl"):
+        return None
+    return hub.rows(name) if _hub(name) else (local.rows(Path(name)), None)
 
 
 def used_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,23 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, parse(line, f"row {number} of '{path}'")
 
 
+def rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Numbered rows of a .jsonl file. Raises DataError as `pieces` does."""
+    check(path)
+    with _told(path):
+        yield from _rows(path)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise DataError(f"line {_bad_line(path)} of '{path}' is not UTF-8: convert the file to UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror or error}.") from None
+
+
 def check(path: Path) -> None:
     """Raises DataError for a file that is not there, or no .txt or .jsonl file."""
     if path.suffix not in SUFFIXES:
@@ -78,12 +96,8 @@ def pieces(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     its number).
     """
     check(path)
-    try:
+    with _told(path):
         if path.suffix == ".txt":
             yield from _blocks(path)
         else:
             yield from render(_rows(path), tokenizer, source=str(path))
-    except UnicodeDecodeError:
-        raise DataError(f"line {_bad_line(path)} of '{path}' is not UTF-8: convert the file to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error.strerror or error}.") from None

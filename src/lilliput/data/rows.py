@@ -79,6 +79,28 @@ def _render(row: Any, tokenizer: PreTrainedTokenizerBase, where: str, column: st
     return chat(messages, tokenizer, where), True
 
 
+def conversation(row: Any, where: str, column: str | None) -> list[dict[str, str]] | None:
+    """The turns of a row that is a chat, or an instruction with its answer; None for plain text. Raises DataError."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: a row is an object with fields, not {type(row).__name__}.")
+    name = column or next((x for x in ("text", "messages", "conversations") if x in row), None)
+    if name is not None:
+        value = row.get(name)
+        return None if name == "text" or isinstance(value, str) else _messages(value, where)
+    if "instruction" not in row or "output" not in row:
+        return None
+    fields = [row["instruction"], row.get("input") or "", row["output"]]
+    if not all(isinstance(x, str) for x in fields):
+        raise DataError(f"{where}: 'instruction', 'input' and 'output' must be text.")
+    ask = "\n\n".join(x for x in fields[:2] if x)
+    return [{"role": "user", "content": ask}, {"role": "assistant", "content": fields[2]}]
+
+
+def plain(row: Any, tokenizer: PreTrainedTokenizerBase, where: str, column: str | None) -> str:
+    """The text of a row. Raises DataError."""
+    return _render(row, tokenizer, where, column)[0]
+
+
 def render(
     rows: Iterable[tuple[int, Any]],
     tokenizer: PreTrainedTokenizerBase,

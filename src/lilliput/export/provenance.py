@@ -58,6 +58,24 @@ class DataRow:
 
 
 @dataclass(frozen=True)
+class TrainingRow:
+    """A training step: what was minimised, the mean loss of each step's tokens, and on which text. held_out: (steps,
+    loss) on samples that were not trained on; steps: after how many of them the model was kept; stopped: why it ended
+    early; teacher: the model that it learned from."""
+
+    method: str
+    objective: str
+    optimizer: str
+    data: DataRow
+    teacher: str | None
+    losses: tuple[float, ...]
+    held_out: tuple[tuple[int, float], ...]
+    steps: int
+    seconds: float
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Everything that lilliput.json tells."""
 
@@ -73,6 +91,7 @@ class Provenance:
     measured: Mapping[str, Any] = field(default_factory=dict)
     linears: tuple[LinearRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
+    training: tuple[TrainingRow, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 (hex) of those that the recipe names
     schema: int = SCHEMA
 

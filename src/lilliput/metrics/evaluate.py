@@ -201,7 +201,7 @@ def evaluate(
     dtype: str = "float32",
     device: str = "cpu",
     work: str | Path | None = None,
-    calibration: Tokens | None = None,
+    calibration: Tokens | Sequence[Tokens] | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -215,8 +215,8 @@ def evaluate(
     the head in slices; a model that stores keys and values compressed reads `chunk` tokens at a time through that
     cache. Hidden states lie in a file under `work` (the system's temporary folder by default). `memory`: bytes above a
     fresh import. `dtype` is that of the blocks; the head and all sums are float32 and float64. A model that is open
-    already keeps its own dtype, and its device. `calibration`: windows that the model was calibrated on;
-    text that occurs in both is noted. Against a
+    already keeps its own dtype, and its device. `calibration`: windows that the model was calibrated or trained
+    on; text that occurs in both is noted. Against a
     reference that has more tokens (`trim-vocabulary`), the reference is measured with the model's alone.
 
     Raises DataError (text too short, fewer than 2 windows or tokens, models that do not share a tokenizer),
@@ -256,7 +256,7 @@ def evaluate_all(
     dtype: str = "float32",
     device: str = "cpu",
     work: str | Path | None = None,
-    calibration: Tokens | None = None,
+    calibration: Tokens | Sequence[Tokens] | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
@@ -301,7 +301,8 @@ def evaluate_all(
     last = step if step < tokens or not any(map(prunes, opened)) else tokens // 2
     place = Path(work) if work is not None else None
     scores, done = _scores(opened, base, ids, place, memory, progress, tokens - last, chunk)
-    shared = {} if calibration is None else {text.source: overlap(calibration, text) for text in loaded}
+    seen = [] if calibration is None else [calibration] if isinstance(calibration, Tokens) else list(calibration)
+    shared = {text.source: max(overlap(x, text) for x in seen) for text in loaded} if seen else {}
     scored = slice(None) if last == tokens else slice(-last, None)
     tokenizer = opened[0].source.tokenizer() if detail else None
     evaluations = []

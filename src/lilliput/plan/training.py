@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from lilliput import methods
 from lilliput.anatomy.tables import tables
+from lilliput.data import load
+from lilliput.data.documents import shares
 from lilliput.data.tokens import vocabulary_of
 from lilliput.errors import PlanError, SourceError
 from lilliput.machine import memory
@@ -67,11 +70,13 @@ def held(resolved: Resolved, model: Model) -> Resolved:
 
 
 def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
-    """Raises PlanError for an objective that is none, a linear that a step cannot train, and a teacher that the model
-    cannot learn from; None: the model as it was learns from itself."""
+    """Raises PlanError for an objective that is none, a linear that a step cannot train, samples of more tokens than
+    the model knows positions, and a teacher that the model cannot learn from (None: the model as it was learns from
+    itself); DataError for text that is none."""
     taught_by = unedited(model) if teacher is None else teacher
     for task in resolved.at(Stage.TRAINING):
         _, objective, options = objective_of(task)
+        _text(task, model.skeleton.positions)
         task.of(Train).trains(task, {x.name: x.scheme for x in trained(resolved, task)})
         if not objective.teaches:
             continue
@@ -84,6 +89,19 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
                 watch.check(x.skeleton, objective.sees(options))
             except SourceError as error:
                 raise PlanError(f"{task.label}: {error}") from None
+
+
+def _text(task: Task, positions: int | None) -> None:
+    o = common(task.options)
+    if o.data is not None and positions is not None and o.tokens > positions:
+        raise PlanError(f"{task.label}: samples of {o.tokens} tokens are longer than the model's {positions}")
+    for name in (o.data,) if isinstance(o.data, str) else o.data or ():
+        if name != "self":
+            load.check(name)
+    if isinstance(o.data, Mapping):
+        shares(o.data, 1)
+    if o.greedy is not None and o.data != "self":
+        raise PlanError(f"{task.label}: `greedy` is how a teacher begins its texts: set its option `data` to self")
 
 
 def _same_vocabulary(task: Task, model: Model, teacher: Model, given: bool) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lilliput import methods
 from lilliput.data.load import names_file
@@ -27,7 +28,11 @@ def portable(recipe: Recipe) -> Recipe:
     """The recipe with files by their own names, wherever they lay and whether they still do."""
     steps = list(recipe.steps)
     for n, key, value in _named(recipe):
-        steps[n] = steps[n].model_copy(update={"options": {**steps[n].options, key: Path(value).name}})
+        held: Any = steps[n].options[key]
+        own: Any = Path(value).name
+        if isinstance(held, Mapping):
+            own = {own if name == value else name: weight for name, weight in held.items()}
+        steps[n] = steps[n].model_copy(update={"options": {**steps[n].options, key: own}})
     return recipe.model_copy(update={"steps": tuple(steps)})
 
 
@@ -38,5 +43,7 @@ def _named(recipe: Recipe) -> Iterator[tuple[int, str, str]]:
         for key, value in step.options.items():
             field = fields.get(key)
             text = field is not None and field.json_schema_extra == TEXT
-            if text and isinstance(value, str) and names_file(value):
-                yield n, key, value
+            values = value if isinstance(value, Mapping) else (value,)
+            for one in values if text else ():
+                if isinstance(one, str) and names_file(one):
+                    yield n, key, one

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,7 @@ def _described(evaluation: Evaluation, model: Model) -> Data:
     if record is not None:
         recipe = schema.Recipe.model_validate(record.recipe)
         described["recipe"] = {"steps": record.recipe.get("steps", []), "text": recipes.to_yaml(recipe)}
+        described["training"] = [asdict(x) for x in record.training]
         described["provenance"] = {
             "original": record.model,
             "format": record.layout,

@@ -18,6 +18,7 @@ from lilliput.report.behaviours import behaviours
 from lilliput.report.blocks import Figure, Section, kind
 from lilliput.report.quality import quality, ratio_tone
 from lilliput.report.svg import HEATS, require
+from lilliput.report.training import training
 from lilliput.report.verdict import measured, verdict
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def render(evidence: Data) -> str:
     require()
     sections_of = (
         sections.recipe(evidence),
+        training(evidence),
         sections.size(evidence),
         quality(evidence),
         behaviours(evidence),

@@ -15,7 +15,7 @@ from lilliput.errors import LilliputError
 from lilliput.export.card import Card, Figure, read_licence, render
 from lilliput.export.engine import Look, look
 from lilliput.export.folder import OWN, config_text, write_index, write_side_files
-from lilliput.export.provenance import DataRow, LinearRow, Provenance, TensorRow, versions
+from lilliput.export.provenance import DataRow, LinearRow, Provenance, TensorRow, TrainingRow, versions
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.model.stored import Model
 from lilliput.plan.plan import Plan, describe
@@ -26,6 +26,8 @@ from lilliput.run.journal import Work
 from lilliput.source.source import own_name
 from lilliput.units import interval
 from lilliput.units import size as readable
+from lilliput.verbs.spec import Stage
+from lilliput.verbs.train import TrainOptions, common
 
 _LONGEST = -1.2345678901234567e-05  # as a figure takes the most letters
 _MEASURED = 12_000  # bytes for what an evaluation says, in the card and lilliput.json, and for the text's name
@@ -41,6 +43,7 @@ class Delivery:
     tokens: Tokens | None
     rows: tuple[Mapping[str, Any], ...]
     hashes: Mapping[str, str]  # stored tensor name -> sha256
+    training: tuple[TrainingRow, ...] = ()
 
 
 def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]) -> Provenance:
@@ -82,6 +85,7 @@ def _provenance(d: Delivery, measured: Mapping[str, Any], notes: tuple[str, ...]
         measured=measured,
         linears=linears,
         tensors=tensors,
+        training=d.training,
     )
 
 
@@ -160,12 +164,25 @@ def other_bytes(plan: Plan, model: Model) -> int:
         for name, mine in tasks.items()
     )
     hashes = {x.name: "0" * 64 for x in plan.tensors}
-    config, provenance, card = _contents(Delivery(plan, model, "0" * 64, None, rows, hashes), {}, (), ())
+    longest = Delivery(plan, model, "0" * 64, None, rows, hashes, tuple(_trained(x) for x in _training(plan)))
+    config, provenance, card = _contents(longest, {}, (), ())
     own = len(config_text(config).encode()) + len(provenance.to_json().encode()) + len(render(card).encode())
     files = model.source.side_files()
     carried = sum(path.stat().st_size for name, path in files.items() if name not in OWN)
     index = sum(len(x.name.encode()) + 64 for x in plan.tensors) + 100 if len(plan.shards) > 1 else 0
     return own + carried + index + _MEASURED
+
+
+def _training(plan: Plan) -> tuple[TrainOptions, ...]:
+    return tuple(common(task.options) for task in plan.resolved.at(Stage.TRAINING))
+
+
+def _trained(o: TrainOptions) -> TrainingRow:
+    """As large as a row can be."""
+    data = DataRow(" " * 200, o.steps * o.batch, o.tokens, "0" * 64)
+    states = tuple((o.steps, _LONGEST) for _ in range(o.steps // o.save + 2)) if o.held_out else ()
+    name = " " * 100
+    return TrainingRow(name, name, name, data, name, (_LONGEST,) * o.steps, states, o.steps, _LONGEST, name)
 
 
 def write_loadable(folder: Path, d: Delivery) -> None:

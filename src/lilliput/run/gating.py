@@ -6,8 +6,10 @@ run that is killed goes on from the last saved state.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,12 @@ from lilliput.progress import Progress
 from lilliput.run import updating
 from lilliput.run.journal import Work, save_atomically
 from lilliput.run.teaching import noted
-from lilliput.run.training import State
+from lilliput.run.training import Place
 from lilliput.training import loop
 from lilliput.training.gates import Gates, after, attach, beside, columns
 from lilliput.training.student import Student
 from lilliput.training.text import Text
+from lilliput.training.whole import Whole
 from lilliput.verbs import edits
 from lilliput.verbs.edit import Edit as EditSpec
 from lilliput.verbs.edits import EditScores, Sizes, Units
@@ -132,11 +135,13 @@ def _train(
     names = tuple(base.skeleton.shapes)
     base.load(names)
     student = GatedStudent(base.skeleton, loss, gates.to(plan.device))
-    state = State(work.folder / f"edit-{task.step:02d}-training.safetensors")
+    place = Place(work.folder / f"edit-{task.step:02d}-training")
+    place.folder.mkdir(exist_ok=True)
     try:
         with attached(base, gates, wanted):
             text = Text(lessons, None if notes is None else notes.taught)
-            curve = loop.train(student, text, _with_weights(base, wanted, o), state, progress)
+            own = _with_weights(base, wanted, o)
+            curve = loop.train(Whole(student, text, own, place), lessons, own, progress)
         kept = {f"gates.{name}": x.detach().cpu().contiguous() for name, x in gates.state_dict().items()}
         kept |= {f"weight.{x}": base.skeleton.tensor(x).detach().cpu().contiguous() for x in _changed(base, wanted)}
     finally:
@@ -146,12 +151,12 @@ def _train(
     if not all(bool(x.isfinite().all()) for x in kept.values()):
         raise LilliputError(f"{task.label}: gates or weights are not finite after training: lower gate_lr and lr")
     save_atomically(_result(work, task), kept)
-    state.path.unlink(missing_ok=True)
+    shutil.rmtree(place.folder, ignore_errors=True)
     for path in work.folder.glob("taught-*"):
         path.unlink()
     gates.cpu()
     memory.trim()
-    return curve.to_json()
+    return asdict(curve)
 
 
 def _lessons(plan: Plan, task: Task, base: Model, ids: Tensor | None) -> Lessons:
@@ -165,7 +170,6 @@ def _lessons(plan: Plan, task: Task, base: Model, ids: Tensor | None) -> Lessons
         base.source.tokenizer(),
         samples=o.steps * o.batch,
         tokens=o.tokens,
-        seed=plan.seed,
         vocabulary=base.vocabulary,
     )
 

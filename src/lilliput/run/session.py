@@ -32,7 +32,7 @@ from lilliput.recipe import texts
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import caching, calibration, delivery, editing, journal, sizing, stages, stream, training
+from lilliput.run import caching, calibration, delivery, editing, journal, lessons, sizing, stages, stream, training
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 from lilliput.runtime import behaviours, caches
@@ -216,7 +216,8 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
         batching |= {k: before[k] for k in batching if k in before}
     batching = ranks.agreed(batching)
     plan = replace(plan, batching=replace(plan.batching, **batching))
-    key = plan.hash("none" if tokens is None else tokens.fingerprint)
+    taught = "" if job.teacher is None else f" taught by {open_model(job.teacher).source.fingerprint()}"
+    key = plan.hash(("none" if tokens is None else tokens.fingerprint) + taught)
     original: Model | None = None
     evaluation: Evaluation | None = None
     warnings: tuple[str, ...] = ()
@@ -234,19 +235,23 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
         peak = max(ranks.gathered(memory.peak_above_base()))
         opened = editing.again(plan, opened, place)
         plan = stages.decided(resized(plan, opened), opened, place)
-        if ranks.lead():
-            facts = delivery.Delivery(plan, opened, key, tokens, tuple(rows), place.hashes())
-            delivery.write_loadable(place.staging, facts)
-            if training.pending(plan, place):
-                name = opened.source.model if job.teacher is None else job.teacher
-                taught_by = open_model(name, dtype=plan.dtype, device=plan.device)
-                training.train(plan, taught_by, tokens, place, progress)
-                facts = replace(facts, hashes=place.hashes())
+        facts = delivery.Delivery(plan, opened, key, tokens, tuple(rows), place.hashes(), training.rows(place))
+        with ranks.together():
+            if ranks.lead():
                 delivery.write_loadable(place.staging, facts)
+        if training.pending(plan, place):
+            name = opened.source.model if job.teacher is None else job.teacher
+            taught_by = open_model(name, dtype=plan.dtype, device=plan.device)
+            training.train(plan, taught_by, tokens, place, progress)
+            facts = replace(facts, hashes=place.hashes(), training=training.rows(place))
+            if ranks.lead():
+                delivery.write_loadable(place.staging, facts)
+        if ranks.lead():
             look = delivery.opened(place, out, plan.room, progress)
             if text.windows > 0:
                 original = open_model(opened.source.model if job.teacher is None else job.teacher, device=plan.device)
-                evaluation = _measure(original, plan, place, tokens, text, progress)
+                seen = [x for x in (tokens, *lessons.seen(plan, place)) if x is not None]
+                evaluation = _measure(original, plan, place, seen, text, progress)
                 warnings = evaluation.notes
             warnings = (*warnings, *look.notes)
             spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
@@ -286,7 +291,7 @@ def _within(folder: Path, plan: Plan, fit: Fit | None) -> None:
 
 
 def _measure(
-    original: Model, plan: Plan, place: Work, tokens: Tokens | None, text: Text, progress: Progress
+    original: Model, plan: Plan, place: Work, seen: Sequence[Tokens], text: Text, progress: Progress
 ) -> Evaluation:
     return measure(
         place.staging,
@@ -298,6 +303,6 @@ def _measure(
         tokens=window(original),
         detail=True,
         memory=plan.room,
-        calibration=tokens,
+        calibration=seen,
         progress=progress,
     )

@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import Tensor
 
 from lilliput import export
-from lilliput.data import lessons as texts
-from lilliput.data.generate import generate_tokens
-from lilliput.data.lessons import Lessons
 from lilliput.data.tokens import Tokens
-from lilliput.errors import DataError, LilliputError
+from lilliput.errors import LilliputError
 from lilliput.export.outcome import Outcome
+from lilliput.export.provenance import DataRow, TrainingRow
 from lilliput.formats.integer import IntegerFormat, IntegerGrid
 from lilliput.machine import memory
 from lilliput.model.stored import Model, open_model
@@ -31,39 +30,47 @@ from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
 from lilliput.plan.tensors import METADATA
 from lilliput.progress import Progress
+from lilliput.run import lessons as texts
 from lilliput.run.journal import Work, save_atomically
 from lilliput.run.teaching import Teaching, teaching
 from lilliput.source import layers
+from lilliput.source.source import own_name
 from lilliput.streaming.states import raw
 from lilliput.training import loop
-from lilliput.training.loop import Curve
 from lilliput.training.student import Student
+from lilliput.training.whole import Whole
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.train import Train, common
 
-TRAINED = "trained"  # kind of record, and name of the folder that takes the place of the finished one
+TRAINED = "trained"  # kind of record, and begins the name of the folder that takes the place of the finished one
 
 
 @dataclass(frozen=True)
-class State:
-    """The file of a training's last state."""
+class Place:
+    """The folder of a training step's files."""
 
-    path: Path
+    folder: Path
 
-    def load(self) -> Mapping[str, Tensor] | None:
-        if not self.path.exists():
+    def load(self, name: str) -> Mapping[str, Tensor] | None:
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
             return None
-        with safe_open(self.path, "pt") as file:
+        with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def save(self, tensors: Mapping[str, Tensor]) -> None:
-        save_atomically(self.path, tensors)
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        save_atomically(self.folder / f"{name}.safetensors", tensors)
 
 
 def pending(plan: Plan, work: Work) -> tuple[Task, ...]:
     """The training steps that are not done."""
     done = {int(x["step"]) for x in work.find(TRAINED)}
     return tuple(task for task in plan.resolved.at(Stage.TRAINING) if task.step not in done)
+
+
+def rows(work: Work) -> tuple[TrainingRow, ...]:
+    """What is known of the training steps that are done."""
+    return tuple(TypeAdapter(TrainingRow).validate_python(x["row"]) for x in work.find(TRAINED))
 
 
 def begun(work: Work) -> bool:
@@ -73,10 +80,15 @@ def begun(work: Work) -> bool:
 
 def exchange(work: Work) -> None:
     """Put the trained folder in place of the finished one, where a record says that it is whole."""
-    fresh = work.partial / TRAINED
-    if fresh.exists() and work.find(TRAINED):
-        shutil.rmtree(work.staging, ignore_errors=True)
-        fresh.rename(work.staging)
+    for record in work.find(TRAINED):
+        fresh = _fresh(work, int(record["step"]))
+        if fresh.exists():
+            shutil.rmtree(work.staging, ignore_errors=True)
+            fresh.rename(work.staging)
+
+
+def _fresh(work: Work, step: int) -> Path:
+    return work.partial / f"{TRAINED}-{step}"
 
 
 def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progress: Progress) -> None:
@@ -87,73 +99,60 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
     """
     exchange(work)
     for task in pending(plan, work):
-        fresh = work.partial / TRAINED
+        fresh = _fresh(work, task.step)
         shutil.rmtree(fresh, ignore_errors=True)
         memory.trim()
-        curve, hashes = _one(plan, task, taught_by, tokens, work, fresh, progress)
-        record = {"kind": TRAINED, "step": task.step, "method": task.method.name, "sha256": hashes}
-        work.note(record | {"curve": curve.to_json()})
+        row, hashes = _one(plan, task, taught_by, tokens, work, fresh, progress)
+        record = {"kind": TRAINED, "step": task.step, "sha256": hashes}
+        work.note(record | {"row": asdict(row)})
         exchange(work)
         for path in work.folder.glob("taught-*"):
             path.unlink()
-        _place(work, task).path.unlink(missing_ok=True)
+        shutil.rmtree(_place(work, task).folder, ignore_errors=True)
 
 
-def _place(work: Work, task: Task) -> State:
-    return State(work.folder / f"training-{task.step}.safetensors")
+def _place(work: Work, task: Task) -> Place:
+    folder = work.folder / f"training-{task.step}"
+    folder.mkdir(exist_ok=True)
+    return Place(folder)
 
 
 def _one(
     plan: Plan, task: Task, taught_by: Model, tokens: Tokens | None, work: Work, fresh: Path, progress: Progress
-) -> tuple[Curve, dict[str, str]]:
+) -> tuple[TrainingRow, dict[str, str]]:
+    o = common(task.options)
+    _, objective, _ = planning.objective_of(task)
     model = open_model(work.staging, device=plan.device)
-    lessons = _lessons(task, model, taught_by, tokens, work, seed=plan.seed)
+    lessons = texts.of(plan, task, model, taught_by, tokens, work)
     with teaching(task, model, taught_by, lessons, work, progress) as taught:
         student = _student(plan, task, model, taught_by, taught)
+        texts.separate(model, lessons, model.source.model)
         text, place = taught.text(student, model), _place(work, task)
-        if not place.path.exists():
+        if place.load("state") is None:
             taught.open_maps(student, text, task, progress)
-        curve = loop.train(student, text, common(task.options), place, progress)
-    return curve, _written(plan, model, student, work.staging, fresh)
-
-
-def _lessons(task: Task, model: Model, by: Model, tokens: Tokens | None, work: Work, seed: int | None) -> Lessons:
-    o = common(task.options)
-    if o.greedy is not None and o.data != "self":
-        raise DataError(f"{task.label}: `greedy` is how a teacher begins its texts: set its option `data` to self")
-    if o.data == "self":
-        return texts.whole(_written_text(task, by, work, seed), "self")
-    if o.data is None:
-        if tokens is None:
-            raise DataError(f"{task.label} has no text: name one with --data or its option `data`")
-        return texts.whole(tokens.ids, tokens.source)
-    return texts.read(
-        o.data,
-        model.source.tokenizer(),
-        samples=o.steps * o.batch,
-        tokens=o.tokens,
-        seed=seed,
-        vocabulary=model.vocabulary,
+        curve = loop.train(Whole(student, text, o, place), lessons, o, progress)
+    samples, tokens_each = lessons.ids.shape
+    row = TrainingRow(
+        method=task.method.name,
+        objective=o.objective,
+        optimizer=o.optimizer,
+        data=DataRow(own_name(lessons.source), samples, tokens_each, lessons.fingerprint),
+        teacher=taught_by.source.name if objective.teaches else None,
+        losses=tuple(float(f"{x:.6g}") for x in curve.losses),
+        held_out=tuple((n, float(f"{x:.6g}")) for n, x in curve.held_out),
+        steps=len(curve.losses) if curve.kept is None else curve.kept,
+        seconds=round(curve.seconds, 3),
+        stopped=curve.stopped,
     )
-
-
-def _written_text(task: Task, by: Model, work: Work, seed: int | None) -> Tensor:
-    """What the teacher writes, once: a resumed run finds it."""
-    o = common(task.options)
-    place = State(work.folder / f"text-{task.step}.safetensors")
-    if (found := place.load()) is not None:
-        return found["ids"]
-    count = max(o.steps * o.batch, 1)
-    written = generate_tokens(by, by.source.tokenizer(), count, o.tokens, seed or 0, greedy=o.greedy).ids
-    place.save({"ids": written})
-    return written
+    return row, _written(plan, model, student, work.staging, fresh)
 
 
 def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teaching) -> Student:
     skeleton = model.skeleton
     chosen = {f"{x.name}.weight": x for x in planning.trained(plan.resolved, task)}
     model.load(name for name in skeleton.shapes if name not in chosen)
-    student = Student(skeleton, taught.loss, taught.compared)
+    checkpointing = common(task.options).checkpointing
+    student = Student(skeleton, taught.loss, taught.compared, checkpointing=checkpointing)
     for x in chosen.values():
         outcome = plan.outcomes[x.name]
         rows, width = outcome.out_features, outcome.in_features

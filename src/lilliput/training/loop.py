@@ -1,86 +1,119 @@
-"""The loop that trains a whole model: gradients of a batch, a step of the optimizer, a state to go on from."""
+"""The loop that trains a whole model: steps in their order, a state to go on from, an end that can be asked for."""
 
 from __future__ import annotations
 
-import fnmatch
 import math
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lilliput.errors import LilliputError
+from lilliput.data.lessons import Lessons
+from lilliput.errors import DataError, LilliputError
+from lilliput.machine import ranks
 from lilliput.progress import Progress
-from lilliput.training.student import Student
-from lilliput.training.text import Text
 from lilliput.verbs.train import TrainOptions
 
 
-class Place(Protocol):
-    """Where the state of a training lies meanwhile."""
+class NotFiniteError(LilliputError):
+    """A loss or a gradient that is no number; the loop says where."""
 
-    def load(self) -> Mapping[str, Tensor] | None:
-        """The last state that was saved, None: there is none."""
+
+class Trainer(Protocol):
+    """What is trained, and how: see `whole` and `streamed`. Of several processes all make the same calls."""
+
+    def step(self, samples: Sequence[int], step: int) -> float:
+        """Carry out the step of that number, from 0; the mean loss of its tokens before it. Raises NotFiniteError and
+        leaves what is trained as it was where that is no number."""
         ...
 
-    def save(self, tensors: Mapping[str, Tensor]) -> None:
-        """In place of the last one, whole or not at all."""
+    def judge(self, samples: Sequence[int]) -> float:
+        """The mean loss of the tokens of some samples; nothing changes."""
+        ...
+
+    def save(self, done: int, facts: Mapping[str, Tensor]) -> None:
+        """Make durable what the training goes on from after so many steps, with some facts about it; in place of what
+        was saved before, whole or not at all. Raises OSError, also for a full disk."""
+        ...
+
+    def restore(self) -> Mapping[str, Tensor] | None:
+        """Go on from there; the facts, None where nothing was saved."""
+        ...
+
+    def keep(self) -> None:
+        """Remember, durably, what is trained as it is now."""
+        ...
+
+    def take_back(self) -> None:
+        """What is trained becomes what was kept last."""
         ...
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How a training went. losses: mean over the tokens of each step; stopped: why it ended before the last step."""
+    """How a training went. losses: mean over the tokens of each step; held_out: mean loss of the samples that were not
+    trained on, after so many steps; kept: after how many steps what is kept was reached; stopped: why it ended before
+    the last step."""
 
     losses: tuple[float, ...]
     seconds: float
     stopped: str | None = None
+    held_out: tuple[tuple[int, float], ...] = ()
+    kept: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return {"losses": list(self.losses), "seconds": self.seconds, "stopped": self.stopped}
+
+class Stop:
+    """While the context lasts a first Ctrl-C only asks for an end; a second one interrupts, as always."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
 
 @dataclass
-class _Run:
-    """What changes while a training goes on."""
+class _History:
+    """What is known of the steps so far."""
 
-    student: Student
-    optimizer: torch.optim.Optimizer
-    parameters: Mapping[str, nn.Parameter]
     losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
 
-    def state(self) -> dict[str, Tensor]:
-        tensors = {f"value.{name}": x.detach() for name, x in self.parameters.items()}
-        for name, x in self.parameters.items():
-            for key, value in self.optimizer.state.get(x, {}).items():
-                tensors[f"{key}.{name}"] = torch.as_tensor(value)
-        for linear, core in self.student.cores().items():
-            tensors |= {f"core:{linear}:{name}": x for name, x in core.state().items()}
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
-        return {name: x.contiguous().cpu() for name, x in tensors.items()}
+    def facts(self) -> dict[str, Tensor]:
+        return {
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "held_out": torch.tensor(self.held_out, dtype=torch.float64).reshape(-1, 2),
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+        }
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, x in self.parameters.items():
-                x.copy_(tensors[f"value.{name}"])
-                own = {
-                    key.removesuffix(f".{name}"): value.clone()
-                    for key, value in tensors.items()
-                    if key.endswith(f".{name}") and not key.startswith("value.")
-                }
-                own = {key: value for key, value in own.items() if "." not in key}
-                if own:
-                    self.optimizer.state[x] = own
-            for linear, core in self.student.cores().items():
-                for name, held in core.state().items():
-                    held.copy_(tensors[f"core:{linear}:{name}"])
-        self.losses = tensors["losses"].tolist()
-        self.seconds = float(tensors["seconds"])
+    def take_up(self, facts: Mapping[str, Tensor]) -> None:
+        self.losses = facts["losses"].tolist()
+        self.held_out = [(int(n), value) for n, value in facts["held_out"].tolist()]
+        self.seconds = float(facts["seconds"])
+
+    @property
+    def best(self) -> int | None:
+        """After how many steps the samples that were not trained on lost least."""
+        return min(self.held_out, key=lambda x: x[1])[0] if self.held_out else None
 
 
 def order(count: int, o: TrainOptions) -> list[list[int]]:
@@ -96,6 +129,14 @@ def order(count: int, o: TrainOptions) -> list[list[int]]:
     return out
 
 
+def held_out(count: int, o: TrainOptions) -> range:
+    """The samples that are not trained on, the last ones. Raises DataError where no others are left."""
+    some = max(1, round(o.held_out * count)) if o.held_out else 0
+    if some >= count:
+        raise DataError(f"{count} samples, and {o.held_out:g} of them held out, leave none to train on: give more text")
+    return range(count - some, count)
+
+
 def rate(step: int, o: TrainOptions) -> float:
     """The factor on the learning rate at a step from 0."""
     warm = max(1, round(o.warmup * o.steps)) if o.warmup else 0
@@ -107,96 +148,73 @@ def rate(step: int, o: TrainOptions) -> float:
     return 1 - done if o.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def leaves(student: Student, o: TrainOptions) -> tuple[dict[str, nn.Parameter], list[dict[str, Any]]]:
-    """What is trained by name, and the optimizer's groups: those of linears at rates of their own, and `others`."""
-    named: dict[str, nn.Parameter] = {}
-    groups: list[dict[str, Any]] = []
-    for linear, core in student.cores().items():
-        rates = core.rates()
-        for name, value in core.named_parameters():
-            named[f"{linear}.{name}"] = value
-            decay = 0.0 if name in rates else o.weight_decay
-            groups.append({"params": [value], "weight_decay": decay, "factor": rates.get(name, 1.0)})
-    inside = {id(x) for x in named.values()}
-    for name, value in student.model.named_parameters():
-        if id(value) not in inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in o.others):
-            value.requires_grad_()
-            named[name] = value
-            groups.append({"params": [value], "weight_decay": 0.0, "factor": 1.0})
-    if student.maps is not None and student.compared is not None:
-        for name, value in student.maps.named_parameters():
-            named[f"maps.{name}"] = value
-            groups.append({"params": [value], "weight_decay": 0.0, "factor": student.compared.rate})
-    return named, groups
+def counted(lessons: Lessons, samples: Sequence[int]) -> int:
+    """How many tokens of some samples are to be foretold."""
+    return int(lessons.counts[list(samples)][:, 1:].sum())
 
 
-def train(student: Student, text: Text, o: TrainOptions, place: Place, progress: Progress) -> Curve:
+def train(trainer: Trainer, lessons: Lessons, o: TrainOptions, progress: Progress) -> Curve:
     """Carry out the steps, from the last saved state on where there is one.
 
     Raises LilliputError where a loss is not finite, with the batch; the last good state stays saved. A first Ctrl-C
     ends the training with what it has reached.
     """
-    parameters, groups = leaves(student, o)
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, foreach=False)
-    run = _Run(student, optimizer, parameters)
-    if (saved := place.load()) is not None:
-        run.restore(saved)
-    plan, stopped = order(len(text.lessons), o), None
-    began = time.monotonic() - run.seconds
-    try:
-        for step in range(len(run.losses), o.steps):
-            if o.minutes is not None and time.monotonic() - began > 60 * o.minutes:
-                stopped = f"after {o.minutes:g} minutes"
+    history, stopped = _History(), None
+    if (facts := trainer.restore()) is not None:
+        history.take_up(facts)
+    judged = held_out(len(lessons), o)
+    plan = order(len(lessons) - len(judged), o)
+    saved, began = len(history.losses), time.monotonic() - history.seconds
+
+    def save() -> None:
+        nonlocal saved
+        done = len(history.losses)
+        if judged and (not history.held_out or history.held_out[-1][0] < done):
+            history.held_out.append((done, trainer.judge(judged)))
+            if history.best == done:
+                trainer.keep()
+        trainer.save(done, history.facts())
+        saved = done
+
+    with Stop() as stop:
+        if judged and not history.losses:
+            save()
+        for step in range(len(history.losses), o.steps):
+            stopped = ranks.agreed(_reason(stop, time.monotonic() - began, o))
+            if stopped is not None:
                 break
-            run.losses.append(_step(run, text, plan[step], step, o))
-            run.seconds = time.monotonic() - began
-            progress.step(step + 1, o.steps, f"loss {run.losses[-1]:.4f}")
-            if (step + 1) % o.save == 0:
-                place.save(run.state())
-    except KeyboardInterrupt:
-        stopped = "by the keyboard"
+            history.losses.append(_step(trainer, lessons, plan[step], step, saved))
+            history.seconds = time.monotonic() - began
+            progress.step(step + 1, o.steps, f"loss {history.losses[-1]:.4f}")
+            if (step + 1) % o.save == 0 and step + 1 < o.steps:
+                save()
+        if saved < len(history.losses):
+            save()  # what follows may be interrupted too
+    done = len(history.losses)
+    if history.best not in (None, done):
+        trainer.take_back()
     if stopped is not None:
-        stopped = f"{stopped}, at step {len(run.losses)} of {o.steps}"
-    return Curve(tuple(run.losses), run.seconds, stopped)
+        stopped = f"{stopped}, at step {done} of {o.steps}"
+    return Curve(tuple(history.losses), history.seconds, stopped, tuple(history.held_out), history.best)
 
 
-def _step(run: _Run, text: Text, samples: Sequence[int], step: int, o: TrainOptions) -> float:
-    """One step; the mean loss of its tokens."""
-    torch.manual_seed(o.seed * 1_000_003 + step)  # whatever is drawn is the same after a resume
-    student = run.student
-    for core in student.cores().values():
-        core.step(step / max(o.steps, 1))
-    rows = text.rows(samples)
-    counted = rows.tokens
-    if not counted:
+def _reason(stop: Stop, seconds: float, o: TrainOptions) -> str | None:
+    if stop.asked:
+        return "by the keyboard"
+    return f"after {o.minutes:g} minutes" if o.minutes is not None and seconds > 60 * o.minutes else None
+
+
+def _step(trainer: Trainer, lessons: Lessons, samples: Sequence[int], step: int, saved: int) -> float:
+    if not counted(lessons, samples):
         raise LilliputError(
             f"no token counts in the samples {list(samples)} of step {step + 1}: give text with longer answers, or "
             "larger batches"
         )
-    run.optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for n, batch in enumerate(text.batches(rows, o.at_once or 1)):
-        loss = student(batch) / counted
-        penalty = _penalty(student) if n == 0 else None
-        total += float(loss.detach())
-        (loss if penalty is None else loss + penalty).backward()
-    if not math.isfinite(total):
+    try:
+        return trainer.step(samples, step)
+    except NotFiniteError as error:
+        good = f"the state after step {saved} is saved" if saved else "no earlier state is saved"
         raise LilliputError(
-            f"the loss is {total} at step {step + 1} (samples {list(samples)}): the state of step "
-            f"{step - step % o.save} is saved; lower lr, or check the text"
-        )
-    if o.clip is not None:
-        nn.utils.clip_grad_norm_(list(run.parameters.values()), o.clip)
-    for group in run.optimizer.param_groups:
-        group["lr"] = o.lr * group["factor"] * rate(step, o)
-    for core in student.cores().values():
-        core.after_backward()
-    run.optimizer.step()
-    for core in student.cores().values():
-        core.after_step(o.lr * rate(step, o))
-    return total
-
-
-def _penalty(student: Student) -> Tensor | None:
-    terms = [x for core in student.cores().values() if (x := core.penalty()) is not None]
-    return None if not terms else torch.stack(terms).sum()
+            f"{error} at step {step + 1} (samples {list(samples)}); the last good step is {step}, and {good}: lower "
+            "lr, or check the text of these samples"
+        ) from None

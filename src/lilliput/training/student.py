@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,24 @@ class TrainedLinear(nn.Module):
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
 
+def penalties(cores: Sequence[Trained]) -> Tensor | None:
+    """What some linears add to the loss, None: nothing."""
+    terms = [x for core in cores if (x := core.penalty()) is not None]
+    return None if not terms else torch.stack(terms).sum()
+
+
+def _checkpointed(block: nn.Module) -> None:
+    """From now on a block keeps its inputs alone for the way back, and runs again there."""
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+
+    block.__dict__["forward"] = forward
+
+
 @dataclass(frozen=True)
 class Batch:
     """ids, counts [B, T] as in `Lessons`, positions the same or None; taught: for the tokens that count, in order;
@@ -97,7 +115,12 @@ class Student(nn.Module):
     each of them loses besides."""
 
     def __init__(
-        self, skeleton: Skeleton, loss: Callable[[TokenIO], Tensor] | None, compared: Compared | None = None
+        self,
+        skeleton: Skeleton,
+        loss: Callable[[TokenIO], Tensor] | None,
+        compared: Compared | None = None,
+        *,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model = skeleton.model
@@ -105,6 +128,9 @@ class Student(nn.Module):
         self.skeleton = skeleton
         self.compared = compared
         self._loss = loss
+        if checkpointing and compared is None:  # what is compared is kept anyway
+            for n in range(len(skeleton.block_names)):
+                _checkpointed(skeleton.block(n))
 
     def place(self, name: str, core: Trained) -> None:
         """Put what is trained of the linear `name` in its place."""
@@ -117,6 +143,10 @@ class Student(nn.Module):
     def cores(self) -> Mapping[str, Trained]:
         """What is trained, by the name of the linear."""
         return {name.removesuffix(".core"): x for name, x in self.model.named_modules() if isinstance(x, Trained)}
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of a batch."""
+        return penalties(tuple(self.cores().values()))
 
     @contextmanager
     def still(self) -> Iterator[None]:

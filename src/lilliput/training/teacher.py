@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lilliput.data.lessons import Lessons
+from lilliput.errors import DataError
 from lilliput.machine import memory
 from lilliput.model.weights import Model
 from lilliput.progress import Progress
 from lilliput.streaming.forward import embed, finish, through
 from lilliput.streaming.states import Activations
+from lilliput.training.packing import leaks
 from lilliput.verbs.objective import Taught
 
 LOGITS = 1 << 24  # logits that are in memory at a time
@@ -150,6 +152,11 @@ def _streamed(
 def _whole(teacher: Model, lessons: Lessons, notes: Notes, temperature: float, progress: Progress) -> None:
     skeleton, names = teacher.skeleton, tuple(teacher.skeleton.shapes)
     teacher.load(names)
+    if leaks(skeleton):
+        raise DataError(
+            f"the teacher {teacher.source.model} lets documents of one row see each other, whatever positions it is "
+            "given: train on text in one piece (a .txt file, or rows with 'text' and documents: false)"
+        )
     with torch.no_grad():
         for n in range(len(lessons)):
             progress.step(n, len(lessons), "teacher")

@@ -49,11 +49,17 @@ class Text:
     def rows(self, samples: Sequence[int]) -> Rows:
         """The text of a step whose lessons are `samples`."""
         some = list(samples)
-        ids, counts = self.lessons.ids[some], self.lessons.counts[some]
-        if self._roll is not None and (own := self._roll(ids, counts)) is not None:
-            return Rows(own.ids, own.counts, None, None, own.extra)
+        if self._roll is not None:
+            own = self._roll(self.lessons.ids[some], self.lessons.counts[some])
+            if own is not None:
+                return Rows(own.ids, own.counts, None, None, own.extra)
+        return self.given(some)
+
+    def given(self, samples: Sequence[int]) -> Rows:
+        """The lessons `samples` themselves."""
+        some = list(samples)
         positions = None if self.lessons.positions is None else self.lessons.positions[some]
-        return Rows(ids, counts, positions, tuple(some), None)
+        return Rows(self.lessons.ids[some], self.lessons.counts[some], positions, tuple(some), None)
 
     def batches(self, rows: Rows, size: int) -> Iterator[Batch]:
         """`size` rows at a time."""

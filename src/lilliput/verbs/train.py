@@ -43,8 +43,14 @@ class TrainOptions(Strict):
     optimizer: Literal["adamw", "adamw-8bit", "paged"] = Field(
         "adamw", description="adamw: moments in float32; adamw-8bit: in 8 bits; paged: in float32, on disk"
     )
-    data: str | None = Field(
-        None, description="text to train on, as --data; self: what the teacher writes; none: that of the calibration"
+    data: str | Mapping[str, float] | None = Field(
+        None,
+        description="text to train on, as --data, or several texts with their weights; self: what the teacher writes; "
+        "none: that of the calibration",
+        json_schema_extra={"names": "text"},
+    )
+    documents: bool = Field(
+        False, description="rows of a data set are documents that do not see each other; chats always are"
     )
     greedy: tuple[int, int] | None = Field(
         None,
@@ -54,6 +60,15 @@ class TrainOptions(Strict):
     tokens: int = Field(512, ge=2, description="tokens of a sample")
     top: int | None = Field(
         64, ge=1, description="tokens of which the teacher's probabilities are kept, the rest being one; none: all"
+    )
+    held_out: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the samples that is not trained on: what loses least there is kept, not what comes last",
+    )
+    checkpointing: bool = Field(
+        True, description="keep of each block its inputs alone, and run it again on the way back"
     )
     others: tuple[str, ...] = Field((), description='tensors outside the linears that are trained too, as "*norm*"')
     save: int = Field(25, ge=1, description="steps between two states from which a killed run goes on")

@@ -1,0 +1,163 @@
+"""The whole model in memory: gradients of a batch, of all processes' parts of it, and a step of the optimizer."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lilliput.errors import LilliputError
+from lilliput.machine import ranks
+from lilliput.training import loop
+from lilliput.training.loop import NotFiniteError
+from lilliput.training.optimizers import AdamW, Leaf, held_back, local, sharded
+from lilliput.training.student import Student
+from lilliput.training.text import Rows, Text
+from lilliput.verbs.train import TrainOptions
+
+
+class Place(Protocol):
+    """Where files of a training lie meanwhile; `folder` takes what an optimizer keeps on disk."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def load(self, name: str) -> Mapping[str, Tensor] | None:
+        """What was saved last under a name, None: nothing."""
+        ...
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """In place of that, whole or not at all."""
+        ...
+
+
+def leaves(student: Student, o: TrainOptions) -> tuple[Leaf, ...]:
+    """What is trained: of linears at rates of their own, and `others`."""
+    found: list[Leaf] = []
+    for linear, core in student.cores().items():
+        rates = core.rates()
+        for name, value in core.named_parameters():
+            if value.requires_grad:
+                decay = 0.0 if name in rates else o.weight_decay
+                found.append(Leaf(f"{linear}.{name}", value, rates.get(name, 1.0), decay))
+    inside = {id(x) for core in student.cores().values() for x in core.parameters()}
+    for name, value in student.model.named_parameters():
+        if id(value) not in inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in o.others):
+            value.requires_grad_()
+            found.append(Leaf(name, value))
+    if student.maps is not None and student.compared is not None:
+        rate = student.compared.rate
+        found += [Leaf(f"maps.{name}", value, rate) for name, value in student.maps.named_parameters()]
+    return tuple(found)
+
+
+class Whole:
+    """A `loop.Trainer`."""
+
+    def __init__(self, student: Student, text: Text, o: TrainOptions, place: Place) -> None:
+        self._student, self._text, self._o = student, text, o
+        self._place = place
+        self._leaves = leaves(student, o)
+        own = place.folder if ranks.size() == 1 or o.optimizer != "paged" else place.folder / f"rank-{ranks.rank()}"
+        own.mkdir(exist_ok=True)
+        self._optimizer = AdamW(self._leaves, o.optimizer, own)
+
+    def step(self, samples: Sequence[int], step: int) -> float:
+        o = self._o
+        torch.manual_seed(o.seed * 1_000_003 + step)  # whatever is drawn is the same after a resume
+        for core in self._student.cores().values():
+            core.step(step / max(o.steps, 1))
+        for leaf in self._leaves:
+            leaf.value.grad = None
+        rows = self._text.rows(list(samples)[ranks.share(len(samples))])
+        whole = int(ranks.add(torch.tensor(rows.tokens)))
+        if not whole:
+            raise LilliputError("what the student has written holds no token that counts: lower lr, or lower lambda")
+        total = self._backward(rows, whole)
+        slopes = [self._summed(x.value.grad) for x in self._leaves if x.value.grad is not None]
+        size = held_back(slopes, o.clip)
+        if not (math.isfinite(total) and math.isfinite(size)):
+            what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {size}"
+            raise NotFiniteError(what)
+        rate = o.lr * loop.rate(step, o)
+        for core in self._student.cores().values():
+            core.after_backward()
+        self._optimizer.step(rate)
+        for core in self._student.cores().values():
+            core.after_step(rate)
+        return total
+
+    def _backward(self, rows: Rows, whole: int) -> float:
+        """Gradients of this process's rows to the leaves; the mean loss over all of the step's `whole` tokens."""
+        total = 0.0
+        # What processes have shared out is averaged over them on the way back, where a sum is wanted.
+        factor = float(ranks.size()) if any(sharded(x.value) for x in self._leaves) else 1.0
+        for n, batch in enumerate(self._text.batches(rows, self._o.at_once or 1)):
+            loss = self._student(batch) / whole
+            penalty = self._student.penalty() if n == 0 and ranks.lead() else None
+            total += float(loss.detach())
+            (factor * (loss if penalty is None else loss + penalty)).backward()
+        return float(ranks.add(torch.tensor(total, dtype=torch.float64)))
+
+    def _summed(self, slope: Tensor) -> Tensor:
+        return slope if sharded(slope) else ranks.add(slope)
+
+    @torch.no_grad()
+    def judge(self, samples: Sequence[int]) -> float:
+        rows = self._text.given(list(samples)[ranks.share(len(samples))])
+        total = sum(float(self._student(batch)) for batch in self._text.batches(rows, self._o.at_once or 1))
+        whole = loop.counted(self._text.lessons, samples)
+        return float(ranks.add(torch.tensor(total, dtype=torch.float64))) / whole
+
+    def save(self, done: int, facts: Mapping[str, Tensor]) -> None:
+        state = {f"moment.{name}": x for name, x in self._optimizer.state(done).items()}
+        self._put("state", {**self._values(), **state, **{f"fact.{name}": x for name, x in facts.items()}})
+        self._optimizer.settled(done)
+
+    def restore(self) -> Mapping[str, Tensor] | None:
+        saved = self._place.load("state")
+        if saved is None:
+            return None
+        self._load(saved)
+        facts = _below("fact.", saved)
+        self._optimizer.restore(_below("moment.", saved), len(facts["losses"]))
+        return facts
+
+    def keep(self) -> None:
+        self._put("best", self._values())
+
+    def take_back(self) -> None:
+        best = self._place.load("best")
+        if best is None:
+            raise RuntimeError("nothing was kept")
+        self._load(best)
+
+    def _values(self) -> dict[str, Tensor]:
+        values = {f"value.{x.name}": x.value.detach() for x in self._leaves}
+        for linear, core in self._student.cores().items():
+            values |= {f"core.{linear}.{name}": x for name, x in core.state().items()}
+        return values
+
+    def _put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._place.save(name, {key: x.contiguous().cpu() for key, x in tensors.items()})
+
+    @torch.no_grad()
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        for x in self._leaves:
+            local(x.value).copy_(tensors[f"value.{x.name}"])
+        for linear, core in self._student.cores().items():
+            for name, held in core.state().items():
+                held.copy_(tensors[f"core.{linear}.{name}"])
+
+    def delete(self) -> None:
+        """Remove what lies on disk, but for what `place` has saved."""
+        self._optimizer.delete()
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -74,6 +74,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "falls"), OBJECTIVES, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(OBJECTIVES)]
 )

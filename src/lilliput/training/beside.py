@@ -78,7 +78,7 @@ class Beside:
             self._log_p(states[a : a + size]).gather(1, labels[a : a + size, None])[:, 0]
             for a in range(0, len(states), size)
         ]
-        rows = torch.cat(known).split(chosen.sum(1).tolist()) if known else ()
+        rows = torch.split(torch.cat(known), chosen.sum(1).tolist()) if known else ()
         return torch.cat([self._weigh(x) for x in rows]) if known else states.new_zeros(0)
 
     def close(self) -> None:

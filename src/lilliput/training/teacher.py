@@ -63,7 +63,7 @@ class Notes:
         label = some(self.label)[:, 0]
         weights: Tensor | None = None
         if self._weigh is not None:
-            weights = torch.cat([self._weigh(x) for x in label.split(chosen.sum(1).tolist())])
+            weights = torch.cat([self._weigh(x) for x in torch.split(label, chosen.sum(1).tolist())])
 
         def piece(a: int, b: int) -> Taught:
             return Taught(

@@ -11,9 +11,9 @@ transformers score the same tokens in float32, for a container by the folder tha
 float32 where it can, and in a type of 16 bits where its kernels for integers need one; then transformers scores them in
 that type as well, which says what rounding alone does; where inputs are rounded, it moves their codes too. "equal":
 log-probabilities within EQUAL, or within TWICE that rounding; "unclear": so, where that rounding is above CLEAR;
-"differs": not; "fails": why. "inputs as they are": on average as close to the folder without its rounding of inputs as
-that folder is to itself in both types (within SAME). Beside it, how many of NEW tokens vLLM chose as transformers
-would.
+"differs": not; "fails": why. "inputs as they are", "cache as it is": on average as close to the folder without its
+rounding of inputs, or of keys and values, as that folder is to itself in both types (within SAME). Beside it, how many
+of NEW tokens vLLM chose as transformers would.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from torch import Tensor
 
 import lilliput
 from lilliput.recipe.schema import Recipe
+from lilliput.runtime import caches
+from lilliput.source import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "engines.json"
@@ -153,6 +155,9 @@ def cases() -> dict[str, Case]:
         inputs = {"method": "minifloat", "target": {"format": name}, "options": power}
         rows.append(Case(f"{name.upper()}, weights and inputs", "llama in bfloat16", engine, (block, inputs)))
         rows.append(Case(f"{name.upper()} weights alone", "llama", engine, (block,)))
+    cache = {"method": "kv-fp8"}
+    rows.append(Case("FP8 cache", "llama", engine, (cache,)))
+    rows.append(Case("FP8 cache, int4 sym", "llama", engine, (four, cache)))
     own = {native: "float32"}
     typed = (replace(x, dtype="float16" if x.to else own.get(x.layout, x.dtype)) for x in rows)
     return {x.name: x for x in typed}
@@ -261,26 +266,35 @@ def scored(folder: Path, tokens: list[int], dtype: torch.dtype) -> Tensor:
         # What it decodes from small floats in blocks is bfloat16, whatever dtype is asked for.
         model.hf_quantizer.compressor.decompress_model(model)
         model.to(dtype)
+    source = open_source(str(folder))
+    if source.caches:  # which not every release of compressed-tensors rounds in transformers' models
+        caches.install(model, source.caches, source.read)
     with torch.no_grad():
-        logits: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
+        logits: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=bool(source.caches)).logits[0, :-1]
     return logits.float().log_softmax(-1)
 
 
-def plain(folder: Path) -> Path | None:
-    """A copy of a folder that tells of no rounded inputs; None where it has none."""
+def plain(folder: Path) -> tuple[Path, str] | None:
+    """A copy of a folder that tells of no rounded inputs and of no compressed cache, and which of them it had; None
+    where it has neither."""
     config = json.loads((folder / "config.json").read_text())
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    if not [x for x in groups if x.pop("input_activations", None)]:
+    how = config.get("quantization_config", {})
+    groups = how.get("config_groups", {}).values()
+    inputs = [x for x in groups if x.pop("input_activations", None)]
+    cache = how.pop("kv_cache_scheme", None)
+    if not inputs and cache is None:
         return None
+    if cache is not None and not groups:
+        del config["quantization_config"]
     out = folder.with_name(f"{folder.name} plain")
     shutil.copytree(folder, out)
     (out / "config.json").write_text(json.dumps(config))
-    return out
+    return out, "inputs as they are" if inputs else "cache as it is"
 
 
-def judged(folder: Path, answer: dict[str, Any], dtype: str, without: Path | None = None) -> dict[str, Any]:
+def judged(folder: Path, answer: dict[str, Any], dtype: str, without: tuple[Path, str] | None = None) -> dict[str, Any]:
     """The finding, the largest difference of a log-probability, that of rounding alone, and equal choices. `without`:
-    the folder without its rounding of inputs."""
+    the folder without its rounding of inputs or of its cache, and what to say where vLLM does without, too."""
     if "why" in answer:
         return {"finding": "fails", "why": answer["why"]}
     tokens, theirs = answer["tokens"], torch.tensor(answer["scores"])
@@ -293,10 +307,10 @@ def judged(folder: Path, answer: dict[str, Any], dtype: str, without: Path | Non
     same = sum(a == b for a, b in zip(exact.argmax(-1)[PROMPT - 1 :].tolist(), tokens[PROMPT:], strict=True))
     if without is not None:
         kept, narrow = (
-            scored(without, tokens, x).gather(1, chosen)[:, 0] for x in (torch.float32, getattr(torch, dtype))
+            scored(without[0], tokens, x).gather(1, chosen)[:, 0] for x in (torch.float32, getattr(torch, dtype))
         )
         if float((theirs - kept).abs().mean()) <= SAME * float((narrow - kept).abs().mean()):
-            return {"finding": "inputs as they are", "apart": _short(apart), "rounding": _short(rounding), "same": same}
+            return {"finding": without[1], "apart": _short(apart), "rounding": _short(rounding), "same": same}
     finding = "differs" if apart > max(EQUAL, TWICE * rounding) else "unclear" if rounding > CLEAR else "equal"
     return {"finding": finding, "apart": _short(apart), "rounding": _short(rounding), "same": same}
 

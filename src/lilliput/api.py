@@ -48,6 +48,7 @@ def plan(
     size: int | None = None,
     bits: float | None = None,
     decode_time: Decoding | None = None,
+    context: int | None = None,
     menu: Sequence[str] = (),
     fit_blocks: bool = False,
     dtype: str = "auto",
@@ -60,13 +61,14 @@ def plan(
 ) -> Plan:
     """What `compress` with the same arguments would do. Reads no weights and writes nothing.
 
-    `memory` and `size` are budgets in bytes. The calibration text is read, and the place for `work` looked at. Raises
+    `memory` and `size` are budgets in bytes; `context`: tokens of one sequence whose keys and values count in the size,
+    and without one are counted all the same. The calibration text is read, and the place for `work` looked at. Raises
     LilliputError for whatever stands in the way.
     """
     text, limits, fit = (
         Calibration(data, samples, tokens, seed),
-        Limits(memory, size),
-        _fit(recipe, size, bits, decode_time, menu, to, fit_blocks),
+        Limits(memory, size, context),
+        _fit(recipe, size, bits, decode_time, context, menu, to, fit_blocks),
     )
     chosen = DEFAULT_RECIPE if recipe is None else recipe
     job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit, teacher)
@@ -76,6 +78,7 @@ def plan(
 def frontier(
     model: str | Path,
     *,
+    context: int | None = None,
     menu: Sequence[str] = (),
     to: str | None = None,
     data: str = Calibration.data,
@@ -91,11 +94,13 @@ def frontier(
 ) -> Frontier:
     """How small the model can get: the best choice of grids at many sizes, with the predicted KL divergence of each.
 
-    One measuring pass over the calibration text; no model is written. `work`: where a killed call can go on from.
-    Raises LilliputError.
+    One measuring pass over the calibration text; no model is written. `context`: tokens of one sequence whose keys and
+    values count beside the folder. `work`: where a killed call can go on from. Raises LilliputError.
     """
-    text, fit = Calibration(data, samples, tokens, seed), Fit(size=1, menu=tuple(menu), to=to)
-    job = session.Job(model, DEFAULT_RECIPE, settings, text, Limits(memory), _compute(dtype, device, work), fit)
+    text, fit = Calibration(data, samples, tokens, seed), Fit(size=1, menu=tuple(menu), to=to, context=context)
+    job = session.Job(
+        model, DEFAULT_RECIPE, settings, text, Limits(memory, context=context), _compute(dtype, device, work), fit
+    )
     return curve.frontier(job, progress)
 
 
@@ -111,6 +116,7 @@ def compress(
     size: int | None = None,
     bits: float | None = None,
     decode_time: Decoding | None = None,
+    context: int | None = None,
     menu: Sequence[str] = (),
     fit_blocks: bool = False,
     dtype: str = "auto",
@@ -130,20 +136,21 @@ def compress(
     or a Recipe (None: `w4-engines`, or with `size` or `bits` the best composition that keeps to it, of the grids of
     `menu`, and `fit_blocks` to fit its codes block by block); `settings` such as "gptq.bits=3" change it. bits:
     average of stored bits over the linears. decode_time: the longest time that a decoding step is predicted to take on
-    a named device. data: calibration text, `samples` windows of `tokens` tokens. memory: the most bytes of RAM to take
-    above the imported package. size: the most bytes that `out` may have. eval_data: text to measure on (default: the
-    second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for none. to: the container to write `out` as in
-    place of a folder, see `convert`. teacher: the model that training steps learn from, by default `model` as it is. A
-    killed call continues when it is repeated. Raises LilliputError; nothing
-    half-written ever shows at `out`.
+    a named device. context: tokens of one sequence whose keys and values count in `size` beside the folder; without a
+    recipe it is chosen block by block how they are stored. data: calibration text, `samples` windows of `tokens`
+    tokens. memory: the most bytes of RAM to take above the imported package. size: the most bytes that `out` may have.
+    eval_data: text to measure on (default: the second half of `docs`); eval_windows: windows of 1,024 tokens, 0 for
+    none. to: the container to write `out` as in place of a folder, see `convert`. teacher: the model that training
+    steps learn from, by default `model` as it is. A killed call continues when it is repeated. Raises LilliputError;
+    nothing half-written ever shows at `out`.
 
     Under torchrun every process calls this, and they share the samples; the first writes, measures and shows progress,
     and what the others return lacks the evaluation.
     """
     text, limits, fit = (
         Calibration(data, samples, tokens, seed),
-        Limits(memory, size),
-        _fit(recipe, size, bits, decode_time, menu, to, fit_blocks),
+        Limits(memory, size, context),
+        _fit(recipe, size, bits, decode_time, context, menu, to, fit_blocks),
     )
     chosen = DEFAULT_RECIPE if recipe is None else recipe
     job = session.Job(model, chosen, settings, text, limits, _compute(dtype, device, work), fit, teacher)
@@ -178,6 +185,7 @@ def _fit(
     size: int | None,
     bits: float | None,
     decoding: Decoding | None,
+    context: int | None,
     menu: Sequence[str],
     to: str | None,
     fit_blocks: bool,
@@ -185,7 +193,7 @@ def _fit(
     """The search for a composition, where one is asked for. Raises PlanError where a recipe is given as well."""
     if recipe is None:
         asked = size is not None or bits is not None or decoding is not None or menu or fit_blocks
-        return Fit(size, bits, decoding, tuple(menu), to, fit_blocks) if asked else None
+        return Fit(size, bits, decoding, tuple(menu), to, fit_blocks, context) if asked else None
     given = {"--bits": bits, "--decode-time": decoding, "--menu": menu or None, "--fit-blocks": fit_blocks or None}
     for option, value in given.items():
         if value is not None:

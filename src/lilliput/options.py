@@ -22,10 +22,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most bytes: of RAM above the imported package, and of the written folder. None: no limit is stated."""
+    """The most bytes: of RAM above the imported package, and of the written folder. None: no limit is stated. context:
+    tokens of a sequence whose keys and values count in the size."""
 
     memory: int | None = None
     size: int | None = None
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Decoding:
 @dataclass(frozen=True)
 class Fit:
     """What a composition is searched for: the most bytes of the written folder or file, the average of stored bits over
-    the linears of the blocks, or the time of a decoding step; `menu`: a name of `budget.menu`, or grids, none for the
+    the linears of the blocks, or the time of a decoding step; `context`: tokens of a sequence whose keys and values
+    count in the size; `menu`: a name of `budget.menu`, or grids, none for the
     usual one; `to`: the container that takes the place of the folder; `fit_blocks`: fit the chosen codes of each block
     to its outputs afterwards."""
 
@@ -49,6 +52,7 @@ class Fit:
     menu: tuple[str, ...] = ()
     to: str | None = None
     fit_blocks: bool = False
+    context: int | None = None
 
 
 @dataclass(frozen=True)

@@ -277,6 +277,8 @@ def test_size(refused: Callable[..., str], lilliput: Callable[..., tuple[int, st
         (["--decode-time", "2ms@h100", "--bits", "3"], ["contradict"]),
         (["--decode-time", "2ms@h100", "--recipe", "gptq"], ["--decode-time", "--recipe"]),
         (["--bits", "4", "--menu", "natif"], ["natif", "Did you mean 'native'"]),
+        (["--bits", "4", "--context", "100"], ["--context", "--bits", "--size"]),
+        (["--size", "1MB", "--context", "9999"], ["--context 9999", "256 positions"]),
         (["--bits", "4", "--menu", "int4/64/odd"], ["odd", "int4/64/asym"]),
         (["--bits", "4", "--menu", "int9/64"], ["int9"]),
         (["--bits", "4", "--menu", "int4/64,int4/64"], ["twice"]),
@@ -293,6 +295,7 @@ def test_goals(refused: Callable[..., str], tiny: Tiny, more: list[str], words: 
     [
         (["--frontier", "--size", "1MB"], ["--frontier", "--size"]),
         (["--frontier", "--recipe", "gptq"], ["--frontier", "--recipe"]),
+        (["--frontier", "--fit-blocks"], ["--frontier", "--fit-blocks"]),
         (["--html", "page.html"], ["--frontier"]),
     ],
 )

@@ -18,6 +18,7 @@ from lilliput.methods import discover
 from lilliput.runtime import caches
 from lilliput.runtime.caches import KINDS, Entry
 from lilliput.runtime.caches.codec import CacheCodec, CacheShape, CodecSpec, Incoming
+from lilliput.runtime.caches.fp8 import Fp8Spec
 from lilliput.runtime.caches.kivi import KiviSpec
 from lilliput.runtime.caches.kvquant import KvquantSpec
 from lilliput.runtime.caches.per_token import PerTokenSpec
@@ -43,6 +44,7 @@ SPECS = [
     ShiftedSpec(3, 3, 0),
     WindowSpec(2, 9),
     WindowSpec(0, 64),
+    Fp8Spec(),
 ]
 NAMES = [f"{x.kind}-{n}" for n, x in enumerate(SPECS)]
 Tiny = Callable[[str], Path]
@@ -127,7 +129,7 @@ def test_rows_are_chosen_and_tokens_are_cut(spec: CodecSpec) -> None:
     cut.keep(21)
     assert cut.length == 21
     again = fed(spec, keys, values, [21])
-    if spec.kind in ("kv-rtn", "wkvquant", "kvquant"):
+    if spec.kind in ("kv-rtn", "wkvquant", "kvquant", "kv-fp8"):
         for a, b in zip(cut.materialise(), again.materialise(), strict=True):
             assert torch.equal(a, b)
     if spec.kind == "kivi":  # the cut chunk is kept as it was read

@@ -95,3 +95,19 @@ def test_refuses_what_cannot_be(tokenizer):
         generate_tokens(Resident(), tokenizer, 0, 4)
     with pytest.raises(DataError, match="above 0"):
         generate_tokens(Resident(), tokenizer, 1, 4, temperature=0.0)
+
+
+def test_texts_begin_with_a_random_token_and_the_likeliest(tokenizer):
+    model = Resident()
+    written = generate_tokens(model, tokenizer, 12, 10, seed=3, greedy=(2, 4)).ids
+    assert len(set(written[:, 0].tolist())) > 6
+    model.load(tuple(model.skeleton.shapes))
+    with torch.no_grad():
+        likeliest = model.skeleton.logits(model.skeleton.read(written))[..., : len(tokenizer)].argmax(-1)
+    same = written[:, 1:] == likeliest[:, :-1]
+    assert bool(same[:, :2].all())
+    assert 0 < int(same[:, 2:4].sum()) < 24
+    assert not bool(same[:, 4:].all())
+    assert torch.equal(written, generate_tokens(model, tokenizer, 12, 10, seed=3, greedy=(2, 4), batch=5).ids)
+    with pytest.raises(DataError, match="rise"):
+        generate_tokens(model, tokenizer, 2, 4, greedy=(3, 1))

@@ -15,6 +15,7 @@ import transformers as tf
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -191,6 +192,53 @@ def test_the_plan_says_what_vllm_makes_of_global_scales() -> None:
     found = [outcome(form("nvfp4"), name=x) for x in names]
     assert "takes one global scale of nvfp4 for gate_proj, up_proj" in (CompressedTensors().dense_note(found) or "")
     assert "global scale" not in (CompressedTensors().dense_note(found[1:]) or "")
+    shared = [outcome(form("nvfp4"), name=x, stack=names[0]) for x in names[:2]]
+    assert "global scale" not in (CompressedTensors().dense_note(shared) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["rtn", "gptq", "differ"])
+def test_linears_that_engines_run_as_one_share_a_global_scale(tiny: Tiny, tmp_path: Path, steps: str) -> None:
+    """And what is written is what the plan's layers compute: their codes on that scale."""
+    weights = "  - {{method: {}, target: {{format: nvfp4}}{}}}\n"
+    inputs = "  - {method: minifloat, target: {format: nvfp4}}\n"
+    own = weights.format(steps, "")
+    if steps == "differ":
+        own = weights.format("gptq", ", where: {include: ['*.q_proj']}") + weights.format(
+            "rtn", ", where: {exclude: ['*.q_proj']}"
+        )
+    recipe = f"export: compressed-tensors\nsteps:\n{own}{inputs}"
+    source = tf.AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16)
+    for x in ("v_proj", "up_proj"):  # whose own global scales would be others
+        for name, value in source.named_parameters():
+            if name.endswith(f"{x}.weight"):
+                value.data *= 3
+    source.save_pretrained(tmp_path / "source")
+    for x in tiny("llama").iterdir():
+        if not (tmp_path / "source" / x.name).exists():
+            (tmp_path / "source" / x.name).write_bytes(x.read_bytes())
+    out = tmp_path / "out"
+    done = api.compress(tmp_path / "source", out, recipe=recipe, samples=2, tokens=32, eval_windows=0, progress=Quiet())
+    said = any("takes one global scale" in x for x in done.plan.notes)
+    assert said == (steps == "differ")
+    tensors = load_file(out / "model.safetensors")
+    model, before = open_model(out), open_model(tmp_path / "source")
+    for n in range(4):
+        for place, names in {"self_attn": "qkv", "mlp": ("gate", "up")}.items():
+            prefixes = [f"model.layers.{n}.{place}.{x}_proj" for x in names]
+            first, *others = (tensors[f"{x}.weight_global_scale"] for x in prefixes)
+            assert all(torch.equal(first, x) for x in others) == (steps != "differ" or place == "mlp")
+            if steps != "rtn":
+                continue
+            together = torch.cat([before.read(f"{x}.weight").float() for x in prefixes])
+            grid = form("nvfp4").fit(together, search="mse", importance=None)
+            assert torch.equal(grid.second[0], first)
+            ends = torch.cat([model.read(f"{x}.weight").float() for x in prefixes])
+            scale = torch.cat([tensors[f"{x}.weight_scale"].float() for x in prefixes]) / first
+            codes = ends.view(len(ends), -1, 16) / scale[..., None]
+            nearest = form("nvfp4").on(ends).levels
+            assert float((codes[..., None] - nearest).abs().amin(-1).max()) < 0.03  # read in bfloat16
+            assert float((ends - together).norm() / together.norm()) < 0.12
 
 
 def test_two_layouts_in_one_folder_name_their_linears() -> None:

@@ -171,7 +171,7 @@ def test_ranks_that_try_out_agree_on_what_they_find(tiny: Tiny, together: Togeth
 RECIPE = """
 name: everything
 steps:
-  - {method: spinquant, options: {steps: 1, sequences: 2}}
+  - {method: spinquant, options: {steps: 1, sequences: 2, r2: true}}
   - {method: owl, options: {multiple: 2.0}}
   - {method: wanda, target: {sparsity: 0.5}}
   - {method: gptq, target: {bits: 4}, options: {search: minmax}}

@@ -78,7 +78,6 @@ def test_a_printed_recipe_is_one_that_plans(tiny: Callable[[str], Path], name: s
 def test_methods_that_need_company_bring_it() -> None:
     assert [step.method for step in load("spinquant").steps] == [
         "spinquant",
-        "head-rotation",
         "online-hadamard",
         "gptq",
         "act-static-dynamic",

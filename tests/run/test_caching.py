@@ -20,11 +20,15 @@ from lilliput.efficiency import count
 from lilliput.efficiency import device as find_device
 from lilliput.efficiency.roofline import operators, workload
 from lilliput.errors import PlanError, SourceError
+from lilliput.methods.cache import kvquant
 from lilliput.metrics.evaluate import evaluate
 from lilliput.model.stored import caches_of, open_model
 from lilliput.parts.linear import CACHES, parse_config
+from lilliput.run.journal import Work
 from lilliput.runtime import caches
 from lilliput.runtime.caches.codec import PairCodec
+from lilliput.streaming import backward
+from lilliput.verbs.cache import CacheIO
 
 Tiny = Callable[[str], Path]
 Write = Callable[..., Path]
@@ -113,6 +117,77 @@ def test_a_streamed_evaluation_is_that_of_the_whole_model(written: Write, name: 
         plain = evaluate(model, windows=WINDOWS, tokens=TOKENS)
     if chunk < TOKENS or step is RTN:
         assert found.perplexity.value != plain.perplexity.value
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_step_can_weigh_by_squared_gradients(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Keys before their rotation and values of every block, by autograd through the whole of transformers' model."""
+    seen: list[CacheIO] = []
+    fit = kvquant.fit
+    monkeypatch.setitem(vars(kvquant.METHOD), "fit", lambda io, *a: (seen.append(io), fit(io, *a))[1])
+    step = {"method": "kvquant", "target": {"bits": 2}, "options": {"weigh": "fisher", "samples": 3, "sinks": 2}}
+    done = api.compress(
+        tiny(name), tmp_path / "out", recipe=recipe(step), samples=4, tokens=24, eval_windows=0, device="cpu",
+        dtype="float32",
+    )  # fmt: skip
+    assert done.plan.samples == 4
+    model = tf.AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32)
+    source = open_model(tiny(name))
+    ids = load_tokens("docs", source.source.tokenizer(), samples=4, tokens=24).ids[:3]
+    found: list[Tensor] = []
+    ends = ("k_proj", "v_proj", "c_attn")
+
+    def keep(module: Any, args: Any, out: Tensor) -> None:
+        out.retain_grad()
+        found.append(out)
+
+    for path, module in model.named_modules():
+        if path.endswith(ends):
+            module.register_forward_hook(keep)
+    loss = torch.nn.functional.cross_entropy(
+        model(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    slopes = [x.grad for x in found if x.grad is not None]
+    if name == "gpt2":
+        slopes = [part for x in slopes for part in x.chunk(3, -1)[1:]]
+    assert len(seen) == len(slopes) // 2 == len(source.skeleton.block_names)
+    for n, io in enumerate(seen):
+        for own, other in zip((io.key_weights, io.value_weights), slopes[2 * n : 2 * n + 2], strict=True):
+            assert own is not None
+            wanted = other[:, 2:].flatten(0, 1).view(own.shape).square()
+            torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
+    assert not list((tmp_path).rglob("slopes-*.bin"))
+
+
+def test_gradients_for_a_cache_are_taken_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies in a block goes on with the files of its pass, and ends with the same bytes."""
+    step = {"method": "kvquant", "target": {"bits": 2}, "options": {"weigh": "fisher", "samples": 2}}
+    steps = recipe({"method": "rtn", "target": {"bits": 4}}, step)
+    passes: list[None] = []
+    fisher, note = backward.fisher, Work.note
+    monkeypatch.setattr(backward, "fisher", lambda *a, **k: (passes.append(None), fisher(*a, **k))[1])
+
+    def run(out: Path) -> bytes:
+        api.compress(tiny("llama"), out, recipe=steps, samples=2, tokens=24, eval_windows=0, device="cpu")
+        return (out / "model.safetensors").read_bytes()
+
+    whole = run(tmp_path / "whole")
+
+    def dying(self: Work, record: Any) -> None:
+        note(self, record)
+        if record["kind"] == "block" and record["block"] == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "note", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "again")
+    passes.clear()
+    assert run(tmp_path / "again") == whole
+    assert not passes
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lilliput import methods
 from lilliput.run import drivers
-from lilliput.run.driver import LinearDriver, ModelDriver
+from lilliput.run.driver import ModelDriver
 from lilliput.target import Target
 from lilliput.verbs.spec import Task
 
@@ -71,7 +71,7 @@ def run(task: Task, layer: Layer, stats: SiteStats) -> Layer:
     return layer.with_part(DensePart(task.of(Clip).run(layer.rest(), task.options)))
 
 
-DRIVER = LinearDriver(verb=Clip, run=run, stacks=lambda task: False)
+DRIVER = LinearDriver(verb=Clip, run=run)
 '''
 METHOD = '''
 """Nothing larger than so many root mean squares."""
@@ -128,8 +128,6 @@ def test_every_verb_with_methods_has_a_driver() -> None:
 
 
 def test_a_driver_of_another_stage_is_no_answer() -> None:
-    assert drivers.of(_task("rtn"), LinearDriver).stacks(_task("rtn"))
-    assert not drivers.of(_task("quip"), LinearDriver).stacks(_task("quip"))
     with pytest.raises(RuntimeError, match=r"step 1 \(rtn\) is carried out on a linear"):
         drivers.of(_task("rtn"), ModelDriver)
 

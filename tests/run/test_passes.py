@@ -61,6 +61,10 @@ RECIPES: Mapping[str, tuple[Step, ...]] = {
         ),
         Step(method="gptq", target=Target(bits=2, group_size="channel"), where=_ALL),
     ),
+    "spinquant of heads, rtn": (
+        Step(method="spinquant", options={"steps": 1, "sequences": 2, "r2": True, "kind": "orthogonal"}),
+        Step(method="rtn", target=Target(bits=4, group_size="channel")),
+    ),
     "hadamard, wanda 2:4, gptq": (
         Step(method="hadamard"),
         Step(method="wanda", target=Target(pattern="2:4")),

@@ -18,6 +18,7 @@ from lilliput.errors import LilliputError, SourceError
 from lilliput.runtime import caches
 from lilliput.runtime.caches import Entry
 from lilliput.runtime.caches.codec import CodecSpec
+from lilliput.runtime.caches.fp8 import Fp8Spec
 from lilliput.runtime.caches.hooks import attention_of
 from lilliput.runtime.caches.kivi import KiviSpec
 from lilliput.runtime.caches.kvquant import KvquantSpec
@@ -346,3 +347,38 @@ def test_layers_with_states_have_no_growing_cache() -> None:
     assert cached.kinds(config) == ("LinearAttentionLayer", cached.PLAIN)
     cache = cached.filled(config, 1, 5)
     assert cache.layers[1].get_seq_length() == 5
+
+
+@pytest.mark.parametrize("spec", [*COARSE[:2], Fp8Spec()], ids=label)
+def test_a_library_that_drops_keys_by_hooks_is_told_why_not(compressed: Make, plain: Make, spec: CodecSpec) -> None:
+    """As kvpress does: after a prompt an attention's keys and values are read from the cache, and fewer put back."""
+
+    def press(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = next(kwargs[x] for x in (*cached.NAMES, *cached.INNER) if kwargs.get(x) is not None)
+        layer = cache.layers[module.layer_idx]
+        keep = layer.keys.norm(dim=-1).topk(12, dim=-1).indices.sort(-1).values[..., None]
+        layer.keys, layer.values = (
+            x.gather(2, keep.expand(-1, -1, -1, x.shape[-1])) for x in (layer.keys, layer.values)
+        )
+
+    def pressed(model: Any) -> Any:
+        cache = DynamicCache(config=model.config)
+        handles = [x.self_attn.register_forward_hook(press, with_kwargs=True) for x in model.model.layers]
+        try:
+            with torch.no_grad():
+                model(ids(20), use_cache=True, **{cached.argument(model.forward): cache})
+        finally:
+            for handle in handles:
+                handle.remove()
+        return cache
+
+    assert pressed(plain("llama")).layers[0].keys.shape[2] == 12
+    model = compressed("llama", spec)
+    with pytest.raises(LilliputError, match=r"stored compressed, and something reads or replaces them.*kvpress"):
+        pressed(model)
+    with caches.paused(model):
+        assert pressed(model).layers[0].keys.shape[2] == 12
+    layer = CompressedLayer(spec.make(shape_of(Skeleton(model.config), 0), {}))
+    for name in ("keys", "values"):
+        with pytest.raises(LilliputError, match=f"the {name} of this layer"):
+            setattr(layer, name, torch.zeros(1))

@@ -66,9 +66,10 @@ def test_an_engine_that_leaves_inputs_as_they_are_is_seen(check, monkeypatch, tm
     monkeypatch.setattr(check, "scored", scored)
     for apart, finding in ((1.2 * off, "inputs as they are"), (1.3 * off, "differs")):
         answer = {"tokens": [0] * (length + 1), "scores": (kept[:, 0] - apart).tolist()}
-        assert check.judged(tmp_path, answer, "bfloat16", without)["finding"] == finding
+        told = check.judged(tmp_path, answer, "bfloat16", (without, "inputs as they are"))
+        assert told["finding"] == finding
     exact = {"tokens": [0] * (length + 1), "scores": rounded[:, 0].tolist()}
-    assert check.judged(tmp_path, exact, "bfloat16", without)["finding"] == "equal"
+    assert check.judged(tmp_path, exact, "bfloat16", (without, "inputs as they are"))["finding"] == "equal"
 
 
 def test_a_folder_without_its_rounding_of_inputs(check, tmp_path) -> None:
@@ -76,10 +77,21 @@ def test_a_folder_without_its_rounding_of_inputs(check, tmp_path) -> None:
     folder.mkdir()
     group = {"targets": ["Linear"], "weights": {}, "input_activations": {"num_bits": 8}}
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"config_groups": {"group_0": group}}}))
-    other = check.plain(folder)
+    other, kept = check.plain(folder)
+    assert kept == "inputs as they are"
     (left,) = json.loads((other / "config.json").read_text())["quantization_config"]["config_groups"].values()
     assert "input_activations" not in left
     assert check.plain(other) is None
+
+
+def test_a_folder_without_its_compressed_cache(check, tmp_path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    how = {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": how}))
+    other, kept = check.plain(folder)
+    assert kept == "cache as it is"
+    assert json.loads((other / "config.json").read_text()) == {"model_type": "llama"}
 
 
 def test_what_ends_the_engine_is_a_finding_and_the_others_go_on(check, monkeypatch, tmp_path) -> None:

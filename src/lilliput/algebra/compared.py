@@ -44,8 +44,8 @@ def relation(values: Tensor, counts: Tensor) -> Tensor:
     where a column does not count, but for the token itself. A rotation of V leaves it as it is."""
     scores = values.float() @ values.float().transpose(-1, -2) / values.shape[-1] ** 0.5
     own = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)  # no row is empty
-    found: Tensor = scores.masked_fill(~(counts[:, None, None, :] | own), -torch.inf).log_softmax(-1)
-    return found
+    out: Tensor = scores.masked_fill(~(counts[:, None, None, :] | own), -torch.inf).log_softmax(-1)
+    return out
 
 
 def similarities(states: Tensor, counts: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ def flow(first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
     other."""
     a, b = (x.float()[counts] for x in (first, second))
     a, b = (x * x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(_TINY) for x in (a, b))
-    found: Tensor = a.T @ b / max(len(a), 1)
-    return found
+    out: Tensor = a.T @ b / max(len(a), 1)
+    return out
 
 
 def nearest(costs: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:

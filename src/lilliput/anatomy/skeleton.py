@@ -191,10 +191,11 @@ class Skeleton:
             self._forward(self._dummy(hidden.shape[0], hidden.shape[1]))
         return inputs[0]
 
-    def read(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def read(self, ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         """ids int64 [B, T] -> what the head reads, [B, T, H], by the whole model, all of it loaded; gradients pass.
 
-        positions: int64 [B, T], of each token in its document, where rows hold several; none sees another then.
+        positions: int64 [B, T], of each token in its document, where rows hold several; none sees another then, which
+        holds without a cache alone. cache: what keys and values go through.
         """
         inputs: list[Tensor] = []
 
@@ -204,7 +205,7 @@ class Skeleton:
 
         given = {} if positions is None else {"position_ids": positions.to(self.device)}
         with _forwards({self.head_module: stop}), suppress(_StopForwardError):
-            self.model(input_ids=ids.to(self.device), **given, **cached.options(self.model, None))
+            self.model(input_ids=ids.to(self.device), **given, **cached.options(self.model, cache))
         return inputs[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

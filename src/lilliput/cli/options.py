@@ -50,6 +50,12 @@ class Job:
         str | None,
         typer.Option(metavar="TIME@DEVICE", help="Find the best whose decoding step is so short, such as 2ms@h100."),
     ] = None
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of one sequence whose keys and values count in --size, chosen like the weights."
+        ),
+    ] = None
     menu: Annotated[
         str | None,
         typer.Option(help="Formats to choose from: native, integers, compressed-tensors, gguf, prune, or int4/64,..."),

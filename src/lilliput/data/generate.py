@@ -23,6 +23,11 @@ def _first(tokenizer: PreTrainedTokenizerBase, vocabulary: int, draws: Tensor) -
     """First tokens [n] from uniform draws [n]: the beginning-of-text token, or any ordinary one where there is none."""
     if tokenizer.bos_token_id is not None:
         return torch.full(draws.shape, int(tokenizer.bos_token_id))
+    return _ordinary(tokenizer, vocabulary, draws)
+
+
+def _ordinary(tokenizer: PreTrainedTokenizerBase, vocabulary: int, draws: Tensor) -> Tensor:
+    """Ordinary tokens [n] from uniform draws [n]."""
     ordinary = torch.ones(vocabulary, dtype=torch.bool)
     ordinary[[x for x in tokenizer.all_special_ids if x < vocabulary]] = False
     ids = ordinary.nonzero()[:, 0]
@@ -47,12 +52,15 @@ def generate_tokens(
     *,
     temperature: float = 1.0,
     batch: int = BATCH,
+    greedy: tuple[int, int] | None = None,
 ) -> Tokens:
     """Text that the model writes, int64 [samples, tokens], as calibration windows.
 
     Each sample begins with the beginning-of-text token (a random ordinary token where the model has none) and is drawn
     token by token from the model's own distribution. After an end-of-text token the model goes on with what it thinks
-    comes next: no padding. The draws of a sample depend on the seed and its number only; the ids also on the logits,
+    comes next: no padding. With `greedy` a random ordinary token comes first (behind that of the beginning), then as
+    many of the likeliest as each sample draws between the two numbers, and only then what is sampled, as LLM-QAT writes
+    its text. The draws of a sample depend on the seed and its number only; the ids also on the logits,
     so another batch size or thread count may change them by rounding.
 
     All blocks are loaded at once, with a cache of keys and values for `batch` samples, and unloaded at the end.
@@ -62,6 +70,8 @@ def generate_tokens(
         raise DataError(f"{samples} samples of {tokens} tokens: both must be at least 1.")
     if temperature <= 0:
         raise DataError(f"temperature {temperature}: it must be above 0.")
+    if greedy is not None and not 0 <= greedy[0] <= greedy[1]:
+        raise DataError(f"from {greedy[0]} to {greedy[1]} likeliest tokens: give two numbers that rise from 0 on.")
     skeleton = model.skeleton
     names = tuple(skeleton.shapes)
     generator = torch.Generator().manual_seed(seed)
@@ -70,6 +80,11 @@ def generate_tokens(
     vocabulary = min(len(tokenizer), model.vocabulary)
     ids = torch.empty(samples, tokens, dtype=torch.int64)
     writer = CachedModel(skeleton.model)
+    opened, ends = 0, torch.zeros(samples, dtype=torch.int64)  # the text's own first token, and its last greedy one
+    if greedy is not None:
+        opened = 0 if tokenizer.bos_token_id is None or tokens == 1 else 1
+        wide = torch.rand(samples, generator=generator, dtype=torch.float64) * (greedy[1] - greedy[0] + 1)
+        ends = opened + greedy[0] + wide.long()
     if tokenizer.bos_token_id is not None:
         check_ids([int(tokenizer.bos_token_id)], tokenizer, model.vocabulary, "'self'")
     model.load(names)
@@ -83,7 +98,12 @@ def generate_tokens(
                 logits = out.logits[:, -1, :vocabulary].cpu()
                 if not bool(torch.isfinite(logits.sum(dim=-1)).all()):
                     raise DataError(f"the model's logits are not finite at token {at}: it cannot write its own text.")
-                ids[start:stop, at] = _sample(logits, draws[start:stop, at], temperature)
+                some = draws[start:stop, at]
+                if at == opened:
+                    ids[start:stop, at] = _ordinary(tokenizer, vocabulary, some)
+                    continue
+                sampled = _sample(logits, some, temperature)
+                ids[start:stop, at] = torch.where(at <= ends[start:stop], logits.argmax(-1), sampled)
     finally:
         model.unload(names)
     return Tokens.of(ids, "self")

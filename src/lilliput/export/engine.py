@@ -94,6 +94,7 @@ def look(folder: Path, *, memory: int | None = None, progress: Progress | None =
         model, problems, notes = _empty(config, _state(reader), ours.carried)
         if model is None or problems:
             return Look(engine, problems, notes)
+        _plain_caches(model)
         with torch.no_grad(), int8.in_floats():
             return _compare(Look(engine, (), notes), model, config, reader, ours, memory, progress)
 
@@ -314,6 +315,14 @@ def _settle(module: nn.Module, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype).float()
 
 
+def _plain_caches(model: nn.Module) -> None:
+    """Let attentions keep keys and values as they are: compressed-tensors rounds them also where nothing is cached,
+    and what is compared here are the weights."""
+    for module in model.modules():
+        if hasattr(module, "kv_cache") and getattr(module, "quantization_scheme", None) is not None:
+            module.quantization_scheme = None  # type: ignore[assignment]
+
+
 def _logits(kind: Any, folder: Path, ours: Model, ids: Tensor) -> float:
     """The whole model as a user opens it, but for `_settle`."""
     with trial():
@@ -322,6 +331,7 @@ def _logits(kind: Any, folder: Path, ours: Model, ids: Tensor) -> float:
             theirs.hf_quantizer.compressor.decompress_model(theirs)
             for module in theirs.modules():
                 _settle(module, _dtype(ours))
+        _plain_caches(theirs)
         actual = theirs(input_ids=ids, use_cache=False).logits.float()
     del theirs
     names = list(ours.skeleton.shapes)

@@ -67,14 +67,20 @@ def _runs(x: Outcome) -> bool:
 
 
 def _shared_scales(quantized: Sequence[Outcome]) -> list[str]:
-    """nvfp4 linears that vLLM runs as one, of whose global scales it takes one for all."""
+    """nvfp4 linears that vLLM runs as one, of whose global scales it takes one for all, where they do not share one."""
     for names in _TOGETHER:
-        parents = [x.name.rpartition(".")[0] for x in quantized if x.layout == NVFP4 and x.name.endswith(names)]
-        if len(parents) != len(set(parents)):
-            return [
-                f"vLLM takes one global scale of nvfp4 for {', '.join(names)}, the largest of theirs, which changes "
-                "the weights of the others. Nearest for vLLM: fp8."
-            ]
+        stacks: dict[str, str] = {}
+        for x in quantized:
+            parent, _, leaf = x.name.rpartition(".")
+            if x.layout != NVFP4 or leaf not in names:
+                continue
+            own = x.stack or x.name
+            if stacks.setdefault(parent, own) != own:
+                return [
+                    f"vLLM takes one global scale of nvfp4 for {', '.join(names)}, the largest of theirs, which "
+                    "changes the weights of the others. Let the same steps compress them (rtn, gptq), or take "
+                    "fp8 for vLLM."
+                ]
     return []
 
 

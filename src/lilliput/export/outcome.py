@@ -25,7 +25,8 @@ class Outcome:
     `places` ("bits", "tiles") how a layout that leaves the zeros out may say where they are.
     `transposed`: the file holds [in, out] (Conv1D). `expert`: one of many experts; `router`: it decides what each token
     takes of them. `table`: an embedding or a head; `embedding`: it is read row by row; `also`: other modules that use
-    the same tensor (a tied head).
+    the same tensor (a tied head). `stack`: the first of the linears that it is compressed with as one, sharing what
+    there is one of for a matrix; "" where nothing is known of that.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Outcome:
     table: bool = False
     embedding: bool = False
     also: tuple[str, ...] = ()
+    stack: str = ""
 
     @property
     def format(self) -> IntegerFormat | None:

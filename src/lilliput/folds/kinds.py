@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -60,6 +61,14 @@ class ResidualRotation:
     """
 
     matrix: Tensor
+
+
+@dataclass(frozen=True)
+class HeadRotations:
+    """`HeadFold`s of many blocks at once: by a block's number the matrices [heads, h, h], float64, of each of its links
+    whose heads can be turned, in their order."""
+
+    blocks: Mapping[int, Sequence[Tensor]]
 
 
 Fold = ScaleFold | ShiftFold | HeadFold | PermuteFold

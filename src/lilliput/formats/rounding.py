@@ -93,6 +93,22 @@ class Units:
         out = values.new_zeros(values.shape[0], self.form.groups(self.width))
         return out.index_add_(1, self.form.group_of(self.width, values.device), values)
 
+    def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest of values [rows, width] in each unit, 0 among them; differentiable."""
+        size = self.form.group_size
+        if size == 0:
+            low, high = (x.view(1, 1) for x in (values.min(), values.max()))
+        elif size < 0 or size >= self.width:
+            low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+        elif self.width % size == 0:
+            grouped = values.view(values.shape[0], -1, size)
+            low, high = grouped.amin(2), grouped.amax(2)
+        else:
+            index = self.form.group_of(self.width, values.device).expand_as(values)
+            out = values.new_zeros(values.shape[0], self.form.groups(self.width))
+            low, high = (out.scatter_reduce(1, index, values, how) for how in ("amin", "amax"))
+        return low.clamp(max=0), high.clamp(min=0)
+
     def pieces(self, weights: int = _CHUNK) -> Iterator[slice]:
         """Rows few at a time, about so many weights."""
         step = max(1, weights // max(self.width, 1))

@@ -21,11 +21,11 @@ class Edit:
 
     blocks: blocks, in order. channels: by block and by number among its MLPs (experts have one each), hidden channels.
     heads: by block, heads with their query groups. hidden: of a model that is turned, the first so many channels of the
-    residual stream (None: all). spread: the decision may divide channels and heads between blocks otherwise, at as many
-    weights in all. experts: by block, experts with their rows of the router. merged: by block, for each of
-    these experts the experts whose weights it averages. top_k: experts that each token uses (None: as many as before,
-    or all where fewer stay). vocabulary: token ids that stay, ascending (None: all). silent: by block, branches of
-    `BRANCHES` that write nothing any more. What is not named stays whole.
+    residual stream (None: all), or those that `residual` names. spread: the decision may divide channels and heads
+    between blocks otherwise, at as many weights in all. experts: by block, experts with their rows of the router.
+    merged: by block, for each of these experts the experts whose weights it averages. top_k: experts that each token
+    uses (None: as many as before, or all where fewer stay). vocabulary: token ids that stay, ascending (None: all).
+    silent: by block, branches of `BRANCHES` that write nothing any more. What is not named stays whole.
     """
 
     blocks: tuple[int, ...]
@@ -38,6 +38,7 @@ class Edit:
     top_k: int | None = None
     vocabulary: tuple[int, ...] | None = None
     silent: tuple[tuple[int, str], ...] = ()
+    residual: tuple[int, ...] | None = None
 
     def plain(self) -> dict[str, Any]:
         """For a record of the journal."""
@@ -54,6 +55,7 @@ class Edit:
             "top_k": self.top_k,
             "vocabulary": None if self.vocabulary is None else list(self.vocabulary),
             "silent": [list(x) for x in self.silent],
+            "residual": None if self.residual is None else list(self.residual),
         }
 
     @staticmethod
@@ -73,6 +75,7 @@ class Edit:
             plain["top_k"],
             None if plain.get("vocabulary") is None else tuple(plain["vocabulary"]),
             tuple((int(block), str(branch)) for block, branch in plain["silent"]),
+            None if plain.get("residual") is None else tuple(plain["residual"]),
         )
 
 

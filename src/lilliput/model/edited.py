@@ -244,7 +244,7 @@ def _kept(base: Model, edit: Edit) -> dict[str, dict[int, Tensor]]:
         for name, along in _by_expert(base, number):
             keep.setdefault(name, {})[along] = torch.tensor(kept, dtype=torch.int64)
     if edit.hidden is not None:
-        first = torch.arange(edit.hidden)
+        first = torch.arange(edit.hidden) if edit.residual is None else torch.tensor(edit.residual)
         for name in base.skeleton.shapes:
             change = _change(base, name)
             if change is not None:

@@ -189,17 +189,13 @@ def _round_inputs(model: StoredModel) -> None:
 
 def behaviours_of(source: Source) -> list[dict[str, Any]]:
     """What the folder's config says its model leaves out while it runs."""
-    return _listed(source, "behaviours")
+    entry = source.raw.get("quantization_config") if source.quantization == "lilliput" else None
+    return list(entry.get("behaviours") or ()) if isinstance(entry, dict) else []
 
 
 def caches_of(source: Source) -> list[dict[str, Any]]:
     """How the folder's config says its model stores keys and values."""
-    return _listed(source, "caches")
-
-
-def _listed(source: Source, what: str) -> list[dict[str, Any]]:
-    entry = source.raw.get("quantization_config") if source.quantization == "lilliput" else None
-    return list(entry.get(what) or ()) if isinstance(entry, dict) else []
+    return [dict(x) for x in source.caches]
 
 
 def served_dtype(model: Model) -> torch.dtype:

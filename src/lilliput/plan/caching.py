@@ -7,6 +7,7 @@ from typing import Any
 
 from lilliput.anatomy.cached import PLAIN, kinds
 from lilliput.errors import LilliputError, PlanError, SourceError
+from lilliput.export import cache_scheme
 from lilliput.model.stored import served_dtype
 from lilliput.model.weights import Model
 from lilliput.parts.linear import plain_config
@@ -23,6 +24,7 @@ from lilliput.verbs.behave import Behave
 from lilliput.verbs.cache import Cache, chosen, group_of
 from lilliput.verbs.spec import Stage, Task
 
+NATIVE = "lilliput"  # the layout that has every cache
 CONTEXT = 4096  # tokens of which a plan says what they take
 
 
@@ -37,23 +39,36 @@ def assigned(model: Model, resolved: Resolved) -> dict[int, Task]:
         if resolved.recipe.steps[task.step].where != Where():
             raise PlanError(f"{task.label} is about blocks, and `where` names linears: give `layers` in its place")
         named = chosen(task.options, count)  # type: ignore[arg-type]
-        able = _able(model)
-        wrong = [x for x in named or () if x not in able]
+        growing = able(model)
+        wrong = [x for x in named or () if x not in growing]
         if wrong:
             raise PlanError(
                 f"{task.label}: {model.skeleton.block_names[wrong[0]]} keeps no growing cache of its own (transformers "
                 f"has {_kind(model, wrong[0])} for it), so it has none to compress: leave it out of `layers`"
             )
-        if not able:
+        if not growing:
             raise PlanError(
                 f"{task.label}: no block of {model.anatomy().architecture} keeps a growing cache of its own "
                 f"(transformers has {_kind(model, 0)} for the first): leave the step out"
             )
-        by_block |= dict.fromkeys(able if named is None else named, task)
+        by_block |= dict.fromkeys(growing if named is None else named, task)
     return dict(sorted(by_block.items()))
 
 
-def _able(model: Model) -> tuple[int, ...]:
+def weighed(resolved: Resolved, samples: int) -> int:
+    """How many of `samples` calibration samples gradients are taken of, for steps that weigh what blocks store by them;
+    0: none does."""
+    tasks = [x for x in resolved.at(Stage.CACHE) if x.of(Cache).weighs(x.options)]
+    return max((min(samples, x.of(Cache).samples(x.options)) for x in tasks), default=0)
+
+
+def weighing(model: Model, resolved: Resolved) -> frozenset[int]:
+    """The blocks whose step does so."""
+    return frozenset(n for n, x in assigned(model, resolved).items() if x.of(Cache).weighs(x.options))
+
+
+def able(model: Model) -> tuple[int, ...]:
+    """The blocks that keep a growing cache of their own."""
     count, found = len(model.skeleton.block_names), kinds(model.skeleton.config)
     # Where fewer caches than blocks are made, the others read those of earlier blocks.
     return tuple(n for n, x in enumerate(found) if x == PLAIN) if len(found) == count else ()
@@ -85,21 +100,38 @@ def entries(model: Model, resolved: Resolved) -> tuple[Entry, ...]:
     """The config's entries: blocks that store alike are one. Raises PlanError for what cannot be carried out."""
     grouped: dict[tuple[Any, ...], list[str]] = {}
     for number, task in assigned(model, resolved).items():
-        block, name = model.skeleton.block(number), model.skeleton.block_names[number]
-        try:
-            attention = attention_of(block)
-            shape = shape_of(model.skeleton, number)
-            raw = resolved.recipe.steps[task.step].target
-            verb = task.of(Cache)
-            spec = verb.codec(task.target.bits or 0, group_of(raw, shape), task.options, True)
-            # Only of a codec that asks for it does one need to know how the model rotates keys.
-            if spec.turns() and rotation(block.get_submodule(attention)) is None:
-                spec = verb.codec(task.target.bits or 0, group_of(raw, shape), task.options, False)
-            spec.check(shape)
-        except (PlanError, SourceError) as error:
-            raise PlanError(f"{task.label}: {name}: {error}") from None
-        grouped.setdefault((spec, attention, shape), []).append(name)
+        one = entry(model, resolved, number, task)
+        grouped.setdefault((one.spec, one.attention, one.shape), []).extend(one.blocks)
     return tuple(Entry(spec, tuple(names), attention, shape) for (spec, attention, shape), names in grouped.items())
+
+
+def entry(model: Model, resolved: Resolved, number: int, task: Task) -> Entry:
+    """What a step makes of the cache of one block. Raises PlanError for what cannot be carried out."""
+    block, name = model.skeleton.block(number), model.skeleton.block_names[number]
+    try:
+        attention = attention_of(block)
+        shape = shape_of(model.skeleton, number)
+        raw = resolved.recipe.steps[task.step].target
+        verb = task.of(Cache)
+        spec = verb.codec(task.target.bits or 0, group_of(raw, shape), task.options, True)
+        # Only of a codec that asks for it does one need to know how the model rotates keys.
+        if spec.turns() and rotation(block.get_submodule(attention)) is None:
+            spec = verb.codec(task.target.bits or 0, group_of(raw, shape), task.options, False)
+        spec.check(shape)
+    except (PlanError, SourceError) as error:
+        raise PlanError(f"{task.label}: {name}: {error}") from None
+    return Entry(spec, (name,), attention, shape)
+
+
+def engines_refuse(model: Model, planned: Sequence[Entry]) -> str | None:
+    """Why compressed-tensors cannot say how these caches are stored; None where it can."""
+    reason = cache_scheme.refuse(planned, model.skeleton.model, model.skeleton.block_names)
+    if reason is not None:
+        return reason
+    name = next(x for x in model.skeleton.names_of(0) if x in model.refs)
+    if model.stored_name(name) != name:
+        return f"engines look for scales by the names of the files, which are others ({model.stored_name(name)})"
+    return None
 
 
 def check(model: Model, resolved: Resolved) -> None:
@@ -126,10 +158,12 @@ def check(model: Model, resolved: Resolved) -> None:
 _BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def config(entry: dict[str, Any] | None, planned: Sequence[Entry]) -> dict[str, Any] | None:
+def config(entry: dict[str, Any] | None, planned: Sequence[Entry], layout: str) -> dict[str, Any] | None:
     """The entry `quantization_config` with the compressed caches."""
     if not planned:
         return entry
+    if layout != NATIVE:
+        return cache_scheme.described(entry)
     mine = plain_config({}, caches=[x.plain() for x in planned])
     return mine if entry is None else entry | {key: mine[key] for key in ("version", "caches")}
 

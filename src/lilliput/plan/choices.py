@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lilliput import units
 from lilliput.budget import choice, menu
-from lilliput.budget.choice import Choice, Item, Option
+from lilliput.budget.choice import Choice, Item
 from lilliput.budget.curve import Curve
 from lilliput.errors import PlanError
 from lilliput.formats import known
 from lilliput.model.weights import Model
 from lilliput.parts.linear import divides
+from lilliput.plan.candidates import Candidates, counted, keys, sentence
 from lilliput.plan.plan import Plan, divided
 from lilliput.plan.resolve import OUTSIDE, LinearPlan, retargeted
 from lilliput.plan.sizes import sizes
@@ -24,7 +25,6 @@ from lilliput.verbs.scores import Scores
 from lilliput.verbs.spec import Task
 
 _MIDDLE = 3.25  # stored bits of a weight near which linears are tried
-_DEAREST = 3  # linears that are named
 _DIGITS = 64  # bytes by which a recipe that names another size may be longer
 _WORDS = 400  # bytes by which what is said of a choice may be longer than of another one
 _HALVINGS = 20
@@ -32,39 +32,6 @@ _ROUNDS = 8  # of choosing anew where headers and the like depend on the choice
 
 Sized = Callable[[Plan], Plan]
 """The plan with the most bytes that lie beside its weights, and with the time that a decoding step takes."""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """By linear, in order: the entries of the menu that it can have, by number, with their targets and bytes."""
-
-    options: Mapping[str, Mapping[int, tuple[Target, int]]]
-    together: Mapping[str, tuple[str, ...]]  # what shares one entry, by the name of the item
-
-    def items(self, losses: Scores | None = None) -> list[Item]:
-        """What is chosen among; without losses all are 0."""
-        items = []
-        for key, names in self.together.items():
-            shared = set.intersection(*(set(self.options[name]) for name in names))
-            items.append(
-                Item(
-                    key,
-                    tuple(
-                        Option(
-                            j,
-                            sum(self.options[name][j][1] for name in names),
-                            0.0 if losses is None else math.fsum(losses[name][j] for name in names),
-                        )
-                        for j in sorted(shared)
-                    ),
-                )
-            )
-        return items
-
-    def targets(self, items: Sequence[Item], chosen: Choice) -> dict[str, Target]:
-        """By linear, what was chosen."""
-        keys = {x.name: x.options[j].key for x, j in zip(items, chosen.picks, strict=True)}
-        return {name: self.options[name][keys[key]][0] for key, names in self.together.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -125,7 +92,7 @@ def candidates(plan: Plan, task: Task) -> Candidates:
             )
         options[x.name] = entries_of
         together.setdefault(spec.together(x.name, x.linear, task.options), []).append(x.name)
-    result = Candidates(options, {key: tuple(names) for key, names in together.items()})
+    result = Candidates(options, {key: tuple(names) for key, names in together.items()}, plan.context)
     for item in result.items():
         if not item.options:
             raise PlanError(f"{task.label}: {item.name} share one entry, and none of the menu's fits all of them")
@@ -155,10 +122,15 @@ def room(plan: Plan, task: Task, options: Candidates) -> int:
     """Bytes for what is chosen among."""
     goal = task.of(Choose).goal(task.options)
     if goal.size is not None:
-        return goal.size - (plan.folder_bytes - payload(plan, options))
+        return goal.size - (plan.whole_bytes - payload(plan, options) - _cached(plan))
     if goal.bits is None:
         raise PlanError(f"{task.label}: it keeps to a size, an average of bits or a time: give one of them")
     return int(goal.bits * _weights(plan, options) / 8)
+
+
+def _cached(plan: Plan) -> int:
+    """Bytes in the plan of the keys and values that are chosen for."""
+    return 0 if plan.context is None else sum(min(x.sizes.values()) for x in plan.context.choosing)
 
 
 def _weights(plan: Plan, options: Candidates) -> int:
@@ -172,15 +144,19 @@ def feasible(plan: Plan, model: Model, task: Task, sized: Sized) -> None:
     goal = task.of(Choose).goal(task.options)
     if sum(x is not None for x in (goal.size, goal.bits, goal.seconds)) > 1:
         raise PlanError(f"{task.label}: a size, an average of bits and a time contradict each other: give one of them")
+    if goal.size is None and task.of(Choose).stores(task.options) is not None:
+        raise PlanError(f"{task.label}: `context` counts keys and values in a `size`: give one, or leave `context` out")
     pool = candidates(plan, task)
     items = pool.items()
     if goal.seconds is not None:
         _fast_enough(plan, model, task, pool, items, sized)
         return
-    if goal.size is not None and goal.size > (whole := original(model)):
+    whole = original(model) + (0 if plan.context is None else plan.context.plain_bytes)
+    if goal.size is not None and goal.size > whole:
+        cache = "" if plan.context is None else f" with keys and values of {plan.context.tokens} tokens"
         raise PlanError(
-            f"--size {units.readable(goal.size)} is more than the model itself takes ({units.readable(whole)}): "
-            "there is nothing to compress"
+            f"--size {units.readable(goal.size)} is more than the model itself takes{cache} "
+            f"({units.readable(whole)}): there is nothing to compress"
         )
     least = choice.smallest(items)
     if goal.size is None:
@@ -189,8 +165,8 @@ def feasible(plan: Plan, model: Model, task: Task, sized: Sized) -> None:
         return
     chooser = _Chooser(plan, model, task, Predictions({}, Curve()), sized, pool, items)
     smallest = chooser.laid(least)
-    if smallest.folder_bytes + _WORDS > goal.size:
-        raise PlanError(_too_small(smallest, task, pool, least))
+    if smallest.whole_bytes + _WORDS > goal.size:
+        raise PlanError(_too_small(smallest, task, pool, chooser.items, least))
 
 
 def _fast_enough(plan: Plan, model: Model, task: Task, pool: Candidates, items: Sequence[Item], sized: Sized) -> None:
@@ -205,7 +181,8 @@ def _fast_enough(plan: Plan, model: Model, task: Task, pool: Candidates, items: 
 
 def _with(plan: Plan, model: Model, task: Task, pool: Candidates, items: Sequence[Item], chosen: Choice) -> Plan:
     """The plan with a choice."""
-    return divided(plan, model, plan.resolved.with_targets(task, pool.targets(items, chosen)))
+    settled = replace(plan, context=None if plan.context is None else plan.context.settled)
+    return divided(settled, model, pool.resolved(plan.resolved, task, items, chosen))
 
 
 def original(model: Model) -> int:
@@ -222,21 +199,26 @@ def _too_few_bits(plan: Plan, task: Task, pool: Candidates, least: Choice) -> st
     )
 
 
-def _too_small(smallest: Plan, task: Task, pool: Candidates, least: Choice) -> str:
+def _too_small(smallest: Plan, task: Task, pool: Candidates, items: Sequence[Item], least: Choice) -> str:
     """`smallest` is the plan with the fewest bytes everywhere."""
-    whole = smallest.folder_bytes + _WORDS + _DIGITS
-    rest = whole - least.bytes
+    whole = smallest.whole_bytes + _WORDS + _DIGITS
+    context, beside = smallest.context, ""
+    taken = sum(x.options[j].bytes for x, j in zip(items, least.picks, strict=True) if x.name in pool.together)
+    rest = whole - taken
+    if context is not None:
+        rest -= context.bytes
+        beside = f", {units.readable(context.bytes)} keys and values of {context.tokens} tokens, at the fewest bits"
     kinds: Counter[str] = Counter()
     for x in smallest.tensors:
         if x.source not in pool.options:
             kinds[x.kind] += x.nbytes
-    kinds["files beside the weights"] = whole - smallest.bytes
+    kinds["files beside the weights"] = whole - smallest.bytes - (0 if context is None else context.bytes)
     named = ", ".join(f"{kind} {units.readable(size)}" for kind, size in kinds.most_common(2) if size > 0)
     size = task.of(Choose).goal(task.options).size or 0
     return (
         f"--size {units.readable(size)} is too small: the smallest that this menu makes is {whole} bytes "
-        f"({units.readable(whole, up=True)}). {units.readable(least.bytes)} are what it compresses, at the menu's "
-        f"smallest grids; {units.readable(rest)} stay as they are ({named})"
+        f"({units.readable(whole, up=True)}). {units.readable(taken)} are what it compresses, at the menu's "
+        f"smallest grids{beside}; {units.readable(rest)} stay as they are ({named})"
     )
 
 
@@ -273,14 +255,14 @@ class _Chooser:
             if chosen is None:
                 break
             result = self.laid(chosen)
-            if (goal.size is None or result.folder_bytes <= goal.size) and chosen.loss < lost:
+            if (goal.size is None or result.whole_bytes <= goal.size) and chosen.loss < lost:
                 best, lost = result, chosen.loss
             if goal.size is None:
                 break
-            left = goal.size - (result.folder_bytes - chosen.bytes)
+            left = goal.size - (result.whole_bytes - chosen.bytes)
         if best is None and goal.size is not None:
             result = self.laid(choice.smallest(self.items))
-            best = result if result.folder_bytes <= goal.size else None
+            best = result if result.whole_bytes <= goal.size else None
         return best
 
     def timed(self, seconds: float) -> Plan | None:
@@ -315,12 +297,15 @@ class _Chooser:
 @dataclass(frozen=True)
 class Point:
     """One choice of the curve: bytes of the whole folder, stored bits of a weight over what is chosen among, the KL
-    divergence predicted, in nats, and how many linears got which entry."""
+    divergence predicted, in nats, and how many linears got which entry; bytes of the keys and values that count, and
+    how many blocks store them how."""
 
     folder_bytes: int
     bits: float
     kl: float
     chosen: Mapping[str, int]
+    cache_bytes: int = 0
+    caches: Mapping[str, int] = field(default_factory=dict)
 
 
 def frontier(plan: Plan, model: Model, task: Task, predictions: Predictions, count: int, sized: Sized) -> list[Point]:
@@ -334,46 +319,17 @@ def frontier(plan: Plan, model: Model, task: Task, predictions: Predictions, cou
         if chosen is None:
             raise RuntimeError("the smallest choice does not fit its own bytes")
         laid = sized(_with(plan, model, task, pool, items, chosen))
-        bits = 8 * chosen.bytes / _weights(plan, pool)
+        bits = 8 * payload(laid, pool) / _weights(plan, pool)
+        caches = {} if plan.context is None else plan.context.counts(keys(items, chosen))
         points[chosen.picks] = Point(
-            laid.folder_bytes, bits, predictions.curve.at(chosen.loss), _counted(task, pool, items, chosen)
+            laid.folder_bytes,
+            bits,
+            predictions.curve.at(chosen.loss),
+            counted(task, pool, items, chosen),
+            0 if laid.context is None else laid.context.bytes,
+            caches,
         )
     return list(points.values())
-
-
-def _counted(task: Task, pool: Candidates, items: Sequence[Item], chosen: Choice) -> dict[str, int]:
-    """How many linears got each entry, in the order of the menu; a type that narrow rows have in place of an entry is
-    called by its own name."""
-    menu_entries = entries(task)
-    counts: Counter[tuple[int, str]] = Counter()
-    for item, j in zip(items, chosen.picks, strict=True):
-        key = item.options[j].key
-        for name in pool.together[item.name]:
-            wanted, form = menu_entries[key], pool.options[name][key][0].format
-            counts[key, wanted if menu.fields(wanted)["format"] == form else form] += 1
-    counted: dict[str, int] = {}
-    for (_, name), count in sorted(counts.items()):
-        counted[name] = counted.get(name, 0) + count
-    return counted
-
-
-def sentence(plan: Plan, task: Task, pool: Candidates, items: Sequence[Item], chosen: Choice, kl: float) -> str:
-    """Who got what, and what decided: bits by role, and whose error costs most."""
-    named = ", ".join(f"{n} x {x}" for x, n in _counted(task, pool, items, chosen).items())
-    picked = {x.name: x.options[j] for x, j in zip(items, chosen.picks, strict=True)}
-    bits: dict[str, list[int]] = {}
-    for item, names in pool.together.items():
-        for x in (y for y in plan.resolved.planned if y.name in names):
-            total = bits.setdefault(x.linear.role, [0, 0])
-            total[0] += 8 * pool.options[x.name][picked[item].key][1]
-            total[1] += x.linear.parameters
-    roles = ", ".join(f"{role} {size / count:.2f}" for role, (size, count) in bits.items())
-    dear = sorted(picked, key=lambda name: -picked[name].loss)[:_DEAREST]
-    most = ", ".join(f"{name} {picked[name].loss:.4f}" for name in dear)
-    return (
-        f"{task.method.name} chose {named}; predicted KL divergence: {kl:.4f} nats. Bits of a weight by role: {roles}. "
-        f"What still costs most by itself, in nats: {most}."
-    )
 
 
 def numbered(entries: int, options: Mapping[int, object], losses: Sequence[float]) -> tuple[float, ...]:

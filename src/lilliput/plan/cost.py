@@ -15,7 +15,7 @@ from lilliput.machine import memory
 from lilliput.machine.cost import Cost, Phase
 from lilliput.model import rotated
 from lilliput.model.weights import TABLE_ROWS, Model
-from lilliput.plan import footprint, training
+from lilliput.plan import caching, footprint, training
 from lilliput.plan.resolve import LinearPlan, Resolved
 from lilliput.plan.tensors import LARGE, TensorPlan, at_a_time
 from lilliput.streaming.peak import Run
@@ -54,7 +54,8 @@ def seconds(resolved: Resolved, run: Run, dtype: torch.dtype, measured: bool) ->
         own = sum(task.spec.observes(tuple(resolved.governed(task).values())) for task in resolved.tasks)
         passes = 1 + bool(resolved.at(Stage.BLOCK)) + own
         seconds += passes * 3.0 * 2 * weights * count / rate
-    seconds += 4 * 2 * weights * resolved.fisher(run.samples) * run.tokens / rate  # two passes forward, one back
+    sloped = resolved.fisher(run.samples) + caching.weighed(resolved, run.samples)
+    seconds += 4 * 2 * weights * sloped * run.tokens / rate  # two passes forward, one back
     covered = [(task, resolved.covered(task)) for task in resolved.tasks]
     seconds += sum(2 * task.cost(run, linears).operations for task, linears in covered if linears) / rate
     if "gram" in resolved.needs:

@@ -14,17 +14,19 @@ import torch
 import transformers
 
 from lilliput import export, units
-from lilliput.anatomy.tables import EMBED, tables
+from lilliput.anatomy.tables import tables
 from lilliput.errors import PlanError
 from lilliput.export.folder import safetensors_bytes
 from lilliput.export.outcome import Outcome
 from lilliput.machine.version import __version__
 from lilliput.model.edited import spreads, unedited, vocabulary_of
 from lilliput.model.stored import Model
+from lilliput.plan import contexts, footprint, rehearsal, running, training
 from lilliput.plan import cost as estimates
-from lilliput.plan import footprint, rehearsal, running, training
+from lilliput.plan.contexts import Context
+from lilliput.plan.outcomes import outcomes_of
 from lilliput.plan.remarks import remarks
-from lilliput.plan.resolve import OUTSIDE, LinearPlan, Resolved, as_json, resolve
+from lilliput.plan.resolve import LinearPlan, Resolved, as_json, resolve
 from lilliput.plan.tensors import BEHAVIOUR, METADATA, TensorPlan, lay_out
 from lilliput.recipe.schema import Recipe
 from lilliput.streaming.peak import Run
@@ -62,6 +64,7 @@ class Plan:
     texts: tuple[tuple[str, str], ...] = ()  # name and sha256 of files that options of the recipe name
     spread: bool = False  # blocks become as wide as an edit decides: sizes are those of equal widths until then
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
+    context: Context | None = None  # the sequence whose keys and values count
 
     @cached_property
     def bytes(self) -> int:
@@ -93,6 +96,11 @@ class Plan:
             return self.bytes + self.other_bytes
         rows = 520 * len(self.resolved.linears) + 120 * len(self.tensors) + 12_000
         return self.bytes + self.side_bytes + rows
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the folder, and of the keys and values that count."""
+        return self.folder_bytes + (0 if self.context is None else self.context.bytes)
 
     @cached_property
     def compressed(self) -> tuple[LinearPlan, ...]:
@@ -163,6 +171,7 @@ class Plan:
             "folder_bytes": self.folder_bytes,
             "predicted_kl": self.predicted_kl,
             "decode_seconds": self.decoding,
+            **({} if self.context is None else self.context.to_json()),
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "parameters": self.parameters,
@@ -215,31 +224,6 @@ def _side_bytes(model: Model) -> int:
     return sum(path.stat().st_size for path in model.source.side_files().values())
 
 
-def _outcomes(model: Model, resolved: Resolved) -> dict[str, Outcome]:
-    """What each linear becomes, by canonical name."""
-    return {
-        x.name: Outcome(
-            name=x.name,
-            stored=model.stored_name(f"{x.name}.weight").removesuffix(".weight"),
-            out_features=x.linear.out_features,
-            in_features=x.linear.in_features,
-            scheme=x.scheme,
-            dtype=x.dtype,
-            sparsity=x.sparsity,
-            pattern=x.pattern,
-            kept=x.kept,
-            places=x.places,
-            transposed=x.linear.transposed,
-            expert=x.linear.expert is not None,
-            router=x.linear.role == "router",
-            table=x.block == OUTSIDE,
-            embedding=x.linear.role == EMBED,
-            also=x.linear.also,
-        )
-        for x in resolved.planned
-    }
-
-
 def _unloadable(
     exporter: export.Exporter, model: Model, resolved: Resolved, outcomes: Mapping[str, Outcome]
 ) -> str | None:
@@ -254,7 +238,7 @@ def _unloadable(
             if choice := task.spec.farthest(governed[x.name].target, task.options):
                 targets[x.name] = choice[number[key] % len(choice)]
         if targets:
-            mixed = _outcomes(model, resolved.with_targets(task, targets))
+            mixed = outcomes_of(model, resolved.with_targets(task, targets))
             reason = exporter.refuse(tuple(mixed.values()), model.config)
             if reason is not None:
                 return f"as {task.label} may decide, {reason}"
@@ -262,7 +246,8 @@ def _unloadable(
         return (
             f"engines' own layouts have one width for all blocks. Nearest: export '{running.LAYOUT}', or uniform: true."
         )
-    return rehearsal.refuse(exporter, model, outcomes)
+    entry = exporter.config(tuple(outcomes.values()), model.config)
+    return running.refuse(entry, resolved, exporter.name) or rehearsal.refuse(exporter, model, outcomes)
 
 
 def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
@@ -270,24 +255,28 @@ def divided(plan: Plan, model: Model, resolved: Resolved) -> Plan:
 
     Files may change, so none is written before.
     """
-    outcomes = _outcomes(model, resolved)
+    outcomes = outcomes_of(model, resolved)
     ordered = tuple(outcomes.values())
     exporter = export.get(plan.exporter)
     reason = exporter.refuse(ordered, model.config)
     if reason is not None:
         raise PlanError(f"the layout '{plan.exporter}' cannot hold what an allocation decided: {reason}")
     tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))
-    config = running.config(exporter.config(ordered, model.config), resolved, model)
+    config = running.config(exporter.config(ordered, model.config), resolved, model, exporter.name)
     if config is not None and (plan.quantization_config or {}).get("dequantize"):
         config["dequantize"] = True  # what the engine's loader needs does not depend on the decision
     return replace(
-        plan, resolved=resolved, outcomes=outcomes, tensors=tensors, shards=shards, quantization_config=config
-    )
+        plan, resolved=resolved, outcomes=outcomes, tensors=tensors, shards=shards, quantization_config=config,
+        context=None if plan.context is None else plan.context.stored(model, resolved),
+    )  # fmt: skip
 
 
 def resized(plan: Plan, model: Model) -> Plan:
     """The plan when an edit has decided how wide blocks become. Raises PlanError for widths that a step refuses."""
-    return divided(plan, model, _resolved(model, plan.resolved.recipe)) if plan.spread else plan
+    if not plan.spread:
+        return plan
+    resolved, asked = _resolved(model, plan.resolved.recipe), None if plan.context is None else plan.context.tokens
+    return divided(replace(plan, context=contexts.counted(model, resolved, asked, plan.tokens)), model, resolved)
 
 
 def _resolved(model: Model, recipe: Recipe) -> Resolved:
@@ -310,6 +299,7 @@ def make(
     tokens: int,
     budget: int | None,
     size: int | None,
+    context: int | None = None,
     seed: int | None,
     dtype: torch.dtype,
     device: str = "cpu",
@@ -319,7 +309,8 @@ def make(
 ) -> Plan:
     """Resolve `recipe` on `model`; `measured`: an evaluation follows, in the same memory; `processes` share samples.
 
-    Raises PlanError for whatever cannot be carried out; reads no weights.
+    `context`: tokens of a sequence whose keys and values count in the size. Raises PlanError for whatever cannot be
+    carried out; reads no weights.
     """
     anatomy = model.anatomy()
     resolved = _resolved(model, recipe)
@@ -331,11 +322,12 @@ def make(
             f"{processes} processes cannot share {samples} calibration samples: start at most {samples}, or ask for "
             "more --samples"
         )
-    outcomes = _outcomes(model, resolved)
+    outcomes = outcomes_of(model, resolved)
     ordered: Sequence[Outcome] = tuple(outcomes.values())
     running.check(model, resolved)
     training.check(resolved, model, teacher)
-    wanted = running.layout(resolved, recipe.export)
+    counted = contexts.counted(model, resolved, context, tokens)
+    wanted = running.layout(model, resolved, recipe.export)
     exporter = export.choose(ordered, model.config, wanted, lambda x: _unloadable(x, model, resolved, outcomes))
     tensors, shards = lay_out(model, exporter, outcomes, running.tensors(resolved, model))
     skeleton = model.skeleton
@@ -367,12 +359,15 @@ def make(
         budget=budget,
         processes=processes,
     )
+    config = running.config(exporter.config(ordered, model.config), resolved, model, exporter.name)
+    told = (exporter.dense_note(ordered), running.note(exporter.name, config, model, resolved))
+    note = " ".join(x for x in told if x) or None
     plan = Plan(
         model=model.source.model,
         fingerprint=model.source.fingerprint(),
         resolved=resolved,
         exporter=exporter.name,
-        quantization_config=running.config(exporter.config(ordered, model.config), resolved, model),
+        quantization_config=config,
         outcomes=outcomes,
         tensors=tensors,
         shards=shards,
@@ -385,16 +380,19 @@ def make(
         budget=budget,
         seed=seed,
         seconds=estimates.seconds(resolved, run, dtype, measured=measured),
-        notes=remarks(model, resolved, tensors, exporter.dense_note(ordered), processes, teacher),
+        notes=remarks(model, resolved, tensors, note, processes, counted, teacher),
         side_bytes=_side_bytes(model),
         processes=processes,
         spread=spreads(model),
         vocabulary=vocabulary_of(model),
+        context=counted,
     )
-    if size is not None and plan.folder_bytes > size:
-        over = plan.folder_bytes - size
+    if size is not None and plan.whole_bytes > size:
+        over = plan.whole_bytes - size
+        cache = "" if counted is None else f" and {counted.bytes} of keys and values for {counted.tokens} tokens"
         raise PlanError(
-            f"the recipe makes {plan.folder_bytes} bytes, {over} bytes ({units.readable(over)}) more than --size "
-            f"{size}: lower the bits, enlarge the groups or prune more"
+            f"the recipe makes {plan.folder_bytes} bytes{cache}, {over} bytes ({units.readable(over)}) more than "
+            f"--size {size}: lower the bits, enlarge the groups or prune more"
+            f"{'' if counted is None else ', store the cache in fewer bits or ask for less --context'}"
         )
     return plan

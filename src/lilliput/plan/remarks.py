@@ -11,6 +11,7 @@ from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
 from lilliput.plan import caching, training
+from lilliput.plan.contexts import Context
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
 
@@ -26,6 +27,7 @@ def remarks(
     tensors: Sequence[TensorPlan],
     layout: str | None,
     processes: int,
+    context: Context | None = None,
     teacher: Model | None = None,
 ) -> tuple[str, ...]:
     """What the layout says, bytes that stay wide, layers that a step leaves alone, sizes that calibration decides, and
@@ -37,7 +39,7 @@ def remarks(
         fewer_tokens(model),
         _wide(tensors),
         *_steps(resolved),
-        *caching.notes(model, resolved),
+        *(caching.notes(model, resolved) if context is None else context.notes(model, resolved)),
         *training.notes(resolved, model, teacher),
         *model.anatomy().notes,
         _shared(processes),

@@ -14,10 +14,10 @@ from lilliput import methods
 from lilliput.anatomy.model import Anatomy, Block, Linear
 from lilliput.anatomy.tables import EMBED, HEAD
 from lilliput.errors import LilliputError, PlanError
-from lilliput.formats import known
+from lilliput.formats import known, scales
 from lilliput.parts.linear import divides
 from lilliput.parts.scheme import Scheme
-from lilliput.recipe.schema import Recipe, Where
+from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.target import Target
 from lilliput.units import few
 from lilliput.verbs.draft import Draft
@@ -51,6 +51,26 @@ class LinearPlan:
     def together(self) -> tuple[Task, ...]:
         """The steps that look at it together with the rest of its block."""
         return tuple(task for task in self.tasks if task.spec.stage is Stage.CLOSE)
+
+
+def stacked(plans: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
+    """The linears of one site that steps work on, those that may be treated as one together: equal steps, each of
+    which treats every row by itself. They share what there is one of for a matrix, such as nvfp4's global scale."""
+    groups: list[list[LinearPlan]] = []
+    for plan in plans:
+        if not plan.alone:
+            continue
+        single = any(
+            not task.spec.stacks(task.target, task.options)
+            or task.target.group_size == 0
+            or scales.joins_rows(task.target.scale_dtype)
+            for task in plan.alone
+        )
+        if groups and not single and groups[-1][0].tasks == plan.tasks:
+            groups[-1].append(plan)
+        else:
+            groups.append([plan])
+    return groups
 
 
 @dataclass(frozen=True)
@@ -96,6 +116,13 @@ class Resolved:
     def of_block(self, block: int) -> tuple[LinearPlan, ...]:
         return tuple(x for x in self.linears if x.block == block)
 
+    def stacks(self) -> dict[str, str]:
+        """For each linear of a block that steps work on, the first of those that are treated as one with it."""
+        sites: dict[tuple[int, str], list[LinearPlan]] = {}
+        for x in self.linears:
+            sites.setdefault((x.block, x.linear.site), []).append(x)
+        return {x.name: some[0].name for plans in sites.values() for some in stacked(plans) for x in some}
+
     def kinds(self, blocks: Sequence[Block]) -> tuple[int, ...]:
         """The first of the blocks that are alike and whose linears become alike."""
         first: dict[Any, int] = {}
@@ -132,6 +159,14 @@ class Resolved:
     def quantized(self) -> dict[str, Target]:
         """By linear, the target of the step that quantizes it."""
         return {x.name: t.target for x in self.linears for t in x.tasks if t.spec.writes == "quantized"}
+
+    def with_steps(self, steps: Sequence[Step]) -> Resolved:
+        """With further steps at its end that touch no linear, such as those for the cache. Raises PlanError where they
+        cannot stand there."""
+        recipe = self.recipe.model_copy(update={"steps": (*self.recipe.steps, *steps)})
+        added = ordered(recipe)[len(self.recipe.steps) :]
+        tasks = (replace(x, target=_completed(x, ())) for x in added)
+        return replace(self, recipe=recipe, tasks=(*self.tasks, *tasks))
 
     def with_targets(self, task: Task, targets: Mapping[str, Target]) -> Resolved:
         """What it becomes when `task` has decided. Raises LilliputError for a linear that it does not govern."""

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lilliput.anatomy.wrapper import skeleton
 from lilliput.errors import PlanError, SourceError
+from lilliput.export import cache_scheme
 from lilliput.model.weights import Model
 from lilliput.parts.linear import plain_config
 from lilliput.plan import caching
@@ -15,25 +17,55 @@ from lilliput.runtime.behaviours.received import attention_of
 from lilliput.runtime.behaviours.state import TOKENS
 from lilliput.verbs import behave
 from lilliput.verbs.behave import Behave, Shapes
+from lilliput.verbs.choose import Choose
 from lilliput.verbs.spec import Stage
 
-LAYOUT = "lilliput"
+LAYOUT = caching.NATIVE
 
 
-def layout(resolved: Resolved, wanted: str) -> str:
-    """The layout to ask for: only one has behaviours and compressed caches. Raises PlanError where the recipe asks for
-    another one."""
+def layout(model: Model, resolved: Resolved, wanted: str) -> str:
+    """The layout to ask for: only one has behaviours and every compressed cache, engines' own has one cache. Raises
+    PlanError where the recipe asks for another one."""
+    choosing = next((x for x in resolved.of(Choose) if x.of(Choose).stores(x.options) is not None), None)
     says = {Stage.CACHE: "stores keys and values", Stage.RUNNING: "runs"}
     tasks = [(task, what) for stage, what in says.items() for task in resolved.at(stage)]
+    tasks += [] if choosing is None else [(choosing, says[Stage.CACHE])]
     if not tasks:
         return wanted
+    reason = None
+    if not resolved.at(Stage.RUNNING) and choosing is None:
+        reason = caching.engines_refuse(model, caching.entries(model, resolved))
+        if reason is None:
+            return wanted
     if wanted not in ("auto", LAYOUT):
         first, what = tasks[0]
         raise PlanError(
-            f"{first.label} needs a layout that says how a model {what}, and '{wanted}' does not: set `export: "
-            f"{LAYOUT}`, or leave `export` out"
+            f"{first.label} needs a layout that says how a model {what}, and '{wanted}' does not"
+            f"{f' ({reason})' if reason else ''}: set `export: {LAYOUT}`, or leave `export` out"
         )
     return LAYOUT
+
+
+def refuse(entry: dict[str, Any] | None, resolved: Resolved, layout: str) -> str | None:
+    """What stands against a layout whose config says `entry` of the weights."""
+    if layout == LAYOUT or not resolved.at(Stage.CACHE) or not (entry or {}).get("dequantize"):
+        return None
+    return (
+        "transformers decodes its weights while it loads, and passes over what it says of the cache. Nearest: "
+        "symmetric: true, or leave the cache as it is; export 'lilliput' holds both."
+    )
+
+
+def note(layout: str, config: dict[str, Any] | None, model: Model, resolved: Resolved) -> str | None:
+    """Who stores keys and values as an engine's own layout says it, in a sentence."""
+    if layout == LAYOUT or config is None or not resolved.at(Stage.CACHE):
+        return None
+    if cache_scheme.found_by_transformers(skeleton(model.config), config):
+        return "vLLM stores keys and values in 8 bits; transformers rounds them and stores them as they are."
+    return (
+        "vLLM stores keys and values in 8 bits. transformers would keep them as they are: the installed "
+        "compressed-tensors does not find the attentions of the installed release. For both take export 'lilliput'."
+    )
 
 
 def check(model: Model, resolved: Resolved) -> None:
@@ -49,14 +81,14 @@ def check(model: Model, resolved: Resolved) -> None:
     caching.check(model, resolved)
 
 
-def config(entry: dict[str, Any] | None, resolved: Resolved, model: Model) -> dict[str, Any] | None:
+def config(entry: dict[str, Any] | None, resolved: Resolved, model: Model, layout: str) -> dict[str, Any] | None:
     """The entry `quantization_config` with the behaviours and the caches of the recipe's steps."""
     tasks = resolved.at(Stage.RUNNING)
     if tasks:
         mine = plain_config({}, [task.of(Behave).entry(model.anatomy(), task.options) for task in tasks])
         version = max(mine["version"], 0 if entry is None else entry["version"])
         entry = (entry or mine) | {"version": version, "behaviours": mine["behaviours"]}
-    return caching.config(entry, caching.entries(model, resolved))
+    return caching.config(entry, caching.entries(model, resolved), layout)
 
 
 def tensors(resolved: Resolved, model: Model) -> Mapping[int, Shapes]:

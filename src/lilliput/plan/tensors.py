@@ -129,14 +129,19 @@ def _shared_out(planned: Sequence[TensorPlan]) -> tuple[tuple[TensorPlan, ...], 
     return tuple(placed), tuple(f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count))
 
 
-def written_config(model: Model, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
-    """config.json of the output as plain data; its dtype is the one that most tensors have."""
+def config_dtype(model: Model) -> torch.dtype:
+    """The dtype that the output's config names, in which engines run it: the one that most tensors have."""
     names = list(model.skeleton.shapes)
     stored = {model.written_dtype(name) for name in names}
+    return max(stored, key=lambda t: sum(model.written_dtype(n) == t for n in names))
+
+
+def written_config(model: Model, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json of the output as plain data."""
     return model_config(
         model.config,
         quantization=quantization,
-        dtype=max(stored, key=lambda t: sum(model.written_dtype(n) == t for n in names)),
+        dtype=config_dtype(model),
         tied=model.tied,
         architecture=type(model.skeleton.model).__name__,
         raw=model.raw,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lilliput import methods
 from lilliput.anatomy.tables import EMBED, HEAD
@@ -13,7 +13,7 @@ from lilliput.options import Fit
 from lilliput.recipe.schema import Recipe, Step, Where
 from lilliput.target import Target
 
-ENGINE = "compressed-tensors"
+ENGINE: Literal["compressed-tensors"] = "compressed-tensors"
 _FITTED = Step(method="signround", options={"iters": 30, "batch": 4})  # that of w3-fit and w4-fit
 _USUAL = {None: menu.DEFAULT, "gguf": "gguf"}  # menus by container
 
@@ -33,16 +33,23 @@ def compose(fit: Fit, folds: bool = True) -> Recipe:
         raise PlanError(f"--bits {fit.bits} is no average of bits a weight: give a number such as 3.5")
     if fit.size is not None and fit.size <= 0:
         raise PlanError(f"--size {fit.size} is no size of a model: give one such as 400MB")
+    _check_context(fit)
     names = fit.menu or (_usual(fit),)
     entries = menu.entries(names)
     menu.check(entries, fit.to)
     engine = names == (ENGINE,)
+    if engine and fit.context is not None:
+        raise PlanError(
+            f"--context chooses how the model stores keys and values, which only the native layout says: take --menu "
+            f"{menu.DEFAULT} or integers in place of {ENGINE}"
+        )
     tables = (EMBED, HEAD) if fit.size is not None and not engine else ()
     where = Where(include=("*", *tables), exclude=("router",) if tables else Where().exclude)
     plain = [x for x in entries if not menu.turned(menu.on(Target(), x)) and not menu.pruned(menu.on(Target(), x))]
     if fit.fit_blocks:
         _check_fitted(entries)
     options: dict[str, Any] = {"menu": list(names), "size": fit.size, "average": fit.bits, "fused": engine}
+    options |= {"context": fit.context}
     options |= {} if fit.decoding is None else {"seconds": fit.decoding.seconds, "device": fit.decoding.device}
     # The least that any linear can have: what is shown before anything is measured.
     least = min(map(menu.fields, plain or entries), key=lambda x: (x.get("bits") or 8, x.get("group_size", 0)))
@@ -56,7 +63,7 @@ def compose(fit: Fit, folds: bool = True) -> Recipe:
     target = Target.model_validate({**least, **narrowest})
     return Recipe(
         name=f"fit-{_goal(fit)}",
-        export=ENGINE if engine else "lilliput" if fit.to or names == (menu.DEFAULT,) else "auto",
+        export=_layout(fit, names),
         steps=(
             *((awq,) if folds and len(plain) == len(entries) else ()),
             Step(method="menu", options={k: v for k, v in options.items() if v is not None}, where=where),
@@ -64,6 +71,31 @@ def compose(fit: Fit, folds: bool = True) -> Recipe:
             *((_FITTED,) if fit.fit_blocks else ()),
         ),
     )
+
+
+def _layout(fit: Fit, names: Sequence[str]) -> Literal["auto", "compressed-tensors", "lilliput"]:
+    if names == (ENGINE,):
+        return ENGINE
+    return "lilliput" if fit.to or fit.context is not None or names == (menu.DEFAULT,) else "auto"
+
+
+def _check_context(fit: Fit) -> None:
+    """Raises PlanError where keys and values cannot count in what is asked for."""
+    if fit.context is None:
+        return
+    if fit.context < 1:
+        raise PlanError(f"--context {fit.context} is no number of tokens: give one such as 8192")
+    if fit.size is None:
+        option = "--bits" if fit.bits is not None else "--decode-time"
+        raise PlanError(
+            f"--context counts keys and values in a budget of bytes, and {option} is none: give --size in its "
+            "place, or leave --context out"
+        )
+    if fit.to is not None:
+        raise PlanError(
+            f"--context chooses how the model stores keys and values, which a {fit.to} file does not say: leave --to "
+            "out, or --context"
+        )
 
 
 def _usual(fit: Fit) -> str:

@@ -44,31 +44,53 @@ def fit(job: BlockJob, batches: Batches, inputs: Activations) -> dict[str, Tenso
     its outputs are those of the block itself."""
     skeleton, number = job.model.skeleton, job.index
     task = caching.assigned(job.model, job.plan.resolved).get(number)
-    planned = caches.parsed((job.plan.quantization_config or {}).get("caches", ()))
-    entry = next((x for x in planned if skeleton.block_names[number] in x.blocks), None)
-    if task is None or entry is None or task.of(Cache).fit is None:
+    if task is None or task.of(Cache).fit is None:
         return {}
     verb, name = task.of(Cache), skeleton.block_names[number]
+    entry = caching.entry(job.model, job.plan.resolved, number, task)
     most, skipped = verb.samples(task.options), verb.skipped(task.options)
-    seen: list[tuple[Tensor, Tensor]] = []
+    weighs = verb.weighs(task.options)
     attention = skeleton.block(number).get_submodule(entry.attention)
-    with ExitStack() as stack, torch.no_grad():
-        codec = Watched(lambda k, v: seen.append((k, v)), turned=entry.spec.turns())
+    sides: list[tuple[Tensor, ...]] = []  # keys, values, and their squared gradients where those are read
+
+    def see(keys: Tensor, values: Tensor) -> None:
+        sides.append((keys, values))
+
+    with ExitStack() as stack, torch.set_grad_enabled(weighs):
+        codec = Watched(see, turned=entry.spec.turns(), leaves=weighs)
         stack.enter_context(caches.tried(attention, lambda: codec, turned=entry.spec.turns()))
-        for start, stop in batches.bounds:
+        slopes = stack.enter_context(_slopes(job, inputs, most)) if weighs else None
+        for start, stop in batches.bounds if slopes is None else [(n, n + 1) for n in range(len(inputs))]:
             stop = min(stop, most)
             if start >= stop:
                 break
             hidden = inputs.read(start, stop).to(skeleton.device)
             calls = skeleton.calls(len(hidden), hidden.shape[1], past=0)
-            skeleton.run(number, hidden, calls, cache=filled(skeleton.config, len(hidden), 0))
-    keys, values = (
-        torch.cat([x[:, :, skipped:].transpose(1, 2).flatten(0, 1) for x in side]) for side in zip(*seen, strict=True)
+            out = skeleton.run(number, hidden, calls, cache=filled(skeleton.config, len(hidden), 0))
+            if slopes is not None:
+                own = sides.pop()
+                squares = torch.autograd.grad(out, own, slopes.read(start, stop).to(out))
+                sides.append((*(x.detach() for x in own), *(x.square() for x in squares)))
+    keys, values, *weights = (
+        torch.cat([x[:, :, skipped:].transpose(1, 2).flatten(0, 1) for x in side]) for side in zip(*sides, strict=True)
     )
     if not (bool(keys.isfinite().all()) and bool(values.isfinite().all())):
         raise LilliputError(
             f"keys or values of {name} are not finite: a weight is damaged, or {job.plan.dtype} overflows"
         )
-    own = drivers.of(task, CacheDriver).run(task, entry.spec, CacheIO(entry.shape, keys, values))
+    if not all(bool(x.isfinite().all()) for x in weights):
+        raise LilliputError(
+            f"squared gradients by keys or values of {name} are not finite: compute in float32 or bfloat16 (dtype), or "
+            "leave weigh: fisher out"
+        )
+    static = drivers.of(task, CacheDriver).run(task, entry.spec, CacheIO(entry.shape, keys, values, *weights))
     full = entry.names(name)
-    return {full[key]: x.cpu().contiguous() for key, x in own.items()}
+    return {full[key]: x.cpu().contiguous() for key, x in static.items()}
+
+
+def _slopes(job: BlockJob, inputs: Activations, most: int) -> Activations:
+    """The gradient of the loss by what the block gives."""
+    if job.slopes is None:
+        raise RuntimeError("gradients for the cache were planned and not taken")
+    shape = (min(len(inputs), most), *inputs.shape[1:])
+    return Activations(job.slopes, shape, torch.float32, create=False)

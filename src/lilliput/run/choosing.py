@@ -15,7 +15,7 @@ from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
 from lilliput.run import passes, sizing, tablescores, trying
 from lilliput.run.journal import Work
-from lilliput.run.trying import Trying
+from lilliput.run.trying import CACHE, Trying
 from lilliput.verbs.choose import Choose
 from lilliput.verbs.scores import Scores
 from lilliput.verbs.spec import Task
@@ -88,7 +88,7 @@ def priced(tried: Trying, errors: Scores, losses: list[float], embed: Scores, he
             continue
         # Roundings differ from the changed block on.
         price = _alone(losses[tried.first + number], null * (1 - group.block / blocks), group.factor)
-        total += price
+        total += 0.0 if group.role == CACHE else price
         whole = math.fsum(errors[name][tried.entry[name]] for name in group.names)
         for name in group.names:
             prices[name] = [0.0 if whole <= 0 else price * x / whole for x in errors[name]]
@@ -99,7 +99,11 @@ def priced(tried: Trying, errors: Scores, losses: list[float], embed: Scores, he
     for name, values in head.items():
         before = prices.get(name, [0.0] * len(values))
         prices[name] = [a + b for a, b in zip(before, values, strict=True)]
-    points = [(x * x * total, losses[n] - null) for n, x in enumerate(tried.whole, 1)]
+    cached = [
+        math.fsum(prices[x.names[0]][tried.stored[x.block][n]] for x in tried.groups if x.role == CACHE)
+        for n in range(len(tried.whole))
+    ]
+    points = [(x * x * total + cached[n], losses[n + 1] - null) for n, x in enumerate(tried.whole)]
     return Predictions({name: tuple(x) for name, x in prices.items()}, curve.through(points))
 
 

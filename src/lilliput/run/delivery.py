@@ -92,6 +92,10 @@ def _figures(plan: Plan, evaluation: Evaluation | None, size: int, original: int
     figures.append(Figure("bits per weight, whole model", f"{plan.model_bits_per_weight:.2f}"))
     if plan.predicted_kl is not None:
         figures.append(Figure("predicted KL divergence, nats", f"{plan.predicted_kl:.4f}"))
+    if plan.context is not None:
+        context = plan.context
+        label = f"keys and values of {context.tokens} tokens"
+        figures.append(Figure(label, readable(context.bytes), readable(context.plain_bytes)))
     if evaluation is None:
         return tuple(figures)
     plain = evaluation.to_json()
@@ -199,4 +203,5 @@ def write_report(
     measured: dict[str, Any] = {} if evaluation is None else _portable(evaluation.to_json())
     measured |= {"engine": opened.detail}
     measured |= {"bytes": size, "seconds": seconds, "peak_rss_bytes": peak}
+    measured |= {} if d.plan.context is None else d.plan.context.to_json()
     _write(folder, d, measured, notes, _figures(d.plan, evaluation, size, original))

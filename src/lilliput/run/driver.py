@@ -94,13 +94,11 @@ class RepairDriver(Driver):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearDriver(Driver):
-    """`run`: the layer after the step, by the statistics of what enters it between its transforms; `stacks`: whether
-    linears of one site may be shown to the step as one."""
+    """`run`: the layer after the step, by the statistics of what enters it between its transforms."""
 
     stage: ClassVar[Stage] = Stage.LINEAR
 
     run: Callable[[Task, Layer, SiteStats], Layer]
-    stacks: Callable[[Task], bool]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import ordered
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
-from lilliput.run import timing, updating
+from lilliput.run import gating, timing, updating
 from lilliput.run.journal import Losses, Work
 from lilliput.stats.routing import Routing
 from lilliput.stats.site import SiteStats
@@ -53,6 +53,11 @@ def prepared(model: Model, recipe: Recipe, data: str = "self") -> Model:
             wanted = task.spec.timed(task.options) if task.spec.timed is not None else None
             if wanted is not None:
                 timing.refuse(wanted)
+            if task.spec.trained is not None:
+                gating.refuse(task, model)
+                task.spec.trained(units, task.spec.sizes(units, task.options), task.options)
+            if task.spec.asks(task.spec.narrows, task.options):
+                model = rotated.ready(model)
             if task.spec.vocabulary is not None:
                 edit = replace(edit, vocabulary=task.spec.vocabulary(model.source, data, task.options))
             model = EditedModel(model, edit)
@@ -74,6 +79,8 @@ def edited(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work,
         work.note({"kind": "edit", "step": task.step, "edit": edit.plain()})
     if task.of(EditSpec).asks(task.of(EditSpec).updates, task.options):
         _update(plan, task, _level(plan, task, model).base, ids, work, progress)
+    if task.of(EditSpec).trained is not None:
+        _fold(plan, task, _level(plan, task, model), work)
     return _recorded(plan, task, model, work)
 
 
@@ -126,8 +133,20 @@ def _decided(plan: Plan, task: Task, level: EditedModel, ids: Tensor | None, wor
     wanted = spec.timed(task.options) if spec.timed is not None else None
     if wanted is not None:
         sizes = replace(sizes, times=_times(task, base, wanted, work))
-    scores = _scored(plan, task, base, ids, work, progress) if spec.score is not None else []
+    if spec.trained is not None:
+        scores: Sequence[EditScores] = _gated(plan, task, base, ids, work, progress)
+    else:
+        scores = _scored(plan, task, base, ids, work, progress) if spec.score is not None else []
     return spec.run(scores, units, sizes, task.options)
+
+
+def _fold(plan: Plan, task: Task, level: EditedModel, work: Work) -> None:
+    spec, units = task.of(EditSpec), _units(level.base)
+    if spec.trained is None:
+        raise RuntimeError(f"{task.label} trains no gates")
+    (record,) = [r for r in work.find("edit") if r["step"] == task.step]
+    wanted = spec.trained(units, spec.sizes(units, task.options), task.options)
+    gating.fold(plan, task, level.with_edit(Edit.from_plain(record["edit"])), work, wanted)
 
 
 def _times(task: Task, base: Model, wanted: Timing, work: Work) -> Times:
@@ -162,6 +181,15 @@ def _scored(
             _from_blocks(plan, task, base, ids, work, progress, known)
     records = {int(r["block"]): r["scores"] for r in work.find("edit-score") if r["step"] == task.step}
     return [{key: tuple(values) for key, values in records[n].items()} for n in range(count)]
+
+
+def _gated(
+    plan: Plan, task: Task, base: Model, ids: Tensor | None, work: Work, progress: Progress
+) -> Sequence[EditScores]:
+    """Scores of all blocks from trained gates, whose file a killed run has left behind if it had come so far."""
+    units = _units(base)
+    sizes = task.of(EditSpec).sizes(units, task.options)
+    return gating.trained(plan, task, base, units, sizes, ids, work, progress)
 
 
 def _note(task: Task, block: int, scores: EditScores, work: Work, hidden: Any = None) -> None:

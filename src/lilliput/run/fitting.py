@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from torch import Tensor
 from lilliput.anatomy.model import Block
 from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
-from lilliput.run import drivers
+from lilliput.run import drivers, rewriting
 from lilliput.run.driver import CloseDriver
 from lilliput.run.linear import BlockJob, Rows, deliver, lowered
-from lilliput.run.running import runner
+from lilliput.run.running import runner, vectors
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.collect import collect
 from lilliput.streaming.forward import Batches
@@ -29,11 +30,13 @@ TARGETS = "targets.bin"
 
 @dataclass(frozen=True)
 class Observed:
-    """A block before its steps: how to run it, what it gives (in a file), and the statistics of its sites."""
+    """A block before its steps: how to run it, what it gives (in a file), the statistics of its sites, and its gains
+    and biases as they are whenever they are asked for."""
 
     run: Run
     targets: Activations
     stats: Mapping[str, SiteStats]
+    vectors: Callable[[], Mapping[str, Tensor]]
 
 
 @contextmanager
@@ -54,7 +57,7 @@ def observe(
     try:
         passes = [one(a, b) for a, b in batches.bounds]
         stats = collect(skeleton, index, anatomy.sites, {site.name: needs for site in anatomy.sites}, passes)
-        yield Observed(run, targets, stats)
+        yield Observed(run, targets, stats, partial(vectors, model, index))
     finally:
         targets.delete()
 
@@ -82,7 +85,7 @@ def carry_out(
         began = time.perf_counter()
         mine = {name: task for name, task in tasks.items() if task.step == step}
         first = next(iter(mine.values()))
-        block = FitBlock(anatomy, {name: layers[name] for name in mine}, observed.run)
+        block = FitBlock(anatomy, {name: layers[name] for name in mine}, observed.run, observed.vectors())
         with torch.enable_grad():
             out = drivers.of(first, CloseDriver).run(first, block, io, {n: t.target for n, t in mine.items()})
         if out.layers.keys() != mine.keys():
@@ -108,6 +111,9 @@ def fit_block(
     tensors: dict[str, Tensor] = {}
     rows: Rows = []
     for fit in carry_out(job.anatomy, batches, inputs, observed, layers | by_name, tasks):
+        if fit.result.folds:
+            job.weights.fold(fit.result.folds)
+            rewriting.load_folded(job.model.skeleton, job.weights, vectors_only=True)
         for name, layer in fit.result.layers.items():
             plan = job.plans[name]
             share = fit.seconds * plan.linear.parameters / sum(x.weight.numel() for x in fit.result.layers.values())

@@ -25,13 +25,15 @@ POINTS = 13  # sizes that are looked at
 
 @dataclass(frozen=True)
 class Frontier:
-    """The curve of a model: `original_bytes` are those of the source."""
+    """The curve of a model: `original_bytes` are those of the source, with keys and values of `context` tokens where
+    they count."""
 
     model: str
     layout: str
     menu: tuple[str, ...]
     original_bytes: int
     points: Sequence[Point]
+    context: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -39,6 +41,7 @@ class Frontier:
             "format": self.layout,
             "menu": list(self.menu),
             "original_bytes": self.original_bytes,
+            **({} if self.context is None else {"context": self.context}),
             "frontier": [asdict(x) for x in self.points],
         }
 
@@ -70,4 +73,7 @@ def frontier(job: Job, progress: Progress | None = None) -> Frontier:
     sized = sizing.sizer(plan, task, opened)
     points = choices.frontier(plan, opened, task, predictions, POINTS, sized)
     entries = choices.entries(task)
-    return Frontier(plan.model, plan.exporter, entries, choices.original(opened), points)
+    context, whole = plan.context, choices.original(opened)
+    if context is None:
+        return Frontier(plan.model, plan.exporter, entries, whole, points)
+    return Frontier(plan.model, plan.exporter, entries, whole + context.plain_bytes, points, context.tokens)

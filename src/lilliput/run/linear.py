@@ -45,6 +45,7 @@ class BlockJob:
     weights: BlockWeights
     exporter: export.Exporter
     fisher: Path | None = None  # squared gradients, where a step reads them
+    slopes: Path | None = None  # gradients by what the block gives, where a step weighs what it stores by them
     teacher: Teacher | None = None  # the unedited model, where a step repairs the edited one
 
     @property

@@ -6,10 +6,9 @@ are records of the journal, block by block. Squared gradients are `fisher`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import LilliputError
 from lilliput.export import provenance
-from lilliput.folds.kinds import ResidualRotation
+from lilliput.folds.kinds import HeadRotations, ResidualRotation
 from lilliput.machine import memory, ranks
 from lilliput.model.block import BlockWeights
 from lilliput.model.edited import views
+from lilliput.model.rotated import Heads, RotatedModel
 from lilliput.model.weights import Model
 from lilliput.parts import transform
 from lilliput.parts.inputs.grid import InputGrid
@@ -44,6 +44,7 @@ from lilliput.verbs.scores import Budget, Scores, Share
 from lilliput.verbs.spec import Task
 from lilliput.verbs.view import BlockIO, BlockView
 
+ROTATION = "rotation"
 Score = Callable[[int, BlockView, BlockIO], Scores]
 
 
@@ -61,25 +62,30 @@ def learned(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work
     path = work.folder / rotation_name(task)
     records = [r for r in work.find("rotation") if r["step"] == task.step]
     width = turning.skeleton.hidden_size
-    matrix = torch.empty(width, width, dtype=torch.float64)
+    tensors = {ROTATION: torch.empty(width, width, dtype=torch.float64)}
     if not records:
         if ranks.lead():
             samples = None if ids is None else Samples(ids, work.folder, progress)
             with torch.enable_grad(), _rounding(plan, turning.skeleton):
                 folds = task.of(Learn).run(turning, samples, plan.resolved.quantized(), task.options)
-            matrix = _product(folds, width)
-            _save(path, matrix)
-        work.note({"kind": "rotation", "step": task.step, "sha256": provenance.sha256(matrix)})
+            tensors = _chosen(folds, width)
+            save_atomically(path, {name: x.contiguous() for name, x in tensors.items()})
+        heads = {name: provenance.sha256(x) for name, x in tensors.items() if name != ROTATION}
+        record: dict[str, Any] = {"kind": "rotation", "step": task.step, "sha256": provenance.sha256(tensors[ROTATION])}
+        work.note(record | ({"heads": heads} if heads else {}))
+    (record,) = [r for r in work.find("rotation") if r["step"] == task.step]
+    digests: dict[str, str] = {ROTATION: record["sha256"], **record.get("heads", {})}
     with ranks.together():
         if records and ranks.lead():
-            matrix = load_file(path)["rotation"] if path.exists() else torch.empty(1)
-            if provenance.sha256(matrix) != records[0]["sha256"]:
+            tensors = load_file(path) if path.exists() else {}
+            if {name: provenance.sha256(x) for name, x in tensors.items()} != digests:
                 raise LilliputError(
                     f"{path} is not what the unfinished run wrote (a power failure?): delete {work.partial} and "
                     "start again"
                 )
-    matrix = ranks.same(matrix.contiguous())
-    rotated = turning.rotated(matrix)
+    rotated = turning.rotated(ranks.same(tensors[ROTATION].contiguous()))
+    if len(digests) > 1:
+        rotated = rotated.turned(_agreed_heads(turning, tensors, digests))
     memory.trim()
     return editing.replaced(model, turning, rotated) if any(x is turning for x in views(model)) else rotated
 
@@ -103,17 +109,36 @@ def _rounding(plan: Plan, skeleton: Skeleton) -> Iterator[None]:
             inputs.detach(module)
 
 
-def _product(folds: Any, width: int) -> Tensor:
-    out = torch.eye(width, dtype=torch.float64)
+def _chosen(folds: Sequence[ResidualRotation | HeadRotations], width: int) -> dict[str, Tensor]:
+    """What a learned step leaves: the product of its rotations, and those of heads by the names of `_head_name`."""
+    out, heads = torch.eye(width, dtype=torch.float64), dict[str, Tensor]()
     for fold in folds:
-        if not isinstance(fold, ResidualRotation):
-            raise RuntimeError(f"a learned fold is a ResidualRotation, not a {type(fold).__name__}")
-        out = out @ fold.matrix.to("cpu", torch.float64)
+        if isinstance(fold, ResidualRotation):
+            out = out @ fold.matrix.to("cpu", torch.float64)
+            continue
+        for n, links in fold.blocks.items():
+            for k, matrices in enumerate(links):
+                own = matrices.to("cpu", torch.float64)
+                before = heads.get(name := _head_name(n, k))
+                heads[name] = own if before is None else before @ own
+    return {ROTATION: out, **heads}
+
+
+def _head_name(block: int, link: int) -> str:
+    return f"heads.{block}.{link}"
+
+
+def _agreed_heads(model: RotatedModel, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Heads:
+    """The rotations of heads, the leader's on all ranks."""
+    out: dict[int, list[Tensor]] = {}
+    for n, block in enumerate(model.anatomy().blocks):
+        links = [x for x in block.links if x.head]
+        if not links or _head_name(n, 0) not in names:
+            continue
+        shapes = [(len(x.heads()[0]), x.head, x.head) for x in links]
+        blank = [torch.empty(shape, dtype=torch.float64) for shape in shapes]
+        out[n] = [ranks.same(tensors.get(_head_name(n, k), x).contiguous()) for k, x in enumerate(blank)]
     return out
-
-
-def _save(path: Path, matrix: Tensor) -> None:
-    save_atomically(path, {"rotation": matrix.contiguous()})
 
 
 def allocated(plan: Plan, task: Task, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Plan:

@@ -42,6 +42,8 @@ class Compression:
         predicted = self.plan.to_json()
         if self.plan.predicted_kl is not None:
             predicted, keys = {**predicted, "kl": self.plan.predicted_kl}, (*keys, "kl")
+        if self.plan.context is not None:
+            keys = (*keys, *self.plan.context.to_json())
         measured: dict[str, Any] = {} if self.evaluation is None else dict(self.evaluation.to_json())
         detail = self.engine.detail if self.engine is not None else ""
         detail = self.converted.engine if self.converted is not None else detail
@@ -51,6 +53,7 @@ class Compression:
             if self.converted is None
             else self.converted.bytes,
             "folder_bytes": self.folder_bytes,
+            **({} if self.plan.context is None else self.plan.context.to_json()),
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
         }

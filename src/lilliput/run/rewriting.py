@@ -93,8 +93,9 @@ def _unpacked(anatomy: Block, kind: str, number: int, values: list[Any]) -> Fold
             return HeadFold(anatomy.links[number], torch.tensor(values, dtype=torch.float64))
 
 
-def load_folded(skeleton: Skeleton, weights: BlockWeights) -> None:
-    """Put the tensors that folds have touched into the loaded block."""
+def load_folded(skeleton: Skeleton, weights: BlockWeights, *, vectors_only: bool = False) -> None:
+    """Put the tensors that folds have touched into the loaded block; `vectors_only`: gains and biases alone, where
+    linears are compressed already."""
     for name in weights.names():
-        if weights.folded(name):
+        if weights.folded(name) and not (vectors_only and len(skeleton.shapes[weights.canonical(name)]) > 1):
             skeleton.load({weights.canonical(name): weights.tensor(name)})

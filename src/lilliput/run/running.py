@@ -22,10 +22,8 @@ def runner(model: Model, index: int, anatomy: Block, batches: Batches) -> Run:
     float32: differences between two runs are then those of the weights, not of rounded sums.
     """
     skeleton = model.skeleton
-    names = skeleton.names_of(index)
-    length = len(skeleton.block_names[index]) + 1
     transposed = {x.name for x in anatomy.linears if x.transposed}
-    small = {n[length:]: skeleton.tensor(n).float() for n in names if _float(skeleton.tensor(n)) == 1}
+    small = _vector_names(model, index)
     half = skeleton.dtype is not torch.float32
     calls = dict(batches.calls)
 
@@ -33,9 +31,12 @@ def runner(model: Model, index: int, anatomy: Block, batches: Batches) -> Run:
         count = len(hidden)
         if count not in calls:
             calls[count] = skeleton.calls(count, hidden.shape[1])
-        tensors = dict(small)
+        tensors = {name: skeleton.tensor(full).float() for name, full in small.items()}
         for name, value in weights.items():
-            tensors[f"{name}.weight"] = value.T if name in transposed else value
+            if value.dim() == 1:
+                tensors[name] = value
+            else:
+                tensors[f"{name}.weight"] = value.T if name in transposed else value
         device = torch.device(skeleton.device).type
         with torch.autocast(device, skeleton.dtype) if half else nullcontext():
             return skeleton.run(index, hidden.float(), calls[count], tensors).float()
@@ -70,6 +71,17 @@ def movement(
         return total / tokens
 
     return moved
+
+
+def vectors(model: Model, index: int) -> dict[str, Tensor]:
+    """Gains and biases of a loaded block by their names in it, float32."""
+    return {name: model.skeleton.tensor(full).float() for name, full in _vector_names(model, index).items()}
+
+
+def _vector_names(model: Model, index: int) -> dict[str, str]:
+    skeleton = model.skeleton
+    length = len(skeleton.block_names[index]) + 1
+    return {n[length:]: n for n in skeleton.names_of(index) if _float(skeleton.tensor(n)) == 1}
 
 
 def _float(tensor: Tensor) -> int:

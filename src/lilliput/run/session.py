@@ -140,6 +140,7 @@ def resolved(job: Job, *, measured: bool = True) -> tuple[Model, Plan]:
         tokens=text.tokens,
         budget=job.limits.memory,
         size=job.limits.size if job.fit is None else None,
+        context=job.limits.context,
         seed=text.seed,
         dtype=dtype,
         device=where,
@@ -250,7 +251,7 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
             warnings = (*warnings, *look.notes)
             spent, peak = time.perf_counter() - began, max(peak, memory.peak_above_base())
             delivery.write_report(place.staging, facts, look, evaluation, spent, peak, warnings)
-            _within(place.staging, job.fit)
+            _within(place.staging, plan, job.fit)
         place.publish()
     evidence = None
     if evaluation is not None and original is not None:
@@ -272,12 +273,14 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
     )
 
 
-def _within(folder: Path, fit: Fit | None) -> None:
-    """Raises LilliputError for a folder of more bytes than were asked for."""
+def _within(folder: Path, plan: Plan, fit: Fit | None) -> None:
+    """Raises LilliputError for a folder of more bytes than were asked for, with the keys and values that count."""
     whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    cache = "" if plan.context is None else f" and its keys and values {plan.context.bytes}"
+    written, whole = whole, whole + (0 if plan.context is None else plan.context.bytes)
     if fit is not None and fit.size is not None and fit.to is None and whole > fit.size:
         raise LilliputError(
-            f"the folder has {whole} bytes, {whole - fit.size} more than --size {fit.size}: the files beside "
+            f"the folder has {written} bytes{cache}, {whole - fit.size} more than --size {fit.size}: the files beside "
             f"the weights are larger than planned; ask for --size {2 * fit.size - whole}"
         )
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lilliput import export
 from lilliput.anatomy.model import Site
-from lilliput.formats import scales
 from lilliput.machine import memory, ranks
 from lilliput.machine.cost import Cost
 from lilliput.model.block import BlockWeights
@@ -21,10 +20,11 @@ from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer, split, stack
 from lilliput.plan import tensors as inventory
 from lilliput.plan.plan import Plan, resized
+from lilliput.plan.resolve import stacked
 from lilliput.plan.tensors import TensorPlan
 from lilliput.progress import Progress
-from lilliput.run import behaving, caching, drivers, fisher, fitting, repairing, rewriting, stages, tables
-from lilliput.run.driver import BlockDriver, LinearDriver, RepairDriver
+from lilliput.run import behaving, caching, drivers, fisher, fitting, repairing, rewriting, slopes, stages, tables
+from lilliput.run.driver import BlockDriver, RepairDriver
 from lilliput.run.journal import Work
 from lilliput.run.linear import BlockJob, Rows, deliver, fits, install, lowered, overflow, same_inputs, within
 from lilliput.run.output import Output
@@ -68,9 +68,9 @@ def _solved(
     stats = empty if stats is None else stats.to(device)
     tensors: dict[str, Tensor] = {}
     rows: Rows = []
-    for names in _stacks(job, site):
+    own = job.plans
+    for plans in stacked([own[name] for name in site.linears]):
         start = time.perf_counter()
-        plans = [job.plans[name] for name in names]
         layers = [fisher.layer(job.fisher, p, job.weights) for p in plans]
         layer = stack(layers)
         del layers
@@ -91,26 +91,6 @@ def _solved(
         del layer, pieces, piece  # not beside the next linear's
         memory.trim()  # the heap is full of holes by now, and more so the more blocks there are
     return tensors, rows
-
-
-def _stacks(job: BlockJob, site: Site) -> list[list[str]]:
-    """Linears of a site that may be treated as one: equal tasks, methods that treat each row by itself."""
-    groups: list[list[str]] = []
-    for name in site.linears:
-        tasks = job.plans[name].alone
-        if not tasks:
-            continue
-        alone = any(
-            not drivers.of(task, LinearDriver).stacks(task)
-            or task.target.group_size == 0
-            or scales.joins_rows(task.target.scale_dtype)
-            for task in tasks
-        )
-        if groups and not alone and job.plans[groups[-1][0]].tasks == job.plans[name].tasks:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return groups
 
 
 def _collect(
@@ -252,7 +232,7 @@ def cost(plan: Plan, model: Model) -> Cost:
     states = plan.samples * plan.tokens * model.skeleton.hidden_size * plan.dtype.itemsize
     between = Cost(disk=2 * states if plan.resolved.needs else 0)
     phases = between.then(stages.cost(plan, model)).then(fisher.cost(plan, model))
-    return phases + fisher.stored(plan)
+    return phases + fisher.stored(plan) + slopes.cost(plan, model)
 
 
 def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Progress) -> Rows:
@@ -268,6 +248,7 @@ def run(plan: Plan, model: Model, ids: Tensor | None, work: Work, progress: Prog
     with torch.no_grad():
         progress.step(len(finished), count)
         if len(finished) < count:
+            slopes.take(plan, model, everything, work, progress, len(finished))
             fisher.take(plan, model, everything, work, progress, len(finished))
             plan = stages.allocated(plan, model, everything, work, progress)
         else:
@@ -357,7 +338,7 @@ def _blocks(
         if ids is None:
             raise RuntimeError("calibration was planned but there are no tokens")
         flow = _flow(plan, ids, work)
-        work.keep([flow.path(start).name, *stages.files(plan), *fisher.file_names(work)])
+        work.keep([flow.path(start).name, *stages.files(plan), *fisher.file_names(work), *slopes.file_names(work)])
     recorded = finished[start - 1]["hidden"] if start else None
     tables = bool(plan.resolved.tables)  # which are made from what the last block has left
     repairs = any(isinstance(drivers.find(task), RepairDriver) for task in plan.resolved.tasks)
@@ -380,7 +361,9 @@ def _walk(
         index = passage.block
         weights = BlockWeights(model, index, anatomy.blocks[index])
         squares = fisher.path_of(work, index) if plan.resolved.fisher(plan.samples) else None
-        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares, teacher)
+        sloped = slopes.path_of(work, index)
+        back = sloped if sloped.is_file() else None
+        job = BlockJob(plan, model, index, anatomy.blocks[index], weights, exporter, squares, back, teacher)
         tensors, rows = compress_block(job, passage.batches, passage.inputs, passage.outputs)
         model.unload_block(index)  # not beside the tensors while they are written
         hashes: dict[str, str] = {}
@@ -392,5 +375,6 @@ def _walk(
         work.note(record)
         if squares is not None:
             squares.unlink(missing_ok=True)
+        sloped.unlink(missing_ok=True)
         worst = max((float(row["error"]) for row in rows), default=0.0)
         progress.step(index + 1, len(model.skeleton.block_names), f"error {worst:.4f}")

@@ -12,7 +12,8 @@ from lilliput.anatomy.tables import EMBED, multiplies
 from lilliput.machine import ranks
 from lilliput.model.weights import TABLE_ROWS, Model
 from lilliput.plan import choices
-from lilliput.plan.choices import Candidates, numbered
+from lilliput.plan.candidates import Candidates
+from lilliput.plan.choices import numbered
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.run.heads import head_inputs, lookups, token_counts

@@ -91,7 +91,7 @@ def teaching(
             sees = spec.sees(options)
             beside = stack.enter_context(Beside(taught_by, sees, spec.sees_last, temperature, weighing))
         if spec.teaches and (beside is None or spec.prepare is not None):
-            notes = stack.enter_context(_notes(taught_by, lessons, o.top, temperature, weighing, work, progress))
+            notes = stack.enter_context(noted(taught_by, lessons, o.top, temperature, weighing, work, progress))
         prepared = options
         if spec.prepare is not None and notes is not None:
             prepared = spec.prepare(notes.each(), options)
@@ -125,7 +125,7 @@ def _compared(task: Task, model: Model, taught_by: Model) -> Compared | None:
     return Compared(loss, spec.sees(options), spec.sees_last, maps, spec.maps_rate)
 
 
-def _notes(
+def noted(
     by: Model,
     lessons: Lessons,
     top: int | None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -17,11 +17,16 @@ from torch import Tensor
 
 from lilliput import export
 from lilliput.data import lessons as texts
+from lilliput.data.generate import generate_tokens
 from lilliput.data.lessons import Lessons
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError
+from lilliput.export.outcome import Outcome
+from lilliput.formats.integer import IntegerFormat, IntegerGrid
 from lilliput.machine import memory
 from lilliput.model.stored import Model, open_model
+from lilliput.parts.layer import Layer
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
 from lilliput.plan.tensors import METADATA
@@ -40,7 +45,7 @@ TRAINED = "trained"  # kind of record, and name of the folder that takes the pla
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """The file of a training's last state."""
 
     path: Path
@@ -94,15 +99,15 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
         _place(work, task).path.unlink(missing_ok=True)
 
 
-def _place(work: Work, task: Task) -> _State:
-    return _State(work.folder / f"training-{task.step}.safetensors")
+def _place(work: Work, task: Task) -> State:
+    return State(work.folder / f"training-{task.step}.safetensors")
 
 
 def _one(
     plan: Plan, task: Task, taught_by: Model, tokens: Tokens | None, work: Work, fresh: Path, progress: Progress
 ) -> tuple[Curve, dict[str, str]]:
     model = open_model(work.staging, device=plan.device)
-    lessons = _lessons(task, model, tokens, seed=plan.seed)
+    lessons = _lessons(task, model, taught_by, tokens, work, seed=plan.seed)
     with teaching(task, model, taught_by, lessons, work, progress) as taught:
         student = _student(plan, task, model, taught_by, taught)
         text, place = taught.text(student, model), _place(work, task)
@@ -112,8 +117,12 @@ def _one(
     return curve, _written(plan, model, student, work.staging, fresh)
 
 
-def _lessons(task: Task, model: Model, tokens: Tokens | None, seed: int | None) -> Lessons:
+def _lessons(task: Task, model: Model, by: Model, tokens: Tokens | None, work: Work, seed: int | None) -> Lessons:
     o = common(task.options)
+    if o.greedy is not None and o.data != "self":
+        raise DataError(f"{task.label}: `greedy` is how a teacher begins its texts: set its option `data` to self")
+    if o.data == "self":
+        return texts.whole(_written_text(task, by, work, seed), "self")
     if o.data is None:
         if tokens is None:
             raise DataError(f"{task.label} has no text: name one with --data or its option `data`")
@@ -128,6 +137,18 @@ def _lessons(task: Task, model: Model, tokens: Tokens | None, seed: int | None) 
     )
 
 
+def _written_text(task: Task, by: Model, work: Work, seed: int | None) -> Tensor:
+    """What the teacher writes, once: a resumed run finds it."""
+    o = common(task.options)
+    place = State(work.folder / f"text-{task.step}.safetensors")
+    if (found := place.load()) is not None:
+        return found["ids"]
+    count = max(o.steps * o.batch, 1)
+    written = generate_tokens(by, by.source.tokenizer(), count, o.tokens, seed or 0, greedy=o.greedy).ids
+    place.save({"ids": written})
+    return written
+
+
 def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teaching) -> Student:
     skeleton = model.skeleton
     chosen = {f"{x.name}.weight": x for x in planning.trained(plan.resolved, task)}
@@ -135,12 +156,39 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teachi
     student = Student(skeleton, taught.loss, taught.compared)
     for x in chosen.values():
         outcome = plan.outcomes[x.name]
-        layer = layers.layer(model.source, outcome.stored, x.name, outcome.out_features, outcome.in_features)
+        rows, width = outcome.out_features, outcome.in_features
+        layer = layers.layer(model.source, outcome.stored, x.name, rows, width, transposed=outcome.transposed)
         known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
         original = before.read(f"{x.name}.weight").float() if known else layer.weight
+        layer = _as_planned(layer, outcome)
+        if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0
+            layer = replace(layer, support=layer.decode() != 0)
         core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
+        core.planned(outcome.kept, outcome.pattern)
         student.place(x.name, core.to(plan.device))
     return student
+
+
+def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
+    """With the plan's word for its integers: engines' layouts do not tell a row that is one group from a group as wide
+    as the row, and repeat what a matrix shares for every row."""
+    planned = outcome.scheme.integer
+    if planned is None or len(layer.parts) != 1:
+        return layer
+    (part,) = layer.parts
+    width = layer.weight.shape[1]
+    if not isinstance(part, QuantizedPart) or not isinstance(part.format, IntegerFormat) or part.format == planned:
+        return layer
+    if planned.groups(width) != part.format.groups(width):
+        return layer
+    if replace(part.format, group_size=planned.group_size) != planned:
+        return layer
+    grid = part.grid
+    if planned.group_size == 0:
+        if bool((grid.scale != grid.scale[:1]).any()):
+            return layer
+        grid = IntegerGrid(grid.scale[:1], None if grid.zero is None else grid.zero[:1])
+    return replace(layer, parts=(replace(part, format=planned, grid=grid),))
 
 
 def _written(plan: Plan, model: Model, student: Student, folder: Path, fresh: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ that changes are tried on take no part in the statistics: errors are those on te
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from lilliput.model.changed import ChangedTable
 from lilliput.model.weights import Model
 from lilliput.parts.layer import Layer
 from lilliput.plan import choices
-from lilliput.plan.choices import Candidates
+from lilliput.plan.candidates import Candidates
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
 from lilliput.run import rewriting
+from lilliput.run.cachetrials import CacheTrials, fewest, rising
 from lilliput.run.heads import lookups
 from lilliput.run.journal import Work, save_atomically
 from lilliput.stats.site import SiteStats
@@ -36,7 +37,7 @@ from lilliput.streaming.collect import collect
 from lilliput.streaming.divergence import divergences
 from lilliput.streaming.forward import embed, through
 from lilliput.streaming.states import Activations
-from lilliput.streaming.variants import Changes, Variants, advance
+from lilliput.streaming.variants import Caches, Changes, Variants, advance
 from lilliput.streaming.walk import Flow, Passage, taken_up, walk
 from lilliput.target import Target
 from lilliput.verbs.choose import Choose, Trials
@@ -44,12 +45,14 @@ from lilliput.verbs.compress import Compress
 from lilliput.verbs.rewrite import Rewrite
 from lilliput.verbs.spec import Task
 
+CACHE = "cache"  # in place of a role: keys and values of a block
 _NULL = 1 / 32  # factor on changes that leave nothing but other roundings of the model's own type
 
 
 @dataclass(frozen=True)
 class Group:
-    """The linears of one role in a block, which are changed together by `factor` times their errors."""
+    """The linears of one role in a block, which are changed together by `factor` times their errors; or its keys and
+    values, the last of its groups."""
 
     block: int
     role: str
@@ -64,8 +67,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Trying:
-    """What is tried: `entry` of each linear, by number in the menu; `groups` in the order of their variants, of which
-    the first is number `first`; `table`: the embedding, where it may be chosen, which is variant `first - 1`."""
+    """What is tried: `entry` of each linear, by number in the menu, and of the keys and values of each block; `groups`
+    in the order of their variants, of which the first is number `first`; `table`: the embedding, where it may be
+    chosen, which is variant `first - 1`; `stored`: entries of keys and values by block, for each factor of `whole`."""
 
     pool: Candidates
     entry: Mapping[str, int]
@@ -73,6 +77,15 @@ class Trying:
     whole: tuple[float, ...]
     alone: float
     table: LinearPlan | None
+    stored: Mapping[int, Sequence[int]]
+
+    @property
+    def begins(self) -> list[int]:
+        """By variant but the first, the token from which on it counts: where caches are tried, those that see them."""
+        context = self.pool.context
+        seen = 0 if context is None else context.first
+        table = [0] * (self.table is not None)
+        return [seen] * len(self.whole) + table + [seen if x.role == CACHE else 0 for x in self.groups]
 
     @property
     def first(self) -> int:
@@ -92,6 +105,7 @@ def trying(plan: Plan, task: Task) -> Trying:
     trials: Trials = task.of(Choose).trials(task.options)
     entry = {x.name: choices.middle(pool, x) for x in plan.resolved.planned if x.name in pool.options}
     groups: list[Group] = []
+    stored: dict[int, Sequence[int]] = {}
     for block in range(1 + max((x.block for x in plan.resolved.linears), default=-1)):
         roles: dict[str, list[str]] = {}
         for x in plan.resolved.of_block(block):
@@ -101,8 +115,11 @@ def trying(plan: Plan, task: Task) -> Trying:
             if not groups:
                 groups.append(Group(block, role, tuple(names), _NULL))
             groups.append(Group(block, role, tuple(names), trials.alone))
+        if pool.context is not None and (kept := pool.context.of_block(block)) is not None:
+            groups.append(Group(block, CACHE, (kept.name,), 1.0))
+            entry[kept.name], stored[block] = fewest(kept), rising(kept, len(trials.whole))
     table = next((x for x in plan.resolved.tables if x.name in pool.options and x.linear.role == EMBED), None)
-    return Trying(pool, entry, tuple(groups), trials.whole, trials.alone, table)
+    return Trying(pool, entry, tuple(groups), trials.whole, trials.alone, table, stored)
 
 
 def split(plan: Plan, task: Task, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +154,7 @@ def take(plan: Plan, task: Task, model: Model, ids: Tensor, work: Work, progress
             work.note({**record, "hidden": passage.checksum(), "variants": states.checksum()})
             states.forget()
             progress.step(passage.block + 1, count, "scoring")
-        losses = divergences(model.skeleton, model.read, states.variants())
+        losses = divergences(model.skeleton, model.read, states.variants(), tried.begins)
         shared = ranks.add(torch.tensor(losses, dtype=torch.float64) * states.samples) / len(few)
         work.note({"kind": "trial", "step": task.step, "losses": shared.tolist()})
         states.delete()
@@ -209,6 +226,7 @@ def _block(
     del stats
     model.load_block(index)
     rewriting.load_folded(model.skeleton, weights)
+    scores |= states.cached(index)
     states.advance(index, weights, calls)
     model.unload_block(index)
     return scores
@@ -227,6 +245,8 @@ class _Files:
         self._tried = tried
         self.stem = _stems(task)[1]
         self.samples = len(ids)
+        context = tried.pool.context
+        self._trials = None if context is None else CacheTrials(model.skeleton, context)
         self._now: Activations | None = None
         self._before: Activations | None = None
 
@@ -258,16 +278,37 @@ class _Files:
         """Take all variants through a loaded block, and its changes in variants of their own."""
         before, self._before = self.variants(), self._now
         self._now = self._opened(block + 1)
-        groups = [[f"{name}.weight" for name in x.names] for x in self._tried.of_block(block)]
-        factors = [x.factor for x in self._tried.of_block(block)]
+        linears = [x for x in self._tried.of_block(block) if x.role != CACHE]
+        groups = [[f"{name}.weight" for name in x.names] for x in linears]
+        factors = [x.factor for x in linears]
         cut = len(weights.prefix) + 1
 
         def original(name: str) -> Tensor:
             return weights.tensor(name[cut:])
 
-        changes = Changes(original, self._changed, groups, factors, self._tried.whole)
+        changes = Changes(original, self._changed, groups, factors, self._tried.whole, self._caches(block))
         with torch.no_grad():
             advance(self._model.skeleton, block, calls, before, self.variants(), changes)
+
+    def cached(self, block: int) -> dict[str, list[float]]:
+        """What each way of storing keys and values leaves of a loaded block's attention, over the samples of all
+        ranks, by the item's name."""
+        kept = None if self._tried.pool.context is None else self._tried.pool.context.of_block(block)
+        if kept is None or self._trials is None:
+            return {}
+        states = self.variants()
+        samples = (states.read(0, n).to(self._model.skeleton.device) for n in range(self.samples))
+        with torch.no_grad():
+            errors = torch.tensor(self._trials.errors(kept, samples), dtype=torch.float64)
+        return {kept.name: ranks.add(errors).tolist()}
+
+    def _caches(self, block: int) -> Caches | None:
+        kept = None if self._tried.pool.context is None else self._tried.pool.context.of_block(block)
+        if kept is None or self._trials is None:
+            return None
+        through = self._trials.through
+        alone = through(kept, self._tried.entry[kept.name])
+        return Caches(alone, [through(kept, j) for j in self._tried.stored[block]])
 
     def checksum(self) -> list[int]:
         return ranks.gathered(self.variants().states.checksum())

@@ -45,15 +45,17 @@ class HeldPart:
         raise SourceError("the rows of a part that is held as stored belong together")
 
 
-def layer(source: Source, stored: str, name: str, rows: int, width: int) -> Layer:
+def layer(source: Source, stored: str, name: str, rows: int, width: int, *, transposed: bool = False) -> Layer:
     """The linear whose weight is stored under `stored` (without ".weight"), [rows, width], as it lies in the folder.
 
-    A plain one has no parts. Raises SourceError for a packing of another engine that is not codes of integers.
+    A plain one has no parts; `transposed`: the folder holds it as [width, rows]. Raises SourceError for a packing of
+    another engine that is not codes of integers.
     """
     key = f"{stored}.weight"
     spec, packed = source.linear(key), source.packing(key)
     weight = source.read(key).float()
-    weight = weight if weight.shape == (rows, width) else weight.T.contiguous()
+    if weight.shape != (rows, width) or (transposed and spec is None and packed is None):  # square ones do not show it
+        weight = weight.T.contiguous()
     plain = Layer(name, weight)
     if spec is not None:
         get = below(source.part, spec.payload)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from lilliput.errors import SourceError
-from lilliput.source import inputs, quantized
+from lilliput.source import caches, inputs, quantized
 from lilliput.source.gguf import Gguf
 from lilliput.source.hub import snapshot
 from lilliput.source.packed import Packed, floats
@@ -105,6 +105,7 @@ def _folder(model: str, folder: Path, trust_remote_code: bool, prefix: tuple[str
     return Source(
         model, folder, config, reader, packed, raw=raw, quantization=method, trust_remote_code=trust_remote_code,
         notes=notes, inputs=inputs.find(method, how or {}, reader, model),
+        caches=caches.find(method, how or {}, config.get_text_config(decoder=True), reader, model),
     )  # fmt: skip
 
 

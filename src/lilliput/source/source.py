@@ -22,6 +22,7 @@ from lilliput.anatomy.token_ids import named_ids
 from lilliput.errors import SourceError
 from lilliput.parts.linear import LinearSpec
 from lilliput.progress import Progress
+from lilliput.runtime import caches as caching
 from lilliput.runtime.inputs import Rounding
 from lilliput.source import scan as scanning
 from lilliput.source.gguf_metadata import lean
@@ -77,7 +78,7 @@ class Source:
     weights are read as plain; text_config: the language model's own; raw: config.json as it lies in the folder, empty
     for GGUF; stored: every tensor by its name in the files (for GGUF by its name in transformers), without what
     wrappers put in; notes: what a user should know about this checkpoint; inputs: how linears, by their name in the
-    files, round what enters them.
+    files, round what enters them; caches: how keys and values are stored, as `runtime.caches` has it.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Source:
         trust_remote_code: bool = False,
         notes: tuple[str, ...] = (),
         inputs: Mapping[str, Rounding] | None = None,
+        caches: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.model = model
         self.folder = folder
@@ -103,6 +105,7 @@ class Source:
         self.quantization = quantization
         self.notes = notes
         self.inputs: Mapping[str, Rounding] = inputs or {}
+        self.caches = tuple(dict(x) for x in caches)
         self._reader = reader
         self._packed = packed
         self._gguf = gguf
@@ -111,9 +114,10 @@ class Source:
         self._written: Path | None = None
         self._trimmed: _Trimmed | None = None
         used = {part for x in packed.values() for part in x.parts}
+        running = {name for entry in self.caches for name in caching.stored([entry])}
         stored = {name: _packed(name, x, reader) for name, x in packed.items()}
         for name, entry in reader.entries.items():
-            if name not in used and not (quantization is not None and name.endswith(LEFT_OVER)):
+            if name not in used and (name in running or quantization is None or not name.endswith(LEFT_OVER)):
                 stored[name] = Stored(name, entry.shape, entry.dtype, entry.nbytes)
         self.stored: Mapping[str, Stored] = stored
 

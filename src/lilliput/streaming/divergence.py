@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,17 @@ def head_names(skeleton: Skeleton) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*skeleton.final, *(n for n in skeleton.shapes if n.rpartition(".")[0] == stem))))
 
 
-def divergences(skeleton: Skeleton, read: Read, variants: Variants) -> list[float]:
+def divergences(skeleton: Skeleton, read: Read, variants: Variants, first: Sequence[int] | None = None) -> list[float]:
     """For each variant but the first, the mean KL divergence in nats of the next token's distribution from that of the
-    first, over all positions; states [rows, T, H] are as the last block leaves them."""
+    first, over all positions, or from position `first` of each variant on; states [rows, T, H] are as the last block
+    leaves them."""
     names = head_names(skeleton)
     for name in names:
         skeleton.load({name: read(name)})
     step = max(1, LOGITS // skeleton.shapes[skeleton.head][0])
     totals = [0.0] * (variants.count - 1)
-    tokens = 0
+    counts = [0] * (variants.count - 1)
+    begins = [0] * (variants.count - 1) if first is None else first
 
     def finished(variant: int, sample: int) -> Tensor:
         return skeleton.finish(variants.read(variant, sample).to(skeleton.device))[0]
@@ -39,11 +43,12 @@ def divergences(skeleton: Skeleton, read: Read, variants: Variants) -> list[floa
                 weights = p.exp()
                 for v in range(1, variants.count):
                     q = skeleton.logits(finished(v, n)[a : a + step]).float().log_softmax(-1)
-                    totals[v - 1] += float((weights * (p - q)).sum(dtype=torch.float64))
-            tokens += len(before)
+                    told = (weights * (p - q))[max(begins[v - 1] - a, 0) :]
+                    totals[v - 1] += float(told.sum(dtype=torch.float64))
+                    counts[v - 1] += len(told)
     skeleton.unload(names)
     memory.trim()
-    return [x / max(tokens, 1) for x in totals]
+    return [x / max(count, 1) for x, count in zip(totals, counts, strict=True)]
 
 
 def spread(skeleton: Skeleton, read: Read, states: Activations) -> Tensor:

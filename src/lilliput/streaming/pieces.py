@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from lilliput.anatomy.cached import filled
 from lilliput.anatomy.calls import Calls
@@ -37,6 +38,16 @@ class Pieces:
             self._calls[key] = self.skeleton.calls(batch, tokens, past)
         return self._calls[key]
 
+    def read(self, block: int, hidden: Tensor) -> Tensor:
+        """hidden [B, T, H] through a loaded block, with a cache of its own."""
+        cache = filled(self.skeleton.config, len(hidden), 0)
+        out = []
+        for first in range(0, hidden.shape[1], self.chunk):
+            piece = hidden[:, first : first + self.chunk]
+            calls = self.calls(len(hidden), piece.shape[1], first)
+            out.append(self.skeleton.run(block, piece, calls, cache=cache))
+        return torch.cat(out, dim=1)
+
     def through(
         self, block: int, batches: Batches, inputs: Activations, outputs: Activations
     ) -> list[Callable[[], None]]:
@@ -44,14 +55,7 @@ class Pieces:
 
         def one(start: int, stop: int) -> Callable[[], None]:
             def run() -> None:
-                hidden = inputs.read(start, stop).to(self.skeleton.device)
-                cache = filled(self.skeleton.config, stop - start, 0)
-                out = []
-                for first in range(0, hidden.shape[1], self.chunk):
-                    piece = hidden[:, first : first + self.chunk]
-                    calls = self.calls(stop - start, piece.shape[1], first)
-                    out.append(self.skeleton.run(block, piece, calls, cache=cache))
-                outputs.write(start, torch.cat(out, dim=1))
+                outputs.write(start, self.read(block, inputs.read(start, stop).to(self.skeleton.device)))
 
             return run
 

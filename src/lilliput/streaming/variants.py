@@ -7,7 +7,7 @@ blocks with one of them resident tries as many changes as there are linears.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +16,18 @@ from lilliput.anatomy.calls import Calls
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.streaming.backward import Read
 from lilliput.streaming.states import Activations
+
+Pass = Callable[[Tensor], Tensor]
+"""A sample's states [1, T, H] through the loaded block."""
+
+
+@dataclass(frozen=True)
+class Caches:
+    """How a loaded block is run with keys and values stored otherwise: with nothing else changed, in a variant of its
+    own behind those of the groups, and beside the changes of each factor of `whole`."""
+
+    alone: Pass
+    whole: Sequence[Pass]
 
 
 @dataclass(frozen=True)
@@ -41,13 +53,15 @@ class Variants:
 @dataclass(frozen=True)
 class Changes:
     """What a block's tensors, by canonical name, are and become. `groups`: what changes together in a variant of its
-    own, each by its factor of `alone`; `whole`: factors on all changes at once, in variants 1, 2, ..."""
+    own, each by its factor of `alone`; `whole`: factors on all changes at once, in variants 1, 2, ...; `caches`: None
+    where the block keeps its keys and values as they are."""
 
     original: Read
     changed: Read
     groups: Sequence[Sequence[str]]
     alone: Sequence[float]
     whole: Sequence[float]
+    caches: Caches | None = None
 
     def tensor(self, name: str, factor: float) -> Tensor:
         value = self.original(name).float()
@@ -55,30 +69,34 @@ class Changes:
 
 
 def advance(skeleton: Skeleton, block: int, calls: Calls, before: Variants, after: Variants, changes: Changes) -> None:
-    """Take all variants through a loaded block; `after` has one more for each group. `calls` are those of one sample.
+    """Take all variants through a loaded block; `after` has one more for each group, and for the caches. `calls` are
+    those of one sample.
 
     The block is left as it was.
     """
+    caches = changes.caches
+
+    def plain(hidden: Tensor) -> Tensor:
+        return skeleton.run(block, hidden, calls)
+
+    def run(source: int, target: int, through: Pass = plain) -> None:
+        for sample in range(before.samples):
+            after.write(target, sample, through(before.read(source, sample).to(skeleton.device)))
+
     for variant in (0, *range(1 + len(changes.whole), before.count)):
-        _run(skeleton, block, calls, before, after, variant, variant)
+        run(variant, variant)
     for number, (group, factor) in enumerate(zip(changes.groups, changes.alone, strict=True)):
         for name in group:
             skeleton.load({name: changes.tensor(name, factor)})
-        _run(skeleton, block, calls, before, after, 0, before.count + number)
+        run(0, before.count + number)
         for name in group:
             skeleton.load({name: changes.original(name)})
+    if caches is not None:
+        run(0, before.count + len(changes.groups), caches.alone)
     names = list(dict.fromkeys(name for group in changes.groups for name in group))
     for variant, factor in enumerate(changes.whole, 1):
         for name in names:
             skeleton.load({name: changes.tensor(name, factor)})
-        _run(skeleton, block, calls, before, after, variant, variant)
+        run(variant, variant, plain if caches is None else caches.whole[variant - 1])
     for name in names:
         skeleton.load({name: changes.original(name)})
-
-
-def _run(
-    skeleton: Skeleton, block: int, calls: Calls, before: Variants, after: Variants, source: int, target: int
-) -> None:
-    for sample in range(before.samples):
-        hidden = before.read(source, sample).to(skeleton.device)
-        after.write(target, sample, skeleton.run(block, hidden, calls))

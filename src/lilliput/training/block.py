@@ -29,6 +29,7 @@ from lilliput.stats.site import SiteStats
 from lilliput.target import Target
 from lilliput.training import minimise as train
 from lilliput.training.descent import DescentOptions, batches, losses
+from lilliput.training.equivalence import Equivalence, Factor
 from lilliput.verbs.view import BlockFit, FitBlock, FitIO
 
 _EDGE = 0.5 - 2.0**-10  # how far from its code a position may lie
@@ -49,7 +50,7 @@ class Start:
 
     weight float32 [rows, in]: what the other parts leave over between the transforms, 0 outside the support; base:
     those other parts' sum (None: no others); scale, zero float32 [units]; grid: what they come from; codes int8;
-    continued: whether they are an earlier step's.
+    continued: whether they are an earlier step's; factor: what learned scales of channels make of the weight.
     """
 
     units: Units
@@ -61,6 +62,20 @@ class Start:
     grid: Any
     codes: Tensor
     continued: bool
+    factor: Factor | None = None
+
+    def present(self) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """The weight with its channels scaled as they are now, and how many times as far as at the start each unit
+        reaches upwards and downwards; differentiable."""
+        if self.factor is None:
+            return self.weight, 1.0, 1.0
+        now = self.factor.apply(self.weight)
+        low, high = self.units.extremes(now)
+        first_low, first_high = self.units.extremes(self.weight)
+        if self.units.form.symmetric:
+            ratio = _ratio(torch.maximum(-low, high), torch.maximum(-first_low, first_high))
+            return now, ratio, ratio
+        return now, _ratio(high, first_high), _ratio(low, first_low)
 
     def origin(self, margin: float) -> Tensor:
         """Positions float32 [rows, in] that round to the codes: w / S where it does, else the nearest that does, moved
@@ -104,6 +119,7 @@ class Start:
                 self.grid.rows(rows.start, rows.stop),
                 self.codes[rows],
                 self.continued,
+                None if self.factor is None else self.factor.rows(rows.start, rows.stop),
             )
             for rows, units in self.units.pieces_with_units(_CHUNK)
         ]
@@ -126,6 +142,10 @@ class Fitted(Protocol):
         ...
 
 
+def _ratio(now: Tensor, first: Tensor) -> Tensor:
+    return torch.where(first != 0, now / torch.where(first != 0, first, 1.0), 1.0)
+
+
 Penalty = Callable[[Fitted, float], Tensor | None]
 
 
@@ -136,6 +156,7 @@ class _Linear:
     layer: Layer
     form: Trainable
     fitted: Sequence[Fitted]
+    factor: Factor | None = None
 
     def whole(self) -> Tensor:
         """The weight [out, in] for the present leaves, outside its transforms."""
@@ -149,7 +170,8 @@ class _Linear:
         if support is not None and self.form.holds_zero:
             rest = Units(self.form, *whole.shape).spread(self.form.opened(grid)[1])
             whole = torch.where(support, whole, rest.to(whole.dtype))
-        return replace(self.layer, parts=(*self.layer.parts, QuantizedPart(self.form, whole, grid)))
+        weight = self.layer.weight if self.factor is None else self.factor.apply(self.layer.weight)
+        return replace(self.layer, weight=weight, parts=(*self.layer.parts, QuantizedPart(self.form, whole, grid)))
 
 
 def _joined(grids: Sequence[Any]) -> Any:
@@ -197,16 +219,20 @@ def descend(
     begin: Callable[[Start], Fitted],
     schedule: train.Schedule,
     penalty: Penalty | None = None,
+    moves: Equivalence | None = None,
 ) -> BlockFit:
     """Train all linears of a block together, from an earlier step's codes or the nearest ones on a grid of their own;
-    the layers of the best state.
+    the layers of the best state. `moves`: scales and shifts that are trained with them, where `begin` looks at
+    `Start.present`.
 
     Raises PlanError without bits in a target, or where an earlier step used another format than integers.
     """
     linears: dict[str, _Linear] = {}
     for name, layer in block.layers.items():
         before, start = _start(layer, io.stats.get(block.anatomy.linear(name).site), targets[name], o)
-        linears[name] = _Linear(before, start.units.form, [begin(piece) for piece in start.pieces()])
+        factor = None if moves is None else moves.factor(name)
+        pieces = replace(start, factor=factor).pieces()
+        linears[name] = _Linear(before, start.units.form, [begin(piece) for piece in pieces], factor)
     order = batches(len(io.inputs), o)
 
     # A mini-batch is judged by what its own samples lose at the start, so that an easy one is not mistaken for
@@ -216,6 +242,7 @@ def descend(
     def whole() -> float:
         with torch.no_grad():
             finished = {name: x.finished().decode() for name, x in linears.items()}
+            finished |= {} if moves is None else moves.vectors()
             each = losses(block, io, finished, range(len(io.inputs)), o)
         if not scale:
             scale.extend(each)
@@ -226,10 +253,16 @@ def descend(
         norm = max(sum(scale[n] for n in chosen), 1e-30)
         with torch.no_grad():
             leaves = {name: x.whole() for name, x in linears.items()}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
         with torch.enable_grad():
+            vectors = {} if moves is None else moves.vectors()
+            leaves |= {name: x.detach() for name, x in vectors.items()}
+            for leaf in leaves.values():
+                leaf.requires_grad_()
             total = sum(losses(block, io, leaves, chosen, o, backward=norm))
+        if vectors:
+            slopes = [leaves.pop(name).grad for name in vectors]
+            torch.autograd.backward(list(vectors.values()), slopes)
+        del vectors
         for name, linear in linears.items():
             gradient = leaves.pop(name).grad
             if gradient is not None:
@@ -247,5 +280,8 @@ def descend(
         return total / norm
 
     parameters = [p for linear in linears.values() for x in linear.fitted for p in x.parameters]
+    parameters += [] if moves is None else moves.parameters
     descent = train.minimise(parameters, slope, whole, schedule)
-    return BlockFit({name: x.finished() for name, x in linears.items()}, descent.start, descent.end)
+    with torch.no_grad():
+        layers = {name: x.finished() for name, x in linears.items()}
+    return BlockFit(layers, descent.start, descent.end, () if moves is None else moves.folds())

@@ -58,6 +58,8 @@ class _Run:
         for name, x in self.parameters.items():
             for key, value in self.optimizer.state.get(x, {}).items():
                 tensors[f"{key}.{name}"] = torch.as_tensor(value)
+        for linear, core in self.student.cores().items():
+            tensors |= {f"core:{linear}:{name}": x for name, x in core.state().items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         return {name: x.contiguous().cpu() for name, x in tensors.items()}
@@ -74,6 +76,9 @@ class _Run:
                 own = {key: value for key, value in own.items() if "." not in key}
                 if own:
                     self.optimizer.state[x] = own
+            for linear, core in self.student.cores().items():
+                for name, held in core.state().items():
+                    held.copy_(tensors[f"core:{linear}:{name}"])
         self.losses = tensors["losses"].tolist()
         self.seconds = float(tensors["seconds"])
 
@@ -184,7 +189,11 @@ def _step(run: _Run, text: Text, samples: Sequence[int], step: int, o: TrainOpti
         nn.utils.clip_grad_norm_(list(run.parameters.values()), o.clip)
     for group in run.optimizer.param_groups:
         group["lr"] = o.lr * group["factor"] * rate(step, o)
+    for core in student.cores().values():
+        core.after_backward()
     run.optimizer.step()
+    for core in student.cores().values():
+        core.after_step(o.lr * rate(step, o))
     return total
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lilliput.anatomy.skeleton import Skeleton
+from lilliput.errors import LilliputError
+from lilliput.runtime import caches
 from lilliput.runtime.inputs import Rounding
 from lilliput.training.beside import Look, head
 from lilliput.training.watch import watching
@@ -50,6 +52,12 @@ class TrainedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._rounding is not None:
             x = _Through.apply(x, self._rounding)  # type: ignore[no-untyped-call]
+        if self._still is None and self.core.recomputes and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self._product, x, use_reentrant=False)
+            return out
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         weight = self.core.weight() if self._still is None else self._still
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
@@ -123,11 +131,17 @@ class Student(nn.Module):
                 x.hold(False)
 
     def forward(self, batch: Batch) -> Tensor:
+        cache = caches.training(self.model, self.skeleton.config)
+        if cache is not None and batch.positions is not None:
+            raise LilliputError(
+                "rows that hold several documents cannot be trained with a compressed cache, whose masks let them see "
+                "each other: take text without documents, or leave the step for the cache out"
+            )
         compared = self.compared
         with watching(
             self.skeleton, frozenset() if compared is None else compared.fields, compared is not None and compared.last
         ) as shown:
-            hidden = self.skeleton.read(batch.ids, batch.positions)
+            hidden = self.skeleton.read(batch.ids, batch.positions, cache)
         total = hidden.new_zeros((), dtype=torch.float32)
         if self._loss is not None:
             total = total + self._tokens(batch, hidden)

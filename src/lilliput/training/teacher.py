@@ -63,7 +63,8 @@ class Notes:
         label = some(self.label)[:, 0]
         weights: Tensor | None = None
         if self._weigh is not None:
-            weights = torch.cat([self._weigh(x) for x in torch.split(label, chosen.sum(1).tolist())])
+            rows = torch.split(label, chosen.sum(1).tolist())
+            weights = torch.cat([self._weigh(x) for x in rows])
 
         def piece(a: int, b: int) -> Taught:
             return Taught(

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lilliput.anatomy.model import Linear
 from lilliput.errors import PlanError
-from lilliput.machine.cost import Cost
+from lilliput.machine.cost import Cost, Phase
 from lilliput.runtime.caches.codec import CacheShape, CodecSpec
+from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
 from lilliput.target import Strict, Target
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
@@ -40,12 +41,15 @@ class CacheIO:
     """What a finished block stores on the calibration text, without the first `skipped` tokens of each sample.
 
     keys [n, heads, width] before their rotation by position, if the codec asks for that, and values [n, heads, width],
-    float32.
+    float32. key_weights and value_weights, in their shapes: squared gradients of the loss by them, for a step that
+    weighs by these.
     """
 
     shape: CacheShape
     keys: Tensor
     values: Tensor
+    key_weights: Tensor | None = None
+    value_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,9 @@ class Cache(Spec[OptionsT]):
     turned: whether the model rotates keys by position. `uses`: the fields of a target that mean something to it.
 
     `fit(io, spec, options)`: the codec's static tensors, as it describes them (None: it has none); `samples(options)`:
-    how many calibration samples it looks at, and `skipped(options)` how many first tokens of each it does not.
+    how many calibration samples it looks at, and `skipped(options)` how many first tokens of each it does not;
+    `weighs(options)`: whether it reads squared gradients by what is stored. `trainable`: whether models may be trained
+    with it: tokens see each other as they are stored, and nothing is fitted.
     """
 
     verb: ClassVar[str] = "cache"
@@ -67,6 +73,8 @@ class Cache(Spec[OptionsT]):
     fit: Callable[[CacheIO, Any, OptionsT], Mapping[str, Tensor]] | None = None
     samples: Callable[[OptionsT], int] = lambda options: 0
     skipped: Callable[[OptionsT], int] = lambda options: 0
+    weighs: Callable[[OptionsT], bool] = lambda options: False
+    trainable: bool = False
     writes: Writes = "cache"
 
     def tokens(self, options: OptionsT) -> bool:
@@ -77,8 +85,13 @@ class Cache(Spec[OptionsT]):
         return target.model_copy(update={"bits": bits})
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
-        running = (Stage.RUNNING, Stage.CACHE)
+        running = (Stage.RUNNING, Stage.CACHE, *((Stage.TRAINING,) if self.trainable else ()))
         later = next((x for x in recipe[task.step :] if x.spec.stage not in running), None)
+        if later is not None and later.spec.stage is Stage.TRAINING:
+            raise PlanError(
+                f"{task.label} fits the cache to the model, or lets the tokens of a call see each other as they are, "
+                f"which {later.label} would not: train with kv-rtn, or without a step for the cache"
+            )
         if later is not None:
             raise PlanError(
                 f"{task.label} says how the finished model stores keys and values, and {later.label} still changes it: "
@@ -97,7 +110,18 @@ class Cache(Spec[OptionsT]):
         if self.fit is None:
             return Cost()
         widths = sum(x.out_features for x in linears if x.role in ("k", "v", "qkv"))
-        return Cost(ram=32 * min(run.samples, self.samples(options)) * run.tokens * widths)
+        samples = min(run.samples, self.samples(options))
+        if not self.weighs(options):
+            return Cost(ram=32 * samples * run.tokens * widths)
+        own = sum(x.out_features + x.in_features for x in linears if x.expert is None or x.expert < 2)
+        # The squares of all samples, and what one leaves for the way back.
+        ram = (32 + 8) * samples * run.tokens * widths + 3 * run.tokens * (own + 8 * run.hidden) * 4
+        return Cost(ram=ram, operations=3 * samples * run.tokens * sum(x.parameters for x in linears))
+
+    def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
+        if not self.weighs(options):
+            return ()
+        return (Phase("gradients for the cache", peak.of_gradients(run, outside=False)),)
 
 
 def group_of(target: Target, shape: CacheShape) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -42,14 +42,27 @@ class Trials:
     whole: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Stores:
+    """Among which ways of storing keys and values each block gets one, so that they and the folder keep to a size
+    together. context: tokens of the one sequence that counts; method: the one of the verb `cache`; bits: its entries,
+    beside leaving them as they are; options: the method's, for all of them."""
+
+    context: int
+    method: str
+    bits: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choose(Spec[OptionsT]):
     """`score(weight, stats, targets, rows, options)`: for each target, the squared error that it leaves in the outputs
     of a linear, summed over tokens and outputs.
 
     weight float32 [out, in]; `rows` float32 [out] weighs outputs, or None: all alike. `entries(options)`: the menu
-    (`budget.menu`); `goal(options)`, `trials(options)`; `fused(options)`: what an engine runs as one linear gets one
-    grid; `governs`: methods whose error `score` predicts.
+    (`budget.menu`); `goal(options)`, `trials(options)`; `stores(options)`: what is chosen for keys and values, None:
+    they do not count; `fused(options)`: what an engine runs as one linear gets one grid; `governs`: methods whose error
+    `score` predicts.
     """
 
     verb: ClassVar[str] = "choose"
@@ -60,6 +73,7 @@ class Choose(Spec[OptionsT]):
     entries: Callable[[OptionsT], tuple[str, ...]]
     goal: Callable[[OptionsT], Goal]
     trials: Callable[[OptionsT], Trials]
+    stores: Callable[[OptionsT], Stores | None] = lambda options: None
     fused: Callable[[OptionsT], bool]
     governs: tuple[str, ...]
     writes: Writes = "targets"
@@ -105,8 +119,9 @@ class Choose(Spec[OptionsT]):
 
     def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:
         trials = self.trials(options)
-        # Each linear is changed alone, and half of the blocks come after it.
-        runs = (len(linears) / 2 + len(trials.whole)) * self.looked_at(run.samples, options)
+        caches = len(run.blocks) if self.stores(options) is not None else 0
+        # Each linear and each cache is changed alone, and half of the blocks come after it.
+        runs = ((len(linears) + caches) / 2 + len(trials.whole)) * self.looked_at(run.samples, options)
         return Cost(
             ram=peak.of_decomposing(linears).ram,
             operations=run.weights * (2.0 * runs * run.tokens + 40 * len(self.entries(options))),

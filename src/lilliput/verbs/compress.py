@@ -68,7 +68,7 @@ class Compress(Spec[OptionsT]):
         return self.roles is None or linear.role in self.roles(options)
 
     def stacks(self, target: Target, options: OptionsT) -> bool:
-        """Whether linears of one site may be shown to a step with this target and these options as one."""
+        """Where each row is treated by itself."""
         return self.rowwise and not (self.mixes is not None and self.mixes(target, options))
 
     def tabular(self) -> bool:

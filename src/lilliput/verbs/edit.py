@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -14,8 +14,10 @@ from lilliput.model.edit import Edit as Decision
 from lilliput.streaming import peak
 from lilliput.streaming.peak import Run
 from lilliput.verbs.edits import EditIO, EditScores, EditView, Sizes, SkipLoss, Units, keep_best
+from lilliput.verbs.gated import GateOptions, Training
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
 from lilliput.verbs.timing import Timing
+from lilliput.verbs.train import common
 
 if TYPE_CHECKING:
     from lilliput.source import Source
@@ -38,6 +40,10 @@ class Edit(Spec[OptionsT]):
     `looked_at(samples, options)`: samples that losses or gradients are taken over, of so many.
     `vocabulary(source, data, options)`: token ids that stay, by the tokenizer and a text (that of `data` where the
     options name none), known when the plan is made; what reads text later reads it through the smaller tokenizer.
+    `trained(units, sizes, options)`: gates that are trained before the decision, whose chances to be open are the
+    scores in place of what `score` gives; what they are, and what was trained of the weights beside them, goes into the
+    weights of what stays. Its options are `GateOptions`. `narrows(options)`: it decides which channels of the residual
+    stream stay, by number.
     `turned`: it keeps the first channels of a residual stream that a step before it has turned.
     """
 
@@ -61,6 +67,8 @@ class Edit(Spec[OptionsT]):
     updates: Callable[[OptionsT], bool] | None = None
     timed: Callable[[OptionsT], Timing | None] | None = None
     vocabulary: Callable[[Source, str, OptionsT], tuple[int, ...]] | None = None
+    trained: Callable[[Sequence[Units], Sizes, OptionsT], Training] | None = None
+    narrows: Callable[[OptionsT], bool] | None = None
     turned: bool = False
     looked_at: Callable[[int, OptionsT], int] | None = None
     writes: Writes = "fold"
@@ -108,7 +116,8 @@ class Edit(Spec[OptionsT]):
 
     def tokens(self, options: OptionsT) -> bool:
         looks = any(self.asks(x, options) for x in (self.similar, self.branches, self.routed))
-        return self.loss is not None or looks or self.slopes(options)
+        wanted = self.trained is not None and common(options).data is None
+        return self.loss is not None or looks or wanted or self.slopes(options)
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         """The model is scored before anything has left it."""
@@ -124,6 +133,8 @@ class Edit(Spec[OptionsT]):
             if self.asks(self.updates, options):
                 beside += max(4 * sum(x.parameters for x in block.linears) for block in run.kinds)
                 phases.append(Phase("the backward pass for its update", peak.of_gradients(run) + Cost(ram=beside)))
+        if self.trained is not None:
+            phases += gates_cost(run, options)
         if self.loss is not None:
             phases.append(Phase("losses without single blocks", peak.of_loss(run, 0)))
         return tuple(phases)
@@ -155,3 +166,17 @@ def _matrices(run: Run, gram: bool, outputs: bool) -> int:
 
 def _squares(run: Run) -> int:
     return max(8 * sum(x.parameters for x in block.linears) for block in run.kinds)
+
+
+def gates_cost(run: Run, options: Any) -> tuple[Phase, ...]:
+    """The whole model while its gates are trained, and what a sample leaves for the way back."""
+    o = common(options)
+    weights = sum(x.parameters for block in run.blocks for x in block.linears)
+    tables = 2 * run.vocabulary * run.hidden
+    copies = 4 if isinstance(o, GateOptions) and o.weights == "trained" else 1
+    token = 4 * sum(
+        8 * run.hidden + 2 * sum(x.out_features for x in block.linears) + 2 * sum(site.width for site in block.sites)
+        for block in run.blocks
+    )
+    ram = 4 * (copies * weights + tables) + (o.at_once or 1) * o.tokens * token
+    return (Phase("the training of gates", Cost(ram=ram)),)

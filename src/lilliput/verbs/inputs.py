@@ -12,6 +12,7 @@ from lilliput.formats import known
 from lilliput.machine.cost import Cost
 from lilliput.parts.inputs.grid import InputGrid, InputSpec
 from lilliput.parts.layer import Layer
+from lilliput.parts.reassembled import ReassembledSpec
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.peak import Run
 from lilliput.target import Target
@@ -52,6 +53,10 @@ class Inputs(Spec[OptionsT]):
         added = {"bits": 8, "group_size": "channel", **self.default}
         return target.model_copy(update={key: value for key, value in added.items() if key not in named})
 
+    def stacks(self, target: Target, options: OptionsT) -> bool:
+        """All linears of a site read the same."""
+        return True
+
     def drafted(self, task: Task, later: Sequence[Task], name: str, linear: Linear, draft: Draft) -> Draft:
         label = f"{task.label} on {name}"
         if draft.scheme.activation is not None:
@@ -69,6 +74,12 @@ class Inputs(Spec[OptionsT]):
         drafts.check_statistics(label, draft, task.needs, False)
         spec = self.spec(task.target, self.options_of(task), linear.in_features)
         spec.stored(linear.in_features)  # which says whether the width can have it
+        if not spec.alike and any(isinstance(x, ReassembledSpec) for x in draft.scheme.inputs):
+            raise PlanError(
+                f"{label}: an earlier step splits channels into copies, which have to be rounded alike, and "
+                f"{spec.describe()} inputs depend on the channel's place: take one scale for each token (group_size: "
+                "channel) or for all (tensor), or leave the step that splits out"
+            )
         return replace(draft, scheme=replace(draft.scheme, activation=spec))
 
     def cost(self, run: Run, linears: Sequence[Linear], options: OptionsT) -> Cost:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lilliput.errors import PlanError
-from lilliput.folds.kinds import ResidualRotation
+from lilliput.folds.kinds import HeadRotations, ResidualRotation
 from lilliput.machine.cost import Cost, Phase
 from lilliput.streaming import peak
 from lilliput.streaming.backward import Samples
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Learn(Spec[OptionsT]):
-    """`run(model, samples, targets, options)`: rotations of the residual stream, in the order in which they are
-    applied; `targets` says what later steps will make of each linear.
+    """`run(model, samples, targets, options)`: rotations of the residual stream, and of heads of values, in the order
+    in which they are applied; `targets` says what later steps will make of each linear.
 
     `sequences(options, samples)`: how many of the calibration samples its loss is taken over, of so many (None: it
     looks at none, and `samples` is None); `refuse(around, options)`: why it cannot rotate the residual stream of such a
@@ -37,7 +37,9 @@ class Learn(Spec[OptionsT]):
     prepares: ClassVar[bool] = True
     turns: ClassVar[bool] = True
 
-    run: Callable[[RotatedModel, Samples | None, Mapping[str, Target], OptionsT], Sequence[ResidualRotation]]
+    run: Callable[
+        [RotatedModel, Samples | None, Mapping[str, Target], OptionsT], Sequence[ResidualRotation | HeadRotations]
+    ]
     sequences: Callable[[OptionsT, int], int] | None = None
     refuse: Callable[[Around, OptionsT], str | None] | None = None
     writes: Writes = "fold"

@@ -122,6 +122,10 @@ class Spec(Generic[OptionsT]):
         cannot."""
         return draft
 
+    def stacks(self, target: Target, options: OptionsT) -> bool:
+        """Whether linears of one site may be shown to a step with this target and these options as one."""
+        return False
+
     def opens(self, draft: Draft, linear: Linear) -> PartSpec | None:
         """What the kept weights of a pruned linear become before the step fills the zeros; None: it fills none, or the
         weights are parts already."""

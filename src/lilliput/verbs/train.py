@@ -43,7 +43,14 @@ class TrainOptions(Strict):
     optimizer: Literal["adamw", "adamw-8bit", "paged"] = Field(
         "adamw", description="adamw: moments in float32; adamw-8bit: in 8 bits; paged: in float32, on disk"
     )
-    data: str | None = Field(None, description="text to train on, as --data; none: that of the calibration")
+    data: str | None = Field(
+        None, description="text to train on, as --data; self: what the teacher writes; none: that of the calibration"
+    )
+    greedy: tuple[int, int] | None = Field(
+        None,
+        description="with data self: each text begins with a random token and so many of the likeliest, from the first "
+        "number to the second, before the rest is drawn (LLM-QAT: 3 to 5); none: all is drawn",
+    )
     tokens: int = Field(512, ge=2, description="tokens of a sample")
     top: int | None = Field(
         64, ge=1, description="tokens of which the teacher's probabilities are kept, the rest being one; none: all"
@@ -57,7 +64,9 @@ class TrainOptions(Strict):
 class Train(Spec[OptionsT]):
     """`begin(layer, original, options)`: what is trained of a linear, from the layer as the steps before have left it
     and its weight before them, float32 [out, in]. `admits(scheme, options)`: why a linear that is stored so cannot be
-    trained; None where it can. `copies`: float32 copies of a weight that it holds, its gradients and moments included.
+    trained; None where it can. `moves`: it moves zeros, whose number a step before it has planned. `restarts(options)`:
+    it begins at the original's weights, and not at those that the steps before have left. `copies`: float32 copies of a
+    weight that it holds, its gradients and moments included.
     """
 
     verb: ClassVar[str] = "train"
@@ -69,6 +78,8 @@ class Train(Spec[OptionsT]):
     needs: tuple[str, ...] = ()
     writes: Writes = "values"
     copies: int = 5
+    moves: bool = False
+    restarts: Callable[[OptionsT], bool] | None = None
 
     def tokens(self, options: OptionsT) -> bool:
         return common(options).data is None
@@ -79,6 +90,18 @@ class Train(Spec[OptionsT]):
             raise PlanError(
                 f"{later.label} would undo what {task.label} has trained: move it before that, or write a folder first "
                 "and compress it again"
+            )
+        changed = [x for x in recipe[: task.step] if x.spec.stage is Stage.TRAINING or x.spec.writes == "fold"]
+        if self.restarts is not None and self.restarts(self.options_of(task)) and changed:
+            raise PlanError(
+                f"{task.label} begins at the original's weights, which are not those that {changed[0].label} has left: "
+                "set its option `start` to pruned"
+            )
+        before = [x for x in recipe[: task.step] if x.spec.stage is not Stage.TRAINING]
+        if self.moves and before and not any(x.spec.writes == "support" for x in before):
+            raise PlanError(
+                f"{task.label} moves zeros, and no step before it says how many there are: put `magnitude` with the "
+                "sparsity or pattern that you want in front of it"
             )
 
     def trains(self, task: Task, schemes: Mapping[str, Scheme]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -11,7 +12,10 @@ from lilliput.parts.layer import Layer
 
 class Trained(nn.Module):
     """The parameters of this module are the leaves; they may be sharded over processes between two passes, so that a
-    method reaches them by their names at every use."""
+    method reaches them by their names at every use. recomputes: the weight is computed anew on the way back, so that it
+    is in memory while it is used alone."""
+
+    recomputes: ClassVar[bool] = False
 
     def weight(self) -> Tensor:
         """The weight [out, in] for the present leaves, differentiable."""
@@ -31,3 +35,17 @@ class Trained(nn.Module):
     def penalty(self) -> Tensor | None:
         """What is added to the loss; None: nothing."""
         return None
+
+    def planned(self, count: int | None, pattern: str | None) -> None:
+        """Called once before training: how many weights are stored that are no zeros, and their pattern N:M, as far as
+        the plan knows."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Tensors beside the parameters that training changes in place, by name: what a resumed run has to know."""
+        return {}
+
+    def after_backward(self) -> None:
+        """Called when the gradients of a step have arrived, those of all its samples."""
+
+    def after_step(self, rate: float) -> None:
+        """Called when the optimizer has stepped at this learning rate."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lilliput.anatomy.model import Block
+from lilliput.folds.kinds import Fold
 from lilliput.parts.layer import Layer
 from lilliput.stats.site import SiteStats
 from lilliput.streaming.states import Activations
@@ -46,12 +47,15 @@ class FitBlock:
 
     `layers`: the linears that the step covers, by name, each with the support and parts that earlier steps gave it.
     `run(weights, hidden)`: the block's outputs float32 [n, tokens, hidden] for inputs of that shape, with `weights`
-    [out, in] in place of these linears' own and everything else as it is now; gradients reach `weights` alone.
+    [out, in] in place of these linears' own and everything else as it is now; gradients reach `weights` alone. A
+    vector among them, under its full name ("norm.weight", "q_proj.bias"), takes the place of that tensor. `vectors`:
+    the block's own gains and biases by such names, float32.
     """
 
     anatomy: Block
     layers: Mapping[str, Layer]
     run: Run
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,13 @@ class FitIO:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """What a fit made of a block: its layers by name, and the block's loss before and after, as fits measure it."""
+    """What a fit made of a block: its layers by name, and the block's loss before and after, as fits measure it.
+
+    `folds`: what it has moved between them and what comes before, in order; the weights of `layers` are already those
+    after the folds, and no linear of another step is touched by one.
+    """
 
     layers: Mapping[str, Layer]
     start: float
     end: float
+    folds: Sequence[Fold] = ()

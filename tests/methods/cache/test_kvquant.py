@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from lilliput.errors import PlanError
 from lilliput.methods import get
 from lilliput.methods.cache import kvquant
 from lilliput.runtime.caches.codec import CacheShape, Incoming
-from lilliput.runtime.caches.kvquant import CENTRE, HALF, KvquantSpec
+from lilliput.runtime.caches.kvquant import CENTRE, HALF, KvquantSpec, normalised, value_ranges
 from lilliput.runtime.caches.turns import Table, Turn
 from lilliput.verbs.cache import CacheIO
 
@@ -174,6 +175,53 @@ def test_k_means_is_no_worse_than_even_levels() -> None:
         table = kvquant.table(z, 3, name, q_norm=False)
         errors.append(float((table[1][torch.bucketize(z, (table[0, 1:] + table[0, :-1]) / 2)] - z).square().mean()))
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_weighted_levels_are_means_of_what_they_stand_for() -> None:
+    """Lloyd's condition in float64, level by level; and the weighted error is what falls."""
+    draw = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, generator=draw).mul(0.3).clamp(-1, 1)
+    w = torch.rand(4000, generator=draw) ** 4 * (1 + 50 * (z > 0.5))
+    plain, weighed = (kvquant.table(z, 3, "kmeans", False, x) for x in (None, w))
+    assert torch.equal(kvquant.table(z, 3, "kmeans", False, torch.full_like(z, 7.0)), plain)
+    errors = []
+    for levels in (plain, weighed):
+        codes = torch.bucketize(z, (levels[0, 1:] + levels[0, :-1]) / 2)
+        errors.append(float((w * (levels[0][codes] - z).square()).sum()))
+    assert errors[1] < 0.9 * errors[0]
+    for n in range(8):
+        own = codes == n
+        mean = float((w[own].double() * z[own].double()).sum() / w[own].double().sum())
+        assert abs(float(weighed[0, n]) - mean) < 2e-3
+    outside = torch.cat([z, torch.full((10,), 3.0)])
+    loud = torch.cat([w, torch.full((10,), 1e9)])
+    assert torch.equal(kvquant.table(outside, 3, "kmeans", False, loud), weighed)  # those are stored apart
+
+
+def test_squares_weigh_what_they_are_of() -> None:
+    """Keys and values in their order, without those that are stored apart."""
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in text(100))
+    method = get("kvquant")
+    options = method.parse({"outliers": 0.1, "weigh": "fisher"})
+    spec = method.spec.codec(3, 0, options, False)  # type: ignore[attr-defined]
+    draw = torch.Generator().manual_seed(1)
+    squares = [torch.rand(x.shape, generator=draw) ** 6 for x in (keys, values)]
+    fixed = method.spec.fit(CacheIO(SHAPE, keys, values, *squares), spec, options)  # type: ignore[attr-defined]
+    alike = method.spec.fit(CacheIO(SHAPE, keys, values), spec, options)  # type: ignore[attr-defined]
+    assert torch.equal(fixed[CENTRE], alike[CENTRE])
+    flat = [x.flatten(1) for x in (keys, values)]
+    apart, low, high = value_ranges(flat[1], 2)
+    z = [normalised(flat[0], fixed[CENTRE].flatten(), fixed[HALF].flatten()), normalised(flat[1], low, high)]
+    use = [z[0].abs() <= 1, torch.ones_like(z[1], dtype=torch.bool).scatter_(1, apart, False)]
+    for side, x, weights, own in zip(("key", "value"), z, squares, use, strict=True):
+        errors = []
+        for found in (fixed, alike):
+            table = found[f"{side}_cache_levels"]
+            codes = torch.bucketize(x[own], (table[0, 1:] + table[0, :-1]) / 2)
+            errors.append(float((weights.flatten(1)[own] * (table[0][codes] - x[own]).square()).sum()))
+        assert errors[0] < errors[1]
+    with pytest.raises(PlanError, match="leave one of them out"):
+        method.spec.codec(3, 0, method.parse({"levels": "uniform", "weigh": "fisher"}), False)  # type: ignore[attr-defined]
 
 
 def test_bytes_are_those_of_the_formula() -> None:

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor
 from torch.func import functional_call
 
+from lilliput import api
+from lilliput.algebra import hadamard
 from lilliput.algebra.rotations import cayley, orthogonal
-from lilliput.errors import PlanError
+from lilliput.errors import LilliputError, PlanError
+from lilliput.folds.kinds import HeadRotations, ResidualRotation
 from lilliput.formats.integer import from_target
 from lilliput.methods.learn import spinquant
+from lilliput.methods.rewrite import head_rotation
 from lilliput.model.rotated import RotatedModel
 from lilliput.parts.inputs.grid import InputGrid
 from lilliput.parts.inputs.uniform import UniformInput
 from lilliput.plan.plan import make
+from lilliput.progress import Quiet
 from lilliput.recipe.schema import Recipe, Step
 from lilliput.run.editing import prepared
 from lilliput.runtime import inputs
 from lilliput.streaming import backward
 from lilliput.streaming.backward import Samples
 from lilliput.target import Target
+from lilliput.verbs.view import BlockIO, BlockView
 
+Tiny = Callable[[str], Path]
 GRID = Target(bits=3, group_size=8, symmetric=False, scale_dtype="float32")
 
 
-def reference(toy: Any, rotation: Tensor, target: Target | None) -> tuple[float, Tensor]:
-    """Loss and its gradient by the rotation, through the whole model at once; rounding passes gradients through."""
+def reference(
+    toy: Any, rotation: Tensor, target: Target | None, heads: Mapping[int, Sequence[Tensor]] | None = None
+) -> tuple[float, Tensor, dict[int, Tensor]]:
+    """Loss and its gradients by the rotation and by those of heads, through the whole model at once; rounding passes
+    gradients through."""
     r = rotation.float().requires_grad_()
+    turns = {n: x[0].float().requires_grad_() for n, x in (heads or {}).items()}
     old = dict(toy.whole.named_parameters())
 
     def rounded(w: Tensor) -> Tensor:
@@ -48,6 +61,12 @@ def reference(toy: Any, rotation: Tensor, target: Target | None) -> tuple[float,
         w = value.detach()
         prefix = name.split("self_attn")[0].split("mlp")[0]
         linear = name.endswith("_proj.weight")
+        turn = turns.get(int(name.split(".")[2])) if "layers" in name else None
+        if turn is not None and "v_proj" in name:
+            w = torch.cat([turn[k].T @ part for k, part in enumerate(w.split(turn.shape[1]))])
+        if turn is not None and "o_proj.weight" in name:
+            parts = w.split(turn.shape[1], 1)  # query heads, several to a head of values
+            w = torch.cat([part @ turn[k * len(turn) // len(parts)] for k, part in enumerate(parts)], 1)
         if linear and not ("o_proj" in name or "down_proj" in name):
             gain = old[prefix + ("input" if "self_attn" in name else "post_attention") + "_layernorm.weight"].detach()
             new[name] = rounded((w * gain) @ r)
@@ -68,8 +87,8 @@ def reference(toy: Any, rotation: Tensor, target: Target | None) -> tuple[float,
     finally:
         toy.whole.tie_weights()
     out = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), toy.ids[:, 1:].flatten())
-    (slope,) = torch.autograd.grad(out, r)
-    return out.item(), slope
+    slope, *more = torch.autograd.grad(out, [r, *turns.values()])
+    return out.item(), slope, dict(zip(turns, more, strict=True))
 
 
 @pytest.fixture
@@ -88,10 +107,17 @@ def linears(toy: Any, target: Target) -> dict[str, Target]:
 def test_the_gradient_is_the_whole_models(toy: Any, ready: RotatedModel, target: Target | None, tmp_path: Path) -> None:
     rotation = orthogonal(24, seed=5)
     targets = {} if target is None else linears(toy, target)
-    loss, slope = spinquant.gradient(ready, Samples(toy.ids, tmp_path), targets, rotation)
-    value, expected = reference(toy, rotation, target)
-    assert loss == pytest.approx(value, rel=1e-5)
-    assert float((slope.float() - expected).norm() / expected.norm()) < 1e-4
+    heads = drawn(ready, 7)
+    for some in ({}, heads):
+        now = spinquant.Rotations(rotation, some)
+        loss, slope = spinquant.gradient(ready, Samples(toy.ids, tmp_path), targets, now)
+        value, expected, by_heads = reference(toy, rotation, target, some)
+        assert loss == pytest.approx(value, rel=1e-5)
+        assert float((slope.residual.float() - expected).norm() / expected.norm()) < 1e-4
+        assert slope.heads.keys() == by_heads.keys() == some.keys()
+        for n, other in by_heads.items():
+            (own,) = slope.heads[n]
+            assert float((own.float() - other).norm() / other.norm()) < 1e-4
 
 
 def test_the_gradient_composes_with_a_rotation_that_is_there_already(
@@ -99,9 +125,102 @@ def test_the_gradient_composes_with_a_rotation_that_is_there_already(
 ) -> None:
     first, second = orthogonal(24, seed=5), orthogonal(24, seed=6)
     samples = Samples(toy.ids, tmp_path)
-    _, slope = spinquant.gradient(ready.rotated(first), samples, linears(toy, GRID), second)
-    _, whole = spinquant.gradient(ready, samples, linears(toy, GRID), first @ second)
-    assert float((slope - first.T @ whole).norm() / slope.norm()) < 1e-4
+    one, two = spinquant.Rotations(second, {}), spinquant.Rotations(first @ second, {})
+    _, slope = spinquant.gradient(ready.rotated(first), samples, linears(toy, GRID), one)
+    _, whole = spinquant.gradient(ready, samples, linears(toy, GRID), two)
+    assert float((slope.residual - first.T @ whole.residual).norm() / slope.residual.norm()) < 1e-4
+
+
+def residual(folds: Sequence[ResidualRotation | HeadRotations]) -> Tensor:
+    """The matrix of the only rotation there is."""
+    (fold,) = folds
+    assert isinstance(fold, ResidualRotation)
+    return fold.matrix
+
+
+def drawn(ready: RotatedModel, seed: int) -> dict[int, list[Tensor]]:
+    """Rotations of all heads of values."""
+    out = {}
+    for n, block in enumerate(ready.anatomy().blocks):
+        (link,) = (x for x in block.links if x.head)
+        out[n] = [torch.stack([orthogonal(link.head, seed + 10 * n + k) for k in range(len(link.heads()[0]))])]
+    return out
+
+
+def test_turned_heads_leave_the_loss_and_compose(ready: RotatedModel, toy: Any, tmp_path: Path) -> None:
+    samples = Samples(toy.ids, tmp_path)
+    one, two = drawn(ready, 1), drawn(ready, 2)
+    turned = ready.turned(one).rotated(orthogonal(24, 3)).turned(two)
+    before, after = (backward.loss(x.skeleton, x.read, samples) for x in (ready, turned))
+    assert after == pytest.approx(before, rel=1e-5)
+    name = next(x for x in ready.skeleton.names_of(1) if x.endswith("v_proj.weight"))
+    product = {n: [a @ b for a, b in zip(one[n], two[n], strict=True)] for n in one}
+    again = ready.turned(product).rotated(orthogonal(24, 3))
+    torch.testing.assert_close(turned.read(name), again.read(name))
+    assert torch.equal(turned.read_rows(name, 1, 3), turned.read(name)[1:3])
+    assert not torch.allclose(turned.read(name), ready.rotated(orthogonal(24, 3)).read(name))
+    with pytest.raises(LilliputError, match="no rotations of the heads"):
+        ready.turned({0: [2 * x for x in one[0]]})
+
+
+def test_heads_are_learned_with_the_residual_stream(toy: Any, ready: RotatedModel, tmp_path: Path) -> None:
+    samples, targets = Samples(toy.ids, tmp_path), linears(toy, GRID)
+
+    def learned(steps: int) -> spinquant.Rotations:
+        o = spinquant.Options(steps=steps, r2=True, kind="orthogonal", rate=0.3)
+        whole, heads = spinquant.learn(ready, samples, targets, o)
+        assert isinstance(whole, ResidualRotation)
+        assert isinstance(heads, HeadRotations)
+        return spinquant.Rotations(whole.matrix, heads.blocks)
+
+    start, end = learned(0), learned(6)
+    losses = [backward.loss(ready.skeleton, spinquant._read(ready, targets, x), samples) for x in (start, end)]
+    assert losses[1] < losses[0]
+    block = ready.anatomy().blocks[0]
+    from_step = head_rotation.rewrite(
+        BlockView(block, {}), BlockIO({}), Target(), head_rotation.Options(kind="orthogonal")
+    )
+    assert torch.equal(start.heads[0][0], from_step[0].matrices)
+    assert not torch.equal(end.heads[0][0], start.heads[0][0])
+    for links in end.heads.values():
+        for one in links[0]:
+            torch.testing.assert_close(one.T @ one, torch.eye(len(one), dtype=torch.float64), rtol=0, atol=1e-10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_heads_the_rotation_is_that_of_the_residual_stream_alone(
+    toy: Any, ready: RotatedModel, tmp_path: Path
+) -> None:
+    """The steps, written out; byte for byte."""
+    samples, targets = Samples(toy.ids, tmp_path), linears(toy, GRID)
+    rotation = hadamard.matrix(24, 0)
+    seen = []
+    for step in range(3):
+        loss, slope = spinquant.gradient(ready, samples, targets, spinquant.Rotations(rotation, {}))
+        seen.append((loss, rotation))
+        rotation = cayley(rotation, slope.residual, 1.5 * (1 + math.cos(math.pi * step / 3)) / 2)
+    last = backward.loss(ready.skeleton, spinquant._read(ready, targets, spinquant.Rotations(rotation, {})), samples)
+    expected = min([*seen, (last, rotation)], key=lambda x: x[0])[1]
+    (found,) = spinquant.learn(ready, samples, targets, spinquant.Options(steps=3))
+    assert isinstance(found, ResidualRotation)
+    assert torch.equal(found.matrix, expected)
+
+
+@pytest.mark.slow
+def test_a_folder_with_learned_heads_computes_what_the_model_did(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = (
+        "export: lilliput\nsteps:\n  - {method: spinquant, options: {r2: true, steps: 2}}\n"
+        "  - {method: rtn, target: {bits: 8, group_size: 16}}\n"
+        "  - {method: act-static-dynamic, target: {bits: 8}}\n"
+    )
+    api.compress(tiny("qwen2"), tmp_path / "out", recipe=recipe, samples=2, tokens=32, eval_windows=0, progress=Quiet())
+    ids = torch.arange(2, 34).view(1, -1)
+    with torch.no_grad():
+        ours, theirs = (
+            tf.AutoModelForCausalLM.from_pretrained(x, dtype=torch.float32)(ids).logits
+            for x in (tmp_path / "out", tiny("qwen2"))
+        )
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.05
 
 
 @pytest.fixture
@@ -124,13 +243,17 @@ def rounding(toy: Any, ready: RotatedModel) -> Iterator[None]:
 @pytest.mark.usefixtures("rounding")
 def test_rounded_inputs_are_part_of_the_loss(toy: Any, ready: RotatedModel, tmp_path: Path) -> None:
     rotation, samples = orthogonal(24, seed=5), Samples(toy.ids, tmp_path)
-    loss, slope = spinquant.gradient(ready, samples, {}, rotation)
-    value, expected = reference(toy, rotation, None)
+    loss, found = spinquant.gradient(ready, samples, {}, spinquant.Rotations(rotation, {}))
+    slope = found.residual
+    value, expected, _ = reference(toy, rotation, None)
     assert loss == pytest.approx(value, rel=1e-3)  # an input between two codes may fall to either side
     assert float((slope.float() - expected).norm() / expected.norm()) < 0.05
     options = [spinquant.Options(steps=n, weights=False, rate=0.05) for n in (0, 10)]
-    start, end = (spinquant.learn(ready, samples, linears(toy, GRID), o)[0].matrix for o in options)
-    before, after = (backward.loss(ready.skeleton, spinquant._read(ready, {}, r), samples) for r in (start, end))
+    start, end = (residual(spinquant.learn(ready, samples, linears(toy, GRID), o)) for o in options)
+    before, after = (
+        backward.loss(ready.skeleton, spinquant._read(ready, {}, spinquant.Rotations(r, {})), samples)
+        for r in (start, end)
+    )
     assert after < before
 
 
@@ -155,9 +278,11 @@ def test_learning_lowers_the_loss_of_the_quantized_model(toy: Any, ready: Rotate
     samples, targets = Samples(toy.ids, tmp_path), linears(toy, GRID)
 
     def loss(rotation: Tensor) -> float:
-        return backward.loss(ready.skeleton, spinquant._read(ready, targets, rotation), samples)
+        return backward.loss(
+            ready.skeleton, spinquant._read(ready, targets, spinquant.Rotations(rotation, {})), samples
+        )
 
-    start, end = (spinquant.learn(ready, samples, targets, spinquant.Options(steps=n))[0].matrix for n in (0, 6))
+    start, end = (residual(spinquant.learn(ready, samples, targets, spinquant.Options(steps=n))) for n in (0, 6))
     assert loss(end) < loss(start)
     torch.testing.assert_close(end.T @ end, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-10)
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lilliput  # noqa: F401 - registers the layout with transformers
 from lilliput import api
+from lilliput.errors import PlanError
 from lilliput.methods.weight import qllm, rtn
 from lilliput.model.stored import open_model
 from lilliput.parts.inputs.grid import InputGrid
@@ -124,3 +125,25 @@ def test_a_folder_computes_the_same_everywhere(tiny: Tiny, tmp_path: Path) -> No
     model.load([model.skeleton.head])
     ours = model.skeleton.logits(model.skeleton.finish(states.read(0, 1)))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("rounding", "told"),
+    [
+        ("{method: act-static-dynamic, target: {bits: 8, group_size: 16}}", "int8 g16"),
+        ("{method: minifloat, target: {format: mxfp8}}", "depend on the channel's place"),
+        ("{method: olive}", "depend on the channel's place"),
+    ],
+)
+def test_copies_that_would_be_rounded_by_their_place_are_refused(
+    tiny: Tiny, tmp_path: Path, rounding: str, told: str
+) -> None:
+    """Two copies of a channel in two groups would become different values, and add up to another than theirs."""
+    steps = f"  - {{method: qllm}}\n  - {{method: gptq, target: {{bits: 8, group_size: channel}}}}\n  - {rounding}\n"
+    with pytest.raises(PlanError, match=told) as error:
+        api.compress(
+            tiny("qwen2"), tmp_path / "out", recipe=f"export: lilliput\nsteps:\n{steps}", samples=4, tokens=32,
+            eval_windows=0, progress=Quiet(),
+        )  # fmt: skip
+    assert "have to be rounded alike" in str(error.value)
+    assert not (tmp_path / "out").exists()

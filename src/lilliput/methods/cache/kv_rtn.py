@@ -42,4 +42,5 @@ METHOD = Cache(
     needs=(),
     covers={"kv-rtn": [{"method": "kv-rtn"}]},
     codec=codec,
+    trainable=True,
 )

@@ -15,6 +15,19 @@ the squared factor, is the price of a linear's error, and gives the loss of each
 what losses come to together, from almost nothing to far beyond where they add up. The choice of least summed loss
 within the bytes is found by `budget.choice`.
 
+With `context` the keys and values of so many tokens count in the size too, and each block that keeps a growing cache
+gets one of the `caches`, in bits of `kivi`, or keeps it plain. What an entry costs is predicted in the same way. On the
+samples of the trials, read piece by piece as through a cache, the squared error that each entry leaves in what the
+block's attention gives is measured, exactly. In one more model a block's cache alone is stored in the fewest bits; its
+KL divergence, at the tokens that see something encoded, is shared out by these errors: an entry's loss is to it as the
+entry's error is to that of the fewest bits. In the models with 1/2, 1, 2 times all errors the caches of all blocks are
+stored in fewer and fewer bits as well, so that one curve says what all of it comes to. The options `residual` and
+`sinks` are those of the `kivi` steps that the recipe gets at its end. Where a recipe has such steps of its own, they
+count, and nothing is chosen for the cache.
+
+Bits for each linear within a number of bytes is also what HAQ (Wang et al. 2019, arXiv 1811.08886) learns by trial;
+here the solver decides from what was measured.
+
 An embedding is tried like a linear, its rows rounded; a head loses KL ~ 1/2 sum_v E p_v (1 - p_v) D_v G D_vT / tokens,
 a tied table both.
 
@@ -22,14 +35,16 @@ Paper: the sum of losses that single layers cost is HAWQ-V2's, Dong et al. 2019,
 divergences in place of Hessian traces as in HIGGS, Malinovskii et al. 2024, arXiv 2411.17525; the predicted sweep and
 the curve of all together are ours.
 Cost: a forward pass over the calibration text and one sweep of every linear; `trial_samples` samples through half of
-the blocks for every linear. Limits: inputs are those of the uncompressed model; the few samples of the trials say how
-linears compare within a tenth or two.
+the blocks for every linear, and for every block with a cache. Limits: inputs are those of the uncompressed model; the
+few samples of the trials say how linears compare within a tenth or two; caches are tried at the length of a calibration
+sample, whatever `context` is.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -43,7 +58,7 @@ from lilliput.formats.walked import Walked
 from lilliput.parts.transform import Rotation
 from lilliput.stats.site import SiteStats
 from lilliput.target import Strict, Target
-from lilliput.verbs.choose import Choose, Goal, Trials
+from lilliput.verbs.choose import Choose, Goal, Stores, Trials
 
 _DAMPING, _SHRINKAGE = 0.01, 0.2  # those of the sweep that is predicted, by default
 _STEPS = 15
@@ -61,11 +76,26 @@ class Options(Strict):
     average: float | None = Field(None, gt=0, description="stored bits of a weight on average, scales included")
     seconds: float | None = Field(None, gt=0, description="the longest predicted time of a decoding step")
     device: str | None = Field(None, description="the named device for which that time is predicted")
+    context: int | None = Field(
+        None, ge=1, description="tokens of one sequence whose keys and values count in the size, and are chosen for too"
+    )
+    caches: tuple[Annotated[int, Field(ge=2, le=8)], ...] = Field(
+        (8, 4, 3, 2), description="bits of keys and values that blocks choose among, beside leaving them as they are"
+    )
+    residual: int = Field(128, ge=1, description="as of kivi: tokens of a chunk of keys, and latest values that stay")
+    sinks: int = Field(4, ge=0, description="as of kivi: first tokens of a sequence that stay plain")
     fused: bool = Field(False, description="one grid for what engines run as one: q/k/v, gate/up, experts")
     rows: int = Field(128, ge=1, description="rows of a linear that are rounded to predict its error")
     trial_samples: int | None = Field(
         None, ge=1, description="calibration samples on which changes are tried; none: a 32nd of all"
     )
+
+
+def stores(o: Options) -> Stores | None:
+    """What is chosen for keys and values."""
+    if o.context is None:
+        return None
+    return Stores(o.context, "kivi", o.caches, {"residual": o.residual, "sinks": o.sinks})
 
 
 def score(
@@ -150,7 +180,12 @@ METHOD = Choose(
     options=Options,
     needs=("gram",),
     note="Measuring decides who gets which grid: the sizes shown are the least there can be.",
-    covers={},
+    covers={
+        "haq": [
+            {"method": "menu", "options": {"menu": ["integers"], "average": 3.25}},
+            {"method": "gptq", "target": {"bits": 2, "group_size": 64, "symmetric": False}},
+        ],
+    },
     recipe=[
         {"method": "menu", "options": {"menu": ["integers"], "average": 4.0}},
         {"method": "gptq", "target": {"bits": 2, "group_size": 64, "symmetric": False}},
@@ -159,6 +194,7 @@ METHOD = Choose(
     entries=lambda o: menus.entries(o.menu),
     goal=lambda o: Goal(o.size, o.average, o.seconds, o.device),
     trials=lambda o: Trials(o.trial_samples, _ALONE, _WHOLE),
+    stores=stores,
     fused=lambda o: o.fused,
     governs=("gptq", "mixed"),
 )

@@ -3,8 +3,8 @@
 For each key-value head k an orthogonal R_k [h, h]: V_k <- R_kT V_k, its bias alike, and W <- W R_k on the columns of
 all query heads that read it. Attention adds up values with one weight for a whole head, so the function stays; the
 inputs of the output projection, and cached values, are spread evenly. R_k = diag(s) H / sqrt(h) with random signs s, a
-matrix for each head. This is R2 of SpinQuant as it starts out; the paper goes on to learn it with R1 (`spinquant`),
-which is not done here.
+matrix for each head. This is R2 of SpinQuant as it starts out; `spinquant` with `r2: true` learns it with R1, in
+place of this step.
 
 Papers: Liu et al. 2024 (SpinQuant), arXiv 2405.16406; Ashkboos et al. 2024 (QuaRot), arXiv 2404.00456.
 Cost: no data; products of h x h with two matrices a block while they are read. Limits: heads of a power of two times

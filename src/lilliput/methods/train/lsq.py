@@ -1,123 +1,115 @@
 """LSQ: weights under straight-through rounding, with the steps of their grid learned too.
 
-A weight w with the step S of its group is what its code says, and gradients pass the rounding as if it were not there:
+A weight w with the step S of its unit is what its code says, and gradients pass the rounding as if it were not there:
 
     What = S (clip(round(w / S) + Z, lowest, highest) - Z)
     dL/dw = g inside the window of codes, 0 outside
-    dL/dS = sum g (code - Z - w / S) inside, sum g (clip - Z) outside,
+    dL/dS = sum g (code - Z - w / S) inside, sum g (code - Z) outside,
 
-times 1 / sqrt(N highest) for N weights of a step (`scaled`). Z stays, or moves with `zeros`. With `steps_learned` off
-the steps stay as they are (STE). Latent weights begin at the original's, or at what the codes say (`start`): the former
-keeps what rounding has thrown away, the latter keeps what GPTQ has compensated.
+times 1 / sqrt(N highest) for N weights of a step (`scaled`). Zero points stay, or move with `zeros`: dL/dZ = -sum g S
+outside. `grid` kept leaves the steps alone (STE); anew takes, at every use, those that the latent weights would be
+given without a search: their range, or for ternary codes the threshold 0.7 mean |w| and S = mean |w| over what is
+above it (TWN, as TernaryBERT trains; BitDistiller's clipped grids, as latent weights begin inside the window).
 
-Papers: Esser et al. 2020, arXiv 1902.08153; Bengio et al. 2013, arXiv 1308.3432. Cost: a latent weight, its gradient
-and two moments in float32. Limits: integers, ggml's types and tables of levels at the end of a linear's parts.
+LLM-QAT is that of integers, one step for each output, over the whole range, where inputs and the cache are rounded too
+(`act-static-dynamic` and `kv-rtn` before this step), on text that the teacher writes (`data` self, `greedy` 3 to 5).
+
+Codes of any grid with steps are trained: levels pass gradients between the outermost; binary coding always, its alphas
+by dL/dalpha_i = sum g b_i.
+
+Papers: Esser et al. 2020, arXiv 1902.08153; Bengio et al. 2013, arXiv 1308.3432; TernaryBERT: Zhang et al. 2020, arXiv
+2009.12812; BitDistiller: Du et al. 2024, arXiv 2402.10631; LLM-QAT: Liu et al. 2023, arXiv 2305.17888. Cost: a latent
+weight, its gradient and two moments in float32. Limits: codes of vectors and trellises have no steps; what was pruned
+stays 0, and so do weights that were kept and have code 0, as the folder does not tell them apart.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from lilliput.formats import rounding
+from lilliput.formats.binary import BinaryFormat
 from lilliput.formats.ggml import GgmlFormat
 from lilliput.formats.integer import IntegerFormat
-from lilliput.formats.rounding import Units
+from lilliput.formats.levels import LevelFormat
+from lilliput.formats.ternary import TernaryFormat
 from lilliput.parts.layer import Layer
-from lilliput.parts.quantized import QuantizedPart, QuantizedSpec
+from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.scheme import Scheme
-from lilliput.parts.transform import turn, turn_back
-from lilliput.verbs.train import Train, TrainOptions
+from lilliput.training import coded, grids
+from lilliput.training.coded import Coded, CodedOptions
+from lilliput.verbs.train import Train
 from lilliput.verbs.trained import Trained
 
+FORMATS = (IntegerFormat, GgmlFormat, LevelFormat, TernaryFormat, BinaryFormat)
 
-class Options(TrainOptions):
+
+class Options(CodedOptions):
     """See the module's docstring."""
 
-    learn_steps: bool = Field(True, description="learn the steps of the grid; false: STE on the weights alone")
+    grid: Literal["learned", "kept", "anew"] = Field(
+        "learned", description="steps of the grid: learned with the weights, kept (STE), or taken anew at each use"
+    )
+    zeros: bool = Field(False, description="learn the zero points too")
     scaled: bool = Field(True, description="gradients of steps times 1 / sqrt(N highest)")
-    start: Literal["codes", "original"] = Field("codes", description="where latent weights begin")
 
 
-class Rounded(Trained):
-    """Latent weights float32 [out, in] of the last part of a layer, and factors [units] on its steps."""
-
-    scale: Tensor
-    zero: Tensor
+class Rounded(Coded):
+    """Latent weights float32 [out, in], and shares by which the steps of their grid move."""
 
     def __init__(self, layer: Layer, original: Tensor, o: Options) -> None:
-        super().__init__()
-        part = layer.parts[-1]
-        if not isinstance(part, QuantizedPart) or not isinstance(part.format, IntegerFormat | GgmlFormat):
-            raise RuntimeError(f"{layer.name} ends with {part.spec.describe()}, which admits() should have refused")
-        self._before = replace(layer, parts=layer.parts[:-1])
-        self._form, self._grid = part.format, part.grid
-        self._units = Units(part.format, *layer.weight.shape)
-        scale, zero = part.format.opened(part.grid)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero", zero)
-        held = part.decode()
-        if o.start == "original":
-            rest = replace(self._before, weight=original, support=None, updated=None).rest()
-            latent = rest if layer.support is None else torch.where(layer.support, rest, 0.0)
-        else:
-            latent = held.clone()
+        moving = () if o.grid != "learned" else ("scale", "zero") if o.zeros else ("scale", "alpha", "offset")
+        super().__init__(layer, moving, scaled=o.scaled)
+        self._anew = o.grid == "anew"
+        latent = self.latent_start(original, o)
+        if self._anew:
+            part = layer.parts[self.at]
+            if isinstance(part, QuantizedPart) and isinstance(self.form, IntegerFormat):
+                scale, zero = self.form.opened(part.grid)
+                spread = grids.Shares(latent.shape[1], self.form.group_size).spread
+                ends = [spread(scale * (end - zero)) for end in (self.form.lowest, self.form.highest)]
+                latent = latent.clamp(ends[0].minimum(ends[1]), ends[0].maximum(ends[1]))
         self.latent = nn.Parameter(latent)
-        self.factor = nn.Parameter(torch.ones_like(scale)) if o.learn_steps else None
-        size = float(latent.square().mean().sqrt())
-        self._rate = 1.0 / max(size, 1e-12)
-        count = latent.numel() / max(scale.numel(), 1)
-        self._damp = 1 / math.sqrt(count * max(part.format.highest, 1)) if o.scaled else 1.0
 
-    def rates(self) -> Mapping[str, float]:
-        # A step moves by the share of itself by which an average weight moves.
-        return {"factor": self._rate}
+    def present(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The numbers of the grid, and what is encoded."""
+        latent = self.supported(self.latent)
+        if not self._anew:
+            return self.numbers(), latent
+        grid, encoded = self.tuned.anew(latent.detach())
+        return dict(self.tuned.opened(grid)), rounding.through(latent, encoded)
 
-    def _steps(self) -> tuple[Tensor, Tensor]:
-        if self.factor is None:
-            return self.scale, self.zero
-        damped = self._damp * self.factor + (1 - self._damp) * self.factor.detach()
-        return rounding.stored(self.scale * damped, self.zero, self._units, self._grid)
+    def value(self) -> Tensor:
+        numbers, latent = self.present()
+        return grids.meant(self.tuned, numbers, latent=latent)
 
-    def _base(self) -> Tensor | None:
-        if not self._before.parts:
-            return None
-        return turn(self._before.weight, self._before.inputs, self._before.outputs) - self._before.rest()
-
-    def weight(self) -> Tensor:
-        scale, zero = self._steps()
-        position = self.latent * self._units.spread(scale.reciprocal())
-        value = rounding.rounded(position, scale, zero, self._units)
-        base = self._base()
-        value = value if base is None else value + base
-        return turn_back(value, self._before.inputs, self._before.outputs)
-
-    def finish(self) -> Layer:
-        with torch.no_grad():
-            scale, zero = self._steps()
-            position = self.latent * self._units.spread(scale.reciprocal())
-            codes, grid = rounding.encode(position, scale, zero, self._units, self._grid)
-        return replace(self._before, parts=(*self._before.parts, QuantizedPart(self._form, codes, grid)))
+    def codes(self) -> tuple[Tensor, Any]:
+        numbers, latent = self.present()
+        grid = self.tuned.closed(numbers)
+        return self.form.encode(latent, grid), grid
 
 
 def begin(layer: Layer, original: Tensor, o: Options) -> Trained:
-    """The last part of the layer, which is codes."""
+    """The last codes of the layer."""
     return Rounded(layer, original, o)
 
 
-def admits(scheme: Scheme, o: Any) -> str | None:
-    """Codes of integers or of ggml's types as the last part."""
-    last = scheme.parts[-1] if scheme.parts else None
-    if isinstance(last, QuantizedSpec) and isinstance(last.format, IntegerFormat | GgmlFormat):
-        return None
-    what = "a plain linear" if last is None else f"stored as {scheme.describe()}"
-    return f"it is {what}, and rounding is trained of codes of integers or ggml's types: quantize it first, with rtn"
+def admits(scheme: Scheme, o: Options) -> str | None:
+    """Codes of a grid with steps, whose zero points are there if they are to be learned."""
+    reason = coded.refused(scheme, FORMATS)
+    if reason is not None:
+        return reason
+    form = coded.format_of(scheme)
+    if o.zeros and (not isinstance(form, IntegerFormat | GgmlFormat) or form.symmetric):
+        return f"{form.describe()} has no zero points to learn: leave out `zeros`, or quantize with symmetric: false"
+    if o.zeros and o.grid != "learned":
+        return f"with grid '{o.grid}' zero points are not learned: leave out `zeros`"
+    if o.grid == "anew" and not isinstance(form, IntegerFormat | TernaryFormat):
+        return f"grid 'anew' is for integers and ternary codes, and it has {form.describe()}: choose learned or kept"
+    return coded.zeroless(scheme, o)
 
 
 METHOD = Train(
@@ -126,7 +118,25 @@ METHOD = Train(
     covers={
         "ste": [
             {"method": "rtn", "target": {"bits": 4}},
-            {"method": "lsq", "options": {"learn_steps": False, "start": "original"}},
+            {"method": "lsq", "options": {"grid": "kept", "start": "original"}},
+        ],
+        "llm-qat": [
+            {"method": "rtn", "target": {"bits": 4, "group_size": "channel"}, "options": {"search": "minmax"}},
+            {"method": "act-static-dynamic", "target": {"bits": 8}},
+            {"method": "kv-rtn", "target": {"bits": 4, "group_size": "channel"}},
+            {
+                "method": "lsq",
+                "options": {"grid": "anew", "start": "original", "data": "self", "greedy": [3, 5], "lr": 2e-5},
+            },
+        ],
+        "gpu-sparse-quant": [
+            {"method": "wanda", "target": {"pattern": "2:4"}},
+            {"method": "rtn", "target": {"bits": 8, "group_size": "channel"}},
+            {"method": "lsq", "options": {"start": "original"}},
+        ],
+        "ternarybert": [
+            {"method": "ternary", "target": {"format": "ternary"}},
+            {"method": "lsq", "options": {"grid": "anew", "start": "original"}},
         ],
     },
     recipe=[{"method": "rtn", "target": {"bits": 4}}, {"method": "lsq"}],

@@ -57,6 +57,10 @@ class ChosenInput:
     def describe(self) -> str:
         return f"int or float {self.bits} static{' with offsets' if self.offsets else ''}"
 
+    @property
+    def alike(self) -> bool:
+        return not self.offsets
+
     def stored(self, width: int) -> Stored:
         own: Stored = {FORM: (torch.uint8, (1,)), TOP: (torch.float32, (1,))}
         return own | {OFFSET: (torch.uint8, (width,))} if self.offsets else own

@@ -43,6 +43,10 @@ class ClusterInput:
     def describe(self) -> str:
         return f"int{self.bits} in {self.count} clusters{'' if self.symmetric else ' asym'} static"
 
+    @property
+    def alike(self) -> bool:
+        return False
+
     def stored(self, width: int) -> Stored:
         if self.count > width:
             raise PlanError(f"{self.count} clusters of {width} channels: give as many at most")

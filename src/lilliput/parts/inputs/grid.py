@@ -28,6 +28,11 @@ class InputSpec(Protocol):
         """For tables: "int8 token"."""
         ...
 
+    @property
+    def alike(self) -> bool:
+        """Whether equal inputs of a token become equal values, whichever channels they are."""
+        ...
+
     def stored(self, width: int) -> Stored:
         """Tensors in the file, by suffix; none where everything is found while the model runs."""
         ...

@@ -59,6 +59,10 @@ class FloatInput:
         unit = units.describe(self.granularity, self.group_size)
         return f"{self.table} {unit}{kind}{'' if self.dynamic else ' static'}"
 
+    @property
+    def alike(self) -> bool:
+        return self.granularity in ("token", "tensor")
+
     def stored(self, width: int) -> Stored:
         count = units.count(self.granularity, self.group_size, width)
         if self.scales == "e4m3":

@@ -34,6 +34,10 @@ class MixedInput:
     def describe(self) -> str:
         return f"int{self.bits} token below {self.threshold:g}"
 
+    @property
+    def alike(self) -> bool:
+        return False
+
     def stored(self, width: int) -> Stored:
         return {}
 

@@ -35,6 +35,10 @@ class PairInput:
     def describe(self) -> str:
         return "int4 in pairs with outliers static"
 
+    @property
+    def alike(self) -> bool:
+        return False
+
     def stored(self, width: int) -> Stored:
         if width % 2:
             raise PlanError(f"{width} inputs do not come in pairs: exclude this layer, or take act-static-dynamic")

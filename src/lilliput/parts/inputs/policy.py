@@ -31,6 +31,10 @@ class PolicyInput:
     def describe(self) -> str:
         return f"int{self.bits} static or token"
 
+    @property
+    def alike(self) -> bool:
+        return True
+
     def stored(self, width: int) -> Stored:
         return {MODE: (torch.uint8, (1,)), SCALE: (torch.float32, (1,))}
 

@@ -52,6 +52,10 @@ class UniformInput:
         """The lowest code."""
         return -(1 << (self.bits - 1))
 
+    @property
+    def alike(self) -> bool:
+        return self.granularity in ("token", "tensor")
+
     def stored(self, width: int) -> Stored:
         count = units.count(self.granularity, self.group_size, width)
         if self.dynamic:

@@ -17,9 +17,4 @@ def run(task: Task, layer: Layer, stats: SiteStats) -> Layer:
     return spec.run(layer, stats, task.target, task.options)
 
 
-def stacks(task: Task) -> bool:
-    """Whether each row is treated by itself."""
-    return task.of(Compress).stacks(task.target, task.options)
-
-
-DRIVER = LinearDriver(verb=Compress, run=run, stacks=stacks)
+DRIVER = LinearDriver(verb=Compress, run=run)

@@ -23,9 +23,4 @@ def run(task: Task, layer: Layer, stats: SiteStats) -> Layer:
     return replace(layer, activation=task.of(Inputs).run(layer, stats, task.target, task.options))
 
 
-def stacks(task: Task) -> bool:
-    """All linears of a site read the same."""
-    return True
-
-
-DRIVER = LinearDriver(verb=Inputs, run=run, stacks=stacks)
+DRIVER = LinearDriver(verb=Inputs, run=run)

@@ -19,6 +19,7 @@ from lilliput.errors import LilliputError, SourceError
 from lilliput.runtime import switched
 from lilliput.runtime.caches import hooks
 from lilliput.runtime.caches.codec import CacheCodec, CacheShape, CodecSpec, Tensors
+from lilliput.runtime.caches.fp8 import Fp8Spec
 from lilliput.runtime.caches.hooks import Caches
 from lilliput.runtime.caches.kivi import KiviSpec
 from lilliput.runtime.caches.kvquant import KvquantSpec
@@ -28,7 +29,7 @@ from lilliput.runtime.caches.turns import Rotate, rotation
 from lilliput.runtime.caches.window import WindowSpec
 
 KINDS: Mapping[str, type[CodecSpec]] = {
-    x.kind: x for x in (PerTokenSpec, KiviSpec, KvquantSpec, ShiftedSpec, WindowSpec)
+    x.kind: x for x in (PerTokenSpec, KiviSpec, KvquantSpec, ShiftedSpec, WindowSpec, Fp8Spec)
 }
 _STATE = "lilliput_caches"
 
@@ -110,6 +111,17 @@ def _watched(attention: nn.Module, state: Caches, entry: Entry, own: Tensors) ->
 def of(model: nn.Module) -> Caches | None:
     """The compressed caches of a model; None where it has none."""
     return model.__dict__.get(_STATE)
+
+
+def training(model: nn.Module, config: Any) -> Any:
+    """A cache for a pass over whole texts through which gradients flow, of a model that stores its own compressed; None
+    where it has none. Raises LilliputError for a model with layers that keep something else."""
+    state = of(model)
+    if state is None or not state.active:
+        return None
+    from lilliput.runtime.caches import straight as layers
+
+    return layers.cache(config, state.makers)
 
 
 @contextmanager

@@ -22,11 +22,13 @@ _TABLE = "lilliput_turns"
 
 @dataclass
 class Caches:
-    """The compressed caches of one model: whether new ones are made, and its blocks that have one."""
+    """The compressed caches of one model: whether new ones are made, its blocks that have one, and what makes a codec,
+    by the number of the layer."""
 
     blocks: tuple[str, ...] = ()
     active: bool = True
     handles: list[RemovableHandle] = field(default_factory=list)
+    makers: dict[int, Callable[[], CacheCodec]] = field(default_factory=dict)
 
 
 def attention_of(block: nn.Module) -> str:
@@ -49,6 +51,7 @@ def watch(
     """Let an attention put what `make` gives in place of the empty layer of any cache that it is called with."""
     names = tuple(inspect.signature(attention.forward).parameters)
     number: int = attention.layer_idx  # type: ignore[assignment]
+    state.makers[number] = make
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = dict(zip(names, args, strict=False)) | kwargs

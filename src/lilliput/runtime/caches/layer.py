@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from lilliput.errors import LilliputError
 from lilliput.runtime.caches.codec import CacheCodec, Incoming
 
 WAITING = 64  # tokens, more than assisted decoding proposes at a time
+
+
+def _nothing_to_replace(what: str) -> LilliputError:
+    return LilliputError(
+        f"the {what} of this layer are stored compressed, and something reads or replaces them as plain tensors, as "
+        "libraries that drop tokens from the cache do (kvpress): they need a plain cache. Run them on a model without "
+        "a step for its cache (`lilliput.runtime.caches.paused(model)` for a while), or leave out the library; of the "
+        "caches here sink-window drops tokens"
+    )
 
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -36,6 +46,27 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
         self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor:
+        """transformers' layers show their tensors, and other libraries put fewer tokens there, which a compressed layer
+        has no place for. Raises LilliputError."""
+        raise _nothing_to_replace("keys")
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        if value is not None:  # which the base class begins with
+            raise _nothing_to_replace("keys")
+
+    @property
+    def values(self) -> Tensor:
+        """See `keys`."""
+        raise _nothing_to_replace("values")
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise _nothing_to_replace("values")
 
     def activate_past_recording(self) -> None:
         self.record_past = True

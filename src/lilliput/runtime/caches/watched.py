@@ -13,10 +13,10 @@ from lilliput.runtime.caches.turns import undo
 
 class Watched(CacheCodec):
     """`seen(keys, values)`: of each call, float32 [batch, heads, tokens, width]; turned: keys before their rotation. A
-    call sees itself and nothing before."""
+    call sees itself and nothing before. leaves: what is shown are leaves that the call's outputs depend on."""
 
-    def __init__(self, seen: Callable[[Tensor, Tensor], None], *, turned: bool) -> None:
-        self.seen, self.turned = seen, turned
+    def __init__(self, seen: Callable[[Tensor, Tensor], None], *, turned: bool, leaves: bool = False) -> None:
+        self.seen, self.turned, self.leaves = seen, turned, leaves
         self._latest = torch.empty(0), torch.empty(0)
 
     @property
@@ -25,10 +25,15 @@ class Watched(CacheCodec):
 
     def append(self, keys: Tensor, values: Tensor, incoming: Incoming) -> None:
         self._latest = keys, values
-        raw, turn = keys.float(), incoming.turn
-        if self.turned and turn is not None:
+        raw, turn = keys.detach().float(), incoming.turn if self.turned else None
+        if turn is not None:
             raw = undo(raw, turn.cos, turn.sin, turn.rotate)
-        self.seen(raw.detach(), values.detach().float())
+        plain = values.detach().float()
+        if self.leaves:
+            raw, plain = raw.requires_grad_(), plain.requires_grad_()
+            again = raw if turn is None else turn.rotate(raw, turn.cos, turn.sin)
+            self._latest = again.to(keys.dtype), plain.to(values.dtype)
+        self.seen(raw, plain)
 
     def materialise(self) -> tuple[Tensor, Tensor]:
         return self._latest

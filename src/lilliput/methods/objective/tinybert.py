@@ -1,5 +1,4 @@
-"""All that a block shows: embeddings, hidden states and attention before its softmax go to the teacher's, block by
-block.
+"""All that a block shows: embeddings, hidden states and attention before its softmax go to the teacher's.
 
     L = a KL(p || q) + (1 - a) (-log q(y)) + w (D(M_0 e, e^T) + mean over l of D(M h_l, h^T_{g(l)})
                                                + mean over l of mean square of (S_l - S^T_{g(l)})),

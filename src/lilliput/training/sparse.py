@@ -69,7 +69,6 @@ class Sparse(Trained):
         self.settings = o
         self._spec: PartSpec | None = layer.parts[0].spec if layer.parts else None
         self.register_buffer("mask", torch.ones_like(value, dtype=torch.bool))
-        self.begun = (original if o.start == "original" else value).float().clone()
         self.count, self.pattern = int((value != 0).sum()), pattern_in(self._spec)
         if isinstance(self._spec, BitmaskSpec | TilesSpec):
             self.count = self._spec.count
@@ -157,11 +156,15 @@ class Latent(Sparse):
 
     def __init__(self, layer: Layer, original: Tensor, o: SparseOptions) -> None:
         super().__init__(layer, original, o)
-        self.value = nn.Parameter(self.begun)
-        del self.begun
+        self.value = nn.Parameter(first(layer, original, o))
 
     def values(self) -> Tensor:
         return self.value
+
+
+def first(layer: Layer, original: Tensor, o: SparseOptions) -> Tensor:
+    """The weights at the start, float32 [out, in], those that will leave among them."""
+    return (original if o.start == "original" else layer.decode()).float().clone()
 
 
 class Straight(torch.autograd.Function):

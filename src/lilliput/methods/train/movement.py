@@ -7,7 +7,7 @@ down it at `score_rate` times the learning rate. kind:
     hard   the weights of the highest scores stay, their share falling as s(u) says;
     soft   those with sigmoid(S) > tau, and penalty u lambda mean sigmoid(S), until the schedule ends: from then on the
            highest scores, as many as planned;
-    pst    hard, with S = |W| + A B + r 1' + 1 c' (A of `rank` columns, 0 at first, r and c by row and by column), so
+    pst    hard, with S = |W| + A B + r 1' + 1 c' (A of `products` columns, 0 at first, r and c by row and by column), so
            that the scores of a linear are few.
 
 Papers: Sanh et al. 2020, arXiv 2005.07683; scores alone: SMP, Jiang et al. 2022, arXiv 2210.07451; PST: Li et al. 2022,
@@ -37,7 +37,7 @@ class Options(SparseOptions):
     score_rate: float = Field(100.0, gt=0.0, description="factor on the learning rate, of scores")
     tau: float = Field(0.1, gt=0.0, lt=1.0, description="soft: threshold of sigmoid(S)")
     strength: float = Field(1.0, ge=0.0, description="soft: lambda of the penalty")
-    rank: int = Field(8, ge=1, description="pst: columns of A")
+    products: int = Field(8, ge=1, description="pst: columns of A")
 
 
 class Chosen(torch.autograd.Function):
@@ -66,8 +66,8 @@ class Moving(Latent):
         self._time = 0.0
         if o.kind == "pst":
             generator = torch.Generator().manual_seed(o.seed)
-            self.left = nn.Parameter(torch.zeros(rows, o.rank))
-            self.right = nn.Parameter(torch.randn(o.rank, width, generator=generator) / o.rank**0.5)
+            self.left = nn.Parameter(torch.zeros(rows, o.products))
+            self.right = nn.Parameter(torch.randn(o.products, width, generator=generator) / o.products**0.5)
             self.by_row = nn.Parameter(torch.zeros(rows, 1))
             self.by_column = nn.Parameter(torch.zeros(1, width))
         else:

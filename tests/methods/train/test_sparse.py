@@ -293,3 +293,87 @@ def test_a_folder_has_the_planned_bytes_and_can_be_trained_again(
 def test_what_contradicts_is_refused_by_the_plan(tiny: Tiny, steps: str, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         api.plan(tiny("qwen2"), recipe="steps:\n" + steps, samples=2, tokens=32)
+
+
+def test_blocks_stay_or_leave_together_by_their_mean_score() -> None:
+    core = _begin("movement", {"block": [2, 4]})
+    core.count = 24
+    _trained(core)
+    blocks = core.mask.view(3, 2, 2, 4).permute(0, 2, 1, 3).reshape(6, 8)
+    assert sorted(blocks.sum(1).tolist()) == [0, 0, 0, 8, 8, 8]
+    core.mask.copy_(core.chosen(1.0))
+    means = core.scores().detach().view(3, 2, 2, 4).mean((1, 3))
+    stays = core.mask.view(3, 2, 2, 4)[:, 0, :, 0]
+    assert float(means[stays].min()) >= float(means[~stays].max())
+
+
+LOW = (
+    "export: lilliput\nsteps:\n  - {method: magnitude, target: {sparsity: 0.75}, options: {block: [8, 1]}}\n"
+    "  - {method: eora, target: {rank: 4}, options: {factors: float16}}\n"
+    "  - {method: losparse, options: {steps: 4, lr: 0.01, tokens: 32, until: 0.5, block: [8, 1]}}\n"
+)
+
+
+def test_a_product_and_a_sparse_rest_are_trained_together(tiny: Tiny, tmp_path: Path) -> None:
+    done = api.compress(tiny("qwen2"), tmp_path / "a", recipe=LOW, **RUN)
+    assert done.plan.bytes == sum(x.stat().st_size for x in (tmp_path / "a").glob("*.safetensors"))
+    untrained = "\n".join(LOW.splitlines()[:-1]) + "\n"
+    api.compress(tiny("qwen2"), tmp_path / "b", recipe=untrained, **RUN)
+    a, b = (open_model(tmp_path / x) for x in "ab")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(a.read(name), b.read(name))
+
+
+def test_low_rank_and_sparse_begins_at_the_original_and_ends_with_what_it_computed() -> None:
+    from lilliput.parts.bitmask import gather
+    from lilliput.parts.lowrank import plain_factors
+
+    torch.manual_seed(0)
+    w = torch.randn(8, 16)
+    mask = torch.zeros(8, 16, dtype=torch.bool)
+    mask[:, ::2] = True
+    sparse, product = gather(w * mask, mask, torch.float32), plain_factors(torch.randn(8, 2), torch.randn(2, 16))
+    spec = get("losparse").spec
+    assert isinstance(spec, Train)
+    layer = Layer("a", sparse.decode() + product.decode(), parts=(sparse, product))
+    core = spec.begin(layer, w.clone(), get("losparse").parse({"steps": STEPS, "until": 0.5, "block": [8, 1]}))
+    torch.testing.assert_close(core.weight(), w)
+    for step in range(4):
+        core.step(step / STEPS)
+        core.zero_grad()
+        core.weight().square().sum().backward()  # type: ignore[no-untyped-call]
+        core.after_backward()
+        with torch.no_grad():
+            for p in core.parameters():
+                p.sub_(p.grad, alpha=0.01)
+        core.after_step(0.01)
+    layer = core.finish()
+    torch.testing.assert_close(layer.decode(), core.weight().detach())
+    zeros = layer.parts[0].decode() == 0
+    assert int((~zeros).sum()) == 64
+    assert set(zeros.sum(0).tolist()) == {0, 8}  # whole columns
+
+
+@pytest.mark.parametrize("width", [0, 4])
+def test_few_parameters_keep_the_zeros_and_the_rest_of_a_linear(width: int) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(6, 8) * (torch.rand(6, 8) > 0.5)
+    spec = get("perp").spec
+    assert isinstance(spec, Train)
+    core = spec.begin(Layer("a", w), w, get("perp").parse({"width": width}))
+    assert torch.equal(core.weight(), w)
+    with torch.no_grad():
+        for p in core.parameters():
+            p.normal_()
+    layer = core.finish()
+    assert torch.equal(layer.decode(), core.weight())
+    assert torch.equal(layer.decode() == 0, w == 0)
+    product = layer.decode() - w
+    expected = torch.zeros_like(w)
+    if width:
+        up, down = core.get_parameter("up").detach(), core.get_parameter("down").detach()
+        for n, row in enumerate(w):
+            for m, value in enumerate(row):
+                if value:
+                    expected[n, m] = 16.0 / width * float(up[n] @ down[:, m])
+    torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-5)

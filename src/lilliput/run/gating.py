@@ -72,6 +72,9 @@ def trained(
     gates = _gates(base, wanted, common(task.options).seed)
     place = _result(work, task)
     if not place.exists():
+        if not any(r["step"] == task.step for r in work.find("edit-gates-begun")):
+            # A run without records leaves nothing behind when it is stopped, and its states are worth keeping.
+            work.note({"kind": "edit-gates-begun", "step": task.step})
         curve = _train(plan, task, base, gates, wanted, ids, work, progress)
         work.note({"kind": "edit-gates", "step": task.step, "curve": curve})
     with safe_open(place, "pt") as file:
@@ -118,11 +121,8 @@ def _train(
 ) -> dict[str, Any]:  # fmt: skip
     o = common(task.options)
     _, objective, options = planning.objective_of(task)
-    if objective.tokens_loss is None or objective.beside(options) or objective.prepare or objective.weigh:
-        raise LilliputError(
-            f"{task.label}: {o.objective} asks for more than a teacher's distributions, and gates are trained by those "
-            "alone: choose logit-kd, divergence-kd or cross-entropy"
-        )
+    if objective.tokens_loss is None:
+        raise RuntimeError("the plan should have refused an objective of features")
     tokens_loss = objective.tokens_loss
     lessons = _lessons(plan, task, base, ids)
     notes = None
@@ -270,7 +270,15 @@ def _folded(level: EditedModel, gates: Gates, wanted: Training, new: int, number
 
 
 def refuse(task: Task, base: Model) -> None:
-    """Raises PlanError for a model whose gates cannot be trained as one."""
+    """Raises PlanError for a model whose gates cannot be trained as one, and for what cannot be minimised by gates."""
     if base.source.quantization is not None:
-        raise PlanError(f"{task.label} trains gates on plain weights, and {base.source.model} is quantized: take the "
-                        "model that it was made of")  # fmt: skip
+        raise PlanError(
+            f"{task.label} trains gates on plain weights, and {base.source.model} is quantized: take the model that it "
+            "was made of"
+        )
+    method, objective, options = planning.objective_of(task)
+    if objective.tokens_loss is None or objective.beside(options) or objective.prepare or objective.weigh:
+        raise PlanError(
+            f"{task.label}: {method.name} asks for more than a teacher's distributions, and gates are trained by those "
+            "alone: choose logit-kd, divergence-kd or cross-entropy"
+        )

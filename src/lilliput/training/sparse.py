@@ -67,9 +67,9 @@ class Sparse(Trained):
         value = layer.decode()
         self.name = layer.name
         self.settings = o
+        self.block = (1, 1)
         self._spec: PartSpec | None = layer.parts[0].spec if layer.parts else None
         self.register_buffer("mask", torch.ones_like(value, dtype=torch.bool))
-        self.begun = (original if o.start == "original" else value).float().clone()
         self.count, self.pattern = int((value != 0).sum()), pattern_in(self._spec)
         if isinstance(self._spec, BitmaskSpec | TilesSpec):
             self.count = self._spec.count
@@ -123,8 +123,21 @@ class Sparse(Trained):
 
     @torch.no_grad()
     def largest(self, stay: int) -> Tensor:
-        """The mask of the highest scores of the whole linear, bool [out, in]."""
-        return masks.largest(self._finite().reshape(1, -1), stay).view(self.mask.shape)
+        """The mask of the highest scores of the whole linear, bool [out, in]; of blocks of weights, by their mean, as
+        many as hold `stay` weights."""
+        high, wide = self.block
+        scores = self._finite()
+        if self.block == (1, 1):
+            return masks.largest(scores.reshape(1, -1), stay).view(scores.shape)
+        rows, width = scores.shape
+        if rows % high or width % wide or self.count % (high * wide):
+            raise LilliputError(
+                f"blocks of {high} x {wide} do not make up the {self.count} weights that are kept of {self.name}, "
+                f"{rows} x {width}: prune it first with magnitude and the same option `block`"
+            )
+        means = scores.view(rows // high, high, width // wide, wide).mean((1, 3))
+        stays = masks.largest(means.reshape(1, -1), -(-stay // (high * wide))).view(means.shape)
+        return stays.repeat_interleave(high, 0).repeat_interleave(wide, 1)
 
     def _finite(self) -> Tensor:
         scores = self.scores().detach().float()
@@ -157,11 +170,15 @@ class Latent(Sparse):
 
     def __init__(self, layer: Layer, original: Tensor, o: SparseOptions) -> None:
         super().__init__(layer, original, o)
-        self.value = nn.Parameter(self.begun)
-        del self.begun
+        self.value = nn.Parameter(first(layer, original, o))
 
     def values(self) -> Tensor:
         return self.value
+
+
+def first(layer: Layer, original: Tensor, o: SparseOptions) -> Tensor:
+    """The weights at the start, float32 [out, in], those that will leave among them."""
+    return (original if o.start == "original" else layer.decode()).float().clone()
 
 
 class Straight(torch.autograd.Function):

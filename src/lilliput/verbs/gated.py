@@ -17,9 +17,7 @@ from lilliput.verbs.train import TrainOptions
 class GateOptions(TrainOptions):
     """What every edit can be told that trains gates. Weights and adapters have the learning rate `lr`."""
 
-    objective_options: Mapping[str, Any] = Field(
-        default_factory=lambda: {"soft": 0.0}, description="options of the objective; by default the text alone counts"
-    )
+    objective: str = Field("cross-entropy", description="what is minimised: a method of the verb `objective`")
     schedule: Literal["cosine", "linear", "constant"] = Field("constant", description="how the rates fall")
     gate_lr: float = Field(0.1, gt=0.0, description="learning rate of gates (log alpha) and multipliers")
     warm: float = Field(0.3, ge=0.0, le=1.0, description="share of the steps in which targets come down from all")

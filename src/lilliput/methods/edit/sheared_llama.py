@@ -127,7 +127,7 @@ METHOD = Edit(
     covers={
         "sheared-llama": [
             {"method": "sheared-llama", "options": {"layers": 2, "steps": 8}},
-            {"method": "full", "options": {"objective": "logit-kd", "objective_options": {"soft": 0.0}}},
+            {"method": "full", "options": {"objective": "cross-entropy"}},
         ],
     },
     recipe="it needs a shape: name at least one of layers, heads, channels and hidden, or `like`",

@@ -56,7 +56,19 @@ def admits(scheme: Scheme, o: Options) -> str | None:
 METHOD = Train(
     paper="Han et al. 2015, arXiv 1506.02626",
     options=Options,
-    covers={},
+    covers={
+        "sparse-finetuning": [
+            {"method": "sparsegpt", "target": {"sparsity": 0.5}},
+            {
+                "method": "full",
+                "options": {"objective": "feature-kd", "objective_options": {"soft": 0.5, "scale": "layer"}},
+            },
+        ],
+        "joint-prune-kd": [
+            {"method": "group-magnitude", "options": {"kinds": ["channel", "head"]}},
+            {"method": "full", "options": {"objective": "logit-kd"}},
+        ],
+    },
     recipe=[{"method": "full"}],
     begin=begin,
     admits=admits,

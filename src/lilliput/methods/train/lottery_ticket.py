@@ -86,6 +86,7 @@ METHOD = Train(
     options=Options,
     covers={
         "lottery-ticket": [_PRUNED, {"method": "lottery-ticket"}],
+        "prune-and-tune": [_PRUNED, {"method": "lottery-ticket", "options": {"rewind": False}}],
         "bert-lottery": [_PRUNED, {"method": "lottery-ticket", "options": {"rounds": 1}}],
     },
     recipe=[_PRUNED, {"method": "lottery-ticket"}],

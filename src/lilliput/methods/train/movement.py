@@ -2,17 +2,18 @@
 
 The scores S of a linear collect -w dL/dw while the weights, or (`frozen`) the scores alone, are trained: with
 What = M * W, and the mask M a straight-through function of S, the gradient by S is dL/dWhat * W, and the optimizer goes
-down it at `score_rate` times the learning rate. kind:
+down it at `score_rate` times the learning rate. With `block` [r, c] the weights of r rows and c inputs stay or leave
+together, by their mean score, and `magnitude` with the same blocks comes first. kind:
 
     hard   the weights of the highest scores stay, their share falling as s(u) says;
     soft   those with sigmoid(S) > tau, and penalty u lambda mean sigmoid(S), until the schedule ends: from then on the
            highest scores, as many as planned;
-    pst    hard, with S = |W| + A B + r 1' + 1 c' (A of `rank` columns, 0 at first, r and c by row and by column), so
-           that the scores of a linear are few.
+    pst    hard, with S = |W| + A B + r 1' + 1 c' (A of `products` columns, 0 at first, r and c by row and by column),
+           so that the scores of a linear are few.
 
 Papers: Sanh et al. 2020, arXiv 2005.07683; scores alone: SMP, Jiang et al. 2022, arXiv 2210.07451; PST: Li et al. 2022,
-arXiv 2205.11005. Cost: a second parameter for each weight, with its gradient and moments (not for pst).
-Limits: many steps are needed before scores say more than magnitudes do.
+arXiv 2205.11005; blocks: Lagunas et al. 2021, arXiv 2109.04838. Cost: a second parameter for each weight, with its
+gradient and moments (not for pst). Limits: many steps are needed before scores say more than magnitudes do.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Options(SparseOptions):
     score_rate: float = Field(100.0, gt=0.0, description="factor on the learning rate, of scores")
     tau: float = Field(0.1, gt=0.0, lt=1.0, description="soft: threshold of sigmoid(S)")
     strength: float = Field(1.0, ge=0.0, description="soft: lambda of the penalty")
-    rank: int = Field(8, ge=1, description="pst: columns of A")
+    block: tuple[int, int] = Field((1, 1), description="rows and inputs of blocks that stay or leave together")
+    products: int = Field(8, ge=1, description="pst: columns of A")
 
 
 class Chosen(torch.autograd.Function):
@@ -64,10 +66,11 @@ class Moving(Latent):
         rows, width = self.mask.shape
         self.value.requires_grad_(not o.frozen)
         self._time = 0.0
+        self.block = o.block
         if o.kind == "pst":
             generator = torch.Generator().manual_seed(o.seed)
-            self.left = nn.Parameter(torch.zeros(rows, o.rank))
-            self.right = nn.Parameter(torch.randn(o.rank, width, generator=generator) / o.rank**0.5)
+            self.left = nn.Parameter(torch.zeros(rows, o.products))
+            self.right = nn.Parameter(torch.randn(o.products, width, generator=generator) / o.products**0.5)
             self.by_row = nn.Parameter(torch.zeros(rows, 1))
             self.by_column = nn.Parameter(torch.zeros(1, width))
         else:
@@ -114,6 +117,10 @@ METHOD = Train(
     covers={
         "movement": [_PRUNED, {"method": "movement"}],
         "smp": [_PRUNED, {"method": "movement", "options": {"frozen": True}}],
+        "block-movement": [
+            {"method": "magnitude", "target": {"sparsity": 0.5}, "options": {"block": [16, 16]}},
+            {"method": "movement", "options": {"block": [16, 16]}},
+        ],
         "pst": [_PRUNED, {"method": "movement", "options": {"kind": "pst"}}],
     },
     recipe=[_PRUNED, {"method": "movement"}],

@@ -26,7 +26,7 @@ UNITS = tuple(Units((64,), 4, 3 * 48, 3000, 40_000, 160, 4, 8, 2) for _ in range
 def spec(name: str) -> tuple[Edit[Any], Any]:
     method = methods.get(name)
     assert isinstance(method.spec, Edit)
-    return method.spec, method.parse({})
+    return method.spec, method.parse({"layers": 7} if name == "sheared-llama" else {})
 
 
 def scores() -> list[EditScores]:

@@ -16,6 +16,7 @@ from lilliput import methods
 from lilliput.run import drivers
 from lilliput.run.driver import ModelDriver
 from lilliput.target import Target
+from lilliput.verbs.objective import Objective
 from lilliput.verbs.spec import Task
 
 SRC = Path(__file__).resolve().parents[2] / "src"
@@ -124,7 +125,9 @@ def _task(name: str) -> Task:
 
 
 def test_every_verb_with_methods_has_a_driver() -> None:
-    assert {spec for spec in methods.verbs().values() if spec is not None} == set(drivers.discover())
+    # An objective is no step: training steps name it.
+    steps = {spec for spec in methods.verbs().values() if spec is not None} - {Objective}
+    assert steps == set(drivers.discover())
 
 
 def test_a_driver_of_another_stage_is_no_answer() -> None:

@@ -30,6 +30,8 @@ NAMES = {
     "behaviour": "my-gating",
     "inputs": "my-grid",
     "cache": "my-storing",
+    "train": "my-training",
+    "objective": "my-objective",
 }
 FOUND = """
 from lilliput.methods.index import index

@@ -132,6 +132,8 @@ def _frontier(model: str, job: Job, to: str | None, html: Path | None) -> Any:
             raise PlanError(
                 f"--frontier covers all sizes, and --{name.replace('_', '-')} names one: leave one of them out"
             )
+    if options.pop("teacher") is not None:
+        raise PlanError("--frontier trains no model that --teacher could teach: leave one of them out")
     if options.pop("fit_blocks"):
         raise PlanError("--frontier writes no model whose blocks --fit-blocks could fit: leave one of them out")
     if html is not None:

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lilliput.algebra import ranges
-from lilliput.errors import LilliputError, PlanError
+from lilliput.errors import LilliputError
 from lilliput.formats import groups
 from lilliput.formats.integer import IntegerFormat, IntegerGrid, from_target
 from lilliput.parts.layer import Layer
@@ -41,11 +41,8 @@ class Options(Strict):
 
 
 def scheme(target: Target, o: Options, rows: int, width: int) -> Scheme:
-    """Integers in groups or rows. Raises PlanError for others."""
-    form = from_target(target)
-    if form.group_size == 0:
-        raise PlanError("ranges are cut for groups or rows, not for a tensor: give a group size")
-    return quantized(form)
+    """Integers. Raises PlanError for others."""
+    return quantized(from_target(target))
 
 
 def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Layer:
@@ -62,7 +59,9 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     shape = groups.units(rows, width, form.group_size)
     scale, zero = weight.new_empty(shape), weight.new_empty(shape)
     step = max(1, _CHUNK // max(width, 1))
-    for columns, units, size in groups.pieces(width, form.group_size):
+    if form.group_size == 0:
+        scale, zero = (x[:1, None] for x in _search(weight, gram, form, o, shared=True))
+    for columns, units, size in groups.pieces(width, form.group_size) if form.group_size else ():
         for number in range(units.start, units.stop):
             first = columns.start + (number - units.start) * size
             part = slice(first, first + size)
@@ -74,9 +73,13 @@ def compress(layer: Layer, stats: SiteStats, target: Target, o: Options) -> Laye
     return layer.with_part(QuantizedPart(form, form.encode(weight, grid), grid))
 
 
-def _search(weight: Tensor, gram: Tensor, form: IntegerFormat, o: Options) -> tuple[Tensor, Tensor]:
-    """Scale, as stored, and zero point [rows] of one group, weight [rows, n]."""
+def _search(
+    weight: Tensor, gram: Tensor, form: IntegerFormat, o: Options, *, shared: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scale, as stored, and zero point [rows] of one group, weight [rows, n]; shared: all rows have the same."""
     low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    if shared:
+        low, high = low.min().expand_as(low), high.max().expand_as(high)
     shares = [1 - o.shrink * n / o.steps for n in range(o.steps)]
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
@@ -91,6 +94,8 @@ def _search(weight: Tensor, gram: Tensor, form: IntegerFormat, o: Options) -> tu
             codes = (weight / s[:, None]).round().add_(z[:, None]).clamp_(form.lowest, form.highest)
             error = codes.sub_(z[:, None]).mul_(s[:, None]).sub_(weight)
             loss = ((error @ gram) * error).sum(1)
+            if shared:
+                loss = loss.sum().expand_as(loss)
             better = loss < best
             best = torch.where(better, loss, best)
             scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)

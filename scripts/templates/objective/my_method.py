@@ -1,4 +1,4 @@
-"""replace: one line that says what my-method does. Now: the squared distance of the likeliest tokens' probabilities.
+"""replace: one line that says what my-method does. Now: squared distances of probabilities.
 
 replace: the equations. At each token, p the teacher's and q the student's probabilities of what the teacher names:
 

@@ -7,9 +7,10 @@ MLP. The gates are hard concrete (`hard-concrete`), and held to the share of the
     L = L_distil + lambda (s - t) + phi (s - t)^2,
 
 P the chance that a gate is open, c the weights of a unit. The model learns from what it was itself (`logit-kd` by
-default, weighed with the text), its weights with the gates. Of every unit both gates together say whether it stays; by
-default over the whole model, so that blocks get widths of their own, in the native layout; a branch whose coarse gate
-has closed keeps one head, or `multiple` hidden channels, because no config leaves a branch out.
+default, weighed with the text), its weights with the gates. Of every unit both gates together say whether it stays:
+in each block, or with `uniform: false` over the whole model, as in the paper, so that blocks get widths of their own,
+in the native layout; a branch whose coarse gate has closed keeps one head, or `multiple` hidden channels, because no
+config leaves a branch out.
 
 Paper: Xia et al. 2022, arXiv 2204.00408. There channels of the residual stream have gates too (here `sheared-llama`),
 and layers are matched with the layers of the teacher that they are nearest to (`feature-kd` in a step `full` that
@@ -35,7 +36,7 @@ class Options(Thinning, GateOptions):
         ("channel", "head"), description="what may leave: channel, head or both"
     )
     uniform: bool = Field(
-        False, description="as many stay in every block, as engines need it; false: where gates say, at as many weights"
+        True, description="as many stay in every block, as engines need it; false: where gates say, at as many weights"
     )
     objective: str = Field("logit-kd", description="what is minimised: a method of the verb `objective`")
     objective_options: Mapping[str, Any] = Field(

@@ -69,9 +69,8 @@ def test_a_printed_recipe_is_one_that_plans(tiny: Callable[[str], Path], name: s
     if isinstance(steps, list):
         routed = method.name in ("expert-pruning", "expert-merging", "router-pruning")
         model = tiny("mixtral" if routed else "qwen2")
-        short = [
-            f"{n}.tokens=16" for n, x in enumerate(load(name).steps) if "tokens" in get(x.method).options.model_fields
-        ]
+        told = [(n, get(x.method).options.model_fields) for n, x in enumerate(load(name).steps)]
+        short = [f"{n}.tokens=16" for n, fields in told if "tokens" in fields]
         planned = api.plan(model, recipe=to_yaml(load(name)), samples=2, tokens=16, device="cpu", settings=short)
         assert planned.bytes > 0
         return

@@ -126,7 +126,7 @@ METHOD = Edit(
     needs=(),
     covers={
         "sheared-llama": [
-            {"method": "sheared-llama", "options": {"layers": 2, "steps": 8}},
+            {"method": "sheared-llama", "options": {"layers": 1, "steps": 8}},
             {"method": "full", "options": {"objective": "cross-entropy"}},
         ],
     },

@@ -5,9 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lilliput.errors import PlanError
 from lilliput.formats.integer import IntegerFormat
-from lilliput.methods import get
 from lilliput.methods.weight import asymmetric_clip as method
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
@@ -63,9 +61,14 @@ def test_clipping_lowers_the_error_of_outputs() -> None:
     assert float(((cut - w) @ x).square().sum()) < float(((wide - w) @ x).square().sum())
 
 
-def test_grids_of_a_tensor_are_refused() -> None:
-    with pytest.raises(PlanError, match="give a group size"):
-        get("asymmetric-clip").scheme(Target(bits=2, group_size="tensor", symmetric=False), method.Options(), 4, 16)
+def test_a_matrix_may_have_one_grid() -> None:
+    w, x = _case()
+    target = TARGET.model_copy(update={"group_size": "tensor"})
+    (part,) = method.compress(
+        Layer("a", w), SiteStats(WIDTH, count=x.shape[1], gram=x @ x.T), target, method.Options()
+    ).parts
+    assert isinstance(part, QuantizedPart)
+    assert part.decode().unique().numel() <= 4
 
 
 def test_pruned_weights_stay_zero() -> None:

@@ -32,10 +32,12 @@ _LEAST = -0.95  # of a share: a step keeps its sign
 class CodedOptions(TrainOptions):
     """What methods with latent weights can be told."""
 
-    start: Literal["codes", "original"] = Field(
+    start: Literal["codes", "original", "within"] = Field(
         "codes",
-        description="where latent weights begin: at what the codes say, which keeps what GPTQ has compensated, or at "
-        "the weights that they were made of, which keeps what rounding has thrown away",
+        description="where latent weights begin: at what the codes say, which keeps what GPTQ has compensated; at the "
+        "weights that they were made of, which keeps what rounding has thrown away; or within the codes at these "
+        "weights, which keeps both: a small step turns a code that was a near thing, and none that was chosen against "
+        "the nearest",
     )
     keep_zeros: bool = Field(
         False,
@@ -156,9 +158,11 @@ class Coded(Trained):
         part = self.layer.parts[self.at]
         held = part.decode()
         latent = held.clone()
-        if o.start == "original":
+        if o.start != "codes":
             others = tuple(x for n, x in enumerate(self.layer.parts) if n != self.at)
             latent = replace(self.layer, weight=original, parts=others, support=None, updated=None).rest()
+        if o.start == "within":
+            latent = _within(part, self.tuned, held, latent)
         if o.keep_zeros:
             self.register_buffer("support", held != 0)
         support = self._buffers["support"]
@@ -176,6 +180,24 @@ def _sum(parts: list[Tensor]) -> Tensor | None:
     for part in parts:
         total = part if total is None else total + part
     return total
+
+
+def _within(part: QuantizedPart, tuned: grids.Tuned, held: Tensor, wanted: Tensor) -> Tensor:
+    """Other weights where the codes are theirs, and inside the window; elsewhere half the way from what the codes say to
+    where these would change, to 1/64. All [out, in]."""
+
+    def stays(share: Tensor) -> Tensor:
+        latent = held + share * (wanted - held)
+        same = replace(part, codes=part.format.encode(latent, part.grid)).decode() == held
+        return same & tuned.passed(latent, part.grid).bool()
+
+    theirs = stays(torch.ones_like(held))
+    low, high = torch.zeros_like(held), torch.ones_like(held)
+    for _ in range(6):
+        middle = (low + high) / 2
+        inside = stays(middle)
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return torch.where(theirs, wanted, held + 0.5 * low * (wanted - held))
 
 
 class Factors(nn.Module):

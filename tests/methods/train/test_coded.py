@@ -1,6 +1,7 @@
 """What is trained of linears that are codes: identity at the start, the folder's layer at the end, and what stays."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lilliput.parts.part import Part
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.parts.transform import Rotation
 from lilliput.target import Target
+from lilliput.training import grids
 from lilliput.verbs.train import Train
 from lilliput.verbs.trained import Trained
 
@@ -31,6 +33,7 @@ CASES: list[tuple[str, Format, dict[str, Any]]] = [
     ("lsq", INT4, {}),
     ("lsq", INT3, {"zeros": True}),
     ("lsq", INT3, {"start": "original"}),
+    ("lsq", INT3, {"start": "within"}),
     ("lsq", INT4, {"grid": "kept"}),
     ("lsq", NF4, {}),
     ("lsq", TernaryFormat(32), {}),
@@ -115,6 +118,30 @@ def test_nothing_changes_before_the_first_step(form: Format) -> None:
     layer = _layer(form, False)
     for name in ("lsq", "peqa", "l4q", *(("lr-qat",) if isinstance(form, IntegerFormat) else ())):
         assert torch.equal(_begin(name, layer, {}).finish().decode(), layer.decode())
+
+
+@pytest.mark.parametrize("form", [INT4, INT3, NF4, TernaryFormat(32), BinaryFormat(2, 32)], ids=lambda x: x.describe())
+def test_within_begins_at_the_original_where_its_code_is_the_folders(form: Format) -> None:
+    """The codes are those of other weights, as a method that compensates leaves them."""
+    layer = replace(_layer(form, False), weight=torch.zeros(ROWS, WIDTH))
+    original = _weight() + 0.05 * torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(5))
+    core = _begin("lsq", layer, {"start": "within"}, original)
+    assert torch.equal(core.finish().decode(), layer.decode())
+    held, latent = layer.decode(), core.get_parameter("latent").detach()
+    (part,) = layer.parts
+    assert isinstance(part, QuantizedPart)
+
+    def says(x: Tensor) -> Tensor:
+        """Where weights have the folder's codes, inside the window."""
+        same = replace(part, codes=form.encode(x, part.grid)).decode() == held
+        return same & grids.of(form, part.grid, WIDTH).passed(x, part.grid).bool()
+
+    theirs = says(original)
+    assert 0 < int(theirs.sum()) < theirs.numel()
+    assert torch.equal(latent[theirs], original[theirs])
+    way = latent - held
+    assert bool(says(held + 1.9 * way)[~theirs].all())
+    assert not bool(says(held + 2.2 * way + 0.05 * (original - held))[~theirs].any())
 
 
 def test_peqa_keeps_every_code() -> None:

@@ -183,8 +183,8 @@ def _sum(parts: list[Tensor]) -> Tensor | None:
 
 
 def _within(part: QuantizedPart, tuned: grids.Tuned, held: Tensor, wanted: Tensor) -> Tensor:
-    """Other weights where the codes are theirs, and inside the window; elsewhere half the way from what the codes say to
-    where these would change, to 1/64. All [out, in]."""
+    """Other weights [out, in] where the codes are theirs, and inside the window; elsewhere half the way from what the
+    codes say to where these would change, to 1/64."""
 
     def stays(share: Tensor) -> Tensor:
         latent = held + share * (wanted - held)

@@ -156,6 +156,8 @@ class Coded(Trained):
     def latent_start(self, original: Tensor, o: CodedOptions) -> Tensor:
         """Where latent weights begin, float32 [out, in]; 0 where the layer is pruned, which `support` then says."""
         part = self.layer.parts[self.at]
+        if not isinstance(part, QuantizedPart):
+            raise RuntimeError(f"{self.layer.name} has no codes, which admits() should have refused")
         held = part.decode()
         latent = held.clone()
         if o.start != "codes":

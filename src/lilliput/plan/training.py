@@ -13,6 +13,7 @@ from lilliput.data import load
 from lilliput.data.documents import shares
 from lilliput.data.tokens import vocabulary_of
 from lilliput.errors import PlanError, SourceError
+from lilliput.export import provenance
 from lilliput.machine import memory
 from lilliput.machine.cost import Cost, Phase
 from lilliput.model.edited import unedited
@@ -74,10 +75,14 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
     the model knows positions, and a teacher that the model cannot learn from (None: the model as it was learns from
     itself); DataError for text that is none."""
     taught_by = unedited(model) if teacher is None else teacher
+    folded = None if teacher is None else _folded(model)
     for task in resolved.at(Stage.TRAINING):
         _, objective, options = objective_of(task)
         _text(task, model.skeleton.positions)
-        task.of(Train).trains(task, {x.name: x.scheme for x in trained(resolved, task)})
+        spec = task.of(Train)
+        spec.trains(task, {x.name: x.scheme for x in trained(resolved, task)})
+        if folded is not None:
+            spec.begins(task, f"{folded} in {model.source.model}")
         if not objective.teaches:
             continue
         _same_vocabulary(task, model, taught_by, given=teacher is not None)
@@ -89,6 +94,14 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
                 watch.check(x.skeleton, objective.sees(options))
             except SourceError as error:
                 raise PlanError(f"{task.label}: {error}") from None
+
+
+def _folded(model: Model) -> str | None:
+    """The first step of the recipe of a finished folder that has changed what weights stand for; None: none has."""
+    record = provenance.read(model.source.folder)
+    known = methods.discover()
+    names = [str(x["method"]) for x in (() if record is None else record.recipe.get("steps", ()))]
+    return next((x for x in names if x in known and known[x].spec.writes == "fold"), None)
 
 
 def _text(task: Task, positions: int | None) -> None:

@@ -228,6 +228,11 @@ def format_of(scheme: Scheme) -> Format:
     return part.format
 
 
+def restarts(o: CodedOptions) -> str | None:
+    """As `Train.restarts`."""
+    return None if o.start == "codes" else "codes"
+
+
 def zeroless(scheme: Scheme, o: CodedOptions) -> str | None:
     """Why zeros cannot be kept where it is asked for."""
     form = format_of(scheme)

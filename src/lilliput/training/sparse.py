@@ -204,9 +204,9 @@ def pattern_in(spec: PartSpec | None) -> str | None:
     return f"{spec.n}:{spec.m}" if isinstance(spec, PatternSpec) else None
 
 
-def restarts(o: SparseOptions) -> bool:
-    """Whether training begins at the weights of the model that was pruned."""
-    return o.start == "original"
+def restarts(o: SparseOptions) -> str | None:
+    """As `Train.restarts`."""
+    return "pruned" if o.start == "original" else None
 
 
 def admits(scheme: Scheme, o: Any) -> str | None:

@@ -80,7 +80,8 @@ class Train(Spec[OptionsT]):
     """`begin(layer, original, options)`: what is trained of a linear, from the layer as the steps before have left it
     and its weight before them, float32 [out, in]. `admits(scheme, options)`: why a linear that is stored so cannot be
     trained; None where it can. `moves`: it moves zeros, whose number a step before it has planned. `restarts(options)`:
-    it begins at the original's weights, and not at those that the steps before have left. `copies`: float32 copies of a
+    where it begins at the original's weights, the value of `start` that begins at those which the steps before have
+    left; None where it does. `copies`: float32 copies of a
     weight that it holds, its gradients and moments included.
     """
 
@@ -94,7 +95,7 @@ class Train(Spec[OptionsT]):
     writes: Writes = "values"
     copies: int = 5
     moves: bool = False
-    restarts: Callable[[OptionsT], bool] | None = None
+    restarts: Callable[[OptionsT], str | None] | None = None
 
     def tokens(self, options: OptionsT) -> bool:
         return common(options).data is None
@@ -107,16 +108,22 @@ class Train(Spec[OptionsT]):
                 "and compress it again"
             )
         changed = [x for x in recipe[: task.step] if x.spec.stage is Stage.TRAINING or x.spec.writes == "fold"]
-        if self.restarts is not None and self.restarts(self.options_of(task)) and changed:
-            raise PlanError(
-                f"{task.label} begins at the original's weights, which are not those that {changed[0].label} has left: "
-                "set its option `start` to pruned"
-            )
+        if changed:
+            self.begins(task, changed[0].label)
         before = [x for x in recipe[: task.step] if x.spec.stage is not Stage.TRAINING]
         if self.moves and before and not any(x.spec.writes == "support" for x in before):
             raise PlanError(
                 f"{task.label} moves zeros, and no step before it says how many there are: put `magnitude` with the "
                 "sparsity or pattern that you want in front of it"
+            )
+
+    def begins(self, task: Task, changed: str) -> None:
+        """Raises PlanError where weights begin at the original's and `changed` has left others in their place."""
+        other = None if self.restarts is None else self.restarts(self.options_of(task))
+        if other is not None:
+            raise PlanError(
+                f"{task.label} begins at the original's weights, which are not those that {changed} has left: set its "
+                f"option `start` to {other}"
             )
 
     def trains(self, task: Task, schemes: Mapping[str, Scheme]) -> None:

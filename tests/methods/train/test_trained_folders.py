@@ -122,3 +122,15 @@ def test_what_cannot_be_trained_is_refused(tiny: Tiny, steps: tuple[str, ...], w
     recipe = "steps:\n" + "\n".join(f"  - {x}" for x in steps)
     with pytest.raises(PlanError, match=words):
         api.plan(tiny("llama"), recipe=recipe, samples=2, tokens=16, device="cpu")
+
+
+@pytest.mark.parametrize("start", ["original", "within"])
+def test_weights_that_were_folded_are_no_originals(tiny: Tiny, tmp_path: Path, start: str) -> None:
+    learn = f"{{method: lsq, options: {{{FEW}, start: {start}}}}}"
+    words = "begins at the original's weights, which are not those that .*awq.* has left.* `start` to codes"
+    with pytest.raises(PlanError, match=words):
+        _run(tiny("llama"), tmp_path / "out", "{method: awq}", RTN, learn)
+    folder = _run(tiny("llama"), tmp_path / "folder", "{method: awq}", RTN)
+    with pytest.raises(PlanError, match=words):
+        api.plan(folder, recipe=f"steps:\n  - {learn}", teacher=tiny("llama"), tokens=16)
+    api.plan(folder, recipe=f"steps:\n  - {learn}".replace(start, "codes"), teacher=tiny("llama"), tokens=16)

@@ -84,5 +84,6 @@ METHOD = Train(
     recipe=[{"method": "rtn", "target": {"bits": 4, "symmetric": False}}, {"method": "l4q"}],
     begin=begin,
     admits=admits,
+    restarts=coded.restarts,
     copies=4,
 )

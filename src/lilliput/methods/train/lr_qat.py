@@ -107,5 +107,6 @@ METHOD = Train(
     recipe=[{"method": "rtn", "target": {"bits": 4}}, {"method": "lr-qat"}],
     begin=begin,
     admits=admits,
+    restarts=coded.restarts,
     copies=2,
 )

@@ -142,4 +142,5 @@ METHOD = Train(
     recipe=[{"method": "rtn", "target": {"bits": 4}}, {"method": "lsq"}],
     begin=begin,
     admits=admits,
+    restarts=coded.restarts,
 )

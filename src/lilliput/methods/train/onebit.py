@@ -65,4 +65,5 @@ METHOD = Train(
     recipe=[{"method": "svid", "target": {"format": "sign"}}, {"method": "onebit"}],
     begin=begin,
     admits=admits,
+    restarts=coded.restarts,
 )

@@ -104,6 +104,23 @@ class AdamW:
         self._moments.delete()
 
 
+@torch.no_grad()
+def summed(leaves: Sequence[Leaf]) -> dict[str, Tensor]:
+    """The gradients of leaves, added up over processes, by name; those that no process has are left out. What processes
+    have shared out has been added up on its way back."""
+    have = torch.tensor([x.value.grad is not None for x in leaves], dtype=torch.int64)
+    if len(have):
+        have = ranks.largest(have)
+    slopes: dict[str, Tensor] = {}
+    for leaf, some in zip(leaves, have.tolist(), strict=True):
+        if not some:
+            continue
+        if leaf.value.grad is None:
+            leaf.value.grad = torch.zeros_like(leaf.value)
+        slopes[leaf.name] = leaf.value.grad if sharded(leaf.value) else ranks.add(leaf.value.grad)
+    return slopes
+
+
 def norm(slopes: Iterable[Tensor]) -> float:
     """Euclidean norm of all gradients together, of all processes where they are shared out."""
     whole, shared, some = 0.0, 0.0, False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError
 from lilliput.machine import ranks
+from lilliput.parts.layer import Layer
 from lilliput.training import loop
 from lilliput.training.loop import NotFiniteError
-from lilliput.training.optimizers import AdamW, Leaf, held_back, local, sharded
+from lilliput.training.optimizers import AdamW, Leaf, held_back, local, sharded, summed
 from lilliput.training.student import Student
 from lilliput.training.text import Rows, Text
 from lilliput.verbs.train import TrainOptions
+from lilliput.verbs.trained import Trained
 
 
 class Place(Protocol):
@@ -36,18 +38,29 @@ class Place(Protocol):
         ...
 
 
-def leaves(student: Student, o: TrainOptions) -> tuple[Leaf, ...]:
-    """What is trained: of linears at rates of their own, and `others`."""
+def of_cores(cores: Mapping[str, Trained], o: TrainOptions) -> list[Leaf]:
+    """What is trained of linears, by their names, at rates of their own."""
     found: list[Leaf] = []
-    for linear, core in student.cores().items():
+    for linear, core in cores.items():
         rates = core.rates()
         for name, value in core.named_parameters():
             if value.requires_grad:
                 decay = 0.0 if name in rates else o.weight_decay
                 found.append(Leaf(f"{linear}.{name}", value, rates.get(name, 1.0), decay))
+    return found
+
+
+def named(name: str, o: TrainOptions) -> bool:
+    """Whether a tensor outside the linears is trained too."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in o.others)
+
+
+def leaves(student: Student, o: TrainOptions) -> tuple[Leaf, ...]:
+    """What is trained: of linears, and `others`."""
+    found = of_cores(student.cores(), o)
     inside = {id(x) for core in student.cores().values() for x in core.parameters()}
     for name, value in student.model.named_parameters():
-        if id(value) not in inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in o.others):
+        if id(value) not in inside and named(name, o):
             value.requires_grad_()
             found.append(Leaf(name, value))
     if student.maps is not None and student.compared is not None:
@@ -79,8 +92,7 @@ class Whole:
         if not whole:
             raise LilliputError("what the student has written holds no token that counts: lower lr, or lower lambda")
         total = self._backward(rows, whole)
-        slopes = [self._summed(x.value.grad) for x in self._leaves if x.value.grad is not None]
-        size = held_back(slopes, o.clip)
+        size = held_back(tuple(summed(self._leaves).values()), o.clip)
         if not (math.isfinite(total) and math.isfinite(size)):
             what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {size}"
             raise NotFiniteError(what)
@@ -97,15 +109,14 @@ class Whole:
         total = 0.0
         # What processes have shared out is averaged over them on the way back, where a sum is wanted.
         factor = float(ranks.size()) if any(sharded(x.value) for x in self._leaves) else 1.0
-        for n, batch in enumerate(self._text.batches(rows, self._o.at_once or 1)):
+        penalty = self._student.penalty() if ranks.lead() else None
+        if penalty is not None:
+            (factor * penalty).backward()
+        for batch in self._text.batches(rows, self._o.at_once or 1):
             loss = self._student(batch) / whole
-            penalty = self._student.penalty() if n == 0 and ranks.lead() else None
             total += float(loss.detach())
-            (factor * (loss if penalty is None else loss + penalty)).backward()
+            (factor * loss).backward()
         return float(ranks.add(torch.tensor(total, dtype=torch.float64)))
-
-    def _summed(self, slope: Tensor) -> Tensor:
-        return slope if sharded(slope) else ranks.add(slope)
 
     @torch.no_grad()
     def judge(self, samples: Sequence[int]) -> float:
@@ -124,8 +135,8 @@ class Whole:
         if saved is None:
             return None
         self._load(saved)
-        facts = _below("fact.", saved)
-        self._optimizer.restore(_below("moment.", saved), len(facts["losses"]))
+        facts = below("fact.", saved)
+        self._optimizer.restore(below("moment.", saved), len(facts["losses"]))
         return facts
 
     def keep(self) -> None:
@@ -154,10 +165,19 @@ class Whole:
             for name, held in core.state().items():
                 held.copy_(tensors[f"core.{linear}.{name}"])
 
+    def results(self) -> Iterator[tuple[str, Layer | Tensor]]:
+        own = {id(x) for core in self._student.cores().values() for x in core.parameters()}
+        for name, core in self._student.cores().items():
+            yield name, core.finish()
+        for name, value in self._student.model.named_parameters():
+            if value.requires_grad and id(value) not in own:
+                yield name, value.detach()
+
     def delete(self) -> None:
         """Remove what lies on disk, but for what `place` has saved."""
         self._optimizer.delete()
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -199,5 +199,5 @@ def test_rows_of_several_documents_are_refused(small: Any, places: Callable[[str
     documents = [Document(row[:5].tolist(), [True] * 5) for row in small.lessons.ids]
     packed = pack(documents, rows=2, tokens=12, filler=0)
     pair = Pair(small.model, Lessons.of(packed.ids, packed.counts, packed.positions, "packed"))
-    with pytest.raises(DataError, match="several documents .* `driver` to whole"):
+    with pytest.raises(DataError, match=r"several documents .* `driver` to whole"):
         pair.streamed(QUICK, places("one"))

@@ -276,6 +276,8 @@ def refuse(task: Task, base: Model) -> None:
             f"{task.label} trains gates on plain weights, and {base.source.model} is quantized: take the model that it "
             "was made of"
         )
+    if common(task.options).driver == "streamed":
+        raise PlanError(f"{task.label} trains gates with the whole model in memory: leave out its option `driver`")
     method, objective, options = planning.objective_of(task)
     if objective.tokens_loss is None or objective.beside(options) or objective.prepare or objective.weigh:
         raise PlanError(

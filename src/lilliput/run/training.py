@@ -6,7 +6,6 @@ killed at any moment goes on from the last saved state, or from the exchange.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,19 +27,22 @@ from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
-from lilliput.plan.tensors import METADATA
+from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
 from lilliput.run import lessons as texts
 from lilliput.run.journal import Work, save_atomically
+from lilliput.run.output import Output
 from lilliput.run.teaching import Teaching, teaching
 from lilliput.source import layers
 from lilliput.source.source import own_name
-from lilliput.streaming.states import raw
-from lilliput.training import loop
+from lilliput.training import loop, streamed
+from lilliput.training.streamed import Streamed
 from lilliput.training.student import Student
+from lilliput.training.text import Text
 from lilliput.training.whole import Whole
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.train import Train, common
+from lilliput.verbs.trained import Trained
 
 TRAINED = "trained"  # kind of record, and begins the name of the folder that takes the place of the finished one
 
@@ -124,13 +126,14 @@ def _one(
     _, objective, _ = planning.objective_of(task)
     model = open_model(work.staging, device=plan.device)
     lessons = texts.of(plan, task, model, taught_by, tokens, work)
+    if _streamed(plan, task):
+        streamed.refuse(lessons)
     with teaching(task, model, taught_by, lessons, work, progress) as taught:
-        student = _student(plan, task, model, taught_by, taught)
-        texts.separate(model, lessons, model.source.model)
-        text, place = taught.text(student, model), _place(work, task)
-        if place.load("state") is None:
-            taught.open_maps(student, text, task, progress)
-        curve = loop.train(Whole(student, text, o, place), lessons, o, progress)
+        place = _place(work, task)
+        trainer = (_by_block if _streamed(plan, task) else _as_whole)(
+            plan, task, model, taught_by, taught, place, progress
+        )
+        curve = loop.train(trainer, lessons, o, progress)
     samples, tokens_each = lessons.ids.shape
     row = TrainingRow(
         method=task.method.name,
@@ -144,7 +147,38 @@ def _one(
         seconds=round(curve.seconds, 3),
         stopped=curve.stopped,
     )
-    return row, _written(plan, model, student, work.staging, fresh)
+    return row, _written(plan, trainer, work.staging, fresh)
+
+
+def _streamed(plan: Plan, task: Task) -> bool:
+    return plan.drivers.get(task.step) == "streamed"
+
+
+def _as_whole(
+    plan: Plan, task: Task, model: Model, before: Model, taught: Teaching, place: Place, progress: Progress
+) -> loop.Trainer:
+    student = _student(plan, task, model, before, taught)
+    texts.separate(model, taught.lessons, model.source.model)
+    text = taught.text(student, model)
+    if place.load("state") is None:
+        taught.open_maps(student, text, task, progress)
+    return Whole(student, text, common(task.options), place)
+
+
+def _by_block(
+    plan: Plan, task: Task, model: Model, before: Model, taught: Teaching, place: Place, progress: Progress
+) -> loop.Trainer:
+    if taught.loss is None or (taught.notes is None and taught.spec.teaches):
+        raise RuntimeError(f"{task.label} compares more than distributions, which the plan should have refused")
+    blocks: dict[int, list[LinearPlan]] = {}
+    for x in planning.trained(plan.resolved, task):
+        blocks.setdefault(x.block, []).append(x)
+
+    def build(block: int) -> dict[str, Trained]:
+        return {x.name: _core(plan, task, model, before, x) for x in blocks.get(block, ())}
+
+    text = Text(taught.lessons, None if taught.notes is None else taught.notes.taught)
+    return Streamed(model, build, taught.loss, text, common(task.options), place)
 
 
 def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teaching) -> Student:
@@ -154,18 +188,23 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teachi
     checkpointing = common(task.options).checkpointing
     student = Student(skeleton, taught.loss, taught.compared, checkpointing=checkpointing)
     for x in chosen.values():
-        outcome = plan.outcomes[x.name]
-        rows, width = outcome.out_features, outcome.in_features
-        layer = layers.layer(model.source, outcome.stored, x.name, rows, width, transposed=outcome.transposed)
-        known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
-        original = before.read(f"{x.name}.weight").float() if known else layer.weight
-        layer = _as_planned(layer, outcome)
-        if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0
-            layer = replace(layer, support=layer.decode() != 0)
-        core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
-        core.planned(outcome.kept, outcome.pattern)
-        student.place(x.name, core.to(plan.device))
+        student.place(x.name, _core(plan, task, model, before, x))
     return student
+
+
+def _core(plan: Plan, task: Task, model: Model, before: Model, x: LinearPlan) -> Trained:
+    """What is trained of a linear, as it is before the training."""
+    outcome = plan.outcomes[x.name]
+    rows, width = outcome.out_features, outcome.in_features
+    layer = layers.layer(model.source, outcome.stored, x.name, rows, width, transposed=outcome.transposed)
+    known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
+    original = before.read(f"{x.name}.weight").float() if known else layer.weight
+    layer = _as_planned(layer, outcome)
+    if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0
+        layer = replace(layer, support=layer.decode() != 0)
+    core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
+    core.planned(outcome.kept, outcome.pattern)
+    return core.to(plan.device)
 
 
 def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
@@ -190,34 +229,27 @@ def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
     return replace(layer, parts=(replace(part, format=planned, grid=grid),))
 
 
-def _written(plan: Plan, model: Model, student: Student, folder: Path, fresh: Path) -> dict[str, str]:
-    """The folder `folder` again as `fresh`, with what was trained; sha256 (hex) of each changed tensor."""
+def _written(plan: Plan, trainer: loop.Trainer, folder: Path, fresh: Path) -> dict[str, str]:
+    """The folder `folder` again as `fresh`, with what was trained in its place; sha256 (hex) of each changed tensor."""
     exporter = export.get(plan.exporter)
-    cores = student.cores()
-    changed = {name for name, x in student.model.named_parameters() if x.requires_grad and ".core." not in name}
-    owners = {x.name: x.source for x in plan.tensors}
-    hashes: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
+    for x in plan.tensors:
+        names.setdefault(x.source, []).append(x.name)
+    kinds = {name: dtype for contents in plan.files.values() for name, (dtype, _) in contents.items()}
     fresh.mkdir()
     for path in sorted(folder.iterdir()):
-        if path.suffix != ".safetensors":
-            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, fresh / path.name)
-            continue
-        tensors: dict[str, Tensor] = {}
-        packed: dict[str, dict[str, Tensor]] = {}
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                owner = owners.get(name, name)
-                if owner in cores:
-                    if owner not in packed:
-                        packed[owner] = exporter.pack(plan.outcomes[owner], cores[owner].finish())
-                    tensors[name] = packed[owner][name]
-                elif owner in changed:
-                    tensors[name] = model.skeleton.tensor(owner).detach().to(file.get_tensor(name).dtype)
-                else:
-                    tensors[name] = file.get_tensor(name)
-                    continue
-                if not bool(tensors[name].isfinite().all()):
-                    raise LilliputError(f"{name} is not finite after training: lower lr")
-                hashes[name] = hashlib.sha256(raw(tensors[name].cpu().contiguous().reshape(-1))).hexdigest()
-        save_atomically(fresh / path.name, {name: x.cpu().contiguous() for name, x in tensors.items()}, METADATA)
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, fresh / path.name)
+    output = Output(fresh, plan.files)
+    output.take_up({})
+    hashes: dict[str, str] = {}
+    for owner, result in trainer.results():
+        if isinstance(result, Layer):
+            tensors = dict(exporter.pack(plan.outcomes[owner], result))
+        else:
+            tensors = {name: result.to(kinds[name]) for name in names[owner]}
+        for name in names[owner]:
+            value = tensors[name].cpu().contiguous()
+            if not bool(value.isfinite().all()):
+                raise LilliputError(f"{name} is not finite after training: lower lr")
+            hashes |= output.write([name], {name: [value]}.__getitem__)
     return hashes

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from lilliput.data.lessons import Lessons
 from lilliput.errors import DataError
 from lilliput.machine import ranks
 from lilliput.model.weights import Model
@@ -40,6 +41,15 @@ from lilliput.verbs.trained import Trained
 BEST = "best"
 
 
+def refuse(lessons: Lessons) -> None:
+    """Raises DataError for rows that hold several documents, which blocks by themselves are not told of."""
+    if lessons.positions is not None:
+        raise DataError(
+            "rows that hold several documents are trained with the whole model in memory alone: set the step's option "
+            "`documents` to false, give text in one piece, or set `driver` to whole"
+        )
+
+
 class Streamed:
     """A `loop.Trainer`. build: see `Places`; loss: of n tokens, [n]. Raises DataError for rows of several documents."""
 
@@ -52,11 +62,7 @@ class Streamed:
         o: TrainOptions,
         place: Place,
     ) -> None:
-        if text.lessons.positions is not None:
-            raise DataError(
-                "rows that hold several documents are trained with the whole model in memory alone: set the step's "
-                "option `documents` to false, give text in one piece, or set `driver` to whole"
-            )
+        refuse(text.lessons)
         self._student = Student(model.skeleton, loss)
         self._model, self._text, self._o, self._place = model, text, o, place
         self._places = Places(model, self._student, build, o)
@@ -164,7 +170,7 @@ class Streamed:
                 hidden = inputs.read(a, b).to(skeleton.device).requires_grad_()
                 loss = self._student.tokens(batch, skeleton.finish(hidden)) / whole
                 total += float(loss.detach())
-                loss.backward()
+                torch.autograd.backward(loss)
                 slope.write(a, _slope(hidden))
             square = self._arrived(held)
         return float(ranks.add(torch.tensor(total, dtype=torch.float64))), square
@@ -175,11 +181,11 @@ class Streamed:
         with self._resident(block, step) as held:
             penalty = penalties(tuple(held.cores.values())) if ranks.lead() else None
             if penalty is not None:
-                penalty.backward()
+                torch.autograd.backward(penalty)
             for a, b in batches.bounds:
                 hidden = inputs.read(a, b).to(skeleton.device).requires_grad_()
                 out = skeleton.run(block, hidden, batches.calls[b - a])
-                out.backward(slope.read(a, b).to(skeleton.device, out.dtype))
+                torch.autograd.backward(out, slope.read(a, b).to(skeleton.device, out.dtype))
                 slope.write(a, _slope(hidden))
             return self._arrived(held)
 

@@ -111,11 +111,11 @@ class Whole:
         factor = float(ranks.size()) if any(sharded(x.value) for x in self._leaves) else 1.0
         penalty = self._student.penalty() if ranks.lead() else None
         if penalty is not None:
-            (factor * penalty).backward()
+            torch.autograd.backward(factor * penalty)
         for batch in self._text.batches(rows, self._o.at_once or 1):
             loss = self._student(batch) / whole
             total += float(loss.detach())
-            (factor * loss).backward()
+            torch.autograd.backward(factor * loss)
         return float(ranks.add(torch.tensor(total, dtype=torch.float64)))
 
     @torch.no_grad()

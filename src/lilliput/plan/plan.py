@@ -66,6 +66,7 @@ class Plan:
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
     context: Context | None = None  # the sequence whose keys and values count
     drivers: Mapping[int, str] = field(default_factory=dict)  # by training step: whole or streamed
+    sharing: frozenset[int] = frozenset()  # training steps whose weights the processes share out
     training_disk: int = 0  # bytes of streamed training steps in the work folder
 
     @cached_property
@@ -347,14 +348,17 @@ def make(
         tokens=tokens,
         itemsize=dtype.itemsize,
         stored=max(x.dtype.itemsize for x in tensors),
+        processes=processes,
     )
     whole = unedited(model)
     if whole is not model:
         blocks, hidden = whole.anatomy().blocks, whole.skeleton.hidden_size
         before = replace(run, blocks=blocks, hidden=hidden)
         run = replace(before if spreads(model) else run, before=before)  # any block may keep its width
-    drivers = training.drivers(resolved, run, model, budget)
-    driven = training.driven(resolved, drivers)
+    sharing = training.sharing(resolved, model, processes)
+    drivers = training.drivers(training.driven(resolved, {}, sharing), run, model, budget)
+    sharing -= {step for step, driver in drivers.items() if driver == "streamed"}
+    driven = training.driven(resolved, drivers, sharing)
     needed = estimates.phases(model, driven, run, tensors, teacher)
     batching = footprint.choose(
         driven,
@@ -392,6 +396,7 @@ def make(
         vocabulary=vocabulary_of(model),
         context=counted,
         drivers=drivers,
+        sharing=sharing,
         training_disk=training.disk(driven, drivers, run, model).disk,
     )
     if size is not None and plan.whole_bytes > size:

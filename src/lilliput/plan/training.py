@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +80,10 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
         _, objective, options = objective_of(task)
         _text(task, model.skeleton.positions)
         task.of(Train).trains(task, {x.name: x.scheme for x in trained(resolved, task)})
+        if common(task.options).shard:
+            reason = unshared(resolved, task, model)
+            if reason is not None:
+                raise PlanError(f"{task.label} cannot be shared out over processes: {reason}")
         if common(task.options).driver == "streamed":
             reason = unstreamed(resolved, task, model)
             if reason is not None:
@@ -127,6 +131,31 @@ def unstreamed(resolved: Resolved, task: Task, model: Model) -> str | None:
     return None
 
 
+def unshared(resolved: Resolved, task: Task, model: Model) -> str | None:
+    """Why processes cannot share out what a training step trains, with the remedy; None: they can."""
+    o, (_, objective, options) = common(task.options), objective_of(task)
+    if not isinstance(task.spec, Train) or task.spec.moves:
+        return "it looks at whole weights between two passes: set `shard` to false"
+    if o.driver == "streamed":
+        return "streamed, each process has one block in memory anyway: set `shard` to false, or `driver` to whole"
+    if o.optimizer == "adamw-8bit":
+        return "moments in 8 bits are those of whole weights: set `optimizer` to adamw or paged, or `shard` to false"
+    if objective.rolls(options) or objective.opening(options):
+        return f"with the objective {o.objective} processes pass through the model unequally: set `shard` to false"
+    if any(x.linear.expert is not None for x in resolved.linears):
+        return "an expert that the samples of one process do not reach is missing on the way back: set `shard` to false"
+    return None
+
+
+def sharing(resolved: Resolved, model: Model, processes: int) -> frozenset[int]:
+    """The training steps, by number, whose weights so many processes share out."""
+    found = set()
+    for task in resolved.at(Stage.TRAINING) if processes > 1 else ():
+        if common(task.options).shard is not False and unshared(resolved, task, model) is None:
+            found.add(task.step)
+    return frozenset(found)
+
+
 def drivers(resolved: Resolved, run: Run, model: Model, budget: int | None) -> dict[int, str]:
     """By number of a training step, whether the model is trained "whole" or "streamed", where a run may take `budget`
     bytes. Without a budget it is whole: what else runs on a machine must not decide it."""
@@ -141,13 +170,16 @@ def drivers(resolved: Resolved, run: Run, model: Model, budget: int | None) -> d
     return found
 
 
-def driven(resolved: Resolved, chosen: Mapping[int, str]) -> Resolved:
-    """The steps with the drivers that were chosen, to add up what they take."""
+def driven(resolved: Resolved, chosen: Mapping[int, str], shared: Collection[int]) -> Resolved:
+    """The steps with the drivers that were chosen, and whether weights are shared out, to add up what they take."""
 
     def one(task: Task) -> Task:
-        if task.step not in chosen:
+        if task.spec.stage is not Stage.TRAINING:
             return task
-        return replace(task, options=task.options.model_copy(update={"driver": chosen[task.step]}))
+        decided: dict[str, Any] = {"shard": task.step in shared}
+        if task.step in chosen:
+            decided["driver"] = chosen[task.step]
+        return replace(task, options=task.options.model_copy(update=decided))
 
     return replace(resolved, tasks=tuple(one(task) for task in resolved.tasks))
 

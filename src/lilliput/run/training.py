@@ -21,7 +21,7 @@ from lilliput.errors import LilliputError
 from lilliput.export.outcome import Outcome
 from lilliput.export.provenance import DataRow, TrainingRow
 from lilliput.formats.integer import IntegerFormat, IntegerGrid
-from lilliput.machine import memory
+from lilliput.machine import memory, ranks
 from lilliput.model.stored import Model, open_model
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
@@ -35,7 +35,7 @@ from lilliput.run.output import Output
 from lilliput.run.teaching import Teaching, teaching
 from lilliput.source import layers
 from lilliput.source.source import own_name
-from lilliput.training import loop, streamed
+from lilliput.training import loop, sharding, streamed
 from lilliput.training.streamed import Streamed
 from lilliput.training.student import Student
 from lilliput.training.text import Text
@@ -49,7 +49,7 @@ TRAINED = "trained"  # kind of record, and begins the name of the folder that ta
 
 @dataclass(frozen=True)
 class Place:
-    """The folder of a training step's files."""
+    """The folder of a training step's files, of all processes."""
 
     folder: Path
 
@@ -82,11 +82,13 @@ def begun(work: Work) -> bool:
 
 def exchange(work: Work) -> None:
     """Put the trained folder in place of the finished one, where a record says that it is whole."""
-    for record in work.find(TRAINED):
+    ranks.met()  # nobody reads the finished one any more
+    for record in work.find(TRAINED) if ranks.lead() else ():
         fresh = _fresh(work, int(record["step"]))
         if fresh.exists():
             shutil.rmtree(work.staging, ignore_errors=True)
             fresh.rename(work.staging)
+    ranks.met()
 
 
 def _fresh(work: Work, step: int) -> Path:
@@ -102,7 +104,8 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
     exchange(work)
     for task in pending(plan, work):
         fresh = _fresh(work, task.step)
-        shutil.rmtree(fresh, ignore_errors=True)
+        if ranks.lead():
+            shutil.rmtree(fresh, ignore_errors=True)
         memory.trim()
         row, hashes = _one(plan, task, taught_by, tokens, work, fresh, progress)
         record = {"kind": TRAINED, "step": task.step, "sha256": hashes}
@@ -110,11 +113,12 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
         exchange(work)
         for path in work.folder.glob("taught-*"):
             path.unlink()
-        shutil.rmtree(_place(work, task).folder, ignore_errors=True)
+        if ranks.lead():
+            shutil.rmtree(_place(work, task).folder, ignore_errors=True)
 
 
 def _place(work: Work, task: Task) -> Place:
-    folder = work.folder / f"training-{task.step}"
+    folder = texts.folder(work) / f"training-{task.step}"
     folder.mkdir(exist_ok=True)
     return Place(folder)
 
@@ -184,11 +188,19 @@ def _by_block(
 def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teaching) -> Student:
     skeleton = model.skeleton
     chosen = {f"{x.name}.weight": x for x in planning.trained(plan.resolved, task)}
-    model.load(name for name in skeleton.shapes if name not in chosen)
     checkpointing = common(task.options).checkpointing
     student = Student(skeleton, taught.loss, taught.compared, checkpointing=checkpointing)
-    for x in chosen.values():
-        student.place(x.name, _core(plan, task, model, before, x))
+    inside: set[str] = set()
+    for number in range(len(skeleton.block_names)):
+        names = skeleton.names_of(number)
+        inside |= set(names)
+        model.load(name for name in names if name not in chosen)
+        for x in (chosen[name] for name in names if name in chosen):
+            student.place(x.name, _core(plan, task, model, before, x))
+        if task.step in plan.sharing:
+            sharding.share_block(student, number)
+            memory.trim()
+    model.load(name for name in skeleton.shapes if name not in inside)
     return student
 
 
@@ -236,13 +248,16 @@ def _written(plan: Plan, trainer: loop.Trainer, folder: Path, fresh: Path) -> di
     for x in plan.tensors:
         names.setdefault(x.source, []).append(x.name)
     kinds = {name: dtype for contents in plan.files.values() for name, (dtype, _) in contents.items()}
-    fresh.mkdir()
-    for path in sorted(folder.iterdir()):
-        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, fresh / path.name)
     output = Output(fresh, plan.files)
-    output.take_up({})
+    if ranks.lead():
+        fresh.mkdir()
+        for path in sorted(folder.iterdir()):
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, fresh / path.name)
+        output.take_up({})
     hashes: dict[str, str] = {}
-    for owner, result in trainer.results():
+    for owner, result in trainer.results():  # which all processes go through together
+        if not ranks.lead():
+            continue
         if isinstance(result, Layer):
             tensors = dict(exporter.pack(plan.outcomes[owner], result))
         else:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lilliput.training.pages import Pages
 
+KEPT = ("first", "second")  # moments of a leaf
 BLOCK = 256
 SMALL = 4096  # numbers of a tensor that is not worth 8 bits
 
@@ -64,11 +65,11 @@ class InMemory:
 
     def state(self, done: int) -> dict[str, Tensor]:
         pairs = zip(self._names, self._held, strict=True)
-        return {f"{kind}.{name}": x for name, both in pairs for kind, x in zip(("first", "second"), both, strict=True)}
+        return {f"{kind}.{name}": x for name, both in pairs for kind, x in zip(KEPT, both, strict=True)}
 
     def restore(self, tensors: Mapping[str, Tensor], done: int) -> None:
         for name, both in zip(self._names, self._held, strict=True):
-            for kind, x in zip(("first", "second"), both, strict=True):
+            for kind, x in zip(KEPT, both, strict=True):
                 x.copy_(tensors[f"{kind}.{name}"])
 
     def settled(self, done: int) -> None:
@@ -153,7 +154,7 @@ class Rounded:
         return {
             f"{kind}.{what}.{name}": tensor
             for name, both in self._held.items()
-            for kind, x in zip(("first", "second"), both, strict=True)
+            for kind, x in zip(KEPT, both, strict=True)
             for what, tensor in (("codes", x.codes), ("largest", x.largest))
         }
 
@@ -180,16 +181,16 @@ class OnDisk:
     def __init__(self, likes: Mapping[str, Tensor], folder: Path, *, name: str = "moments") -> None:
         self._names = tuple(likes)
         self._devices = ["cpu" if x.is_meta else x.device for x in likes.values()]
-        both = {(kind, key): x for key, x in likes.items() for kind in _KINDS}
+        both = {(kind, key): x for key, x in likes.items() for kind in KEPT}
         meta = {_page(*key): torch.empty(x.shape, device="meta") for key, x in both.items()}
         self._pages = Pages(meta, folder, name)
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
-        first, second = (self._pages.read(_page(kind, self._names[n])).to(self._devices[n]) for kind in _KINDS)
+        first, second = (self._pages.read(_page(kind, self._names[n])).to(self._devices[n]) for kind in KEPT)
         return first, second
 
     def put(self, n: int, first: Tensor, second: Tensor) -> None:
-        for kind, value in zip(_KINDS, (first, second), strict=True):
+        for kind, value in zip(KEPT, (first, second), strict=True):
             self._pages.write(_page(kind, self._names[n]), value)
 
     def state(self, done: int) -> dict[str, Tensor]:
@@ -205,9 +206,6 @@ class OnDisk:
 
     def delete(self) -> None:
         self._pages.delete()
-
-
-_KINDS = ("first", "second")
 
 
 def _page(kind: str, name: str) -> str:

@@ -237,7 +237,10 @@ class Streamed:
         self._values.copy(str(done))
         state = {f"moment.{name}": x for name, x in self._moments.state(done).items()}
         state["counts"] = torch.tensor(self._counts)
-        self._place.save("state", {**state, **{f"fact.{name}": x for name, x in facts.items()}})
+        ranks.met()  # all copies are durable before the state that names them, and it before any older ones go
+        if ranks.lead():
+            self._place.save("state", {**state, **{f"fact.{name}": x for name, x in facts.items()}})
+        ranks.met()
         self._settled(done)
 
     def _settled(self, done: int) -> None:

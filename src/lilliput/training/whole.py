@@ -14,17 +14,18 @@ from torch import Tensor
 from lilliput.errors import LilliputError
 from lilliput.machine import ranks
 from lilliput.parts.layer import Layer
-from lilliput.training import loop
+from lilliput.training import loop, sharding
 from lilliput.training.loop import NotFiniteError
 from lilliput.training.optimizers import AdamW, Leaf, held_back, local, sharded, summed
-from lilliput.training.student import Student
+from lilliput.training.student import Batch, Student
 from lilliput.training.text import Rows, Text
 from lilliput.verbs.train import TrainOptions
 from lilliput.verbs.trained import Trained
 
 
 class Place(Protocol):
-    """Where files of a training lie meanwhile; `folder` takes what an optimizer keeps on disk."""
+    """Where files of a training lie meanwhile, the same for all processes, of which the first saves; `folder` takes
+    what an optimizer keeps on disk."""
 
     @property
     def folder(self) -> Path: ...
@@ -76,6 +77,7 @@ class Whole:
         self._student, self._text, self._o = student, text, o
         self._place = place
         self._leaves = leaves(student, o)
+        self._shared = any(sharded(x) for x in student.parameters())
         own = place.folder if ranks.size() == 1 or o.optimizer != "paged" else place.folder / f"rank-{ranks.rank()}"
         own.mkdir(exist_ok=True)
         self._optimizer = AdamW(self._leaves, o.optimizer, own)
@@ -107,27 +109,40 @@ class Whole:
     def _backward(self, rows: Rows, whole: int) -> float:
         """Gradients of this process's rows to the leaves; the mean loss over all of the step's `whole` tokens."""
         total = 0.0
-        # What processes have shared out is averaged over them on the way back, where a sum is wanted.
-        factor = float(ranks.size()) if any(sharded(x.value) for x in self._leaves) else 1.0
         penalty = self._student.penalty() if ranks.lead() else None
         if penalty is not None:
-            torch.autograd.backward(factor * penalty)
-        for batch in self._text.batches(rows, self._o.at_once or 1):
+            torch.autograd.backward(penalty)
+        for batch in self._batches(rows):
             loss = self._student(batch) / whole
             total += float(loss.detach())
-            torch.autograd.backward(factor * loss)
+            torch.autograd.backward(loss)
         return float(ranks.add(torch.tensor(total, dtype=torch.float64)))
+
+    def _batches(self, rows: Rows) -> Iterator[Batch]:
+        """The rows, a few at a time; where processes share the model out all have as many batches, and those that are
+        left hold nothing that counts."""
+        count = 0
+        for batch in self._text.batches(rows, self._o.at_once or 1):
+            count += 1
+            yield batch
+        if not self._shared:
+            return
+        ids = self._text.lessons.ids[:1]
+        for _ in range(count, int(ranks.largest(torch.tensor(count)))):
+            yield Batch(ids, torch.zeros_like(ids, dtype=torch.bool), None, None)
 
     @torch.no_grad()
     def judge(self, samples: Sequence[int]) -> float:
         rows = self._text.given(list(samples)[ranks.share(len(samples))])
-        total = sum(float(self._student(batch)) for batch in self._text.batches(rows, self._o.at_once or 1))
+        total = sum(float(self._student(batch)) for batch in self._batches(rows))
         whole = loop.counted(self._text.lessons, samples)
         return float(ranks.add(torch.tensor(total, dtype=torch.float64))) / whole
 
     def save(self, done: int, facts: Mapping[str, Tensor]) -> None:
         state = {f"moment.{name}": x for name, x in self._optimizer.state(done).items()}
+        ranks.met()  # all moments are durable before the state that names them, and it before any older ones go
         self._put("state", {**self._values(), **state, **{f"fact.{name}": x for name, x in facts.items()}})
+        ranks.met()
         self._optimizer.settled(done)
 
     def restore(self) -> Mapping[str, Tensor] | None:
@@ -141,6 +156,7 @@ class Whole:
 
     def keep(self) -> None:
         self._put("best", self._values())
+        ranks.met()
 
     def take_back(self) -> None:
         best = self._place.load("best")
@@ -155,22 +171,41 @@ class Whole:
         return values
 
     def _put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self._place.save(name, {key: x.contiguous().cpu() for key, x in tensors.items()})
+        whole = {}
+        for key, x in tensors.items():
+            value = sharding.gathered(x)
+            if ranks.lead():
+                whole[key] = value.contiguous().cpu()
+        if ranks.lead():
+            self._place.save(name, whole)
 
     @torch.no_grad()
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         for x in self._leaves:
-            local(x.value).copy_(tensors[f"value.{x.name}"])
+            local(x.value).copy_(sharding.part(tensors[f"value.{x.name}"], x.value))
         for linear, core in self._student.cores().items():
             for name, held in core.state().items():
                 held.copy_(tensors[f"core.{linear}.{name}"])
 
     def results(self) -> Iterator[tuple[str, Layer | Tensor]]:
-        own = {id(x) for core in self._student.cores().values() for x in core.parameters()}
-        for name, core in self._student.cores().items():
-            yield name, core.finish()
+        blocks = self._student.skeleton.block_names
+        for number, prefix in enumerate(blocks):
+            if self._shared:
+                sharding.whole_again(self._student, number, whole=True)
+            yield from self._finished(f"{prefix}.", ())
+            if self._shared:
+                sharding.whole_again(self._student, number, whole=False)
+        yield from self._finished("", tuple(f"{x}." for x in blocks))
+
+    def _finished(self, prefix: str, but: tuple[str, ...]) -> Iterator[tuple[str, Layer | Tensor]]:
+        """Results whose names begin with `prefix`, and with none of `but`."""
+        cores = self._student.cores()
+        own = {id(x) for core in cores.values() for x in core.parameters()}
+        for name, core in cores.items():
+            if name.startswith(prefix) and not name.startswith(but):
+                yield name, core.finish()
         for name, value in self._student.model.named_parameters():
-            if value.requires_grad and id(value) not in own:
+            if value.requires_grad and id(value) not in own and name.startswith(prefix) and not name.startswith(but):
                 yield name, value.detach()
 
     def delete(self) -> None:

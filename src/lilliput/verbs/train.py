@@ -75,6 +75,11 @@ class TrainOptions(Strict):
         description="whole: the model is in memory; streamed: one block of it, the rest in files, with the same "
         "numbers, several times slower; auto: whole where --memory allows it",
     )
+    shard: bool | None = Field(
+        None,
+        description="several processes share out the weights of the blocks, and not the samples alone; none: where the "
+        "method allows it",
+    )
     others: tuple[str, ...] = Field((), description='tensors outside the linears that are trained too, as "*norm*"')
     save: int = Field(25, ge=1, description="steps between two states from which a killed run goes on")
     seed: int = Field(0, ge=0, description="of the order of samples and whatever is drawn")
@@ -142,7 +147,11 @@ class Train(Spec[OptionsT]):
             8 * run.hidden + sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
             for block in run.blocks
         )
-        ram = 4 * (self.copies * weights + tables) + (o.at_once or 1) * o.tokens * token
+        held = self.copies * weights
+        if o.shard and run.processes > 1:  # a block at a time is whole, with its gradients, as it is sent and received
+            most = max(sum(x.parameters for x in block.linears) for block in run.blocks)
+            held = -(-held // run.processes) + (self.copies + 2) * most
+        ram = 4 * (held + tables) + (o.at_once or 1) * o.tokens * token
         return (Phase("training", Cost(ram=ram)),)
 
 

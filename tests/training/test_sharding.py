@@ -79,6 +79,7 @@ with ranks.joined():
                       "sums": {{n: float(x.double().square().sum()) for n, x in results.items()}}}}))
 """
 OPTIONS = {"steps": 5, "batch": 3, "lr": 0.01, "save": 2, "clip": 0.5, "others": ["*norm*"], "held_out": 0.2}
+IMPORTS = ["torch.distributed.fsdp", "torch.distributed.tensor", "lilliput.methods.train.lsq", "lilliput.run.training"]
 Train = Callable[..., list[dict[str, Any]]]
 
 
@@ -95,7 +96,7 @@ def train(
         folder = noisy(0) if not model else tiny(model)
         job = {"model": str(folder), "folder": str(tmp_path / name), "method": method, "shard": shard, "stop": stop}
         code = CODE.format(job=json.dumps(job | {"options": OPTIONS | more}))
-        done = together(ranks=ranks, code=code)
+        done = together(ranks=ranks, code=code, imports=IMPORTS)
         assert set(done["code"]) == {0}, done["stderr"]
         return [] if stop else [json.loads(x) for x in done["stdout"]]
 

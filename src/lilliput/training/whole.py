@@ -121,14 +121,12 @@ class Whole:
     def _batches(self, rows: Rows) -> Iterator[Batch]:
         """The rows, a few at a time; where processes share the model out all have as many batches, and those that are
         left hold nothing that counts."""
-        count = 0
-        for batch in self._text.batches(rows, self._o.at_once or 1):
-            count += 1
-            yield batch
-        if not self._shared:
-            return
+        own = -(-len(rows.ids) // (self._o.at_once or 1))
+        # Asked before the first of them, as nothing may come between what processes do together.
+        most = int(ranks.largest(torch.tensor(own))) if self._shared else own
+        yield from self._text.batches(rows, self._o.at_once or 1)
         ids = self._text.lessons.ids[:1]
-        for _ in range(count, int(ranks.largest(torch.tensor(count)))):
+        for _ in range(own, most):
             yield Batch(ids, torch.zeros_like(ids, dtype=torch.bool), None, None)
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Reads one JSON job a line from standard input, answers each with one JSON line: for each rank `code` and `stderr`, and
 `stdout` of them all. A job: `ranks`, and `code` (Python that is run in each rank), or what kill_driver.py knows, where
-`at` strikes the rank `on`; `imports` are modules that all jobs find imported from then on. Unlike torchrun nobody ends the others when one ends: they have to notice.
+`at` strikes the rank `on`; `imports` are modules that all jobs find imported from then on. Unlike torchrun nobody ends
+the others when one ends: they have to notice.
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ def core(name, weight):
 
 with ranks.joined():
     model = open_model(job["model"])
-    student = Student(model.skeleton, lambda io: torch.nn.functional.cross_entropy(io.logits, io.labels, reduction="none"),
-                      checkpointing=True)
+    def loss(io):
+        return torch.nn.functional.cross_entropy(io.logits, io.labels, reduction="none")
+    student = Student(model.skeleton, loss, checkpointing=True)
     skeleton = model.skeleton
     for number, prefix in enumerate(skeleton.block_names):
         linears = {{f"{{prefix}}.{{x.name}}": x for x in model.anatomy().blocks[number].linears}}

@@ -2,7 +2,8 @@
 
 Reads one JSON job a line from standard input, answers each with one JSON line: for each rank `code` and `stderr`, and
 `stdout` of them all. A job: `ranks`, and `code` (Python that is run in each rank), or what kill_driver.py knows, where
-`at` strikes the rank `on`. Unlike torchrun nobody ends the others when one ends: they have to notice.
+`at` strikes the rank `on`; `imports` are modules that all jobs find imported from then on. Unlike torchrun nobody ends
+the others when one ends: they have to notice.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def main() -> None:
         if "model" in job:  # every rank finds the anatomy ready, and does not time the machine for the plan
             kill_driver.warm(job["model"])
             importlib.import_module("lilliput.report.table")
+        for module in job.get("imports", ()):  # once, and not in each rank
+            importlib.import_module(module)
         where = port()
         with tempfile.TemporaryDirectory() as name:
             pids = []

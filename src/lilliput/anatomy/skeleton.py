@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class Skeleton:
         forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(self._layers, inject)
         forwards |= {m: self._stub(m) for m in self._before}
         forwards[self.head_module] = stop
-        with _forwards(forwards):
+        with _forwards(forwards), _unhooked(self._layers):
             self._forward(self._dummy(hidden.shape[0], hidden.shape[1]))
         return inputs[0]
 
@@ -215,7 +216,7 @@ class Skeleton:
         forwards: dict[nn.Module, Callable[..., Any]] = {m: self._stub(m) for m in self._outer}
         forwards |= {layer: self._pass() for layer in self._layers}
         forwards[self.head_module] = lambda *_, **__: head(self.head_module, flat)
-        with _forwards(forwards):
+        with _forwards(forwards), _unhooked(self._layers):
             out = self._forward(self._dummy(flat.shape[0], 1))
         result: Tensor = out.logits.float()
         return result.reshape(*hidden.shape[:-1], result.shape[-1])
@@ -381,3 +382,16 @@ def _forwards(table: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             del module.__dict__["forward"]
         for module, forward in before.items():
             module.__dict__["forward"] = forward
+
+
+@contextmanager
+def _unhooked(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Without the hooks around modules that are passed over: they may fetch weights that nobody needs."""
+    before = [(m._forward_pre_hooks, m._forward_hooks) for m in modules]
+    try:
+        for m in modules:
+            m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for m, hooks in zip(modules, before, strict=True):
+            m._forward_pre_hooks, m._forward_hooks = hooks

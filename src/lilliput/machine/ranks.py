@@ -82,7 +82,7 @@ def joined() -> Iterator[None]:
         yield
         return
     both = torch.cuda.is_available() and dist.is_nccl_available()
-    with _talking():
+    with talking():
         dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=_PATIENCE)
     try:
         yield
@@ -91,7 +91,7 @@ def joined() -> Iterator[None]:
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
+def talking() -> Iterator[None]:
     """Raises LilliputError where another process is gone; it is the leader who says so."""
     try:
         yield
@@ -114,7 +114,7 @@ def same(tensor: Tensor) -> Tensor:
     if _grouped():
         import torch
 
-        with _talking():
+        with talking():
             torch.distributed.broadcast(tensor.detach().view(-1).view(torch.uint8), 0)
     return tensor
 
@@ -125,7 +125,7 @@ def _sent(value: T, source: int) -> T:
     mine = rank() == source
     text = json.dumps(value).encode() if mine else b""
     length = torch.tensor([len(text)])
-    with _talking():
+    with talking():
         torch.distributed.broadcast(length, source)
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8) if mine else torch.empty(int(length)).byte()
         torch.distributed.broadcast(data, source)
@@ -148,7 +148,7 @@ def add(tensor: Tensor) -> Tensor:
     if _grouped():
         import torch
 
-        with _talking():
+        with talking():
             torch.distributed.all_reduce(tensor)
     return tensor
 
@@ -158,9 +158,14 @@ def largest(tensor: Tensor) -> Tensor:
     if _grouped():
         import torch
 
-        with _talking():
+        with talking():
             torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return tensor
+
+
+def met() -> None:
+    """Everybody waits for everybody."""
+    gathered(None)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,6 +65,9 @@ class Plan:
     spread: bool = False  # blocks become as wide as an edit decides: sizes are those of equal widths until then
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
     context: Context | None = None  # the sequence whose keys and values count
+    drivers: Mapping[int, str] = field(default_factory=dict)  # by training step: whole or streamed
+    sharing: frozenset[int] = frozenset()  # training steps whose weights the processes share out
+    training_disk: int = 0  # bytes of streamed training steps in the work folder
 
     @cached_property
     def bytes(self) -> int:
@@ -154,6 +157,7 @@ class Plan:
             **({"processes": self.processes} if self.processes > 1 else {}),
             **({"vocabulary": self.vocabulary} if self.vocabulary is not None else {}),
             **({"container": self.container} if self.container else {}),
+            **({"drivers": sorted(self.drivers.items())} if "streamed" in self.drivers.values() else {}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -344,15 +348,20 @@ def make(
         tokens=tokens,
         itemsize=dtype.itemsize,
         stored=max(x.dtype.itemsize for x in tensors),
+        processes=processes,
     )
     whole = unedited(model)
     if whole is not model:
         blocks, hidden = whole.anatomy().blocks, whole.skeleton.hidden_size
         before = replace(run, blocks=blocks, hidden=hidden)
         run = replace(before if spreads(model) else run, before=before)  # any block may keep its width
-    needed = estimates.phases(model, resolved, run, tensors, teacher)
+    sharing = training.sharing(resolved, model, processes)
+    drivers = training.drivers(training.driven(resolved, {}, sharing), run, model, budget)
+    sharing -= {step for step, driver in drivers.items() if driver == "streamed"}
+    driven = training.driven(resolved, drivers, sharing)
+    needed = estimates.phases(model, driven, run, tensors, teacher)
     batching = footprint.choose(
-        resolved,
+        driven,
         run,
         (*needed, *estimates.closing(model, budget, processes, measured)),
         packed=max(by_block.values(), default=0),
@@ -380,12 +389,15 @@ def make(
         budget=budget,
         seed=seed,
         seconds=estimates.seconds(resolved, run, dtype, measured=measured),
-        notes=remarks(model, resolved, tensors, note, processes, counted, teacher),
+        notes=remarks(model, driven, tensors, note, processes, counted, teacher),
         side_bytes=_side_bytes(model),
         processes=processes,
         spread=spreads(model),
         vocabulary=vocabulary_of(model),
         context=counted,
+        drivers=drivers,
+        sharing=sharing,
+        training_disk=training.disk(driven, drivers, run, model).disk,
     )
     if size is not None and plan.whole_bytes > size:
         over = plan.whole_bytes - size

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from lilliput.plan.resolve import LinearPlan, Resolved, matches
 from lilliput.source import layers
 from lilliput.streaming.peak import Run
 from lilliput.training import watch
+from lilliput.training.student import LOGITS
 from lilliput.verbs.objective import Objective, Widths
 from lilliput.verbs.spec import Method, Stage, Task
 from lilliput.verbs.train import Train, common
@@ -83,6 +85,14 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
         spec.trains(task, {x.name: x.scheme for x in trained(resolved, task)})
         if folded is not None:
             spec.begins(task, f"{folded} in {model.source.model}")
+        if common(task.options).shard:
+            reason = unshared(resolved, task, model)
+            if reason is not None:
+                raise PlanError(f"{task.label} cannot be shared out over processes: {reason}")
+        if common(task.options).driver == "streamed":
+            reason = unstreamed(resolved, task, model)
+            if reason is not None:
+                raise PlanError(f"{task.label} cannot go block by block: {reason}")
         if not objective.teaches:
             continue
         _same_vocabulary(task, model, taught_by, given=teacher is not None)
@@ -102,6 +112,89 @@ def _folded(model: Model) -> str | None:
     known = methods.discover()
     names = [str(x["method"]) for x in (() if record is None else record.recipe.get("steps", ()))]
     return next((x for x in names if x in known and known[x].spec.writes == "fold"), None)
+
+
+def unstreamed(resolved: Resolved, task: Task, model: Model) -> str | None:
+    """Why a training step cannot go block by block, with the remedy; None: it can."""
+    o, (_, objective, options) = common(task.options), objective_of(task)
+    if objective.tokens_loss is None or objective.features_loss is not None or objective.beside(options):
+        return (
+            f"the objective {o.objective} has the teacher run beside the student, both whole in memory: choose "
+            "logit-kd, divergence-kd or cross-entropy, or set `driver` to whole"
+        )
+    if o.optimizer == "adamw-8bit":
+        return "moments lie on disk in float32, and not in 8 bits: set `optimizer` to paged"
+    running = (*resolved.at(Stage.RUNNING), *resolved.at(Stage.CACHE))
+    if running:
+        return (
+            f"{running[0].label} changes how blocks run together, which is trained with the whole model in memory "
+            "alone: leave that step to a later run, or set `driver` to whole"
+        )
+    outside = [name for name in model.skeleton.embeddings if any(fnmatch.fnmatchcase(name, x) for x in o.others)]
+    if outside:
+        tied = ", which is the head too," if outside[0] == model.skeleton.head else ""
+        return (
+            f"`others` names {outside[0]}{tied} and embeddings stay as they are there: name fewer tensors, or set "
+            "`driver` to whole"
+        )
+    try:
+        model.skeleton.calls(1, 2)
+    except SourceError as error:
+        return f"{error}: set `driver` to whole"
+    return None
+
+
+def unshared(resolved: Resolved, task: Task, model: Model) -> str | None:
+    """Why processes cannot share out what a training step trains, with the remedy; None: they can."""
+    o, (_, objective, options) = common(task.options), objective_of(task)
+    if not isinstance(task.spec, Train) or task.spec.moves:
+        return "it looks at whole weights between two passes: set `shard` to false"
+    if o.driver == "streamed":
+        return "streamed, each process has one block in memory anyway: set `shard` to false, or `driver` to whole"
+    if o.optimizer == "adamw-8bit":
+        return "moments in 8 bits are those of whole weights: set `optimizer` to adamw or paged, or `shard` to false"
+    if objective.rolls(options) or objective.opening(options):
+        return f"with the objective {o.objective} processes pass through the model unequally: set `shard` to false"
+    if any(x.linear.expert is not None for x in resolved.linears):
+        return "an expert that the samples of one process do not reach is missing on the way back: set `shard` to false"
+    return None
+
+
+def sharing(resolved: Resolved, model: Model, processes: int) -> frozenset[int]:
+    """The training steps, by number, whose weights so many processes share out."""
+    found = set()
+    for task in resolved.at(Stage.TRAINING) if processes > 1 else ():
+        if common(task.options).shard is not False and unshared(resolved, task, model) is None:
+            found.add(task.step)
+    return frozenset(found)
+
+
+def drivers(resolved: Resolved, run: Run, model: Model, budget: int | None) -> dict[int, str]:
+    """By number of a training step, whether the model is trained "whole" or "streamed", where a run may take `budget`
+    bytes. Without a budget it is whole: what else runs on a machine must not decide it."""
+    found: dict[int, str] = {}
+    for task in resolved.at(Stage.TRAINING):
+        driver: str = common(task.options).driver
+        if driver == "auto":
+            most = max((x.cost.ram for x in task.phases(run)), default=0)
+            fits = budget is None or int((memory.BASE + most) * memory.SLACK) <= budget
+            driver = "whole" if fits or unstreamed(resolved, task, model) is not None else "streamed"
+        found[task.step] = driver
+    return found
+
+
+def driven(resolved: Resolved, chosen: Mapping[int, str], shared: Collection[int]) -> Resolved:
+    """The steps with the drivers that were chosen, and whether weights are shared out, to add up what they take."""
+
+    def one(task: Task) -> Task:
+        if task.spec.stage is not Stage.TRAINING:
+            return task
+        decided: dict[str, Any] = {"shard": task.step in shared}
+        if task.step in chosen:
+            decided["driver"] = chosen[task.step]
+        return replace(task, options=task.options.model_copy(update=decided))
+
+    return replace(resolved, tasks=tuple(one(task) for task in resolved.tasks))
 
 
 def _text(task: Task, positions: int | None) -> None:
@@ -153,7 +246,16 @@ def _parameters(model: Model) -> int:
 
 
 def notes(resolved: Resolved, model: Model, teacher: Model | None) -> tuple[str, ...]:
-    """What a teacher of another size means."""
+    """What a teacher of another size means, and which steps go block by block."""
+    by_block = [x.label for x in resolved.at(Stage.TRAINING) if common(x.options).driver == "streamed"]
+    told = (
+        f"{' and '.join(by_block)} trains block by block with one of them in memory, which reads the model three times "
+        "a step: several times slower than with all of it in memory.",
+    )
+    return (*(told if by_block else ()), *_sizes(resolved, model, teacher))
+
+
+def _sizes(resolved: Resolved, model: Model, teacher: Model | None) -> tuple[str, ...]:
     tasks = [task for task in resolved.at(Stage.TRAINING) if objective_of(task)[1].teaches]
     if not tasks:
         return ()
@@ -176,6 +278,11 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
     by = unedited(model) if teacher is None else teacher
     for task in resolved.at(Stage.TRAINING):
         _, objective, options = objective_of(task)
+        if common(task.options).driver == "streamed":
+            found.append(Phase("training block by block", streamed(resolved, task, run, model)))
+            if objective.teaches:
+                found.append(Phase("taking the teacher's word", _noting(task, by, run.itemsize)))
+            continue
         if not objective.beside(options):
             continue
         o, shown = common(task.options), 0
@@ -195,3 +302,47 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
         own = max((x.cost.ram for x in task.phases(run)), default=0)
         found.append(Phase("training beside its teacher", Cost(ram=own + whole + shown + writes)))
     return tuple(found)
+
+
+def streamed(resolved: Resolved, task: Task, run: Run, model: Model) -> Cost:
+    """What a training takes of which one block is in memory at a time, or the head. On disk lie what is trained, its
+    moments, and copies of both to go on from; gradients; and the hidden states that enter each block."""
+    o, spec = common(task.options), task.of(Train)
+    rows = o.at_once or 1
+    tokens = max(o.tokens, run.tokens) if o.data is None else o.tokens
+    ram = 0
+    for block in run.kinds:
+        weights = sum(x.parameters for x in block.linears)
+        largest = max(x.parameters for x in block.linears)
+        widths = sum(x.out_features + x.in_features for x in block.linears)
+        passing = 3 * 4 * rows * tokens * (widths + 8 * run.hidden)
+        ram = max(ram, 4 * (spec.copies * weights + 6 * largest) + passing)
+    vocabulary, width = model.skeleton.shapes[model.skeleton.head]
+    moved = any(fnmatch.fnmatchcase(model.skeleton.head, x) for x in o.others)
+    kept = vocabulary if o.top is None else min(o.top, vocabulary)
+    logits = min(max(LOGITS, vocabulary), rows * tokens * vocabulary)
+    head = vocabulary * width * (8 + (20 if moved else 0))
+    head += 4 * 5 * logits + 12 * rows * tokens * kept + 4 * 8 * rows * tokens * width
+    numbers = sum(x.linear.parameters for x in trained(resolved, task)) + moved * vocabulary * width
+    states = 4 * o.batch * tokens * run.hidden * (len(run.blocks) + 2)
+    return Cost(ram=max(ram, head), disk=9 * spec.copies * numbers + states)
+
+
+def _noting(task: Task, teacher: Model, itemsize: int) -> Cost:
+    """A teacher that goes through the text with one of its blocks in memory, or its head and a sample's logits."""
+    skeleton, o = teacher.skeleton, common(task.options)
+    sizes = {name: math.prod(shape) for name, shape in skeleton.shapes.items()}
+    widest = max(sum(sizes[name] for name in skeleton.names_of(n)) for n in range(len(skeleton.block_names)))
+    vocabulary = skeleton.shapes[skeleton.head][0]
+    passing = 4 * 16 * o.tokens * skeleton.hidden_size
+    head = 2 * itemsize * sizes[skeleton.head] + 4 * 5 * o.tokens * vocabulary
+    return Cost(ram=max(2 * itemsize * widest + 4 * passing, head))
+
+
+def disk(resolved: Resolved, chosen: Mapping[int, str], run: Run, model: Model) -> Cost:
+    """What streamed training steps have in the work folder, one after the other."""
+    whole = Cost()
+    for task in resolved.at(Stage.TRAINING):
+        if chosen.get(task.step) == "streamed":
+            whole = whole.then(Cost(disk=streamed(resolved, task, run, model).disk))
+    return whole

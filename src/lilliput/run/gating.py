@@ -22,7 +22,7 @@ from lilliput.data import lessons as texts
 from lilliput.data.lessons import Lessons
 from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError, LilliputError, PlanError
-from lilliput.machine import memory
+from lilliput.machine import memory, ranks
 from lilliput.model.edit import BRANCHES
 from lilliput.model.edited import EditedModel
 from lilliput.model.rotated import RotatedModel
@@ -30,6 +30,7 @@ from lilliput.model.stored import Model
 from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
+from lilliput.run import lessons as lessons_of
 from lilliput.run import updating
 from lilliput.run.journal import Work, save_atomically
 from lilliput.run.teaching import noted
@@ -135,7 +136,7 @@ def _train(
     names = tuple(base.skeleton.shapes)
     base.load(names)
     student = GatedStudent(base.skeleton, loss, gates.to(plan.device))
-    place = Place(work.folder / f"edit-{task.step:02d}-training")
+    place = Place(lessons_of.folder(work) / f"edit-{task.step:02d}-training")
     place.folder.mkdir(exist_ok=True)
     try:
         with attached(base, gates, wanted):
@@ -151,7 +152,9 @@ def _train(
     if not all(bool(x.isfinite().all()) for x in kept.values()):
         raise LilliputError(f"{task.label}: gates or weights are not finite after training: lower gate_lr and lr")
     save_atomically(_result(work, task), kept)
-    shutil.rmtree(place.folder, ignore_errors=True)
+    ranks.met()
+    if ranks.lead():
+        shutil.rmtree(place.folder, ignore_errors=True)
     for path in work.folder.glob("taught-*"):
         path.unlink()
     gates.cpu()
@@ -276,6 +279,8 @@ def refuse(task: Task, base: Model) -> None:
             f"{task.label} trains gates on plain weights, and {base.source.model} is quantized: take the model that it "
             "was made of"
         )
+    if common(task.options).driver == "streamed":
+        raise PlanError(f"{task.label} trains gates with the whole model in memory: leave out its option `driver`")
     method, objective, options = planning.objective_of(task)
     if objective.tokens_loss is None or objective.beside(options) or objective.prepare or objective.weigh:
         raise PlanError(

@@ -6,7 +6,6 @@ killed at any moment goes on from the last saved state, or from the exchange.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,32 +21,35 @@ from lilliput.errors import LilliputError
 from lilliput.export.outcome import Outcome
 from lilliput.export.provenance import DataRow, TrainingRow
 from lilliput.formats.integer import IntegerFormat, IntegerGrid
-from lilliput.machine import memory
+from lilliput.machine import memory, ranks
 from lilliput.model.stored import Model, open_model
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
-from lilliput.plan.tensors import METADATA
+from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
 from lilliput.run import lessons as texts
 from lilliput.run.journal import Work, save_atomically
+from lilliput.run.output import Output
 from lilliput.run.teaching import Teaching, teaching
 from lilliput.source import layers
 from lilliput.source.source import own_name
-from lilliput.streaming.states import raw
-from lilliput.training import loop
+from lilliput.training import loop, sharding, streamed
+from lilliput.training.streamed import Streamed
 from lilliput.training.student import Student
+from lilliput.training.text import Text
 from lilliput.training.whole import Whole
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.train import Train, common
+from lilliput.verbs.trained import Trained
 
 TRAINED = "trained"  # kind of record, and begins the name of the folder that takes the place of the finished one
 
 
 @dataclass(frozen=True)
 class Place:
-    """The folder of a training step's files."""
+    """The folder of a training step's files, of all processes."""
 
     folder: Path
 
@@ -80,11 +82,13 @@ def begun(work: Work) -> bool:
 
 def exchange(work: Work) -> None:
     """Put the trained folder in place of the finished one, where a record says that it is whole."""
-    for record in work.find(TRAINED):
+    ranks.met()  # nobody reads the finished one any more
+    for record in work.find(TRAINED) if ranks.lead() else ():
         fresh = _fresh(work, int(record["step"]))
         if fresh.exists():
             shutil.rmtree(work.staging, ignore_errors=True)
             fresh.rename(work.staging)
+    ranks.met()
 
 
 def _fresh(work: Work, step: int) -> Path:
@@ -100,7 +104,8 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
     exchange(work)
     for task in pending(plan, work):
         fresh = _fresh(work, task.step)
-        shutil.rmtree(fresh, ignore_errors=True)
+        if ranks.lead():
+            shutil.rmtree(fresh, ignore_errors=True)
         memory.trim()
         row, hashes = _one(plan, task, taught_by, tokens, work, fresh, progress)
         record = {"kind": TRAINED, "step": task.step, "sha256": hashes}
@@ -108,11 +113,12 @@ def train(plan: Plan, taught_by: Model, tokens: Tokens | None, work: Work, progr
         exchange(work)
         for path in work.folder.glob("taught-*"):
             path.unlink()
-        shutil.rmtree(_place(work, task).folder, ignore_errors=True)
+        if ranks.lead():
+            shutil.rmtree(_place(work, task).folder, ignore_errors=True)
 
 
 def _place(work: Work, task: Task) -> Place:
-    folder = work.folder / f"training-{task.step}"
+    folder = texts.folder(work) / f"training-{task.step}"
     folder.mkdir(exist_ok=True)
     return Place(folder)
 
@@ -124,13 +130,14 @@ def _one(
     _, objective, _ = planning.objective_of(task)
     model = open_model(work.staging, device=plan.device)
     lessons = texts.of(plan, task, model, taught_by, tokens, work)
+    if _streamed(plan, task):
+        streamed.refuse(lessons)
     with teaching(task, model, taught_by, lessons, work, progress) as taught:
-        student = _student(plan, task, model, taught_by, taught)
-        texts.separate(model, lessons, model.source.model)
-        text, place = taught.text(student, model), _place(work, task)
-        if place.load("state") is None:
-            taught.open_maps(student, text, task, progress)
-        curve = loop.train(Whole(student, text, o, place), lessons, o, progress)
+        place = _place(work, task)
+        trainer = (_by_block if _streamed(plan, task) else _as_whole)(
+            plan, task, model, taught_by, taught, place, progress
+        )
+        curve = loop.train(trainer, lessons, o, progress)
     samples, tokens_each = lessons.ids.shape
     row = TrainingRow(
         method=task.method.name,
@@ -144,28 +151,72 @@ def _one(
         seconds=round(curve.seconds, 3),
         stopped=curve.stopped,
     )
-    return row, _written(plan, model, student, work.staging, fresh)
+    return row, _written(plan, trainer, work.staging, fresh)
+
+
+def _streamed(plan: Plan, task: Task) -> bool:
+    return plan.drivers.get(task.step) == "streamed"
+
+
+def _as_whole(
+    plan: Plan, task: Task, model: Model, before: Model, taught: Teaching, place: Place, progress: Progress
+) -> loop.Trainer:
+    student = _student(plan, task, model, before, taught)
+    texts.separate(model, taught.lessons, model.source.model)
+    text = taught.text(student, model)
+    if place.load("state") is None:
+        taught.open_maps(student, text, task, progress)
+    return Whole(student, text, common(task.options), place)
+
+
+def _by_block(
+    plan: Plan, task: Task, model: Model, before: Model, taught: Teaching, place: Place, progress: Progress
+) -> loop.Trainer:
+    if taught.loss is None or (taught.notes is None and taught.spec.teaches):
+        raise RuntimeError(f"{task.label} compares more than distributions, which the plan should have refused")
+    blocks: dict[int, list[LinearPlan]] = {}
+    for x in planning.trained(plan.resolved, task):
+        blocks.setdefault(x.block, []).append(x)
+
+    def build(block: int) -> dict[str, Trained]:
+        return {x.name: _core(plan, task, model, before, x) for x in blocks.get(block, ())}
+
+    text = Text(taught.lessons, None if taught.notes is None else taught.notes.taught)
+    return Streamed(model, build, taught.loss, text, common(task.options), place)
 
 
 def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teaching) -> Student:
     skeleton = model.skeleton
     chosen = {f"{x.name}.weight": x for x in planning.trained(plan.resolved, task)}
-    model.load(name for name in skeleton.shapes if name not in chosen)
     checkpointing = common(task.options).checkpointing
     student = Student(skeleton, taught.loss, taught.compared, checkpointing=checkpointing)
-    for x in chosen.values():
-        outcome = plan.outcomes[x.name]
-        rows, width = outcome.out_features, outcome.in_features
-        layer = layers.layer(model.source, outcome.stored, x.name, rows, width, transposed=outcome.transposed)
-        known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
-        original = before.read(f"{x.name}.weight").float() if known else layer.weight
-        layer = _as_planned(layer, outcome)
-        if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0
-            layer = replace(layer, support=layer.decode() != 0)
-        core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
-        core.planned(outcome.kept, outcome.pattern)
-        student.place(x.name, core.to(plan.device))
+    inside: set[str] = set()
+    for number in range(len(skeleton.block_names)):
+        names = skeleton.names_of(number)
+        inside |= set(names)
+        model.load(name for name in names if name not in chosen)
+        for x in (chosen[name] for name in names if name in chosen):
+            student.place(x.name, _core(plan, task, model, before, x))
+        if task.step in plan.sharing:
+            sharding.share_block(student, number)
+            memory.trim()
+    model.load(name for name in skeleton.shapes if name not in inside)
     return student
+
+
+def _core(plan: Plan, task: Task, model: Model, before: Model, x: LinearPlan) -> Trained:
+    """What is trained of a linear, as it is before the training."""
+    outcome = plan.outcomes[x.name]
+    rows, width = outcome.out_features, outcome.in_features
+    layer = layers.layer(model.source, outcome.stored, x.name, rows, width, transposed=outcome.transposed)
+    known = f"{x.name}.weight" in before.refs and before.shape(f"{x.name}.weight") == outcome.dense_shape
+    original = before.read(f"{x.name}.weight").float() if known else layer.weight
+    layer = _as_planned(layer, outcome)
+    if x.sparsity is not None:  # an earlier step has pruned it: what is 0 now stays 0
+        layer = replace(layer, support=layer.decode() != 0)
+    core = task.of(Train).begin(layer, original.T if outcome.transposed and known else original, task.options)
+    core.planned(outcome.kept, outcome.pattern)
+    return core.to(plan.device)
 
 
 def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
@@ -190,34 +241,30 @@ def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
     return replace(layer, parts=(replace(part, format=planned, grid=grid),))
 
 
-def _written(plan: Plan, model: Model, student: Student, folder: Path, fresh: Path) -> dict[str, str]:
-    """The folder `folder` again as `fresh`, with what was trained; sha256 (hex) of each changed tensor."""
+def _written(plan: Plan, trainer: loop.Trainer, folder: Path, fresh: Path) -> dict[str, str]:
+    """The folder `folder` again as `fresh`, with what was trained in its place; sha256 (hex) of each changed tensor."""
     exporter = export.get(plan.exporter)
-    cores = student.cores()
-    changed = {name for name, x in student.model.named_parameters() if x.requires_grad and ".core." not in name}
-    owners = {x.name: x.source for x in plan.tensors}
-    hashes: dict[str, str] = {}
-    fresh.mkdir()
-    for path in sorted(folder.iterdir()):
-        if path.suffix != ".safetensors":
+    names: dict[str, list[str]] = {}
+    for x in plan.tensors:
+        names.setdefault(x.source, []).append(x.name)
+    kinds = {name: dtype for contents in plan.files.values() for name, (dtype, _) in contents.items()}
+    output = Output(fresh, plan.files)
+    if ranks.lead():
+        fresh.mkdir()
+        for path in sorted(folder.iterdir()):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, fresh / path.name)
+        output.take_up({})
+    hashes: dict[str, str] = {}
+    for owner, result in trainer.results():  # which all processes go through together
+        if not ranks.lead():
             continue
-        tensors: dict[str, Tensor] = {}
-        packed: dict[str, dict[str, Tensor]] = {}
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                owner = owners.get(name, name)
-                if owner in cores:
-                    if owner not in packed:
-                        packed[owner] = exporter.pack(plan.outcomes[owner], cores[owner].finish())
-                    tensors[name] = packed[owner][name]
-                elif owner in changed:
-                    tensors[name] = model.skeleton.tensor(owner).detach().to(file.get_tensor(name).dtype)
-                else:
-                    tensors[name] = file.get_tensor(name)
-                    continue
-                if not bool(tensors[name].isfinite().all()):
-                    raise LilliputError(f"{name} is not finite after training: lower lr")
-                hashes[name] = hashlib.sha256(raw(tensors[name].cpu().contiguous().reshape(-1))).hexdigest()
-        save_atomically(fresh / path.name, {name: x.cpu().contiguous() for name, x in tensors.items()}, METADATA)
+        if isinstance(result, Layer):
+            tensors = dict(exporter.pack(plan.outcomes[owner], result))
+        else:
+            tensors = {name: result.to(kinds[name]) for name in names[owner]}
+        for name in names[owner]:
+            value = tensors[name].cpu().contiguous()
+            if not bool(value.isfinite().all()):
+                raise LilliputError(f"{name} is not finite after training: lower lr")
+            hashes |= output.write([name], {name: [value]}.__getitem__)
     return hashes

@@ -19,7 +19,7 @@ class Run:
     blocks: of the whole model; hidden: width of the residual stream; vocabulary: rows of the embedding; samples,
     tokens: calibration samples, and tokens in each; itemsize: bytes of a number in the dtype of the passes; stored: in
     the checkpoint; batch: samples in one forward pass; before: the same of the model before anything left it, where
-    steps edit it.
+    steps edit it; processes: that share the run.
     """
 
     blocks: Sequence[Block]
@@ -31,6 +31,7 @@ class Run:
     stored: int
     batch: int = 1
     before: Run | None = None
+    processes: int = 1
 
     @property
     def kinds(self) -> tuple[Block, ...]:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 from lilliput.data.lessons import Lessons
 from lilliput.errors import DataError, LilliputError
 from lilliput.machine import ranks
+from lilliput.parts.layer import Layer
 from lilliput.progress import Progress
 from lilliput.verbs.train import TrainOptions
 
@@ -52,6 +53,10 @@ class Trainer(Protocol):
 
     def take_back(self) -> None:
         """What is trained becomes what was kept last."""
+        ...
+
+    def results(self) -> Iterator[tuple[str, Layer | Tensor]]:
+        """What is trained as it is now, by name: linears as they are stored, other tensors as they are."""
         ...
 
 

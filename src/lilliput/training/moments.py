@@ -8,17 +8,16 @@ half as many decades; what is not 0 never becomes 0, or a step would divide by n
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lilliput.streaming.states import raw
+from lilliput.training.pages import Pages
 
+KEPT = ("first", "second")  # moments of a leaf
 BLOCK = 256
 SMALL = 4096  # numbers of a tensor that is not worth 8 bits
 
@@ -66,11 +65,11 @@ class InMemory:
 
     def state(self, done: int) -> dict[str, Tensor]:
         pairs = zip(self._names, self._held, strict=True)
-        return {f"{kind}.{name}": x for name, both in pairs for kind, x in zip(("first", "second"), both, strict=True)}
+        return {f"{kind}.{name}": x for name, both in pairs for kind, x in zip(KEPT, both, strict=True)}
 
     def restore(self, tensors: Mapping[str, Tensor], done: int) -> None:
         for name, both in zip(self._names, self._held, strict=True):
-            for kind, x in zip(("first", "second"), both, strict=True):
+            for kind, x in zip(KEPT, both, strict=True):
                 x.copy_(tensors[f"{kind}.{name}"])
 
     def settled(self, done: int) -> None:
@@ -155,7 +154,7 @@ class Rounded:
         return {
             f"{kind}.{what}.{name}": tensor
             for name, both in self._held.items()
-            for kind, x in zip(("first", "second"), both, strict=True)
+            for kind, x in zip(KEPT, both, strict=True)
             for what, tensor in (("codes", x.codes), ("largest", x.largest))
         }
 
@@ -176,76 +175,38 @@ class Rounded:
 
 class OnDisk:
     """Float32 in one file, of which those of one leaf are in memory at a time (paged optimizers, Dettmers et al. 2023,
-    arXiv 2305.14314). A state to go on from needs a second file of the size, beside it."""
+    arXiv 2305.14314). A state to go on from needs a second file of the size, beside it. Of `likes` the shapes and
+    devices count; on the meta device stands for the CPU."""
 
     def __init__(self, likes: Mapping[str, Tensor], folder: Path, *, name: str = "moments") -> None:
-        self._likes: Sequence[Tensor] = tuple(likes.values())
-        self._path = folder / f"{name}.bin"
-        self._sizes = [x.numel() * 4 for x in self._likes]
-        self._at = [2 * sum(self._sizes[:n]) for n in range(len(self._sizes))]
-        self._file = -1
-        self._open(fresh=True)
-
-    def _open(self, *, fresh: bool) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0), 0o666)
-        try:
-            os.posix_fallocate(self._file, 0, max(2 * sum(self._sizes), 1))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._names = tuple(likes)
+        self._devices = ["cpu" if x.is_meta else x.device for x in likes.values()]
+        both = {(kind, key): x for key, x in likes.items() for kind in KEPT}
+        meta = {_page(*key): torch.empty(x.shape, device="meta") for key, x in both.items()}
+        self._pages = Pages(meta, folder, name)
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
-        return self._read(n, 0), self._read(n, 1)
-
-    def _read(self, n: int, which: int) -> Tensor:
-        like = self._likes[n]
-        out = torch.empty(like.shape, dtype=torch.float32)
-        if out.numel():
-            view, at, count = raw(out.reshape(-1)), self._at[n] + which * self._sizes[n], 0
-            while count < len(view):
-                step = os.preadv(self._file, [view[count:]], at + count)
-                if step == 0:
-                    raise OSError(f"{self._path} ended early")
-                count += step
-        return out.to(like.device)
+        first, second = (self._pages.read(_page(kind, self._names[n])).to(self._devices[n]) for kind in KEPT)
+        return first, second
 
     def put(self, n: int, first: Tensor, second: Tensor) -> None:
-        for which, value in enumerate((first, second)):
-            if not value.numel():
-                continue
-            view = raw(value.detach().cpu().contiguous().reshape(-1))
-            at, count = self._at[n] + which * self._sizes[n], 0
-            while count < len(view):
-                count += os.pwrite(self._file, view[count:], at + count)
-
-    def _copy(self, done: int) -> Path:
-        return self._path.with_name(f"{self._path.stem}-{done}.bin")
+        for kind, value in zip(KEPT, (first, second), strict=True):
+            self._pages.write(_page(kind, self._names[n]), value)
 
     def state(self, done: int) -> dict[str, Tensor]:
-        path = self._copy(done)
-        try:
-            shutil.copyfile(self._path, path)
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        self._pages.copy(str(done))
         return {}
 
     def restore(self, tensors: Mapping[str, Tensor], done: int) -> None:
-        shutil.copyfile(self._copy(done), self._path)
-        self._open(fresh=False)
+        self._pages.go_back(str(done))
         self.settled(done)
 
     def settled(self, done: int) -> None:
-        for path in self._path.parent.glob(f"{self._path.stem}-*.bin"):
-            if path != self._copy(done):
-                path.unlink()
+        self._pages.forget(str(done))
 
     def delete(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        for path in (self._path, *self._path.parent.glob(f"{self._path.stem}-*.bin")):
-            path.unlink(missing_ok=True)
+        self._pages.delete()
+
+
+def _page(kind: str, name: str) -> str:
+    return f"{kind}.{name}"

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lilliput.machine import ranks
-from lilliput.training.moments import InMemory, Moments, OnDisk, Rounded
+from lilliput.training import sharding
+from lilliput.training.moments import KEPT, InMemory, Moments, OnDisk, Rounded
 
 _BETAS, _TINY = (0.9, 0.999), 1e-8
 KINDS: Mapping[str, Callable[[Mapping[str, Tensor], Path], Moments]] = {
@@ -87,13 +88,23 @@ class AdamW:
             self._moments.put(n, first, second)
 
     def state(self, done: int) -> dict[str, Tensor]:
-        """See `Moments.state`."""
-        return {**self._moments.state(done), "counts": torch.tensor(self._counts)}
+        """See `Moments.state`; moments are shared out as their leaves are."""
+        state = self._moments.state(done)
+        for x in self.leaves:
+            for kind in KEPT if sharded(x.value) else ():
+                if f"{kind}.{x.name}" in state:
+                    state[f"{kind}.{x.name}"] = sharding.like(state[f"{kind}.{x.name}"], x.value)
+        return {**state, "counts": torch.tensor(self._counts)}
 
     def restore(self, tensors: Mapping[str, Tensor], done: int) -> None:
         """See `Moments.restore`."""
         self._counts = [int(x) for x in tensors["counts"]]
-        self._moments.restore(tensors, done)
+        own = dict(tensors)
+        for x in self.leaves:
+            for kind in KEPT if sharded(x.value) else ():
+                if f"{kind}.{x.name}" in own:
+                    own[f"{kind}.{x.name}"] = sharding.part(own[f"{kind}.{x.name}"], x.value)
+        self._moments.restore(own, done)
 
     def settled(self, done: int) -> None:
         """See `Moments.settled`."""
@@ -102,6 +113,28 @@ class AdamW:
     def delete(self) -> None:
         """Remove what lies on disk."""
         self._moments.delete()
+
+
+@torch.no_grad()
+def summed(leaves: Sequence[Leaf]) -> dict[str, Tensor]:
+    """The gradients of leaves, added up over processes, by name; those that no process has are left out. Of what
+    processes have shared out the mean over them has come back."""
+    have = torch.tensor([x.value.grad is not None for x in leaves], dtype=torch.int64)
+    if len(have):
+        have = ranks.largest(have)
+    slopes: dict[str, Tensor] = {}
+    for leaf, some in zip(leaves, have.tolist(), strict=True):
+        if not some:
+            continue
+        if leaf.value.grad is None:
+            leaf.value.grad = torch.zeros_like(leaf.value)
+        slope = leaf.value.grad
+        if sharded(slope):
+            local(slope).mul_(ranks.size())
+        else:
+            ranks.add(slope)
+        slopes[leaf.name] = slope
+    return slopes
 
 
 def norm(slopes: Iterable[Tensor]) -> float:

@@ -174,7 +174,7 @@ class Student(nn.Module):
             hidden = self.skeleton.read(batch.ids, batch.positions, cache)
         total = hidden.new_zeros((), dtype=torch.float32)
         if self._loss is not None:
-            total = total + self._tokens(batch, hidden)
+            total = total + self.tokens(batch, hidden)
         if compared is not None:
             total = total + batch.tokens * compared.loss(self.features(batch, shown))
         return total
@@ -189,12 +189,13 @@ class Student(nn.Module):
         device = self.skeleton.device
         return FeatureIO(shown(), batch.look.seen, counts.to(device), labels.to(device), self.maps, heads)
 
-    def _tokens(self, batch: Batch, hidden: Tensor) -> Tensor:
+    def tokens(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """What the distributions of a batch lose, from what the head reads, [B, T, H]; the head is loaded."""
         chosen = batch.counts[:, 1:].to(hidden.device)
         states, labels = hidden[:, :-1][chosen], batch.ids[:, 1:].to(hidden.device)[chosen]
         extra = None if batch.extra is None else batch.extra[:, 1:].to(hidden.device)[chosen]
         step = max(1, LOGITS // self.skeleton.shapes[self.skeleton.head][0])
-        total = states.new_zeros((), dtype=torch.float32)
+        total = states[:0].float().sum()  # where nothing counts, gradients are 0, and not missing
         for a in range(0, len(states), step):
             b = min(a + step, len(states))
             taught = None if batch.taught is None else batch.taught(a, b)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,16 +13,19 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError
 from lilliput.machine import ranks
-from lilliput.training import loop
+from lilliput.parts.layer import Layer
+from lilliput.training import loop, sharding
 from lilliput.training.loop import NotFiniteError
-from lilliput.training.optimizers import AdamW, Leaf, held_back, local, sharded
-from lilliput.training.student import Student
+from lilliput.training.optimizers import AdamW, Leaf, held_back, local, sharded, summed
+from lilliput.training.student import Batch, Student
 from lilliput.training.text import Rows, Text
 from lilliput.verbs.train import TrainOptions
+from lilliput.verbs.trained import Trained
 
 
 class Place(Protocol):
-    """Where files of a training lie meanwhile; `folder` takes what an optimizer keeps on disk."""
+    """Where files of a training lie meanwhile, the same for all processes, of which the first saves; `folder` takes
+    what an optimizer keeps on disk."""
 
     @property
     def folder(self) -> Path: ...
@@ -36,18 +39,29 @@ class Place(Protocol):
         ...
 
 
-def leaves(student: Student, o: TrainOptions) -> tuple[Leaf, ...]:
-    """What is trained: of linears at rates of their own, and `others`."""
+def of_cores(cores: Mapping[str, Trained], o: TrainOptions) -> list[Leaf]:
+    """What is trained of linears, by their names, at rates of their own."""
     found: list[Leaf] = []
-    for linear, core in student.cores().items():
+    for linear, core in cores.items():
         rates = core.rates()
         for name, value in core.named_parameters():
             if value.requires_grad:
                 decay = 0.0 if name in rates else o.weight_decay
                 found.append(Leaf(f"{linear}.{name}", value, rates.get(name, 1.0), decay))
+    return found
+
+
+def named(name: str, o: TrainOptions) -> bool:
+    """Whether a tensor outside the linears is trained too."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in o.others)
+
+
+def leaves(student: Student, o: TrainOptions) -> tuple[Leaf, ...]:
+    """What is trained: of linears, and `others`."""
+    found = of_cores(student.cores(), o)
     inside = {id(x) for core in student.cores().values() for x in core.parameters()}
     for name, value in student.model.named_parameters():
-        if id(value) not in inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in o.others):
+        if id(value) not in inside and named(name, o):
             value.requires_grad_()
             found.append(Leaf(name, value))
     if student.maps is not None and student.compared is not None:
@@ -63,6 +77,7 @@ class Whole:
         self._student, self._text, self._o = student, text, o
         self._place = place
         self._leaves = leaves(student, o)
+        self._shared = any(sharded(x) for x in student.parameters())
         own = place.folder if ranks.size() == 1 or o.optimizer != "paged" else place.folder / f"rank-{ranks.rank()}"
         own.mkdir(exist_ok=True)
         self._optimizer = AdamW(self._leaves, o.optimizer, own)
@@ -79,8 +94,7 @@ class Whole:
         if not whole:
             raise LilliputError("what the student has written holds no token that counts: lower lr, or lower lambda")
         total = self._backward(rows, whole)
-        slopes = [self._summed(x.value.grad) for x in self._leaves if x.value.grad is not None]
-        size = held_back(slopes, o.clip)
+        size = held_back(tuple(summed(self._leaves).values()), o.clip)
         if not (math.isfinite(total) and math.isfinite(size)):
             what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {size}"
             raise NotFiniteError(what)
@@ -95,28 +109,38 @@ class Whole:
     def _backward(self, rows: Rows, whole: int) -> float:
         """Gradients of this process's rows to the leaves; the mean loss over all of the step's `whole` tokens."""
         total = 0.0
-        # What processes have shared out is averaged over them on the way back, where a sum is wanted.
-        factor = float(ranks.size()) if any(sharded(x.value) for x in self._leaves) else 1.0
-        for n, batch in enumerate(self._text.batches(rows, self._o.at_once or 1)):
+        penalty = self._student.penalty() if ranks.lead() else None
+        if penalty is not None:
+            torch.autograd.backward(penalty)
+        for batch in self._batches(rows):
             loss = self._student(batch) / whole
-            penalty = self._student.penalty() if n == 0 and ranks.lead() else None
             total += float(loss.detach())
-            (factor * (loss if penalty is None else loss + penalty)).backward()
+            torch.autograd.backward(loss)
         return float(ranks.add(torch.tensor(total, dtype=torch.float64)))
 
-    def _summed(self, slope: Tensor) -> Tensor:
-        return slope if sharded(slope) else ranks.add(slope)
+    def _batches(self, rows: Rows) -> Iterator[Batch]:
+        """The rows, a few at a time; where processes share the model out all have as many batches, and those that are
+        left hold nothing that counts."""
+        own = -(-len(rows.ids) // (self._o.at_once or 1))
+        # Asked before the first of them, as nothing may come between what processes do together.
+        most = int(ranks.largest(torch.tensor(own))) if self._shared else own
+        yield from self._text.batches(rows, self._o.at_once or 1)
+        ids = self._text.lessons.ids[:1]
+        for _ in range(own, most):
+            yield Batch(ids, torch.zeros_like(ids, dtype=torch.bool), None, None)
 
     @torch.no_grad()
     def judge(self, samples: Sequence[int]) -> float:
         rows = self._text.given(list(samples)[ranks.share(len(samples))])
-        total = sum(float(self._student(batch)) for batch in self._text.batches(rows, self._o.at_once or 1))
+        total = sum(float(self._student(batch)) for batch in self._batches(rows))
         whole = loop.counted(self._text.lessons, samples)
         return float(ranks.add(torch.tensor(total, dtype=torch.float64))) / whole
 
     def save(self, done: int, facts: Mapping[str, Tensor]) -> None:
         state = {f"moment.{name}": x for name, x in self._optimizer.state(done).items()}
+        ranks.met()  # all moments are durable before the state that names them, and it before any older ones go
         self._put("state", {**self._values(), **state, **{f"fact.{name}": x for name, x in facts.items()}})
+        ranks.met()
         self._optimizer.settled(done)
 
     def restore(self) -> Mapping[str, Tensor] | None:
@@ -124,12 +148,13 @@ class Whole:
         if saved is None:
             return None
         self._load(saved)
-        facts = _below("fact.", saved)
-        self._optimizer.restore(_below("moment.", saved), len(facts["losses"]))
+        facts = below("fact.", saved)
+        self._optimizer.restore(below("moment.", saved), len(facts["losses"]))
         return facts
 
     def keep(self) -> None:
         self._put("best", self._values())
+        ranks.met()
 
     def take_back(self) -> None:
         best = self._place.load("best")
@@ -144,20 +169,48 @@ class Whole:
         return values
 
     def _put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self._place.save(name, {key: x.contiguous().cpu() for key, x in tensors.items()})
+        whole = {}
+        for key, x in tensors.items():
+            value = sharding.gathered(x)
+            if ranks.lead():
+                whole[key] = value.contiguous().cpu()
+        if ranks.lead():
+            self._place.save(name, whole)
 
     @torch.no_grad()
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         for x in self._leaves:
-            local(x.value).copy_(tensors[f"value.{x.name}"])
+            local(x.value).copy_(sharding.part(tensors[f"value.{x.name}"], x.value))
         for linear, core in self._student.cores().items():
             for name, held in core.state().items():
                 held.copy_(tensors[f"core.{linear}.{name}"])
+
+    def results(self) -> Iterator[tuple[str, Layer | Tensor]]:
+        blocks = self._student.skeleton.block_names
+        for number, prefix in enumerate(blocks):
+            if self._shared:
+                sharding.whole_again(self._student, number, whole=True)
+            yield from self._finished(f"{prefix}.", ())
+            if self._shared:
+                sharding.whole_again(self._student, number, whole=False)
+        yield from self._finished("", tuple(f"{x}." for x in blocks))
+
+    def _finished(self, prefix: str, but: tuple[str, ...]) -> Iterator[tuple[str, Layer | Tensor]]:
+        """Results whose names begin with `prefix`, and with none of `but`."""
+        cores = self._student.cores()
+        own = {id(x) for core in cores.values() for x in core.parameters()}
+        for name, core in cores.items():
+            if name.startswith(prefix) and not name.startswith(but):
+                yield name, core.finish()
+        for name, value in self._student.model.named_parameters():
+            if value.requires_grad and id(value) not in own and name.startswith(prefix) and not name.startswith(but):
+                yield name, value.detach()
 
     def delete(self) -> None:
         """Remove what lies on disk, but for what `place` has saved."""
         self._optimizer.delete()
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -70,6 +70,16 @@ class TrainOptions(Strict):
     checkpointing: bool = Field(
         True, description="keep of each block its inputs alone, and run it again on the way back"
     )
+    driver: Literal["auto", "whole", "streamed"] = Field(
+        "auto",
+        description="whole: the model is in memory; streamed: one block of it, the rest in files, with the same "
+        "numbers, several times slower; auto: whole where --memory allows it",
+    )
+    shard: bool | None = Field(
+        None,
+        description="several processes share out the weights of the blocks, and not the samples alone; none: where the "
+        "method allows it",
+    )
     others: tuple[str, ...] = Field((), description='tensors outside the linears that are trained too, as "*norm*"')
     save: int = Field(25, ge=1, description="steps between two states from which a killed run goes on")
     seed: int = Field(0, ge=0, description="of the order of samples and whatever is drawn")
@@ -133,15 +143,22 @@ class Train(Spec[OptionsT]):
                 raise PlanError(f"{task.label} on {name}: {reason}")
 
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
-        """The whole model: what is trained, its copies, and what a sample leaves for the way back."""
+        """The whole model: what is trained, its copies, and what a sample leaves for the way back. What a streamed
+        training takes depends on the model's head, which the plan knows."""
         o = common(options)
+        if o.driver == "streamed":
+            return ()
         weights = sum(x.parameters for block in run.blocks for x in block.linears)
         tables = 2 * run.vocabulary * run.hidden
         token = 4 * sum(
             8 * run.hidden + sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
             for block in run.blocks
         )
-        ram = 4 * (self.copies * weights + tables) + (o.at_once or 1) * o.tokens * token
+        held = self.copies * weights
+        if o.shard and run.processes > 1:  # a block at a time is whole, with its gradients, as it is sent and received
+            most = max(sum(x.parameters for x in block.linears) for block in run.blocks)
+            held = -(-held // run.processes) + (self.copies + 2) * most
+        ram = 4 * (held + tables) + (o.at_once or 1) * o.tokens * token
         return (Phase("training", Cost(ram=ram)),)
 
 

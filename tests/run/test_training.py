@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from lilliput import api
 from lilliput.errors import LilliputError, PlanError
+from lilliput.model.stored import open_model
 from lilliput.progress import Quiet
 
 Tiny = Callable[[str], Path]
@@ -33,10 +33,6 @@ def losses(out: Path) -> list[float]:
     return found
 
 
-def digest(out: Path) -> str:
-    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
-
-
 @pytest.mark.parametrize(("name", "method"), [("llama", "lsq"), ("gpt2", "full")])
 def test_a_streamed_training_writes_what_the_whole_one_writes(
     tiny: Tiny, tmp_path: Path, name: str, method: str
@@ -47,8 +43,6 @@ def test_a_streamed_training_writes_what_the_whole_one_writes(
         assert run(tiny(name), tmp_path / driver, text).plan.drivers == {1: driver}
     assert losses(tmp_path / "streamed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     assert api.verify(tmp_path / "streamed").whole
-    from lilliput.model.stored import open_model
-
     one, two = open_model(tmp_path / "whole"), open_model(tmp_path / "streamed")
     for tensor in one.skeleton.shapes:
         assert (one.read(tensor).float() - two.read(tensor).float()).abs().max() < 2e-3
@@ -92,3 +86,32 @@ def test_documents_in_a_row_are_refused_before_the_teacher_reads(tiny: Tiny, tmp
     text = recipe(driver="streamed", data=str(tmp_path / "rows.jsonl"), documents=True, tokens=48)
     with pytest.raises(LilliputError, match="several documents"):
         run(tiny("llama"), tmp_path / "out", text)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_folder_of_one(
+    tiny: Tiny, together: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe(batch=3))
+    line = ["compress", str(tiny("llama")), "--recipe", str(tmp_path / "recipe.yaml"), "--samples", "6"]
+    line += ["--tokens", "24", "--device", "cpu", "--dtype", "float32", "--eval-windows", "0"]
+    for ranks in (1, 2):
+        modules = ["torch.distributed.fsdp", "torch.distributed.tensor"]
+        done = together(ranks=ranks, line=[*line, "--out", str(tmp_path / str(ranks))], imports=modules)
+        assert set(done["code"]) == {0}, done["stderr"]
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=1e-3)
+    assert api.verify(tmp_path / "2").whole
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("lsq", {"optimizer": "adamw-8bit"}, "moments in 8 bits"),
+        ("lsq", {"driver": "streamed"}, "one block in memory anyway"),
+        ("gmp", {}, "looks at whole weights"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(tiny: Tiny, method: str, options: dict[str, Any], reason: str) -> None:
+    before = {"method": "magnitude", "target": {"sparsity": 0.5}} if method == "gmp" else None
+    with pytest.raises(PlanError, match=f"cannot be shared out over processes: .*{reason}.*: set `"):
+        api.plan(tiny("llama"), recipe=recipe(method, before, shard=True, **options), **COMMON)

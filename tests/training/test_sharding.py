@@ -73,11 +73,13 @@ with ranks.joined():
             return plain(self, samples, number)
         Whole.step = step
     curve = loop.train(trainer, lessons, o, Quiet())
-    results = {{n: x.decode() if isinstance(x, Layer) else x for n, x in trainer.results()}}
-    assert not any(sharded(x) for x in results.values())
+    sums = {{}}
+    for n, x in trainer.results():
+        x = x.decode() if isinstance(x, Layer) else x
+        assert not sharded(x)
+        sums[n] = float(x.double().square().sum())
     held = sum(local(x.value).numel() for x in trainer._leaves)
-    print(json.dumps({{"losses": curve.losses, "held_out": curve.held_out, "held": held,
-                      "sums": {{n: float(x.double().square().sum()) for n, x in results.items()}}}}))
+    print(json.dumps({{"losses": curve.losses, "held_out": curve.held_out, "held": held, "sums": sums}}))
 """
 OPTIONS = {"steps": 5, "batch": 3, "lr": 0.01, "save": 2, "clip": 0.5, "others": ["*norm*"], "held_out": 0.2}
 IMPORTS = ["torch.distributed.fsdp", "torch.distributed.tensor", "lilliput.methods.train.lsq", "lilliput.run.training"]

@@ -56,7 +56,8 @@ class Trainer(Protocol):
         ...
 
     def results(self) -> Iterator[tuple[str, Layer | Tensor]]:
-        """What is trained as it is now, by name: linears as they are stored, other tensors as they are."""
+        """What is trained as it is now, by name: linears as they are stored, other tensors as they are.
+        Each is there until the next is asked for."""
         ...
 
 

@@ -204,7 +204,7 @@ class Whole:
                 yield name, core.finish()
         for name, value in self._student.model.named_parameters():
             if value.requires_grad and id(value) not in own and name.startswith(prefix) and not name.startswith(but):
-                yield name, value.detach()
+                yield name, value.detach().clone()  # what is whole for a moment is freed afterwards
 
     def delete(self) -> None:
         """Remove what lies on disk, but for what `place` has saved."""

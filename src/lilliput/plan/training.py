@@ -18,10 +18,12 @@ from lilliput.machine.cost import Cost, Phase
 from lilliput.model.edited import unedited
 from lilliput.model.weights import Model
 from lilliput.parts.scheme import Scheme
+from lilliput.plan import adapting
 from lilliput.plan.resolve import LinearPlan, Resolved, matches
 from lilliput.source import layers
 from lilliput.streaming.peak import Run
 from lilliput.training import watch
+from lilliput.verbs.adapt import Adapt
 from lilliput.verbs.objective import Objective, Widths
 from lilliput.verbs.spec import Method, Stage, Task
 from lilliput.verbs.train import Train, common
@@ -77,7 +79,10 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
     for task in resolved.at(Stage.TRAINING):
         _, objective, options = objective_of(task)
         _text(task, model.skeleton.positions)
-        task.of(Train).trains(task, {x.name: x.scheme for x in trained(resolved, task)})
+        if isinstance(task.spec, Adapt):
+            adapting.check(resolved, task, model, teacher, objective, options)
+        else:
+            task.of(Train).trains(task, {x.name: x.scheme for x in trained(resolved, task)})
         if not objective.teaches:
             continue
         _same_vocabulary(task, model, taught_by, given=teacher is not None)
@@ -163,6 +168,8 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
     by = unedited(model) if teacher is None else teacher
     for task in resolved.at(Stage.TRAINING):
         _, objective, options = objective_of(task)
+        if isinstance(task.spec, Adapt):
+            found.append(adapting.phase(resolved, task, run, model))
         if not objective.beside(options):
             continue
         o, shown = common(task.options), 0
@@ -179,6 +186,7 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
         if objective.rolls(options):
             caches = 4 * 2 * o.batch * o.tokens * (size.blocks * size.student + size.teacher_blocks * size.teacher)
             writes = 4 * sum(x.linear.parameters for x in trained(resolved, task)) + caches
-        own = max((x.cost.ram for x in task.phases(run)), default=0)
+        alone = found[-1:] if isinstance(task.spec, Adapt) else task.phases(run)
+        own = max((x.cost.ram for x in alone), default=0)
         found.append(Phase("training beside its teacher", Cost(ram=own + whole + shown + writes)))
     return tuple(found)

@@ -30,6 +30,7 @@ from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
 from lilliput.plan.tensors import METADATA
 from lilliput.progress import Progress
+from lilliput.run import adapting
 from lilliput.run import lessons as texts
 from lilliput.run.journal import Work, save_atomically
 from lilliput.run.teaching import Teaching, teaching
@@ -37,10 +38,13 @@ from lilliput.source import layers
 from lilliput.source.source import own_name
 from lilliput.streaming.states import raw
 from lilliput.training import loop
+from lilliput.training.adapted import Adapted
 from lilliput.training.student import Student
 from lilliput.training.whole import Whole
+from lilliput.verbs.adapt import Adapt
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.train import Train, common
+from lilliput.verbs.trained import Trained
 
 TRAINED = "trained"  # kind of record, and begins the name of the folder that takes the place of the finished one
 
@@ -125,7 +129,8 @@ def _one(
     model = open_model(work.staging, device=plan.device)
     lessons = texts.of(plan, task, model, taught_by, tokens, work)
     with teaching(task, model, taught_by, lessons, work, progress) as taught:
-        student = _student(plan, task, model, taught_by, taught)
+        made = adapting.student if isinstance(task.spec, Adapt) else _student
+        student = made(plan, task, model, taught_by, taught)
         texts.separate(model, lessons, model.source.model)
         text, place = taught.text(student, model), _place(work, task)
         if place.load("state") is None:
@@ -144,6 +149,8 @@ def _one(
         seconds=round(curve.seconds, 3),
         stopped=curve.stopped,
     )
+    if isinstance(student, Adapted):
+        return row, adapting.written(task, student, work.staging, fresh)
     return row, _written(plan, model, student, work.staging, fresh)
 
 
@@ -193,7 +200,7 @@ def _as_planned(layer: Layer, outcome: Outcome) -> Layer:
 def _written(plan: Plan, model: Model, student: Student, folder: Path, fresh: Path) -> dict[str, str]:
     """The folder `folder` again as `fresh`, with what was trained; sha256 (hex) of each changed tensor."""
     exporter = export.get(plan.exporter)
-    cores = student.cores()
+    cores = {name: x for name, x in student.cores().items() if isinstance(x, Trained)}
     changed = {name for name, x in student.model.named_parameters() if x.requires_grad and ".core." not in name}
     owners = {x.name: x.source for x in plan.tensors}
     hashes: dict[str, str] = {}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         load,
         plan,
         record_mask,
+        use_adapter,
         use_mask,
         verify,
     )
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "plan",
     "record_mask",
+    "use_adapter",
     "use_mask",
     "verify",
 ]

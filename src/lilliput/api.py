@@ -31,6 +31,7 @@ from lilliput.run.continuation import continuation
 from lilliput.run.converted import converted
 from lilliput.run.frontier import Frontier
 from lilliput.run.result import Compression
+from lilliput.runtime import bottleneck
 from lilliput.runtime.behaviours import masks
 from lilliput.runtime.load import load as load
 
@@ -263,6 +264,12 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str
 
 
 ram.set_base()
+
+
+def use_adapter(model: Any, folder: str | Path) -> None:
+    """Give a loaded model the bottleneck adapters that the method `adapter` has written into a folder; those of the
+    other methods are loaded with `peft.PeftModel.from_pretrained`. Raises SourceError for a folder of another kind."""
+    bottleneck.attach(model, Path(folder))
 
 
 def use_mask(model: Any, name: str | None, *, folder: str | Path | None = None) -> None:

@@ -15,13 +15,14 @@ from lilliput.training import borrowed
 from lilliput.training.student import LOGITS
 from lilliput.verbs.adapt import Adapt, settings
 from lilliput.verbs.objective import Objective
-from lilliput.verbs.spec import Task
+from lilliput.verbs.spec import Stage, Task
 
 
 def covered(resolved: Resolved, task: Task) -> tuple[LinearPlan, ...]:
     """The linears beside which a step trains something."""
     where = resolved.recipe.steps[task.step].where
-    return tuple(x for x in resolved.linears if matches(where, x.name, x.linear))
+    own = (x for x in resolved.linears if matches(where, x.name, x.linear))
+    return tuple(x for x in own if task.spec.works_on(x.linear, task.options))
 
 
 def check(
@@ -31,6 +32,9 @@ def check(
     spec = task.of(Adapt)
     if spec.borrows:
         borrowed.peft()
+    reason = spec.refuses(model.skeleton.config, task.options)
+    if reason is not None:
+        raise PlanError(f"{task.label}: {reason}")
     linears = covered(resolved, task)
     spec.suits_all(task, {x.name: (x.linear, x.scheme) for x in linears})
     if not spec.covering and resolved.recipe.steps[task.step].where != Where():
@@ -57,6 +61,11 @@ def check(
         raise PlanError(
             f"{task.label} adds positions in front of the text, so that what student and teacher show cannot be "
             "compared, nor the student write: take an objective on distributions, such as logit-kd"
+        )
+    if spec.lengthens and (resolved.at(Stage.CACHE) or model.source.caches):
+        raise PlanError(
+            f"{task.label} adds positions in front of the text, which a compressed cache does not tell from the text: "
+            "leave the step for the cache out, or train a `lora`"
         )
     if spec.compares(task.options):
         _original(task, model, teacher, linears)

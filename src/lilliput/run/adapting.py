@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lilliput.errors import LilliputError
 from lilliput.model.stored import Model
-from lilliput.plan import training as planning
+from lilliput.plan import adapting as planning
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.run.teaching import Teaching
@@ -37,7 +37,7 @@ def student(plan: Plan, task: Task, model: Model, before: Model, taught: Teachin
         packed.hold(skeleton, model.source, outcome.stored, x.name, shape, outcome.transposed)
     found = Adapted(skeleton, taught.loss, taught.compared, checkpointing=o.checkpointing)
     torch.manual_seed(o.seed)
-    io = AdaptIO(skeleton, tuple(_adaptable(plan, x, model, before) for x in planning.trained(plan.resolved, task)))
+    io = AdaptIO(skeleton, tuple(_adaptable(plan, x, model, before) for x in planning.covered(plan.resolved, task)))
     found.adapt(task.of(Adapt).attach(io, task.target, task.options))
     return found
 

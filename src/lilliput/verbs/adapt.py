@@ -74,12 +74,13 @@ class Adapter(Leaves):
 @dataclass(frozen=True, kw_only=True)
 class Adapt(Spec[OptionsT]):
     """`attach(io, target, options)`: the adapter, put in its place; before the first step the model computes what it
-    did, where the options do not say otherwise. `admits(linear, scheme, target, options)`: why a linear that is stored
-    so cannot have one; None where it can. `parameters(linears, target, options)`: how many numbers are trained beside
-    these linears; `fixed(hidden, blocks, options)`: and how many of a model, whatever its linears are. `compares`:
-    whether the weights before compression are read, with these options. `borrows`: it is
-    one of peft's. `lengthens`: it adds positions in front of the
-    text, so that what the model shows of its tokens cannot be compared. `covering`: whether `where` says which linears.
+    did, where the options do not say otherwise. `on(linear, options)`: whether it has to do with a linear at all.
+    `admits(linear, scheme, target, options)`: why a linear that is stored so cannot have one; None where it can.
+    `refuses(config, options)`: why a model of this config can have none. `parameters(linears, target, options)`: how
+    many numbers are trained beside these linears; `fixed(hidden, blocks, options)`: and how many of a model, whatever
+    its linears are. `compares(options)`: whether the weights before compression are read. `borrows`: it is one of
+    peft's. `lengthens`: it adds positions in front of the text, so that what the model shows of its tokens cannot be
+    compared. `covering`: whether `where` says which linears.
     """
 
     verb: ClassVar[str] = "adapt"
@@ -90,12 +91,17 @@ class Adapt(Spec[OptionsT]):
     admits: Callable[[Linear, Scheme, Target, OptionsT], str | None] = lambda linear, scheme, target, options: None
     parameters: Callable[[Sequence[Linear], Target, OptionsT], int] = lambda linears, target, options: 0
     fixed: Callable[[int, int, OptionsT], int] = lambda hidden, blocks, options: 0
+    on: Callable[[Linear, OptionsT], bool] = lambda linear, options: True
+    refuses: Callable[[Any, OptionsT], str | None] = lambda config, options: None
     compares: Callable[[OptionsT], bool] = lambda options: False
     borrows: bool = True
     lengthens: bool = False
     covering: bool = True
     needs: tuple[str, ...] = ()
     writes: Writes = "values"
+
+    def works_on(self, linear: Linear, options: OptionsT) -> bool:
+        return self.on(linear, options)
 
     def tokens(self, options: OptionsT) -> bool:
         return settings(options).data is None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy.model import Linear
 from lilliput.target import Target
-from lilliput.verbs.adapt import Adapt, AdapterOptions, AdaptIO, Adapter
+from lilliput.verbs.adapt import Adapt, Adapter, AdapterOptions, AdaptIO
 
 
 class Options(AdapterOptions):

@@ -7,7 +7,7 @@ score, smoothed sensitivity |w dw| times its smoothed deviation; the ranks of al
 with a cubic schedule, and L_i of the lowest scores become 0.
 
 Paper: Zhang et al. 2023, arXiv 2303.10512. Made with peft, whose allocation is used. What is written has the ranks that
-are left. Cost: that of a `lora` of rank r0, and two more numbers for each trained one. Limits: a training that ends
+are left. Cost: that of a `lora` of rank r0, and three more numbers for each trained one. Limits: a training that ends
 before the last ranks have left is written with all.
 """
 
@@ -56,6 +56,7 @@ class Allocated(Borrowed):
         self._spread = {n: torch.zeros_like(p) for n, p in found.items()}
         self._stays = {n: torch.ones(len(p), dtype=torch.int8) for n, p in found.items() if "lora_E" in n}
         self._count = torch.zeros((), dtype=torch.int64)
+        self._leaves, self._slopes = found, dict[str, Tensor]()
 
     @property
     def final(self) -> int:
@@ -76,6 +77,9 @@ class Allocated(Borrowed):
                 terms.append((side @ side.T - torch.eye(len(side), device=side.device)).square().sum())
         return self._o.orthogonal * torch.stack(terms).mean()
 
+    def after_backward(self) -> None:
+        self._slopes = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self._leaves.items()}
+
     def after_step(self, rate: float) -> None:
         base, settings, count = self.inner.base_model, self.inner.peft_config[ADAPTER], int(self._count)
         allocator = base.rankallocator
@@ -83,7 +87,12 @@ class Allocated(Borrowed):
         allocator.exp_avg_ipt = {n: x.clone() for n, x in self._average.items()}
         allocator.exp_avg_unc = {n: x.clone() for n, x in self._spread.items()}
         settings.rank_pattern = {n: x.bool().tolist() for n, x in self._stays.items()}
+        for n, p in self._leaves.items():  # which the optimizer has dropped
+            p.grad = self._slopes[n]
         base.update_and_allocate(count)
+        self._slopes = {}
+        for p in self._leaves.values():
+            p.grad = None
         for n, x in self._average.items():
             x.copy_(allocator.exp_avg_ipt.get(n, x))
             self._spread[n].copy_(allocator.exp_avg_unc.get(n, self._spread[n]))

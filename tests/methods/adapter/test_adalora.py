@@ -20,9 +20,10 @@ def test_as_many_ranks_are_left_as_were_asked_for(lab: Callable[..., Any], tmp_p
     for name, layer in layers.items():
         weight = layer.get_delta_weight("default").detach()
         kept = len(tensors[f"base_model.model.{name}.lora_A"])
-        assert int((layer.lora_E["default"] != 0).sum()) == kept
-        assert int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5)) <= kept
-        left += kept
+        own = int((layer.lora_E["default"] != 0).sum())
+        assert kept == max(own, 1)
+        assert int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5)) <= own
+        left += own
     assert left == 2 * len(layers)
 
 
@@ -33,4 +34,6 @@ def test_the_penalty_is_that_of_the_paper(lab: Callable[..., Any]) -> None:
         q, p = layer.lora_A["default"].double(), layer.lora_B["default"].double()
         eye = torch.eye(len(q), dtype=torch.float64)
         terms += [(q @ q.T - eye).norm() ** 2, (p.T @ p - eye).norm() ** 2]
-    torch.testing.assert_close(float(adapter.penalty()), 0.25 * float(sum(terms)) / len(terms), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        float(adapter.penalty().detach()), 0.25 * float(sum(terms).detach()) / len(terms), rtol=1e-5, atol=0
+    )

@@ -61,7 +61,7 @@ def test_experts_have_one_where_the_folder_keeps_them_apart(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"target": {"rank": 65}}, "rank of 32 or less"),
+        ({"target": {"rank": 65}}, "rank of 64 or less"),
         ({"where": {"include": ["nothing*"]}}, "applies to no layer"),
         ({"start": "loftq"}, "--teacher"),
         ({"others": ["*norm*"]}, "`others` would train some"),

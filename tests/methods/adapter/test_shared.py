@@ -1,4 +1,4 @@
-"""What every adapter owes: the folder as it is at first, gradients of its own alone, peft's logits, the same resumed."""
+"""What every adapter owes: the folder as it is at first, gradients of its own, peft's logits, the same resumed."""
 
 from __future__ import annotations
 

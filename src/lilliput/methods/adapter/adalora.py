@@ -103,7 +103,10 @@ class Allocated(Borrowed):
     def tensors(self) -> dict[str, Tensor]:
         settings = self.inner.peft_config[ADAPTER]
         settled = int(self._count) > self.final
-        settings.rank_pattern = {n: x.bool().tolist() for n, x in self._stays.items()} if settled else None
+        written = {n: x.bool() for n, x in self._stays.items()}
+        for stays in written.values():
+            stays[0] |= not bool(stays.any())  # peft warns of products without a rank: one whose L is 0 adds nothing
+        settings.rank_pattern = {n: x.tolist() for n, x in written.items()} if settled else None
         return super().tensors()
 
 

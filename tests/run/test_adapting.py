@@ -33,6 +33,7 @@ def folder(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     return run(tiny("llama"), out, "steps:\n- {method: rtn, target: {bits: 4, group_size: 32}}\n")
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_lora_recover_leaves_the_folder_and_regains_some_of_what_it_lost(
     folder: Path, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,13 +79,14 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
     for task in resolved.at(Stage.TRAINING):
         _, objective, options = objective_of(task)
         _text(task, model.skeleton.positions)
+        if objective.teaches:
+            _same_vocabulary(task, model, taught_by, given=teacher is not None)
         if isinstance(task.spec, Adapt):
             adapting.check(resolved, task, model, teacher, objective, options)
         else:
             task.of(Train).trains(task, {x.name: x.scheme for x in trained(resolved, task)})
         if not objective.teaches:
             continue
-        _same_vocabulary(task, model, taught_by, given=teacher is not None)
         reason = objective.refuses(widths(model, taught_by), options)
         if reason is not None:
             raise PlanError(f"{task.label} with the objective {common(task.options).objective}: {reason}")

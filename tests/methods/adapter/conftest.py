@@ -63,6 +63,7 @@ def loaded(folder: Path, adapter: Path) -> Any:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)  # of any AdaLoRA
         warnings.filterwarnings("ignore", "Detected that the base layer has no bias", UserWarning)
         return peft.PeftModel.from_pretrained(opened(folder), adapter)
 

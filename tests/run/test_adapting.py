@@ -16,7 +16,7 @@ from lilliput import api
 from lilliput.errors import PlanError
 from lilliput.progress import Quiet
 
-VALUES = ("steps=4", "tokens=16", "batch=2", "save=2", "rank=4", "data=docs", "lr=0.001")
+VALUES = ("steps=4", "tokens=16", "batch=2", "save=2", "rank=24", "data=docs", "lr=0.001")
 FEW = [f"lora.{x}" for x in VALUES]
 
 

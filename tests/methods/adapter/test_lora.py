@@ -101,3 +101,13 @@ def test_a_plan_counts_the_packed_base(shared: Any, coded: Callable[..., Path], 
     dense = 2 * sum(x.linear.parameters for x in plan.resolved.linears)
     trained = 16 * adapting.numbers(plan.resolved, task, run)
     assert packed < phase.cost.ram - trained < dense
+
+
+def test_the_base_is_held_as_the_folder_holds_it(lab: Callable[..., Any], coded: Callable[..., Path]) -> None:
+    """In no more bytes than its file, while a step is carried out and after it."""
+    made = lab("lora", coded("wide"), target={"rank": 2})
+    made.steps(0)
+    model = made.student.model
+    tensors = {x.data_ptr(): x for x in (*model.parameters(), *model.buffers()) if not x.requires_grad}
+    held = sum(x.numel() * x.element_size() for x in tensors.values())
+    assert held <= 1.01 * (coded("wide") / "model.safetensors").stat().st_size

@@ -7,8 +7,8 @@ FAMILY is the folder of a verb: weight (one linear at a time), rewrite (a block 
 linears of a block together), allocate and search (who gets how much of a budget, by scores or by trying), choose (which
 grid of a menu each linear gets), learn (a rotation of the whole model), edit (what leaves the model), repair (what
 the blocks of an edited model become), behaviour (what the written model leaves out while it runs), inputs (how what
-enters a linear is rounded), cache (how it stores keys and values), train (what is trained of a linear), objective (what
-training minimises). NAME is what recipes call the method.
+enters a linear is rounded), cache (how it stores keys and values), train (what is trained of a linear), adapter (what
+is trained beside a finished folder), objective (what training minimises). NAME is what recipes call the method.
 Every place to change is marked with "replace:". The templates are files of scripts/templates.
 """
 

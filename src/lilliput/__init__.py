@@ -20,8 +20,10 @@ if TYPE_CHECKING:
         generate,
         inspect,
         load,
+        merge,
         plan,
         record_mask,
+        use_adapter,
         use_mask,
         verify,
     )
@@ -44,8 +46,10 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "merge",
     "plan",
     "record_mask",
+    "use_adapter",
     "use_mask",
     "verify",
 ]

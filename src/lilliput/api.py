@@ -24,13 +24,15 @@ from lilliput.options import HELD_OUT, Calibration, Compute, Decoding, Fit, Limi
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
 from lilliput.recipe.schema import Recipe
-from lilliput.run import calibration, session
+from lilliput.run import calibration, merging, session
 from lilliput.run import frontier as curve
 from lilliput.run import masks as recording
 from lilliput.run.continuation import continuation
 from lilliput.run.converted import converted
 from lilliput.run.frontier import Frontier
+from lilliput.run.merging import Merged
 from lilliput.run.result import Compression
+from lilliput.runtime import bottleneck
 from lilliput.runtime.behaviours import masks
 from lilliput.runtime.load import load as load
 
@@ -263,6 +265,22 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64) -> str
 
 
 ram.set_base()
+
+
+def merge(folder: str | Path, out: str | Path, *, adapter: str | Path | None = None, rank: int | None = None) -> Merged:
+    """Write a folder with an adapter that was trained for it merged in, so that it computes the same without it.
+
+    adapter: its folder, by default the subfolder "adapter". rank: to which one by dylora is cut. Plain linears and
+    biases take it up, rounded once to their type, and codes with real zeros what qa-lora has trained. Raises PlanError
+    for others, with what quantizing anew would lose.
+    """
+    return merging.merge(Path(folder), Path(out), None if adapter is None else Path(adapter), rank)
+
+
+def use_adapter(model: Any, folder: str | Path) -> None:
+    """Give a loaded model the bottleneck adapters that the method `adapter` has written into a folder; those of the
+    other methods are loaded with `peft.PeftModel.from_pretrained`. Raises SourceError for a folder of another kind."""
+    bottleneck.attach(model, Path(folder))
 
 
 def use_mask(model: Any, name: str | None, *, folder: str | Path | None = None) -> None:

@@ -31,6 +31,7 @@ NAMES = {
     "inputs": "my-grid",
     "cache": "my-storing",
     "train": "my-training",
+    "adapter": "my-adapter",
     "objective": "my-objective",
 }
 FOUND = """
@@ -71,7 +72,7 @@ def test_generated_methods_pass_their_tests_and_the_contracts_and_are_found(
     tests = tmp_path / "tests" / "methods"
     assert str(tests / "rewrite" / "test_my_evening.py") in capsys.readouterr().out
     (tests / "test_found.py").write_text(f"NAMES = {list(NAMES.values())}\n{FOUND}")
-    assert "22 passed" in _run(tmp_path, str(tests))
+    assert "23 passed" in _run(tmp_path, str(tests))
     said = _run(tmp_path, "-vv", "-k", "my-", str(tmp_path / "tests" / "contract"))
     assert all(f"[{name}" in said or f"-{name}" in said for name in NAMES.values())
 

@@ -126,6 +126,7 @@ def test_every_verb_has_its_stage() -> None:
         "behave": Stage.RUNNING,
         "cache": Stage.CACHE,
         "train": Stage.TRAINING,
+        "adapt": Stage.TRAINING,
         "objective": Stage.TRAINING,
     }
 

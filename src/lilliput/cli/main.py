@@ -13,6 +13,7 @@ from rich.console import Console
 from lilliput.cli import convert as converting
 from lilliput.cli import mask as masking
 from lilliput.cli import measure, metrics
+from lilliput.cli import merge as merging
 from lilliput.cli import serve as serving
 from lilliput.cli.command import answer, dump, guarded, plain, redirected, write
 from lilliput.cli.convert import ToOpt
@@ -33,6 +34,7 @@ measure.register(app)
 metrics.register(app)
 masking.register(app)
 converting.register(app)
+merging.register(app)
 serving.register(app)
 # Bars of the libraries below would fill a log, so they are for terminals. Read as the libraries are imported, and by
 # child processes.

@@ -20,11 +20,13 @@ from lilliput.machine.cost import Cost, Phase
 from lilliput.model.edited import unedited
 from lilliput.model.weights import Model
 from lilliput.parts.scheme import Scheme
+from lilliput.plan import adapting
 from lilliput.plan.resolve import LinearPlan, Resolved, matches
 from lilliput.source import layers
 from lilliput.streaming.peak import Run
 from lilliput.training import watch
 from lilliput.training.student import LOGITS
+from lilliput.verbs.adapt import Adapt
 from lilliput.verbs.objective import Objective, Widths
 from lilliput.verbs.spec import Method, Stage, Task
 from lilliput.verbs.train import Train, common
@@ -81,10 +83,15 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
     for task in resolved.at(Stage.TRAINING):
         _, objective, options = objective_of(task)
         _text(task, model.skeleton.positions)
-        spec = task.of(Train)
-        spec.trains(task, {x.name: x.scheme for x in trained(resolved, task)})
-        if folded is not None:
-            spec.begins(task, f"{folded} in {model.source.model}")
+        if objective.teaches:
+            _same_vocabulary(task, model, taught_by, given=teacher is not None)
+        if isinstance(task.spec, Adapt):
+            adapting.check(resolved, task, model, teacher, objective, options)
+        else:
+            spec = task.of(Train)
+            spec.trains(task, {x.name: x.scheme for x in trained(resolved, task)})
+            if folded is not None:
+                spec.begins(task, f"{folded} in {model.source.model}")
         if common(task.options).shard:
             reason = unshared(resolved, task, model)
             if reason is not None:
@@ -95,7 +102,6 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
                 raise PlanError(f"{task.label} cannot go block by block: {reason}")
         if not objective.teaches:
             continue
-        _same_vocabulary(task, model, taught_by, given=teacher is not None)
         reason = objective.refuses(widths(model, taught_by), options)
         if reason is not None:
             raise PlanError(f"{task.label} with the objective {common(task.options).objective}: {reason}")
@@ -117,6 +123,8 @@ def _folded(model: Model) -> str | None:
 def unstreamed(resolved: Resolved, task: Task, model: Model) -> str | None:
     """Why a training step cannot go block by block, with the remedy; None: it can."""
     o, (_, objective, options) = common(task.options), objective_of(task)
+    if not isinstance(task.spec, Train):
+        return "an adapter is trained beside the whole folder, as packed as it is: set `driver` to whole"
     if objective.tokens_loss is None or objective.features_loss is not None or objective.beside(options):
         return (
             f"the objective {o.objective} has the teacher run beside the student, both whole in memory: choose "
@@ -147,7 +155,9 @@ def unstreamed(resolved: Resolved, task: Task, model: Model) -> str | None:
 def unshared(resolved: Resolved, task: Task, model: Model) -> str | None:
     """Why processes cannot share out what a training step trains, with the remedy; None: they can."""
     o, (_, objective, options) = common(task.options), objective_of(task)
-    if not isinstance(task.spec, Train) or task.spec.moves:
+    if not isinstance(task.spec, Train):
+        return "an adapter is whole in each of them, beside the whole folder: set `shard` to false"
+    if task.spec.moves:
         return "it looks at whole weights between two passes: set `shard` to false"
     if o.driver == "streamed":
         return "streamed, each process has one block in memory anyway: set `shard` to false, or `driver` to whole"
@@ -283,6 +293,8 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
             if objective.teaches:
                 found.append(Phase("taking the teacher's word", _noting(task, by, run.itemsize)))
             continue
+        if isinstance(task.spec, Adapt):
+            found.append(adapting.phase(resolved, task, run, model))
         if not objective.beside(options):
             continue
         o, shown = common(task.options), 0
@@ -299,7 +311,8 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
         if objective.rolls(options):
             caches = 4 * 2 * o.batch * o.tokens * (size.blocks * size.student + size.teacher_blocks * size.teacher)
             writes = 4 * sum(x.linear.parameters for x in trained(resolved, task)) + caches
-        own = max((x.cost.ram for x in task.phases(run)), default=0)
+        alone = found[-1:] if isinstance(task.spec, Adapt) else task.phases(run)
+        own = max((x.cost.ram for x in alone), default=0)
         found.append(Phase("training beside its teacher", Cost(ram=own + whole + shown + writes)))
     return tuple(found)
 

@@ -29,6 +29,7 @@ from lilliput.plan import training as planning
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress
+from lilliput.run import adapting
 from lilliput.run import lessons as texts
 from lilliput.run.journal import Work, save_atomically
 from lilliput.run.output import Output
@@ -36,10 +37,12 @@ from lilliput.run.teaching import Teaching, teaching
 from lilliput.source import layers
 from lilliput.source.source import own_name
 from lilliput.training import loop, sharding, streamed
+from lilliput.training.adapted import Adapted
 from lilliput.training.streamed import Streamed
 from lilliput.training.student import Student
 from lilliput.training.text import Text
 from lilliput.training.whole import Whole
+from lilliput.verbs.adapt import Adapt
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.train import Train, common
 from lilliput.verbs.trained import Trained
@@ -134,9 +137,13 @@ def _one(
         streamed.refuse(lessons)
     with teaching(task, model, taught_by, lessons, work, progress) as taught:
         place = _place(work, task)
-        trainer = (_by_block if _streamed(plan, task) else _as_whole)(
-            plan, task, model, taught_by, taught, place, progress
-        )
+        student: Student | None = None
+        if _streamed(plan, task):
+            trainer: loop.Trainer = _by_block(plan, task, model, taught_by, taught, place)
+        else:
+            made = adapting.student if isinstance(task.spec, Adapt) else _student
+            student = made(plan, task, model, taught_by, taught)
+            trainer = _as_whole(task, student, model, taught, place, progress)
         curve = loop.train(trainer, lessons, o, progress)
     samples, tokens_each = lessons.ids.shape
     row = TrainingRow(
@@ -151,6 +158,8 @@ def _one(
         seconds=round(curve.seconds, 3),
         stopped=curve.stopped,
     )
+    if isinstance(student, Adapted):
+        return row, adapting.written(task, student, work.staging, fresh)
     return row, _written(plan, trainer, work.staging, fresh)
 
 
@@ -159,9 +168,8 @@ def _streamed(plan: Plan, task: Task) -> bool:
 
 
 def _as_whole(
-    plan: Plan, task: Task, model: Model, before: Model, taught: Teaching, place: Place, progress: Progress
+    task: Task, student: Student, model: Model, taught: Teaching, place: Place, progress: Progress
 ) -> loop.Trainer:
-    student = _student(plan, task, model, before, taught)
     texts.separate(model, taught.lessons, model.source.model)
     text = taught.text(student, model)
     if place.load("state") is None:
@@ -169,9 +177,7 @@ def _as_whole(
     return Whole(student, text, common(task.options), place)
 
 
-def _by_block(
-    plan: Plan, task: Task, model: Model, before: Model, taught: Teaching, place: Place, progress: Progress
-) -> loop.Trainer:
+def _by_block(plan: Plan, task: Task, model: Model, before: Model, taught: Teaching, place: Place) -> loop.Trainer:
     if taught.loss is None or (taught.notes is None and taught.spec.teaches):
         raise RuntimeError(f"{task.label} compares more than distributions, which the plan should have refused")
     blocks: dict[int, list[LinearPlan]] = {}

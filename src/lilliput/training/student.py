@@ -18,7 +18,7 @@ from lilliput.runtime.inputs import Rounding
 from lilliput.training.beside import Look, head
 from lilliput.training.watch import watching
 from lilliput.verbs.objective import FeatureIO, Seen, Taught, TokenIO
-from lilliput.verbs.trained import Trained
+from lilliput.verbs.trained import Leaves, Trained
 
 LOGITS = 1 << 24  # logits that are in memory at a time
 
@@ -62,7 +62,7 @@ class TrainedLinear(nn.Module):
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
 
-def penalties(cores: Sequence[Trained]) -> Tensor | None:
+def penalties(cores: Sequence[Leaves]) -> Tensor | None:
     """What some linears add to the loss, None: nothing."""
     terms = [x for core in cores if (x := core.penalty()) is not None]
     return None if not terms else torch.stack(terms).sum()
@@ -140,7 +140,7 @@ class Student(nn.Module):
         rounding: Rounding | None = linear.__dict__.get("_lilliput_inputs")
         owner._modules[own] = TrainedLinear(core, linear._parameters.get("bias"), rounding)
 
-    def cores(self) -> Mapping[str, Trained]:
+    def cores(self) -> Mapping[str, Leaves]:
         """What is trained, by the name of the linear."""
         return {name.removesuffix(".core"): x for name, x in self.model.named_modules() if isinstance(x, Trained)}
 
@@ -171,13 +171,17 @@ class Student(nn.Module):
         with watching(
             self.skeleton, frozenset() if compared is None else compared.fields, compared is not None and compared.last
         ) as shown:
-            hidden = self.skeleton.read(batch.ids, batch.positions, cache)
+            hidden = self.read(batch, cache)
         total = hidden.new_zeros((), dtype=torch.float32)
         if self._loss is not None:
             total = total + self.tokens(batch, hidden)
         if compared is not None:
             total = total + batch.tokens * compared.loss(self.features(batch, shown))
         return total
+
+    def read(self, batch: Batch, cache: Any) -> Tensor:
+        """What the head reads of a batch, [B, T, H]."""
+        return self.skeleton.read(batch.ids, batch.positions, cache)
 
     def features(self, batch: Batch, shown: Callable[[], Seen]) -> FeatureIO:
         """What the objective compares of a batch. Raises RuntimeError where no teacher has looked at it."""

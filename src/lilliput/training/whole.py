@@ -20,7 +20,7 @@ from lilliput.training.optimizers import AdamW, Leaf, held_back, local, sharded,
 from lilliput.training.student import Batch, Student
 from lilliput.training.text import Rows, Text
 from lilliput.verbs.train import TrainOptions
-from lilliput.verbs.trained import Trained
+from lilliput.verbs.trained import Leaves, Trained
 
 
 class Place(Protocol):
@@ -39,7 +39,7 @@ class Place(Protocol):
         ...
 
 
-def of_cores(cores: Mapping[str, Trained], o: TrainOptions) -> list[Leaf]:
+def of_cores(cores: Mapping[str, Leaves], o: TrainOptions) -> list[Leaf]:
     """What is trained of linears, by their names, at rates of their own."""
     found: list[Leaf] = []
     for linear, core in cores.items():
@@ -200,7 +200,7 @@ class Whole:
         cores = self._student.cores()
         own = {id(x) for core in cores.values() for x in core.parameters()}
         for name, core in cores.items():
-            if name.startswith(prefix) and not name.startswith(but):
+            if isinstance(core, Trained) and name.startswith(prefix) and not name.startswith(but):
                 yield name, core.finish()
         for name, value in self._student.model.named_parameters():
             if value.requires_grad and id(value) not in own and name.startswith(prefix) and not name.startswith(but):

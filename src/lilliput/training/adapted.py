@@ -1,0 +1,32 @@
+"""A model that stays as it is while an adapter in it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lilliput.training.student import Batch, Student
+from lilliput.verbs.adapt import Adapter
+from lilliput.verbs.trained import Leaves
+
+
+class Adapted(Student):
+    """A `Student` of which the adapter alone is trained."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapter: Adapter | None = None
+
+    def adapt(self, adapter: Adapter) -> None:
+        """From now on the model computes with the adapter, which is in its place."""
+        self.adapter = adapter
+
+    def cores(self) -> Mapping[str, Leaves]:
+        return {} if self.adapter is None else {"adapter": self.adapter}
+
+    def read(self, batch: Batch, cache: Any) -> Tensor:
+        if self.adapter is None:
+            return super().read(batch, cache)
+        return self.adapter.read(self.skeleton, batch.ids, batch.positions, cache)

@@ -4,7 +4,7 @@
 
 so that training begins at the folder as it is. W stays packed: it is decoded while it runs, forward and back, and
 gradients pass through it to the factors alone. With a base of NormalFloat of 4 bits whose scales are quantized too this
-is QLoRA.
+is QLoRA, whose paper takes rank 64 for LLaMA.
 
 `start: loftq` begins at the best product for what the folder has lost of the original: B A = SVD_r(W_original - W),
 which is LoftQ with one turn. Further turns would change the codes, which stay: the method `loftq` takes them before,
@@ -56,7 +56,7 @@ METHOD = Adapt(
         "lora": [{"method": "lora"}],
         "qlora": [
             _NF4,
-            {"method": "lora", "target": {"rank": 64}, "options": {"alpha": 16, "dropout": 0.1, "lr": 2e-4}},
+            {"method": "lora", "target": {"rank": 16}, "options": {"alpha": 16, "dropout": 0.1, "lr": 2e-4}},
         ],
     },
     attach=attach,

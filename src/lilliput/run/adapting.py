@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,12 +87,3 @@ def _modes_of(folder: Path) -> Iterator[None]:
     probe.unlink()
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 (hex) over the names and bytes of the files of an adapter."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -65,7 +65,7 @@ class Plan:
     spread: bool = False  # blocks become as wide as an edit decides: sizes are those of equal widths until then
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
     context: Context | None = None  # the sequence whose keys and values count
-    driving: training.Driving = training.Driving()
+    driving: training.Driving = training.UNDRIVEN  # how training steps are carried out
 
     @cached_property
     def bytes(self) -> int:

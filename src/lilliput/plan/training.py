@@ -50,6 +50,9 @@ class Driving:
         return {"drivers": self.drivers} if any(driver == "streamed" for _, driver in self.drivers) else {}
 
 
+UNDRIVEN = Driving()  # of a recipe that trains nothing
+
+
 def objective_of(task: Task) -> tuple[Method, Objective[Any], Any]:
     """The objective that a training step names, its spec and its options. Raises PlanError where there is none of that
     name, or its options are wrong."""

@@ -40,7 +40,7 @@ def test_a_streamed_training_writes_what_the_whole_one_writes(
     before = {"method": "wanda", "target": {"sparsity": 0.5}} if method == "full" else None
     for driver in ("whole", "streamed"):
         text = recipe(method, before, driver=driver, others=["*norm.weight", "*ln_f*"])
-        assert run(tiny(name), tmp_path / driver, text).plan.drivers == {1: driver}
+        assert run(tiny(name), tmp_path / driver, text).plan.driving.drivers == ((1, driver),)
     assert losses(tmp_path / "streamed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     assert api.verify(tmp_path / "streamed").whole
     one, two = open_model(tmp_path / "whole"), open_model(tmp_path / "streamed")
@@ -51,17 +51,17 @@ def test_a_streamed_training_writes_what_the_whole_one_writes(
 def test_auto_streams_where_the_model_does_not_fit(tiny: Tiny) -> None:
     text = recipe()
     free = api.plan(tiny("wide"), recipe=text, **COMMON)
-    assert free.drivers == {1: "whole"}
+    assert free.driving.drivers == ((1, "whole"),)
     assert free.batching.where == "training"
     tight = api.plan(tiny("wide"), recipe=text, memory=free.batching.bytes - 1, **COMMON)
-    assert tight.drivers == {1: "streamed"}
+    assert tight.driving.drivers == ((1, "streamed"),)
     assert tight.batching.bytes < free.batching.bytes
-    assert tight.training_disk > 0
-    assert free.training_disk == 0
+    assert tight.driving.disk > 0
+    assert free.driving.disk == 0
     assert any("block by block" in x for x in tight.notes)
     assert not any("block by block" in x for x in free.notes)
     roomy = api.plan(tiny("wide"), recipe=text, memory=2 * free.batching.bytes, **COMMON)
-    assert roomy.drivers == {1: "whole"}
+    assert roomy.driving.drivers == ((1, "whole"),)
 
 
 @pytest.mark.parametrize(

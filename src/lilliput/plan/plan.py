@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,9 +65,7 @@ class Plan:
     spread: bool = False  # blocks become as wide as an edit decides: sizes are those of equal widths until then
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
     context: Context | None = None  # the sequence whose keys and values count
-    drivers: Mapping[int, str] = field(default_factory=dict)  # by training step: whole or streamed
-    sharing: frozenset[int] = frozenset()  # training steps whose weights the processes share out
-    training_disk: int = 0  # bytes of streamed training steps in the work folder
+    driving: training.Driving = training.UNDRIVEN  # how training steps are carried out
 
     @cached_property
     def bytes(self) -> int:
@@ -157,7 +155,7 @@ class Plan:
             **({"processes": self.processes} if self.processes > 1 else {}),
             **({"vocabulary": self.vocabulary} if self.vocabulary is not None else {}),
             **({"container": self.container} if self.container else {}),
-            **({"drivers": sorted(self.drivers.items())} if "streamed" in self.drivers.values() else {}),
+            **self.driving.facts(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -221,11 +219,6 @@ def scale_dtype(model: Model) -> torch.dtype:
     """Scales are stored in the model's own half precision; float32 models take float16."""
     stored = {model.written_dtype(name) for name in model.skeleton.names_of(0) if name.endswith(".weight")}
     return torch.bfloat16 if torch.bfloat16 in stored else torch.float16
-
-
-def _side_bytes(model: Model) -> int:
-    """Bytes of the files beside the weights."""
-    return sum(path.stat().st_size for path in model.source.side_files().values())
 
 
 def _unloadable(
@@ -355,10 +348,7 @@ def make(
         blocks, hidden = whole.anatomy().blocks, whole.skeleton.hidden_size
         before = replace(run, blocks=blocks, hidden=hidden)
         run = replace(before if spreads(model) else run, before=before)  # any block may keep its width
-    sharing = training.sharing(resolved, model, processes)
-    drivers = training.drivers(training.driven(resolved, {}, sharing), run, model, budget)
-    sharing -= {step for step, driver in drivers.items() if driver == "streamed"}
-    driven = training.driven(resolved, drivers, sharing)
+    driven, driving = training.decided(resolved, run, model, budget)
     needed = estimates.phases(model, driven, run, tensors, teacher)
     batching = footprint.choose(
         driven,
@@ -390,14 +380,12 @@ def make(
         seed=seed,
         seconds=estimates.seconds(resolved, run, dtype, measured=measured),
         notes=remarks(model, driven, tensors, note, processes, counted, teacher),
-        side_bytes=_side_bytes(model),
+        side_bytes=sum(path.stat().st_size for path in model.source.side_files().values()),
         processes=processes,
         spread=spreads(model),
         vocabulary=vocabulary_of(model),
         context=counted,
-        drivers=drivers,
-        sharing=sharing,
-        training_disk=training.disk(driven, drivers, run, model).disk,
+        driving=driving,
     )
     if size is not None and plan.whole_bytes > size:
         over = plan.whole_bytes - size

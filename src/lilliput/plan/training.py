@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lilliput import methods
@@ -32,6 +32,28 @@ from lilliput.verbs.spec import Method, Stage, Task
 from lilliput.verbs.train import Train, common
 
 SMALL = 0.1  # of the teacher's parameters: below it, distillation falls short of a teacher in between
+
+
+@dataclass(frozen=True)
+class Driving:
+    """How training steps are carried out. drivers: number of a step, and whether the model is trained "whole" or
+    "streamed"; sharing: the steps whose weights processes share out; disk: bytes of the streamed ones in the work
+    folder."""
+
+    drivers: tuple[tuple[int, str], ...] = ()
+    sharing: frozenset[int] = frozenset()
+    disk: int = 0
+
+    def streamed(self, step: int) -> bool:
+        """Whether that step goes block by block."""
+        return (step, "streamed") in self.drivers
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run has to agree on."""
+        return {"drivers": self.drivers} if any(driver == "streamed" for _, driver in self.drivers) else {}
+
+
+UNDRIVEN = Driving()  # of a recipe that trains nothing
 
 
 def objective_of(task: Task) -> tuple[Method, Objective[Any], Any]:
@@ -170,7 +192,7 @@ def unshared(resolved: Resolved, task: Task, model: Model) -> str | None:
     return None
 
 
-def sharing(resolved: Resolved, model: Model, processes: int) -> frozenset[int]:
+def _sharing(resolved: Resolved, model: Model, processes: int) -> frozenset[int]:
     """The training steps, by number, whose weights so many processes share out."""
     found = set()
     for task in resolved.at(Stage.TRAINING) if processes > 1 else ():
@@ -179,7 +201,7 @@ def sharing(resolved: Resolved, model: Model, processes: int) -> frozenset[int]:
     return frozenset(found)
 
 
-def drivers(resolved: Resolved, run: Run, model: Model, budget: int | None) -> dict[int, str]:
+def _drivers(resolved: Resolved, run: Run, model: Model, budget: int | None) -> dict[int, str]:
     """By number of a training step, whether the model is trained "whole" or "streamed", where a run may take `budget`
     bytes. Without a budget it is whole: what else runs on a machine must not decide it."""
     found: dict[int, str] = {}
@@ -193,7 +215,7 @@ def drivers(resolved: Resolved, run: Run, model: Model, budget: int | None) -> d
     return found
 
 
-def driven(resolved: Resolved, chosen: Mapping[int, str], shared: Collection[int]) -> Resolved:
+def _driven(resolved: Resolved, chosen: Mapping[int, str], shared: Collection[int]) -> Resolved:
     """The steps with the drivers that were chosen, and whether weights are shared out, to add up what they take."""
 
     def one(task: Task) -> Task:
@@ -205,6 +227,16 @@ def driven(resolved: Resolved, chosen: Mapping[int, str], shared: Collection[int
         return replace(task, options=task.options.model_copy(update=decided))
 
     return replace(resolved, tasks=tuple(one(task) for task in resolved.tasks))
+
+
+def decided(resolved: Resolved, run: Run, model: Model, budget: int | None) -> tuple[Resolved, Driving]:
+    """How training steps are carried out where a run may take `budget` bytes, and the steps with that in their
+    options, to add up what they take."""
+    shared = _sharing(resolved, model, run.processes)
+    chosen = _drivers(_driven(resolved, {}, shared), run, model, budget)
+    shared -= {step for step, driver in chosen.items() if driver == "streamed"}
+    steps = _driven(resolved, chosen, shared)
+    return steps, Driving(tuple(chosen.items()), shared, _disk(steps, chosen, run, model).disk)
 
 
 def _text(task: Task, positions: int | None) -> None:
@@ -352,7 +384,7 @@ def _noting(task: Task, teacher: Model, itemsize: int) -> Cost:
     return Cost(ram=max(2 * itemsize * widest + 4 * passing, head))
 
 
-def disk(resolved: Resolved, chosen: Mapping[int, str], run: Run, model: Model) -> Cost:
+def _disk(resolved: Resolved, chosen: Mapping[int, str], run: Run, model: Model) -> Cost:
     """What streamed training steps have in the work folder, one after the other."""
     whole = Cost()
     for task in resolved.at(Stage.TRAINING):

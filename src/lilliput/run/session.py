@@ -178,7 +178,7 @@ def refuse_work(place: Path | None) -> None:
 def spill(plan: Plan, model: Model, eval_windows: int) -> int:
     """Bytes of what lies in the work folder at its fullest."""
     measuring = Cost(disk=2 * eval_windows * window(model) * model.skeleton.hidden_size * 4 if eval_windows else 0)
-    return stream.cost(plan, model).then(measuring).then(Cost(disk=plan.training_disk)).disk
+    return stream.cost(plan, model).then(measuring).then(Cost(disk=plan.driving.disk)).disk
 
 
 def _shared(tokens: Tokens | None, plan: Plan) -> Tokens | None:

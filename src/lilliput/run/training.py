@@ -164,7 +164,7 @@ def _one(
 
 
 def _streamed(plan: Plan, task: Task) -> bool:
-    return plan.drivers.get(task.step) == "streamed"
+    return plan.driving.streamed(task.step)
 
 
 def _as_whole(
@@ -203,7 +203,7 @@ def _student(plan: Plan, task: Task, model: Model, before: Model, taught: Teachi
         model.load(name for name in names if name not in chosen)
         for x in (chosen[name] for name in names if name in chosen):
             student.place(x.name, _core(plan, task, model, before, x))
-        if task.step in plan.sharing:
+        if task.step in plan.driving.sharing:
             sharding.share_block(student, number)
             memory.trim()
     model.load(name for name in skeleton.shapes if name not in inside)

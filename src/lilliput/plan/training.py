@@ -208,7 +208,7 @@ def _drivers(resolved: Resolved, run: Run, model: Model, budget: int | None) -> 
     for task in resolved.at(Stage.TRAINING):
         driver: str = common(task.options).driver
         if driver == "auto":
-            most = max((x.cost.ram for x in task.phases(run)), default=0)
+            most = _whole(task, run, model)
             fits = budget is None or int((memory.BASE + most) * memory.SLACK) <= budget
             driver = "whole" if fits or unstreamed(resolved, task, model) is not None else "streamed"
         found[task.step] = driver
@@ -327,6 +327,8 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
             continue
         if isinstance(task.spec, Adapt):
             found.append(adapting.phase(resolved, task, run, model))
+        elif common(task.options).others:
+            found.append(Phase("training with what is outside the linears", Cost(ram=_whole(task, run, model))))
         if not objective.beside(options):
             continue
         o, shown = common(task.options), 0
@@ -343,10 +345,18 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
         if objective.rolls(options):
             caches = 4 * 2 * o.batch * o.tokens * (size.blocks * size.student + size.teacher_blocks * size.teacher)
             writes = 4 * sum(x.linear.parameters for x in trained(resolved, task)) + caches
-        alone = found[-1:] if isinstance(task.spec, Adapt) else task.phases(run)
-        own = max((x.cost.ram for x in alone), default=0)
+        own = found[-1].cost.ram if isinstance(task.spec, Adapt) else _whole(task, run, model)
         found.append(Phase("training beside its teacher", Cost(ram=own + whole + shown + writes)))
     return tuple(found)
+
+
+def _whole(task: Task, run: Run, model: Model) -> int:
+    """Bytes that a training step takes with the whole model in memory: those of its own, and gradients and moments of
+    what `others` names."""
+    patterns = common(task.options).others
+    outside = {name: math.prod(shape) for name, shape in model.skeleton.shapes.items()}
+    moved = sum(count for name, count in outside.items() if any(fnmatch.fnmatchcase(name, x) for x in patterns))
+    return max((x.cost.ram for x in task.phases(run)), default=0) + 12 * moved
 
 
 def streamed(resolved: Resolved, task: Task, run: Run, model: Model) -> Cost:

@@ -39,7 +39,7 @@ def test_lora_recover_leaves_the_folder_and_regains_some_of_what_it_lost(
 ) -> None:
     import peft
 
-    out = run(folder, tmp_path / "out", "lora-recover", teacher=tiny("llama"), settings=FEW)
+    out = run(folder, tmp_path / "out", "lora-recover", teacher=tiny("llama"), settings=[*FEW, "lora.start=loftq"])
     old, new = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert old.keys() == new.keys()
     assert all(torch.equal(x, new[n]) for n, x in old.items())
@@ -84,9 +84,43 @@ def test_lora_recover_leaves_the_folder_and_regains_some_of_what_it_lost(
 def test_the_original_has_to_be_known_and_of_the_same_tokens(
     folder: Path, tiny: Callable[[str], Path], noisy: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(PlanError, match="name it with --teacher"):
+    with pytest.raises(PlanError, match="name the original with --teacher"):
         run(folder, tmp_path / "out", "lora-recover", settings=FEW)
     with pytest.raises(PlanError, match="48 tokens, and the student 512"):
         run(folder, tmp_path / "out", "lora-recover", settings=FEW, teacher=noisy(0))
-    with pytest.raises(PlanError, match="has lost of the original"):
-        run(folder, tmp_path / "out", "lora-recover", settings=FEW, teacher=tiny("qwen2"))
+    with pytest.raises(PlanError, match="had in the original"):
+        run(folder, tmp_path / "out", "lora-recover", settings=[*FEW, "lora.start=loftq"], teacher=tiny("qwen2"))
+
+
+LOFTQ = "{method: lora, target: {rank: 2}, options: {start: loftq, data: docs, steps: 1, tokens: 16}}"
+RTN = "{method: rtn, target: {bits: 4, group_size: 32}}"
+
+
+@pytest.mark.parametrize("before", ["{method: awq}", "{method: hadamard}", "{method: flap}"])
+def test_what_was_folded_or_edited_has_no_original_to_begin_at(
+    tiny: Callable[[str], Path], tmp_path: Path, before: str
+) -> None:
+    with pytest.raises(PlanError, match=r"has left others in their place: set its option `start` to zero"):
+        api.plan(tiny("llama"), recipe=f"steps:\n- {before}\n- {RTN}\n- {LOFTQ}\n", samples=2, tokens=16)
+
+
+def test_nor_has_a_folder_whose_recipe_did(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    folded = run(tiny("llama"), tmp_path / "folded", f"steps:\n- {{method: awq}}\n- {RTN}\n")
+    with pytest.raises(PlanError, match=r"awq in .* has left others in their place"):
+        api.plan(folded, recipe=f"steps:\n- {LOFTQ}\n", teacher=tiny("llama"), samples=2, tokens=16)
+
+
+def test_a_container_does_not_lose_an_adapter(folder: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    out = run(folder, tmp_path / "out", "lora-recover", teacher=tiny("llama"), settings=FEW)
+    with pytest.raises(PlanError, match=r"has an adapter in adapter/.*lilliput merge"):
+        api.convert(out, tmp_path / "plain", to="compressed-tensors")
+    plan = api.plan(out, recipe="lora-recover", teacher=tiny("llama"), settings=FEW, samples=2, tokens=16)
+    assert any("is not taken along" in x for x in plan.notes)
+
+
+def test_positions_in_front_of_the_text_are_counted(tiny: Callable[[str], Path]) -> None:
+    recipe = "steps:\n- {method: prompt-tuning, options: {data: docs, tokens: 250, length: 16}}\n"
+    with pytest.raises(
+        PlanError, match=r"250 tokens after 16 positions .* 256: set its option `tokens` to at most 240"
+    ):
+        api.plan(tiny("gpt2"), recipe=recipe, samples=2, tokens=16)

@@ -57,21 +57,22 @@ def check(
             f"{task.label} on {plain[0]}: transformers holds experts that are not compressed as one tensor, in which "
             "an adapter has no place: leave them out with where: {exclude: ['*experts*', lm_head, router]}"
         )
-    if spec.lengthens and objective.beside(options):
+    if lengthening(task) and objective.beside(options):
         raise PlanError(
             f"{task.label} adds positions in front of the text, so that what student and teacher show cannot be "
             "compared, nor the student write: take an objective on distributions, such as logit-kd"
         )
-    if spec.lengthens and (resolved.at(Stage.CACHE) or model.source.caches):
+    if lengthening(task) and (resolved.at(Stage.CACHE) or model.source.caches):
         raise PlanError(
             f"{task.label} adds positions in front of the text, which a compressed cache does not tell from the text: "
             "leave the step for the cache out, or train a `lora`"
         )
     if spec.compares(task.options):
-        _original(task, model, teacher, linears)
+        original(task, model, teacher, linears)
 
 
-def _original(task: Task, model: Model, teacher: Model | None, linears: tuple[LinearPlan, ...]) -> None:
+def original(task: Task, model: Model, teacher: Model | None, linears: tuple[LinearPlan, ...]) -> None:
+    """Raises PlanError where weights before compression are read, and no model is known that has them."""
     if teacher is None and model.source.quantization is not None:
         raise PlanError(
             f"{task.label} begins at what {model.source.model} has lost, and the original is not known: name it with "
@@ -84,10 +85,16 @@ def _original(task: Task, model: Model, teacher: Model | None, linears: tuple[Li
         shape = teacher.shape(name) if name in teacher.refs else None
         if shape != model.shape(name):
             raise PlanError(
-                f"{task.label} begins at what {x.name} has lost of the original, and in {teacher.source.model} it is "
+                f"{task.label} reads the weight that {x.name} had in the original, and in {teacher.source.model} it is "
                 f"{'not there' if shape is None else list(shape)}: name the model that the folder was made of with "
-                "--teacher"
+                "--teacher, or have the step begin at what the folder holds (`start`)"
             )
+
+
+def lengthening(task: Task) -> int:
+    """How many positions a step adds in front of the text."""
+    spec = task.spec
+    return spec.adds(task.options) if isinstance(spec, Adapt) else 0
 
 
 def numbers(resolved: Resolved, task: Task, run: Run) -> int:

@@ -72,14 +72,19 @@ def trained(resolved: Resolved, task: Task) -> tuple[LinearPlan, ...]:
     return tuple(x for x in resolved.linears if matches(where, x.name, x.linear))
 
 
+def _only_trains(resolved: Resolved, model: Model) -> bool:
+    """Whether a folder that is stored as codes is trained as it is."""
+    return model.source.quantization is not None and all(x.spec.stage is Stage.TRAINING for x in resolved.tasks)
+
+
 def held(resolved: Resolved, model: Model) -> Resolved:
     """Where a recipe only trains, linears that are stored as codes stay what they are.
 
     Raises PlanError for a form that cannot be taken up as it is.
     """
-    source = model.source
-    if source.quantization is None or any(x.spec.stage is not Stage.TRAINING for x in resolved.tasks):
+    if not _only_trains(resolved, model):
         return resolved
+    source = model.source
 
     def scheme(name: str) -> Scheme:
         try:
@@ -104,16 +109,26 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
     folded = None if teacher is None else _folded(model)
     for task in resolved.at(Stage.TRAINING):
         _, objective, options = objective_of(task)
-        _text(task, model.skeleton.positions)
+        _text(task, model.skeleton.positions, adapting.lengthening(task))
         if objective.teaches:
+            if teacher is None and _only_trains(resolved, model):
+                raise PlanError(
+                    f"{task.label}: {model.source.model} is compressed already, and would learn from itself: name the "
+                    "original with --teacher"
+                )
             _same_vocabulary(task, model, taught_by, given=teacher is not None)
         if isinstance(task.spec, Adapt):
             adapting.check(resolved, task, model, teacher, objective, options)
-        else:
-            spec = task.of(Train)
-            spec.trains(task, {x.name: x.scheme for x in trained(resolved, task)})
             if folded is not None:
-                spec.begins(task, f"{folded} in {model.source.model}")
+                task.of(Adapt).begins(task, folded)
+        else:
+            spec, linears = task.of(Train), trained(resolved, task)
+            spec.trains(task, {x.name: x.scheme for x in linears})
+            if folded is not None:
+                spec.begins(task, folded)
+            _others(resolved, task, model, linears)
+            if teacher is not None and spec.restarts is not None and spec.restarts(spec.options_of(task)) is not None:
+                adapting.original(task, model, teacher, linears)
         if common(task.options).shard:
             reason = unshared(resolved, task, model)
             if reason is not None:
@@ -138,8 +153,32 @@ def _folded(model: Model) -> str | None:
     """The first step of the recipe of a finished folder that has changed what weights stand for; None: none has."""
     record = provenance.read(model.source.folder)
     known = methods.discover()
-    names = [str(x["method"]) for x in (() if record is None else record.recipe.get("steps", ()))]
-    return next((x for x in names if x in known and known[x].spec.writes == "fold"), None)
+    for x in () if record is None else record.recipe.get("steps", ()):
+        method = known.get(str(x["method"]))
+        if method is None or isinstance(method.spec, Adapt):
+            continue
+        if isinstance(method.spec, Train) or method.spec.folds(method.parse(x.get("options") or {})):
+            return f"{method.name} in {model.source.model}"
+    return None
+
+
+def _others(resolved: Resolved, task: Task, model: Model, linears: Collection[LinearPlan]) -> None:
+    """Raises PlanError for `others` that name nothing, or a linear that is stored as codes."""
+    patterns = common(task.options).others
+    found = {name for name in model.skeleton.shapes if any(fnmatch.fnmatchcase(name, x) for x in patterns)}
+    if patterns and not found:
+        some = ", ".join(sorted(name for name in model.skeleton.shapes if "norm" in name or "embed" in name)[:3])
+        raise PlanError(
+            f"{task.label}: `others` is {list(patterns)}, and no tensor of {model.source.model} is called so: name "
+            f"some of its tensors, as {some or next(iter(model.skeleton.shapes))}"
+        )
+    own = {x.name for x in linears}
+    coded = [x.name for x in resolved.linears if x.scheme.parts and x.name not in own and f"{x.name}.weight" in found]
+    if coded:
+        raise PlanError(
+            f"{task.label}: `others` names {coded[0]}.weight, a linear that is stored as codes: have the step's "
+            "`where` include it, or name fewer tensors"
+        )
 
 
 def unstreamed(resolved: Resolved, task: Task, model: Model) -> str | None:
@@ -239,10 +278,14 @@ def decided(resolved: Resolved, run: Run, model: Model, budget: int | None) -> t
     return steps, Driving(tuple(chosen.items()), shared, _disk(steps, chosen, run, model).disk)
 
 
-def _text(task: Task, positions: int | None) -> None:
+def _text(task: Task, positions: int | None, before: int) -> None:
     o = common(task.options)
-    if o.data is not None and positions is not None and o.tokens > positions:
-        raise PlanError(f"{task.label}: samples of {o.tokens} tokens are longer than the model's {positions}")
+    if o.data is not None and positions is not None and o.tokens + before > positions:
+        more = f" after {before} positions of the step's own" if before else ""
+        raise PlanError(
+            f"{task.label}: samples of {o.tokens} tokens{more} are longer than the model's {positions}: set its option "
+            f"`tokens` to at most {positions - before}"
+        )
     for name in (o.data,) if isinstance(o.data, str) else o.data or ():
         if name != "self":
             load.check(name)
@@ -294,7 +337,11 @@ def notes(resolved: Resolved, model: Model, teacher: Model | None) -> tuple[str,
         f"{' and '.join(by_block)} trains block by block with one of them in memory, which reads the model three times "
         "a step: several times slower than with all of it in memory.",
     )
-    return (*(told if by_block else ()), *_sizes(resolved, model, teacher))
+    beside = tuple(
+        f"The adapter in {x.parent} is not taken along: put it into the weights with `lilliput merge` first."
+        for x in sorted(model.source.folder.glob("*/adapter_config.json"))
+    )
+    return (*beside, *(told if by_block else ()), *_sizes(resolved, model, teacher))
 
 
 def _sizes(resolved: Resolved, model: Model, teacher: Model | None) -> tuple[str, ...]:

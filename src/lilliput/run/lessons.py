@@ -15,6 +15,7 @@ from lilliput.data.tokens import Tokens
 from lilliput.errors import DataError
 from lilliput.machine import ranks
 from lilliput.model.stored import Model
+from lilliput.plan.adapting import lengthening
 from lilliput.plan.plan import Plan
 from lilliput.run.journal import Work, save_atomically
 from lilliput.training.packing import leaks
@@ -34,9 +35,14 @@ def of(plan: Plan, task: Task, model: Model, taught_by: Model, tokens: Tokens | 
         if ranks.lead() and not path.exists():
             _save(path, _read(plan, task, model, taught_by, tokens))
     found = _load(path)
-    limit = model.skeleton.positions
-    if limit is not None and found.ids.shape[1] > limit:
-        raise DataError(f"{task.label}: samples of {found.ids.shape[1]} tokens are longer than the model's {limit}")
+    limit, tokens_each = model.skeleton.positions, found.ids.shape[1]
+    before = lengthening(task)
+    if limit is not None and tokens_each + before > limit:
+        more = f" after {before} positions of the step's own" if before else ""
+        raise DataError(
+            f"{task.label}: samples of {tokens_each} tokens{more} are longer than the model's {limit}: ask for fewer "
+            "--tokens"
+        )
     return found
 
 

@@ -27,7 +27,7 @@ from lilliput.parts.quantized import QuantizedPart
 from lilliput.plan.tensors import METADATA
 from lilliput.run.journal import save_atomically
 from lilliput.source import layers
-from lilliput.training.borrowed import CONFIG, WEIGHTS
+from lilliput.training.borrowed import CONFIG, NESTED, WEIGHTS
 from lilliput.training.packed import is_packed
 from lilliput.units import few
 
@@ -114,9 +114,12 @@ def _read(place: Path, rank: int | None) -> dict[str, _Change]:
     if kind not in ("LORA", "ADALORA", "BEFT") or odd:
         what = f"its {odd[0]} is {config[odd[0]]}" if odd else f"it is of the kind {kind}"
         raise PlanError(f"{place} is no change of weights and biases alone, as {what}: keep it beside the folder")
-    if rank is not None and kind != "LORA":
-        raise PlanError(f"--rank cuts adapters by dylora, and {place} is of the kind {kind}: leave it out")
     with safe_open(place / WEIGHTS, "pt") as file:
+        if rank is not None and (file.metadata() or {}).get(NESTED) is None:
+            raise PlanError(
+                f"--rank cuts adapters by dylora, each of whose leading parts is an adapter, and {place} is not said "
+                "to be one: leave --rank out"
+            )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     found: dict[str, dict[str, Tensor]] = {}
     for key, x in tensors.items():

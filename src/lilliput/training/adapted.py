@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lilliput.training.student import Batch, Student
 from lilliput.verbs.adapt import Adapter
@@ -25,6 +26,18 @@ class Adapted(Student):
 
     def cores(self) -> Mapping[str, Leaves]:
         return {} if self.adapter is None else {"adapter": self.adapter}
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        # The model itself was never put into training mode: what drops inputs is the adapter's.
+        dropping = [x for x in self.modules() if isinstance(x, nn.Dropout) and x.training]
+        try:
+            for x in dropping:
+                x.eval()
+            yield
+        finally:
+            for x in dropping:
+                x.train()
 
     def read(self, batch: Batch, cache: Any) -> Tensor:
         if self.adapter is None:

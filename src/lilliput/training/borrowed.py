@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lilliput.errors import PlanError
 from lilliput.verbs.adapt import Adaptable, Adapter
 
 ADAPTER = "default"  # what peft calls the one adapter
+NESTED = "nested"  # in the metadata of products that may be cut to any rank
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -52,7 +53,9 @@ def names(linears: Sequence[Adaptable]) -> list[str]:
 
 
 class Borrowed(Adapter):
-    """An adapter of peft. inner: the model as `wrapped` made it."""
+    """An adapter of peft. inner: the model as `wrapped` made it; said: metadata of the file that is written."""
+
+    said: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -76,13 +79,13 @@ class Borrowed(Adapter):
         return config
 
     def save(self, folder: Path) -> None:
-        write(folder, self.tensors(), self.config())
+        write(folder, self.tensors(), self.config(), self.said)
 
 
-def write(folder: Path, tensors: dict[str, Tensor], config: Any) -> None:
+def write(folder: Path, tensors: dict[str, Tensor], config: Any, said: Mapping[str, str]) -> None:
     """A folder that peft reads; equal adapters give equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, {"format": "pt", **said})
     config.save_pretrained(str(folder))
     path = folder / CONFIG
     plain = json.loads(path.read_text(encoding="utf-8"))

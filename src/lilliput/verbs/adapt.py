@@ -21,7 +21,7 @@ from lilliput.errors import PlanError
 from lilliput.parts.scheme import Scheme
 from lilliput.target import Target
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
-from lilliput.verbs.train import TrainOptions
+from lilliput.verbs.train import TrainOptions, moved
 from lilliput.verbs.trained import Leaves
 
 
@@ -79,8 +79,8 @@ class Adapt(Spec[OptionsT]):
     `refuses(config, options)`: why a model of this config can have none. `parameters(linears, target, options)`: how
     many numbers are trained beside these linears; `fixed(hidden, blocks, options)`: and how many of a model, whatever
     its linears are. `compares(options)`: whether the weights before compression are read. `borrows`: it is one of
-    peft's. `lengthens`: it adds positions in front of the text, so that what the model shows of its tokens cannot be
-    compared. `covering`: whether `where` says which linears.
+    peft's. `adds(options)`: how many positions it puts in front of the text, so that what the model shows of its tokens
+    cannot be compared. `covering`: whether `where` says which linears.
     """
 
     verb: ClassVar[str] = "adapt"
@@ -95,7 +95,7 @@ class Adapt(Spec[OptionsT]):
     refuses: Callable[[Any, OptionsT], str | None] = lambda config, options: None
     compares: Callable[[OptionsT], bool] = lambda options: False
     borrows: bool = True
-    lengthens: bool = False
+    adds: Callable[[OptionsT], int] = lambda options: 0
     covering: bool = True
     needs: tuple[str, ...] = ()
     writes: Writes = "values"
@@ -117,6 +117,19 @@ class Adapt(Spec[OptionsT]):
             raise PlanError(
                 f"{task.label}: an adapter leaves every tensor of the folder as it is, and `others` would train some: "
                 "leave it out, or train them before with a step such as `full`"
+            )
+
+        changed = moved(recipe[: task.step])
+        if changed is not None:
+            self.begins(task, changed)
+
+    def begins(self, task: Task, changed: str) -> None:
+        """Raises PlanError where the adapter begins at what the original's weights have lost, and `changed` has left
+        others in their place."""
+        if self.compares(self.options_of(task)):
+            raise PlanError(
+                f"{task.label} begins at what the original's weights have lost, and {changed} has left others in their "
+                "place: set its option `start` to zero"
             )
 
     def suits_all(self, task: Task, linears: Mapping[str, tuple[Linear, Scheme]]) -> None:

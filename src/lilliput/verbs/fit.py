@@ -28,7 +28,7 @@ class Fit(Spec[OptionsT]):
     It is the last step on a linear. After a step that quantizes it continues from that step's codes, and so has its
     target; one whose `writes` is "support" trains the weights that a pruning step has kept, and quantizes nothing.
     `copies`: float32 copies of a block's weights that it holds at once; `looks(options, samples)`: samples that all its
-    steps of descent look at, of so many.
+    steps of descent look at, of so many; `moving(options)`: whether it folds something into norms and linears.
     """
 
     verb: ClassVar[str] = "fit"
@@ -42,6 +42,10 @@ class Fit(Spec[OptionsT]):
     looks: Callable[[OptionsT, int], int]
     writes: Writes = "quantized"
     masked: bool = True
+    moving: Callable[[OptionsT], bool] = lambda options: False
+
+    def folds(self, options: OptionsT) -> bool:
+        return self.moving(options)
 
     def scheme_of(self, target: Target, options: OptionsT, rows: int, width: int) -> Scheme:
         if self.writes != "quantized":

@@ -82,6 +82,11 @@ class Spec(Generic[OptionsT]):
         """What a step with these options reads, of `needs`."""
         return frozenset(self.needs if self.reads is None else self.reads(options))
 
+    def folds(self, options: OptionsT) -> bool:
+        """Whether a step with these options changes what weights stand for, so that they are no longer those of the
+        original."""
+        return self.writes == "fold"
+
     def needed(self, target: Target, options: OptionsT) -> frozenset[str]:
         """What a step with this target and these options reads, of `needs`."""
         return self.read(options)

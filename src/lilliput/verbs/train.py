@@ -117,9 +117,9 @@ class Train(Spec[OptionsT]):
                 f"{later.label} would undo what {task.label} has trained: move it before that, or write a folder first "
                 "and compress it again"
             )
-        changed = [x for x in recipe[: task.step] if x.spec.stage is Stage.TRAINING or x.spec.writes == "fold"]
-        if changed:
-            self.begins(task, changed[0].label)
+        changed = moved(recipe[: task.step])
+        if changed is not None:
+            self.begins(task, changed)
         before = [x for x in recipe[: task.step] if x.spec.stage is not Stage.TRAINING]
         if self.moves and before and not any(x.spec.writes == "support" for x in before):
             raise PlanError(
@@ -160,6 +160,11 @@ class Train(Spec[OptionsT]):
             held = -(-held // run.processes) + (self.copies + 2) * most
         ram = 4 * (held + tables) + (o.at_once or 1) * o.tokens * token
         return (Phase("training", Cost(ram=ram)),)
+
+
+def moved(recipe: Sequence[Task]) -> str | None:
+    """The first of some steps after which weights are no longer those of the original, nor codes of them."""
+    return next((x.label for x in recipe if x.spec.stage is Stage.TRAINING or x.spec.folds(x.options)), None)
 
 
 def common(options: Any) -> TrainOptions:

@@ -67,3 +67,10 @@ def test_what_cannot_be_merged_says_what_it_would_cost(
         api.merge(coded(), tmp_path / "out", adapter=prompt)
     with pytest.raises(PlanError, match="adapter of another model"):
         api.merge(tiny("gpt2"), tmp_path / "out", adapter=tmp_path / "adapter")
+
+
+def test_only_nested_products_are_cut(lab: Callable[..., Any], tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    made = lab("lora", tiny("llama"), target={"rank": 4})
+    made.steps(0, 1)
+    with pytest.raises(PlanError, match=r"not said to be one: leave --rank out"):
+        api.merge(tiny("llama"), tmp_path / "out", adapter=made.save(tmp_path / "adapter"), rank=2)

@@ -116,6 +116,15 @@ def test_a_teacher_writes_the_text(tiny: Tiny, tmp_path: Path) -> None:
         ((RTN, "{method: lr-qat, options: {hold: q4.4}}", RTN), "would undo"),
         (("{method: lsq}",), "plain linear"),
         ((RTN, "{method: int2-1}"), "without a product"),
+        ((RTN, "{method: lsq, options: {others: ['*nrom*']}}"), "no tensor of .* is called so"),
+        (
+            (RTN, "{method: lsq, where: {include: ['*q_proj']}, options: {others: ['*k_proj.weight']}}"),
+            r"k_proj.weight, a linear that is stored as codes",
+        ),
+        (
+            ("{method: omniquant, target: {bits: 4}, options: {let: norm}}", "{method: lsq, options: {start: within}}"),
+            "which are not those that .*omniquant.* has left",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tiny: Tiny, steps: tuple[str, ...], words: str) -> None:
@@ -134,3 +143,17 @@ def test_weights_that_were_folded_are_no_originals(tiny: Tiny, tmp_path: Path, s
     with pytest.raises(PlanError, match=words):
         api.plan(folder, recipe=f"steps:\n  - {learn}", teacher=tiny("llama"), tokens=16)
     api.plan(folder, recipe=f"steps:\n  - {learn}".replace(start, "codes"), teacher=tiny("llama"), tokens=16)
+
+
+def test_weights_of_another_model_are_no_originals(tiny: Tiny, tmp_path: Path) -> None:
+    folder = _run(tiny("llama"), tmp_path / "folder", RTN)
+    learn = f"steps:\n  - {{method: lsq, options: {{{FEW}, start: original}}}}"
+    with pytest.raises(PlanError, match=r"reads the weight that .* had in the original, and in .* it is \["):
+        api.plan(folder, recipe=learn, teacher=tiny("wide"), tokens=16)
+
+
+def test_codes_that_were_trained_are_not_trained_from_the_original_again(tiny: Tiny, tmp_path: Path) -> None:
+    once = _run(tiny("llama"), tmp_path / "once", RTN, f"{{method: lsq, options: {{{FEW}}}}}")
+    learn = f"steps:\n  - {{method: lsq, options: {{{FEW}, start: within}}}}"
+    with pytest.raises(PlanError, match=r"which are not those that lsq in .* has left"):
+        api.plan(once, recipe=learn, teacher=tiny("llama"), tokens=16)

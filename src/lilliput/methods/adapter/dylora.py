@@ -14,7 +14,8 @@ the optimizer's momentum still moves the other pairs.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -24,7 +25,7 @@ from lilliput.anatomy.model import Linear
 from lilliput.parts.scheme import Scheme
 from lilliput.target import Target
 from lilliput.training import borrowed, lowrank
-from lilliput.training.borrowed import ADAPTER
+from lilliput.training.borrowed import ADAPTER, NESTED
 from lilliput.training.lowrank import LowRank, LowRankOptions, rank_of
 from lilliput.verbs.adapt import Adapt, Adapter, AdaptIO
 
@@ -39,6 +40,8 @@ class Options(LowRankOptions):
 
 class Nested(LowRank):
     """Products that are cut to a rank while the model runs; `width`: the present one."""
+
+    said: ClassVar[Mapping[str, str]] = {NESTED: "dylora"}
 
     def __init__(self, inner: Any, rank: int, o: Options) -> None:
         super().__init__(inner)

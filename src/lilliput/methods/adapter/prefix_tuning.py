@@ -65,6 +65,6 @@ METHOD = Adapt(
     attach=attach,
     fixed=fixed,
     refuses=refuses,
-    lengthens=True,
+    adds=lambda o: o.length,
     covering=False,
 )

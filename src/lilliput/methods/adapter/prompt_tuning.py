@@ -48,6 +48,6 @@ METHOD = Adapt(
     covers={"prompt-tuning": [{"method": "prompt-tuning"}]},
     attach=attach,
     fixed=fixed,
-    lengthens=True,
+    adds=lambda o: o.length,
     covering=False,
 )

@@ -124,6 +124,7 @@ METHOD = Fit(
     options=Options,
     needs=("square",),
     formats=("int",),
+    moving=lambda o: o.let != "none",
     baseline="rtn",
     covers={
         "omniquant": [

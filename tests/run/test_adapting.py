@@ -74,8 +74,8 @@ def test_lora_recover_leaves_the_folder_and_regains_some_of_what_it_lost(
 
     monkeypatch.setattr(Whole, "step", step)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, tmp_path / "again", "lora-recover", teacher=tiny("llama"), settings=FEW)
-    run(folder, tmp_path / "again", "lora-recover", teacher=tiny("llama"), settings=FEW)
+        run(folder, tmp_path / "again", "lora-recover", teacher=tiny("llama"), settings=[*FEW, "lora.start=loftq"])
+    run(folder, tmp_path / "again", "lora-recover", teacher=tiny("llama"), settings=[*FEW, "lora.start=loftq"])
     assert calls == 6  # three steps, the killed one, and the two after the saved state
     for path in (out / "adapter").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / "adapter" / path.name).read_bytes()

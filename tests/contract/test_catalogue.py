@@ -50,9 +50,8 @@ def _shortened(recipe: str) -> list[str]:
     out: list[str] = []
     for n, step in enumerate(load(recipe).steps):
         verb = methods.get(step.method).spec.verb
-        out += {"fit": [f"{n}.iters=12"], **dict.fromkeys(("train", "adapt"), [f"{n}.steps=3", f"{n}.tokens=32"])}.get(
-            verb, []
-        )
+        few = [f"{n}.steps=3", f"{n}.tokens=32"]
+        out += {"fit": [f"{n}.iters=12"], "train": few, "adapt": few}.get(verb, [])
     return out
 
 

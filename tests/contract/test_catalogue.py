@@ -24,7 +24,7 @@ IDS = [key for key, method in catalogue.covering().items() if isinstance(method.
 
 
 def compress(model: Path, recipe: str, out: Path) -> str:
-    """sha256 over all weights that the recipe writes, and how the folder stores its cache."""
+    """sha256 over all weights and adapters that the recipe writes, and how the folder stores its cache."""
     api.compress(
         model,
         out,
@@ -38,7 +38,7 @@ def compress(model: Path, recipe: str, out: Path) -> str:
         progress=Quiet(),
     )
     digest = hashlib.sha256()
-    for path in sorted(out.glob("*.safetensors")):
+    for path in sorted(out.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     entry = json.loads((out / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     digest.update(json.dumps(entry.get("caches")).encode())  # which change no weight

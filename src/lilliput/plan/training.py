@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -164,12 +163,12 @@ def _folded(model: Model) -> str | None:
 
 def _others(resolved: Resolved, task: Task, model: Model, linears: Collection[LinearPlan]) -> None:
     """Raises PlanError for `others` that name nothing, or a linear that is stored as codes."""
-    patterns = common(task.options).others
-    found = {name for name in model.skeleton.shapes if any(fnmatch.fnmatchcase(name, x) for x in patterns)}
-    if patterns and not found:
+    o = common(task.options)
+    found = {name for name in model.skeleton.shapes if o.trains(name)}
+    if o.others and not found:
         some = ", ".join(sorted(name for name in model.skeleton.shapes if "norm" in name or "embed" in name)[:3])
         raise PlanError(
-            f"{task.label}: `others` is {list(patterns)}, and no tensor of {model.source.model} is called so: name "
+            f"{task.label}: `others` is {list(o.others)}, and no tensor of {model.source.model} is called so: name "
             f"some of its tensors, as {some or next(iter(model.skeleton.shapes))}"
         )
     own = {x.name for x in linears}
@@ -199,7 +198,7 @@ def unstreamed(resolved: Resolved, task: Task, model: Model) -> str | None:
             f"{running[0].label} changes how blocks run together, which is trained with the whole model in memory "
             "alone: leave that step to a later run, or set `driver` to whole"
         )
-    outside = [name for name in model.skeleton.embeddings if any(fnmatch.fnmatchcase(name, x) for x in o.others)]
+    outside = [name for name in model.skeleton.embeddings if o.trains(name)]
     if outside:
         tied = ", which is the head too," if outside[0] == model.skeleton.head else ""
         return (
@@ -338,8 +337,9 @@ def notes(resolved: Resolved, model: Model, teacher: Model | None) -> tuple[str,
         "a step: several times slower than with all of it in memory.",
     )
     beside = tuple(
-        f"The adapter in {x.parent} is not taken along: put it into the weights with `lilliput merge` first."
-        for x in sorted(model.source.folder.glob("*/adapter_config.json"))
+        f"The adapter in {model.source.folder / x} is not taken along: put it into the weights with `lilliput merge` "
+        "first."
+        for x in model.source.adapters()
     )
     return (*beside, *(told if by_block else ()), *_sizes(resolved, model, teacher))
 
@@ -400,9 +400,8 @@ def phases(resolved: Resolved, run: Run, model: Model, teacher: Model | None) ->
 def _whole(task: Task, run: Run, model: Model) -> int:
     """Bytes that a training step takes with the whole model in memory: those of its own, and gradients and moments of
     what `others` names."""
-    patterns = common(task.options).others
-    outside = {name: math.prod(shape) for name, shape in model.skeleton.shapes.items()}
-    moved = sum(count for name, count in outside.items() if any(fnmatch.fnmatchcase(name, x) for x in patterns))
+    o = common(task.options)
+    moved = sum(math.prod(shape) for name, shape in model.skeleton.shapes.items() if o.trains(name))
     return max((x.cost.ram for x in task.phases(run)), default=0) + 12 * moved
 
 
@@ -420,7 +419,7 @@ def streamed(resolved: Resolved, task: Task, run: Run, model: Model) -> Cost:
         passing = 3 * 4 * rows * tokens * (widths + 8 * run.hidden)
         ram = max(ram, 4 * (spec.copies * weights + 6 * largest) + passing)
     vocabulary, width = model.skeleton.shapes[model.skeleton.head]
-    moved = any(fnmatch.fnmatchcase(model.skeleton.head, x) for x in o.others)
+    moved = o.trains(model.skeleton.head)
     kept = vocabulary if o.top is None else min(o.top, vocabulary)
     logits = min(max(LOGITS, vocabulary), rows * tokens * vocabulary)
     head = vocabulary * width * (8 + (20 if moved else 0))

@@ -229,6 +229,10 @@ class Source:
         other._trimmed = _Trimmed(self, kept)
         return other
 
+    def adapters(self) -> list[str]:
+        """The subfolders that hold an adapter for this checkpoint, by their names."""
+        return sorted(x.parent.name for x in self.folder.glob("*/adapter_config.json"))
+
     def side_files(self) -> dict[str, Path]:
         """Name in the folder -> file to carry over: tokenizer, chat templates, generation config, licence. No weights,
         no code.

@@ -22,6 +22,23 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview(view).cast("B")
 
 
+def fill(view: memoryview, file: int, at: int, path: Path) -> None:
+    """Read all of `view` from an open file, from byte `at` on. Raises OSError where it is shorter."""
+    count = 0
+    while count < len(view):
+        step = os.preadv(file, [view[count:]], at + count)
+        if step == 0:
+            raise OSError(f"{path} ended early")
+        count += step
+
+
+def store(view: memoryview, file: int, at: int) -> None:
+    """Write all of `view` to an open file, from byte `at` on."""
+    count = 0
+    while count < len(view):
+        count += os.pwrite(file, view[count:], at + count)
+
+
 class Activations:
     """Hidden states [samples, tokens, hidden] of one dtype in one file, read and written by ranges of samples.
 
@@ -68,21 +85,12 @@ class Activations:
     def read(self, start: int, stop: int) -> Tensor:
         """Samples [start, stop) as a new tensor [stop - start, tokens, hidden]."""
         out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
-        view = raw(out)
-        count, at = 0, start * self._row
-        while count < len(view):
-            step = os.preadv(self._file, [view[count:]], at + count)
-            if step == 0:
-                raise OSError(f"{self.path} ended early")
-            count += step
+        fill(raw(out), self._file, start * self._row, self.path)
         return out
 
     def write(self, start: int, hidden: Tensor) -> None:
         """Store `hidden` [n, tokens, hidden] from sample `start` on."""
-        view = raw(hidden.detach().to("cpu", self.dtype).contiguous())
-        count, at = 0, start * self._row
-        while count < len(view):
-            count += os.pwrite(self._file, view[count:], at + count)
+        store(raw(hidden.detach().to("cpu", self.dtype).contiguous()), self._file, start * self._row)
 
     def checksum(self) -> int:
         """CRC-32 of the content: a resumed run starts from it only if it is what was written."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lilliput.streaming.states import raw
+from lilliput.streaming.states import fill, raw, store
 
 
 class Pages:
@@ -43,12 +43,7 @@ class Pages:
         shape, dtype = self._shapes[name]
         out = torch.empty(shape, dtype=dtype)
         if out.numel():
-            view, at, count = raw(out.reshape(-1)), self._at[name], 0
-            while count < len(view):
-                step = os.preadv(self._file, [view[count:]], at + count)
-                if step == 0:
-                    raise OSError(f"{self.path} ended early")
-                count += step
+            fill(raw(out.reshape(-1)), self._file, self._at[name], self.path)
         return out
 
     def write(self, name: str, value: Tensor) -> None:
@@ -57,10 +52,7 @@ class Pages:
         if value.shape != shape:
             raise RuntimeError(f"{name} has the shape {list(value.shape)}, and its place that of {list(shape)}")
         if value.numel():
-            view = raw(value.detach().to("cpu", dtype).contiguous().reshape(-1))
-            at, count = self._at[name], 0
-            while count < len(view):
-                count += os.pwrite(self._file, view[count:], at + count)
+            store(raw(value.detach().to("cpu", dtype).contiguous().reshape(-1)), self._file, self._at[name])
 
     def _copy(self, tag: str) -> Path:
         return self.path.with_name(f"{self.path.stem}-{tag}.bin")

@@ -12,7 +12,7 @@ from lilliput.machine import memory
 from lilliput.model.weights import Model
 from lilliput.training.optimizers import Leaf
 from lilliput.training.student import Student
-from lilliput.training.whole import named, of_cores
+from lilliput.training.whole import of_cores
 from lilliput.verbs.train import TrainOptions
 from lilliput.verbs.trained import Trained
 
@@ -67,7 +67,7 @@ class Places:
         leaves = of_cores(cores, self.o)
         for name in names:
             value = skeleton.tensor(name)
-            if isinstance(value, nn.Parameter) and named(name, self.o):
+            if isinstance(value, nn.Parameter) and self.o.trains(name):
                 leaves.append(Leaf(name, value.requires_grad_()))
         try:
             for name, core in cores.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,17 +50,12 @@ def of_cores(cores: Mapping[str, Leaves], o: TrainOptions) -> list[Leaf]:
     return found
 
 
-def named(name: str, o: TrainOptions) -> bool:
-    """Whether a tensor outside the linears is trained too."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in o.others)
-
-
 def leaves(student: Student, o: TrainOptions) -> tuple[Leaf, ...]:
     """What is trained: of linears, and `others`."""
     found = of_cores(student.cores(), o)
     inside = {id(x) for core in student.cores().values() for x in core.parameters()}
     for name, value in student.model.named_parameters():
-        if id(value) not in inside and named(name, o):
+        if id(value) not in inside and o.trains(name):
             value.requires_grad_()
             found.append(Leaf(name, value))
     if student.maps is not None and student.compared is not None:

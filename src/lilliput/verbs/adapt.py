@@ -118,7 +118,6 @@ class Adapt(Spec[OptionsT]):
                 f"{task.label}: an adapter leaves every tensor of the folder as it is, and `others` would train some: "
                 "leave it out, or train them before with a step such as `full`"
             )
-
         changed = moved(recipe[: task.step])
         if changed is not None:
             self.begins(task, changed)

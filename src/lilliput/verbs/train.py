@@ -7,6 +7,7 @@ schedule. The linears keep what they are stored as, so that the plan knows every
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -84,6 +85,10 @@ class TrainOptions(Strict):
     save: int = Field(25, ge=1, description="steps between two states from which a killed run goes on")
     seed: int = Field(0, ge=0, description="of the order of samples and whatever is drawn")
 
+    def trains(self, name: str) -> bool:
+        """Whether a tensor outside the linears is trained too."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.others)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Spec[OptionsT]):
@@ -91,8 +96,7 @@ class Train(Spec[OptionsT]):
     and its weight before them, float32 [out, in]. `admits(scheme, options)`: why a linear that is stored so cannot be
     trained; None where it can. `moves`: it moves zeros, whose number a step before it has planned. `restarts(options)`:
     where it begins at the original's weights, the value of `start` that begins at those which the steps before have
-    left; None where it does. `copies`: float32 copies of a
-    weight that it holds, its gradients and moments included.
+    left; None where it does. `copies`: float32 copies of a weight that it holds, its gradients and moments included.
     """
 
     verb: ClassVar[str] = "train"

@@ -90,11 +90,6 @@ def runs_plainly(source: Source, container: str) -> None:
         )
 
 
-def adapters(folder: Path) -> list[str]:
-    """The subfolders that hold an adapter, by their names."""
-    return sorted(x.parent.name for x in folder.glob("*/adapter_config.json"))
-
-
 def admitted(folder: Path, out: Path, converter: Converter) -> tuple[Source, tuple[Outcome, ...]]:
     """The folder to be converted, and its linears that are no plain tensors.
 
@@ -104,7 +99,7 @@ def admitted(folder: Path, out: Path, converter: Converter) -> tuple[Source, tup
     vacant(out)
     source = open_source(str(folder))
     found = outcomes(source)
-    beside = adapters(source.folder)
+    beside = source.adapters()
     if beside:
         raise PlanError(
             f"{folder} has an adapter in {beside[0]}/, which a folder as {converter.name} would leave out: put it into "

@@ -15,6 +15,7 @@ from lilliput.cli import main as cli
 from lilliput.methods import index as catalogue
 from lilliput.progress import Quiet
 from lilliput.recipe.load import load
+from lilliput.verbs.gated import GateOptions
 
 pytestmark = pytest.mark.slow
 
@@ -49,9 +50,10 @@ def _shortened(recipe: str) -> list[str]:
     """A dozen steps of descent show that a fit runs, and a few that a training does."""
     out: list[str] = []
     for n, step in enumerate(load(recipe).steps):
-        verb = methods.get(step.method).spec.verb
+        spec = methods.get(step.method).spec
         few = [f"{n}.steps=3", f"{n}.tokens=32"]
-        out += {"fit": [f"{n}.iters=12"], "train": few, "adapt": few}.get(verb, [])
+        gated = few if issubclass(spec.options, GateOptions) else []
+        out += {"fit": [f"{n}.iters=12"], "train": few, "adapt": few, "edit": gated}.get(spec.verb, [])
     return out
 
 

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from lilliput.errors import DataError
-from lilliput.tasks.instructions import compare_instructions, instruction, repetition
+from lilliput.tasks.instructions import _beginning, _mean_likelihoods, compare_instructions, instruction, repetition
+from lilliput.tasks.run import loaded
 
 
 def test_repetition_by_hand():
@@ -61,3 +62,13 @@ def test_a_model_beside_itself(tiny, jsonl):
     assert found.repetition_difference.value == 0.0
     with pytest.raises(DataError, match="at least 2"):
         compare_instructions(tiny("llama"), tiny("llama"), path, limit=1)
+
+
+def test_an_answer_beyond_the_positions_is_scored_by_its_beginning(tiny):
+    with loaded(tiny("llama"), device="cpu", dtype="float32", work=None) as whole:
+        long = "values " * 400
+        begun = _beginning(whole.tokenizer, long, 128)
+        assert long.startswith(begun) and 0 < len(begun) < len(long)
+        cut, same = _mean_likelihoods(whole, ["a b"] * 2, [long, begun])
+        assert cut == pytest.approx(same)
+        assert math.isfinite(cut)

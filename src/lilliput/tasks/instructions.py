@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,8 +29,11 @@ from lilliput.tasks.answers import store_in
 from lilliput.tasks.decode import greedy
 from lilliput.tasks.files import Spec, category, parse, rows
 from lilliput.tasks.judge import Judged
-from lilliput.tasks.likelihood import Loaded, ids_of, log_likelihoods
+from lilliput.tasks.likelihood import Loaded, context_length, ids_of, log_likelihoods
 from lilliput.tasks.run import fewer_note, loaded, shared_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KNOWN = "instructions"  # what such a task is called: instructions=FILE, or instructions:LABEL=FILE
 NGRAM = 4
@@ -155,11 +158,23 @@ def _interval(values: Sequence[float], low: float = 0.0, high: float = float("in
 
 
 def _mean_likelihoods(model: Loaded, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Mean log-likelihood a token; minus infinity for an empty answer, which says nothing."""
-    answered = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
-    scores = iter(log_likelihoods(model, answered))
-    lengths = [len(ids_of(model.tokenizer, a, special=False)) for a in answers]
-    return [next(scores).value / n if a else -float("inf") for a, n in zip(answers, lengths, strict=True)]
+    """Mean log-likelihood a token; minus infinity for an empty answer, which says nothing. Of an answer that takes more
+    than half of the model's positions only the beginning counts: bytes that are no text may take three tokens each when
+    they are read again."""
+    tokenizer, room = model.tokenizer, context_length(model.model) // 2
+    begun = [_beginning(tokenizer, a, room) for a in answers]
+    scores = iter(log_likelihoods(model, [(p, a) for p, a in zip(prompts, begun, strict=True) if a]))
+    lengths = [len(ids_of(tokenizer, a, special=False)) for a in begun]
+    return [next(scores).value / n if a else -float("inf") for a, n in zip(begun, lengths, strict=True)]
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> str:
+    """At most about `most` tokens of a text."""
+    ids = ids_of(tokenizer, text, special=False)
+    if len(ids) <= most:
+        return text
+    kept: str = tokenizer.decode(ids[:most], skip_special_tokens=False)
+    return kept
 
 
 def compare_instructions(

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lilliput.errors import PlanError
 from lilliput.verbs.adapt import Adaptable, Adapter
@@ -44,6 +43,8 @@ def wrapped(model: nn.Module, config: Any) -> Any:
 
 def fan_in(model: nn.Module, linears: Sequence[Adaptable]) -> bool:
     """Whether the linears hold their weights as [in, out]."""
+    from transformers.pytorch_utils import Conv1D  # not where methods are only listed
+
     return all(isinstance(model.get_submodule(x.name), Conv1D) for x in linears)
 
 

@@ -248,7 +248,7 @@ def test_rounded_inputs_are_part_of_the_loss(toy: Any, ready: RotatedModel, tmp_
     value, expected, _ = reference(toy, rotation, None)
     assert loss == pytest.approx(value, rel=1e-3)  # an input between two codes may fall to either side
     assert float((slope.float() - expected).norm() / expected.norm()) < 0.05
-    options = [spinquant.Options(steps=n, weights=False, rate=0.05) for n in (0, 10)]
+    options = [spinquant.Options(steps=n, weights=False, rate=0.02) for n in (0, 10)]
     start, end = (residual(spinquant.learn(ready, samples, linears(toy, GRID), o)) for o in options)
     before, after = (
         backward.loss(ready.skeleton, spinquant._read(ready, {}, spinquant.Rotations(r, {})), samples)

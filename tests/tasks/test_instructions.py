@@ -68,7 +68,8 @@ def test_an_answer_beyond_the_positions_is_scored_by_its_beginning(tiny):
     with loaded(tiny("llama"), device="cpu", dtype="float32", work=None) as whole:
         long = "values " * 400
         begun = _beginning(whole.tokenizer, long, 128)
-        assert long.startswith(begun) and 0 < len(begun) < len(long)
+        assert long.startswith(begun)
+        assert 0 < len(begun) < len(long)
         cut, same = _mean_likelihoods(whole, ["a b"] * 2, [long, begun])
         assert cut == pytest.approx(same)
         assert math.isfinite(cut)

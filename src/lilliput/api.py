@@ -19,7 +19,7 @@ from lilliput.machine.device import compute_dtype
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.model import inspect as anatomy
-from lilliput.model.stored import open_model
+from lilliput.model.stored import open_adapted, open_model
 from lilliput.options import HELD_OUT, Calibration, Compute, Decoding, Fit, Limits, Text
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
@@ -32,7 +32,7 @@ from lilliput.run.converted import converted
 from lilliput.run.frontier import Frontier
 from lilliput.run.merging import Merged
 from lilliput.run.result import Compression
-from lilliput.runtime import bottleneck
+from lilliput.runtime import adapter as adapters
 from lilliput.runtime.behaviours import masks
 from lilliput.runtime.load import load as load
 
@@ -218,14 +218,17 @@ def evaluate(
     tokens: int | None = None,
     memory: int | None = None,
     dtype: str = "float32",
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity and, against a reference, the paired ratio, KL divergence and agreement, each with a 95 % interval.
 
-    Windows have `tokens` tokens: 1,024, or as many as the models know positions.
+    Windows have `tokens` tokens: 1,024, or as many as the models know positions. adapter: folder of one that the model
+    computes with; raises PlanError for prefixes and prompts, which are in front of the text.
     """
+    ours = model if adapter is None else open_adapted(model, adapter, dtype=compute_dtype(dtype, "cpu"))
     return measure(
-        model, against, data=data, windows=windows, tokens=tokens, memory=memory, dtype=dtype, progress=progress
+        ours, against, data=data, windows=windows, tokens=tokens, memory=memory, dtype=dtype, progress=progress
     )
 
 
@@ -278,9 +281,13 @@ def merge(folder: str | Path, out: str | Path, *, adapter: str | Path | None = N
 
 
 def use_adapter(model: Any, folder: str | Path) -> None:
-    """Give a loaded model the bottleneck adapters that the method `adapter` has written into a folder; those of the
-    other methods are loaded with `peft.PeftModel.from_pretrained`. Raises SourceError for a folder of another kind."""
-    bottleneck.attach(model, Path(folder))
+    """Let the linears of a loaded model compute with an adapter, without peft: networks behind linears (`adapter`),
+    products (`lora`, `dylora`, `adalora`, `qa-lora`) or biases (`bitfit`).
+
+    Prefixes and prompts are loaded with `peft.PeftModel.from_pretrained`. Raises PlanError for those and for a folder
+    without an adapter, SourceError for one of another model.
+    """
+    adapters.attach(model, Path(folder), next(model.parameters()).device)
 
 
 def use_mask(model: Any, name: str | None, *, folder: str | Path | None = None) -> None:

@@ -97,7 +97,7 @@ class Parts:
     tasks: names, or NAME=FILE, with at most `limit` items each and `shots` examples before each item (None: all, and
     the task's own number); prompts: how many to continue greedily; where: find the blocks and linears that the loss
     comes from; speed: time both models; roofline: predict times on named devices; judge: who compares the answers to
-    instructions.
+    instructions; adapter: folder of one that the model computes with, on text alone.
     """
 
     tasks: tuple[str, ...] = ()
@@ -108,6 +108,7 @@ class Parts:
     speed: bool = False
     roofline: bool = False
     judge: Judge | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from lilliput import api
+from lilliput.cli.main import app
 from lilliput.errors import PlanError
 from lilliput.progress import Quiet
 
@@ -79,6 +81,40 @@ def test_lora_recover_leaves_the_folder_and_regains_some_of_what_it_lost(
     assert calls == 6  # three steps, the killed one, and the two after the saved state
     for path in (out / "adapter").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / "adapter" / path.name).read_bytes()
+
+
+def test_figures_are_those_with_the_adapter(folder: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    def compressed(recipe: str, out: Path, few: list[str]) -> Any:
+        return api.compress(
+            folder,
+            out,
+            recipe=recipe,
+            settings=few,
+            teacher=tiny("llama"),
+            samples=4,
+            tokens=16,
+            device="cpu",
+            dtype="float32",
+            eval_data="docs",
+            eval_windows=2,
+            progress=Quiet(),
+        ).evaluation
+
+    found = compressed("lora-recover", tmp_path / "out", [*FEW, "lora.start=loftq"])
+    measured = {"data": "docs", "windows": 2}
+    alone = api.evaluate(tmp_path / "out", tiny("llama"), **measured)
+    beside = api.evaluate(tmp_path / "out", tiny("llama"), adapter=tmp_path / "out" / "adapter", **measured)
+    assert any("with the adapter" in x for x in found.notes)
+    assert found.texts[0].kl.value == beside.texts[0].kl.value
+    assert beside.texts[0].kl.value < 0.9 * alone.texts[0].kl.value
+    line = [str(tmp_path / "out"), "--against", str(tiny("llama")), "--adapter", str(tmp_path / "out" / "adapter")]
+    done = CliRunner().invoke(app, ["eval", *line, "--data", "docs", "--windows", "2", "--json"])
+    assert json.loads(done.stdout)["quality"]["data"][0]["kl"]["value"] == beside.texts[0].kl.value
+    assert CliRunner().invoke(app, ["eval", *line, "--windows", "2", "--speed"]).exit_code == 2
+    prompt = "steps:\n- {method: prompt-tuning, options: {data: docs, tokens: 16, steps: 1, length: 4}}\n"
+    bare = compressed(prompt, tmp_path / "prompt", [])
+    assert bare.texts[0].kl.value == alone.texts[0].kl.value
+    assert any("without its adapter" in x for x in bare.notes)
 
 
 def test_the_original_has_to_be_known_and_of_the_same_tokens(

@@ -50,6 +50,9 @@ def evaluate(
     prompts: Annotated[int, typer.Option(min=0, help="Prompts that both models continue greedily; 0: none.")] = 0,
     where: Annotated[bool, typer.Option("--where", help="Find where the loss comes from; implied by --html.")] = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="Predict times on named devices.")] = False,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of an adapter that MODEL computes with; text alone is measured.")
+    ] = None,
     html: HtmlOpt = None,
     max_kl: Annotated[
         float | None, typer.Option(min=0.0, help="Exit with 3 above this KL divergence, in nats.")
@@ -77,6 +80,7 @@ def evaluate(
         speed=measure.speed,
         roofline=roofline or html is not None,
         judge=None if judge is None or judge_model is None else Judge(judge, judge_model, os.environ.get(JUDGE_KEY)),
+        adapter=adapter,
     )
 
     def run() -> Any:

@@ -15,6 +15,7 @@ from lilliput.anatomy.model import Anatomy
 from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 from lilliput.model.weights import Model, stretches
+from lilliput.runtime import adapter as adapters
 from lilliput.runtime import behaviours, caches, inputs
 from lilliput.source import Source, Stored, open_source
 from lilliput.source.names import Names, Ref, bind, single_name
@@ -173,6 +174,19 @@ def open_model(
         caches.install(skeleton.model, entries, source.read)
     opened = StoredModel(source, skeleton, names, notes)
     _round_inputs(opened)
+    return opened
+
+
+def open_adapted(
+    model: str | Path, adapter: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Model:
+    """Open a folder whose linears compute with an adapter, which stays in memory.
+
+    Weights are read as the folder has them. Raises PlanError for prefixes and prompts and where no adapter is, and
+    SourceError for an adapter of another model.
+    """
+    opened = open_model(model, dtype=dtype, device=device)
+    adapters.attach(opened.skeleton.model, Path(adapter), device)
     return opened
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lilliput import recipe as recipes
-from lilliput.errors import LilliputError
+from lilliput.errors import LilliputError, PlanError
 from lilliput.export import provenance
 from lilliput.metrics.evaluate import Evaluation, compute_dtype, evaluate
-from lilliput.model.stored import Model, open_model
+from lilliput.model.stored import Model, open_adapted, open_model
 from lilliput.options import Compute, Gates, Limits, Parts, Text
 from lilliput.recipe import schema
 from lilliput.report.verdict import check_gates, verdict
@@ -86,12 +86,21 @@ def gather(
     from lilliput.tasks.instructions import compare_instructions, separate
 
     dtype = compute_dtype(compute.dtype)
+    bare = parts.tasks or parts.prompts or parts.where or parts.speed or parts.roofline
+    if parts.adapter is not None and bare:
+        raise PlanError(
+            "an adapter is measured on text alone: leave out tasks, prompts, --where, --speed, --roofline and --html, "
+            "or merge it (`lilliput merge`)"
+        )
     scored, instructed = separate(parts.tasks, against, parts.judge)
     if scored:
         from lilliput.tasks import check_tasks
 
         check_tasks(model, against, scored, limit=parts.limit, shots=parts.shots)
-    ours = open_model(model, dtype=dtype, device=compute.device)
+    if parts.adapter is None:
+        ours = open_model(model, dtype=dtype, device=compute.device)
+    else:
+        ours = open_adapted(model, parts.adapter, dtype=dtype, device=compute.device)
     base = None if against is None else open_model(against, dtype=dtype, device=compute.device)
     if evaluation is None:
         shared: Data = {"memory": limits.memory, "dtype": compute.dtype, "work": compute.work, "progress": progress}

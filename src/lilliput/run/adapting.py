@@ -76,6 +76,12 @@ def written(task: Task, student: Adapted, folder: Path, fresh: Path) -> dict[str
     return {}
 
 
+def beside(plan: Plan, folder: Path) -> Path | None:
+    """Where the folder has the adapter that the plan trains for it; None: the plan trains none."""
+    found = (x for x in plan.resolved.tasks if isinstance(x.spec, Adapt))
+    return next((folder / settings(x.options).into for x in found), None)
+
+
 @contextmanager
 def _modes_of(folder: Path) -> Iterator[None]:
     """Files that the context writes below the folder can be read by whom the umask lets: safetensors' are for their

@@ -6,7 +6,6 @@ to biases. Codes stay as they are: what could only be had by quantizing anew is 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,14 +25,13 @@ from lilliput.model.stored import Model, Ref, open_model
 from lilliput.parts.quantized import QuantizedPart
 from lilliput.plan.tensors import METADATA
 from lilliput.run.journal import save_atomically
+from lilliput.runtime import adapter as adapter_files
+from lilliput.runtime.adapter import Change
 from lilliput.source import layers
-from lilliput.training.borrowed import CONFIG, NESTED, WEIGHTS
 from lilliput.training.packed import is_packed
 from lilliput.units import few
 
-PREFIX = "base_model.model."
 PRUNED = 0.01  # share of zeros from which on a plain linear counts as pruned
-_PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "alpha_pattern": {}, "modules_to_save": None}
 
 
 @dataclass(frozen=True)
@@ -51,22 +49,6 @@ class Merged:
         return dict(vars(self))
 
 
-@dataclass(frozen=True)
-class _Change:
-    """What an adapter adds to a linear: scale * up [out, r] @ down [r, in]; bias [out]."""
-
-    up: Tensor | None = None
-    down: Tensor | None = None
-    scale: float = 1.0
-    bias: Tensor | None = None
-
-    def product(self) -> Tensor:
-        """Float32 [out, in]."""
-        if self.up is None or self.down is None:
-            raise RuntimeError("a bias is no product")
-        return (self.scale * self.up.double() @ self.down.double()).float()
-
-
 def merge(folder: Path, out: Path, adapter: Path | None = None, rank: int | None = None) -> Merged:
     """Write the folder with an adapter of its own (adapter None: its subfolder "adapter") as `out`.
 
@@ -75,7 +57,7 @@ def merge(folder: Path, out: Path, adapter: Path | None = None, rank: int | None
     """
     vacant(out)
     place = folder / "adapter" if adapter is None else adapter
-    changes = _read(place, rank)
+    changes = adapter_files.changes(place, rank)
     model = open_model(folder)
     _known(model, changes, place)
     lost: dict[str, float | None] = {}
@@ -103,46 +85,7 @@ def merge(folder: Path, out: Path, adapter: Path | None = None, rank: int | None
     return Merged(str(out), str(place), len(changes) - biases, biases, size)
 
 
-def _read(place: Path, rank: int | None) -> dict[str, _Change]:
-    """What an adapter of peft changes, by the names of linears."""
-    try:
-        config = json.loads((place / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{place} holds no adapter ({error}): name its folder with --adapter") from None
-    kind = config.get("peft_type", config.get("adapter_type"))
-    odd = [key for key, value in _PLAIN.items() if config.get(key, value) not in (value, None)]
-    if kind not in ("LORA", "ADALORA", "BEFT") or odd:
-        what = f"its {odd[0]} is {config[odd[0]]}" if odd else f"it is of the kind {kind}"
-        raise PlanError(f"{place} is no change of weights and biases alone, as {what}: keep it beside the folder")
-    with safe_open(place / WEIGHTS, "pt") as file:
-        if rank is not None and (file.metadata() or {}).get(NESTED) is None:
-            raise PlanError(
-                f"--rank cuts adapters by dylora, each of whose leading parts is an adapter, and {place} is not said "
-                "to be one: leave --rank out"
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, x in tensors.items():
-        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        found.setdefault(name, {})[part] = x
-    return {name: _change(name, parts, config, kind, rank) for name, parts in found.items()}
-
-
-def _change(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], kind: str, rank: int | None) -> _Change:
-    if kind == "BEFT":
-        return _Change(bias=parts["beft_bias"].reshape(-1).float())
-    up, down = parts["lora_B"].float(), parts["lora_A"].float()
-    if kind == "ADALORA":
-        # peft divides by the rank at first, and by a little more, so that it may be 0.
-        return _Change(up, down * parts["lora_E"].float(), config["lora_alpha"] / (config["init_r"] + 1e-5))
-    own = len(down)
-    if rank is not None and rank > own:
-        raise PlanError(f"--rank is {rank}, and the product at {name} has rank {own}: ask for at most that")
-    kept = own if rank is None else rank
-    return _Change(up[:, :kept], down[:kept], config["lora_alpha"] / kept)
-
-
-def _known(model: Model, changes: Mapping[str, _Change], place: Path) -> None:
+def _known(model: Model, changes: Mapping[str, Change], place: Path) -> None:
     missing = [x for x in changes if f"{x}.weight" not in model.refs]
     if missing:
         raise PlanError(f"{place} is an adapter of another model: {missing[0]} is not in {model.source.model}")
@@ -156,7 +99,7 @@ def _alone(ref: Ref) -> bool:
     return ref.index is None and ref.rows is None and not ref.transposed
 
 
-def _plain(model: Model, name: str, change: _Change) -> dict[str, Tensor]:
+def _plain(model: Model, name: str, change: Change) -> dict[str, Tensor]:
     """The weight with the product, rounded once to the type that the file has."""
     weight, product = model.read(f"{name}.weight"), change.product()
     product = product.T if _transposed(model, name) else product
@@ -184,7 +127,7 @@ def _bias(model: Model, name: str, change: Tensor) -> dict[str, Tensor]:
     return {model.stored_name(key): (bias.float() + change).to(bias.dtype)}
 
 
-def _zeros(model: Model, name: str, change: _Change) -> dict[str, Tensor] | None:
+def _zeros(model: Model, name: str, change: Change) -> dict[str, Tensor] | None:
     """Real zeros that take up the product; None where it is not one number for each group, or there are none."""
     spec = model.source.linear(model.stored_name(f"{name}.weight"))
     form = None if spec is None else spec.scheme.grid
@@ -202,7 +145,7 @@ def _zeros(model: Model, name: str, change: _Change) -> dict[str, Tensor] | None
     return {key: (zero.double() - each / scale).to(zero.dtype)}
 
 
-def _lost(model: Model, name: str, change: _Change) -> float | None:
+def _lost(model: Model, name: str, change: Change) -> float | None:
     """The error of quantizing the sum anew, relative to what the adapter adds; None where that takes more than a
     grid."""
     shape = model.skeleton.shapes[f"{name}.weight"]

@@ -23,7 +23,7 @@ from lilliput.machine.device import compute_dtype
 from lilliput.metrics.evaluate import Evaluation
 from lilliput.metrics.evaluate import evaluate as measure
 from lilliput.metrics.slices import window
-from lilliput.model.stored import Model, open_model
+from lilliput.model.stored import Model, open_adapted, open_model
 from lilliput.options import Calibration, Compute, Fit, Gates, Limits, Text
 from lilliput.plan import choices
 from lilliput.plan.plan import Plan, make, resized
@@ -32,10 +32,26 @@ from lilliput.recipe import texts
 from lilliput.recipe.compose import compose
 from lilliput.recipe.schema import Recipe
 from lilliput.report.evidence import assemble
-from lilliput.run import caching, calibration, delivery, editing, journal, lessons, sizing, stages, stream, training
+from lilliput.run import (
+    adapting,
+    caching,
+    calibration,
+    delivery,
+    editing,
+    journal,
+    lessons,
+    sizing,
+    stages,
+    stream,
+    training,
+)
 from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 from lilliput.runtime import behaviours, caches
+from lilliput.runtime.adapter import beside_linears
+
+ADAPTED = "Figures are those of the folder with the adapter that this run has trained."
+BARE = "Figures are those of the folder without its adapter, which is in front of the text."
 
 
 @dataclass(frozen=True)
@@ -293,11 +309,15 @@ def _within(folder: Path, plan: Plan, fit: Fit | None) -> None:
 def _measure(
     original: Model, plan: Plan, place: Work, seen: Sequence[Tokens], text: Text, progress: Progress
 ) -> Evaluation:
-    return measure(
-        place.staging,
+    made = adapting.beside(plan, place.staging)
+    if made is not None and beside_linears(made):
+        ours = open_adapted(place.staging, made, device=plan.device)
+    else:
+        ours = open_model(place.staging, device=plan.device)
+    found = measure(
+        ours,
         original,
         work=place.folder,
-        device=plan.device,
         data=text.data,
         windows=text.windows,
         tokens=window(original),
@@ -306,3 +326,5 @@ def _measure(
         calibration=seen,
         progress=progress,
     )
+    said = () if made is None else (ADAPTED if beside_linears(made) else BARE,)
+    return replace(found, notes=(*found.notes, *said))

@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lilliput.errors import PlanError
+from lilliput.runtime.bottleneck import CONFIG, WEIGHTS
 from lilliput.verbs.adapt import Adaptable, Adapter
 
 ADAPTER = "default"  # what peft calls the one adapter
-NESTED = "nested"  # in the metadata of products that may be cut to any rank
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def peft() -> Any:

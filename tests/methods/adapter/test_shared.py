@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import lilliput
+from lilliput.model.stored import open_adapted
+
 PEFT = ("lora", "dylora", "adalora", "bitfit", "prefix-tuning", "prompt-tuning", "qa-lora")
 METHODS = (*PEFT, "adapter")
 FRESH = ("lora", "dylora", "adalora", "bitfit", "qa-lora", "adapter")  # those that add nothing at first
@@ -62,6 +65,26 @@ def test_stock_peft_computes_what_was_trained(
     apart, moved = shared.faithful(made, tmp_path)
     assert float(apart) < 1e-4
     assert float(moved) > 1e-3
+
+
+@pytest.mark.parametrize("method", [x for x in METHODS if x not in ("prefix-tuning", "prompt-tuning")])
+def test_linears_compute_with_it_without_peft(
+    make: Callable[..., Any], shared: Any, tmp_path: Path, method: str
+) -> None:
+    """A loaded model, and the skeleton that evaluations stream, rounded inputs or not."""
+    made = make(method)
+    made.steps(0, 1, 2, 3)
+    place = made.save(tmp_path / "adapter")
+    model, streamed = shared.opened(made.folder), open_adapted(made.folder, place)
+    lilliput.use_adapter(model, place)
+    streamed.load(streamed.skeleton.shapes)
+    with torch.no_grad():
+        own = made.logits()
+        torch.testing.assert_close(model(shared.ids()).logits, own, rtol=0, atol=1e-4)
+        skeleton = streamed.skeleton
+        read = skeleton.logits(skeleton.read(shared.ids(), None, None))
+        torch.testing.assert_close(read, own, rtol=0, atol=1e-4)
+        assert float((shared.opened(made.folder)(shared.ids()).logits - own).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from lilliput.anatomy.model import Linear
 from lilliput.parts.scheme import Scheme
+from lilliput.runtime.adapter import NESTED
 from lilliput.target import Target
 from lilliput.training import borrowed, lowrank
-from lilliput.training.borrowed import ADAPTER, NESTED
+from lilliput.training.borrowed import ADAPTER
 from lilliput.training.lowrank import LowRank, LowRankOptions, rank_of
 from lilliput.verbs.adapt import Adapt, Adapter, AdaptIO
 

@@ -15,7 +15,7 @@ from lilliput.machine import memory
 from lilliput.machine.cost import Cost, Phase
 from lilliput.model import rotated
 from lilliput.model.weights import TABLE_ROWS, Model
-from lilliput.plan import caching, footprint, training
+from lilliput.plan import caching, footprint, training_cost
 from lilliput.plan.resolve import LinearPlan, Resolved
 from lilliput.plan.tensors import LARGE, TensorPlan, at_a_time
 from lilliput.streaming.peak import Run
@@ -93,7 +93,7 @@ def phases(
         listed.append(("writing the turned head", outside + 2 * 4 * rotated.ROWS * run.hidden))
     if resolved.tables:
         listed.append(("compressing the embedding and the head", _tables(resolved)))
-    return (*(Phase(name, Cost(ram=ram)) for name, ram in listed), *training.phases(resolved, run, model, teacher))
+    return (*(Phase(name, Cost(ram=ram)) for name, ram in listed), *training_cost.phases(resolved, run, model, teacher))
 
 
 def closing(model: Model, budget: int | None, processes: int, measured: bool) -> tuple[Phase, ...]:

@@ -24,6 +24,7 @@ from lilliput.model.stored import Model
 from lilliput.plan import contexts, footprint, rehearsal, running, training
 from lilliput.plan import cost as estimates
 from lilliput.plan.contexts import Context
+from lilliput.plan.driving import UNDRIVEN, Driving, decided
 from lilliput.plan.outcomes import outcomes_of
 from lilliput.plan.remarks import remarks
 from lilliput.plan.resolve import LinearPlan, Resolved, as_json, resolve
@@ -65,7 +66,7 @@ class Plan:
     spread: bool = False  # blocks become as wide as an edit decides: sizes are those of equal widths until then
     decoding: float | None = None  # predicted seconds of a decoding step, where a step keeps to a time
     context: Context | None = None  # the sequence whose keys and values count
-    driving: training.Driving = training.UNDRIVEN  # how training steps are carried out
+    driving: Driving = UNDRIVEN  # how training steps are carried out
 
     @cached_property
     def bytes(self) -> int:
@@ -348,7 +349,7 @@ def make(
         blocks, hidden = whole.anatomy().blocks, whole.skeleton.hidden_size
         before = replace(run, blocks=blocks, hidden=hidden)
         run = replace(before if spreads(model) else run, before=before)  # any block may keep its width
-    driven, driving = training.decided(resolved, run, model, budget)
+    driven, driving = decided(resolved, run, model, teacher, budget)
     needed = estimates.phases(model, driven, run, tensors, teacher)
     batching = footprint.choose(
         driven,

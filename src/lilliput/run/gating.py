@@ -27,7 +27,7 @@ from lilliput.model.edit import BRANCHES
 from lilliput.model.edited import EditedModel
 from lilliput.model.rotated import RotatedModel
 from lilliput.model.stored import Model
-from lilliput.plan import training as planning
+from lilliput.plan import objectives as planning
 from lilliput.plan.plan import Plan
 from lilliput.progress import Progress
 from lilliput.run import lessons as lessons_of

@@ -49,6 +49,7 @@ from lilliput.run.journal import Work
 from lilliput.run.result import Compression
 from lilliput.runtime import behaviours, caches
 from lilliput.runtime.adapter import beside_linears
+from lilliput.verbs.spec import Stage
 
 ADAPTED = "Figures are those of the folder with the adapter that this run has trained."
 BARE = "Figures are those of the folder without its adapter, which is in front of the text."
@@ -197,6 +198,11 @@ def spill(plan: Plan, model: Model, eval_windows: int) -> int:
     return stream.cost(plan, model).then(measuring).then(Cost(disk=plan.driving.disk)).disk
 
 
+def _folders(plan: Plan) -> int:
+    """Bytes of the folder, beside which a training step writes the trained one."""
+    return plan.folder_bytes * (2 if plan.resolved.at(Stage.TRAINING) else 1)
+
+
 def _shared(tokens: Tokens | None, plan: Plan) -> Tokens | None:
     """The leader's tokens on all ranks."""
     if not plan.resolved.reads_tokens:
@@ -241,7 +247,7 @@ def _run(opened: Model, plan: Plan, out: Path, job: Job, text: Text, progress: P
     with Work(out, key, job.work, batching) as place:
         with ranks.together():
             if ranks.lead():
-                place.need(plan.folder_bytes, spill(plan, opened, text.windows))
+                place.need(_folders(plan), spill(plan, opened, text.windows))
         skipped = len(place.find("block"))
         training.exchange(place)
         if training.begun(place):

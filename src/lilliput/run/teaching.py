@@ -13,7 +13,7 @@ from torch import Tensor
 from lilliput.data.lessons import Lessons
 from lilliput.errors import DataError
 from lilliput.model.stored import Model
-from lilliput.plan import training as planning
+from lilliput.plan import objectives as planning
 from lilliput.progress import Progress
 from lilliput.run.journal import Work
 from lilliput.training import opening, rollout, teacher

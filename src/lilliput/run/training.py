@@ -25,7 +25,7 @@ from lilliput.machine import memory, ranks
 from lilliput.model.stored import Model, open_model
 from lilliput.parts.layer import Layer
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.plan import training as planning
+from lilliput.plan import objectives as planning
 from lilliput.plan.plan import Plan
 from lilliput.plan.resolve import LinearPlan
 from lilliput.progress import Progress

@@ -61,6 +61,8 @@ def test_auto_streams_where_the_model_does_not_fit(tiny: Tiny) -> None:
     assert 0 < free.driving.disk < tight.driving.disk
     assert any("block by block" in x for x in tight.notes)
     assert not any("block by block" in x for x in free.notes)
+    with pytest.raises(PlanError, match=r"lsq.* is to be shared out .* give more with --memory"):
+        api.plan(tiny("wide"), recipe=recipe(shard=True), memory=free.batching.bytes - 1, **COMMON)
     roomy = api.plan(tiny("wide"), recipe=text, memory=2 * free.batching.bytes, **COMMON)
     assert roomy.driving.drivers == ((1, "whole"),)
 

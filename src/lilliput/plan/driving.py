@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lilliput.errors import SourceError
+from lilliput.errors import PlanError, SourceError
 from lilliput.machine import memory
 from lilliput.model.weights import Model
 from lilliput.plan import training_cost
 from lilliput.plan.objectives import objective_of
 from lilliput.plan.resolve import Resolved
 from lilliput.streaming.peak import Run
+from lilliput.units import readable
 from lilliput.verbs.spec import Stage, Task
 from lilliput.verbs.train import Train, common
 
@@ -129,9 +130,15 @@ def decided(
     resolved: Resolved, run: Run, model: Model, teacher: Model | None, budget: int | None
 ) -> tuple[Resolved, Driving]:
     """How training steps are carried out where a run may take `budget` bytes, and the steps with that in their
-    options, to add up what they take."""
+    options, to add up what they take. Raises PlanError where weights are to be shared out that there is no room for."""
     shared = _sharing(resolved, model, run.processes)
     chosen = _drivers(_driven(resolved, {}, shared), run, model, budget)
+    for task in resolved.at(Stage.TRAINING):
+        if common(task.options).shard and chosen[task.step] == "streamed":
+            raise PlanError(
+                f"{task.label} is to be shared out over processes, and {readable(budget or 0)} of memory let it go "
+                "block by block alone, where each has one block anyway: give more with --memory, or leave out `shard`"
+            )
     shared -= {step for step, driver in chosen.items() if driver == "streamed"}
     steps = _driven(resolved, chosen, shared)
     return steps, Driving(tuple(chosen.items()), shared, training_cost.disk(steps, chosen, run, model, teacher))

@@ -30,7 +30,7 @@ class AdapterOptions(TrainOptions):
 
     lr: float = Field(2e-4, gt=0.0, description="learning rate after warming up")
     into: str = Field(
-        "adapter", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of the adapter, below the written one"
+        "adapter", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="folder of the adapter, below the written one"
     )
 
 

@@ -45,6 +45,9 @@ def test_lora_recover_leaves_the_folder_and_regains_some_of_what_it_lost(
     old, new = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert old.keys() == new.keys()
     assert all(torch.equal(x, new[n]) for n, x in old.items())
+    plan = api.plan(folder, recipe="lora-recover", settings=FEW, teacher=tiny("llama"), samples=4, tokens=16)
+    files = sum(x.stat().st_size for x in out.rglob("*") if x.is_file())
+    assert 0.95 * plan.folder_bytes < files <= plan.folder_bytes
     assert api.verify(out).whole
     (row,) = json.loads((out / "lilliput.json").read_text())["training"]
     assert row["method"] == "lora"

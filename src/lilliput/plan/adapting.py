@@ -103,6 +103,12 @@ def numbers(resolved: Resolved, task: Task, run: Run) -> int:
     return spec.parameters(linears, task.target, task.options) + spec.fixed(run.hidden, len(run.blocks), task.options)
 
 
+def written(resolved: Resolved, run: Run) -> int:
+    """Bytes of the adapters' folders, at most: factors in float32, and names."""
+    tasks = [task for task in resolved.at(Stage.TRAINING) if isinstance(task.spec, Adapt)]
+    return sum(4 * numbers(resolved, x, run) + 500 * len(covered(resolved, x)) + 5_000 for x in tasks)
+
+
 def phase(resolved: Resolved, task: Task, run: Run, model: Model) -> Phase:
     """The folder as it is packed, one linear decoded, the adapter with its gradients and moments, and what a sample
     leaves for the way back: the inputs of all blocks and one block's inner values, or all blocks' without

@@ -21,7 +21,7 @@ from lilliput.export.outcome import Outcome
 from lilliput.machine.version import __version__
 from lilliput.model.edited import spreads, unedited, vocabulary_of
 from lilliput.model.stored import Model
-from lilliput.plan import contexts, footprint, rehearsal, running, training
+from lilliput.plan import adapting, contexts, footprint, rehearsal, running, training
 from lilliput.plan import cost as estimates
 from lilliput.plan.contexts import Context
 from lilliput.plan.driving import UNDRIVEN, Driving, decided
@@ -381,7 +381,7 @@ def make(
         seed=seed,
         seconds=estimates.seconds(resolved, run, dtype, measured=measured),
         notes=remarks(model, driven, tensors, note, processes, counted, teacher),
-        side_bytes=sum(path.stat().st_size for path in model.source.side_files().values()),
+        side_bytes=sum(x.stat().st_size for x in model.source.side_files().values()) + adapting.written(driven, run),
         processes=processes,
         spread=spreads(model),
         vocabulary=vocabulary_of(model),

@@ -112,7 +112,7 @@ def written(resolved: Resolved, run: Run) -> int:
 def phase(resolved: Resolved, task: Task, run: Run, model: Model) -> Phase:
     """The folder as it is packed, one linear decoded, the adapter with its gradients and moments, and what a sample
     leaves for the way back: the inputs of all blocks and one block's inner values, or all blocks' without
-    checkpointing, and logits a few at a time."""
+    checkpointing, and logits a few at a time. Or, before the first step, a linear beside what it was, decomposed."""
     o = settings(task.options)
     packed = {x.name: x for x in resolved.linears if x.scheme.parts}
     base = sum(-(-x.scheme.size_bits(*_shape(x)) // 8) for x in packed.values())
@@ -131,7 +131,9 @@ def phase(resolved: Resolved, task: Task, run: Run, model: Model) -> Phase:
     # Scores of attention, a head at a time each way, and logits with their gradients.
     own = 4 * rows * token + 4 * 3 * min(rows * run.vocabulary, max(LOGITS, run.vocabulary))
     trained = numbers(resolved, task, run) * 4 * (2 if o.optimizer == "paged" else 4)
-    return Phase("training an adapter", Cost(ram=base + decoding + own + trained))
+    largest = max((math.prod(_shape(x)) for x in covered(resolved, task)), default=0)
+    beginning = 40 * largest if task.of(Adapt).compares(task.options) else 0
+    return Phase("training an adapter", Cost(ram=base + max(decoding + own + trained, beginning + trained)))
 
 
 def _shape(x: LinearPlan) -> tuple[int, int]:

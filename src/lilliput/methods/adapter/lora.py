@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from lilliput.algebra.lowrank import spectrum
 from lilliput.target import Target
 from lilliput.training import borrowed, lowrank
 from lilliput.training.lowrank import LowRank, LowRankOptions, Start, alpha_of, rank_of
@@ -39,10 +40,12 @@ def attach(io: AdaptIO, target: Target, o: Options) -> Adapter:
     if o.start == "loftq":
         rank, scaling = rank_of(target), alpha_of(target, o) / rank_of(target)
         for x in io.linears:
-            lost = (x.original() - x.decoded()).double()
-            u, s, v = torch.linalg.svd(lost, full_matrices=False)
-            root = (s[:rank] / scaling).sqrt()
-            adapter.begin_at(x.name, root[:, None] * v[:rank], u[:, :rank] * root)
+            lost = x.original() - x.decoded()
+            found = spectrum(lost)
+            up, size = found.basis[:, :rank], found.energy[:rank].sqrt()
+            down = (up.T @ lost.double()) / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None]
+            root = (size / scaling).sqrt()
+            adapter.begin_at(x.name, root[:, None] * down, up * root)
     return adapter
 
 

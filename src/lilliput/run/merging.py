@@ -7,7 +7,7 @@ to biases. Codes stay as they are: what could only be had by quantizing anew is 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ from lilliput.formats import groups
 from lilliput.formats.affine import AffineFormat
 from lilliput.model.stored import Model, Ref, open_model
 from lilliput.parts.quantized import QuantizedPart
-from lilliput.plan.tensors import METADATA
-from lilliput.run.journal import save_atomically
+from lilliput.run.output import Output
 from lilliput.runtime import adapter as adapter_files
 from lilliput.runtime.adapter import Change
 from lilliput.source import layers
+from lilliput.source.shards import header_of
 from lilliput.training.packed import is_packed
 from lilliput.units import few
 
 PRUNED = 0.01  # share of zeros from which on a plain linear counts as pruned
+
+
+Fresh = dict[str, Callable[[], Tensor]]  # tensors of the files that change, computed when they are written
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def merge(folder: Path, out: Path, adapter: Path | None = None, rank: int | None
     model = open_model(folder)
     _known(model, changes, place)
     lost: dict[str, float | None] = {}
-    fresh: dict[str, Tensor] = {}
+    fresh: Fresh = {}
     for name, change in changes.items():
         if change.bias is not None:
             fresh |= _bias(model, name, change.bias)
@@ -99,17 +102,22 @@ def _alone(ref: Ref) -> bool:
     return ref.index is None and ref.rows is None and not ref.transposed
 
 
-def _plain(model: Model, name: str, change: Change) -> dict[str, Tensor]:
+def _plain(model: Model, name: str, change: Change) -> Fresh:
     """The weight with the product, rounded once to the type that the file has."""
-    weight, product = model.read(f"{name}.weight"), change.product()
-    product = product.T if _transposed(model, name) else product
-    zeros = float((weight == 0).float().mean())
+    key = f"{name}.weight"
+    zeros = float((model.read(key) == 0).float().mean())
     if zeros > PRUNED:
         raise PlanError(
             f"{name} is pruned ({zeros:.0%} of it are 0), and the product would fill its zeros: keep the adapter "
             "beside the folder"
         )
-    return {model.stored_name(f"{name}.weight"): (weight.float() + product).to(weight.dtype)}
+
+    def summed() -> Tensor:
+        weight, product = model.read(key), change.product()
+        product = product.T if _transposed(model, name) else product
+        return (weight.float() + product).to(weight.dtype)
+
+    return {model.stored_name(key): summed}
 
 
 def _transposed(model: Model, name: str) -> bool:
@@ -119,15 +127,19 @@ def _transposed(model: Model, name: str) -> bool:
     return isinstance(model.skeleton.model.get_submodule(name), Conv1D)
 
 
-def _bias(model: Model, name: str, change: Tensor) -> dict[str, Tensor]:
+def _bias(model: Model, name: str, change: Tensor) -> Fresh:
     key = f"{name}.bias"
     if key not in model.refs:
         raise PlanError(f"{name} has no bias in this architecture that could take one up: keep the adapter beside it")
-    bias = model.read(key)
-    return {model.stored_name(key): (bias.float() + change).to(bias.dtype)}
+
+    def summed() -> Tensor:
+        bias = model.read(key)
+        return (bias.float() + change).to(bias.dtype)
+
+    return {model.stored_name(key): summed}
 
 
-def _zeros(model: Model, name: str, change: Change) -> dict[str, Tensor] | None:
+def _zeros(model: Model, name: str, change: Change) -> Fresh | None:
     """Real zeros that take up the product; None where it is not one number for each group, or there are none."""
     spec = model.source.linear(model.stored_name(f"{name}.weight"))
     form = None if spec is None else spec.scheme.grid
@@ -139,10 +151,14 @@ def _zeros(model: Model, name: str, change: Change) -> dict[str, Tensor] | None:
     )
     if not torch.equal(change.down, change.down[:, first][:, group]):
         return None
-    each = replace(change, down=change.down[:, first]).product().double()
-    scale, key = model.source.part(f"{spec.payload}_scale").double(), f"{spec.payload}_zero"
-    zero = model.source.part(key)
-    return {key: (zero.double() - each / scale).to(zero.dtype)}
+    each = replace(change, down=change.down[:, first])
+    payload, key = spec.payload, f"{spec.payload}_zero"
+
+    def moved() -> Tensor:
+        scale, zero = model.source.part(f"{payload}_scale").double(), model.source.part(key)
+        return (zero.double() - each.product().double() / scale).to(zero.dtype)
+
+    return {key: moved}
 
 
 def _lost(model: Model, name: str, change: Change) -> float | None:
@@ -161,9 +177,9 @@ def _lost(model: Model, name: str, change: Change) -> float | None:
     return float((again - wanted).norm() / product.norm().clamp_min(1e-30))
 
 
-def _write(folder: Path, out: Path, fresh: Mapping[str, Tensor], adapter: Path) -> int:
-    """The folder with other tensors, without the adapter; its bytes."""
-    left = dict(fresh)
+def _write(folder: Path, out: Path, fresh: Fresh, adapter: Path) -> int:
+    """The folder with other tensors, one at a time, without the adapter; its bytes."""
+    hashes: dict[str, str] = {}
     with staged(out) as place:
         for path in sorted(folder.iterdir()):
             if path.resolve() == adapter.resolve():
@@ -173,17 +189,28 @@ def _write(folder: Path, out: Path, fresh: Mapping[str, Tensor], adapter: Path) 
             elif path.suffix != ".safetensors":
                 shutil.copyfile(path, place / path.name)
             else:
-                with safe_open(path, "pt") as file:
-                    names = list(file.keys())
-                    tensors = {n: left.pop(n).contiguous() if n in left else file.get_tensor(n) for n in names}
-                save_atomically(place / path.name, tensors, METADATA)
-        if left:
-            raise PlanError(f"{next(iter(left))} is in no file of {folder}: give a folder that compress has written")
+                hashes |= _file(path, place, fresh)
+        if fresh.keys() - hashes.keys():
+            missing = min(fresh.keys() - hashes.keys())
+            raise PlanError(f"{missing} is in no file of {folder}: give a folder that compress has written")
         record = provenance.read(place)
         if record is not None:
-            rows = tuple(
-                replace(x, sha256=provenance.sha256(fresh[x.name])) if x.name in fresh else x for x in record.tensors
-            )
+            rows = tuple(replace(x, sha256=hashes[x.name]) if x.name in fresh else x for x in record.tensors)
             notes = (*record.notes, f"An adapter was merged into {len(fresh)} tensors; figures are from before.")
             (place / provenance.NAME).write_text(replace(record, tensors=rows, notes=notes).to_json(), encoding="utf-8")
         return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+
+
+def _file(path: Path, place: Path, fresh: Fresh) -> dict[str, str]:
+    """A file again, with other tensors where there are; sha256 of all."""
+    contents = {name: (entry.dtype, entry.shape) for name, (entry, _) in header_of(path).items()}
+    output = Output(place, {path.name: contents})
+    output.lay_out()
+    with safe_open(path, "pt") as file:
+
+        def pieces(name: str) -> list[Tensor]:
+            return [(fresh[name]() if name in fresh else file.get_tensor(name)).contiguous()]
+
+        hashes = output.write(contents, pieces)
+    output.finish()
+    return hashes

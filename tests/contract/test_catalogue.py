@@ -35,7 +35,7 @@ def compress(model: Path, recipe: str, out: Path) -> str:
         device="cpu",
         dtype="float32",
         eval_windows=0,
-        settings=_shortened(recipe),
+        settings=_shortened(recipe, out.with_suffix(".txt")),
         progress=Quiet(),
     )
     digest = hashlib.sha256()
@@ -46,14 +46,16 @@ def compress(model: Path, recipe: str, out: Path) -> str:
     return digest.hexdigest()
 
 
-def _shortened(recipe: str) -> list[str]:
-    """A dozen steps of descent show that a fit runs, and a few that a training does."""
+def _shortened(recipe: str, text: Path) -> list[str]:
+    """A dozen steps of descent show that a fit runs, a few that a training does, and a few words which tokens stay."""
+    text.write_text("Some words of one text.")
     out: list[str] = []
     for n, step in enumerate(load(recipe).steps):
         spec = methods.get(step.method).spec
         few = [f"{n}.steps=3", f"{n}.tokens=32"]
         gated = few if issubclass(spec.options, GateOptions) else []
         out += {"fit": [f"{n}.iters=12"], "train": few, "adapt": few, "edit": gated}.get(spec.verb, [])
+        out += [f"{n}.text={text}"] if "text" in spec.options.model_fields else []
     return out
 
 

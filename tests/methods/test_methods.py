@@ -62,7 +62,7 @@ def test_every_covered_id_has_a_recipe_that_runs_its_method(name: str, key: str)
 
 
 @pytest.mark.parametrize("name", sorted({*discover(), *catalogue.covering()}))
-def test_a_printed_recipe_is_one_that_plans(tiny: Callable[[str], Path], name: str) -> None:
+def test_a_printed_recipe_is_one_that_plans(tiny: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     """Or the command says why there is none, and where to read."""
     method = catalogue.find(name)
     steps = method.spec.covers.get(name, method.recipe if name == method.name else None)
@@ -71,6 +71,8 @@ def test_a_printed_recipe_is_one_that_plans(tiny: Callable[[str], Path], name: s
         model = tiny("mixtral" if routed else "qwen2")
         told = [(n, get(x.method).options.model_fields) for n, x in enumerate(load(name).steps)]
         short = [f"{n}.tokens=16" for n, fields in told if "tokens" in fields]
+        (tmp_path / "few.txt").write_text("Some words of one text.")
+        short += [f"{n}.text={tmp_path / 'few.txt'}" for n, fields in told if "text" in fields]
         planned = api.plan(model, recipe=to_yaml(load(name)), samples=2, tokens=16, device="cpu", settings=short)
         assert planned.bytes > 0
         return

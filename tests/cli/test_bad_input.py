@@ -163,6 +163,7 @@ def test_pickles(refused: Callable[..., str], copy: Path) -> None:
         (["--recipe", "wanda", "--set", "wanda.pattern=3:2"], ["pattern", "3:2"]),
         (["--recipe", "wanda", "--set", "wanda.pattern=2:7"], ["2:7", "width", "64"]),
         (["--recipe", "wanda", "--set", "wanda.sparsity=1.5"], ["sparsity", "1.5"]),
+        (["--recipe", "wanda", "--set", "wanda.sparsity=1"], ["sparsity", "less than 1"]),
     ],
 )
 def test_recipes(refused: Callable[..., str], tiny: Tiny, more: list[str], words: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lilliput.target import Strict, Target
 
@@ -27,6 +27,14 @@ class Step(Strict):
     target: Target = Target()
     options: Mapping[str, Any] = Field(default_factory=dict)
     where: Where = Where()
+
+    @field_validator("target")
+    @classmethod
+    def _leaves_something(cls, target: Target) -> Target:
+        """A single linear may become 0 where sparsity is divided, but nobody means to remove all."""
+        if target.sparsity == 1.0:
+            raise ValueError("sparsity 1 leaves no weight at all: give less than 1")
+        return target
 
 
 class Recipe(Strict):

@@ -67,7 +67,7 @@ def check(
             f"{task.label} adds positions in front of the text, which a compressed cache does not tell from the text: "
             "leave the step for the cache out, or train a `lora`"
         )
-    if spec.compares(task.options):
+    if spec.restarts(task.options) is not None:
         original(task, model, teacher, linears)
 
 
@@ -132,7 +132,7 @@ def phase(resolved: Resolved, task: Task, run: Run, model: Model) -> Phase:
     own = 4 * rows * token + 4 * 3 * min(rows * run.vocabulary, max(LOGITS, run.vocabulary))
     trained = numbers(resolved, task, run) * 4 * (2 if o.optimizer == "paged" else 4)
     largest = max((math.prod(_shape(x)) for x in covered(resolved, task)), default=0)
-    beginning = 40 * largest if task.of(Adapt).compares(task.options) else 0
+    beginning = 40 * largest if task.of(Adapt).restarts(task.options) is not None else 0
     return Phase("training an adapter", Cost(ram=base + max(decoding + own + trained, beginning + trained)))
 
 

@@ -83,7 +83,7 @@ def check(resolved: Resolved, model: Model, teacher: Model | None) -> None:
             if folded is not None:
                 spec.begins(task, folded)
             _others(resolved, task, model, linears)
-            if teacher is not None and spec.restarts is not None and spec.restarts(spec.options_of(task)) is not None:
+            if teacher is not None and spec.restarts(spec.options_of(task)) is not None:
                 adapting.original(task, model, teacher, linears)
         if common(task.options).shard:
             reason = driving.unshared(resolved, task, model)

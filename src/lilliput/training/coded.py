@@ -229,7 +229,7 @@ def format_of(scheme: Scheme) -> Format:
 
 
 def restarts(o: CodedOptions) -> str | None:
-    """As `Train.restarts`."""
+    """As `Learning.restarts`."""
     return None if o.start == "codes" else "codes"
 
 

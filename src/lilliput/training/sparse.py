@@ -205,7 +205,7 @@ def pattern_in(spec: PartSpec | None) -> str | None:
 
 
 def restarts(o: SparseOptions) -> str | None:
-    """As `Train.restarts`."""
+    """As `Learning.restarts`."""
     return "pruned" if o.start == "original" else None
 
 

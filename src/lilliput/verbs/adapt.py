@@ -20,8 +20,8 @@ from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import PlanError
 from lilliput.parts.scheme import Scheme
 from lilliput.target import Target
-from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
-from lilliput.verbs.train import TrainOptions, moved
+from lilliput.verbs.spec import OptionsT, Task
+from lilliput.verbs.train import Learning, TrainOptions, moved
 from lilliput.verbs.trained import Leaves
 
 
@@ -72,20 +72,18 @@ class Adapter(Leaves):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapt(Spec[OptionsT]):
+class Adapt(Learning[OptionsT]):
     """`attach(io, target, options)`: the adapter, put in its place; before the first step the model computes what it
     did, where the options do not say otherwise. `on(linear, options)`: whether it has to do with a linear at all.
     `admits(linear, scheme, target, options)`: why a linear that is stored so cannot have one; None where it can.
     `refuses(config, options)`: why a model of this config can have none. `parameters(linears, target, options)`: how
     many numbers are trained beside these linears; `fixed(hidden, blocks, options)`: and how many of a model, whatever
-    its linears are. `compares(options)`: whether the weights before compression are read. `borrows`: it is one of
-    peft's. `adds(options)`: how many positions it puts in front of the text, so that what the model shows of its tokens
-    cannot be compared. `covering`: whether `where` says which linears.
+    its linears are. `borrows`: it is one of peft's. `adds(options)`: how many positions it puts in front of the text,
+    so that what the model shows of its tokens cannot be compared. `covering`: whether `where` says which linears.
     """
 
     verb: ClassVar[str] = "adapt"
     family: ClassVar[str] = "adapter"
-    stage: ClassVar[Stage] = Stage.TRAINING
 
     attach: Callable[[AdaptIO, Target, OptionsT], Adapter]
     admits: Callable[[Linear, Scheme, Target, OptionsT], str | None] = lambda linear, scheme, target, options: None
@@ -93,18 +91,12 @@ class Adapt(Spec[OptionsT]):
     fixed: Callable[[int, int, OptionsT], int] = lambda hidden, blocks, options: 0
     on: Callable[[Linear, OptionsT], bool] = lambda linear, options: True
     refuses: Callable[[Any, OptionsT], str | None] = lambda config, options: None
-    compares: Callable[[OptionsT], bool] = lambda options: False
     borrows: bool = True
     adds: Callable[[OptionsT], int] = lambda options: 0
     covering: bool = True
-    needs: tuple[str, ...] = ()
-    writes: Writes = "values"
 
     def works_on(self, linear: Linear, options: OptionsT) -> bool:
         return self.on(linear, options)
-
-    def tokens(self, options: OptionsT) -> bool:
-        return settings(options).data is None
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
         later = next(iter(recipe[task.step + 1 :]), None)
@@ -121,15 +113,6 @@ class Adapt(Spec[OptionsT]):
         changed = moved(recipe[: task.step])
         if changed is not None:
             self.begins(task, changed)
-
-    def begins(self, task: Task, changed: str) -> None:
-        """Raises PlanError where the adapter begins at what the original's weights have lost, and `changed` has left
-        others in their place."""
-        if self.compares(self.options_of(task)):
-            raise PlanError(
-                f"{task.label} begins at what the original's weights have lost, and {changed} has left others in their "
-                "place: set its option `start` to zero"
-            )
 
     def suits_all(self, task: Task, linears: Mapping[str, tuple[Linear, Scheme]]) -> None:
         """Raises PlanError for a linear that cannot have an adapter."""

@@ -91,28 +91,45 @@ class TrainOptions(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Spec[OptionsT]):
+class Learning(Spec[OptionsT]):
+    """What all steps have that train a finished folder. `restarts(options)`: where they begin at the original's
+    weights, the value of `start` that begins at those which the steps before have left; None where they do."""
+
+    stage: ClassVar[Stage] = Stage.TRAINING
+
+    needs: tuple[str, ...] = ()
+    writes: Writes = "values"
+    restarts: Callable[[OptionsT], str | None] = lambda options: None
+
+    def tokens(self, options: OptionsT) -> bool:
+        return common(options).data is None
+
+    def begins(self, task: Task, changed: str) -> None:
+        """Raises PlanError where the step begins at the original's weights, and `changed` has left others in their
+        place."""
+        other = self.restarts(self.options_of(task))
+        if other is not None:
+            raise PlanError(
+                f"{task.label} begins at the original's weights, and {changed} has left others in their place: set its "
+                f"option `start` to {other}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Learning[OptionsT]):
     """`begin(layer, original, options)`: what is trained of a linear, from the layer as the steps before have left it
     and its weight before them, float32 [out, in]. `admits(scheme, options)`: why a linear that is stored so cannot be
-    trained; None where it can. `moves`: it moves zeros, whose number a step before it has planned. `restarts(options)`:
-    where it begins at the original's weights, the value of `start` that begins at those which the steps before have
-    left; None where it does. `copies`: float32 copies of a weight that it holds, its gradients and moments included.
+    trained; None where it can. `moves`: it moves zeros, whose number a step before it has planned. `copies`: float32
+    copies of a weight that it holds, its gradients and moments included.
     """
 
     verb: ClassVar[str] = "train"
     family: ClassVar[str] = "train"
-    stage: ClassVar[Stage] = Stage.TRAINING
 
     begin: Callable[[Layer, Tensor, OptionsT], Trained]
     admits: Callable[[Scheme, OptionsT], str | None]
-    needs: tuple[str, ...] = ()
-    writes: Writes = "values"
     copies: int = 5
     moves: bool = False
-    restarts: Callable[[OptionsT], str | None] | None = None
-
-    def tokens(self, options: OptionsT) -> bool:
-        return common(options).data is None
 
     def ordered(self, task: Task, recipe: Sequence[Task]) -> None:
         later = next((x for x in recipe[task.step + 1 :] if x.spec.stage is not Stage.TRAINING), None)
@@ -129,15 +146,6 @@ class Train(Spec[OptionsT]):
             raise PlanError(
                 f"{task.label} moves zeros, and no step before it says how many there are: put `magnitude` with the "
                 "sparsity or pattern that you want in front of it"
-            )
-
-    def begins(self, task: Task, changed: str) -> None:
-        """Raises PlanError where weights begin at the original's and `changed` has left others in their place."""
-        other = None if self.restarts is None else self.restarts(self.options_of(task))
-        if other is not None:
-            raise PlanError(
-                f"{task.label} begins at the original's weights, which are not those that {changed} has left: set its "
-                f"option `start` to {other}"
             )
 
     def trains(self, task: Task, schemes: Mapping[str, Scheme]) -> None:

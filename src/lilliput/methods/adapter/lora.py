@@ -65,5 +65,5 @@ METHOD = Adapt(
     attach=attach,
     admits=lowrank.admits,
     parameters=lowrank.parameters,
-    compares=lambda o: o.start == "loftq",
+    restarts=lambda o: "zero" if o.start == "loftq" else None,
 )

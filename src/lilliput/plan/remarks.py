@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lilliput import units
-from lilliput.model.edited import fewer_tokens, spreads
+from lilliput.model.edited import fewer_tokens, spreads, unedited
 from lilliput.model.weights import Model
 from lilliput.parts.quantized import QuantizedSpec
 from lilliput.parts.scheme import Scheme
@@ -14,6 +14,9 @@ from lilliput.plan import caching, training
 from lilliput.plan.contexts import Context
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
+from lilliput.verbs.edit import Edit
+
+ROUNDED = 0.02  # of what there was: differences that are not worth a word
 
 _SPREAD = (
     "Each block becomes as wide as its scores say, at as many weights in all: the sizes shown are those of equal "
@@ -37,6 +40,7 @@ def remarks(
         layout,
         spread,
         fewer_tokens(model),
+        _thinner(model, resolved),
         _wide(tensors),
         *_steps(resolved),
         *(caching.notes(model, resolved) if context is None else context.notes(model, resolved)),
@@ -45,6 +49,29 @@ def remarks(
         _shared(processes),
     )
     return tuple(x for x in told if x)
+
+
+def _thinner(model: Model, resolved: Resolved) -> str:
+    """What leaves in truth, where sizes do not hold the ratio that was asked for; "" where they nearly do."""
+    rated = [(x.label, getattr(x.options, "ratio", None)) for x in resolved.tasks if isinstance(x.spec, Edit)]
+    before = unedited(model)
+    if len(rated) != 1 or before is model or not (ratio := rated[0][1]):
+        return ""
+    pair = (before, model)
+    hidden = [x.skeleton.hidden_size for x in pair]
+    heads = [int(getattr(x.skeleton.config, "num_attention_heads", 0) or 0) for x in pair]
+    sizes = [[x.parameters for x in m.anatomy().blocks[0].linears if x.expert is None] for m in pair]
+    weights = [sum(x.parameters for block in m.anatomy().blocks for x in block.linears) for m in pair]
+    if hidden[0] != hidden[1]:
+        left, what = hidden, "of the residual stream's channels leave"
+    elif heads[0] != heads[1] and any(x == y for x, y in zip(*sizes, strict=True)):
+        left, what = heads, "of the heads leave"  # and the MLP stays
+    else:
+        left, what = weights, "of the blocks' weights leave"
+    share = 1 - left[1] / left[0]
+    if abs(share - ratio) < ROUNDED:
+        return ""
+    return f"{rated[0][0]}: {share:.1%} {what}, where {ratio:.1%} was asked for: sizes go in steps."
 
 
 def _wide(tensors: Sequence[TensorPlan]) -> str:

@@ -169,8 +169,9 @@ def thinned(units: Sequence[Units], o: Thinning) -> Sizes:
 def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence[str]) -> Sizes:
     """Alike for all blocks: what stays where `ratio` of their weights leaves.
 
-    Heads leave first, as many as the ratio holds of them, rounded down; hidden channels make up the rest, so that a
-    multiple of `multiple` stays. Raises PlanError where that cannot be.
+    Heads leave first, as many as the ratio holds of them, rounded down, each with its query group; hidden channels make
+    up the rest, so that a multiple of `multiple` stays. Where heads alone leave, one does at least.
+    Raises PlanError where that cannot be.
     """
     if len({(x.channels, x.heads) for x in units}) > 1:
         raise PlanError("blocks have different numbers of heads or hidden channels: nothing can be the same in all")
@@ -183,6 +184,13 @@ def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence
     elif "head" in kinds and "channel" not in kinds:
         raise PlanError("the heads of this model could not be told apart: leave `head` out of kinds")
     if "channel" not in kinds:
+        if ratio > 0.0 and heads == first.heads:  # nothing else makes up for a share that is less than one of them
+            if heads == 1:
+                raise PlanError(
+                    "all query heads of a block share one key-value head, and would leave with it: choose kinds "
+                    "[channel]"
+                )
+            heads -= 1
         return Sizes(len(units), None, heads)
     if not first.channels or len(set(first.channels)) > 1:
         raise PlanError("the hidden channels of this model could not be told apart: leave `channel` out of kinds")

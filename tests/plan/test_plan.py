@@ -90,3 +90,22 @@ def test_budgets(tiny: Tiny) -> None:
     assert plan(tiny("wide"), memory=least, **many).batching.bytes <= least
     with pytest.raises(PlanError, match="is too small"):
         plan(tiny("wide"), memory=least - 20_000, **many)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "said"),
+    [
+        ("qwen2", "michel-heads", "50.0% of the heads leave, where 25.0% was asked for"),
+        ("llama", "slicegpt", "of the residual stream's channels leave, where 20.0% was asked for"),
+        ("mixtral", "expert-pruning", None),
+        ("llama", "sparsegpt", None),
+    ],
+)
+def test_what_leaves_is_said_where_sizes_do_not_hold_the_ratio(
+    tiny: Tiny, name: str, recipe: str, said: str | None
+) -> None:
+    notes = [
+        x for x in api.plan(tiny(name), recipe=recipe, samples=2, tokens=16, device="cpu").notes if "asked for" in x
+    ]
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]

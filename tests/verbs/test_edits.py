@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from lilliput.errors import LilliputError, PlanError
-from lilliput.verbs.edits import EditScores, Sizes, Thinning, Units, best_units, spread_units, thinned
+from lilliput.verbs.edits import (
+    EditScores,
+    Sizes,
+    Thinning,
+    Units,
+    best_units,
+    heads_left,
+    spread_units,
+    thinned,
+    thinner,
+)
 
 BLOCKS, WIDTH, HEADS = 5, 32, 4
 UNITS = [Units((WIDTH,), HEADS, 30, 400, WIDTH * 30 + HEADS * 400) for _ in range(BLOCKS)]
@@ -75,3 +85,14 @@ def test_what_cannot_be_divided_is_refused() -> None:
     broken[1] = {**broken[1], "channels.0": (float("nan"),) * WIDTH}
     with pytest.raises(LilliputError, match="NaN"):
         best_units(broken, UNITS, thinned(UNITS, Thinning(uniform=False)))
+
+
+def test_of_heads_alone_one_leaves_at_least() -> None:
+    few = [Units((WIDTH,), 3, 30, 400, 4000)] * 2
+    assert [heads_left(3, x, alone=False) for x in (0.0, 0.2, 0.5, 0.99)] == [3, 3, 2, 1]
+    assert [heads_left(3, x, alone=True) for x in (0.0, 0.2, 0.5, 0.99)] == [3, 2, 2, 1]
+    assert thinner(few, 0.2, 1, ("head",)).heads == 2
+    assert thinner(few, 0.0, 1, ("head",)).heads == 3
+    assert thinner(few, 0.2, 1, ("channel", "head")).heads == 3
+    with pytest.raises(PlanError, match="share one key-value head"):
+        thinner([Units((WIDTH,), 1, 30, 400, 4000)], 0.2, 1, ("head",))

@@ -15,6 +15,7 @@ from lilliput.plan.contexts import Context
 from lilliput.plan.resolve import Resolved
 from lilliput.plan.tensors import TensorPlan
 from lilliput.verbs.edit import Edit
+from lilliput.verbs.edits import Fewer
 
 ROUNDED = 0.02  # of what there was: differences that are not worth a word
 
@@ -53,7 +54,8 @@ def remarks(
 
 def _thinner(model: Model, resolved: Resolved) -> str:
     """What leaves in truth, where sizes do not hold the ratio that was asked for; "" where they nearly do."""
-    rated = [(x.label, getattr(x.options, "ratio", None)) for x in resolved.tasks if isinstance(x.spec, Edit)]
+    edits = [x for x in resolved.tasks if isinstance(x.spec, Edit) and not isinstance(x.options, Fewer)]
+    rated = [(x.label, getattr(x.options, "ratio", None)) for x in edits]
     before = unedited(model)
     if len(rated) != 1 or before is model or not (ratio := rated[0][1]):
         return ""

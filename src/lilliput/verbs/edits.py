@@ -151,9 +151,11 @@ class Thinning(Strict):
     )
 
 
-def heads_left(heads: int, ratio: float) -> int:
-    """Heads of a block that stay where a share of them leaves, rounded down: at least one."""
-    return heads - min(int(ratio * heads + 1e-9), heads - 1)
+def heads_left(heads: int, ratio: float, *, alone: bool) -> int:
+    """Heads of a block that stay where a share of them leaves, rounded down: at least one. alone: no channels make up
+    for the rest of the share, so that one of several leaves at least."""
+    least = 1 if alone and ratio > 0.0 else 0
+    return heads - min(max(int(ratio * heads + 1e-9), least), heads - 1)
 
 
 def thinned(units: Sequence[Units], o: Thinning) -> Sizes:
@@ -179,18 +181,15 @@ def thinner(units: Sequence[Units], ratio: float, multiple: int, kinds: Sequence
     wanted = ratio * total / len(units)
     heads = first.heads
     if "head" in kinds and first.heads:
-        heads = heads_left(first.heads, ratio)
+        heads = heads_left(first.heads, ratio, alone="channel" not in kinds)
         wanted -= (first.heads - heads) * first.head_cost
     elif "head" in kinds and "channel" not in kinds:
         raise PlanError("the heads of this model could not be told apart: leave `head` out of kinds")
     if "channel" not in kinds:
-        if ratio > 0.0 and heads == first.heads:  # nothing else makes up for a share that is less than one of them
-            if heads == 1:
-                raise PlanError(
-                    "all query heads of a block share one key-value head, and would leave with it: choose kinds "
-                    "[channel]"
-                )
-            heads -= 1
+        if ratio > 0.0 and heads == first.heads:
+            raise PlanError(
+                "all query heads of a block share one key-value head, and would leave with it: choose kinds [channel]"
+            )
         return Sizes(len(units), None, heads)
     if not first.channels or len(set(first.channels)) > 1:
         raise PlanError("the hidden channels of this model could not be told apart: leave `channel` out of kinds")

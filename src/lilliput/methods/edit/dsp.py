@@ -45,7 +45,7 @@ _DRAWS, _RATE, _FIRST, _LAST = 64, 0.1, 1.0, 0.1  # draws at a time, step size, 
 class Options(Strict):
     """See the module's docstring."""
 
-    ratio: float = Field(0.5, ge=0.0, lt=1.0, description="share of the heads that leaves, rounded down")
+    ratio: float = Field(0.5, ge=0.0, lt=1.0, description="share of the heads that leaves, rounded down, one at least")
     steps: int = Field(300, ge=1, description="steps of descent")
     seed: int = Field(0, description="of the noise")
     samples: int = Field(32, ge=1, description="calibration samples whose gradients are taken, at most")
@@ -64,7 +64,7 @@ def score(view: EditView, io: EditIO, o: Options) -> EditScores:
         return {}
     slopes = io.gates["heads"]
     count = slopes.shape[1]
-    kept = heads_left(count, o.ratio)
+    kept = heads_left(count, o.ratio, alone=True)
     if kept == count:
         return {"heads": tuple(slopes.square().mean(0).tolist())}
     return {"heads": tuple(importances(slopes, kept, o.steps, o.seed).tolist())}

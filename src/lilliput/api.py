@@ -226,7 +226,7 @@ def evaluate(
     Windows have `tokens` tokens: 1,024, or as many as the models know positions. adapter: folder of one that the model
     computes with; raises PlanError for prefixes and prompts, which are in front of the text.
     """
-    ours = model if adapter is None else open_adapted(model, adapter, dtype=compute_dtype(dtype, "cpu"))
+    ours = model if adapter is None else open_adapted(model, Path(adapter), dtype=compute_dtype(dtype, "cpu"))
     return measure(
         ours, against, data=data, windows=windows, tokens=tokens, memory=memory, dtype=dtype, progress=progress
     )

@@ -178,15 +178,16 @@ def open_model(
 
 
 def open_adapted(
-    model: str | Path, adapter: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    model: str | Path, adapter: Path | None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Model:
-    """Open a folder whose linears compute with an adapter, which stays in memory.
+    """Open a folder whose linears compute with an adapter, which stays in memory; None: with none.
 
     Weights are read as the folder has them. Raises PlanError for prefixes and prompts and where no adapter is, and
     SourceError for an adapter of another model.
     """
     opened = open_model(model, dtype=dtype, device=device)
-    adapters.attach(opened.skeleton.model, Path(adapter), device)
+    if adapter is not None:
+        adapters.attach(opened.skeleton.model, adapter, device)
     return opened
 
 

@@ -145,7 +145,7 @@ def _text(task: Task, positions: int | None, before: int) -> None:
             f"{task.label}: samples of {o.tokens} tokens{more} are longer than the model's {positions}: set its option "
             f"`tokens` to at most {positions - before}"
         )
-    for name in (o.data,) if isinstance(o.data, str) else o.data or ():
+    for name in o.texts:
         if name != "self":
             load.check(name)
     if isinstance(o.data, Mapping):

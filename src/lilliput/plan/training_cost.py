@@ -113,8 +113,7 @@ def _noting(task: Task, teacher: Model, run: Run) -> Cost:
 
 def _rows(o: TrainOptions) -> bool:
     """Whether a row of the text may hold several documents."""
-    names = (o.data,) if isinstance(o.data, str) else o.data or ()
-    return o.documents or any(name.endswith(".jsonl") for name in names)
+    return o.documents or any(name.endswith(".jsonl") for name in o.texts)
 
 
 def _said(o: TrainOptions, vocabulary: int) -> int:

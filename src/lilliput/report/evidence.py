@@ -97,10 +97,7 @@ def gather(
         from lilliput.tasks import check_tasks
 
         check_tasks(model, against, scored, limit=parts.limit, shots=parts.shots)
-    if parts.adapter is None:
-        ours = open_model(model, dtype=dtype, device=compute.device)
-    else:
-        ours = open_adapted(model, parts.adapter, dtype=dtype, device=compute.device)
+    ours = open_adapted(model, parts.adapter, dtype=dtype, device=compute.device)
     base = None if against is None else open_model(against, dtype=dtype, device=compute.device)
     if evaluation is None:
         shared: Data = {"memory": limits.memory, "dtype": compute.dtype, "work": compute.work, "progress": progress}

@@ -33,7 +33,6 @@ from lilliput.units import few
 
 PRUNED = 0.01  # share of zeros from which on a plain linear counts as pruned
 
-
 Fresh = dict[str, Callable[[], Tensor]]  # tensors of the files that change, computed when they are written
 
 

@@ -316,12 +316,9 @@ def _measure(
     original: Model, plan: Plan, place: Work, seen: Sequence[Tokens], text: Text, progress: Progress
 ) -> Evaluation:
     made = adapting.beside(plan, place.staging)
-    if made is not None and beside_linears(made):
-        ours = open_adapted(place.staging, made, device=plan.device)
-    else:
-        ours = open_model(place.staging, device=plan.device)
+    adapted = made is not None and beside_linears(made)
     found = measure(
-        ours,
+        open_adapted(place.staging, made if adapted else None, device=plan.device),
         original,
         work=place.folder,
         data=text.data,
@@ -332,5 +329,5 @@ def _measure(
         calibration=seen,
         progress=progress,
     )
-    said = () if made is None else (ADAPTED if beside_linears(made) else BARE,)
+    said = () if made is None else (ADAPTED if adapted else BARE,)
     return replace(found, notes=(*found.notes, *said))

@@ -125,8 +125,9 @@ def attach(model: nn.Module, place: Path, device: torch.device | str) -> None:
 
     Raises PlanError for an adapter that changes no linears, and SourceError for one of another model.
     """
-    if said(place).get("adapter_type") == bottleneck.KIND:
-        bottleneck.attach(model, place, device)
+    plain = said(place)
+    if plain.get("adapter_type") == bottleneck.KIND:
+        bottleneck.attach(model, place, plain, device)
         return
     modules = dict(model.named_modules())
     for name, change in changes(place).items():

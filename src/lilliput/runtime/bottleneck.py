@@ -61,17 +61,11 @@ def save(folder: Path, networks: Mapping[str, Bottleneck], between: str) -> None
     (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def attach(model: nn.Module, folder: Path, device: torch.device | str) -> None:
-    """Give a model the adapters of a folder, whose tensors lie on `device`.
+def attach(model: nn.Module, folder: Path, plain: Mapping[str, Any], device: torch.device | str) -> None:
+    """Give a model the adapters of a folder, whose tensors lie on `device`; plain: what its adapter_config.json says.
 
-    Raises SourceError for another kind, and for another model's.
+    Raises SourceError for another model's.
     """
-    try:
-        plain = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{folder} holds no adapter: {error}") from None
-    if plain.get("adapter_type") != KIND:
-        raise SourceError(f"{folder} holds an adapter of peft: load it with peft.PeftModel.from_pretrained")
     tensors, modules = load_file(folder / WEIGHTS), dict(model.named_modules())
     for name, width in plain["widths"].items():
         if name not in modules:

@@ -85,6 +85,11 @@ class TrainOptions(Strict):
     save: int = Field(25, ge=1, description="steps between two states from which a killed run goes on")
     seed: int = Field(0, ge=0, description="of the order of samples and whatever is drawn")
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that `data` names."""
+        return (self.data,) if isinstance(self.data, str) else tuple(self.data or ())
+
     def trains(self, name: str) -> bool:
         """Whether a tensor outside the linears is trained too."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.others)

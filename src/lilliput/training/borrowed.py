@@ -53,9 +53,10 @@ def names(linears: Sequence[Adaptable]) -> list[str]:
 
 
 class Borrowed(Adapter):
-    """An adapter of peft. inner: the model as `wrapped` made it; said: metadata of the file that is written."""
+    """An adapter of peft. inner: the model as `wrapped` made it; said: metadata of the file that is written, one
+    entry alone: safetensors writes several in an order that changes from run to run."""
 
-    said: ClassVar[Mapping[str, str]] = {}
+    said: ClassVar[Mapping[str, str]] = {"format": "pt"}
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class Borrowed(Adapter):
 def write(folder: Path, tensors: dict[str, Tensor], config: Any, said: Mapping[str, str]) -> None:
     """A folder that peft reads; equal adapters give equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt", **said})
+    save_file(tensors, folder / WEIGHTS, dict(said))
     config.save_pretrained(str(folder))
     path = folder / CONFIG
     plain = json.loads(path.read_text(encoding="utf-8"))

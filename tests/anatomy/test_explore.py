@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -406,3 +407,34 @@ def test_an_odd_number_of_hidden_channels_is_told_apart(inner: int) -> None:
     block = explore(Skeleton(config)).blocks[0]
     assert roles(block)["mlp.up_proj"] == "up"
     assert block.groups.channels[0].width == inner
+
+
+def test_an_equal_model_is_explored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How it is stored makes no other model; a shape or a name of the config does."""
+    module = sys.modules["lilliput.anatomy.explore"]
+    real, seen = module._explore, []
+
+    def counted(skeleton: Skeleton, *rest: Any) -> Any:
+        seen.append(skeleton.config.hidden_size)
+        return real(skeleton, *rest)
+
+    monkeypatch.setattr(module, "_explore", counted)
+    monkeypatch.setattr(module, "_KNOWN", {})
+
+    def config(hidden: int = 32, **more: Any) -> Any:
+        return tf.LlamaConfig(
+            vocab_size=64,
+            hidden_size=hidden,
+            num_hidden_layers=1,
+            intermediate_size=48,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            **more,
+        )
+
+    first = explore(Skeleton(config()))
+    stored = config(quantization_config={"quant_method": "lilliput"})
+    assert explore(Skeleton(stored)) is first
+    assert explore(Skeleton(config(64))) is not first
+    assert explore(Skeleton(config(attention_bias=True))) is not first
+    assert seen == [32, 64, 32]

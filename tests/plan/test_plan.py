@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lilliput import api
+from lilliput.algebra import compiled
 from lilliput.errors import PlanError
+from lilliput.machine import memory
 from lilliput.model.stored import open_model
 from lilliput.plan.plan import Plan
 from lilliput.progress import Quiet
@@ -109,3 +111,19 @@ def test_what_leaves_is_said_where_sizes_do_not_hold_the_ratio(
     ]
     assert len(notes) == (said is not None)
     assert said is None or said in notes[0]
+
+
+def test_a_menu_with_codes_counts_the_compiled_search(tiny: Tiny, tmp_path: Path) -> None:
+    """The target that stands for a menu until it has decided has no codes of its own."""
+
+    def peak(menu: str) -> int:
+        path = tmp_path / "menu.yaml"
+        path.write_text(
+            f"steps:\n  - method: menu\n    options: {{menu: [{menu}], average: 4.0}}\n"
+            "  - method: mixed\n    target: {bits: 2, group_size: 64, symmetric: false}\n"
+        )
+        return plan(tiny("wide"), str(path)).batching.bytes
+
+    plain, coded = peak("int2/64/asym, int3/64/asym, int8/64/asym"), peak("int2/64/asym, int8/64/asym, trellis3")
+    taken = compiled.MEMORY if compiled.available() else 0
+    assert coded - plain == pytest.approx(taken * memory.SLACK, abs=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,9 @@ from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 
 SMALL = 4_000_000  # parameters of a block that is explored in float64
+_FEW = 16
+_STORED = ("quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
+_KNOWN: dict[tuple[type, str], Anatomy] = {}
 
 
 def explore(skeleton: Skeleton, seed: int = 0) -> Anatomy:
@@ -28,11 +32,26 @@ def explore(skeleton: Skeleton, seed: int = 0) -> Anatomy:
     Blocks of one class, with equal tensor shapes and the same layer type, are one kind and share a description. A kind
     is looked at in a miniature with narrower layers where its config allows one, else at its own size; in float64, or
     in float32 where the model's code knows no float64. Raises SourceError where a block cannot be run by itself.
+
+    A run meets equal models again, when it opens what it has written: of those the same is known already.
     """
-    try:
-        return _explore(skeleton, seed, torch.float64)
-    except SourceError:
-        return _explore(skeleton, seed, torch.float32)
+    key = _key(skeleton, seed)
+    if key not in _KNOWN:
+        try:
+            found = _explore(skeleton, seed, torch.float64)
+        except SourceError:
+            found = _explore(skeleton, seed, torch.float32)
+        while len(_KNOWN) >= _FEW:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        _KNOWN[key] = found
+    return _KNOWN[key]
+
+
+def _key(skeleton: Skeleton, seed: int) -> tuple[type, str]:
+    """All that an anatomy is found from: code, config and shapes, but not how weights are stored."""
+    config = {name: x for name, x in skeleton.config.to_dict().items() if name not in _STORED}
+    found_from = (config, list(skeleton.shapes.items()), skeleton.notes, seed)
+    return type(skeleton.model), json.dumps(found_from, sort_keys=True, default=str)
 
 
 def _explore(skeleton: Skeleton, seed: int, dtype: torch.dtype) -> Anatomy:

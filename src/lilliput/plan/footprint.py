@@ -49,6 +49,7 @@ def estimate(resolved: Resolved, run: Run, phases: Sequence[Phase], *, lockstep:
     whole = {name: size + (STILL if name in still else BASE) for name, size in most.items()}
     where = max(whole, key=lambda name: whole[name])
     resident = peak.of_rotation(run).ram if any(task.spec.turns for task in resolved.tasks) else 0
+    resident += sum(task.resident() for task in resolved.tasks)
     return int((resident + whole[where]) * SLACK), where
 
 

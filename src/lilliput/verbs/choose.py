@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lilliput.algebra import compiled
 from lilliput.anatomy.model import Linear
 from lilliput.budget import menu
 from lilliput.errors import PlanError
@@ -130,3 +131,8 @@ class Choose(Spec[OptionsT]):
     def phases(self, run: Run, options: OptionsT) -> tuple[Phase, ...]:
         making = max(peak.of_decomposing(block.linears).ram for block in run.kinds)
         return (Phase("trying out candidates", peak.of_loss(run, making)),)
+
+    def resident(self, target: Target, options: OptionsT) -> int:
+        """The compiled search for codes, where grids of the menu have some, and the target that stands for them not."""
+        coded = any(menu.turned(menu.on(target, x)) for x in self.entries(options))
+        return compiled.MEMORY if coded and compiled.available() and not menu.turned(target) else 0

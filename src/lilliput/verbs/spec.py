@@ -189,6 +189,10 @@ class Spec(Generic[OptionsT]):
         """What its own passes over the model take, where it makes any."""
         return ()
 
+    def resident(self, target: Target, options: OptionsT) -> int:
+        """Bytes that stay from its own passes to the end of the run, beside what its target's format works in."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Method:
@@ -287,6 +291,10 @@ class Task:
         if not self.fisher:
             return phases
         return (*phases, Phase("the backward pass for squared gradients", peak.of_gradients(run, outside=False)))
+
+    def resident(self) -> int:
+        """See `Spec.resident`."""
+        return self.spec.resident(self.target, self.options)
 
     def fisher_samples(self, samples: int) -> int:
         """Of how many of `samples` calibration samples the step asks squared gradients; 0: of none."""

@@ -1,3 +1,5 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,20 +11,35 @@ from lilliput.attribution import suspects
 pytestmark = pytest.mark.slow
 
 
-def compressed(base: Path, text: Path, recipe: str, *settings: str) -> Path:
-    out = base.with_name(f"{recipe}-out")
-    lilliput.compress(
-        base,
-        out,
-        recipe=recipe,
-        settings=settings,
-        data=str(text),
-        samples=4,
-        tokens=64,
-        eval_windows=0,
-        dtype="float32",
-    )
-    return out
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """Where folders are kept that one test has made and others copy, and which there are."""
+    return tmp_path_factory.mktemp("sound"), {}
+
+
+@pytest.fixture
+def compressed(sound: tuple[Path, dict[str, Path]], llama, text) -> Callable[..., tuple[Path, Path]]:
+    """The original and a folder made of it, which the caller may change."""
+    place, known = sound
+
+    def make(recipe: str, *settings: str) -> tuple[Path, Path]:
+        base = llama()
+        if recipe not in known:
+            known[recipe] = place / recipe
+            lilliput.compress(
+                base,
+                known[recipe],
+                recipe=recipe,
+                settings=settings,
+                data=str(text),
+                samples=4,
+                tokens=64,
+                eval_windows=0,
+                dtype="float32",
+            )
+        return base, Path(shutil.copytree(known[recipe], base.with_name(f"{recipe}-out")))
+
+    return make
 
 
 RECIPES = [
@@ -33,16 +50,15 @@ RECIPES = [
 
 
 @pytest.mark.parametrize(("recipe", "settings"), RECIPES)
-def test_nothing_is_suspected_of_a_sound_model(llama, text, recipe, settings) -> None:
-    base = llama()
-    assert suspects(compressed(base, text, recipe, *settings), base) == ()
+def test_nothing_is_suspected_of_a_sound_model(compressed, recipe, settings) -> None:
+    base, out = compressed(recipe, *settings)
+    assert suspects(out, base) == ()
 
 
 @pytest.mark.parametrize(("recipe", "settings"), RECIPES)
 @pytest.mark.parametrize("linear", ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
-def test_a_doubled_scale_is_caught_and_named(llama, text, change, recipe, settings, linear) -> None:
-    base = llama()
-    out = compressed(base, text, recipe, *settings)
+def test_a_doubled_scale_is_caught_and_named(compressed, change, recipe, settings, linear) -> None:
+    base, out = compressed(recipe, *settings)
     name = f"model.layers.3.{linear}.weight_scale"
     change(out, name, lambda scale: scale * 2)
     found = suspects(out, base)
@@ -52,9 +68,8 @@ def test_a_doubled_scale_is_caught_and_named(llama, text, change, recipe, settin
 
 
 @pytest.mark.parametrize("damage", ["scale", "codes"])
-def test_few_damaged_rows_are_found(llama, text, change, damage) -> None:
-    base = llama()
-    out = compressed(base, text, "gptq", "gptq.bits=4", "gptq.group_size=32")
+def test_few_damaged_rows_are_found(compressed, change, damage) -> None:
+    base, out = compressed("gptq", "gptq.bits=4", "gptq.group_size=32")
     name = "model.layers.2.mlp.up_proj.weight_packed"
 
     def break_rows(stored: torch.Tensor) -> torch.Tensor:
@@ -68,9 +83,8 @@ def test_few_damaged_rows_are_found(llama, text, change, damage) -> None:
     assert found[0].reason.startswith("2 rows of it" if damage == "scale" else "its relative error")
 
 
-def test_codes_that_are_damaged_are_named(llama, text, change) -> None:
-    base = llama()
-    out = compressed(base, text, "gptq", "gptq.bits=4", "gptq.group_size=32")
+def test_codes_that_are_damaged_are_named(compressed, change) -> None:
+    base, out = compressed("gptq", "gptq.bits=4", "gptq.group_size=32")
     name = "model.layers.2.mlp.gate_proj.weight_packed"
     change(out, name, lambda codes: codes.flip(0))
     found = suspects(out, base)
@@ -78,9 +92,8 @@ def test_codes_that_are_damaged_are_named(llama, text, change) -> None:
     assert "error" in found[0].reason
 
 
-def test_a_norm_that_is_damaged_is_named(llama, text, change) -> None:
-    base = llama()
-    out = compressed(base, text, "gptq", "gptq.bits=4", "gptq.group_size=32")
+def test_a_norm_that_is_damaged_is_named(compressed, change) -> None:
+    base, out = compressed("gptq", "gptq.bits=4", "gptq.group_size=32")
     name = "model.layers.4.input_layernorm.weight"
     change(out, name, lambda gain: gain * 3)
     assert name in [x.tensor for x in suspects(out, base)]
@@ -88,9 +101,8 @@ def test_a_norm_that_is_damaged_is_named(llama, text, change) -> None:
 
 @pytest.mark.parametrize(("recipe", "settings"), RECIPES)
 @pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
-def test_one_damaged_entry_of_a_norm_is_found(llama, text, change, recipe, settings, norm) -> None:
-    base = llama()
-    out = compressed(base, text, recipe, *settings)
+def test_one_damaged_entry_of_a_norm_is_found(compressed, change, recipe, settings, norm) -> None:
+    base, out = compressed(recipe, *settings)
     name = f"model.layers.1.{norm}.weight"
 
     def break_entry(gain: torch.Tensor) -> torch.Tensor:

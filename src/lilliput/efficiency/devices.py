@@ -18,6 +18,7 @@ from lilliput.runtime.cache import CachedModel
 THIS = "this-cpu"
 _HALF = ("bf16", "fp16", "fp32")
 _WIDER = {"int8": _HALF, "fp8": _HALF, "bf16": ("fp32",), "fp16": ("fp32",)}
+_LONG = 2.0  # seconds: what comes between runs is little beside that
 Clock = Callable[[], float]
 
 
@@ -145,14 +146,18 @@ def synchronize(where: str) -> None:
 
 
 def _best(work: Callable[[], object], where: str, repeats: int, clock: Clock) -> float:
-    """Seconds of the fastest of `repeats` runs after one that is not counted."""
-    least = float("inf")
+    """Seconds of the fastest of `repeats` runs after one that is not counted; of one alone where that took long."""
+    least = first = float("inf")
     for i in range(repeats + 1):
+        if i > 1 and first > _LONG:
+            break
         synchronize(where)
         began = clock()
         work()
         synchronize(where)
-        least = min(least, clock() - began) if i else least
+        taken = clock() - began
+        first = first if i else taken
+        least = min(least, taken) if i else least
     if least <= 0:
         raise PlanError("the clock did not advance while this device was measured: use larger sizes")
     return least

@@ -1,5 +1,6 @@
 """For all tests: one thread, no network, nothing fetched; small models that several rooms share."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ import transformers as tf
 from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lilliput import efficiency
 from lilliput.data import docs
 from lilliput.streaming.states import Activations
 
@@ -75,6 +77,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("later"):
             item.add_marker(pytest.mark.skip(reason="compressed-tensors before 0.19 does otherwise"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quickly_measured() -> Iterator[None]:
+    """Pages show what this machine is measured to do, for which small products will do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(efficiency.measure_device, side=128, buffer=1 << 22, repeats=1)
+        patch.setattr(efficiency, "measure_device", quick)
+        yield
 
 
 @pytest.fixture(scope="session")

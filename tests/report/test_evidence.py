@@ -1,4 +1,3 @@
-import functools
 import io
 import json
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lilliput
-from lilliput import efficiency, report
+from lilliput import report
 from lilliput.cli.main import app
 from lilliput.errors import DataError, SourceError
 from lilliput.model import stored as model
@@ -40,11 +39,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.exit_code, done.stdout
 
 
-def test_all_parts_make_one_valid_object_and_a_page(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quick = functools.partial(efficiency.measure_device, side=128, buffer=1 << 22, repeats=1)
-    monkeypatch.setattr(efficiency, "measure_device", quick)
+def test_all_parts_make_one_valid_object_and_a_page(pair: tuple[Path, Path], tmp_path: Path) -> None:
     items = tmp_path / "items.jsonl"
     items.write_text(
         "".join(json.dumps({"context": "a b", "choices": ["c", "d"], "label": i % 2}) + "\n" for i in range(6))

@@ -10,7 +10,9 @@ text: a model calibrated on prose of its own field comes out better.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
+import itertools
 import sys
 import sysconfig
 import warnings
@@ -34,7 +36,28 @@ def _reference() -> Iterator[str]:
         yield topics[name].strip()
 
 
-def _library() -> Iterator[str]:
+class _Once:
+    """What an iterator gives, read as far as somebody has asked and kept for the next: parsing takes seconds."""
+
+    def __init__(self, rest: Iterator[str]) -> None:
+        self._rest, self._read = rest, list[str]()
+
+    def __iter__(self) -> Iterator[str]:
+        for n in itertools.count():
+            if n == len(self._read):
+                text = next(self._rest, None)
+                if text is None:
+                    return
+                self._read.append(text)
+            yield self._read[n]
+
+
+@functools.cache
+def _library() -> _Once:
+    return _Once(_docstrings())
+
+
+def _docstrings() -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     modules_read: set[str] = set()
     for name in sorted(sys.stdlib_module_names - _ABSENT):

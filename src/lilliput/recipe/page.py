@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from lilliput.methods import measured
 from lilliput.methods.index import options
 from lilliput.recipe.load import described, load
@@ -34,7 +36,7 @@ def page(method: Method) -> str:
         for key, steps in method.spec.covers.items():
             how = f"`lilliput methods {key} --recipe`" if isinstance(steps, list) else "an idea, described above"
             lines += [f"- `{key}`: {f'not to be run: {steps}' if isinstance(steps, str) else how}"]
-    recipes = {name: description for name, description in described().items() if _uses(name, method)}
+    recipes = {name: description for name, description in described().items() if method.name in _methods(name)}
     if recipes:
         lines += ["", "## Named recipes", "", *(f"- `{name}`: {description}" for name, description in recipes.items())]
     rows_measured = measured.of(method.name)
@@ -43,8 +45,9 @@ def page(method: Method) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _uses(recipe: str, method: Method) -> bool:
-    return any(step.method == method.name for step in load(recipe).steps)
+@functools.cache
+def _methods(recipe: str) -> frozenset[str]:
+    return frozenset(step.method for step in load(recipe).steps)
 
 
 def _plain(value: object) -> str:

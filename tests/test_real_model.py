@@ -23,7 +23,7 @@ def packaged() -> str:
 def compressed(packaged: str, tmp_path_factory: pytest.TempPathFactory) -> lilliput.Compression:
     out = tmp_path_factory.mktemp("real") / "gptq"
     settings = ["gptq.bits=4", "gptq.group_size=64", "gptq.symmetric=false"]
-    return lilliput.compress(packaged, out, recipe="gptq", settings=settings, samples=16, tokens=512, eval_windows=4)
+    return lilliput.compress(packaged, out, recipe="gptq", settings=settings, samples=8, tokens=512, eval_windows=2)
 
 
 def test_the_plan_was_right(compressed: lilliput.Compression) -> None:
@@ -38,7 +38,7 @@ def test_quality_and_its_baseline(packaged: str, compressed: lilliput.Compressio
     """GPTQ costs less than half of what rounding to nearest by range costs, on text of another kind."""
     settings = ["rtn.group_size=64", "rtn.symmetric=false", "rtn.search=minmax"]
     plain = lilliput.compress(
-        packaged, tmp_path / "rtn", recipe="rtn", settings=settings, samples=16, tokens=512, eval_windows=4
+        packaged, tmp_path / "rtn", recipe="rtn", settings=settings, samples=8, tokens=512, eval_windows=2
     )
     assert compressed.evaluation is not None
     assert plain.evaluation is not None

@@ -16,7 +16,7 @@ import itertools
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lilliput.errors import DataError
@@ -52,13 +52,16 @@ class _Once:
             yield self._read[n]
 
 
+def _library() -> Iterable[str]:
+    return _docstrings_of(Path(sysconfig.get_path("stdlib")))
+
+
 @functools.cache
-def _library() -> _Once:
-    return _Once(_docstrings())
+def _docstrings_of(root: Path) -> _Once:
+    return _Once(_docstrings(root))
 
 
-def _docstrings() -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
+def _docstrings(root: Path) -> Iterator[str]:
     modules_read: set[str] = set()
     for name in sorted(sys.stdlib_module_names - _ABSENT):
         module = root / f"{name}.py"

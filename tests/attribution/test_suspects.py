@@ -12,23 +12,22 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """Where folders are kept that one test has made and others copy, and which there are."""
-    return tmp_path_factory.mktemp("sound"), {}
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where folders are kept that one test has made and others copy."""
+    return tmp_path_factory.mktemp("sound")
 
 
 @pytest.fixture
-def compressed(sound: tuple[Path, dict[str, Path]], llama, text) -> Callable[..., tuple[Path, Path]]:
+def compressed(sound: Path, llama, text) -> Callable[..., tuple[Path, Path]]:
     """The original and a folder made of it, which the caller may change."""
-    place, known = sound
 
     def make(recipe: str, *settings: str) -> tuple[Path, Path]:
         base = llama()
-        if recipe not in known:
-            known[recipe] = place / recipe
+        kept = sound / " ".join((recipe, *settings))
+        if not kept.exists():
             lilliput.compress(
                 base,
-                known[recipe],
+                kept,
                 recipe=recipe,
                 settings=settings,
                 data=str(text),
@@ -37,7 +36,7 @@ def compressed(sound: tuple[Path, dict[str, Path]], llama, text) -> Callable[...
                 eval_windows=0,
                 dtype="float32",
             )
-        return base, Path(shutil.copytree(known[recipe], base.with_name(f"{recipe}-out")))
+        return base, Path(shutil.copytree(kept, base.with_name(f"{recipe}-out")))
 
     return make
 

@@ -58,13 +58,18 @@ def whole(driver: Driver, args: dict[str, Any], tmp_path: Path) -> tuple[bytes, 
 
 def test_killed_training_goes_on(driver: Driver, args: dict[str, Any], whole: Any, tmp_path: Path) -> None:
     kills = [
+        ("lilliput.streaming.states:Activations.checksum", 2, "before"),
         ("lilliput.training.teacher:Notes.write", 3, "before"),
         ("lilliput.training.whole:Whole.step", 2, "before"),
+        ("lilliput.training.whole:Whole.step", 4, "after"),
         ("lilliput.training.whole:Whole.save", 2, "after"),
         ("lilliput.training.whole:Whole.keep", 1, "before"),
         ("lilliput.training.moments:OnDisk.put", 30, "after"),
+        ("lilliput.training.moments:OnDisk.settled", 1, "before"),
+        ("lilliput.run.training:_written", 1, "before"),
         ("lilliput.run.training:_written", 1, "after"),
         ("lilliput.run.training:_written", 2, "after"),
+        ("lilliput.run.training:exchange", 2, "before"),
         ("lilliput.run.training:exchange", 2, "after"),
         ("shutil:rmtree", 5, "after"),
         ("lilliput.run.delivery:write_report", 1, "before"),

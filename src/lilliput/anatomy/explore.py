@@ -21,7 +21,7 @@ from lilliput.anatomy.skeleton import Skeleton
 from lilliput.errors import SourceError
 
 SMALL = 4_000_000  # parameters of a block that is explored in float64
-_FEW = 16
+_FEW = 16  # anatomies that are kept, the latest
 _STORED = ("quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
 _KNOWN: dict[tuple[type, str], Anatomy] = {}
 
@@ -41,7 +41,7 @@ def explore(skeleton: Skeleton, seed: int = 0) -> Anatomy:
             found = _explore(skeleton, seed, torch.float64)
         except SourceError:
             found = _explore(skeleton, seed, torch.float32)
-        while len(_KNOWN) >= _FEW:
+        if len(_KNOWN) >= _FEW:
             _KNOWN.pop(next(iter(_KNOWN)))
         _KNOWN[key] = found
     return _KNOWN[key]

@@ -10,13 +10,14 @@ text: a model calibrated on prose of its own field comes out better.
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import importlib
 import itertools
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from lilliput.errors import DataError
@@ -36,29 +37,15 @@ def _reference() -> Iterator[str]:
         yield topics[name].strip()
 
 
-class _Once:
-    """What an iterator gives, read as far as somebody has asked and kept for the next: parsing takes seconds."""
-
-    def __init__(self, rest: Iterator[str]) -> None:
-        self._rest, self._read = rest, list[str]()
-
-    def __iter__(self) -> Iterator[str]:
-        for n in itertools.count():
-            if n == len(self._read):
-                text = next(self._rest, None)
-                if text is None:
-                    return
-                self._read.append(text)
-            yield self._read[n]
-
-
-def _library() -> Iterable[str]:
-    return _docstrings_of(Path(sysconfig.get_path("stdlib")))
+def _library() -> Iterator[str]:
+    return copy.copy(_start(Path(sysconfig.get_path("stdlib"))))
 
 
 @functools.cache
-def _docstrings_of(root: Path) -> _Once:
-    return _Once(_docstrings(root))
+def _start(root: Path) -> Iterator[str]:
+    """Never moved on itself; its copies share what the furthest of them has read, for parsing takes seconds."""
+    (texts,) = itertools.tee(_docstrings(root), 1)
+    return texts
 
 
 def _docstrings(root: Path) -> Iterator[str]:

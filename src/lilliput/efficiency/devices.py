@@ -147,17 +147,14 @@ def synchronize(where: str) -> None:
 
 def _best(work: Callable[[], object], where: str, repeats: int, clock: Clock) -> float:
     """Seconds of the fastest of `repeats` runs after one that is not counted; of one alone where that took long."""
-    least = first = float("inf")
-    for i in range(repeats + 1):
-        if i > 1 and first > _LONG:
-            break
+    taken: list[float] = []
+    while len(taken) <= repeats and not (len(taken) > 1 and taken[0] > _LONG):
         synchronize(where)
         began = clock()
         work()
         synchronize(where)
-        taken = clock() - began
-        first = first if i else taken
-        least = min(least, taken) if i else least
+        taken.append(clock() - began)
+    least = min(taken[1:])
     if least <= 0:
         raise PlanError("the clock did not advance while this device was measured: use larger sizes")
     return least

@@ -70,12 +70,12 @@ def test_lora_recover_leaves_the_folder_and_regains_some_of_what_it_lost(
 
     real, calls = Whole.step, 0
 
-    def step(self: Whole, samples: Any, number: int) -> float:
+    def step(self: Whole, samples: Any, now: Any) -> float:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return real(self, samples, number)
+        return real(self, samples, now)
 
     monkeypatch.setattr(Whole, "step", step)
     with pytest.raises(KeyboardInterrupt):

@@ -75,7 +75,7 @@ def test_a_training_of_gates_that_is_killed_goes_on_from_its_last_state(
     api.compress(tiny("qwen2"), tmp_path / "whole", recipe=recipe, **RUN)
     rate, seen = loop.rate, []
 
-    def killed(step: int, o: Any) -> float:
+    def killed(step: float, o: Any) -> float:
         seen.append(step)
         if step == 5 and seen.count(5) == 1:
             raise MemoryError

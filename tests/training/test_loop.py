@@ -55,10 +55,10 @@ def test_a_training_that_was_cut_off_goes_on_as_if_nothing_had_been(
     place = small.memory(tmp_path)
     plain = Whole.step
 
-    def cut(self: Whole, samples: Sequence[int], step: int) -> float:
-        if step == after:
+    def cut(self: Whole, samples: Sequence[int], now: loop.Now) -> float:
+        if now.step == after:
             raise RuntimeError("killed")
-        return plain(self, samples, step)
+        return plain(self, samples, now)
 
     monkeypatch.setattr(Whole, "step", cut)
     with pytest.raises(RuntimeError, match="killed"):
@@ -74,10 +74,10 @@ def test_a_first_interrupt_ends_with_what_was_reached(
 ) -> None:
     plain = Whole.step
 
-    def interrupted(self: Whole, samples: Sequence[int], step: int) -> float:
-        if step == 2:
+    def interrupted(self: Whole, samples: Sequence[int], now: loop.Now) -> float:
+        if now.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, samples, step)
+        return plain(self, samples, now)
 
     monkeypatch.setattr(Whole, "step", interrupted)
     place = small.memory(tmp_path)
@@ -91,7 +91,7 @@ def test_a_first_interrupt_ends_with_what_was_reached(
 
 
 def test_a_second_interrupt_interrupts(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: Whole, samples: Sequence[int], step: int) -> float:
+    def interrupted(self: Whole, samples: Sequence[int], now: loop.Now) -> float:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         return 1.0
@@ -104,6 +104,23 @@ def test_a_second_interrupt_interrupts(small: Any, tmp_path: Path, monkeypatch: 
 def test_minutes_end_it(small: Any) -> None:
     curve = small.train(QUICK.model_copy(update={"minutes": 1e-9}))
     assert curve.stopped == "after 1e-09 minutes, at step 0 of 6"
+
+
+def test_schedules_reach_their_end_within_the_minutes(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 15))  # a look at the beginning, and two in every step
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
+    places: list[float] = []
+    plain = loop.rate
+
+    def seen(place: float, o: TrainOptions) -> float:
+        places.append(place)
+        return plain(place, o)
+
+    monkeypatch.setattr(loop, "rate", seen)
+    curve = small.train(QUICK.model_copy(update={"minutes": 2.0, "steps": 40}))
+    assert len(places) == len(curve.losses) == 4
+    assert places == [40 * x / 120 for x in (15, 45, 75, 105)]  # and not 0, 1, 2, 3
+    assert plain(places[-1], QUICK.model_copy(update={"steps": 40})) < 0.1
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -67,10 +67,10 @@ with ranks.joined():
     trainer = Whole(student, Text(lessons), o, Place(Path(job["folder"])))
     if job["stop"]:
         plain = Whole.step
-        def step(self, samples, number):
-            if number == job["stop"]:
+        def step(self, samples, now):
+            if now.step == job["stop"]:
                 raise SystemExit(0)
-            return plain(self, samples, number)
+            return plain(self, samples, now)
         Whole.step = step
     curve = loop.train(trainer, lessons, o, Quiet())
     sums = {{}}

@@ -138,10 +138,10 @@ def test_a_training_that_was_cut_off_goes_on_as_if_nothing_had_been(
     curve = pair.train(unbroken, o)
     plain, place = Streamed._descend, places("cut")
 
-    def cut(self: Streamed, number: int, step: int, factor: float) -> None:
-        if step == after and number == 1:
+    def cut(self: Streamed, number: int, now: loop.Now, factor: float) -> None:
+        if now.step == after and number == 1:
             raise RuntimeError("killed")
-        plain(self, number, step, factor)
+        plain(self, number, now, factor)
 
     monkeypatch.setattr(Streamed, "_descend", cut)
     with pytest.raises(RuntimeError, match="killed"):
@@ -170,7 +170,7 @@ def test_one_block_is_in_memory(small: Any, places: Callable[[str], Any], monkey
         return plain(self, i, *args, **kwargs)
 
     monkeypatch.setattr(Skeleton, "run", run)
-    trainer.step([0, 1, 2], 0)
+    trainer.step([0, 1, 2], loop.Now(0, 0))
     assert seen == [0] * 3 + [1] * 3 + [2] * 3 + [2] * 3 + [1] * 3 + [0] * 3
     assert most == sum(skeleton.tensor(n).numel() for n in skeleton.names_of(0))
     assert all(x.is_meta for x in skeleton.model.parameters())

@@ -26,12 +26,21 @@ class NotFiniteError(LilliputError):
     """A loss or a gradient that is no number; the loop says where."""
 
 
+@dataclass(frozen=True)
+class Now:
+    """Where a training is. step: its number, from 0; place: the same on the way from 0 to `steps`, or further on where
+    `minutes` end it before."""
+
+    step: int
+    place: float
+
+
 class Trainer(Protocol):
     """What is trained, and how: see `whole` and `streamed`. Of several processes all make the same calls."""
 
-    def step(self, samples: Sequence[int], step: int) -> float:
-        """Carry out the step of that number, from 0; the mean loss of its tokens before it. Raises NotFiniteError and
-        leaves what is trained as it was where that is no number."""
+    def step(self, samples: Sequence[int], now: Now) -> float:
+        """Carry out a step; the mean loss of its tokens before it. Raises NotFiniteError and leaves what is trained as
+        it was where that is no number."""
         ...
 
     def judge(self, samples: Sequence[int]) -> float:
@@ -143,14 +152,14 @@ def held_out(count: int, o: TrainOptions) -> range:
     return range(count - some, count)
 
 
-def rate(step: int, o: TrainOptions) -> float:
-    """The factor on the learning rate at a step from 0."""
+def rate(place: float, o: TrainOptions) -> float:
+    """The factor on the learning rate at a place from 0 to `steps`."""
     warm = max(1, round(o.warmup * o.steps)) if o.warmup else 0
-    if step < warm:
-        return (step + 1) / warm
+    if place < warm:
+        return min((place + 1) / warm, 1.0)
     if o.schedule == "constant":
         return 1.0
-    done = (step - warm) / max(1, o.steps - warm)
+    done = (place - warm) / max(1, o.steps - warm)
     return 1 - done if o.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -186,10 +195,11 @@ def train(trainer: Trainer, lessons: Lessons, o: TrainOptions, progress: Progres
         if judged and not history.losses:
             save()
         for step in range(len(history.losses), o.steps):
-            stopped = ranks.agreed(_reason(stop, time.monotonic() - began, o))
+            seconds = time.monotonic() - began
+            stopped, place = ranks.agreed((_reason(stop, seconds, o), _place(step, seconds, o)))
             if stopped is not None:
                 break
-            history.losses.append(_step(trainer, lessons, plan[step], step, saved))
+            history.losses.append(_step(trainer, lessons, plan[step], Now(step, place), saved))
             history.seconds = time.monotonic() - began
             progress.step(step + 1, o.steps, f"loss {history.losses[-1]:.4f}")
             if (step + 1) % o.save == 0 and step + 1 < o.steps:
@@ -210,14 +220,19 @@ def _reason(stop: Stop, seconds: float, o: TrainOptions) -> str | None:
     return f"after {o.minutes:g} minutes" if o.minutes is not None and seconds > 60 * o.minutes else None
 
 
-def _step(trainer: Trainer, lessons: Lessons, samples: Sequence[int], step: int, saved: int) -> float:
+def _place(step: int, seconds: float, o: TrainOptions) -> float:
+    return step if o.minutes is None else max(step, min(seconds / (60 * o.minutes), 1.0) * o.steps)
+
+
+def _step(trainer: Trainer, lessons: Lessons, samples: Sequence[int], now: Now, saved: int) -> float:
+    step = now.step
     if not counted(lessons, samples):
         raise LilliputError(
             f"no token counts in the samples {list(samples)} of step {step + 1}: give text with longer answers, or "
             "larger batches"
         )
     try:
-        return trainer.step(samples, step)
+        return trainer.step(samples, now)
     except NotFiniteError as error:
         good = f"the state after step {saved} is saved" if saved else "no earlier state is saved"
         raise LilliputError(

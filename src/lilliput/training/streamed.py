@@ -100,17 +100,17 @@ class Streamed:
             self._values.write(name, value)
 
     @contextmanager
-    def _resident(self, place: int, step: int | None = None) -> Iterator[Held]:
+    def _resident(self, place: int, now: loop.Now | None = None) -> Iterator[Held]:
         """A place as it is trained so far, at the beginning of a step where one is named."""
         with self._places.resident(place) as held:
             with torch.no_grad():
                 for name, value in held.tensors().items():
                     value.copy_(self._values.read(name))
-            if step is not None:
+            if now is not None:
                 # What is drawn is the same each time that the step comes by.
-                torch.manual_seed((self._o.seed * 1_000_003 + step) * 4_099 + place)
+                torch.manual_seed((self._o.seed * 1_000_003 + now.step) * 4_099 + place)
                 for core in held.cores.values():
-                    core.step(step / max(self._o.steps, 1))
+                    core.step(now.place / max(self._o.steps, 1))
             yield held
 
     @contextmanager
@@ -125,27 +125,27 @@ class Streamed:
                 stack.callback(made[-1].delete)
             yield made if keep else made * count
 
-    def _forward(self, rows: Rows, states: Sequence[Activations], step: int | None) -> Batches:
+    def _forward(self, rows: Rows, states: Sequence[Activations], now: loop.Now | None) -> Batches:
         skeleton = self._model.skeleton
         with torch.no_grad():
             batches = embed(self._model, rows.ids, self._o.at_once or 1, states[0])
             for block in range(self._places.head):
-                with self._resident(block, step), self._student.still():
+                with self._resident(block, now), self._student.still():
                     for run in through(skeleton, block, batches, states[block], states[block + 1]):
                         run()
         return batches
 
-    def step(self, samples: Sequence[int], step: int) -> float:
+    def step(self, samples: Sequence[int], now: loop.Now) -> float:
         rows = self._text.rows(list(samples)[ranks.share(len(samples))])
         whole = int(ranks.add(torch.tensor(rows.tokens)))
         self._moved.clear()
         with self._states(len(rows.ids), rows.ids.shape[1], keep=True) as states:
-            batches = self._forward(rows, states, step)
+            batches = self._forward(rows, states, now)
             slope = Activations(self._own / "slope.bin", states[0].shape, torch.float32, create=True)
             try:
-                total, square = self._head(rows, batches, states[-1], slope, whole, step)
+                total, square = self._head(rows, batches, states[-1], slope, whole, now)
                 for block in reversed(range(self._places.head)):
-                    square += self._back(block, batches, states[block], slope, step)
+                    square += self._back(block, batches, states[block], slope, now)
             finally:
                 slope.delete()
         size = math.sqrt(square)
@@ -155,16 +155,16 @@ class Streamed:
         clip = self._o.clip
         factor = clip / size if clip is not None and size > clip else 1.0
         for place in self._trained():
-            self._descend(place, step, factor)
+            self._descend(place, now, factor)
         return total
 
     def _head(
-        self, rows: Rows, batches: Batches, inputs: Activations, slope: Activations, whole: int, step: int
+        self, rows: Rows, batches: Batches, inputs: Activations, slope: Activations, whole: int, now: loop.Now
     ) -> tuple[float, float]:
         """The loss of all processes' rows, and the sum of the squared gradients; the slope by `inputs` goes to a
         file."""
         skeleton, total = self._model.skeleton, 0.0
-        with self._resident(self._places.head, step) as held:
+        with self._resident(self._places.head, now) as held:
             texts = self._text.batches(rows, self._o.at_once or 1)
             for (a, b), batch in zip(batches.bounds, texts, strict=True):
                 hidden = inputs.read(a, b).to(skeleton.device).requires_grad_()
@@ -175,10 +175,10 @@ class Streamed:
             square = self._arrived(held)
         return float(ranks.add(torch.tensor(total, dtype=torch.float64))), square
 
-    def _back(self, block: int, batches: Batches, inputs: Activations, slope: Activations, step: int) -> float:
+    def _back(self, block: int, batches: Batches, inputs: Activations, slope: Activations, now: loop.Now) -> float:
         """The sum of the squared gradients; the slope by the block's outputs becomes that by its inputs."""
         skeleton = self._model.skeleton
-        with self._resident(block, step) as held:
+        with self._resident(block, now) as held:
             penalty = penalties(tuple(held.cores.values())) if ranks.lead() else None
             if penalty is not None:
                 torch.autograd.backward(penalty)
@@ -198,9 +198,9 @@ class Streamed:
         return norm(slopes.values()) ** 2
 
     @torch.no_grad()
-    def _descend(self, place: int, step: int, factor: float) -> None:
-        rate = self._o.lr * loop.rate(step, self._o)
-        with self._resident(place, step) as held:
+    def _descend(self, place: int, now: loop.Now, factor: float) -> None:
+        rate = self._o.lr * loop.rate(now.place, self._o)
+        with self._resident(place, now) as held:
             moved = [x for x in held.leaves if x.name in self._moved]
             for x in moved:
                 x.value.grad = self._slopes.read(x.name).to(x.value.device).mul_(factor)

@@ -76,11 +76,11 @@ class Whole:
         own.mkdir(exist_ok=True)
         self._optimizer = AdamW(self._leaves, o.optimizer, own)
 
-    def step(self, samples: Sequence[int], step: int) -> float:
+    def step(self, samples: Sequence[int], now: loop.Now) -> float:
         o = self._o
-        torch.manual_seed(o.seed * 1_000_003 + step)  # whatever is drawn is the same after a resume
+        torch.manual_seed(o.seed * 1_000_003 + now.step)  # whatever is drawn is the same after a resume
         for core in self._student.cores().values():
-            core.step(step / max(o.steps, 1))
+            core.step(now.place / max(o.steps, 1))
         for leaf in self._leaves:
             leaf.value.grad = None
         rows = self._text.rows(list(samples)[ranks.share(len(samples))])
@@ -92,7 +92,7 @@ class Whole:
         if not (math.isfinite(total) and math.isfinite(size)):
             what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {size}"
             raise NotFiniteError(what)
-        rate = o.lr * loop.rate(step, o)
+        rate = o.lr * loop.rate(now.place, o)
         for core in self._student.cores().values():
             core.after_backward()
         self._optimizer.step(rate)

@@ -31,7 +31,9 @@ class TrainOptions(Strict):
     objective: str = Field("logit-kd", description="what is minimised: a method of the verb `objective`")
     objective_options: Mapping[str, Any] = Field(default_factory=dict, description="options of the objective")
     steps: int = Field(200, ge=0, description="steps of the optimizer")
-    minutes: float | None = Field(None, gt=0.0, description="stop after so many minutes, whatever `steps` says")
+    minutes: float | None = Field(
+        None, gt=0.0, description="stop after so many minutes of steps, and let schedules reach their end by then"
+    )
     batch: int = Field(4, ge=1, description="samples in a step")
     at_once: int | None = Field(
         None, ge=1, description="samples in memory at a time, whose gradients are added up; none: one"

@@ -85,6 +85,17 @@ def test_lora_recover_leaves_the_folder_and_regains_some_of_what_it_lost(
     for path in (out / "adapter").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / "adapter" / path.name).read_bytes()
 
+    weights = tmp_path / "again" / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert api.verify(tmp_path / "again").problems == (
+        "adapter/adapter_model.safetensors is not what was written: its hash differs",
+    )
+    weights.write_bytes(whole[:-8])
+    assert any("truncated or damaged" in x for x in api.verify(tmp_path / "again").problems)
+    weights.unlink()
+    assert any("adapter_model.safetensors is missing" in x for x in api.verify(tmp_path / "again").problems)
+
 
 def test_figures_are_those_with_the_adapter(folder: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     def compressed(recipe: str, out: Path, few: list[str]) -> Any:

@@ -61,7 +61,8 @@ class DataRow:
 class TrainingRow:
     """A training step: what was minimised, the mean loss of each step's tokens, and on which text. held_out: (steps,
     loss) on samples that were not trained on; steps: after how many of them the model was kept; stopped: why it ended
-    early; teacher: the model that it learned from."""
+    early; teacher: the model that it learned from; adapter: sha256 (hex) of the files that it has put beside the model,
+    by their paths in the folder."""
 
     method: str
     objective: str
@@ -73,6 +74,7 @@ class TrainingRow:
     steps: int
     seconds: float
     stopped: str | None = None
+    adapter: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,12 @@ def read(folder: Path) -> Provenance | None:
             f"{path} has schema {record.schema}, and this lilliput reads {SCHEMA}: use the version that wrote it"
         )
     return record
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256(tensor: Tensor) -> str:

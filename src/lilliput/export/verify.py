@@ -14,7 +14,7 @@ from torch import Tensor
 from lilliput.errors import LilliputError, SourceError
 from lilliput.export.convert import gguf_check
 from lilliput.export.engine import look
-from lilliput.export.provenance import NAME, Provenance, TensorRow, read
+from lilliput.export.provenance import NAME, Provenance, TensorRow, file_sha256, read
 from lilliput.source.gguf import Gguf
 from lilliput.source.reader import Reader
 from lilliput.source.shards import Shards, pickles
@@ -92,6 +92,8 @@ def verify(folder: Path, *, memory: int | None = None) -> Verification:
     if expected:
         rows.append(_listed(expected, reader))
     rows += _contents(expected, reader)
+    told = {} if provenance is None else {k: v for x in provenance.training for k, v in x.adapter.items()}
+    rows += [_adapter(folder, place, told) for place in _adapters(folder, told)]
     if any(row.problems for row in rows) or config is None:
         notes.append("the engine was not started, because the folder is not whole")
     else:
@@ -174,6 +176,28 @@ def _contents(expected: Mapping[str, TensorRow], reader: Reader) -> list[Check]:
     if expected or changed:
         checks.append(Check("hashes", f"{len(expected)} compared", _some(changed)))
     return checks
+
+
+def _adapters(folder: Path, told: Mapping[str, str]) -> list[str]:
+    """The subfolders with an adapter, or for which one is listed."""
+    return sorted({x.parent.name for x in folder.glob("*/adapter_config.json")} | {x.split("/")[0] for x in told})
+
+
+def _adapter(folder: Path, place: str, told: Mapping[str, str]) -> Check:
+    """An adapter's own files: as they were written, readable, and finite. told: their hashes by path."""
+    problems = []
+    for name, digest in told.items():
+        path = folder / name
+        if name.startswith(f"{place}/") and not path.is_file():
+            problems.append(f"{name} is missing: write or copy the folder again")
+        elif name.startswith(f"{place}/") and file_sha256(path) != digest:
+            problems.append(f"{name} is not what was written: its hash differs")
+    try:
+        reader = Shards(folder / place)
+    except SourceError as error:
+        return Check(f"adapter {place}", "headers and sizes", _some([*problems, str(error)]))
+    problems += [problem for row in _contents({}, reader) for problem in row.problems]
+    return Check(f"adapter {place}", f"{len(reader.entries)} tensors", _some(problems))
 
 
 def _not_finite(values: Tensor) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import LilliputError
+from lilliput.export.provenance import file_sha256
 from lilliput.machine import ranks
 from lilliput.model.stored import Model
 from lilliput.plan import adapting as planning
@@ -57,8 +58,8 @@ def _adaptable(plan: Plan, x: LinearPlan, model: Model, before: Model) -> Adapta
 
 
 def written(task: Task, student: Adapted, folder: Path, fresh: Path) -> dict[str, str]:
-    """The folder `folder` again as `fresh`, byte for byte, and the adapter in it; no tensor has changed. Of several
-    processes the leader writes.
+    """The folder `folder` again as `fresh`, byte for byte, and the adapter in it, whose files' hashes are returned; no
+    tensor has changed. Of several processes the leader writes.
 
     Raises LilliputError for an adapter that holds something that is no number.
     """
@@ -72,8 +73,9 @@ def written(task: Task, student: Adapted, folder: Path, fresh: Path) -> dict[str
         return {}
     shutil.copytree(folder, fresh)
     with _modes_of(fresh):
-        adapter.save(fresh / settings(task.options).into)
-    return {}
+        place = fresh / settings(task.options).into
+        adapter.save(place)
+    return {x.relative_to(fresh).as_posix(): file_sha256(x) for x in sorted(place.iterdir())}
 
 
 def beside(plan: Plan, folder: Path) -> Path | None:

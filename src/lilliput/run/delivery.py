@@ -26,6 +26,7 @@ from lilliput.run.journal import Work
 from lilliput.source.source import own_name
 from lilliput.units import interval
 from lilliput.units import size as readable
+from lilliput.verbs.adapt import AdapterOptions
 from lilliput.verbs.spec import Stage
 from lilliput.verbs.train import TrainOptions, common
 
@@ -182,7 +183,8 @@ def _trained(o: TrainOptions) -> TrainingRow:
     data = DataRow(" " * 200, o.steps * o.batch, o.tokens, "0" * 64)
     states = tuple((o.steps, _LONGEST) for _ in range(o.steps // o.save + 2)) if o.held_out else ()
     name = " " * 100
-    return TrainingRow(name, name, name, data, name, (_LONGEST,) * o.steps, states, o.steps, _LONGEST, name)
+    adapter = {f"{name}{n}": "0" * 64 for n in range(3)} if isinstance(o, AdapterOptions) else {}
+    return TrainingRow(name, name, name, data, name, (_LONGEST,) * o.steps, states, o.steps, _LONGEST, name, adapter)
 
 
 def write_loadable(folder: Path, d: Delivery) -> None:

@@ -196,7 +196,13 @@ def _write(folder: Path, out: Path, fresh: Fresh, adapter: Path) -> int:
         if record is not None:
             rows = tuple(replace(x, sha256=hashes[x.name]) if x.name in fresh else x for x in record.tensors)
             notes = (*record.notes, f"An adapter was merged into {len(fresh)} tensors; figures are from before.")
-            (place / provenance.NAME).write_text(replace(record, tensors=rows, notes=notes).to_json(), encoding="utf-8")
+            own = f"{adapter.name}/"
+            trained = tuple(
+                replace(x, adapter={k: v for k, v in x.adapter.items() if not k.startswith(own)})
+                for x in record.training
+            )
+            record = replace(record, tensors=rows, notes=notes, training=trained)
+            (place / provenance.NAME).write_text(record.to_json(), encoding="utf-8")
         return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
 
 

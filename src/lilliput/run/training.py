@@ -159,7 +159,7 @@ def _one(
         stopped=curve.stopped,
     )
     if isinstance(student, Adapted):
-        return row, adapting.written(task, student, work.staging, fresh)
+        return replace(row, adapter=adapting.written(task, student, work.staging, fresh)), {}
     return row, _written(plan, trainer, work.staging, fresh)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lilliput.errors import LilliputError
+from lilliput.export.provenance import file_sha256
 from lilliput.model.edited import EditedModel
 from lilliput.model.weights import Model
 from lilliput.run.journal import Work, save_atomically
@@ -17,11 +17,6 @@ from lilliput.run.journal import Work, save_atomically
 
 def _file(work: Work, step: int, block: int) -> Path:
     return work.folder / f"edit-{step:02d}-update" / f"{block:04d}.safetensors"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(base: Model, block: int, linears: Mapping[str, Tensor], work: Work, step: int) -> str:
@@ -34,7 +29,7 @@ def write(base: Model, block: int, linears: Mapping[str, Tensor], work: Work, st
         stored = weight.T if anatomy.linear(name).transposed else weight
         tensors[f"{prefix}.{name}.weight"] = stored.to(base.dtype(f"{prefix}.{name}.weight")).cpu().contiguous()
     save_atomically(path, tensors)
-    return _digest(path)
+    return file_sha256(path)
 
 
 def read(level: EditedModel, work: Work, step: int, digests: Mapping[int, str]) -> EditedModel:
@@ -45,7 +40,7 @@ def read(level: EditedModel, work: Work, step: int, digests: Mapping[int, str]) 
     files: dict[str, Path] = {}
     for block, digest in digests.items():
         path = _file(work, step, block)
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or file_sha256(path) != digest:
             raise LilliputError(f"{path} is not as this run has written it: delete {work.partial} to start again")
         with safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)

@@ -105,7 +105,7 @@ class Lab:
 
     def steps(self, *which: int) -> list[float]:
         """Carry out steps by their numbers; their losses."""
-        return [self.trainer.step([0, 1], n) for n in which]
+        return [self.trainer.step([0, 1], loop.Now(n, n)) for n in which]
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything of the model that wants gradients."""

@@ -101,10 +101,10 @@ def test_a_resumed_training_has_the_same_losses(
     killed = make(method, save=2, place=place)
     real = killed.trainer.step
 
-    def step(samples: Any, number: int) -> float:
-        if number == 3:
+    def step(samples: Any, now: Any) -> float:
+        if now.step == 3:
             raise KeyboardInterrupt
-        return float(real(samples, number))
+        return float(real(samples, now))
 
     killed.trainer.step = step
     with pytest.raises(KeyboardInterrupt):

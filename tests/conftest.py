@@ -72,6 +72,13 @@ _TINY: dict[str, Callable[[], Any]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest tests come first, so that no process is left with one of them at the end."""
+    ranks = {"real": 0, "slow": 1}
+    place: dict[Path, int] = {}
+    for item in items:
+        mine = min((n for mark, n in ranks.items() if item.get_closest_marker(mark)), default=2)
+        place[item.path] = min(mine, place.get(item.path, 2))
+    items.sort(key=lambda x: place[x.path])
     if Version(version("compressed-tensors")) >= Version("0.19"):
         return
     for item in items:

@@ -16,6 +16,7 @@ from lilliput.training.student import LOGITS
 from lilliput.verbs.adapt import Adapt, settings
 from lilliput.verbs.objective import Objective
 from lilliput.verbs.spec import Stage, Task
+from lilliput.verbs.train import kept
 
 
 def covered(resolved: Resolved, task: Task) -> tuple[LinearPlan, ...]:
@@ -122,10 +123,7 @@ def phase(resolved: Resolved, task: Task, run: Run, model: Model) -> Phase:
         if name.removesuffix(".weight") not in packed
     )
     decoding = max((math.prod(_shape(x)) for x in packed.values()), default=0) * (4 + 2 * run.itemsize)
-    each = [
-        8 * run.hidden + sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
-        for block in run.blocks
-    ]
+    each = kept(run)
     token = len(each) * run.hidden + 3 * max(each) if o.checkpointing else sum(each)
     rows = (o.at_once or 1) * o.tokens
     # Scores of attention, a head at a time each way, and logits with their gradients.

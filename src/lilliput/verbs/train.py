@@ -169,16 +169,20 @@ class Train(Learning[OptionsT]):
             return ()
         weights = sum(x.parameters for block in run.blocks for x in block.linears)
         tables = 2 * run.vocabulary * run.hidden
-        token = 4 * sum(
-            8 * run.hidden + sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
-            for block in run.blocks
-        )
         held = self.copies * weights
         if o.shard and run.processes > 1:  # a block at a time is whole, with its gradients, as it is sent and received
             most = max(sum(x.parameters for x in block.linears) for block in run.blocks)
             held = -(-held // run.processes) + (self.copies + 2) * most
-        ram = 4 * (held + tables) + (o.at_once or 1) * o.tokens * token
+        ram = 4 * (held + tables) + (o.at_once or 1) * o.tokens * 4 * sum(kept(run))
         return (Phase("training", Cost(ram=ram)),)
+
+
+def kept(run: Run) -> list[int]:
+    """How many numbers each block leaves of a token for the way back, at most."""
+    return [
+        8 * run.hidden + sum(x.out_features for x in block.linears) + sum(site.width for site in block.sites)
+        for block in run.blocks
+    ]
 
 
 def moved(recipe: Sequence[Task]) -> str | None:

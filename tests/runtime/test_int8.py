@@ -24,7 +24,14 @@ from lilliput.runtime import int8
 from lilliput.runtime.linear import IntegerLinear, compress_
 
 ROWS, WIDTH = 24, 40
-pytestmark = pytest.mark.skipif(not int8.available(), reason="torch has no 8-bit products on this machine")
+
+
+@pytest.fixture(autouse=True, params=["native", "in floats"])
+def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "in floats":
+        monkeypatch.setattr(int8, "native", lambda: False)
+    elif not int8.native():
+        pytest.skip("torch has no whole 8-bit products on this machine")
 
 
 def made(inputs: UniformInput, transposed: bool = False) -> tuple[nn.Module, Tensor, InputGrid]:
@@ -125,8 +132,22 @@ def test_nan_stays_nan_with_a_static_scale() -> None:
     assert bool(out[[0, 2]].isfinite().all())
 
 
+@pytest.mark.parametrize(("rows", "width"), [(3, 5), (7, 1024), (5, 2500)])
+def test_sums_are_whole(monkeypatch: pytest.MonkeyPatch, rows: int, width: int) -> None:
+    monkeypatch.setattr(int8, "_PIECE", 4096)  # some rows and inputs at a time
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.randint(-127, 128, (rows, width), generator=draw, dtype=torch.int8)
+    codes = torch.randint(-128, 128, (4, width), generator=draw).float()
+    weights[0], codes[0] = -127, -128
+    found = int8.Weights.of(weights, torch.ones(rows)).kernel.sums(codes + 0.25)
+    expected = codes.double() @ weights.double().T
+    torch.testing.assert_close(found.double(), expected, rtol=2**-24, atol=0)
+    if width <= 1024:
+        assert torch.equal(found.double(), expected)
+
+
 def test_products_that_saturate_are_not_used() -> None:
-    code = "from lilliput.runtime import int8; print(int8.available())"
+    code = "from lilliput.runtime import int8; print(int8.native())"
     environment = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() in ("False", "True" if not int8.available() else "False"), done.stderr
+    assert done.stdout.strip() in ("False", "True" if not int8.native() else "False"), done.stderr

@@ -155,7 +155,7 @@ def servings(model: Model, tensors: Iterable[str], dtype: torch.dtype, runtime: 
         if spec is not None:
             kind = type(model.skeleton.model.get_submodule(tensor.removesuffix(".weight")))
             here = runtime == "transformers"
-            if here and kind in (nn.Linear, Conv1D) and int8.forms(spec.scheme) is not None and int8.available():
+            if here and kind in (nn.Linear, Conv1D) and int8.forms(spec.scheme) is not None and int8.native():
                 out[tensor] = replace(w8a8(), bits=bits)
                 continue
             out[tensor] = native(

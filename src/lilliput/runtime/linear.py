@@ -277,8 +277,8 @@ class MaskedLinear(CompressedLinear):
 
 
 class IntegerLinear(CompressedLinear):
-    """A linear of 8-bit weights whose inputs are rounded to 8 bits: on a CPU, without gradients, integers are
-    multiplied. The kernel keeps a copy of the codes in its own order, so that both take the room of 16-bit weights.
+    """A linear of 8-bit weights whose inputs are rounded to 8 bits: on a CPU, without gradients, codes are
+    multiplied. The kernel keeps a copy of the codes, so that both take the room of 16-bit weights.
 
     Elsewhere inputs are rounded, and the decoded weight multiplies floats.
     """

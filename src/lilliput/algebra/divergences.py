@@ -3,9 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class _Others(torch.autograd.Function):
+    """Some logits of each row, and log sum exp of all others."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        named = logits.gather(1, ids)
+        shares = logits.clone().scatter_(1, ids, -torch.inf)
+        largest = shares.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+        total = shares.sub_(largest).exp_().sum(1, keepdim=True)
+        ctx.save_for_backward(shares, total, ids)
+        return named, (total.log() + largest)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        shares, total, ids = ctx.saved_tensors
+        by_named, by_others = slopes
+        return (shares * (by_others[:, None] / total)).scatter_(1, ids, by_named), None
+
+
+def bucketed(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities [n, m + 1] of the tokens ids int64 [n, m], each once, and of all others together, from logits
+    [n, V]; others have to be there."""
+    named, others = _Others.apply(logits, ids)  # type: ignore[no-untyped-call]
+    return torch.cat([named, others[:, None]], 1).log_softmax(-1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

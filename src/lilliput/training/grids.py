@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from lilliput.formats.scales import PowerScales, Scales
 from lilliput.formats.sign import SignFormat, SignGrid
 from lilliput.formats.ternary import TernaryFormat, TernaryGrid
 
+_CHUNK = 1 << 16  # weights worked on at a time
 FORMATS = (IntegerFormat, GgmlFormat, LevelFormat, TernaryFormat, BinaryFormat, SignFormat)
 Numbers = Mapping[str, Tensor]
 
@@ -108,6 +109,18 @@ class Tuned(ABC):
     @abstractmethod
     def slopes(self, slope: Tensor, codes: Tensor, grid: Any, latent: Tensor | None, passed: Tensor | None) -> Numbers:
         """The gradients by the numbers; latent and passed None: the codes stay."""
+
+    def rounded(self, latent: Tensor, grid: Any) -> tuple[Tensor, Tensor | None]:
+        """The values of latent weights, and their codes where `pulled` wants them."""
+        codes = self.form.encode(latent, grid)
+        return self.form.decode(codes, grid), codes
+
+    def pulled(self, slope: Tensor, latent: Tensor, codes: Tensor | None, grid: Any) -> tuple[Tensor, Numbers]:
+        """The gradients by latent weights, and those by the numbers."""
+        if codes is None:
+            raise RuntimeError("rounded() keeps the codes")
+        passed = self.passed(latent, grid)
+        return slope * passed, self.slopes(slope, codes, grid, latent, passed)
 
     def sizes(self) -> Numbers:
         """Units in which the numbers that are no `positive` ones move."""
@@ -211,6 +224,71 @@ class Stepped(Tuned):
         return grid, latent.sign() * above * shares.spread(grid.scale.float())
 
 
+class Whole(Stepped):
+    """Steps of integers, a few rows at a time through all that is computed of them, so that these stay in a cache."""
+
+    def __init__(self, form: IntegerFormat, grid: Any, width: int) -> None:
+        super().__init__(form, grid, width)
+        self._integers = form
+
+    def _pieces(self, latent: Tensor, grid: Any) -> Iterator[_Piece]:
+        """Latent weights in units of their steps, rounded, and with the codes' ends."""
+        form = self._integers
+        scale, zero = self._opened(grid)
+        inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
+        low, high = form.lowest - zero, form.highest - zero
+        rows, width = latent.shape
+        step = max(1, _CHUNK // width)
+        for columns, units, size in groups.pieces(width, form.group_size):
+            for a in range(0, rows, step):
+                at = slice(a, min(a + step, rows))
+                own = at if len(scale) == rows else slice(0, 1)
+                some = [x[own, units].unsqueeze(-1) for x in (scale, inverse, low, high)]
+                exact = groups.split(latent[at, columns], size) * some[1]
+                whole = exact.round()
+                yield _Piece(at, columns, own, units, size, some[0], exact, whole, torch.clamp(whole, some[2], some[3]))
+
+    def rounded(self, latent: Tensor, grid: Any) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty_like(latent)
+        for x in self._pieces(latent, grid):
+            torch.mul(x.code, x.scale, out=groups.split(out[x.rows, x.columns], x.size))
+        return out, None
+
+    def pulled(self, slope: Tensor, latent: Tensor, codes: Tensor | None, grid: Any) -> tuple[Tensor, Numbers]:
+        by_latent, by_scale = torch.empty_like(latent), torch.zeros_like(self._opened(grid)[0])
+        outside = torch.zeros_like(by_scale)
+        for x in self._pieces(latent, grid):
+            own = groups.split(slope[x.rows, x.columns], x.size)
+            passed = groups.split(by_latent[x.rows, x.columns], x.size)
+            torch.mul(own, x.whole == x.code, out=passed)
+            by_step = (own * x.code).addcmul_(passed, x.exact, value=-1).sum(-1)
+            outside_step = (own - passed).sum(-1) if self.zeros else None
+            if len(by_scale) == 1 < len(latent):
+                by_step, outside_step = by_step.sum(0), None if outside_step is None else outside_step.sum(0)
+            by_scale[x.own, x.units] += by_step
+            if outside_step is not None:
+                outside[x.own, x.units] += outside_step
+        scale = self._opened(grid)[0]
+        out = {"scale": torch.where(scale == 0, 0.0, by_scale)}
+        return by_latent, {**out, "zero": -outside * scale} if self.zeros else out
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows and groups [rows, groups, size]: weights in steps, these rounded, and cut to codes less zero points;
+    scale [.., groups, 1]; own, units: where the grid has it."""
+
+    rows: slice
+    columns: slice
+    own: slice
+    units: slice
+    size: int
+    scale: Tensor
+    exact: Tensor
+    whole: Tensor
+    code: Tensor
+
+
 class Sums(Tuned):
     """Alphas and an offset for each unit: binary coding."""
 
@@ -274,7 +352,9 @@ def of(form: Format, grid: Any, width: int) -> Tuned:
         return Sums(form, grid, width)
     if isinstance(form, SignFormat):
         return Signs(form, grid)
-    if isinstance(form, IntegerFormat | GgmlFormat | LevelFormat | TernaryFormat):
+    if isinstance(form, IntegerFormat):
+        return Whole(form, grid, width)
+    if isinstance(form, GgmlFormat | LevelFormat | TernaryFormat):
         return Stepped(form, grid, width)
     raise RuntimeError(f"{form.describe()} is not trained")
 
@@ -287,24 +367,25 @@ class _Meant(torch.autograd.Function):
         ctx: Any, latent: Tensor | None, codes: Tensor | None, tuned: Tuned, names: tuple[str, ...], *numbers: Tensor
     ) -> Tensor:
         grid = tuned.closed(dict(zip(names, numbers, strict=True)))
-        if codes is None:
-            if latent is None:
-                raise RuntimeError("neither codes nor latent weights")
-            codes = tuned.form.encode(latent, grid)
+        if codes is not None:
+            value = tuned.form.decode(codes, grid)
+        elif latent is not None:
+            value, codes = tuned.rounded(latent, grid)
+        else:
+            raise RuntimeError("neither codes nor latent weights")
         ctx.save_for_backward(latent, codes)
         ctx.tuned, ctx.names, ctx.grid = tuned, names, grid
-        return tuned.form.decode(codes, grid)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = slopes
         latent, codes = ctx.saved_tensors
         tuned: Tuned = ctx.tuned
-        passed = None if latent is None else tuned.passed(latent, ctx.grid)
-        own: Numbers = {}
-        if any(ctx.needs_input_grad[4:]):
-            own = tuned.slopes(slope, codes, ctx.grid, latent, passed)
-        by_latent = slope * passed if passed is not None and ctx.needs_input_grad[0] else None
+        if latent is None:
+            by_latent, own = None, tuned.slopes(slope, codes, ctx.grid, None, None)
+        else:
+            by_latent, own = tuned.pulled(slope, latent, codes, ctx.grid)
         return (by_latent, None, None, None, *(own.get(name) for name in ctx.names))
 
 

@@ -26,6 +26,7 @@ from lilliput.training import sharding
 from lilliput.training.moments import KEPT, InMemory, Moments, OnDisk, Rounded
 
 _BETAS, _TINY = (0.9, 0.999), 1e-8
+_CHUNK = 1 << 16  # numbers worked on at a time
 KINDS: Mapping[str, Callable[[Mapping[str, Tensor], Path], Moments]] = {
     "adamw": lambda likes, folder: InMemory(likes),
     "adamw-8bit": lambda likes, folder: Rounded(likes),
@@ -56,13 +57,17 @@ def sharded(x: Tensor) -> bool:
 
 
 def update(value: Tensor, slope: Tensor, first: Tensor, second: Tensor, count: int, rate: float, decay: float) -> None:
-    """One step of AdamW, in place, the leaf's number `count`."""
-    if decay:
-        value.mul_(1 - rate * decay)
-    first.lerp_(slope, 1 - _BETAS[0])
-    second.mul_(_BETAS[1]).addcmul_(slope, slope, value=1 - _BETAS[1])
-    spread = (second.sqrt() / (1 - _BETAS[1] ** count) ** 0.5).add_(_TINY)
-    value.addcdiv_(first, spread, value=-(rate / (1 - _BETAS[0] ** count)))
+    """One step of AdamW, in place, the leaf's number `count`; a piece at a time, which stays in a cache meanwhile."""
+    whole = (value, slope, first, second)
+    even = all(x.is_contiguous() for x in whole)
+    pieces = zip(*(torch.split(x.view(-1), _CHUNK) for x in whole), strict=True) if even else [whole]
+    for w, g, m, v in pieces:
+        if decay:
+            w.mul_(1 - rate * decay)
+        m.lerp_(g, 1 - _BETAS[0])
+        v.mul_(_BETAS[1]).addcmul_(g, g, value=1 - _BETAS[1])
+        spread = v.sqrt().div_((1 - _BETAS[1] ** count) ** 0.5).add_(_TINY)
+        w.addcdiv_(m, spread, value=-(rate / (1 - _BETAS[0] ** count)))
 
 
 class AdamW:
@@ -141,7 +146,8 @@ def norm(slopes: Iterable[Tensor]) -> float:
     """Euclidean norm of all gradients together, of all processes where they are shared out."""
     whole, shared, some = 0.0, 0.0, False
     for x in slopes:
-        square = float(local(x).float().square().sum())
+        sizes = [torch.linalg.vector_norm(y.float()) for y in torch.split(local(x).reshape(-1), _CHUNK)]
+        square = float(torch.stack(sizes).double().square().sum()) if sizes else 0.0
         if sharded(x):
             shared, some = shared + square, True
         else:

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lilliput.algebra.divergences import bucketed
 from lilliput.errors import PlanError
 from lilliput.verbs.spec import OptionsT, Spec, Stage, Task, Writes
 
@@ -180,13 +181,11 @@ def events(logits: Tensor, taught: Taught, temperature: float = 1.0, rest: Rest 
     """log p and log q, float32 [n, m], of teacher and student over the same events: the tokens that the teacher names
     and, where those are not all, the rest as one ("bucket"), or those alone, as if there were no others
     ("renormalised")."""
+    scaled = logits if temperature == 1.0 else logits / temperature
     if taught.ids is None:
-        return taught.log_p, (logits / temperature).log_softmax(-1)
+        return taught.log_p, scaled.log_softmax(-1)
     if rest == "renormalised":
-        return taught.log_p.log_softmax(-1), (logits.gather(1, taught.ids) / temperature).log_softmax(-1)
-    log_q = (logits / temperature).log_softmax(-1)
-    named = log_q.gather(1, taught.ids)
+        return taught.log_p.log_softmax(-1), scaled.gather(1, taught.ids).log_softmax(-1)
     if taught.log_rest is None:
-        return taught.log_p, named
-    others = log_q.scatter(1, taught.ids, -torch.inf).logsumexp(1)
-    return torch.cat([taught.log_p, taught.log_rest[:, None]], 1), torch.cat([named, others[:, None]], 1)
+        return taught.log_p, scaled.log_softmax(-1).gather(1, taught.ids)
+    return torch.cat([taught.log_p, taught.log_rest[:, None]], 1), bucketed(scaled, taught.ids)

@@ -8,7 +8,8 @@ NAME=RECIPE STEP.KEY=VALUE ...; without --recipes all named ones. A text is NAME
 texts in the package, which both calibration and measuring fall back to. Each recipe is compressed in a process of its
 own, so that its peak is its own, and measured as re-read in float32 against the original. A row is written as soon as
 it is measured; repeated with the same --out, only rows that are missing or were made otherwise are run. A recipe that
-a model refuses gets a row with the reason. Seconds are wall-clock, of compression alone.
+a model refuses gets a row with the reason. Seconds are wall-clock, of compression alone. With --teacher MODEL is a
+finished folder that recipes train further, and what they make of it is measured against the teacher.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def compress(model: str, out: str, words: list[str], options: argparse.Namespace
             model,
             out,
             recipe=words[0],
+            teacher=options.teacher,
             settings=words[1:],
             data=options.calibration,
             samples=options.samples,
@@ -106,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--teacher", help="the original, where MODEL is a folder made of it")
     parser.add_argument("--recipes", nargs="+", help="RECIPE or NAME=RECIPE [STEP.KEY=VALUE ...]; default: all named")
     parser.add_argument("--calibration", default="docs", help="calibration text")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
@@ -133,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         before, _, words = recipe.partition("=") if "=" in recipe.split()[0] else (recipe, "", recipe)
         name, words = before.strip(), words.strip()
         runs.append(name)
-        request = {"recipe": words} | protocol
+        request = {"recipe": words} | protocol | ({"teacher": options.teacher} if options.teacher else {})
         if request.items() <= rows.get(name, {}).items():
             continue
         with tempfile.TemporaryDirectory(prefix="lilliput-recipes-") as scratch:
@@ -142,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             process = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
             row = request | json.loads(process.stdout.splitlines()[-1])
             if "refused" not in row:
-                row["texts"] = measured(folder, options.model, texts)
+                row["texts"] = measured(folder, options.teacher or options.model, texts)
         rows[name] = row
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1) + "\n")

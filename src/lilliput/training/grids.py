@@ -115,12 +115,14 @@ class Tuned(ABC):
         codes = self.form.encode(latent, grid)
         return self.form.decode(codes, grid), codes
 
-    def pulled(self, slope: Tensor, latent: Tensor, codes: Tensor | None, grid: Any) -> tuple[Tensor, Numbers]:
-        """The gradients by latent weights, and those by the numbers."""
+    def pulled(
+        self, slope: Tensor, latent: Tensor, codes: Tensor | None, grid: Any, wanted: bool
+    ) -> tuple[Tensor, Numbers]:
+        """The gradients by latent weights, and those by the numbers where they are wanted."""
         if codes is None:
             raise RuntimeError("rounded() keeps the codes")
         passed = self.passed(latent, grid)
-        return slope * passed, self.slopes(slope, codes, grid, latent, passed)
+        return slope * passed, self.slopes(slope, codes, grid, latent, passed) if wanted else {}
 
     def sizes(self) -> Numbers:
         """Units in which the numbers that are no `positive` ones move."""
@@ -224,7 +226,7 @@ class Stepped(Tuned):
         return grid, latent.sign() * above * shares.spread(grid.scale.float())
 
 
-class Whole(Stepped):
+class Integers(Stepped):
     """Steps of integers, a few rows at a time through all that is computed of them, so that these stay in a cache."""
 
     def __init__(self, form: IntegerFormat, grid: Any, width: int) -> None:
@@ -254,13 +256,17 @@ class Whole(Stepped):
             torch.mul(x.code, x.scale, out=groups.split(out[x.rows, x.columns], x.size))
         return out, None
 
-    def pulled(self, slope: Tensor, latent: Tensor, codes: Tensor | None, grid: Any) -> tuple[Tensor, Numbers]:
-        by_latent, by_scale = torch.empty_like(latent), torch.zeros_like(self._opened(grid)[0])
-        outside = torch.zeros_like(by_scale)
+    def pulled(
+        self, slope: Tensor, latent: Tensor, codes: Tensor | None, grid: Any, wanted: bool
+    ) -> tuple[Tensor, Numbers]:
+        scale = self._opened(grid)[0]
+        by_latent, by_scale, outside = torch.empty_like(latent), torch.zeros_like(scale), torch.zeros_like(scale)
         for x in self._pieces(latent, grid):
             own = groups.split(slope[x.rows, x.columns], x.size)
             passed = groups.split(by_latent[x.rows, x.columns], x.size)
             torch.mul(own, x.whole == x.code, out=passed)
+            if not wanted:
+                continue
             by_step = (own * x.code).addcmul_(passed, x.exact, value=-1).sum(-1)
             outside_step = (own - passed).sum(-1) if self.zeros else None
             if len(by_scale) == 1 < len(latent):
@@ -268,7 +274,8 @@ class Whole(Stepped):
             by_scale[x.own, x.units] += by_step
             if outside_step is not None:
                 outside[x.own, x.units] += outside_step
-        scale = self._opened(grid)[0]
+        if not wanted:
+            return by_latent, {}
         out = {"scale": torch.where(scale == 0, 0.0, by_scale)}
         return by_latent, {**out, "zero": -outside * scale} if self.zeros else out
 
@@ -353,7 +360,7 @@ def of(form: Format, grid: Any, width: int) -> Tuned:
     if isinstance(form, SignFormat):
         return Signs(form, grid)
     if isinstance(form, IntegerFormat):
-        return Whole(form, grid, width)
+        return Integers(form, grid, width)
     if isinstance(form, GgmlFormat | LevelFormat | TernaryFormat):
         return Stepped(form, grid, width)
     raise RuntimeError(f"{form.describe()} is not trained")
@@ -382,10 +389,11 @@ class _Meant(torch.autograd.Function):
         (slope,) = slopes
         latent, codes = ctx.saved_tensors
         tuned: Tuned = ctx.tuned
+        wanted = any(ctx.needs_input_grad[4:])
         if latent is None:
-            by_latent, own = None, tuned.slopes(slope, codes, ctx.grid, None, None)
+            by_latent, own = None, tuned.slopes(slope, codes, ctx.grid, None, None) if wanted else {}
         else:
-            by_latent, own = tuned.pulled(slope, latent, codes, ctx.grid)
+            by_latent, own = tuned.pulled(slope, latent, codes, ctx.grid, wanted)
         return (by_latent, None, None, None, *(own.get(name) for name in ctx.names))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lilliput import methods
 from lilliput.data.load import names_file
+from lilliput.export.provenance import file_sha256
 from lilliput.recipe.schema import Recipe
 
 TEXT = {"names": "text"}
@@ -17,11 +17,7 @@ TEXT = {"names": "text"}
 
 def hashed(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     """Own name and sha256 (hex) of each file that options name, in the order of the steps."""
-    found = []
-    for _, _, value in _named(recipe):
-        with Path(value).open("rb") as file:
-            found.append((Path(value).name, hashlib.file_digest(file, "sha256").hexdigest()))
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys((Path(value).name, file_sha256(Path(value))) for _, _, value in _named(recipe)))
 
 
 def portable(recipe: Recipe) -> Recipe:
